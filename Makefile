@@ -1,0 +1,40 @@
+# `make` alone lists the targets. Each makes .venv on first use, and again when pyproject.toml or constraints.txt change.
+
+PYTHON    ?= python3
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help: ## list the targets
+	@echo "make TARGET [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## train, evaluate and search the built-in scenes; writes runs/demo/report.html (DEMO_ARGS="--steps 100")
+	$(BIN)/muco demo --output runs/demo $(DEMO_ARGS)
+
+test: $(READY) ## the whole test suite, slow tests too (TEST_ARGS="-m 'not slow'" leaves them out, "-n 2" uses two processes)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(READY) ## lint, formatting, and that the installed packages fit together
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pip check
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is done again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "MuCo needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'." >&2; exit 1; }
+	@echo "Installing into $(VENV); the first time this takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,66 @@
+"""MuCo: multi-turn contrastive training of multimodal embedding models.
+
+Names are loaded on first use, so that ``import muco`` costs milliseconds and no torch. README.md shows them at work.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from muco.dialogue import Content, Dialogue, Sample, Turn
+    from muco.encoder import load
+    from muco.errors import CheckpointError, DataError, ImageError, MucoError, OutputError, RecipeError
+    from muco.loss import multi_turn_info_nce
+    from muco.train.recipe import Recipe
+    from muco.train.trainer import train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "muco.encoder",
+    "Content": "muco.dialogue",
+    "Dialogue": "muco.dialogue",
+    "Sample": "muco.dialogue",
+    "Turn": "muco.dialogue",
+    "multi_turn_info_nce": "muco.loss",
+    "Recipe": "muco.train.recipe",
+    "MucoError": "muco.errors",
+    "DataError": "muco.errors",
+    "ImageError": "muco.errors",
+    "RecipeError": "muco.errors",
+    "CheckpointError": "muco.errors",
+    "OutputError": "muco.errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Content",
+    "DataError",
+    "Dialogue",
+    "ImageError",
+    "MucoError",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "Sample",
+    "Turn",
+    "load",
+    "multi_turn_info_nce",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("muco.train")  # a package that can be called, see there
+    if name not in _HOME:
+        raise AttributeError(f"module 'muco' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,285 @@
+"""Any Hugging Face image-text-to-text model made ready for MuCo, and a tiny Qwen2-VL made from its config.
+
+Made ready means: the language-model head dropped, two tokens added, weights loaded strictly, the vision tower frozen
+or not, and adapters (LoRA, DoRA) put on the language model's linear layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from muco.errors import CheckpointError
+from muco.processor import Processor, load_processor
+from muco.template import QWEN_VL, SPECIAL_TOKENS
+
+VISION_NAMES = ("visual", "vision_tower", "vision_model")  # how families name the frozen part
+CONNECTOR_NAMES = ("connector", "multi_modal_projector", "merger")  # no adapters here either
+MAY_BE_MISSING = ("lm_head.weight",)  # unused: an embedding is a hidden state
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank adapters on every linear layer of the language model.
+
+    Args:
+        kind: "lora" or "dora" (arXiv 2402.09353).
+        rank: r.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: On the adapter's input.
+    """
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: int = 64
+    alpha: int = 64
+    dropout: float = 0.0
+
+
+def load_backbone(
+    path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", local_files_only: bool = False
+) -> tuple[nn.Module, Processor]:
+    """Loads a model by path or hub id and its processor; both know ``<|emb|>`` and ``<|mask|>`` afterwards.
+
+    The checkpoint is read through its image-text-to-text class, whose inner model is kept: reading it with
+    ``AutoModel`` would leave the vision tower of some checkpoints randomly initialised.
+
+    Args:
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        attention: Implementation of attention, "sdpa" or "eager".
+    Returns:
+        The model (without language-model head, in eval mode) and its processor.
+    Raises:
+        CheckpointError: If the path holds no model, the model does not take images, or weights are missing or
+            unexpected; the message names them.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    source = str(path)
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        wrapper, info = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            local_files_only=local_files_only,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
+    _check_loaded(source, info)
+    processor, added = load_processor(source, config.model_type, local_files_only=local_files_only)
+    model = wrapper.model
+    if added or len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+        _grow_embeddings(model, len(processor.tokenizer))
+    return model.eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _check_loaded(source: str, info: Any) -> None:
+    missing = sorted(key for key in info["missing_keys"] if key not in MAY_BE_MISSING)
+    unexpected = sorted(info["unexpected_keys"])
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has wrongly shaped", mismatched)):
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise CheckpointError(f"the checkpoint {source!r} {what} weights: {shown}; it was not saved whole")
+
+
+def _grow_embeddings(model: nn.Module, tokens: int) -> None:
+    # Never shrinks: families pad their vocabulary, and the new tokens often fit into the padding.
+    if tokens > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+def freeze_vision(model: nn.Module) -> int:
+    """Stops training of the vision tower; returns the number of parameters frozen.
+
+    Raises:
+        CheckpointError: If the model has no vision tower under a known name.
+    """
+    towers = [module for name, module in model.named_modules() if name.split(".")[-1] in VISION_NAMES]
+    if not towers:
+        raise CheckpointError(f"{type(model).__name__} has no vision tower named {', '.join(VISION_NAMES)}")
+    for parameter in towers[0].parameters():
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in towers[0].parameters())
+
+
+def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -> nn.Module:
+    """Wraps a model with adapters; everything else is frozen but the embeddings of ``token_ids``.
+
+    Returns:
+        The PEFT model, called like the model itself; ``merge_adapters`` undoes the wrapping.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.kind == "dora",
+        target_modules=language_linears(model),
+        trainable_token_indices={_embedding_name(model): list(token_ids)},
+    )
+    return get_peft_model(model, config)
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """The plain model with adapters and trained token embeddings folded into its weights (in place)."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def language_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers of the language model: neither vision tower nor connector."""
+    other = {*VISION_NAMES, *CONNECTOR_NAMES}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not other & set(name.split("."))
+    ]
+
+
+def _embedding_name(model: nn.Module) -> str:
+    embeddings = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embeddings)
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Sizes of a Qwen2-VL small enough to train from scratch on a CPU.
+
+    Args:
+        width, layers, heads, kv_heads, feed_forward: The language model.
+        vision_width, vision_depth, vision_heads: The vision tower.
+        patch: Side of a patch in pixels; a visual token is 2 x 2 patches.
+        vocabulary: Tokens of the tokenizer, which is trained on the data's texts.
+        max_pixels: Largest image in pixels, larger ones are shrunk; the smallest is one visual token.
+    """
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 256
+    vision_width: int = 128
+    vision_depth: int = 2
+    vision_heads: int = 4
+    vision_mlp_ratio: int = 2
+    patch: int = 14
+    vocabulary: int = 1024
+    max_pixels: int = 84 * 84
+
+
+def tiny_qwen2_vl(texts: Iterable[str], config: TinyConfig = TinyConfig(), *, seed: int = 0) -> tuple[nn.Module, Processor]:
+    """A randomly initialised Qwen2-VL of the real architecture, with a tokenizer trained on ``texts``.
+
+    The fixed strings of the prompt are single tokens, which shortens a tiny model's sequences by almost half; the
+    prompt as a string is that of the full-size model.
+    """
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = train_tokenizer(texts, config.vocabulary)
+    side = config.patch * 2
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=config.patch,
+        merge_size=2,
+        size={"shortest_edge": side * side, "longest_edge": config.max_pixels},
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    head = config.width // config.heads
+    time = head // 8
+    model_config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": config.width,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "intermediate_size": config.feed_forward,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                # halves of a head's pairs: time, height, width (in Qwen2-VL 16, 24, 24 of 64)
+                "mrope_section": [head // 2 - 2 * (time + time // 2), time + time // 2, time + time // 2],
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids("<|im_end|>"),
+            "pad_token_id": ids("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": config.vision_depth,
+            "embed_dim": config.vision_width,
+            "hidden_size": config.width,
+            "num_heads": config.vision_heads,
+            "mlp_ratio": config.vision_mlp_ratio,
+            "patch_size": config.patch,
+            "spatial_merge_size": 2,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLModel._from_config(model_config, attn_implementation="sdpa")
+    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL)
+
+
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+QWEN_PADS = ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer in Qwen's form (same pre-tokenisation, same special tokens) trained on ``texts``."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(_with_roles(texts), trainer)
+    core = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=core["vocab"],
+        merges=[tuple(merge) for merge in core["merges"]],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    strings = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, QWEN_VL.head, QWEN_VL.tail)
+    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in strings], special_tokens=True)
+    return tokenizer
+
+
+def _with_roles(texts: Iterable[str]) -> Iterable[str]:
+    # words begin a prompt without the space they have in running text, so both forms must be learnt
+    for text in texts:
+        yield text
+        yield " " + text
+    yield from ["user\n", "\n"] * 1000

@@ -1,0 +1,222 @@
+"""Dialogues -> one batch of tensors that knows how to cut itself.
+
+Letters: B rows (one per dialogue) · L tokens · T turns of all rows · I images · P patches (or tiles) of all images.
+
+An isolated dialogue of several turns is a *tree* in one row: the trunk, then each turn's branch. A token attends to
+the trunk and to its own branch only, and every branch's positions begin where the trunk's end, so that each turn's
+vector is the one of a single-turn pass::
+
+    tokens      [ system · image | query 1 <|emb|> | query 2 <|emb|> | … ]
+    branch_ids    0 … … … … … 0    1 … … … … … 1     2 … … … … … 2
+    positions     0 … … … … p-1    p p+1 …           p p+1 …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from muco.dialogue import Dialogue
+from muco.processor import EncodedImage, Processor, rotary_positions
+from muco.template import ImageSlot, Pieces
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+class DialogueBatch(TypedDict):
+    """Tensors of several dialogues. Images stand in the order of their placeholders, row by row."""
+
+    input_ids: Int[Tensor, "B L"]
+    attention_mask: Int[Tensor, "B L"]
+    position_ids: Int[Tensor, "A B L"]  # A = 3 axes (Qwen family) or 1
+    branch_ids: NotRequired[Int[Tensor, "B L"]]  # 0 trunk, j the branch of turn j; absent if every row is linear
+    turn_rows: Int[Tensor, " T"]  # which row a turn belongs to
+    turn_columns: Int[Tensor, " T"]  # where its <|emb|> stands
+    pixel_values: NotRequired[Float[Tensor, "P ..."]]
+    pixel_attention_mask: NotRequired[Tensor]  # [P, height, width], families with padded tiles
+    image_grid_thw: NotRequired[Int[Tensor, "I 3"]]
+    image_rows: NotRequired[Int[Tensor, " I"]]  # which row an image belongs to
+    image_patches: NotRequired[Int[Tensor, " I"]]  # how many of the P it owns
+
+
+PATCH_KEYS = ("pixel_values", "pixel_attention_mask")
+IMAGE_KEYS = ("image_grid_thw", "image_rows", "image_patches")
+
+
+@dataclass
+class _Row:
+    """One dialogue's tokens before padding."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)  # each [A, tokens]
+    branches: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)  # columns of <|emb|>
+    images: list[EncodedImage] = field(default_factory=list)
+
+    def append(self, part: _Part, start: int, branch: int) -> int:
+        """Adds a part whose positions begin at ``start``; returns the position that follows it."""
+        positions = part.positions(start)
+        self.ids += part.ids
+        self.positions.append(positions)
+        self.branches += [branch] * len(part.ids)
+        return int(positions.max()) + 1 if part.ids else start
+
+
+@dataclass
+class _Part:
+    ids: list[int]
+    segments: list[int | EncodedImage]
+    rotary_3d: bool
+
+    def positions(self, start: int) -> np.ndarray:
+        if self.rotary_3d:
+            return rotary_positions(self.segments, start)
+        return np.arange(start, start + len(self.ids))[None]
+
+
+def collate(dialogues: Sequence[Dialogue], processor: Processor, *, padding_side: str = "right") -> DialogueBatch:
+    """Tokenises, opens the images and pads.
+
+    Args:
+        dialogues: At least one; any number of turns and images each, mixed.
+        padding_side: Changes where padding stands, never a vector.
+    Raises:
+        DataError: If a text holds a special token; names the row.
+        ImageError: If an image cannot be used; names the file.
+    """
+    rows = [_row(dialogue, processor) for dialogue in dialogues]
+    length = max(len(row.ids) for row in rows)
+    starts = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
+
+    def padded(values: Callable[[_Row], Any], fill: int, *axes: int) -> Tensor:
+        table = np.full((*axes, len(rows), length), fill, dtype=np.int64)
+        for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            table[..., b, start : start + len(row.ids)] = values(row)
+        return torch.from_numpy(table)
+
+    batch: DialogueBatch = {
+        "input_ids": padded(lambda row: row.ids, processor.pad_id),
+        "attention_mask": padded(lambda row: 1, 0),
+        "position_ids": padded(lambda row: np.concatenate(row.positions, axis=1), 0, 3 if processor.rotary_3d else 1),
+        "turn_rows": torch.tensor([b for b, row in enumerate(rows) for _ in row.turns]),
+        "turn_columns": torch.tensor([starts[b] + column for b, row in enumerate(rows) for column in row.turns]),
+    }
+    if any(d.isolated and len(d.turns) > 1 for d in dialogues):
+        batch["branch_ids"] = padded(lambda row: row.branches, 0)
+    return batch | _image_tensors(rows)
+
+
+def _row(dialogue: Dialogue, processor: Processor) -> _Row:
+    processor.check(dialogue)
+    prompt = processor.template.prompt(dialogue)
+    row = _Row(images=processor.encode_images(dialogue.images, dialogue.where))
+    end = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
+    position = end
+    for number, branch in enumerate(prompt.branches, start=1):
+        position = row.append(_part(branch, row.images, processor), end if prompt.isolated else position, number)
+        row.turns.append(len(row.ids) - 1)
+    if not prompt.isolated:
+        row.branches = [0] * len(row.ids)
+    return row
+
+
+def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> _Part:
+    part = _Part([], [], processor.rotary_3d)
+    for piece in pieces:
+        image = images[piece.index] if isinstance(piece, ImageSlot) else None
+        ids = image.ids if image else processor.text_ids(piece)
+        part.ids += ids
+        part.segments.append(image or len(ids))
+    return part
+
+
+def _image_tensors(rows: Sequence[_Row]) -> dict[str, Tensor]:
+    images = [(b, image) for b, row in enumerate(rows) for image in row.images]
+    if not images:
+        return {}
+    tensors = {
+        key: _stack_patches([image.patches[key] for _, image in images]) for key in PATCH_KEYS if key in images[0][1].patches
+    }
+    tensors["image_rows"] = torch.tensor([b for b, _ in images])
+    tensors["image_patches"] = torch.tensor([len(image.patches["pixel_values"]) for _, image in images])
+    if images[0][1].grid is not None:
+        tensors["image_grid_thw"] = torch.tensor([image.grid for _, image in images])
+    return tensors
+
+
+def _stack_patches(patches: Sequence[Tensor]) -> Tensor:
+    """Joins along the first dimension; tiles of different heights and widths are padded with zeros."""
+    shape = [max(sizes) for sizes in zip(*(patch.shape[1:] for patch in patches), strict=True)]
+    grown = []
+    for patch in patches:
+        free = [extra for want, have in zip(shape, patch.shape[1:], strict=True) for extra in (want - have, 0)]
+        grown.append(pad(patch, free[::-1]) if any(free) else patch)
+    return torch.cat(grown)
+
+
+def tree_mask(batch: DialogueBatch) -> Tensor | None:
+    """Who may attend to whom, bool [B, 1, L, L], or None where the usual causal mask says it all.
+
+    Padding attends to itself only, so that no row of the softmax is empty.
+    """
+    if "branch_ids" not in batch:
+        return None
+    branches, real = batch["branch_ids"], batch["attention_mask"].bool()
+    length = branches.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    same = branches[:, :, None] == branches[:, None, :]
+    trunk = (branches == 0)[:, None, :]
+    allowed = causal & (same | trunk) & real[:, None, :]
+    allowed = allowed | torch.eye(length, dtype=torch.bool, device=branches.device)
+    return allowed[:, None]
+
+
+def split(batch: DialogueBatch, token_budget: int) -> list[DialogueBatch]:
+    """Cuts a batch into chunks of whole rows, in order, each of at most ``token_budget`` tokens padding included.
+
+    A single row above the budget is a chunk of its own. Visual tokens count, since they are tokens of the row.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be positive, got {token_budget}")
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    chunks, first, longest = [], 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and max(longest, length) * (row - first + 1) > token_budget:
+            chunks.append(rows_of(batch, first, row))
+            first, longest = row, 0
+        longest = max(longest, length)
+    return [*chunks, rows_of(batch, first, len(lengths))]
+
+
+def rows_of(batch: DialogueBatch, first: int, last: int) -> DialogueBatch:
+    """The dialogues ``first`` … ``last`` - 1 with their turns and images, cut to their longest row."""
+    real = batch["attention_mask"][first:last].bool()
+    columns = real.any(dim=0).nonzero().flatten()
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    turns = (batch["turn_rows"] >= first) & (batch["turn_rows"] < last)
+    part: DialogueBatch = {
+        "input_ids": batch["input_ids"][first:last, left:right],
+        "attention_mask": batch["attention_mask"][first:last, left:right],
+        "position_ids": batch["position_ids"][:, first:last, left:right],
+        "turn_rows": batch["turn_rows"][turns] - first,
+        "turn_columns": batch["turn_columns"][turns] - left,
+    }
+    if "branch_ids" in batch:
+        part["branch_ids"] = batch["branch_ids"][first:last, left:right]
+    if "image_rows" not in batch:
+        return part
+    own = (batch["image_rows"] >= first) & (batch["image_rows"] < last)
+    if not own.any():
+        return part
+    patches = own.repeat_interleave(batch["image_patches"])
+    part |= {key: batch[key][patches] for key in PATCH_KEYS if key in batch}
+    part |= {key: batch[key][own] for key in IMAGE_KEYS if key in batch}
+    part["image_rows"] = part["image_rows"] - first
+    return part

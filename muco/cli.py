@@ -1,0 +1,342 @@
+"""The command line. Every command imports what it needs inside itself, so that help and mistakes come at once.
+
+What other programs may read (``--json``, and the results of train) is JSON lines on stdout; progress and logs go to
+stderr. Exit codes: 0 done, 1 the user's input, 2 usage, 3 a failing check, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import muco
+from muco.errors import CheckpointError, MucoError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USERS_INPUT, FAILED_CHECK = 1, 3
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))  # \b keeps the lines as they are
+
+
+app = typer.Typer(
+    name="muco",
+    help="Train, evaluate and use multimodal embedding models by multi-turn contrast.",
+    epilog=_examples("muco demo", "muco train recipe.yaml --set loss.temperature=0.05", "muco COMMAND --help"),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain pages: examples stay on one line and can be copied
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evaluate_app = typer.Typer(no_args_is_help=True, help="Score a model on held-out data.")
+data_app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(data_app, name="data")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder of a trained model, or its id on the Hugging Face hub.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass; does not change the result.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"muco {muco.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=_examples(
+        "muco train recipe.yaml",
+        "muco train recipe.yaml --set turns.mode=compounded --output runs/compounded",
+        "muco train recipe.yaml --print",
+    )
+)
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe: data, backbone, turns, loss, trainer.")
+    ],
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
+    ] = [],  # noqa: B006
+    print_: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; overrides the recipe's output.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Go on from the last checkpoint in the output folder; without, a folder that holds a run is an error."
+        ),
+    ] = True,
+) -> None:
+    """Train a model as a recipe says.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again. Prints the model's folder.
+    """
+    from muco.train.recipe import dump_recipe, load_recipe
+
+    overrides = [*set_, *([f"output={json.dumps(str(output), ensure_ascii=False)}"] if output else [])]
+    resolved = load_recipe(recipe, overrides)
+    if print_:
+        print(dump_recipe(resolved), end="")
+        return
+    from muco.train.trainer import train
+
+    folder = train(resolved, resume=resume)
+    print(json.dumps({"model": str(folder)}, ensure_ascii=False))
+
+
+@evaluate_app.command(
+    "retrieval",
+    epilog=_examples("muco evaluate retrieval --model runs/demo/model --data data/test.jsonl --output runs/demo/test"),
+)
+def evaluate_retrieval(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", "-d", help="A JSONL file, or a folder that holds exactly one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
+    batch_size: BatchSize = 64,
+    candidates: Annotated[
+        int, typer.Option(min=2, help="Length of the drawn lists of answers, the right one included.")
+    ] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn lists.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Score retrieval on held-out samples.
+
+    Gives hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
+    and "within": whether the model reads the question. Embeddings are cached in the output folder by model and data.
+    """
+    from muco.data import open_data
+    from muco.evaluate.report import print_results
+    from muco.evaluate.retrieval import evaluate_retrieval
+
+    rows = open_data(data)  # before the model: a mistyped path should not cost a minute
+    encoder = muco.load(model)
+    with _progress("embedding") as progress:
+        result = evaluate_retrieval(
+            encoder,
+            rows,
+            output=output,
+            batch_size=batch_size,
+            candidates=candidates,
+            seed=seed,
+            limit=limit,
+            cache=output / "cache",
+            progress=progress,
+        )
+    _finish(result, as_json, print_results)
+
+
+@app.command(
+    epilog=_examples(
+        "muco embed photos/ --model runs/demo/model --output photos.parquet",
+        "muco embed rows.jsonl --model runs/demo/model --output rows.parquet --batch-size 64",
+    )
+)
+def embed(
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")],
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE.parquet", help="Parquet file to write: id, embedding, text, image."
+        ),
+    ],
+    batch_size: BatchSize = 32,
+    text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
+    id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run; otherwise start again.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Embed images or rows into a Parquet file.
+
+    Inputs that cannot be read are listed, not fatal. An interrupted run goes on when the same command is given again.
+    """
+    from muco.embed import embed
+
+    summary = embed(
+        input,
+        model,
+        output,
+        batch_size=batch_size,
+        resume=resume,
+        text_column=text_column,
+        image_column=image_column,
+        id_column=id_column,
+    )
+    _finish(summary, as_json, _print_pairs)
+
+
+@data_app.command(
+    "check",
+    epilog=_examples(
+        "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/model --json"
+    ),
+)
+def data_check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A JSONL file, or a folder that holds exactly one.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Report what is wrong with data.
+
+    Reads all rows and images; counts, and names what is wrong by file, line and turn. Exit code 3 if anything is.
+    """
+    from muco.data.check import check, print_report
+
+    report = check(path, tokenizer=_tokenizer(model) if model else None)
+    _finish(report.as_dict() if as_json else report, as_json, print_report)
+    if not report.ok:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@data_app.command("show", epilog=_examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
+def data_show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A JSONL file, or a folder that holds exactly one.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; it needs no other file.")
+    ],
+    limit: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 100,
+) -> None:
+    """Write an HTML contact sheet of samples."""
+    from muco.data.show import show
+
+    show(path, output, limit=limit)
+    print(output)
+
+
+@data_app.command(
+    "scenes",
+    epilog=_examples("muco data scenes data/scenes", "muco data scenes small --train 500 --dev 100 --test 100"),
+)
+def data_scenes(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
+    train: Annotated[int, typer.Option(min=1, help="Training scenes.")] = 20_000,
+    dev: Annotated[int, typer.Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
+    test: Annotated[int, typer.Option(min=1, help="Held-out scenes for the final scores.")] = 500,
+    seed: Annotated[int, typer.Option(help="The same seed and sizes give the same data.")] = 0,
+) -> None:
+    """Draw the built-in data set.
+
+    Scenes are images of coloured shapes on patterned grounds, each with seven turns; see train.jsonl for their form.
+    """
+    from muco.data.scenes import write_scenes
+
+    print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed))
+
+
+@app.command(epilog=_examples("muco demo", "muco demo --output runs/quick --steps 100"))
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for data, model, scores and report.html.")
+    ] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer is quicker and worse.")] = None,
+) -> None:
+    """Train and search on this machine.
+
+    Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
+    images, and writes one self-contained report.html.
+    """
+    from muco.demo import run_demo
+
+    options = {} if steps is None else {"steps": steps}
+    print(run_demo(output, **options))
+
+
+@app.command(epilog=_examples("muco doctor", "muco doctor --json"))
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices and what is missing.
+
+    Exit code 3 if a requirement is not met.
+    """
+    from muco.doctor import examine, print_report
+
+    found = examine()
+    _finish(found, as_json, print_report)
+    if not found["ok"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, drawn only where that is a terminal; yields the function that moves it (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
+    """Prints a result on stdout: one JSON line for programs, or a table for people."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+        return
+    from rich.console import Console
+
+    show(result, Console(file=sys.stdout))
+
+
+def _print_pairs(result: Mapping[str, Any], console: Console) -> None:
+    width = max(map(len, result))
+    for key, value in result.items():
+        console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{model}: no tokenizer can be loaded from it ({reason}); give a model folder") from error
+
+
+def _complain(sentence: str) -> int:
+    print(f"muco: {sentence}", file=sys.stderr)
+    return USERS_INPUT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line on ``argv`` (by default the process's arguments) and returns the exit code.
+
+    What a user can cause becomes one line on stderr; anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        typer.main.get_command(app)(args=argv, prog_name="muco")
+    except SystemExit as stop:  # how Typer ends, also after usage errors (2) and Ctrl-C (130)
+        return int(stop.code or 0)
+    except MucoError as error:
+        return _complain(" ".join(str(error).split()))
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        return _complain(": ".join(str(part) for part in (error.filename, error.strerror) if part is not None))
+    return 0

@@ -1,0 +1,375 @@
+"""``muco data check``: what a data set holds and what is wrong with it, in one pass that goes on after bad rows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from muco.data import Data, open_data
+from muco.data.images import image_digest, open_image
+from muco.data.jsonl import sample_images
+from muco.dialogue import Content, ImageLike, Sample
+from muco.errors import CheckpointError, DataError, ImageError
+
+MAX_LISTED = 20  # messages kept per kind of problem; the total is always counted
+MOST_FREQUENT = 5
+NO_KIND = "(no kind)"
+
+_SPECIAL = r"<\|[^<>|\s]{1,40}\|>"  # <|emb|>, <|image_pad|>, <|im_end|> …, whatever the model
+
+
+@dataclass
+class Findings:
+    """Problems of one sort: how many, and the messages of the first ``MAX_LISTED``."""
+
+    total: int = 0
+    listed: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        self.total += 1
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(message)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Exact statistics of text lengths; every wording counts once, an empty one not at all."""
+
+    texts: int = 0
+    mean: float = 0.0
+    median: int = 0
+    p95: int = 0
+    max: int = 0
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Identical targets of one kind.
+
+    ``share`` is the share of turns whose target occurs in another sample too (a target with several wordings counts
+    once per wording): such turns are wrong negatives of one another unless the loss masks them.
+    """
+
+    turns: int
+    distinct: int
+    share: float
+    most_frequent: list[tuple[str, int]]
+
+
+@dataclass
+class Report:
+    """All that :func:`check` found. ``ok`` is False if a row or an image cannot be used; repeats are no error."""
+
+    path: str
+    rows: int = 0
+    samples: int = 0  # rows that can be read
+    turns: int = 0
+    turns_per_sample: dict[int, int] = field(default_factory=dict)  # number of turns -> samples
+    images: int = 0  # distinct ones
+    images_opened: bool = True
+    bad_rows: Findings = field(default_factory=Findings)
+    missing_images: Findings = field(default_factory=Findings)
+    broken_images: Findings = field(default_factory=Findings)
+    special_tokens: Findings = field(default_factory=Findings)  # rows whose text holds one
+    words: dict[str, Lengths] = field(default_factory=dict)  # "query", "target" -> lengths
+    tokens: dict[str, Lengths] | None = None  # the same in tokens, if a tokenizer was given
+    kinds: dict[str, Repeats] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> dict[str, Findings]:
+        return {
+            "bad rows": self.bad_rows,
+            "missing images": self.missing_images,
+            "broken images": self.broken_images,
+            "special tokens in text": self.special_tokens,
+        }
+
+    @property
+    def ok(self) -> bool:
+        return self.samples > 0 and not any(findings.total for findings in self.problems.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with ``ok``; the keys of ``turns_per_sample`` become strings."""
+        plain = asdict(self)
+        plain["turns_per_sample"] = {str(turns): count for turns, count in self.turns_per_sample.items()}
+        for repeats in plain["kinds"].values():
+            repeats["most_frequent"] = [list(pair) for pair in repeats["most_frequent"]]
+        return {"ok": self.ok} | plain
+
+
+def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: Any = None) -> Report:
+    """Reads every row, opens every image once, and reports.
+
+    Args:
+        data_or_path: A path for :func:`muco.data.open_data`, or any data.
+        images: False counts the images without opening them; missing files are still found.
+        tokenizer: A tokenizer, or the path or hub id of a model: lengths are then given in tokens too, and its
+            special tokens are looked for besides everything of the form ``<|…|>``.
+    Raises:
+        DataError: If the data cannot be opened at all. Bad rows and images are in the report instead.
+        CheckpointError: If there is no tokenizer at the path.
+    Memory: every distinct target text and image path.
+    """
+    tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    data = open_data(data_or_path) if isinstance(data_or_path, (str, Path)) else data_or_path
+    report = Report(path=str(getattr(data, "path", type(data).__name__)), rows=len(data), images_opened=images)
+    texts, targets = _Texts(report.special_tokens, tokenizer), _Targets()
+    turns_per_sample: Counter[int] = Counter()
+    with _progress(len(data)) as rows, _ImageChecks(report) as image_checks:
+        for i in rows:
+            try:
+                sample = data[i]
+            except DataError as error:
+                report.bad_rows.add(str(error))
+                continue
+            turns_per_sample[len(sample.turns)] += 1
+            texts.add(sample)
+            targets.add(sample)
+            image_checks.add(sample)
+    report.samples = turns_per_sample.total()
+    report.turns = sum(turns * count for turns, count in turns_per_sample.items())
+    report.turns_per_sample = dict(sorted(turns_per_sample.items()))
+    report.words, report.tokens = texts.words(), texts.tokens()
+    report.kinds = targets.kinds()
+    return report
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The report for people. Text of the data is never read as markup."""
+    verdict = Text("ok", style="bold green") if report.ok else Text("not ok", style="bold red")
+    console.print(Text.assemble((report.path, "bold"), "  ", verdict), soft_wrap=True)
+    console.print(Padding(_counts(report), (1, 0)))
+    console.print(_kind_table(report))
+    console.print(Padding(_length_table(report), (1, 0, 0, 0)))
+    for name, findings in report.problems.items():
+        if findings.total:
+            console.print(Text(f"\n{name}: {findings.total:,}", style="bold red"))
+            for message in findings.listed:
+                console.print(Text(f"  {message}"), soft_wrap=True)  # unwrapped, so that file:line can be clicked
+            if left := findings.total - len(findings.listed):
+                console.print(Text(f"  … and {left:,} more"))
+
+
+# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _ImageChecks:
+    """Opens each image once in threads (Pillow decodes without the interpreter lock); results come in row order."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._seen: set[str] = set()
+        self._pending: deque[Future[tuple[bool, str] | None]] = deque()
+        self._threads = min(8, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def __enter__(self) -> _ImageChecks:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        while self._pending and error_type is None:
+            self._take()
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, sample: Sample) -> None:
+        for image in sample_images(sample):
+            key = _image_key(image)
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            self._report.images += 1
+            self._pending.append(self._pool.submit(_image_problem, image, sample.place, self._report.images_opened))
+            if len(self._pending) > 8 * self._threads:
+                self._take()
+
+    def _take(self) -> None:
+        if problem := self._pending.popleft().result():
+            missing, message = problem
+            (self._report.missing_images if missing else self._report.broken_images).add(message)
+
+
+def _image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
+    """(is the file missing?, message), or None for an image that can be used."""
+    if isinstance(image, (str, Path)) and not os.path.exists(image):
+        return True, f"{where}: {image}: no such image file"
+    try:
+        if opened:
+            open_image(image, where=where)
+    except ImageError as error:
+        return False, str(error)
+    return None
+
+
+def _image_key(image: ImageLike) -> str:
+    if isinstance(image, (str, Path)):
+        return str(image)
+    try:
+        return image_digest(image)
+    except ImageError as error:  # only a name is wanted here; opening the image reports it
+        return str(error)
+
+
+# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Texts:
+    """Lengths of all wordings by side, and the special tokens in them."""
+
+    def __init__(self, special_tokens: Findings, tokenizer: Any) -> None:
+        self._special_tokens = special_tokens
+        self._tokenizer = tokenizer
+        known = sorted(getattr(tokenizer, "all_special_tokens", ()), key=len, reverse=True)
+        self._pattern = re.compile("|".join([_SPECIAL, *map(re.escape, known)]))
+        self._words: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
+        self._tokens: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
+
+    def add(self, sample: Sample) -> None:
+        for side in ("query", "target"):
+            texts = [content.text for turn in sample.turns for content in getattr(turn, side) if content.text]
+            self._words[side].update(len(text.split()) for text in texts)
+            if self._tokenizer is not None:
+                ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                self._tokens[side].update(map(len, ids))
+        self._find_special(sample)
+
+    def words(self) -> dict[str, Lengths]:
+        return {side: _lengths(counts) for side, counts in self._words.items()}
+
+    def tokens(self) -> dict[str, Lengths] | None:
+        if self._tokenizer is None:
+            return None
+        return {side: _lengths(counts) for side, counts in self._tokens.items()}
+
+    def _find_special(self, sample: Sample) -> None:
+        for number, turn in enumerate(sample.turns, start=1):
+            for content in (*turn.query, *turn.target, *turn.negatives):
+                if found := self._pattern.search(content.text):
+                    message = f"the text contains the special token {found[0]!r}; take it out of the data"
+                    self._special_tokens.add(f"{sample.place} turn {number}: {message}")
+                    return  # one message a row
+
+
+def _lengths(counts: Counter[int]) -> Lengths:
+    texts = counts.total()
+    if not texts:
+        return Lengths()
+    mean = sum(length * count for length, count in counts.items()) / texts
+    return Lengths(texts, mean, _percentile(counts, 0.5), _percentile(counts, 0.95), max(counts))
+
+
+def _percentile(counts: Counter[int], share: float) -> int:
+    """The smallest length that at least ``share`` of the texts do not exceed."""
+    below = 0
+    for length in sorted(counts):
+        below += counts[length]
+        if below >= share * counts.total():
+            return length
+    raise AssertionError("no texts")
+
+
+class _Targets:
+    """How often each target occurs, by kind: in turns, and in distinct samples."""
+
+    def __init__(self) -> None:
+        self._turns: Counter[str] = Counter()
+        self._uses: dict[str, Counter[str]] = {}
+        self._samples: dict[str, Counter[str]] = {}
+
+    def add(self, sample: Sample) -> None:
+        in_sample: dict[str, set[str]] = {}
+        for turn in sample.turns:
+            kind = turn.kind or NO_KIND
+            names = {_target_name(content) for content in turn.target}
+            self._turns[kind] += 1
+            self._uses.setdefault(kind, Counter()).update(names)
+            in_sample.setdefault(kind, set()).update(names)
+        for kind, names in in_sample.items():
+            self._samples.setdefault(kind, Counter()).update(names)
+
+    def kinds(self) -> dict[str, Repeats]:
+        """By number of turns, largest first."""
+        return {kind: self._repeats(kind, turns) for kind, turns in self._turns.most_common()}
+
+    def _repeats(self, kind: str, turns: int) -> Repeats:
+        uses, samples = self._uses[kind], self._samples[kind]
+        repeated = Counter({name: count for name, count in uses.items() if samples[name] > 1})
+        return Repeats(turns, len(uses), repeated.total() / uses.total(), repeated.most_common(MOST_FREQUENT))
+
+
+def _target_name(content: Content) -> str:
+    """Text, and the images as "[image path]": equal for equal targets, and readable in the report."""
+    return " ".join([*(f"[image {_image_key(image)}]" for image in content.images), content.text]).strip()
+
+
+def _load_tokenizer(path: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: no tokenizer can be loaded from it ({reason}); give a model folder") from error
+
+
+# ── on the screen ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[Iterable[int]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("checking rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress.track(range(rows))
+
+
+def _counts(report: Report) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    histogram = ", ".join(f"{turns} in {count:,}" for turns, count in report.turns_per_sample.items())
+    table.add_row("rows", f"{report.rows:,}", "")
+    table.add_row("samples", f"{report.samples:,}", "rows that can be read")
+    table.add_row("turns", f"{report.turns:,}", f"turns per sample: {histogram}" if histogram else "")
+    table.add_row("images", f"{report.images:,}", "each opened" if report.images_opened else "not opened")
+    table.columns[1].justify = "right"
+    return table
+
+
+def _kind_table(report: Report) -> Table:
+    table = Table(title="Targets by kind", title_justify="left", title_style="bold")
+    table.add_column("kind")
+    for name in ("turns", "distinct", "repeated"):
+        table.add_column(name, justify="right")
+    table.add_column("most frequent among the repeated", overflow="fold")
+    for kind, repeats in report.kinds.items():
+        frequent = ", ".join(f"{_short(text)} ({count:,})" for text, count in repeats.most_frequent)
+        cells = (f"{repeats.turns:,}", f"{repeats.distinct:,}", f"{repeats.share:.0%}")
+        table.add_row(Text(kind), *cells, Text(frequent or "–"))
+    return table
+
+
+def _length_table(report: Report) -> Table:
+    table = Table(title="Length of texts", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("texts", "mean", "median", "95 %", "max"):
+        table.add_column(name, justify="right")
+    for unit, sides in (("words", report.words), ("tokens", report.tokens or {})):
+        for side, length in sides.items():
+            row = (f"{length.texts:,}", f"{length.mean:.1f}", str(length.median), str(length.p95), f"{length.max:,}")
+            table.add_row(f"{side}, {unit}", *row)
+    return table
+
+
+def _short(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,382 @@
+"""Our own format: one JSON object per line, one sample per object; docs and examples in the README.
+
+::
+
+    {"image": "images/1.jpg", "turns": [{"query": "What is it?", "target": "a ring", "kind": "classification"}]}
+    {"turns": [{"query": ["a red mug", "red mug"], "target": {"image": "images/7.png"}, "negatives": ["a blue mug"]}]}
+
+The reader is strict: an unknown key, a wrong type or a missing side is an error with file, line and turn, because a
+typo that is silently skipped costs a training run. ``null`` means that an optional key is absent. Image paths are
+relative to the file's folder; absolute ones and ``..`` are allowed, since the file is the user's own. URLs are not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import operator
+import os
+from array import array
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from muco.data.images import image_digest, is_url
+from muco.dialogue import Content, ImageLike, Sample, Turn
+from muco.errors import DataError
+
+MAX_LINE_BYTES = 64 * 2**20  # a file of one huge line is no JSONL; it must not be read whole to find that out
+
+_SAMPLE_KEYS = ("image", "images", "turns", "id")
+_TURN_KEYS = ("query", "target", "kind", "negatives")
+_CONTENT_KEYS = ("text", "image", "images")
+_JSON_NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"} | {
+    list: "a list",
+    dict: "an object",
+}
+
+
+class JsonlData:
+    """The samples of a JSONL file, parsed when asked for; only the offsets of the lines are kept in memory.
+
+    The file is opened anew for every row, so that threads, forked workers and pickled copies share no handle.
+
+    Args:
+        path: The file. Blank lines and a byte-order mark are skipped.
+    Raises:
+        DataError: If the file is missing, has no rows, or a line is longer than 64 MiB. Rows are checked on access.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.folder = self.path.parent
+        self._shown = str(path)  # errors name the file as the user did
+        self._fingerprint: str | None = None
+        try:
+            self._state = _file_state(self.path)
+            self._starts, self._lines = _index(self.path, self._shown)  # int64 [n]: byte offset, line number from 1
+        except OSError as error:
+            raise DataError(f"{self._shown}: cannot be read ({error.strerror})") from error
+        if not len(self):
+            raise DataError(f"{self._shown}: the file holds no rows")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``; its images are absolute paths and its ``where`` is "file:line".
+
+        Raises:
+            IndexError: If there is no such row.
+            DataError: If the row is not as it must be, or the file changed since it was opened.
+        """
+        i = self._position(index)
+        return sample_from_row(self._row(i), self.folder, self.where(i))
+
+    def where(self, index: int) -> str:
+        """ "file:line" of a row, also of one that cannot be read."""
+        return f"{self._shown}:{self._lines[self._position(index)]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the bytes of the file and of every image file it names, in order of first mention.
+
+        Reads everything once, then is cached. Moving the folder does not change it.
+
+        Raises:
+            DataError: If a row is bad or an image file missing.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._compute_fingerprint()
+        return self._fingerprint
+
+    def _position(self, index: int) -> int:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)} in {self._shown}")
+        return i % len(self)
+
+    def _row(self, i: int) -> Any:
+        with self._open() as file:
+            file.seek(int(self._starts[i]))
+            line = file.readline(MAX_LINE_BYTES + 1)
+        return _parse(line, self.where(i))
+
+    def _open(self) -> BinaryIO:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self._shown}: cannot be read ({error.strerror})") from error
+        if _file_state(file.fileno()) != self._state:  # the offsets would point into the middle of other lines
+            file.close()
+            raise DataError(f"{self._shown}: the file changed since it was opened; open it again")
+        return file
+
+    def _compute_fingerprint(self) -> str:
+        with self._open() as file:
+            digest = hashlib.file_digest(file, "sha256")
+        seen: set[ImageLike] = set()
+        for i in range(len(self)):
+            sample = self[i]
+            for image in sample_images(sample):
+                if image in seen:
+                    continue
+                seen.add(image)
+                digest.update(bytes.fromhex(image_digest(image, where=sample.where)))
+        return digest.hexdigest()
+
+
+def sample_images(sample: Sample) -> Iterable[ImageLike]:
+    """Every image a sample mentions: its own, then those of its turns (query, target, negatives)."""
+    yield from sample.images
+    for turn in sample.turns:
+        for content in (*turn.query, *turn.target, *turn.negatives):
+            yield from content.images
+
+
+def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
+    """The sample that one parsed JSON object describes.
+
+    Args:
+        row: The object; anything but a mapping is an error.
+        folder: What relative image paths are relative to. Made absolute.
+        where: Starts every error message ("file:line").
+    Raises:
+        DataError: If a key is unknown, a type is wrong, or a turn lacks its query or target.
+    """
+    try:
+        row = _object(row, _SAMPLE_KEYS, "a row")
+        images = _images(row, folder)
+        sample_id = _optional_string(row, "id")
+        turns = row.get("turns")
+        if not isinstance(turns, list) or not turns:
+            given = "an empty list" if turns == [] else _type(turns)
+            raise DataError(f"'turns' must be a list of at least one turn, not {given}")
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    read = []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            read.append(_turn(turn, folder, has_image=bool(images)))
+        except DataError as error:
+            raise DataError(f"{where} turn {number}: {error}") from error
+    return Sample(image=images, turns=read, id=sample_id, where=where)
+
+
+def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
+    """The inverse of :func:`sample_from_row`: image paths inside ``folder`` become relative, others absolute.
+
+    Raises:
+        DataError: If an image is not a path (bytes and Pillow images have to be saved first).
+    """
+    row: dict[str, Any] = _images_to_row(sample.images, folder, sample.place)
+    if sample.id is not None:
+        row["id"] = sample.id
+    row["turns"] = [_turn_to_row(turn, folder, sample.place) for turn in sample.turns]
+    return row
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes one object per line and returns their number. The file appears whole or, on an error, not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: the rename stays on one file system
+    count = 0
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                count += 1
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+# ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _file_state(file: Path | int) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def _index(path: Path, shown: str) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and line numbers of the lines that are not blank, in one pass."""
+    starts, lines = array("q"), array("q")
+    with path.open("rb") as file:
+        offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte-order mark, as Windows programs write
+        file.seek(offset)
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{shown}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; write one sample a line"
+                )
+            if not line.isspace():
+                starts.append(offset)
+                lines.append(number)
+            offset += len(line)
+    return np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}:{error.colno}: malformed JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: malformed JSON: nested too deep") from error
+    except ValueError as error:  # ours from the hooks below, or a number of more than 4300 digits
+        raise DataError(f"{where}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"the key {twice!r} occurs twice in one object; keep one")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise DataError(f"malformed JSON: {name} is not JSON")
+
+
+# ── the schema ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _turn(value: Any, folder: Path, has_image: bool) -> Turn:
+    value = _object(value, _TURN_KEYS, "a turn")
+    for side in ("query", "target"):
+        if value.get(side) is None:
+            raise DataError(f"the turn has no {side!r}; every turn needs a query and a target")
+    negatives = value.get("negatives")
+    if not isinstance(negatives, list | None):
+        raise DataError(f"'negatives' must be a list, not {_type(negatives)}")
+    return Turn(
+        query=_side(value["query"], folder, "query", may_be_empty=has_image),
+        target=_side(value["target"], folder, "target"),
+        kind=_optional_string(value, "kind"),
+        negatives=tuple(_content(item, folder, "negatives") for item in negatives or ()),
+    )
+
+
+def _side(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) -> tuple[Content, ...]:
+    """The paraphrases of a query or a target."""
+    if isinstance(value, list):
+        if not value:
+            raise DataError(f"{key!r} is an empty list; give at least one wording")
+        return tuple(_content(item, folder, key, may_be_empty=may_be_empty) for item in value)
+    return (_content(value, folder, key, may_be_empty=may_be_empty),)
+
+
+def _content(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) -> Content:
+    if isinstance(value, str):
+        content = Content(text=_text(value, key))
+    elif isinstance(value, dict):
+        value = _object(value, _CONTENT_KEYS, repr(key))
+        content = Content(text=_optional_string(value, "text") or "", images=_images(value, folder))
+    else:
+        raise DataError(f"{key!r} must be text or an object with 'text' and/or 'image', not {_type(value)}")
+    if content.images or content.text.strip():
+        return content
+    if content.text:
+        raise DataError(f"{key!r} is only blanks; write text or leave it out")
+    if not may_be_empty:
+        hint = " (an empty query means the sample's image, and there is none)" if key == "query" else ""
+        raise DataError(f"{key!r} is empty; give text, an image or both{hint}")
+    return content
+
+
+def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
+    """The images under the keys "image" (a path, or a list of them) and "images" of a sample or a content."""
+    paths = []
+    for key in ("image", "images"):
+        given = value.get(key)
+        for item in given if isinstance(given, list) else [] if given is None else [given]:
+            paths.append(_image_path(item, folder, key))
+    return tuple(paths)
+
+
+def _image_path(value: Any, folder: Path, key: str) -> Path:
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} must be the path of an image, not {_type(value)}")
+    if not value or "\0" in value:
+        raise DataError(f"{key!r} is not a path: {value!r}; leave the key out where there is no image")
+    if is_url(value):
+        raise DataError(f"{key!r} is a URL ({value[:60]}); URLs are not fetched, download the image and give its path")
+    return folder.absolute() / _text(value, key)
+
+
+def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{name} must be an object, not {_type(value)}")
+    for key in value:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(f"unknown key {key!r} in {name}; {hint}accepted are {', '.join(map(repr, keys))}")
+    return value
+
+
+def _optional_string(value: dict[str, Any], key: str) -> str | None:
+    text = value.get(key)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise DataError(f"{key!r} must be a string, not {_type(text)}")
+    return _text(text, key)
+
+
+def _text(text: str, key: str) -> str:
+    # "\ud800" alone is JSON but no text: tokenizers and files refuse it much later, without the row's name.
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
+    return text
+
+
+def _type(value: Any) -> str:
+    return _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+# ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _turn_to_row(turn: Turn, folder: Path, place: str) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for key, contents in (("query", turn.query), ("target", turn.target)):
+        values = [_content_to_row(content, folder, place) for content in contents]
+        row[key] = values[0] if len(values) == 1 else values
+    if turn.kind is not None:
+        row["kind"] = turn.kind
+    if turn.negatives:
+        row["negatives"] = [_content_to_row(content, folder, place) for content in turn.negatives]
+    return row
+
+
+def _content_to_row(content: Content, folder: Path, place: str) -> str | dict[str, Any]:
+    if not content.images:
+        return content.text
+    return ({"text": content.text} if content.text else {}) | _images_to_row(content.images, folder, place)
+
+
+def _images_to_row(images: tuple[ImageLike, ...], folder: Path, place: str) -> dict[str, Any]:
+    paths = [_path_to_row(image, folder.absolute(), place) for image in images]
+    if len(paths) == 1:
+        return {"image": paths[0]}
+    return {"images": paths} if paths else {}
+
+
+def _path_to_row(image: ImageLike, folder: Path, place: str) -> str:
+    if not isinstance(image, (str, Path)):
+        raise DataError(f"{place}: an image is {type(image).__name__}, not a path; save it to a file first")
+    path = folder / image
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()

@@ -1,0 +1,227 @@
+"""``muco data show``: a contact sheet of samples, one HTML file that needs nothing else and works on a phone."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import io
+import os
+import random
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+from muco.data import Data, open_data
+from muco.data.images import open_image, resize_to_budget
+from muco.dialogue import Content, ImageLike, Sample, Turn
+from muco.errors import DataError, ImageError, OutputError
+
+THUMB_PIXELS = 480 * 480
+MAX_TURNS = 24  # shown per sample; a line says how many are left out
+MAX_IMAGES = 8
+_MARK = '<meta name="generator" content="muco data show">'  # by it an older sheet is known and may be overwritten
+
+
+def show(path: str | Path, output_html: str | Path, *, limit: int = 48, seed: int = 0) -> Path:
+    """Writes a contact sheet of ``limit`` samples drawn with ``seed`` (all of them if there are no more).
+
+    A row or an image that cannot be read becomes a card that says why. The file appears whole or not at all.
+
+    Raises:
+        DataError: If the data cannot be opened.
+        OutputError: If ``output_html`` exists and is not an earlier contact sheet.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    output = Path(output_html)
+    _check_output(output)
+    data = open_data(path)
+    chosen = sorted(random.Random(seed).sample(range(len(data)), min(limit, len(data))))
+    samples = [_sample_or_error(data, i) for i in chosen]
+    page = _page(Path(path).resolve().name, len(data), samples, seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return output
+
+
+def _check_output(output: Path) -> None:
+    if not output.exists():
+        return
+    if not output.is_file():
+        raise OutputError(f"{output}: is a folder; give the name of an HTML file")
+    with output.open("rb") as file:
+        if _MARK.encode() not in file.read(1024):
+            raise OutputError(f"{output}: exists and is no contact sheet of MuCo; give another name or remove it")
+
+
+def _sample_or_error(data: Data, index: int) -> Sample | DataError:
+    try:
+        return data[index]
+    except DataError as error:
+        return error
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -> str:
+    kinds = Counter(turn.kind for sample in samples if isinstance(sample, Sample) for turn in sample.turns if turn.kind)
+    colors = {kind: _color(i) for i, kind in enumerate(sorted(kinds))}
+    legend = "".join(
+        f"<li style='--kind:{colors[kind]}'><span class=kind>{escape(kind)}</span> {count:,}</li>"
+        for kind, count in kinds.most_common()
+    )
+    turns = sum(len(sample.turns) for sample in samples if isinstance(sample, Sample))
+    drawn = f"all {total:,} samples" if len(samples) == total else f"{len(samples):,} of {total:,} samples, seed {seed}"
+    cards = "\n".join(_error_card(item) if isinstance(item, DataError) else _card(item, colors) for item in samples)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{_MARK}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(name)}: samples</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{escape(name)}</h1>
+<p>{drawn} · {turns:,} turns</p>
+<ul class="legend">{legend}</ul>
+</header>
+<main>
+{cards}
+</main>
+</body>
+</html>
+"""
+
+
+def _card(sample: Sample, colors: dict[str, str]) -> str:
+    turns = "\n".join(_turn(turn, sample, colors) for turn in sample.turns[:MAX_TURNS])
+    if (left := len(sample.turns) - MAX_TURNS) > 0:
+        turns += f"<li class='more'>… and {left:,} more turns</li>"
+    line = sample.where.rpartition(":")[2]
+    name = f"<b>{escape(sample.id)}</b>" if sample.id else ""
+    pictures = f"<div class='pictures'>{_images(sample.images, sample.place)}</div>" if sample.images else ""
+    return f"<article>{pictures}<p class='id'>{name}<span>line {escape(line)}</span></p><ol>{turns}</ol></article>"
+
+
+def _error_card(error: DataError) -> str:
+    return f"<article><p class='error'>{escape(str(error))}</p></article>"
+
+
+def _turn(turn: Turn, sample: Sample, colors: dict[str, str]) -> str:
+    style = f" style='--kind:{colors[turn.kind]}'" if turn.kind else ""
+    badge = f"<span class=kind>{escape(turn.kind)}</span>" if turn.kind else ""
+    query = _wordings(turn.query, sample, empty="the image itself")
+    target = _wordings(turn.target, sample)
+    count = len(turn.negatives)
+    negatives = _folded(f"{count} hard negative{'s' * (count > 1)}", turn.negatives, sample) if count else ""
+    return f"<li{style}>{badge}<div class='query'>{query}</div><div class='target'>{target}</div>{negatives}</li>"
+
+
+def _wordings(contents: tuple[Content, ...], sample: Sample, empty: str = "") -> str:
+    """The first paraphrase, and the others folded away."""
+    first = _content(contents[0], sample, empty)
+    others = contents[1:]
+    return first + (_folded(f"{len(others)} more wording{'s' * (len(others) > 1)}", others, sample) if others else "")
+
+
+def _folded(summary: str, contents: tuple[Content, ...], sample: Sample) -> str:
+    items = "".join(f"<li>{_content(content, sample)}</li>" for content in contents)
+    return f"<details><summary>{summary}</summary><ul>{items}</ul></details>"
+
+
+def _content(content: Content, sample: Sample, empty: str = "") -> str:
+    images = f"<div class='inline'>{_images(content.images, sample.place)}</div>" if content.images else ""
+    text = f"<p>{escape(content.text)}</p>" if content.text else ""
+    return images + text or f"<p class='empty'>{empty}</p>"
+
+
+def _color(i: int) -> str:
+    """Colour ``i`` of a sequence whose hues lie far apart; dark enough for white text."""
+    red, green, blue = colorsys.hls_to_rgb((0.58 + 0.382 * i) % 1, 0.36, 0.5)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _images(images: tuple[ImageLike, ...], where: str) -> str:
+    left = len(images) - MAX_IMAGES
+    more = f"<span class='more'>… and {left} more</span>" if left > 0 else ""
+    return "".join(_thumb(image, where) for image in images[:MAX_IMAGES]) + more
+
+
+def _thumb(image: ImageLike, where: str) -> str:
+    try:
+        picture = open_image(image, small_side=0, where=where)
+    except ImageError as error:
+        return f"<p class='error'>{escape(str(error))}</p>"
+    width, height = picture.size
+    small = width * height <= 128 * 128
+    stream = io.BytesIO()
+    if small:  # every pixel counts: lossless, and shown enlarged without blur
+        picture.save(stream, "PNG", optimize=True)
+    else:
+        resize_to_budget(picture, THUMB_PIXELS).save(stream, "JPEG", quality=82)
+    source = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    name = escape(Path(image).name if isinstance(image, (str, Path)) else "image", quote=True)
+    attributes = f"alt='{name}' title='{name} · {width} × {height}' width='{width}' height='{height}'"
+    return f"<img{' class=pixels' if small else ''} src='{source}' {attributes}>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f4f4f2; --card: #fff; --ink: #1c1d20; --soft: #63666d; --line: #e2e2de;
+  --well: #ecece9; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --page: #131417; --card: #1d1f23; --ink: #e9e9e6; --soft: #9a9da5;
+  --line: #303339; --well: #26282d; --bad: #ff8a80 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
+header, main { max-width: 1560px; margin: 0 auto; padding: 0 clamp(12px, 3vw, 32px) }
+header { padding-top: 28px; padding-bottom: 18px }
+h1 { margin: 0; font-size: 1.6rem; letter-spacing: -.01em; overflow-wrap: anywhere }
+p, ol, ul { margin: 0; padding: 0; overflow-wrap: anywhere }
+ol, ul { list-style: none }
+header p { color: var(--soft) }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 12px; color: var(--soft); font-size: .87rem }
+main { columns: 340px; column-gap: 18px; padding-bottom: 40px }
+article { break-inside: avoid; margin-bottom: 18px; overflow: hidden; background: var(--card);
+  border: 1px solid var(--line); border-radius: 12px }
+.pictures { display: flex; flex-wrap: wrap; justify-content: center; align-items: center; gap: 6px; padding: 12px;
+  background: var(--well) }
+.pictures img { flex: 0 1 auto; width: auto; height: auto; max-width: 100%; max-height: 320px; border-radius: 4px }
+.pictures img.pixels { height: 176px }
+.pictures img:nth-last-child(n+2), .pictures img:nth-last-child(n+2) ~ img { max-width: calc(50% - 3px) }
+.inline { display: flex; flex-wrap: wrap; gap: 6px; margin: 2px 0 }
+.inline img { width: auto; height: 140px; max-width: 100%; object-fit: contain; border-radius: 4px;
+  border: 1px solid var(--line) }
+.pixels { image-rendering: pixelated }
+.id { display: flex; justify-content: space-between; gap: 12px; padding: 10px 14px 0; color: var(--soft);
+  font-size: .8rem }
+.id b { color: var(--ink) }
+.id span { margin-left: auto; white-space: nowrap }
+ol { padding: 0 14px 6px }
+ol > li { padding: 9px 0 10px; border-top: 1px solid var(--line) }
+ol > li:first-child { border-top: 0 }
+ol > li::after { content: ""; display: block; clear: both }
+.kind { display: inline-block; padding: 0 9px; border-radius: 99px; background: var(--kind); color: #fff;
+  font-size: .74rem; line-height: 1.7 }
+ol > li > .kind { float: right; margin: 1px 0 2px 10px }
+.query { color: var(--soft) }
+.target { margin: 5px 0 2px; padding-left: 10px; border-left: 3px solid var(--kind, var(--soft)) }
+.target p { white-space: pre-wrap }
+.empty, .more { color: var(--soft); font-style: italic }
+details { color: var(--soft); font-size: .86rem }
+summary { cursor: pointer; width: max-content; max-width: 100% }
+details .inline img { height: 72px }
+details li { padding: 2px 0 2px 12px; border-left: 2px solid var(--line) }
+.error { padding: 8px 14px; color: var(--bad); font-size: .87rem }
+"""

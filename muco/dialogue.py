@@ -1,0 +1,193 @@
+"""Samples, turns and the two dialogues made of them. No torch in this file.
+
+A *sample* is an image (or several, or none) with k *turns*; a turn is a (query, target) pair. Training reads a sample
+as two *dialogues* with the same turn order::
+
+    Sample(image, turns=[(q1, p1), …, (qk, pk)])
+        query dialogue    context = the image(s), turns = q1 … qk
+        target dialogue   context = nothing,      turns = p1 … pk
+
+Source: arXiv 2602.06393, section 3 (multi-turn pre-training); docs/paper.md lists the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from muco.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageLike = Union[str, Path, bytes, "Image"]  # a path, the bytes of an image file, or an opened Pillow image
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one side of a turn says: text, images, or both. Images come before the text in the prompt.
+
+    Empty content is allowed only where an image of the sample gives it meaning (the query "the image itself").
+    """
+
+    text: str = ""
+    images: tuple[ImageLike, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        return not self.text and not self.images
+
+
+def as_content(value: Any) -> Content:
+    """Reads a string, an image, a mapping with ``text``, ``image`` or ``images``, or a Content.
+
+    Raises:
+        DataError: If the value is none of these, or a mapping has other keys.
+    """
+    if isinstance(value, Content):
+        return value
+    if isinstance(value, str):
+        return Content(text=value)
+    if isinstance(value, Mapping):
+        if unknown := set(value) - {"text", "image", "images"}:
+            raise DataError(f"unknown key {sorted(unknown)[0]!r} in content; accepted are 'text', 'image' and 'images'")
+        text = value.get("text")
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"'text' must be a string, not {type(text).__name__}")
+        images = as_images(value.get("image")) + as_images(value.get("images"))
+        return Content(text=text or "", images=images)
+    return Content(images=as_images(value))
+
+
+def as_images(value: Any) -> tuple[ImageLike, ...]:
+    """Reads nothing, one image (path, bytes or Pillow) or a sequence of them; bad types are a DataError."""
+    if value is None:
+        return ()
+    if isinstance(value, (str, Path, bytes)) or _is_pillow(value):
+        if isinstance(value, (str, bytes)) and not value:
+            raise DataError("an image is an empty string; leave the key out where there is no image")
+        return (value,)
+    if isinstance(value, Sequence):
+        return tuple(image for item in value for image in as_images(item))
+    raise DataError(f"an image must be a path, bytes or a Pillow image, not {type(value).__name__}")
+
+
+def _is_pillow(value: Any) -> bool:
+    # By name, so that reading text-only data needs no Pillow.
+    return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(value).__mro__)
+
+
+def _paraphrases(value: Any) -> tuple[Content, ...]:
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise DataError("an empty list of paraphrases; give at least one")
+        return tuple(as_content(item) for item in value)
+    return (as_content(value),)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One (query, target) pair.
+
+    Args:
+        query: A string, an image, a mapping with ``text`` and/or ``image``, or a list of paraphrases of which one is
+            drawn whenever the sample is used. Stored as a tuple of :class:`Content`. An empty string means the
+            sample's image itself.
+        target: The same, never empty.
+        kind: A free label ("classification", "retrieval" …) by which evaluation groups its scores.
+        negatives: Hard negatives, each like ``target``.
+    Raises:
+        DataError: If a side has the wrong type or the target is empty.
+    """
+
+    query: Any
+    target: Any
+    kind: str | None = None
+    negatives: Any = ()
+
+    def __post_init__(self) -> None:
+        query, target = _paraphrases(self.query), _paraphrases(self.target)
+        if any(content.empty for content in target):
+            raise DataError("a turn has an empty target; every turn needs a query and a target")
+        object.__setattr__(self, "query", query)
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "negatives", tuple(as_content(item) for item in self.negatives))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image, several or none, and the turns about it. ``where`` ("file:line") only serves error messages.
+
+    Raises:
+        DataError: If there is no turn, or a query is empty although the sample has no image.
+    """
+
+    image: Any = None
+    turns: Sequence[Turn] = ()
+    id: str | None = None
+    where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", as_images(self.image))
+        object.__setattr__(self, "turns", tuple(self.turns))
+        if not self.turns:
+            raise DataError(f"{self.place}: a sample without turns; give at least one (query, target) pair")
+        if not self.image and any(content.empty for turn in self.turns for content in turn.query):
+            raise DataError(f"{self.place}: a turn has an empty query and the sample has no image")
+
+    @property
+    def images(self) -> tuple[ImageLike, ...]:
+        return self.image
+
+    @property
+    def place(self) -> str:
+        return self.where or f"sample {self.id or '(no id)'}"
+
+    def with_turns(self, turns: Sequence[Turn]) -> Sample:
+        return replace(self, turns=tuple(turns))
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One side of a sample, ready for a template.
+
+    Args:
+        context: Images that all turns share; they stand once, at the front of the first turn.
+        turns: The user's messages in order; each yields one embedding.
+        isolated: If true, a turn sees the context and itself only; otherwise also every turn before it.
+        where: Names the row in error messages.
+    """
+
+    context: tuple[ImageLike, ...]
+    turns: tuple[Content, ...]
+    isolated: bool = True
+    where: str = field(default="", compare=False)
+
+    @property
+    def images(self) -> tuple[ImageLike, ...]:
+        """All images in the order of their placeholders in the prompt."""
+        return self.context + tuple(image for turn in self.turns for image in turn.images)
+
+
+def query_dialogue(sample: Sample, contents: Sequence[Content], *, isolated: bool) -> Dialogue:
+    """The dialogue that asks: the sample's images once, then the chosen queries in order."""
+    return Dialogue(sample.images, tuple(contents), isolated, sample.place)
+
+
+def target_dialogue(sample: Sample, contents: Sequence[Content], *, isolated: bool) -> Dialogue:
+    """The dialogue that answers: the chosen targets in the order of the queries, without the sample's images."""
+    return Dialogue((), tuple(contents), isolated, sample.place)
+
+
+def single_turn(value: Any, where: str = "") -> Dialogue:
+    """The dialogue of one input at inference: text, an image, or both.
+
+    Raises:
+        DataError: If there is neither text nor an image.
+    """
+    content = as_content(value)
+    if content.empty:
+        raise DataError(f"{where or 'input'}: nothing to embed; give text, an image or both")
+    return Dialogue(content.images, (Content(text=content.text),), True, where)

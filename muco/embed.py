@@ -1,0 +1,583 @@
+"""Embeds a folder of images, a JSONL or a Parquet file into one Parquet file. Streaming, and resumable after a kill.
+
+::
+
+    source.rows(start) ─threads: open images─▶ rows in order ─batches─▶ model.encode ─▶ <output>.parts/rows-….parquet
+                                                                                           └─ merged ─▶ <output>
+
+A part is written whole (a temporary file, then a rename) and carries how many input rows it covers and which of them
+failed, so that the parts alone say where the next run goes on. At most one part's vectors and a bounded number of
+images are in memory. Images that a JSONL or Parquet file points at are not part of its fingerprint: after changing
+one of them, start again with ``resume=False``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from muco.errors import DataError, OutputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from muco.encoder import Model
+
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm".split())
+DECODERS = 4  # threads that open images while the model encodes
+DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
+PARQUET_ROWS = 32  # rows read from a Parquet file at once: with images inside, each may weigh megabytes
+RESTART = "start again with --no-resume (resume=False)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input row. ``image`` is a path or bytes as read, a Pillow image once opened; ``error`` says why it failed."""
+
+    number: int  # from 0, in input order
+    id: str
+    where: str
+    text: str | None = None
+    image: Any = None
+    image_path: str | None = None  # as the input gives it
+    error: str | None = None
+    vector: Any = None
+
+    @property
+    def decoded_bytes(self) -> int:
+        return 3 * self.image.width * self.image.height if hasattr(self.image, "width") else 0
+
+
+def embed(
+    input: str | Path,
+    model: Model | str | Path,
+    output: str | Path,
+    *,
+    batch_size: int = 32,
+    resume: bool = True,
+    text_column: str = "text",
+    image_column: str = "image",
+    id_column: str = "id",
+    shard_rows: int = 2048,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Writes one vector per input row to ``output``, in input order; rows that cannot be embedded are listed instead.
+
+    Args:
+        input: A folder of images (recursive, sorted by relative path, which is the id; hidden files and linked folders
+            are left out), a JSONL file with ``text``, ``image`` (path relative to the file) and ``id`` per line, or a
+            Parquet file with such columns (image: path, bytes, or a struct of ``bytes`` and ``path``). Other keys
+            and columns are left out. A row without an id gets its number, from 0.
+        model: A model, or what :func:`muco.load` takes.
+        output: A ``.parquet`` file with ``id``, ``embedding`` (fixed_size_list<float32>[d]), ``text`` and ``image``
+            (path as in the input, relative to the metadata's ``muco.image_root``), null where not given. Failed rows
+            are in ``<stem>.errors.jsonl`` beside it.
+        batch_size: Rows per call of the model; does not change the vectors.
+        resume: Continue an interrupted run. If false, what an earlier run left at ``output`` is replaced.
+        shard_rows: Rows per part: a kill loses at most so much work. May differ from run to run.
+        progress: True draws a bar on stderr, False keeps stderr empty; None draws it where stderr is a terminal.
+    Returns:
+        ``rows``, ``embedded``, ``failed`` of the whole output, ``resumed`` (rows found done), ``seconds`` and
+        ``rows_per_second`` of this run, ``output``, ``errors`` (the list of failed rows, or None) and ``model``.
+    Raises:
+        DataError: If the input cannot be read, holds dialogues ("turns"), or no row of it can be embedded.
+        OutputError: If ``output`` or its parts are of another model, input or columns.
+    """
+    from rich.console import Console
+
+    if batch_size < 1 or shard_rows < 1:
+        raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
+    source = open_source(Path(input), (text_column, image_column, id_column))
+    parts = Parts(Path(output), Path(input))
+    if isinstance(model, (str, Path)):
+        import muco
+
+        model = muco.load(model)
+    dimension = model.get_embedding_dimension()
+    run = {"model": model.fingerprint, "input": source.fingerprint, "columns": source.columns}
+    console = Console(stderr=True, quiet=progress is False)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    started = time.perf_counter()
+    if not resume:
+        parts.clear()
+    elif parts.finished(run):
+        say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
+        return _summary(parts, run, resumed=parts.rows, started=started)
+    parts.begin(run)
+    if resumed := parts.rows:
+        say(f"{output}: going on after {resumed} rows")
+    opened = _opened(source.rows(resumed), ahead=2 * batch_size)
+    with _bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
+        task = bar.add_task("embed", total=source.total, completed=resumed)
+        while part := _encode_part(model, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
+            parts.add(part, dimension)
+    parts.merge(run, dimension, source.root)
+    return _summary(parts, run, resumed=resumed, started=started)
+
+
+def _summary(parts: Parts, run: dict[str, str], *, resumed: int, started: float) -> dict[str, Any]:
+    seconds = time.perf_counter() - started
+    return {
+        "rows": parts.rows,
+        "embedded": parts.rows - parts.failed,
+        "failed": parts.failed,
+        "resumed": resumed,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round((parts.rows - resumed) / seconds, 3),
+        "output": str(parts.output),
+        "errors": str(parts.errors) if parts.failed else None,
+        "model": run["model"],
+    }
+
+
+def _bar(console: Console, *, shown: bool) -> Progress:
+    from rich import progress
+
+    count, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn(elapsed_when_finished=True)
+    return progress.Progress(
+        "{task.description}", progress.BarColumn(), count, left, console=console, disable=not shown
+    )
+
+
+# ── from rows to vectors ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _opened(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
+    """The rows in order, their images opened by threads ahead of the reader: ``ahead`` rows or DECODED_BYTES."""
+    window: deque[Future[Row]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        try:
+            for row in rows:
+                window.append(pool.submit(_open, row))
+                while len(window) > ahead or sum(f.result().decoded_bytes for f in window if f.done()) > DECODED_BYTES:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        finally:
+            for future in window:
+                future.cancel()
+
+
+def _open(row: Row) -> Row:
+    from muco.data.images import open_image
+
+    if row.image is None:
+        return row
+    try:
+        return replace(row, image=open_image(row.image))
+    except DataError as error:
+        return replace(row, image=None, error=str(error))
+
+
+def _encode_part(model: Model, rows: Iterable[Row], batch_size: int, advance: Callable[[int], None]) -> list[Row]:
+    """Each row with its vector or its error, without its image."""
+    part: list[Row] = []
+    for batch in _batches(rows, batch_size):
+        results = iter(_encode(model, [row for row in batch if row.error is None]))
+        for row in batch:
+            result = next(results) if row.error is None else row.error
+            outcome = {"error": result} if isinstance(result, str) else {"vector": result}
+            part.append(replace(row, image=None, **outcome))
+        advance(len(batch))
+    return part
+
+
+def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == batch_size or sum(row.decoded_bytes for row in batch) > DECODED_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _encode(model: Model, rows: list[Row]) -> list[np.ndarray | str]:
+    """A vector or a reason per row. One bad row must not cost its neighbours: its batch is then taken one by one."""
+    import numpy as np
+
+    if not rows:
+        return []
+    contents = [{k: v for k, v in (("text", row.text), ("image", row.image)) if v is not None} for row in rows]
+    try:
+        vectors = model.encode(contents, batch_size=len(rows), show_progress_bar=False)
+    except DataError as error:
+        if len(rows) > 1:
+            return [_encode(model, [row])[0] for row in rows]
+        return [str(error).removeprefix("input 0: ")]
+    return [vector if np.isfinite(vector).all() else "the model's vector is not finite" for vector in vectors]
+
+
+# ── the parts on disk ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Parts:
+    """The folder ``<output>.parts``: ``run.json`` (what makes the vectors) and one Parquet file per finished part.
+
+    A folder without ``run.json`` holds nothing that counts: the file is written first and removed first. ``rows`` and
+    ``failed`` count what is finished.
+
+    Raises:
+        OutputError: If the output is no possible one.
+    """
+
+    def __init__(self, output: Path, input: Path) -> None:
+        self.output = output
+        self.errors = output.with_name(output.stem + ".errors.jsonl")
+        self.folder = output.with_name(output.name + ".parts")
+        self.manifest = self.folder / "run.json"
+        self.rows = self.failed = 0
+        if output.suffix != ".parquet" or output.is_dir():
+            raise OutputError(f"{output}: the output is one file; give a name that ends in .parquet")
+        if input.resolve() in (output.resolve(), self.errors.resolve()):
+            raise OutputError(f"{output}: writing it would replace the input {input}; give another name")
+
+    def finished(self, run: dict[str, str]) -> bool:
+        """Whether the output is complete and of this run. Unfinished parts go first: they are there to replace it."""
+        if self.manifest.exists() or not self.output.exists():
+            return False
+        found = _metadata(self.output)
+        if found is None or "muco.model" not in found:
+            raise OutputError(f"{self.output} exists and is not of `muco embed`; name another output, or {RESTART}")
+        self._compare(self.output, {key: found[f"muco.{key}"] for key in run}, run)
+        self.rows, self.failed = int(found["muco.rows"]), int(found["muco.failed"])
+        return True
+
+    def begin(self, run: dict[str, str]) -> None:
+        """Makes the folder, or finds it and counts what is done."""
+        if self.manifest.exists():
+            self._compare(self.folder, json.loads(self.manifest.read_text(encoding="utf-8")), run)
+            for path in self._paths():
+                self._count(path)
+            return
+        self.clear()
+        temporary = self.folder / "run.tmp"
+        try:
+            self.folder.mkdir(parents=True)
+            temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be written: {error.strerror}; name another output") from error
+        _publish(temporary, self.manifest)
+
+    def add(self, part: list[Row], dimension: int) -> None:
+        """Writes the next part; its metadata hold its place, its number of input rows and its failed rows."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        good = [row for row in part if row.error is None]
+        failed = [
+            {"row": row.number, "id": row.id, "where": row.where, "reason": row.error} for row in part if row.error
+        ]
+        columns = {
+            "id": [row.id for row in good],
+            "embedding": [row.vector for row in good],
+            "text": [row.text for row in good],
+            "image": [row.image_path for row in good],
+        }
+        facts = {"start": self.rows, "rows": len(part), "errors": json.dumps(failed)}
+        temporary, path = self.folder / "part.tmp", self.folder / f"rows-{self.rows:012}.parquet"
+        pq.write_table(pa.table(columns, schema=_schema(dimension, facts)), temporary)
+        _publish(temporary, path)
+        self._count(path)
+
+    def merge(self, run: dict[str, str], dimension: int, image_root: Path) -> None:
+        """Parts into the output, some rows at a time, and the list of failed rows beside it; then the folder goes.
+
+        Raises:
+            DataError: If all rows failed; the list of them is written nevertheless.
+        """
+        import pyarrow.parquet as pq
+
+        import muco
+
+        self.rows = self.failed = 0
+        temporary = self.folder / "errors.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            for path in self._paths():
+                file.writelines(json.dumps(error) + "\n" for error in self._count(path))
+        if self.failed:
+            _publish(temporary, self.errors)
+        else:
+            self.errors.unlink(missing_ok=True)  # of an earlier run
+        if self.failed == self.rows:
+            self.clear()  # so that the next run tries again
+            with self.errors.open(encoding="utf-8") as file:
+                reason = json.loads(next(file))["reason"]
+            raise DataError(f"none of the {self.rows} rows can be embedded; the first: {reason}; all: {self.errors}")
+        facts = {**run, "version": muco.__version__, "dimension": dimension, "rows": self.rows, "failed": self.failed}
+        facts["image_root"] = image_root.resolve()
+        temporary = self.folder / "merged.tmp"
+        with pq.ParquetWriter(temporary, _schema(dimension, {f"muco.{k}": v for k, v in facts.items()})) as writer:
+            for path in self._paths():
+                with pq.ParquetFile(path) as part:
+                    for batch in part.iter_batches():
+                        writer.write_batch(batch)
+        _publish(temporary, self.output)
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes the folder, and nothing in it that is not ours."""
+        if not self.folder.exists():
+            return
+        self.manifest.unlink(missing_ok=True)
+        for path in [*self._paths(), *self.folder.glob("*.tmp")]:
+            path.unlink()
+        try:
+            self.folder.rmdir()
+        except OSError as error:
+            raise OutputError(f"{self.folder} holds other files; move them, or name another output") from error
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("rows-*.parquet"))
+
+    def _count(self, path: Path) -> list[dict[str, Any]]:
+        """Adds a part to the counts; returns its failed rows."""
+        found = _metadata(path)
+        if found is None or int(found["start"]) != self.rows:
+            raise OutputError(f"{self.folder}: the part from row {self.rows} on is missing or broken; {RESTART}")
+        errors = json.loads(found["errors"])
+        self.rows += int(found["rows"])
+        self.failed += len(errors)
+        return errors
+
+    def _compare(self, place: Path, found: dict[str, str], run: dict[str, str]) -> None:
+        shown = {key: (found[key], run[key]) if key == "columns" else (found[key][:12], run[key][:12]) for key in run}
+        differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in shown.items() if found[key] != run[key]]
+        if differ:
+            what = f"{place} was made with another {' and another '.join(differ)}"
+            raise OutputError(f"{what}; go back to those, name another output, or {RESTART}")
+
+
+def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
+    import pyarrow as pa
+
+    names = ["id", "embedding", "text", "image"]
+    types = [pa.string(), pa.list_(pa.float32(), dimension), pa.string(), pa.string()]
+    metadata = {key: str(value).encode(errors="replace") for key, value in facts.items()}
+    return pa.schema(zip(names, types, strict=True), metadata=metadata)
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """What ``_schema`` was given, of a Parquet file; None if it is none or broken."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_metadata(path).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return None
+    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())  # the content must be on the disk before the name is
+    os.replace(temporary, path)
+
+
+# ── the three kinds of input ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input that yields its rows from any row number on. ``fingerprint`` changes whenever its rows may have."""
+
+    root: Path  # what relative image paths are relative to
+    fingerprint: str
+    total: int
+    columns: str  # the names that were given, joined
+    rows: Callable[[int], Iterator[Row]]
+
+
+Columns = tuple[str, str, str]
+COLUMNS: Columns = ("text", "image", "id")
+
+
+def open_source(path: Path, columns: Columns) -> Source:
+    """Checks the input as a whole, without opening images.
+
+    Raises:
+        DataError: If it is missing, of no accepted kind, empty or unreadable.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix in (".jsonl", ".ndjson"):
+        return _jsonl(path, columns)
+    if path.suffix in (".parquet", ".pq"):
+        return _parquet(path, columns)
+    raise DataError(f"{path}: give a folder of images, a .jsonl file or a .parquet file")
+
+
+def _folder(path: Path) -> Source:
+    digest, total = hashlib.sha256(), 0
+    try:
+        for name, entry in _image_files(path):
+            stat = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            total += 1
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed: {error}") from error
+    if not total:
+        hint = next((f"; did you mean {p}?" for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")), "")
+        raise DataError(f"{path}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
+    return Source(path, digest.hexdigest(), total, "", partial(_folder_rows, path))
+
+
+def _image_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Relative names ("a/b.png") and entries in the order of the names, one folder's listing in memory at a time."""
+    with os.scandir(folder) as scan:
+        entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
+    for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
+        if name.endswith("/"):
+            yield from _image_files(Path(entry.path), prefix + name)
+        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not (entry.is_symlink() and entry.is_dir()):
+            yield prefix + name, entry
+
+
+def _folder_rows(folder: Path, start: int) -> Iterator[Row]:
+    for number, (name, _) in islice(enumerate(_image_files(folder)), start, None):
+        yield _row(number, str(folder / name), {"image": name, "id": name}, COLUMNS, folder)
+
+
+def _jsonl(path: Path, columns: Columns) -> Source:
+    digest, total = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for line in file:
+            digest.update(line)
+            total += not line.isspace()
+    if not total:
+        raise DataError(f"{path}: the file has no rows")
+    return Source(path.parent, digest.hexdigest(), total, "/".join(columns), partial(_jsonl_rows, path, columns))
+
+
+def _jsonl_rows(path: Path, columns: Columns, start: int) -> Iterator[Row]:
+    with path.open("rb") as file:
+        lines = ((n, line) for n, line in enumerate(file, 1) if not line.isspace())
+        for number, (n, line) in islice(enumerate(lines), start, None):
+            where = f"{path.name}:{n}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # of JSON or of UTF-8
+                yield Row(number, str(number), where, error=f"not a line of JSON: {error}")
+                continue
+            if not isinstance(record, dict):
+                yield Row(number, str(number), where, error='not an object such as {"text": "a red mug"}')
+                continue
+            if "turns" in record:
+                raise DataError(
+                    f"{where}: a dialogue (it has 'turns'), and embed takes simple items with 'text' and/or 'image'; "
+                    "write such a file, or score dialogues with `muco evaluate`"
+                )
+            yield _row(number, where, record, columns, path.parent)
+
+
+def _parquet(path: Path, columns: Columns) -> Source:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names, total = file.schema_arrow.names, file.metadata.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
+        raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
+    if not {*columns[:2]} & {*names}:
+        raise DataError(f"{path}: no column for text or image; it has {', '.join(names)}; name them by --text-column …")
+    if not total:
+        raise DataError(f"{path}: the file has no rows")
+    stat = path.stat()
+    fingerprint = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    return Source(path.parent, fingerprint, total, "/".join(columns), partial(_parquet_rows, path, columns))
+
+
+def _parquet_rows(path: Path, columns: Columns, start: int) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # A buffered reader without pre-buffering holds some pages, not a row group, which may be gigabytes of images.
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        present = [name for name in columns if name in file.schema_arrow.names]
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        first = bisect_right(list(accumulate(sizes)), start)  # the row group of row `start`; those before stay unread
+        number = sum(sizes[:first])
+        try:
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=range(first, len(sizes)), columns=present):
+                for record in batch.to_pylist():
+                    if number >= start:
+                        yield _row(number, f"{path.name} row {number}", record, columns, path.parent)
+                    number += 1
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: broken after row {number}: {error}") from error
+
+
+def _row(number: int, where: str, record: dict[str, Any], columns: Columns, root: Path) -> Row:
+    """The row of a record; what is wrong with it becomes its ``error``."""
+    text_column, image_column, id_column = columns
+    given = str(number)
+    try:
+        given = _id(record.get(id_column), given)
+        text = _string(record.get(text_column), text_column)
+        image, image_path = _image(record.get(image_column), image_column, root)
+        if text is None and image is None:
+            raise DataError(f"nothing to embed: neither {text_column!r} nor {image_column!r} says anything")
+    except DataError as error:
+        return Row(number, given, where, error=str(error))
+    return Row(number, given, where, text, image, image_path)
+
+
+def _id(value: Any, number: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _string(value, "id") or number
+
+
+def _string(value: Any, key: str) -> str | None:
+    """The string, or None where it is missing or blank."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{key!r} is not valid Unicode: {error.reason}") from error
+    return value if value.strip() else None
+
+
+def _image(value: Any, key: str, root: Path) -> tuple[Path | bytes | None, str | None]:
+    """What :func:`open_image` takes, and the path as given, from a path, bytes, or the struct of Hugging Face data."""
+    from muco.data.images import is_url
+
+    data = None
+    if isinstance(value, dict):
+        data, value = value.get("bytes"), value.get("path")
+    elif isinstance(value, bytes):
+        data, value = value, None
+    if not (value is None or isinstance(value, str)):
+        raise DataError(f"{key!r} must be one path (or in Parquet also bytes), not {type(value).__name__}")
+    path = _string(value, key)
+    if data is not None:
+        return data, path
+    if path is None:
+        return None, None
+    return path if is_url(path) else root / path, path  # a URL as it is, for the error that names it

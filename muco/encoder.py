@@ -1,0 +1,226 @@
+"""Backbone and processor as a sentence-transformers model: hidden states, one vector per turn, encode, save, load.
+
+A saved model is a stock SentenceTransformer folder (Transformer, last-token Pooling, Normalize) plus ``muco.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.input_module import InputModule
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import nn
+
+from muco.backbone import load_backbone, merge_adapters
+from muco.batch import IMAGE_KEYS, DialogueBatch, collate, tree_mask
+from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
+from muco.errors import DataError, MucoError
+from muco.pooling import TurnPooling
+from muco.processor import Processor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+STOCK_TYPES = {  # how our modules are named in a saved folder, so that the stock library loads them
+    "Encoder": "sentence_transformers.base.modules.transformer.Transformer",
+    "TurnPooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+}
+
+
+class Encoder(InputModule):
+    """Backbone and processor; its output is the hidden state after the final norm, [rows, tokens, dim]."""
+
+    save_in_root = True
+
+    def __init__(self, model: nn.Module, processor: Processor, *, padding_side: Literal["right", "left"] = "right") -> None:
+        super().__init__()
+        self.model = model
+        self.muco_processor = processor
+        self.padding_side = padding_side
+
+    @property
+    def processor(self) -> Any:
+        return self.muco_processor.stock or self.muco_processor.tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.muco_processor.tokenizer
+
+    @property
+    def modalities(self) -> list[Any]:
+        return ["text", "image", ("image", "text")]
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
+        """Single-turn prompts of text, images or both.
+
+        Raises:
+            DataError: If an input is empty or a text holds a special token; the message gives its place in the list.
+        """
+        if prompt:
+            raise MucoError("this model takes no prompt; write the instruction into the text")
+        return self.collate([single_turn(value, f"input {i}") for i, value in enumerate(inputs)])
+
+    def collate(self, dialogues: Sequence[Dialogue]) -> DialogueBatch:
+        return collate(dialogues, self.muco_processor, padding_side=self.padding_side)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        features["token_embeddings"] = self.model(**model_inputs(features, self.muco_processor)).last_hidden_state
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        config = self.model.config
+        return getattr(config, "text_config", config).hidden_size
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Writes plain weights (adapters folded in) as safetensors, and everything the stock library reads."""
+        folder = Path(output_path)
+        model = self.model
+        if hasattr(model, "merge_and_unload"):
+            model = merge_adapters(copy.deepcopy(model))
+        model.save_pretrained(folder)
+        self.muco_processor.save(folder)
+        stock = {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"message": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "module_output_name": "token_embeddings",
+        }
+        (folder / "sentence_bert_config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> Encoder:
+        return cls(*load_backbone(model_name_or_path))
+
+
+def model_inputs(batch: DialogueBatch, processor: Processor) -> dict[str, Any]:
+    """The arguments of the backbone's forward for a batch."""
+    mask = tree_mask(batch)
+    inputs: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"] if mask is None else mask,
+        "position_ids": batch["position_ids"] if processor.rotary_3d else batch["position_ids"][0],
+        "use_cache": False,
+        "return_dict": True,
+    }
+    if "pixel_values" not in batch:
+        return inputs
+    if processor.rotary_3d:
+        return inputs | {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+    # other families take [rows, tiles, …] and flatten it; the order of the tiles is all that counts
+    tiles = {k: batch[k][None] for k in ("pixel_values", "pixel_attention_mask") if k in batch}
+    return inputs | tiles
+
+
+class Model(SentenceTransformer):
+    """A universal multimodal embedding model; made by :func:`load` or :func:`from_backbone`."""
+
+    @property
+    def encoder(self) -> Encoder:
+        return self[0]
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
+        return self.encoder.preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
+
+    def is_singular_input(self, inputs: Any) -> bool:
+        return isinstance(inputs, (str, bytes, Path, dict, Content)) or super().is_singular_input(inputs)
+
+    def encode(self, inputs: Any, **kwargs: Any) -> Any:
+        """Embeds strings, images (path, bytes, Pillow), mappings with ``text`` and/or ``image``, mixed in one call.
+
+        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``.
+
+        Args:
+            inputs: One input or a list.
+            kwargs: Those of ``SentenceTransformer.encode``: ``batch_size``, ``show_progress_bar``, …
+        Returns:
+            float32 [n, dim] in the order of the inputs, L2-normalised ([dim] for one input).
+        Raises:
+            DataError: If an input is empty or its text holds a special token.
+            ImageError: If an image cannot be used.
+        """
+        if self.is_singular_input(inputs):
+            return self.encode([inputs], **kwargs)[0]
+        values = [_as_mapping(value) for value in inputs]
+        if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
+            return np.zeros((0, self.get_embedding_dimension()), dtype=np.float32)
+        return super().encode(values, **kwargs)
+
+    @torch.inference_mode()
+    def encode_turns(
+        self, image: Any, queries: Sequence[str], *, mode: Literal["isolated", "compounded"] = "isolated"
+    ) -> Float[np.ndarray, "k dim"]:
+        """Embeds many queries about one image in one pass that encodes the image once.
+
+        Args:
+            image: An image, several, or None.
+            queries: Texts; an empty one is the image itself.
+            mode: "isolated": each vector is the one of a call with this query alone. "compounded": a query also sees
+                the queries before it, as in the paper's training.
+        Returns:
+            float32 [k, dim], L2-normalised.
+        Raises:
+            DataError: If there is no query, or an empty one and no image.
+        """
+        if mode not in ("isolated", "compounded"):
+            raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
+        images = as_images(image)
+        if not queries or (not images and not all(queries)):
+            raise DataError("encode_turns: give at least one query, and an image where a query is empty")
+        contents = tuple(as_content(query) for query in queries)
+        self.eval()
+        batch = self.encoder.collate([Dialogue(images, contents, mode == "isolated", "encode_turns")])
+        return self({k: v.to(self.device) for k, v in batch.items()})["sentence_embedding"].float().cpu().numpy()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of weights, prompt and pixel budget: whatever changes a vector changes it."""
+        digest = hashlib.sha256(json.dumps(self.encoder.muco_processor.settings(), sort_keys=True).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Saves a stock SentenceTransformer folder; see the module's docstring."""
+        super().save(path, *args, **kwargs)
+        file = Path(path) / "modules.json"
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        for module in modules:
+            module["type"] = STOCK_TYPES.get(module["type"].split(".")[-1], module["type"])
+        file.write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    # The library sorts inputs by length, which it knows for mappings of strings and Pillow images.
+    content = as_content(value)
+    return {"text": content.text, "images": list[ImageLike](content.images)}
+
+
+def from_backbone(model: nn.Module, processor: Processor, *, device: str | None = None) -> Model:
+    """An embedding model of a prepared backbone (see :mod:`muco.backbone`)."""
+    encoder = Encoder(model, processor)
+    return Model(modules=[encoder, TurnPooling(encoder.get_embedding_dimension()), Normalize()], device=device)
+
+
+def load(path: str | Path, *, device: str | None = None, **kwargs: Any) -> Model:
+    """Loads a trained model, a released checkpoint of the paper, or a plain image-text-to-text model.
+
+    Args:
+        path: A folder or a hub id.
+        device: "cpu", "cuda", …; the best one there is if None.
+        kwargs: Those of :func:`muco.backbone.load_backbone`.
+    Raises:
+        CheckpointError: If weights are missing, or the folder is no such model.
+    """
+    return from_backbone(*load_backbone(path, **kwargs), device=device)
+
+
+__all__ = ["IMAGE_KEYS", "Encoder", "Model", "from_backbone", "load", "model_inputs"]

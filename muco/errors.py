@@ -1,0 +1,38 @@
+"""Every exception a user of MuCo can cause.
+
+::
+
+    MucoError                 base: str(error) is a sentence that says what, where and what to do
+    ├── DataError             a file, row, turn or image of the data is not as it must be
+    │   └── ImageError        an image is missing, broken, too large or not an image
+    ├── RecipeError           a recipe has an unknown key, a wrong type or a contradiction
+    ├── CheckpointError       a model folder is incomplete or belongs to something else
+    └── OutputError           an output folder already holds other work
+
+All of them are also :class:`ValueError`, so that callers who know nothing of MuCo can catch them. The command line
+turns them into one line on stderr and exit code 1; anything else is a defect and keeps its traceback.
+"""
+
+
+class MucoError(ValueError):
+    """Base of all errors that a user can cause and mend."""
+
+
+class DataError(MucoError):
+    """Data is not as it must be; the message names file, row and turn where they are known."""
+
+
+class ImageError(DataError):
+    """An image is missing, truncated, too large or not an image; the message names the file."""
+
+
+class RecipeError(MucoError):
+    """A recipe cannot be used; the message names the key and the nearest accepted one."""
+
+
+class CheckpointError(MucoError):
+    """A checkpoint lacks weights, has unexpected ones, or was made with other code or data."""
+
+
+class OutputError(MucoError):
+    """An output path cannot be written without losing what is already there."""

@@ -1,0 +1,194 @@
+"""Ranks, hit@k and the health of a set of vectors. NumPy only; scores are float32 dot products of normalised rows.
+
+A score is only believed when it beats every rival: ties are lost, and vectors that are not finite come last. So a
+model that maps everything to one point, or to NaN, scores 0 instead of passing by luck.
+
+Letters: Q queries, C candidates, D dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+TIE = 1e-6  # Closer than this is a tie: BLAS may round the dot products of equal vectors some 1e-7 apart, by position.
+COLLAPSED = 1e-3  # Distance of unit vectors within which all are "the same" (a cosine of 1 - 5e-7).
+BLOCK = 1 << 22  # Floats of temporary memory per block (16 MiB).
+
+
+Choose = Callable[[str, Set[str]], Collection[str]]  # (query, its right targets) -> their rivals; all are keys
+
+
+def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray, *, tie: float = 0.0) -> np.ndarray:
+    """Rank of the right candidate of each row, counting from 1; ties are lost.
+
+    Args:
+        scores: float [Q, C].
+        positives: int [Q], the column of the right candidate.
+        identities: [C] or [Q, C], equal keys mark the same candidate: it is no rival of the right one.
+        tie: A rival within this distance below the right score counts as equal.
+    Returns:
+        int64 [Q]: 1 + the rivals that score at least as much; C + 1 where a score of the row is not finite.
+    Raises:
+        ValueError: If the shapes disagree or a positive is no column.
+    """
+    scores = np.asarray(scores, dtype=np.float32)
+    positives = np.asarray(positives, dtype=np.int64)
+    if scores.ndim != 2 or positives.shape != scores.shape[:1]:
+        raise ValueError(f"scores must be [Q, C] and positives [Q], not {scores.shape} and {positives.shape}")
+    if ((positives < 0) | (positives >= scores.shape[1])).any():
+        raise ValueError(f"a positive is not among the {scores.shape[1]} candidates")
+    identities = np.broadcast_to(np.asarray(identities), scores.shape)
+    rows = np.arange(len(scores))
+    own = scores[rows, positives][:, None]
+    rival = identities != identities[rows, positives][:, None]
+    result = 1 + (rival & (scores >= own - np.float32(tie))).sum(axis=1)
+    result[~np.isfinite(scores).all(axis=1)] = scores.shape[1] + 1
+    return result
+
+
+def ranks_in_pool(
+    queries: np.ndarray, pool: np.ndarray, positives: np.ndarray, relevant: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Ranks of ``positives`` among the whole pool, in blocks of queries.
+
+    Args:
+        queries: float32 [Q, D].
+        pool: float32 [C, D], one row per distinct candidate.
+        positives: int [Q], the row of the right candidate.
+        relevant: For each query all rows that are right for it; those are no rivals.
+    Returns:
+        int64 [Q].
+    Memory: about 16 MiB of scores at a time, never [Q, C].
+    """
+    result = np.empty(len(queries), dtype=np.int64)
+    for block in _blocks(len(queries), len(pool)):
+        scores = _dot(queries[block], pool.T)
+        identities = np.tile(np.arange(len(pool)), (len(scores), 1))
+        for row, right, positive in zip(identities, relevant[block], positives[block], strict=True):
+            row[list(right)] = positive
+        result[block] = ranks(scores, positives[block], identities, tie=TIE)
+    return result
+
+
+def ranks_in_lists(queries: np.ndarray, pool: np.ndarray, lists: np.ndarray) -> np.ndarray:
+    """Ranks within one list of candidates per query.
+
+    Args:
+        queries: float32 [Q, D].
+        pool: float32 [P, D].
+        lists: int [Q, C], rows of ``pool``: the right candidate first, then its rivals; shorter lists are filled up
+            with the right candidate, which is no rival of itself.
+    Returns:
+        int64 [Q].
+    """
+    result = np.empty(len(queries), dtype=np.int64)
+    for block in _blocks(len(queries), lists.shape[1] * pool.shape[1]):
+        scores = _dot(pool[lists[block]], queries[block][:, :, None])[:, :, 0]
+        result[block] = ranks(scores, np.zeros(len(scores), dtype=np.int64), lists[block], tie=TIE)
+    return result
+
+
+def top_k(queries: np.ndarray, pool: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best candidates of each query, best first; equal scores by lower index, not-finite scores last.
+
+    Returns:
+        indices int64 [Q, k] and scores float32 [Q, k], where k is at most the size of the pool.
+    """
+    k = min(k, len(pool))
+    indices = np.empty((len(queries), k), dtype=np.int64)
+    scores = np.empty((len(queries), k), dtype=np.float32)
+    for block in _blocks(len(queries), len(pool)):
+        values = _dot(queries[block], pool.T)
+        values[~np.isfinite(values)] = -np.inf
+        for i, row in enumerate(values, start=block.start):
+            # argpartition picks freely among equals at the border, so take everything that reaches the k-th score.
+            reach = np.flatnonzero(row >= np.partition(row, -k)[-k])
+            indices[i] = reach[np.argsort(-row[reach], kind="stable")][:k]
+            scores[i] = row[indices[i]]
+    return indices, scores
+
+
+def drawing(pool: Set[str], count: int, seed: int) -> Choose:
+    """Draws ``count`` rivals from a pool (all, if there are fewer) by the smallest hash of (seed, query, candidate).
+
+    Keys are hexadecimal SHA-256. Nothing else enters, least of all an order. Cost: one vectorised hash of the pool
+    per query.
+    """
+    keys = sorted(pool)
+    place = {key: i for i, key in enumerate(keys)}
+    hashes = np.array([int(key[:16], 16) for key in keys], dtype=np.uint64)
+
+    def choose(query: str, right: Set[str]) -> list[str]:
+        salt = hashlib.sha256(f"{seed} {query}".encode()).hexdigest()[:16]
+        order = _mix(hashes ^ np.uint64(int(salt, 16)))
+        others = np.delete(np.arange(len(keys)), [place[key] for key in right])
+        if len(others) > count:
+            others = others[np.argpartition(order[others], count)[:count]]
+        return [keys[i] for i in others]
+
+    return choose
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The splitmix64 finaliser: uint64 to uint64, one to one, wrapping."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hit_at(ranks: np.ndarray, k: int) -> float:
+    """Share of queries whose right candidate is among the first k, 0 to 1."""
+    return float(np.mean(np.asarray(ranks) <= k))
+
+
+def mrr(ranks: np.ndarray) -> float:
+    """Mean of 1 / rank, 0 to 1."""
+    return float(np.mean(1.0 / np.asarray(ranks)))
+
+
+def chance_hit(k: int, candidates: int | np.ndarray) -> float:
+    """hit@k of random scores: the mean of min(1, k / candidates) over the queries."""
+    return float(np.mean(np.minimum(1.0, k / np.asarray(candidates))))
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a set of vectors of *distinct* contents looks like.
+
+    Args:
+        rows: Number of vectors.
+        non_finite: Rows that hold NaN or infinity.
+        spread: Largest distance of a finite row from the first finite one; 0 to 2 for unit vectors.
+        collapsed: True when no two of several rows can be told apart, or no row is finite.
+    """
+
+    rows: int
+    non_finite: int
+    spread: float
+    collapsed: bool
+
+
+def embedding_health(vectors: np.ndarray) -> Health:
+    """Looks for NaN and collapse in float32 [n, D]; one row alone cannot collapse."""
+    finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    spread = 0.0
+    for block in _blocks(len(finite), vectors.shape[1]):
+        distance = np.linalg.norm(vectors[finite[block]] - vectors[finite[0]], axis=1)
+        spread = max(spread, float(distance.max()))
+    rows = len(vectors)
+    collapsed = spread <= COLLAPSED if rows > 1 else rows == 1 and not len(finite)
+    return Health(rows, rows - len(finite), spread, bool(collapsed))
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are wanted in the scores, not as warnings
+        return np.matmul(a, b, dtype=np.float32)
+
+
+def _blocks(rows: int, floats_per_row: int) -> Iterator[slice]:
+    step = max(1, BLOCK // max(1, floats_per_row))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -1,0 +1,124 @@
+"""What a reader gets: warnings in sentences, a table for the terminal, the same as Markdown, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from muco.errors import OutputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLUMNS = ("task", "queries", "candidates", "hit@1", "hit@5", "hit@10", "MRR", "chance@1")
+
+
+def print_results(result: Mapping[str, Any], console: Console) -> None:
+    """Prints the scores of ``evaluate_retrieval`` in per cent, what was skipped, and every warning."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*COLUMNS[:1], title="Retrieval, %", title_justify="left")
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for cells, control in _rows(result):
+        table.add_row(*(Text(cell) for cell in cells), style="dim" if control else None)
+    console.print(table)
+    for line in result["warnings"]:
+        console.print(Text(f"Warning: {line}", style="bold red"))
+    console.print(Text("\n".join(_notes(result)), style="dim"))
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The same table and notes as GitHub Markdown, ending in a newline."""
+    lines = [_line(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    lines += [_line(cells) for cells, _ in _rows(result)]
+    lines += ["", "In per cent.", *(f"- **Warning:** {line}" for line in result["warnings"])]
+    lines += [f"- {note}" for note in _notes(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Cells of each row, and whether it is a control or a part of a mean."""
+    for name, scores in result["tasks"].items():
+        if "kinds" not in scores:
+            yield _cells(name, scores), name == "blind"
+            continue
+        yield _cells(f"{name} (mean of kinds)", scores["mean"]), False
+        for kind, part in scores["kinds"].items():
+            yield _cells(f"  {kind}", part), True
+
+
+def _cells(label: str, scores: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = scores["candidates_min"], scores["candidates_max"]
+    values = [scores[name] for name in ("hit@1", "hit@5", "hit@10", "mrr", "chance@1")]
+    shares = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+    return (label, str(scores["queries"]), str(low) if low == high else f"{low}–{high}", *shares)
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    notes = [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
+    limit = "" if result["limit"] is None else f" (the first {result['limit']})"
+    notes.append(f"{result['samples']} samples{limit}, {result['turns']} turns, {result['encoded']} contents encoded")
+    notes.append(f"model {result['model'][:12]}, data {result['data'][:12]}, seed {result['seed']}")
+    return [*notes, f"{result['seconds']:.1f} s"]
+
+
+def warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> list[str]:
+    """Sentences about one task's scores that nobody should overlook.
+
+    Args:
+        label: Name of the task and kind.
+        scores: As ``evaluate_retrieval`` gives them for one task and kind.
+        control: The task's name if it is one without the image ("answer_text_only", "blind"): there equal queries and
+            low scores are as they should be, and high ones of "blind" are not.
+    """
+    lines = []
+    for side, health in scores["health"].items():
+        if health["non_finite"]:
+            lines.append(f"{label}: {health['non_finite']} of {health['rows']} {side} vectors are not finite")
+        elif health["collapsed"] and (side == "pool" or not control):
+            lines.append(f"{label}: all {health['rows']} {side} vectors are the same; the model has collapsed")
+    hit, chance = scores["hit@1"], scores["chance@1"]
+    if control == "blind":
+        if hit > _noise(max(chance, scores["most_common"]), scores["queries"]):
+            lines.append(f"{label}: {hit:.1%} without any pixel is above chance; something gives the answer away")
+    elif not control and hit <= _noise(chance, scores["queries"]):
+        lines.append(f"{label}: hit@1 of {hit:.1%} is not above chance ({chance:.1%})")
+    return lines
+
+
+def _noise(share: float, n: int) -> float:
+    """What n guesses with this chance of success stay below, nearly always: three standard deviations above it."""
+    return share + 3 * (share * (1 - share) / n) ** 0.5
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computed a result, without importing it; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("muco", "torch", "transformers", "sentence-transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error}); choose another output folder") from error

@@ -1,0 +1,234 @@
+"""Dialogue -> prompt: which text stands where, and where each turn's ``<|emb|>`` is read.
+
+A prompt is a list of *pieces*, strings and images. It is cut into a trunk and branches only beside a special token
+(or where the tokenizer is known to split anyway), so that the token ids of the parts joined are those of the whole.
+
+Source: arXiv 2602.06393, the prompt of the released checkpoints (docs/paper.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from muco.dialogue import Content, Dialogue
+from muco.errors import CheckpointError, DataError
+
+EMB = "<|emb|>"
+MASK = "<|mask|>"
+SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """Stands for image number ``index`` of the dialogue inside a prompt."""
+
+    index: int
+
+
+Pieces = tuple[str | ImageSlot, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``trunk`` is read by all turns, ``branches[j]`` is turn j's part and ends at its ``<|emb|>``.
+
+    If ``isolated``, a branch continues the trunk; otherwise it continues the branch before it (and there is no trunk).
+    """
+
+    trunk: Pieces
+    branches: tuple[Pieces, ...]
+    isolated: bool
+
+
+@dataclass(frozen=True)
+class Template:
+    """The strings around a user's message.
+
+    Args:
+        head: From the start of the prompt to the last special token before the user's content.
+        user_open: Plain text between ``head`` and a content that begins with text.
+        user_open_image: The same for a content that begins with an image.
+        image_open: Special tokens before an image's own tokens; may be empty.
+        image_close: Special tokens after them; may be empty.
+        image_end: Plain text after an image.
+        tail: From the end of the content to ``<|emb|>``, which is not part of it.
+        next_turn: From after ``<|emb|>`` to the next user content.
+        image_token: The placeholder that stock processors replace by an image's own tokens.
+        newline_at_end: Runs of newlines become one and text ends with one, as in the paper's evaluation.
+        shared_opening: Whether the tokenizer splits between plain opening text and a content that does not begin
+            with white space, so that the opening may be part of the trunk.
+    """
+
+    head: str
+    user_open: str
+    user_open_image: str
+    image_open: str
+    image_close: str
+    image_end: str
+    tail: str
+    next_turn: str
+    image_token: str
+    newline_at_end: bool = False
+    shared_opening: bool = False
+
+    def prompt(self, dialogue: Dialogue) -> Prompt:
+        """Lays a dialogue out; images are numbered in the order of ``dialogue.images``."""
+        return self._isolated(dialogue) if dialogue.isolated else self._compounded(dialogue)
+
+    def _isolated(self, dialogue: Dialogue) -> Prompt:
+        texts = [self._text(turn, bool(turn.images or dialogue.context)) for turn in dialogue.turns]
+        shared = self.shared_opening and not any(text[:1].isspace() for text in texts)
+        context = self._images(0, len(dialogue.context))
+        if context:
+            trunk, opening = (self.head, self.user_open_image, *context[:-1]), context[-1]
+        else:
+            trunk, opening = (self.head,), None  # depends on how the turn's own content begins
+        shared = shared and (opening is not None or self.user_open == self.user_open_image)
+        if shared:
+            trunk = (*trunk, self.user_open if opening is None else opening)
+        branches, seen = [], len(dialogue.context)
+        for text, turn in zip(texts, dialogue.turns, strict=True):
+            start = (self.user_open_image if turn.images else self.user_open) if opening is None else opening
+            images = self._images(seen, len(turn.images))
+            branches.append(_joined(("" if shared else start, *images, text, self.tail, EMB)))
+            seen += len(turn.images)
+        return Prompt(_joined(trunk), tuple(branches), True)
+
+    def _compounded(self, dialogue: Dialogue) -> Prompt:
+        branches, seen = [], 0
+        for j, turn in enumerate(dialogue.turns):
+            count = len(turn.images) + (len(dialogue.context) if j == 0 else 0)
+            first = self.head + (self.user_open_image if count else self.user_open)
+            images, text = self._images(seen, count), self._text(turn, count > 0)
+            branches.append(_joined((self.next_turn if j else first, *images, text, self.tail, EMB)))
+            seen += count
+        return Prompt((), tuple(branches), False)
+
+    def _images(self, first: int, count: int) -> Pieces:
+        pieces: Pieces = ()
+        for index in range(first, first + count):
+            pieces += (self.image_open, ImageSlot(index), self.image_close, self.image_end)
+        return pieces
+
+    def _text(self, content: Content, has_image: bool) -> str:
+        if not self.newline_at_end:
+            return content.text
+        text = re.sub(r"\n+", "\n", content.text)
+        if has_image:
+            text = text.removeprefix("\n")  # the newline after the image is already one
+        return text if not text or text.endswith("\n") else text + "\n"
+
+    def jinja(self) -> str:
+        """The chat template by which stock libraries render one user message, images first, up to ``<|emb|>``."""
+        image = self.image_open + self.image_token + self.image_close + self.image_end
+        text = "{{ ns.text }}"
+        if self.newline_at_end:
+            text = (
+                "{%- if ns.text.startswith('\\n') and not ns.images -%}{{ '\\n' }}{%- endif -%}"
+                "{%- set ns.text = ns.text.split('\\n') | reject('equalto', '') | join('\\n') -%}"
+                "{{ ns.text }}{%- if ns.text -%}{{ '\\n' }}{%- endif -%}"
+            )
+        return (
+            "{%- set ns = namespace(text='', images=0) -%}"
+            "{%- for message in messages -%}"
+            "{%- if message['role'] != 'user' -%}{{ raise_exception('only user messages are embedded') }}{%- endif -%}"
+            "{%- if message['content'] is string -%}{%- set ns.text = ns.text + message['content'] -%}"
+            "{%- else -%}{%- for part in message['content'] -%}"
+            "{%- if part['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}"
+            "{%- elif part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}{%- endif -%}"
+            "{%- endfor -%}{%- endif -%}{%- endfor -%}"
+            f"{{{{ {_quoted(self.head)} }}}}"
+            f"{{{{ {_quoted(self.user_open_image)} if ns.images else {_quoted(self.user_open)} }}}}"
+            f"{{%- for _ in range(ns.images) -%}}{{{{ {_quoted(image)} }}}}{{%- endfor -%}}"
+            f"{text}{{{{ {_quoted(self.tail + EMB)} }}}}"
+        )
+
+
+def _joined(pieces: Iterable[str | ImageSlot]) -> Pieces:
+    joined: list[str | ImageSlot] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "":
+            joined.append(piece)
+    return tuple(joined)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+QWEN_VL = Template(
+    head="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>",
+    user_open="user\n",
+    user_open_image="user\n",
+    image_open="<|vision_start|>",
+    image_close="<|vision_end|>",
+    image_end="\n",
+    tail="<|im_end|>\n<|im_start|>assistant\n",
+    next_turn="<|im_end|>\n<|im_start|>user\n",
+    image_token="<|image_pad|>",
+    shared_opening=True,
+)
+QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str]) -> Template:
+    """Reads the strings around a message off a model's own chat template, by rendering marked messages through it.
+
+    Raises:
+        CheckpointError: If there is no chat template, or it drops text, images or the assistant's turns.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError("the model has no chat template, from which MuCo derives the prompt of its family")
+    first, second = "MARKFIRST", "MARKSECOND"
+
+    def render(*messages: tuple[str, list[dict[str, str]]]) -> str:
+        chat = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    one, two, reply = ([{"type": "text", "text": text}] for text in (first, second, EMB))
+    plain = render(("user", one))
+    pictured = render(("user", [{"type": "image"}, *one]))
+    double = render(("user", one), ("assistant", reply), ("user", two))
+    marks = [(first, plain), (first, pictured), (image_token, pictured), (first, double), (second, double), (EMB, double)]
+    for mark, rendered in marks:
+        if rendered.count(mark) != 1:
+            raise CheckpointError(f"the model's chat template drops or repeats a part of a message: {rendered!r}")
+
+    opening, tail = plain.split(first)
+    before_image, after_image = pictured.split(first)[0].split(image_token)
+    head = opening[: max((opening.rfind(t) + len(t) for t in special if t and t in opening), default=0)]
+    if not before_image.startswith(head):
+        raise CheckpointError(f"the model's chat template opens differently with an image: {before_image!r}")
+    return Template(
+        head=head,
+        user_open=opening.removeprefix(head),
+        user_open_image=before_image.removeprefix(head),
+        image_open="",
+        image_close="",
+        image_end=after_image,
+        tail=tail,
+        next_turn=double.split(EMB)[1].split(second)[0],
+        image_token=image_token,
+    )
+
+
+class SpecialTokenGuard:
+    """Refuses data text with a special token, which would be a second embedding position, an image or a role."""
+
+    def __init__(self, special: Iterable[str]) -> None:
+        tokens = sorted({*special, *SPECIAL_TOKENS} - {""}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(re.escape(token) for token in tokens))
+
+    def check(self, dialogue: Dialogue) -> None:
+        """Raises a DataError that names the row, the turn and the token."""
+        for number, turn in enumerate(dialogue.turns, start=1):
+            if found := self._pattern.search(turn.text):
+                raise DataError(
+                    f"{dialogue.where or 'input'} turn {number}: the text contains the special token {found[0]!r}; "
+                    "take it out of the data, in a prompt it has a meaning of its own"
+                )

@@ -1,0 +1,195 @@
+"""What a run leaves on disk, and how it is found again.
+
+::
+
+    <output>/
+    ├── run.json          the recipe, versions, data fingerprints: what the run is
+    ├── checkpoints/      checkpoint-N: trained weights, optimizer, schedule, random states
+    ├── logs/             TensorBoard
+    └── model/            the finished model; appears whole or not at all
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from muco.errors import CheckpointError, OutputError
+from muco.train.recipe import Recipe, dump_recipe, to_dict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from muco.encoder import Model
+    from muco.train.mixture import Data
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "trained.safetensors"
+PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow")
+
+
+def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
+    """What makes a run the same run: its recipe (but for the folder) and its data; and the versions it began with."""
+    settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
+    data = [
+        {"path": source.path, "samples": len(data), "fingerprint": data.fingerprint}
+        for source, data in zip(recipe.data.train, sources, strict=True)
+    ]
+    versions = {"muco": _muco_version(), "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    return {"recipe": settings, "data": data, "versions": versions}
+
+
+def _muco_version() -> str:
+    from muco import __version__
+
+    return __version__
+
+
+def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
+    """Makes the folder this run's own.
+
+    Returns:
+        The finished model's folder if this very run is already complete, else None.
+    Raises:
+        OutputError: If the folder holds another run, something else, or a run that must not be resumed.
+    """
+    file = output / RUN_FILE
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; the output of a run is a folder")
+    if not file.is_file():
+        if output.is_dir() and any(output.iterdir()):
+            raise OutputError(f"{output} is not empty and holds no run; choose another output folder")
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(file, facts)
+        return None
+    known = json.loads(file.read_text(encoding="utf-8"))
+    differing = _differing(known, facts)
+    if differing:
+        raise OutputError(f"{output} holds another run ({differing} differs); choose another output folder or delete it")
+    if not resume:
+        raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
+    model = output / "model"
+    return model if (model / "modules.json").is_file() else None
+
+
+def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
+    for group, value in facts["recipe"].items():
+        other = known["recipe"].get(group)
+        if other == value:
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            key = next(k for k in {**value, **other} if value.get(k) != other.get(k))
+            return f"{group}.{key}"
+        return group
+    same = [d["fingerprint"] for d in known["data"]] == [d["fingerprint"] for d in facts["data"]]
+    return "" if same else "the training data"
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def last_complete(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    complete = []
+    for folder in (output / "checkpoints").glob("checkpoint-*"):
+        try:
+            # the trainer writes its state last
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            complete.append(folder)
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(folder)
+    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Writes the weights that training changes; with adapters these are few."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, str(folder / WEIGHTS_FILE))
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Reads them back.
+
+    Raises:
+        CheckpointError: If the file does not hold exactly the weights that this model trains.
+    """
+    weights = load_file(str(folder / WEIGHTS_FILE))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if set(weights) != trained:
+        odd = sorted(set(weights) ^ trained)
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the recipe's model, e.g. {odd[0]}")
+    model.load_state_dict(weights, strict=False)
+
+
+def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
+    """Saves the finished model with its recipe, facts and card; the folder appears when all of it is there."""
+    final, part = output / "model", output / "model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save(str(part), create_model_card=False)
+    (part / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    history = [entry for entry in state.log_history if "loss" in entry]
+    done = {
+        **facts,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "steps": state.global_step,
+        "loss": [[entry["step"], entry["loss"]] for entry in history],
+        "model_fingerprint": model.fingerprint,
+    }
+    write_json(part / RUN_FILE, done)
+    (part / "README.md").write_text(model_card(recipe, done, model.get_embedding_dimension()), encoding="utf-8")
+    os.replace(part, final)
+    return final
+
+
+def model_card(recipe: Recipe, done: dict[str, Any], dimension: int) -> str:
+    """A model card that states what was run and claims no score."""
+    base = recipe.model.path or "a Qwen2-VL made from its config, trained from random weights"
+    sources = "\n".join(f"| {d['path']} | {d['samples']} | `{d['fingerprint'][:16]}` |" for d in done["data"])
+    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
+    final = f"{done['loss'][-1][1]:.4f} nats at step {done['loss'][-1][0]}" if done["loss"] else "not logged"
+    header = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction", "tags": ["muco"]}
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    return f"""---
+{front}
+---
+
+# A multimodal embedding model
+
+Maps text, an image, or both to one vector of {dimension} numbers; made with MuCo from {base}.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("this folder")
+model.encode(["a text", {{"text": "a question", "image": "photo.png"}}])
+```
+
+## Training
+
+{done["steps"]} steps of multi-turn contrastive learning; turns {recipe.turns.mode}, temperature {recipe.loss.temperature}.
+Last training loss: {final}. The whole recipe is in `recipe.yaml`; data fingerprints, versions and the loss curve are in
+`run.json`.
+
+| data | samples | fingerprint |
+|---|---|---|
+{sources}
+
+Made with {versions}.
+
+## Evaluation
+
+None is recorded here. Run `muco evaluate retrieval --model THIS_FOLDER --data DATA --output DIR`.
+"""

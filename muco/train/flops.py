@@ -1,0 +1,220 @@
+"""Floating-point operations of a training step: counted on a real batch, or on the meta device for the true sizes.
+
+What is counted are the multiplications and additions of matrix products (2 m n k for [m, n] x [n, k]), convolutions and
+attention, by torch's FlopCounterMode; not norms, activations, softmax or the optimizer. Attention is counted as two
+full products, whatever its mask: no discount for what a causal or a tree mask hides. Backward is twice forward where
+inputs and weights need a gradient, once where the weights are frozen; kernels that compute scores anew in backward are
+counted as if they had kept them. So one number holds on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from muco.backbone import VISION_NAMES, Adapter, add_adapters, freeze_vision
+from muco.batch import tree_mask
+from muco.loss import MultiTurnLoss, multi_turn_info_nce
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLConfig
+
+    from muco.encoder import Model
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one step. ``vision`` is the vision tower, ``language`` the language model and the loss."""
+
+    vision: int
+    language: int
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.language
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # shapes [rows, heads, tokens, dim]: scores are [queries, keys] per head, then their product with the values
+    rows, heads, queries, dim = query
+    return 2 * rows * heads * queries * key[2] * (dim + value[3])
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _attention(query, key, value)
+
+
+# torch has no formula for the CPU kernel and counts its attention as nothing; for the CUDA kernels it adds the
+# recomputation of the scores in backward, which the meta device (plain products) does not.
+_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention")
+    for suffix, formula in (("", _attention), ("_backward", _attention_backward))
+} | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def count_flops(run: Callable[[], Any]) -> Flops:
+    """Calls ``run`` and counts; what happens inside a module named like a vision tower is ``vision``."""
+    with FlopCounterMode(display=False, depth=None, custom_mapping=_ATTENTION) as counter:
+        run()
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    vision = sum(flops for name, flops in counts.items() if name.split(".")[-1] in VISION_NAMES)
+    return Flops(vision, counts.get("Global", 0) - vision)
+
+
+def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True, temperature: float = 0.02) -> Flops:
+    """Counts one training step: query forward, target forward, loss and, if asked, backward.
+
+    Args:
+        model: In training mode or not; the step is really made and leaves its gradients in the parameters.
+        batch: From :func:`muco.train.mixture.training_batch`, on the model's device.
+    """
+    loss = MultiTurnLoss(model, temperature=temperature)
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            value = loss([dict(batch["query"]), dict(batch["target"])], batch["ids"])
+        if backward:
+            value.backward()
+
+    return count_flops(run)
+
+
+# The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
+_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
+_SIZES: dict[str, dict[str, int]] = {
+    "2B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+}
+
+
+def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
+    """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
+    from transformers import Qwen2VLConfig
+
+    text = _SIZES[size]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return Qwen2VLConfig(
+        text_config={**text, "rope_parameters": rope, "bos_token_id": None},
+        vision_config={**_VISION, "hidden_size": text["hidden_size"]},
+    )
+
+
+def meta_step_flops(
+    config: Qwen2VLConfig,
+    *,
+    images: int,
+    turns: int,
+    visual_tokens: int = 782,
+    query_tokens: int = 30,
+    target_tokens: int = 20,
+    prompt_tokens: int = 15,
+    mode: Literal["isolated", "compounded"] = "isolated",
+    backward: bool = True,
+    vision_backward: bool = False,
+    adapter: Adapter | None = None,
+) -> Flops:
+    """Counts a training step of a Qwen2-VL of any size without its weights, on the meta device.
+
+    One image's two dialogues are counted and multiplied by ``images``; the loss is counted for all of them at once.
+
+    Args:
+        visual_tokens: Per image, of ``spatial_merge_size`` squared patches each.
+        query_tokens, target_tokens: What one more turn adds to either sequence, its share of the prompt included.
+        prompt_tokens: What stands before the first turn: the system text, the opening of the user's message.
+        mode: Decides the attention mask. It does not change the count, see the module's docstring.
+        backward: False counts the forward passes alone.
+        vision_backward: Whether the vision tower is trained.
+        adapter: Low-rank adapters on a frozen language model; None trains all of its weights. DoRA's weight norms,
+            which do not grow with the batch, would be multiplied by ``images``, so only "lora" is accepted.
+    Raises:
+        ValueError: If a number is not positive or the adapter is not LoRA.
+    """
+    if min(images, turns, visual_tokens, query_tokens, target_tokens) < 1 or prompt_tokens < 0:
+        raise ValueError("images, turns and tokens must be positive")
+    if adapter is not None and adapter.kind != "lora":
+        raise ValueError("only LoRA adapters can be counted for one image and multiplied")
+    model, vision, language = _meta_model(config, adapter, vision_backward)
+    isolated = mode == "isolated" and turns > 1
+    sides = ((visual_tokens, query_tokens), (0, target_tokens))
+
+    def one_image() -> None:
+        for visual, tokens in sides:
+            embeds = [_embed_text(language, prompt_tokens + turns * tokens)]
+            if visual:
+                embeds.append(_see(vision, visual, config.vision_config))
+            hidden = _read(language, torch.cat(embeds)[None], isolated)
+            if backward:
+                hidden[0, -turns:].sum().backward()
+
+    def loss() -> None:
+        shape = (images * turns, config.text_config.hidden_size)
+        query, target = (torch.empty(shape, device="meta", requires_grad=backward) for _ in sides)
+        value = multi_turn_info_nce(query, target, torch.empty(shape[0], dtype=torch.long, device="meta"))
+        if backward:
+            value.backward()
+
+    with torch.set_grad_enabled(backward):
+        image, once = count_flops(one_image), count_flops(loss)
+    return Flops(images * image.vision, images * image.language + once.total)
+
+
+def _meta_model(config: Any, adapter: Adapter | None, vision_backward: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+    from transformers import Qwen2VLModel
+
+    with torch.device("meta"):
+        model = Qwen2VLModel._from_config(config, attn_implementation="sdpa")
+        vision, language = model.visual, model.language_model
+        if adapter is not None:
+            model = add_adapters(model, adapter, [0, 1])
+            vision.requires_grad_(True)
+    if not vision_backward:
+        freeze_vision(model)
+    return model, vision, language
+
+
+def _embed_text(language: nn.Module, tokens: int) -> Tensor:
+    return language.embed_tokens(torch.empty(tokens, dtype=torch.long, device="meta"))
+
+
+def _see(vision: nn.Module, visual_tokens: int, config: Any) -> Tensor:
+    # positions and lengths are given, because the model would read them off the grid, and a meta tensor has no values
+    patches = visual_tokens * config.spatial_merge_size**2
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    return vision(
+        torch.empty(patches, pixels, device="meta"),
+        grid_thw=None,
+        position_ids=torch.empty(patches, 2, dtype=torch.long, device="meta"),
+        cu_seqlens=torch.tensor([0, patches]),
+    ).pooler_output
+
+
+def _read(language: nn.Module, embeds: Tensor, isolated: bool) -> Tensor:
+    shape = embeds.shape[:2]
+    ids = torch.empty(shape, dtype=torch.long, device="meta")
+    mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if isolated else None  # type: ignore[typeddict-item]
+    positions = torch.empty(3, *shape, dtype=torch.long, device="meta")
+    output = language(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state

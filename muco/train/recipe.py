@@ -1,0 +1,309 @@
+"""Recipes: frozen dataclasses read from strict YAML.
+
+A recipe says everything a training run depends on. Unknown keys, wrong types and contradictions are errors before
+anything is loaded; the resolved recipe is saved beside the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from muco.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """Sizes of a Qwen2-VL made from its config; the fields are those of :class:`muco.backbone.TinyConfig`."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 256
+    vision_width: int = 128
+    vision_depth: int = 2
+    vision_heads: int = 4
+    vision_mlp_ratio: int = 2
+    patch: int = 14
+    vocabulary: int = 1024
+    max_pixels: int = 84 * 84
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """Low-rank adapters on the language model; see :class:`muco.backbone.Adapter`."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: int = 64
+    alpha: int = 64
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained. Exactly one of ``path`` and ``tiny`` is given.
+
+    Args:
+        path: Folder or hub id of an image-text-to-text model.
+        tiny: A small model made from its config and trained from scratch.
+        adapter: None trains all weights.
+        vision: Whether the vision tower is trained.
+        dtype: "auto", "float32", "bfloat16" or "float16"; how the weights are held.
+        min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
+    """
+
+    path: str | None = None
+    tiny: TinyRecipe | None = None
+    adapter: AdapterRecipe | None = None
+    vision: Literal["frozen", "trained"] = "frozen"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """A training set in MuCo's JSONL format and its share of every batch (shares are normalised)."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where samples come from.
+
+    Args:
+        train: One source or more; every batch mixes them by weight.
+        validation: A set evaluated during training; None for none.
+        broken_images: "error" stops at an image that cannot be used, "skip" leaves its sample out and counts it.
+        blind: Replaces every pixel by a constant: the control that shows whether a run learns without looking.
+    """
+
+    train: tuple[SourceRecipe, ...] = ()
+    validation: str | None = None
+    broken_images: Literal["error", "skip"] = "error"
+    blind: bool = False
+
+
+@dataclass(frozen=True)
+class TurnsRecipe:
+    """How the turns of a sample share one pass.
+
+    Args:
+        mode: "isolated": a turn sees the image and itself. "compounded" (the paper): also the turns before it.
+        order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
+            "batch" one per batch, a number g draws g per batch.
+        limit: At most so many turns per sample and step, drawn anew each time; None for all.
+    """
+
+    mode: Literal["isolated", "compounded"] = "isolated"
+    order: Literal["sample", "batch"] | int = "sample"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The arguments of :func:`muco.multi_turn_info_nce`."""
+
+    temperature: float = 0.02
+    mask_identical_targets: bool = True
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class WarmUpRecipe:
+    """A short language-model training of the text half before contrastive training; 0 steps for none."""
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run.
+
+    Args:
+        output: The run's folder: checkpoints, logs and at last ``model/``.
+        trainer: Passed through to sentence-transformers' training arguments. ``per_device_train_batch_size`` counts
+            samples (images), not pairs.
+        seed: Of weights, order of samples, turns and paraphrases.
+    """
+
+    output: str
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    turns: TurnsRecipe = field(default_factory=TurnsRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    warm_up: WarmUpRecipe = field(default_factory=WarmUpRecipe)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model.path is None) == (self.model.tiny is None):
+            raise RecipeError("model: give exactly one of 'path' (an existing model) and 'tiny' (one made from its config)")
+        if self.model.tiny and (self.model.adapter or self.model.vision == "frozen"):
+            raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
+        if not self.data.train:
+            raise RecipeError("data.train: give at least one source, e.g. train: [{path: data/train.jsonl}]")
+        positive = {
+            "loss.temperature": self.loss.temperature,
+            "turns.limit": self.turns.limit,
+            "turns.order": self.turns.order if isinstance(self.turns.order, int) else None,
+            **{f"data.train[{i}].weight": source.weight for i, source in enumerate(self.data.train)},
+        }
+        for key, value in positive.items():
+            if value is not None and value <= 0:
+                raise RecipeError(f"{key} must be positive, got {value}")
+
+
+RESERVED = ("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but ``2e-5`` is a number and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; paths in it are relative to the current folder.
+
+    Args:
+        overrides: "dotted.key=value" strings, the value in YAML.
+    Raises:
+        RecipeError: Naming the file, the key and the nearest accepted key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such recipe file")
+    values = _parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return from_dict(values)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r}: write it as key=value, e.g. --set loss.temperature=0.05")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override!r}: {parent!r} is no group of keys")
+    values[last] = _parse(text, f"--set {override}")
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Builds a recipe from plain values, checking every key and type."""
+    recipe = _build(Recipe, values, "")
+    for key in RESERVED:
+        if key in recipe.trainer:
+            raise RecipeError(f"trainer.{key} is set by MuCo; use the recipe's own 'output' and 'seed'")
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that :func:`load_recipe` reads back."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    return _plain(dataclasses.asdict(recipe))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where or 'recipe'} must be a group of keys, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; accepted are {', '.join(hints)}"
+            raise RecipeError(f"unknown key {_dotted(where, key)!r}{hint}")
+    for item in dataclasses.fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values:
+            raise RecipeError(f"{_dotted(where, item.name)!r} is missing")
+    return kind(**{key: _convert(hints[key], value, _dotted(where, key)) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(arguments, value, where)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise RecipeError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = dict if origin is not None else hint
+    if not isinstance(value, plain) or (isinstance(value, bool) and hint is not bool):
+        raise RecipeError(f"{where} must be {plain.__name__}, got {value!r}")
+    return value
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    choices = [argument for argument in arguments if argument is not type(None)]
+    problems = []
+    for choice in choices:
+        try:
+            return _convert(choice, value, where)
+        except RecipeError as error:
+            problems.append(str(error))
+    raise RecipeError(problems[0] if len(problems) == 1 else f"{problems[0]}; or: {problems[1]}")
+
+
+def _dotted(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)

@@ -1,0 +1,380 @@
+"""The command line: help of every command, what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import muco
+from muco.cli import app, main
+
+ROOT = Path(__file__).parent.parent
+
+
+def walk(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from walk(inner, (*path, name))
+
+
+COMMANDS = dict(walk(typer.main.get_command(app)))
+LEAVES = {path: command for path, command in COMMANDS.items() if not hasattr(command, "commands")}
+
+
+def parse(command: Any, arguments: list[str], parent: Any = None) -> None:
+    """Parses a command line without running it; a mistake in it raises."""
+    context = command.make_context(command.name, arguments, parent=parent)
+    if hasattr(command, "commands"):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(inner, rest, context)
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_the_commands_are_the_documented_ones():
+    names = {" ".join(path) for path in LEAVES}
+    assert names == {
+        "train",
+        "evaluate retrieval",
+        "embed",
+        "data check",
+        "data show",
+        "data scenes",
+        "demo",
+        "doctor",
+    }
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_command_and_option(path, flag, capsys):
+    assert main([*path, flag]) == 0
+    page, mistakes = capsys.readouterr()
+    assert not mistakes
+    command = COMMANDS[path]
+    for name in getattr(command, "commands", {}):
+        assert name in page
+    for parameter in command.params:
+        assert parameter.help, f"{' '.join(path)}: {parameter.name} has no help"
+        assert all(option in page for option in parameter.opts if option.startswith("-"))
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path], ids=" ".join)
+def test_the_first_sentence_of_help_fits_the_list_of_commands(path):
+    shown = COMMANDS[path].get_short_help_str(limit=60)
+    assert shown.endswith("."), "a sentence"
+    assert not shown.endswith("..."), "cut off in the list of commands"
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_every_command_has_examples_that_parse(path):
+    examples = [line.strip() for line in LEAVES[path].epilog.splitlines() if line.startswith("  ")]
+    assert examples
+    for line in examples:
+        program, *arguments = shlex.split(line)
+        assert program == "muco"
+        assert arguments[: len(path)] == list(path)
+        parse(COMMANDS[()], arguments)
+
+
+def test_help_and_mistakes_do_not_import_torch():
+    code = (
+        "import sys; from muco.cli import main\n"
+        "codes = [main(['--help']), main(['train', '--help']), main(['train']), main(['train', 'missing.yaml'])]\n"
+        "print(codes, [n for n in ('torch', 'transformers', 'pyarrow', 'PIL') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 1] []"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"muco {muco.__version__}\n"
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["data", "chek", "x"], "Did you mean 'check'?"),
+        (["train"], "Missing argument"),
+        (["doctor", "--jsn"], "--json"),
+        (["embed", "photos", "--model", "m", "--output", "o", "--batch-size", "0"], "--batch-size"),
+        (["evaluate", "retrieval", "--data", "d", "--output", "o"], "--model"),
+    ],
+)
+def test_a_usage_mistake_is_2(arguments, says, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "{}/missing.yaml"],
+        ["evaluate", "retrieval", "--model", "m", "--data", "{}/missing.jsonl", "--output", "{}/scores"],
+        ["embed", "{}/missing.jsonl", "--model", "m", "--output", "{}/vectors.parquet"],
+        ["data", "check", "{}/missing.jsonl"],
+        ["data", "show", "{}/missing.jsonl", "--output", "{}/sheet.html"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_missing_file_is_1_and_one_line_and_nothing_written(arguments, tmp_path, capsys):
+    assert main([argument.format(tmp_path) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("muco: ")
+    assert err.count("\n") == 1
+    assert "missing" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["embed", "{}/rows.jsonl", "--model", "{}/no-model", "--output", "{}/vectors.parquet"],
+        ["evaluate", "retrieval", "--model", "{}/no-model", "--data", "{}/rows.jsonl", "--output", "{}/scores"],
+        ["data", "check", "{}/rows.jsonl", "--model", "{}/no-model"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_missing_model_is_1_and_one_line(arguments, tmp_path, capsys):
+    row = {"text": "a"} if arguments[0] == "embed" else {"turns": [{"query": "a", "target": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("muco: ")
+    assert err.count("\n") == 1
+    assert "no-model" in err
+
+
+class Failing(io.StringIO):
+    """A standard output whose first write raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+def test_interruption_is_130(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Failing(KeyboardInterrupt()))
+    assert main(["--version"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (muco.DataError("rows.jsonl:3: turn 2\nhas no target"), "muco: rows.jsonl:3: turn 2 has no target\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "muco: a/b: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), "muco: No space left on device\n"),
+    ],
+    ids=["muco", "permission", "disk full"],
+)
+def test_what_a_user_can_cause_is_1_and_one_line(error, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Failing(error))
+    assert main(["--version"]) == 1
+    assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), OSError("ours"), AssertionError("ours")])
+def test_a_defect_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Failing(error))
+    with pytest.raises(type(error), match="ours"):
+        main(["--version"])
+
+
+# ---------------------------------------------------------------- commands
+
+RECIPE = """
+output: runs/first
+model: {tiny: {}, vision: trained}
+data: {train: [{path: data/train.jsonl}]}
+trainer: {learning_rate: 2e-5}
+"""
+
+
+def test_train_prints_the_resolved_recipe_and_stops(tmp_path, capsys):
+    from muco.train.recipe import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    folder = "runs/ä: b #1 😀"
+    assert main(["train", str(path), "--set", "loss.temperature=5e-2", "--output", folder, "--print"]) == 0
+    page = capsys.readouterr().out
+    path.write_text(page)
+    recipe = load_recipe(path)
+    assert recipe.output == folder
+    assert recipe.loss.temperature == 0.05
+    assert recipe.trainer["learning_rate"] == 2e-5
+    assert main(["train", str(path), "--print"]) == 0
+    assert capsys.readouterr().out == page
+
+
+def test_train_names_the_nearest_key(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    assert main(["train", str(path), "--set", "loss.temprature=1"]) == 1
+    err = capsys.readouterr().err
+    assert "temprature" in err
+    assert "'temperature'" in err
+
+
+def test_doctor_as_json_and_as_tables(capsys):
+    assert main(["doctor", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found = json.loads(out)
+    assert found["ok"] is True
+    assert found["muco"] == muco.__version__
+    assert {package["name"].lower() for package in found["required"]} >= {"torch", "transformers", "pillow"}
+    assert found["torch"]["devices"][0]["name"] == "cpu"
+
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(package["name"] in out for package in found["required"] + found["optional"])
+
+
+def test_scenes_are_made_checked_and_shown(tmp_path, capsys):
+    folder = tmp_path / "scenes"
+    assert main(["data", "scenes", str(folder), "--train", "4", "--dev", "2", "--test", "3"]) == 0
+    assert capsys.readouterr().out.strip() == str(folder)
+    test = folder / "test.jsonl"
+
+    assert main(["data", "check", str(test)]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["data", "check", str(test), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    json.loads(out)
+
+    page = tmp_path / "sheet.html"
+    assert main(["data", "show", str(test), "--output", str(page), "--limit", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    assert page.stat().st_size > 0
+
+
+def test_data_that_is_not_right_is_3(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"turns": [{"query": "a", "target": "b"}]}\n{"turns": [}\n')
+    assert main(["data", "check", str(path)]) == 3
+    assert "rows.jsonl:2" in capsys.readouterr().out
+    assert main(["data", "check", str(path), "--json"]) == 3
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "rows.jsonl:2" in out
+
+
+TINY_RECIPE = """
+output: {folder}/run
+model:
+  tiny: {{width: 32, layers: 1, heads: 2, kv_heads: 1, feed_forward: 32, vision_width: 32, vision_depth: 1}}
+  vision: trained
+data: {{train: [{{path: {folder}/scenes/train.jsonl}}]}}
+trainer: {{max_steps: 2, per_device_train_batch_size: 4}}
+"""
+
+
+def test_a_model_is_trained_evaluated_and_used(tmp_path, capfd):
+    import pyarrow.parquet as pq
+
+    folder, recipe = tmp_path / "scenes", tmp_path / "recipe.yaml"
+    assert main(["data", "scenes", str(folder), "--train", "12", "--dev", "2", "--test", "6"]) == 0
+    recipe.write_text(TINY_RECIPE.format(folder=tmp_path))
+    capfd.readouterr()
+
+    assert main(["train", str(recipe)]) == 0
+    (line,) = capfd.readouterr().out.splitlines()  # progress and the trainer's logs are on stderr
+    model = json.loads(line)["model"]
+    assert Path(model) == tmp_path / "run/model"
+
+    output = tmp_path / "scores"
+    wanted = ["evaluate", "retrieval", "--model", model, "--data", str(folder / "test.jsonl"), "--output", str(output)]
+    assert main([*wanted, "--json"]) == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    tasks = json.loads(line)["tasks"]
+    assert "within" in tasks
+    assert json.loads((output / "retrieval.json").read_text())["tasks"] == tasks
+    assert main(wanted) == 0
+    assert "within" in capfd.readouterr().out
+
+    vectors = tmp_path / "vectors.parquet"
+    assert main(["embed", str(folder / "images"), "--model", model, "--output", str(vectors), "--json"]) == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    assert json.loads(line)["embedded"] == pq.read_table(vectors).num_rows == 20
+    assert main(["data", "check", str(folder / "test.jsonl"), "--model", model]) == 0
+
+
+# ---------------------------------------------------------------- documents
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_commands_in_the_readme_parse():
+    lines = [line for block in blocks("README.md", "bash") for line in block.splitlines() if line.startswith("muco ")]
+    assert len(lines) > 5
+    for line in lines:
+        parse(COMMANDS[()], shlex.split(line, comments=True)[1:])
+
+
+def test_the_recipe_in_the_readme_loads(tmp_path):
+    from muco.train.recipe import load_recipe
+
+    (page,) = blocks("README.md", "yaml")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(page)
+    assert load_recipe(path).trainer["learning_rate"] == 5e-5
+
+
+def test_the_rows_in_the_readme_are_samples(tmp_path):
+    from muco.data import open_data
+
+    (page,) = blocks("README.md", "json")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(page)
+    rows = open_data(path)
+    first, second = rows[0], rows[1]
+    assert first.images == (tmp_path / "images/0001.jpg",)
+    assert [turn.kind for turn in first.turns] == ["classification", "retrieval"]
+    assert len(first.turns[1].query) == 2
+    assert second.turns[0].target[0].images == (tmp_path / "images/7.png",)
+    assert second.turns[0].negatives[0].text == "a blue mug"
+
+
+def test_what_the_index_of_the_paper_names_exists():
+    from importlib import import_module
+
+    lines = (ROOT / "docs/paper.md").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line for line in lines if "planned" not in line)
+    names = set(re.findall(r"`(muco(?:\.\w+)+)", text))
+    files = set(re.findall(r"`((?:tests|benchmarks|recipes|docs)/[\w./-]+)`", text))
+    assert len(names) > 8
+    assert len(files) > 2
+    for name in names:
+        value: Any = muco
+        for part in name.split(".")[1:]:
+            value = getattr(value, part, None) or import_module(f"{value.__name__}.{part}")
+    assert [name for name in files if not (ROOT / name).exists()] == []

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from muco.evaluate import metrics
+
+
+def slow_rank(scores: list[float], positive: int, identities: list[int]) -> int:
+    if not all(math.isfinite(score) for score in scores):
+        return len(scores) + 1
+    rivals = [s for s, identity in zip(scores, identities, strict=True) if identity != identities[positive]]
+    return 1 + sum(score >= scores[positive] for score in rivals)
+
+
+@st.composite
+def ranking_problems(draw):
+    shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 8)))
+    values = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]) | st.sampled_from([math.nan, math.inf, -math.inf])
+    scores = draw(hnp.arrays(np.float32, shape, elements=values))
+    positives = draw(hnp.arrays(np.int64, shape[0], elements=st.integers(0, shape[1] - 1)))
+    return scores, positives, draw(hnp.arrays(np.int64, shape, elements=st.integers(0, 3)))
+
+
+def unit(rng: np.random.Generator, n: int, d: int = 8) -> np.ndarray:
+    rows = rng.normal(size=(n, d)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@given(ranking_problems())
+def test_ranks_equal_a_loop(problem):
+    scores, positives, identities = problem
+    expected = [slow_rank(list(s), p, list(i)) for s, p, i in zip(scores, positives, identities, strict=True)]
+    assert metrics.ranks(scores, positives, identities).tolist() == expected
+    one_row = [slow_rank(list(s), p, list(identities[0])) for s, p in zip(scores, positives, strict=True)]
+    assert metrics.ranks(scores, positives, identities[0]).tolist() == one_row
+
+
+@given(ranking_problems(), st.randoms(use_true_random=False))
+def test_the_order_of_candidates_does_not_matter(problem, random):
+    scores, positives, identities = problem
+    order = random.sample(range(scores.shape[1]), scores.shape[1])
+    moved = np.array([order.index(p) for p in positives])
+    expected = metrics.ranks(scores, positives, identities)
+    assert metrics.ranks(scores[:, order], moved, identities[:, order]).tolist() == expected.tolist()
+
+
+def test_ties_lose_and_the_same_candidate_is_no_rival():
+    scores = np.array([[0.5, 0.5, 0.5, 0.1]])
+    assert metrics.ranks(scores, [0], [0, 1, 2, 3]) == [3]
+    assert metrics.ranks(scores, [0], [0, 0, 2, 3]) == [2]
+    assert metrics.ranks(scores, [0], [7, 7, 7, 3]) == [1]
+    assert metrics.ranks([[0.5, 0.4999]], [0], [0, 1], tie=0.001) == [2]
+
+
+@pytest.mark.parametrize("positives", [[2], [-1], [0, 0]])
+def test_a_positive_must_be_a_column(positives):
+    with pytest.raises(ValueError, match="positive"):
+        metrics.ranks(np.zeros((1, 2)), positives, [0, 1])
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 22])
+def test_pool_and_lists_equal_the_whole_matrix_in_any_block(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    queries, pool = unit(rng, 23), unit(rng, 17)
+    positives = rng.integers(0, 17, 23)
+    relevant = [sorted({int(p), int(rng.integers(17))}) for p in positives]
+    expected = [
+        1 + sum(pool[c] @ q >= pool[p] @ q for c in range(17) if c not in right)
+        for q, p, right in zip(queries, positives, relevant, strict=True)
+    ]
+    assert len(set(expected)) > 5
+    assert metrics.ranks_in_pool(queries, pool, positives, relevant).tolist() == expected
+    rivals = [[c for c in range(17) if c not in right] for right in relevant]
+    lists = np.array([[p, *r, *[p] * (16 - len(r))] for p, r in zip(positives, rivals, strict=True)])
+    assert metrics.ranks_in_lists(queries, pool, lists).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [2, 5, 257, 1001])
+def test_equal_vectors_tie_wherever_they_stand(n):
+    vector = unit(np.random.default_rng(n), 1, 96)
+    pool = np.repeat(vector, n, axis=0)
+    everyone = [[i] for i in range(n)]
+    assert set(metrics.ranks_in_pool(pool, pool, np.arange(n), everyone)) == {n}
+    lists = np.array([np.roll(np.arange(n), i) for i in range(n)])
+    assert set(metrics.ranks_in_lists(pool, pool, lists)) == {n}
+
+
+@given(st.integers(1, 9), hnp.arrays(np.float32, (3, 7), elements=st.sampled_from([-1, 0, 0.5, 1, math.nan])))
+def test_top_k_is_a_stable_sort(k, scores):
+    queries, pool = np.eye(3, dtype=np.float32), scores.T.copy()
+    if not np.isfinite(scores).all():  # a product with NaN leaves no finite row; give each query its own pool
+        pool = np.nan_to_num(pool, nan=-9.0)
+    indices, values = metrics.top_k(queries, pool, k)
+    assert indices.shape == (3, min(k, 7))
+    for row, found, value in zip(pool.T, indices, values, strict=True):
+        expected = sorted(range(7), key=lambda i: (-row[i], i))[:k]
+        assert found.tolist() == expected
+        assert value.tolist() == row[expected].tolist()
+
+
+def test_top_k_puts_what_is_not_finite_last():
+    pool = np.array([[1, 0], [np.nan, 0], [2, 0], [np.inf, 0]], dtype=np.float32)
+    indices, scores = metrics.top_k(np.array([[1, 0]], dtype=np.float32), pool, 4)
+    assert indices.tolist() == [[2, 0, 1, 3]]
+    assert scores[0, :2].tolist() == [2, 1]
+
+
+def test_hit_mrr_and_chance():
+    found = np.array([1, 2, 4, 11])
+    assert [metrics.hit_at(found, k) for k in (1, 2, 10, 11)] == [0.25, 0.5, 0.75, 1.0]
+    assert metrics.mrr(found) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1 / 11) / 4)
+    assert metrics.chance_hit(5, 100) == 0.05
+    assert metrics.chance_hit(5, np.array([2, 10])) == 0.75
+
+
+def test_chance_is_what_random_vectors_reach():
+    rng = np.random.default_rng(3)
+    found = metrics.ranks_in_pool(unit(rng, 4000), unit(rng, 20), rng.integers(0, 20, 4000), [[]] * 4000)
+    assert metrics.hit_at(found, 5) == pytest.approx(metrics.chance_hit(5, 20), abs=0.03)
+
+
+def test_health():
+    rng = np.random.default_rng(1)
+    vectors = unit(rng, 50)
+    health = metrics.embedding_health(vectors)
+    assert (health.rows, health.non_finite, health.collapsed) == (50, 0, False)
+    assert health.spread == pytest.approx(np.linalg.norm(vectors - vectors[0], axis=1).max(), abs=1e-6)
+
+    noise = vectors[:1] + 1e-6 * rng.normal(size=(50, 8)).astype(np.float32)
+    assert metrics.embedding_health(noise).collapsed
+    noise[3] = np.nan
+    assert metrics.embedding_health(noise) == metrics.Health(50, 1, metrics.embedding_health(noise).spread, True)
+    assert metrics.embedding_health(np.full((4, 8), np.nan)) == metrics.Health(4, 4, 0.0, True)
+    assert not metrics.embedding_health(vectors[:1]).collapsed
+    assert metrics.embedding_health(vectors[:1] * np.inf).collapsed
+
+
+KEYS = st.integers(0, 2**64 - 1).map(lambda n: f"{n:016x}".ljust(64, "0"))
+
+
+@given(st.sets(KEYS, min_size=3, max_size=12), KEYS, KEYS, st.integers(1, 6), st.integers(0, 3))
+def test_a_draw_depends_on_seed_query_and_candidate_only(pool, extra, query, count, seed):
+    right = {min(pool)}
+    drawn = set(metrics.drawing(pool, count, seed)(query, right))
+    assert len(drawn) == min(count, len(pool) - 1)
+    assert not drawn & right and drawn <= pool
+    more = set(metrics.drawing(pool | {extra}, count, seed)(query, right))
+    assert more <= drawn | {extra}  # a newcomer displaces at most one, and nobody else moves
+
+
+def test_draws_are_even_and_differ_by_query_and_seed():
+    pool = {f"{i:016x}".ljust(64, "0") for i in range(40)}  # close hashes: the mixing has to spread them
+    draws = [frozenset(metrics.drawing(pool, 10, seed)(f"{q}", set())) for seed in (0, 1) for q in range(400)]
+    assert len(set(draws)) == 800
+    counts = [sum(key in drawn for drawn in draws) for key in pool]
+    assert min(counts) > 150 and max(counts) < 250  # 200 expected, standard deviation 12
