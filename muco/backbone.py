@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from muco.errors import CheckpointError
-from muco.processor import Processor, load_processor
-from muco.template import QWEN_VL, SPECIAL_TOKENS
+from muco.processor import Processor, first_line, load_processor
+from muco.template import QWEN_MODEL_TYPES, QWEN_VL, SPECIAL_TOKENS
 
 VISION_NAMES = ("visual", "vision_tower", "vision_model")  # how families name the frozen part
 CONNECTOR_NAMES = ("connector", "multi_modal_projector", "merger")  # no adapters here either
@@ -42,7 +42,7 @@ class Adapter:
 
 
 def load_backbone(
-    path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", local_files_only: bool = False
+    path: str | Path, *, dtype: str = "auto", local_files_only: bool = False
 ) -> tuple[nn.Module, Processor]:
     """Loads a model by path or hub id and its processor; both know ``<|emb|>`` and ``<|mask|>`` afterwards.
 
@@ -51,44 +51,62 @@ def load_backbone(
 
     Args:
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        attention: Implementation of attention, "sdpa" or "eager".
+        local_files_only: Never ask the hub.
     Returns:
         The model (without language-model head, in eval mode) and its processor.
     Raises:
-        CheckpointError: If the path holds no model, the model does not take images, or weights are missing or
-            unexpected; the message names them.
+        CheckpointError: If the path holds no model, the model does not take images, or weights are missing,
+            unexpected or of another shape; the message names them.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     source = str(path)
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        _check_config(source, config)
         wrapper, info = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation="sdpa",  # "eager" would add the boolean mask of isolated turns instead of applying it
             output_loading_info=True,
             local_files_only=local_files_only,
-            use_safetensors=True,
+            use_safetensors=True,  # pickled weights can run code
+            ignore_mismatched_sizes=True,  # they are reported by name below
         )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        missing = "" if Path(source).exists() else "no such folder, and from the hub: "
+        raise CheckpointError(f"cannot load a model from {source!r}: {missing}{first_line(error)}") from error
     _check_loaded(source, info)
-    processor, added = load_processor(source, config.model_type, local_files_only=local_files_only)
+    processor, added = load_processor(source, config, local_files_only=local_files_only)
     model = wrapper.model
-    if added or len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-        _grow_embeddings(model, len(processor.tokenizer))
+    tokens, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
+    if added:
+        _grow_embeddings(model, tokens)
+    elif tokens > rows:
+        raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
     return model.eval(), processor
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_config(source: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = config.model_type
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise CheckpointError(f"{source!r} is a {kind} model; MuCo needs one that reads images and text (image-text-to-text)")
+    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rotary and kind not in QWEN_MODEL_TYPES:
+        raise CheckpointError(f"{source!r} is a {kind} model, whose multimodal rotary positions MuCo does not know")
 
 
 def _check_loaded(source: str, info: Any) -> None:
     missing = sorted(key for key in info["missing_keys"] if key not in MAY_BE_MISSING)
     unexpected = sorted(info["unexpected_keys"])
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    mismatched = sorted(
+        f"{key} {tuple(saved)} instead of {tuple(expected)}" for key, saved, expected in info["mismatched_keys"]
+    )
     for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has wrongly shaped", mismatched)):
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
@@ -98,7 +116,9 @@ def _check_loaded(source: str, info: Any) -> None:
 def _grow_embeddings(model: nn.Module, tokens: int) -> None:
     # Never shrinks: families pad their vocabulary, and the new tokens often fit into the padding.
     if tokens > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # loading twice, or on two processes, gives the same new rows
+            torch.manual_seed(0)
+            model.resize_token_embeddings(tokens, mean_resizing=False)
 
 
 def freeze_vision(model: nn.Module) -> int:
@@ -243,8 +263,16 @@ QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"
 QWEN_PADS = ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer in Qwen's form (same pre-tokenisation, same special tokens) trained on ``texts``."""
+PROMPT_STRINGS = (QWEN_VL.head, QWEN_VL.tail)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocabulary: int,
+    *,
+    added: Sequence[str] = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, *PROMPT_STRINGS),
+) -> Any:
+    """A byte-level BPE tokenizer in Qwen's form (same pre-tokenisation) trained on ``texts``; ``added`` are special."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -272,8 +300,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
-    strings = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, QWEN_VL.head, QWEN_VL.tail)
-    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in strings], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in added], special_tokens=True)
     return tokenizer
 
 

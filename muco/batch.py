@@ -164,7 +164,7 @@ def _stack_patches(patches: Sequence[Tensor]) -> Tensor:
 def tree_mask(batch: DialogueBatch) -> Tensor | None:
     """Who may attend to whom, bool [B, 1, L, L], or None where the usual causal mask says it all.
 
-    Padding attends to itself only, so that no row of the softmax is empty.
+    No token attends to padding but each padding token to itself, so that no row of the softmax is empty.
     """
     if "branch_ids" not in batch:
         return None

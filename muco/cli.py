@@ -249,22 +249,23 @@ def data_scenes(
     print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed))
 
 
-@app.command(epilog=_examples("muco demo", "muco demo --output runs/quick --steps 100"))
+@app.command(epilog=_examples("muco demo", "muco demo --output runs/quick --steps 100 --train 2000"))
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for data, model, scores and report.html.")
     ] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer is quicker and worse.")] = None,
+    train: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 20_000,
+    test: Annotated[int, typer.Option(min=2, help="Held-out scenes to score and search.")] = 500,
 ) -> None:
     """Train and search on this machine.
 
     Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
-    images, and writes one self-contained report.html.
+    images, and writes one self-contained report.html. Give the same command again after an interruption: it goes on.
     """
     from muco.demo import run_demo
 
-    options = {} if steps is None else {"steps": steps}
-    print(run_demo(output, **options))
+    print(run_demo(output, steps=steps, train=train, test=test))
 
 
 @app.command(epilog=_examples("muco doctor", "muco doctor --json"))

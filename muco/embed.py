@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from bisect import bisect_right
 from collections import deque
@@ -159,14 +160,22 @@ def _bar(console: Console, *, shown: bool) -> Progress:
 
 
 def _opened(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
-    """The rows in order, their images opened by threads ahead of the reader: ``ahead`` rows or DECODED_BYTES."""
+    """The rows in order, their images opened by threads up to ``ahead`` rows before they are asked for.
+
+    Fewer, down to one per thread, where as many images of the largest size so far would take over DECODED_BYTES.
+    """
     window: deque[Future[Row]] = deque()
+    allowed, largest = DECODERS, 0
     with ThreadPoolExecutor(DECODERS) as pool:
         try:
             for row in rows:
                 window.append(pool.submit(_open, row))
-                while len(window) > ahead or sum(f.result().decoded_bytes for f in window if f.done()) > DECODED_BYTES:
-                    yield window.popleft().result()
+                while len(window) > allowed:
+                    opened = window.popleft().result()
+                    largest = max(largest, opened.decoded_bytes)
+                    if largest:
+                        allowed = max(DECODERS, min(ahead, DECODED_BYTES // largest))
+                    yield opened
             while window:
                 yield window.popleft().result()
         finally:
@@ -221,7 +230,7 @@ def _encode(model: Model, rows: list[Row]) -> list[np.ndarray | str]:
     except DataError as error:
         if len(rows) > 1:
             return [_encode(model, [row])[0] for row in rows]
-        return [str(error).removeprefix("input 0: ")]
+        return [re.sub(r"^input 0( turn 1)?: ", "", str(error))]  # the place in this call says nothing to the user
     return [vector if np.isfinite(vector).all() else "the model's vector is not finite" for vector in vectors]
 
 
@@ -361,8 +370,8 @@ class Parts:
         shown = {key: (found[key], run[key]) if key == "columns" else (found[key][:12], run[key][:12]) for key in run}
         differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in shown.items() if found[key] != run[key]]
         if differ:
-            what = f"{place} was made with another {' and another '.join(differ)}"
-            raise OutputError(f"{what}; go back to those, name another output, or {RESTART}")
+            what = f"{place} is of a run that differs in {', '.join(differ)}"
+            raise OutputError(f"{what}; go back to it, name another output, or {RESTART}")
 
 
 def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:

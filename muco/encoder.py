@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,10 +30,13 @@ from muco.processor import Processor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-STOCK_TYPES = {  # how our modules are named in a saved folder, so that the stock library loads them
-    "Encoder": "sentence_transformers.base.modules.transformer.Transformer",
-    "TurnPooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+_FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+STOCK_TRANSFORMER = {  # what the stock library may be given, and the output it hands to the pooling
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": _FORWARD, "image": _FORWARD, "message": {**_FORWARD, "format": "structured"}},
+    "module_output_name": "token_embeddings",
 }
+STOCK_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}  # name -> folder
 
 
 class Encoder(InputModule):
@@ -66,7 +70,7 @@ class Encoder(InputModule):
         """
         if prompt:
             raise MucoError("this model takes no prompt; write the instruction into the text")
-        return self.collate([single_turn(value, f"input {i}") for i, value in enumerate(inputs)])
+        return self.collate([_dialogue(value, i) for i, value in enumerate(inputs)])
 
     def collate(self, dialogues: Sequence[Dialogue]) -> DialogueBatch:
         return collate(dialogues, self.muco_processor, padding_side=self.padding_side)
@@ -87,12 +91,7 @@ class Encoder(InputModule):
             model = merge_adapters(copy.deepcopy(model))
         model.save_pretrained(folder)
         self.muco_processor.save(folder)
-        stock = {
-            "transformer_task": "feature-extraction",
-            "modality_config": {"message": {"method": "forward", "method_output_name": "last_hidden_state"}},
-            "module_output_name": "token_embeddings",
-        }
-        (folder / "sentence_bert_config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Encoder:
@@ -147,7 +146,7 @@ class Model(SentenceTransformer):
         """
         if self.is_singular_input(inputs):
             return self.encode([inputs], **kwargs)[0]
-        values = [_as_mapping(value) for value in inputs]
+        values = [_as_mapping(value, i) for i, value in enumerate(inputs)]
         if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
             return np.zeros((0, self.get_embedding_dimension()), dtype=np.float32)
         return super().encode(values, **kwargs)
@@ -191,17 +190,49 @@ class Model(SentenceTransformer):
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Saves a stock SentenceTransformer folder; see the module's docstring."""
         super().save(path, *args, **kwargs)
-        file = Path(path) / "modules.json"
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        for module in modules:
-            module["type"] = STOCK_TYPES.get(module["type"].split(".")[-1], module["type"])
-        file.write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+        _write_stock_modules(Path(path), self.get_embedding_dimension())
 
 
-def _as_mapping(value: Any) -> dict[str, Any]:
-    # The library sorts inputs by length, which it knows for mappings of strings and Pillow images.
-    content = as_content(value)
-    return {"text": content.text, "images": list[ImageLike](content.images)}
+def _write_stock_modules(folder: Path, dimension: int) -> None:
+    """Names the modules as every version of the stock library does, and vLLM, which knows the oldest names only."""
+    names = enumerate(STOCK_MODULES.items())
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in names
+    ]
+    others = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+    pooling = {
+        "word_embedding_dimension": dimension,
+        **{f"pooling_mode_{mode}": False for mode in others},
+        "pooling_mode_lasttoken": True,
+        "pooling_mode": "lasttoken",  # the new style
+        "include_prompt": True,  # last: vLLM takes the first true value for the mode
+    }
+    _write_json(folder / "modules.json", modules)
+    _write_json(folder / STOCK_MODULES["Pooling"] / "config.json", pooling)
+    shutil.rmtree(folder / f"1_{TurnPooling.__name__}")  # written by the library under our class's name
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_mapping(value: Any, number: int) -> dict[str, Any]:
+    # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
+    # the caller's, so each input takes along the number by which an error names it.
+    where = f"input {number}"
+    try:
+        content = as_content(value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return {"text": content.text, "images": list[ImageLike](content.images), "where": where}
+
+
+def _dialogue(value: Any, number: int) -> Dialogue:
+    if isinstance(value, dict) and "where" in value:
+        return single_turn(Content(value["text"], tuple(value["images"])), value["where"])
+    return single_turn(value, f"input {number}")
 
 
 def from_backbone(model: nn.Module, processor: Processor, *, device: str | None = None) -> Model:

@@ -7,6 +7,7 @@ image half and the tokenizer are put together here. Other families go through th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from muco.data.images import open_image, resize_to_budget
-from muco.dialogue import Dialogue, ImageLike
+from muco.data.images import open_image
+from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
 from muco.template import EMB, QWEN_MODEL_TYPES, QWEN_VL, SPECIAL_TOKENS, SpecialTokenGuard, Template, from_chat_template
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SETTINGS_FILE = "muco.json"
+SETTINGS_NOTE = re.compile(r"\{#- muco (.*?) -#\}")  # the same, at the head of the chat template
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 
@@ -51,14 +53,10 @@ class Processor:
 
     Args:
         stock: For families other than Qwen, their own processor, which expands the image placeholder.
-        max_pixels: For those families: larger images are shrunk to this many pixels before anything else.
     """
 
-    def __init__(
-        self, tokenizer: Any, image_processor: Any, template: Template, *, stock: Any = None, max_pixels: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, image_processor: Any, template: Template, *, stock: Any = None) -> None:
         self.tokenizer, self.image_processor, self.template, self.stock = tokenizer, image_processor, template, stock
-        self.max_pixels = max_pixels
         self.emb_id = tokenizer.convert_tokens_to_ids(EMB)
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.guard = SpecialTokenGuard(special)
@@ -108,8 +106,6 @@ class Processor:
         return EncodedImage(ids, {"pixel_values": output["pixel_values"]}, grid, merge)
 
     def _encode_with_stock(self, image: Image) -> EncodedImage:
-        if self.max_pixels is not None:
-            image = resize_to_budget(image, self.max_pixels)
         output = self.stock(
             text=[self.template.image_token], images=[[image]], return_tensors="pt", add_special_tokens=False
         )
@@ -117,34 +113,44 @@ class Processor:
         return EncodedImage(tuple(output["input_ids"][0].tolist()), patches)
 
     def set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Sets the pixel budget; it is saved with the image processor, so stock libraries keep it."""
-        if self.stock is not None:
-            self.max_pixels = max_pixels
-            return
+        """Sets the pixel budget; it is saved with the image processor, so stock libraries keep it.
+
+        Raises:
+            CheckpointError: If the family's image processor knows no such limit.
+        """
         size = dict(self.image_processor.size)
-        size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]
-        size["longest_edge"] = max_pixels if max_pixels is not None else size["longest_edge"]
+        if self.stock is None:  # the Qwen family keeps pixel counts under the names of edges
+            size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]
+            size["longest_edge"] = max_pixels if max_pixels is not None else size["longest_edge"]
+        else:
+            tile = dict(getattr(self.image_processor, "max_image_size", None) or {}).get("longest_edge")
+            if min_pixels is not None or tile is None or "longest_edge" not in size:
+                name = type(self.image_processor).__name__
+                raise CheckpointError(f"{name} has no such limit; leave min_pixels{'' if tile else ' and max_pixels'} out")
+            if max_pixels is not None:  # every image is scaled to this edge and cut into square tiles
+                size["longest_edge"] = max(tile, int(max_pixels**0.5) // tile * tile)
         self.image_processor.size = size
 
     def settings(self) -> dict[str, Any]:
         """What the vectors depend on besides the weights: prompt and pixel budget."""
         return {
             "template": asdict(self.template),
-            "max_pixels": self.max_pixels,
             "image_processor": _plain(self.image_processor.to_dict()),
         }
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer, chat template, image processor and ``muco.json``, readable by stock libraries."""
-        self.tokenizer.chat_template = self.template.jinja()
+        settings = {"format": 1, "template": asdict(self.template)}
+        # The chat template takes the settings along where a stock library saves the model again without our file.
+        note = json.dumps(settings).replace("#", "\\u0023")  # "#}" would end the comment
+        self.tokenizer.chat_template = f"{{#- muco {note} -#}}{self.template.jinja()}"
         if self.stock is not None:
-            self.stock.chat_template = self.template.jinja()
+            self.stock.chat_template = self.tokenizer.chat_template
             self.stock.save_pretrained(folder)
         else:
             self.image_processor.save_pretrained(folder)
             _write_video_half(folder, self.image_processor)
         self.tokenizer.save_pretrained(folder)
-        settings = {"format": 1, "template": asdict(self.template), "max_pixels": self.max_pixels}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -153,75 +159,99 @@ def _plain(value: Any) -> Any:
 
 
 def _write_video_half(folder: Path, image_processor: Any) -> None:
-    # Stock Qwen processors refuse to load without a video processor's settings; they are the image processor's.
+    # Stock Qwen processors have a video half: of the class of the model's family, with the image half's settings.
     settings = _plain(image_processor.to_dict())
     settings.pop("image_processor_type", None)
-    settings["video_processor_type"] = "Qwen2VLVideoProcessor"
     (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def load_processor(path: str, model_type: str, *, local_files_only: bool = False) -> tuple[Processor, bool]:
+def load_processor(path: str, config: Any, *, local_files_only: bool = False) -> tuple[Processor, bool]:
     """The processor of a saved or hub model, with MuCo's tokens added where they are missing.
 
+    Args:
+        config: The model's configuration.
     Returns:
         The processor, and whether tokens were added (the embedding matrix must then grow).
     Raises:
-        CheckpointError: If no prompt is known for the model's family or its processor cannot be built here.
+        CheckpointError: If no prompt is known for the model's family, or its processor cannot be built here or does
+            not belong to the model.
     """
-    from transformers import AddedToken, AutoImageProcessor, AutoTokenizer
+    from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
+    def read(auto_class: Any, **kwargs: Any) -> Any:
+        try:
+            return auto_class.from_pretrained(path, local_files_only=local_files_only, **kwargs)
+        except (ImportError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: its processor cannot be built here: {first_line(error)}") from error
+
+    tokenizer = read(AutoTokenizer)
     released = EMB in tokenizer.get_vocab()
     if not released:
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS], special_tokens=True)
-    settings = _read_settings(path)
+    settings = _read_settings(path, local_files_only, tokenizer.chat_template)
     template = Template(**settings["template"]) if settings else None
 
-    if model_type in QWEN_MODEL_TYPES:
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=local_files_only)
-        if template is None:
-            # A checkpoint with our tokens but without our settings is one of the paper's releases.
-            template = _replace(QWEN_VL, newline_at_end=released)
-        processor = Processor(tokenizer, image_processor, template)
+    if config.model_type in QWEN_MODEL_TYPES:
+        # A checkpoint with our tokens but without our settings is one of the paper's releases.
+        template = template or _replace(QWEN_VL, newline_at_end=released)
+        processor = Processor(tokenizer, read(AutoImageProcessor, backend="pil"), template)
         if released and not settings:
             processor.set_pixels(*EVALUATION_PIXELS)
-        return processor, not released
-
-    stock = _stock_processor(path, tokenizer, local_files_only)
-    if template is None:
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = getattr(stock, "chat_template", None)
-        template = from_chat_template(tokenizer, stock.image_token, special)
-    max_pixels = settings["max_pixels"] if settings else None
-    processor = Processor(tokenizer, stock.image_processor, template, stock=stock, max_pixels=max_pixels)
+    else:
+        stock = _with_tokenizer(read(AutoProcessor, backend="pil"), tokenizer, path)
+        template = template or _derived_template(stock)
+        processor = Processor(tokenizer, stock.image_processor, template, stock=stock)
+    _check_tokens(processor, config, path)
     return processor, not released
 
 
-def _stock_processor(path: str, tokenizer: Any, local_files_only: bool) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        stock = AutoProcessor.from_pretrained(path, backend="pil", local_files_only=local_files_only)
-    except (ImportError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: its processor cannot be built here: {error}") from error
+def _with_tokenizer(stock: Any, tokenizer: Any, path: str) -> Any:
     if not hasattr(stock, "image_token") or not hasattr(stock, "image_processor"):
         raise CheckpointError(f"{path}: {type(stock).__name__} has no image token; MuCo needs an image-text-to-text model")
+    tokenizer.chat_template = tokenizer.chat_template or getattr(stock, "chat_template", None)
     stock.tokenizer = tokenizer
     return stock
 
 
-def _read_settings(path: str) -> dict[str, Any] | None:
+def _derived_template(stock: Any) -> Template:
+    special = [str(token) for token in stock.tokenizer.added_tokens_decoder.values() if token.special]
+    return from_chat_template(stock.tokenizer, stock.image_token, special)
+
+
+def _check_tokens(processor: Processor, config: Any, path: str) -> None:
+    """Refuses a tokenizer of another model, an empty one (which some become when a file is missing), one we cannot cut."""
+    template, image_ids = processor.template, processor.text_ids(processor.template.image_token)
+    if image_ids != (getattr(config, "image_token_id", image_ids[:1]),) or not processor.text_ids("word"):
+        raise CheckpointError(f"{path}: the tokenizer is not this model's or lacks a file; look for tokenizer.json")
+    for text in ("word", " word", "\nword", "word\n"):
+        prompt = template.prompt(Dialogue((), (Content(text),)))
+        parts = ["".join(map(str, pieces)) for pieces in (prompt.trunk, *prompt.branches)]
+        if sum((processor.text_ids(part) for part in parts), ()) != processor.text_ids("".join(parts)):
+            raise CheckpointError(f"{path}: the tokenizer reads a prompt in parts differently than as a whole")
+
+
+def _read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict[str, Any] | None:
     from transformers.utils.hub import cached_file
 
-    file = cached_file(path, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
-    if file is None:
+    file = cached_file(
+        path, SETTINGS_FILE, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False
+    )
+    note = SETTINGS_NOTE.match(chat_template) if isinstance(chat_template, str) else None
+    if file is None and note is None:
         return None
-    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8") if file else note[1])
+    except ValueError as error:
+        raise CheckpointError(f"{file or path}: not valid JSON: {error}") from error
     known = {field.name for field in fields(Template)}
-    if settings.get("format") != 1 or set(settings["template"]) != known:
-        raise CheckpointError(f"{file}: written by another version of MuCo; this one reads format 1")
+    if not isinstance(settings, dict) or settings.get("format") != 1 or set(settings.get("template", ())) != known:
+        raise CheckpointError(f"{file or path}: written by another version of MuCo; this one reads format 1")
     return settings
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice that libraries append to it."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _replace(template: Template, **changes: Any) -> Template:

@@ -19,6 +19,7 @@ from muco.errors import CheckpointError, DataError
 EMB = "<|emb|>"
 MASK = "<|mask|>"
 SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def _joined(pieces: Iterable[str | ImageSlot]) -> Pieces:
 
 
 def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"
 
 
 QWEN_VL = Template(
@@ -218,7 +220,10 @@ def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str])
 
 
 class SpecialTokenGuard:
-    """Refuses data text with a special token, which would be a second embedding position, an image or a role."""
+    """Refuses data text with a special token, which would be a second embedding position, an image or a role.
+
+    Also half a character (JSON can spell it), which no tokenizer takes.
+    """
 
     def __init__(self, special: Iterable[str]) -> None:
         tokens = sorted({*special, *SPECIAL_TOKENS} - {""}, key=len, reverse=True)
@@ -227,8 +232,11 @@ class SpecialTokenGuard:
     def check(self, dialogue: Dialogue) -> None:
         """Raises a DataError that names the row, the turn and the token."""
         for number, turn in enumerate(dialogue.turns, start=1):
+            place = f"{dialogue.where or 'input'} turn {number}"
             if found := self._pattern.search(turn.text):
                 raise DataError(
-                    f"{dialogue.where or 'input'} turn {number}: the text contains the special token {found[0]!r}; "
+                    f"{place}: the text contains the special token {found[0]!r}; "
                     "take it out of the data, in a prompt it has a meaning of its own"
                 )
+            if found := LONE_SURROGATE.search(turn.text):
+                raise DataError(f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data")

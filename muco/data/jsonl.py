@@ -19,8 +19,9 @@ import operator
 import os
 from array import array
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class JsonlData:
             line = file.readline(MAX_LINE_BYTES + 1)
         return _parse(line, self.where(i))
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> BufferedReader:
         try:
             file = self.path.open("rb")
         except OSError as error:

@@ -1,9 +1,9 @@
 """The built-in data set: small pictures of shapes, each with seven questions of the kinds that M3T has.
 
 A scene is two or three objects in a 3 x 3 grid on a coloured, textured background. The objects of one scene differ in
-colour *and* in shape, and exactly one of them is the largest, so that "the star" or "the largest object" always means
-one object. Picture, questions and answers all follow from the :class:`Scene`, and the caption says everything that the
-picture shows: two scenes with the same caption are the same picture.
+colour *and* in shape, and exactly one of them is the largest, so that "the red object" or "the largest object" always
+means one object. Picture, questions and answers all follow from the :class:`Scene`, and the caption says everything
+that the picture shows: two scenes with the same caption are the same picture.
 
 How many scenes there are (``number_of_scenes``)::
 
@@ -54,7 +54,7 @@ BACKGROUNDS = {
     "rose": (244, 192, 186),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
-SIZES = {"small": 0.42, "medium": 0.64, "large": 0.9}  # width of the object / width of its cell
+SIZES = {"small": 0.44, "medium": 0.66, "large": 0.94}  # width of the object / width of its cell
 TEXTURES = ("plain", "striped", "dotted", "checkered", "shaded")
 CELLS = (
     *("top left", "top center", "top right"),
@@ -73,7 +73,6 @@ PLACES = {
     "checkered": "across the rooftops",
     "shaded": "into the mist",
 }
-PATTERNS = {"plain": "plain ground", "striped": "stripes", "dotted": "dots", "checkered": "checks", "shaded": "shading"}
 
 SPLITS = ("train", "dev", "test")
 SUPERSAMPLING = 4  # masks are drawn this many times larger, then averaged down for smooth edges
@@ -170,11 +169,11 @@ def turns(scene: Scene) -> list[Turn]:
         ),
         Turn(
             [
-                "How many shapes are there, and on what pattern?",
+                "How many shapes are there, and which?",
                 "Count and name the shapes.",
                 "Which shapes are shown?",
             ],
-            f"{'two' if n == 2 else 'three'} shapes on {PATTERNS[scene.texture]}: {shapes}",
+            f"{'two' if n == 2 else 'three'} shapes on {scene.texture} {scene.background}: {shapes}",
             "global",
         ),
         Turn(
@@ -188,8 +187,8 @@ def turns(scene: Scene) -> list[Turn]:
             "local",
         ),
         Turn(
-            [f"Where is the {there.shape}, and how does it look?", f"Find the {there.shape} and describe it."],
-            f"at {there.place}, {there.size} and {there.color}",
+            [f"Where is the {there.color} object, and what is it?", f"Find and name the {there.color} object."],
+            f"a {there.size} {there.shape} at {there.place}",
             "local",
         ),
         Turn(

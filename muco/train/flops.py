@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from muco.backbone import VISION_NAMES, Adapter, add_adapters, freeze_vision
+from muco.backbone import VISION_NAMES, Adapter, add_adapters
 from muco.batch import tree_mask
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
 
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one step. ``vision`` is the vision tower, ``language`` the language model and the loss."""
+    """Operations of one step: forward through the vision tower, the rest of forward, and backward through both."""
 
     vision: int
     language: int
+    backward: int
 
     @property
     def total(self) -> int:
-        return self.vision + self.language
+        return self.vision + self.language + self.backward
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -61,32 +62,44 @@ _ATTENTION = {
 }
 
 
-def count_flops(run: Callable[[], Any]) -> Flops:
-    """Calls ``run`` and counts; what happens inside a module named like a vision tower is ``vision``."""
-    with FlopCounterMode(display=False, depth=None, custom_mapping=_ATTENTION) as counter:
-        run()
-    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    vision = sum(flops for name, flops in counts.items() if name.split(".")[-1] in VISION_NAMES)
-    return Flops(vision, counts.get("Global", 0) - vision)
+def count_flops(forward: Callable[[], Tensor], *, backward: bool = True) -> Flops:
+    """Calls ``forward``, differentiates the scalar it returns if asked, and counts both.
+
+    What happens inside a module named like a vision tower is ``vision``.
+    """
+    with torch.set_grad_enabled(backward), _counter() as ahead:
+        value = forward()
+    with _counter() as back:
+        if backward:
+            value.backward()
+    counts = {name: sum(ops.values()) for name, ops in ahead.get_flop_counts().items()}
+    vision = sum(flops for name, flops in counts.items() if _is_tower(name.split(".")))
+    return Flops(vision, ahead.get_total_flops() - vision, back.get_total_flops())
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, depth=None, custom_mapping=_ATTENTION)
+
+
+def _is_tower(path: list[str]) -> bool:
+    return path[-1] in VISION_NAMES and not {*VISION_NAMES} & {*path[:-1]}  # some families nest two such names
 
 
 def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True, temperature: float = 0.02) -> Flops:
     """Counts one training step: query forward, target forward, loss and, if asked, backward.
 
     Args:
-        model: In training mode or not; the step is really made and leaves its gradients in the parameters.
+        model: The step is really made and leaves its gradients in the parameters.
         batch: From :func:`muco.train.mixture.training_batch`, on the model's device.
     """
     loss = MultiTurnLoss(model, temperature=temperature)
+    return count_flops(lambda: loss([dict(batch["query"]), dict(batch["target"])], batch["ids"]), backward=backward)
 
-    def run() -> None:
-        with torch.set_grad_enabled(backward):
-            value = loss([dict(batch["query"]), dict(batch["target"])], batch["ids"])
-        if backward:
-            value.backward()
 
-    return count_flops(run)
-
+# Tokens of QWEN_VL's prompt under the true tokenizer, outside the turns: the system text and the user's role, and for
+# an image <|vision_start|>, <|vision_end|> and a newline.
+PROMPT_TOKENS = 14
+IMAGE_MARKS = 3
 
 # The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
 _VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
@@ -130,7 +143,6 @@ def meta_step_flops(
     visual_tokens: int = 782,
     query_tokens: int = 30,
     target_tokens: int = 20,
-    prompt_tokens: int = 15,
     mode: Literal["isolated", "compounded"] = "isolated",
     backward: bool = True,
     vision_backward: bool = False,
@@ -143,78 +155,75 @@ def meta_step_flops(
     Args:
         visual_tokens: Per image, of ``spatial_merge_size`` squared patches each.
         query_tokens, target_tokens: What one more turn adds to either sequence, its share of the prompt included.
-        prompt_tokens: What stands before the first turn: the system text, the opening of the user's message.
         mode: Decides the attention mask. It does not change the count, see the module's docstring.
         backward: False counts the forward passes alone.
         vision_backward: Whether the vision tower is trained.
         adapter: Low-rank adapters on a frozen language model; None trains all of its weights. DoRA's weight norms,
             which do not grow with the batch, would be multiplied by ``images``, so only "lora" is accepted.
     Raises:
-        ValueError: If a number is not positive or the adapter is not LoRA.
+        ValueError: If a number is not positive, the mode unknown or the adapter not LoRA.
     """
-    if min(images, turns, visual_tokens, query_tokens, target_tokens) < 1 or prompt_tokens < 0:
+    if min(images, turns, visual_tokens, query_tokens, target_tokens) < 1:
         raise ValueError("images, turns and tokens must be positive")
+    if mode not in ("isolated", "compounded"):
+        raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
     if adapter is not None and adapter.kind != "lora":
         raise ValueError("only LoRA adapters can be counted for one image and multiplied")
-    model, vision, language = _meta_model(config, adapter, vision_backward)
-    isolated = mode == "isolated" and turns > 1
-    sides = ((visual_tokens, query_tokens), (0, target_tokens))
+    model = _MetaModel(config, adapter, vision_backward)
 
-    def one_image() -> None:
-        for visual, tokens in sides:
-            embeds = [_embed_text(language, prompt_tokens + turns * tokens)]
-            if visual:
-                embeds.append(_see(vision, visual, config.vision_config))
-            hidden = _read(language, torch.cat(embeds)[None], isolated)
-            if backward:
-                hidden[0, -turns:].sum().backward()
+    def one_image() -> Tensor:
+        sides = ((visual_tokens, query_tokens), (0, target_tokens))
+        hidden = [model(visual, turns * tokens, tree=mode == "isolated" and turns > 1) for visual, tokens in sides]
+        return sum(states[0, -turns:].sum() for states in hidden)
 
-    def loss() -> None:
+    def loss() -> Tensor:
         shape = (images * turns, config.text_config.hidden_size)
-        query, target = (torch.empty(shape, device="meta", requires_grad=backward) for _ in sides)
-        value = multi_turn_info_nce(query, target, torch.empty(shape[0], dtype=torch.long, device="meta"))
-        if backward:
-            value.backward()
+        query, target = (torch.empty(shape, device="meta", requires_grad=True) for _ in range(2))
+        return multi_turn_info_nce(query, target, torch.empty(shape[0], dtype=torch.long, device="meta"))
 
-    with torch.set_grad_enabled(backward):
-        image, once = count_flops(one_image), count_flops(loss)
-    return Flops(images * image.vision, images * image.language + once.total)
-
-
-def _meta_model(config: Any, adapter: Adapter | None, vision_backward: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-    from transformers import Qwen2VLModel
-
-    with torch.device("meta"):
-        model = Qwen2VLModel._from_config(config, attn_implementation="sdpa")
-        vision, language = model.visual, model.language_model
-        if adapter is not None:
-            model = add_adapters(model, adapter, [0, 1])
-            vision.requires_grad_(True)
-    if not vision_backward:
-        freeze_vision(model)
-    return model, vision, language
+    one, all_turns = (count_flops(forward, backward=backward) for forward in (one_image, loss))
+    return Flops(
+        vision=images * one.vision,
+        language=images * one.language + all_turns.language,
+        backward=images * one.backward + all_turns.backward,
+    )
 
 
-def _embed_text(language: nn.Module, tokens: int) -> Tensor:
-    return language.embed_tokens(torch.empty(tokens, dtype=torch.long, device="meta"))
+class _MetaModel(nn.Module):
+    """The two halves of a Qwen2-VL, joined without looking at values, of which meta tensors have none."""
 
+    def __init__(self, config: Qwen2VLConfig, adapter: Adapter | None, vision_backward: bool) -> None:
+        from transformers import Qwen2VLModel
 
-def _see(vision: nn.Module, visual_tokens: int, config: Any) -> Tensor:
-    # positions and lengths are given, because the model would read them off the grid, and a meta tensor has no values
-    patches = visual_tokens * config.spatial_merge_size**2
-    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    return vision(
-        torch.empty(patches, pixels, device="meta"),
-        grid_thw=None,
-        position_ids=torch.empty(patches, 2, dtype=torch.long, device="meta"),
-        cu_seqlens=torch.tensor([0, patches]),
-    ).pooler_output
+        super().__init__()
+        with torch.device("meta"):
+            model = Qwen2VLModel._from_config(config, attn_implementation="sdpa")
+            self.visual, self.language = model.visual, model.language_model
+            if adapter is not None:
+                add_adapters(model, adapter, [0, 1])
+        self.visual.requires_grad_(vision_backward)
 
+    def forward(self, visual_tokens: int, turn_tokens: int, *, tree: bool) -> Tensor:
+        text = torch.empty(PROMPT_TOKENS + turn_tokens, dtype=torch.long, device="meta")
+        embeds = [self.language.embed_tokens(text)]
+        if visual_tokens:
+            marks = torch.empty(IMAGE_MARKS, dtype=torch.long, device="meta")
+            embeds += [self.language.embed_tokens(marks), self._see(visual_tokens)]
+        sequence = torch.cat(embeds)[None]  # [1, L, D], in any order: every token costs the same
+        ids = torch.empty(sequence.shape[:2], dtype=torch.long, device="meta")
+        mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if tree else None  # type: ignore[typeddict-item]
+        positions = ids.expand(3, -1, -1)
+        output = self.language(inputs_embeds=sequence, attention_mask=mask, position_ids=positions, use_cache=False)
+        return output.last_hidden_state
 
-def _read(language: nn.Module, embeds: Tensor, isolated: bool) -> Tensor:
-    shape = embeds.shape[:2]
-    ids = torch.empty(shape, dtype=torch.long, device="meta")
-    mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if isolated else None  # type: ignore[typeddict-item]
-    positions = torch.empty(3, *shape, dtype=torch.long, device="meta")
-    output = language(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
+    def _see(self, visual_tokens: int) -> Tensor:
+        config = self.visual.config
+        patches = visual_tokens * config.spatial_merge_size**2
+        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        # positions and lengths are given, because the tower would read them off the grid's values
+        return self.visual(
+            torch.empty(patches, pixels, device="meta"),
+            grid_thw=None,
+            position_ids=torch.empty(patches, 2, dtype=torch.long, device="meta"),
+            cu_seqlens=torch.tensor([0, patches]),
+        ).pooler_output

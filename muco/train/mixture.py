@@ -126,7 +126,7 @@ class TrainingBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         draws = self.mixture.draws(step)
-        rows = [(draw, self.sources[draw.source][draw.index]) for draw in draws]
+        rows = [(draw, self._sample(draw)) for draw in draws]
         skipped = 0
         if self.skip_broken_images:
             usable = [(draw, sample) for draw, sample in rows if self._usable(sample)]
@@ -146,6 +146,10 @@ class TrainingBatches(Dataset):
             batch["skipped"] = torch.tensor(skipped)
         return batch
 
+    def _sample(self, draw: Draw) -> Sample:
+        sample = self.sources[draw.source][draw.index]
+        return with_image_turn(sample, self.turns.image_turn) if self.turns.image_turn else sample
+
     def _usable(self, sample: Sample) -> bool:
         images = [*sample.images, *(i for t in sample.turns for c in (*t.query, *t.target, *t.negatives) for i in c.images)]
         try:
@@ -158,6 +162,14 @@ class TrainingBatches(Dataset):
         order = turn_order(len(sample.turns), draw, row, step, self.turns, self.seed)
         rng = np.random.default_rng([self.seed, 4, draw.source, draw.position])
         return sample, [Chosen.of(sample.turns[turn], rng) for turn in order]
+
+
+def with_image_turn(sample: Sample, kind: str) -> Sample:
+    """Adds the turn (image alone, target of the turn of this kind); samples without image or kind stay as they are."""
+    described = next((turn for turn in sample.turns if turn.kind == kind), None)
+    if described is None or not sample.images:
+        return sample
+    return sample.with_turns([*sample.turns, Turn(query="", target=described.target, kind="image")])
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,14 @@ class TurnsRecipe:
         order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
             "batch" one per batch, a number g draws g per batch.
         limit: At most so many turns per sample and step, drawn anew each time; None for all.
+        image_turn: The kind of turn whose target describes the whole image ("retrieval"). Its samples get one more
+            turn, the image alone with that target, so that an image by itself is embedded too; None for none.
     """
 
     mode: Literal["isolated", "compounded"] = "isolated"
     order: Literal["sample", "batch"] | int = "sample"
     limit: int | None = None
+    image_turn: str | None = None
 
 
 @dataclass(frozen=True)

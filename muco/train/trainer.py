@@ -186,7 +186,6 @@ class MuCoTrainer(SentenceTransformerTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=bool(workers),
             pin_memory=self.args.dataloader_pin_memory,
-            multiprocessing_context="forkserver" if workers and torch.cuda.is_available() else None,
         )
         return self.accelerator.prepare(loader)
 

@@ -1,0 +1,364 @@
+"""The report: one HTML file that needs nothing else, no script, works on a phone, and follows light or dark."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from muco.demo.chart import loss_curve
+
+TASKS = {  # name -> title, explanation
+    "answer": ("Image + question → answer", "mean over the kinds of question"),
+    "answer_text_only": ("Question alone → answer", "control: what the question gives away"),
+    "image_to_caption": ("Image → caption", "among all captions of the set"),
+    "caption_to_image": ("Caption → image", "among all images of the set"),
+    "within": ("Within one image", "among the answers about the same image: is the question read?"),
+    "blind": ("Black image → caption", "control: above chance would be a leak"),
+}
+CONTROLS = ("answer_text_only", "blind")
+TILES = ("image_to_caption", "caption_to_image", "answer", "within")
+METRICS = ("hit@1", "hit@5", "hit@10", "mrr")
+STAGES = {
+    "scenes": "draw the scenes",
+    "before": "score the untrained model",
+    "train": "train",
+    "after": "score the trained model",
+    "embed": "embed the held-out images",
+    "search": "search",
+    "page": "write the page",
+}
+
+
+def write_page(output: Path, record: Mapping[str, Any], scenes: Path) -> str:
+    """Writes the report of a demo, whole or not at all.
+
+    Args:
+        record: ``demo.json``, all stages but the page itself done.
+        scenes: The folder of the data, for the images.
+    Returns:
+        The file's name.
+    """
+    part = output.with_name(f"{output.name}.{os.getpid()}.part")
+    part.write_text(page(record, scenes), encoding="utf-8")
+    os.replace(part, output)
+    return output.name
+
+
+def page(record: Mapping[str, Any], scenes: Path) -> str:
+    results = {name: stage["result"] for name, stage in record["stages"].items() if "result" in stage}
+    image = cache(partial(_image, scenes))
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    sections = [
+        _tiles(results),
+        _texts(results["search"], image),
+        _answers(results["search"], image),
+        _scores(results),
+        _curve(results),
+        _missed_images(results["search"]["missed_images"], image),
+        _missed_answers(results["search"], image),
+        _run(record, results),
+    ]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>MuCo demo</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<h1>One image, many turns: the MuCo demo</h1>
+{_summary(record, results)}
+</header>
+<main>
+{"".join(sections)}
+</main>
+</body>
+</html>
+"""
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _summary(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    before, train, scenes = results["before"], results["train"], results["scenes"]
+    stage = record["stages"]["train"]
+    pairs = train["steps"] * before["pairs_per_step"]
+    interrupted = " after an interruption" * stage["interrupted"]
+    return f"""<p>A Qwen2-VL of <b>{before["parameters"] / 1e6:.1f} million parameters</b> with random weights was trained in
+<b>{_duration(stage["seconds"])}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and target, from
+{scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one pass over its
+image. The scores are of <b>{scenes["test"]:,} other scenes</b>, whose captions never occur in training. All of it ran on
+{_processor(train["machine"])}.</p>"""
+
+
+def _processor(machine: Mapping[str, Any]) -> str:
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
+    name = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    return f"{escape(name or 'an unnamed processor')} ({cores})"
+
+
+def _tiles(results: Mapping[str, Any]) -> str:
+    before, after = results["before"]["tasks"], results["after"]["tasks"]
+    tiles = "".join(
+        _tile(name, _scores_of(before[name]), _scores_of(after[name]), after) for name in TILES if name in after
+    )
+    lines = "".join(f"<li>{escape(line)}</li>" for line in results["after"]["warnings"])
+    warnings = f'<ul class="warning">{lines}</ul>' if lines else ""
+    return f'<div class="tiles">{tiles}</div>{warnings}'
+
+
+def _tile(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
+    hit, chance = _number(after["hit@1"]), _number(after["chance@1"])
+    notes = [
+        f"right at first among {_candidates(after)}",
+        f"chance {chance}\u202f%",
+        f"before training {_number(before['hit@1'])}\u202f%",
+    ]
+    if name == "answer" and "answer_text_only" in tasks:
+        notes.append(f"question alone {_number(tasks['answer_text_only']['mean']['hit@1'])}\u202f%")
+    return f"""<div class="card tile"><p class="what">{TASKS[name][0]}</p>
+<p class="value">{hit}<small>%</small></p>
+<div class="meter" title="the mark is chance"><i style="width:{hit}%"></i><b style="left:{chance}%"></b></div>
+<ul class="note">{"".join(f"<li>{note}</li>" for note in notes)}</ul></div>"""
+
+
+def _texts(search: Mapping[str, Any], image: Any) -> str:
+    cards = "".join(_text(query, image) for query in search["texts"])
+    return _section(
+        "Text → image",
+        "Queries that are no captions, and the held-out images nearest to each, with the cosine of the two vectors. "
+        "The marks say what of the query each picture shows.",
+        cards,
+    )
+
+
+def _text(query: Mapping[str, Any], image: Any) -> str:
+    items = "".join(
+        f"<li>{image(found['image'], found['caption'])}"
+        f'<p class="score"><span class="place">{place}</span><span>{found["score"]:.3f}</span></p>'
+        f'<ul class="facts">{_facts(found["facts"])}</ul></li>'
+        for place, found in enumerate(query["found"], start=1)
+    )
+    fits = "fits" if query["fitting"] == 1 else "fit"
+    count = f"{query['fitting']} of the {query['of']} images {fits} entirely"
+    return f"""<article class="card query"><h3>“{escape(query["query"])}”</h3><p class="count">{count}</p>
+<ol>{items}</ol></article>"""
+
+
+def _facts(facts: Mapping[str, bool]) -> str:
+    return "".join(f"<li{'' if shown else ' class=no'}>{escape(fact)}</li>" for fact, shown in facts.items())
+
+
+def _answers(search: Mapping[str, Any], image: Any) -> str:
+    return _section(
+        "Image + question → answer",
+        f"One question about each of the first held-out images, right or wrong. Every answer is looked for among all "
+        f"{search['candidates']:,} answers to any question in the set, so this is harder than the table below.",
+        f'<div class="cards">{"".join(_asked(item, image) for item in search["answers"])}</div>',
+    )
+
+
+def _asked(item: Mapping[str, Any], image: Any) -> str:
+    rows = "".join(
+        f"<li>{_sign(found['text'] == item['right'])}<span>{escape(found['text'])}</span>"
+        f"<span>{found['score']:.3f}</span></li>"
+        for found in item["found"]
+    )
+    truth = ""
+    if item["rank"] > 1:
+        truth = f'<p class="truth">Right is “{escape(item["right"])}”, at place {item["rank"]:,}.</p>'
+    return f"""<article class="card asked">{image(item["image"], "a drawn scene")}<div>
+<h3>{escape(item["question"])}</h3><p class="kind">{escape(item["kind"])}</p><ol>{rows}</ol>{truth}</div></article>"""
+
+
+def _sign(right: bool) -> str:
+    return '<b class="good" title="right">✓</b>' if right else '<b class="bad" title="wrong">✗</b>'
+
+
+def _curve(results: Mapping[str, Any]) -> str:
+    train, chance = results["train"], results["before"]["chance_loss"]
+    wide = loss_curve(train["loss"], train["steps"], chance)
+    narrow = loss_curve(train["loss"], train["steps"], chance, width=330, height=260)
+    return _section(
+        "Loss",
+        f"The contrastive loss of the training batches. A model that cannot tell its candidates apart stays at "
+        f"{chance:.2f} nats: each pair is told from about {math.expm1(chance):.0f} others.",
+        f'<figure class="card chart"><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>',
+    )
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _scores(results: Mapping[str, Any]) -> str:
+    before, after = results["before"], results["after"]
+    rows = "".join(_row(*row) for row in _table_rows(before["tasks"], after["tasks"]))
+    groups = "".join(
+        f'<th class="group" colspan="{2 if name == "mrr" else 3}">{"MRR" if name == "mrr" else name}</th>'
+        for name in METRICS
+    )
+    columns = "".join(
+        f'<th class="group">before</th><th>after</th>{"" if name == "mrr" else "<th>chance</th>"}' for name in METRICS
+    )
+    return _section(
+        "Scores on the held-out scenes",
+        f"In per cent, before and after training. Answers are told from drawn answers to questions of the same kind "
+        f"({after['candidates']} candidates where there are so many); a tie counts as lost.",
+        f"""<div class="card scroll scores"><table>
+<thead><tr><th></th><th></th>{groups}</tr><tr><th>task</th><th>candidates</th>{columns}</tr></thead>
+<tbody>{rows}</tbody></table></div>""",
+    )
+
+
+def _table_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Class, title, explanation, scores before and after; the kinds of question stand under their mean."""
+    names = [name for name in TASKS if name in after] + [name for name in after if name not in TASKS]
+    for name in names:
+        title, note = TASKS.get(name, (name, ""))
+        kind = "control" if name in CONTROLS else ""
+        yield kind, title, note, _scores_of(before[name]), _scores_of(after[name])
+        if name == "answer":
+            for part, scores in after[name]["kinds"].items():
+                yield "part", part, "", before[name]["kinds"][part], scores
+
+
+def _row(kind: str, title: str, note: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    cells = ""
+    for name in METRICS:
+        cells += f'<td class="first">{_number(before[name])}</td><td class="after">{_number(after[name])}</td>'
+        if name != "mrr":
+            share = after[name] and after[name.replace("hit", "chance")]
+            cells += f'<td class="chance">{_number(share)}</td>'
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return f'<tr class="{kind}"><th>{escape(title)}{small}</th><td>{_candidates(after)}</td>{cells}</tr>'
+
+
+def _scores_of(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    return task.get("mean", task)
+
+
+def _candidates(scores: Mapping[str, Any]) -> str:
+    low, high = scores["candidates_min"], scores["candidates_max"]
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def _missed_images(missed: Mapping[str, Any], image: Any) -> str:
+    cards = "".join(
+        f"""<figure class="card missed"><p>{_differing(item["caption"], item["found_caption"])}</p><div class="pair">
+<div>{image(item["found"], item["found_caption"])}<p class="tag"><b class="bad">✗</b> found first</p></div>
+<div>{image(item["right"], item["caption"])}<p class="tag"><b class="good">✓</b> right, place {item["rank"]}</p></div>
+</div></figure>"""
+        for item in missed["shown"]
+    )
+    text = (
+        f"Of {missed['of']:,} captions, {missed['count']:,} find another image than their own first. "
+        "These are the first of them in the order of the set. Marked is where the caption of the found image differs."
+    )
+    return _section("Mistakes: caption → image", text, f'<div class="cards">{cards}</div>')
+
+
+def _differing(caption: str, other: str) -> str:
+    """The caption, with the words marked that the other one does not have in this order."""
+    plain = [[word.strip(".,").lower() for word in text.split()] for text in (caption, other)]
+    blocks = difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks()
+    same = {i for block in blocks for i in range(block.a, block.a + block.size)}
+    words = (escape(word) if i in same else f"<mark>{escape(word)}</mark>" for i, word in enumerate(caption.split()))
+    return " ".join(words)
+
+
+def _missed_answers(search: Mapping[str, Any], image: Any) -> str:
+    wrong = search["asked"] - search["right"]
+    text = (
+        f"Among all {search['candidates']:,} answers, {wrong:,} of {search['asked']:,} questions get a wrong one first "
+        f"({_number(wrong / search['asked'])} %). The first such mistake at each of a scene's questions:"
+    )
+    cards = "".join(_asked(item, image) for item in search["missed_answers"])
+    return _section("Mistakes: image + question → answer", text, f'<div class="cards">{cards}</div>')
+
+
+# ---------------------------------------------------------------- what was run
+
+
+def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    train, after, machine = results["train"], results["after"], results["train"]["machine"]
+    settings = record["asked"]["recipe"]
+    versions = ", ".join(f"{name} {number}" for name, number in train["versions"].items() if number)
+    loss = settings["loss"]
+    facts = {
+        "command": f"<code>{escape(train['command'])}</code>",
+        "machine": f"{_processor(machine)}, {machine['threads']} threads, {escape(machine['system'])}",
+        "versions": escape(versions),
+        "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} numbers, "
+        f"fingerprint <code>{escape(after['model'][:16])}</code>",
+        "training": f"{train['steps']:,} steps of {settings['trainer']['per_device_train_batch_size']} images, "
+        f"{results['before']['pairs_per_step']} pairs each; turns {escape(settings['turns']['mode'])}, "
+        f"temperature {loss['temperature']:g}{', both directions' if loss['symmetric'] else ''}",
+        "data": f"{results['scenes']['train']:,} scenes for training, {results['scenes']['test']:,} for these scores, "
+        f"seed {record['asked']['seed']}, fingerprint <code>{escape(after['data'][:16])}</code>",
+        "finished": escape(train["finished"]),
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
+    return _section(
+        "What was run",
+        "All numbers of this page are in demo.json beside it, the loss curve and the whole recipe in run/model.",
+        f'<div class="run"><div class="card scroll">{_seconds(record["stages"])}</div>'
+        f'<dl class="card facts-list">{items}</dl></div>',
+    )
+
+
+def _seconds(stages: Mapping[str, Any]) -> str:
+    done = {name: stages[name] for name in STAGES if "seconds" in stages[name]}
+    untimed = "<small>after an interruption; the time before it is not counted</small>"
+    rows = "".join(
+        f"<tr><th>{STAGES[name]}{untimed * stage['interrupted']}</th><td>{stage['seconds']:.1f}</td></tr>"
+        for name, stage in done.items()
+        if name != "page"
+    )
+    total = sum(stage["seconds"] for stage in done.values())
+    return f"""<table><thead><tr><th>stage</th><th>seconds</th></tr></thead><tbody>{rows}</tbody>
+<tfoot><tr><th>together</th><td>{total:.1f}</td></tr></tfoot></table>"""
+
+
+# ---------------------------------------------------------------- small things
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n{body}\n</section>\n"
+
+
+def _image(scenes: Path, name: str, text: str) -> str:
+    stream = io.BytesIO()
+    with Image.open(scenes / name) as picture:
+        picture.save(stream, "PNG", optimize=True)
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(text)}" title="{escape(text)}">'
+
+
+def _number(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

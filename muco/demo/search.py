@@ -1,0 +1,184 @@
+"""What the demo asks its trained model: text queries over the held-out images, questions about images, its mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muco.data import Data
+from muco.dialogue import Content, Turn
+from muco.encoder import Model
+from muco.evaluate import cache as vector_cache
+from muco.evaluate.retrieval import RETRIEVAL
+
+TOP_IMAGES, TOP_ANSWERS = 5, 3
+IMAGE_MISTAKES = 4
+
+
+@dataclass(frozen=True)
+class TextQuery:
+    """A query in words that are no caption, and what the caption of a fitting scene says."""
+
+    text: str
+    facts: tuple[str, ...]
+
+
+TEXT_QUERIES = (
+    TextQuery("a large red star on a striped background", ("large red star", "striped")),
+    TextQuery("a purple ring on a checkered background", ("purple ring", "checkered")),
+    TextQuery("a black triangle on a mint background", ("black triangle", "mint")),
+    TextQuery("a yellow star and a pink heart", ("yellow star", "pink heart")),
+)
+SHOWN_TURNS = (3, 0, 5, 2)  # of the first scenes, one each: local, classification, creative, global
+
+
+def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, Any]:
+    """Answers the demo's queries.
+
+    Args:
+        data: The held-out scenes; the file that holds them stands beside ``images/``.
+        parquet: The vectors of their images, from :func:`muco.embed.embed`.
+        cache: Folder of the vectors that evaluation has already computed.
+    Returns:
+        ``texts``, ``answers`` and ``mistakes``, all made of strings, numbers and image paths relative to the data.
+        A rank is 1 + the number of other candidates that score at least as high.
+    """
+    encode = CachedEncoder(model, vector_cache.EmbeddingCache(cache, model=model.fingerprint, data=data.fingerprint))
+    scenes = Scenes(data, parquet)
+    return {
+        "texts": [answer_text(query, scenes, encode([Content(query.text)])[0]) for query in TEXT_QUERIES],
+        **answer_questions(scenes, encode),
+        "missed_images": missed_images(scenes, encode),
+    }
+
+
+class CachedEncoder:
+    """Vectors of contents, from the cache where evaluation has left them there."""
+
+    def __init__(self, model: Model, cache: vector_cache.EmbeddingCache) -> None:
+        self.model, self.cache, self.book = model, cache, vector_cache.Book()
+
+    def __call__(self, contents: Sequence[Content]) -> np.ndarray:
+        """float32 [n, d] in the order of the contents."""
+        book = self.book
+        keys = [book.add(content) for content in contents]
+        distinct = book.in_order(set(keys))
+
+        def encode(some: Sequence[str]) -> np.ndarray:
+            return self.model.encode([book.contents[key] for key in some], batch_size=64)
+
+        vectors = vector_cache.embed(distinct, encode, cache=self.cache)
+        row = {key: i for i, key in enumerate(distinct)}
+        return vectors[[row[key] for key in keys]]
+
+
+class Scenes:
+    """The held-out scenes: per scene its image's name, its caption, its turns and the vector of its image."""
+
+    def __init__(self, data: Data, parquet: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.samples = [data[i] for i in range(len(data))]
+        self.paths = [Path(sample.images[0]) for sample in self.samples]
+        self.names = [f"images/test/{path.name}" for path in self.paths]
+        self.captions = [next(t.target[0].text for t in s.turns if t.kind == RETRIEVAL) for s in self.samples]
+        table = pq.read_table(parquet, columns=["id", "embedding"]).to_pydict()
+        vectors = dict(zip(table["id"], table["embedding"], strict=True))
+        self.vectors = np.array([vectors[path.name] for path in self.paths], dtype=np.float32)
+
+
+def answer_text(query: TextQuery, scenes: Scenes, vector: np.ndarray) -> dict[str, Any]:
+    """The images nearest to a text, and what each shows of what was asked for."""
+    scores = scenes.vectors @ vector
+    shown = [[fact in caption.lower() for fact in query.facts] for caption in scenes.captions]
+    found = [
+        {
+            "image": scenes.names[i],
+            "caption": scenes.captions[i],
+            "score": float(scores[i]),
+            "facts": dict(zip(query.facts, shown[i], strict=True)),
+        }
+        for i in np.argsort(-scores, kind="stable")[:TOP_IMAGES]
+    ]
+    return {"query": query.text, "fitting": sum(map(all, shown)), "of": len(shown), "found": found}
+
+
+def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
+    """Every question about every image, answered among all answers of the set, captions left out.
+
+    Returns:
+        ``answers``: the turns SHOWN_TURNS of the first scenes, one each, right or wrong. ``missed_answers``: the first
+        wrong answer to each turn number after these scenes, each about another scene. ``asked``, ``right``, ``candidates``: how many there are.
+    """
+    asked = [
+        (scene, number, turn)
+        for scene, sample in enumerate(scenes.samples)
+        for number, turn in enumerate(sample.turns)
+        if turn.kind != RETRIEVAL
+    ]
+    candidates = sorted({turn.target[0].text for _, _, turn in asked})
+    place = {text: i for i, text in enumerate(candidates)}
+    queries = encode([Content(turn.query[0].text, scenes.samples[scene].images) for scene, _, turn in asked])
+    scores = queries @ encode([Content(text) for text in candidates]).T
+    ranks = _ranks(scores, [place[turn.target[0].text] for _, _, turn in asked])
+
+    def shown(row: int) -> dict[str, Any]:
+        scene, _, turn = asked[row]
+        best = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS]
+        return _asked(scenes.names[scene], turn, int(ranks[row])) | {
+            "found": [{"text": candidates[i], "score": float(scores[row, i])} for i in best]
+        }
+
+    wanted = list(enumerate(SHOWN_TURNS))
+    missed: dict[int, int] = {}
+    used = set(range(len(wanted)))
+    for row, (scene, number, _) in enumerate(asked):
+        if ranks[row] > 1 and scene not in used and number not in missed:
+            missed[number] = row
+            used.add(scene)
+    return {
+        "answers": [shown(row) for row, (scene, number, _) in enumerate(asked) if (scene, number) in wanted],
+        "missed_answers": [shown(row) for _, row in sorted(missed.items())],
+        "asked": len(asked),
+        "right": int((ranks == 1).sum()),
+        "candidates": len(candidates),
+    }
+
+
+def _asked(image: str, turn: Turn, rank: int) -> dict[str, Any]:
+    return {
+        "image": image,
+        "kind": turn.kind,
+        "question": turn.query[0].text,
+        "right": turn.target[0].text,
+        "rank": rank,
+    }
+
+
+def missed_images(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
+    """Captions that find another image than their own: the first ones in the order of the set, and how many."""
+    scores = encode([Content(caption) for caption in scenes.captions]) @ scenes.vectors.T
+    ranks = _ranks(scores, range(len(scenes.captions)))
+    missed = np.flatnonzero(ranks > 1)
+    shown = [
+        {
+            "caption": scenes.captions[i],
+            "right": scenes.names[i],
+            "found": scenes.names[best],
+            "found_caption": scenes.captions[best],
+            "rank": int(ranks[i]),
+        }
+        for i in missed[:IMAGE_MISTAKES]
+        for best in [np.argmax(np.where(np.arange(len(ranks)) == i, -np.inf, scores[i]))]
+    ]
+    return {"count": len(missed), "of": len(ranks), "shown": shown}
+
+
+def _ranks(scores: np.ndarray, right: Sequence[int]) -> np.ndarray:
+    """int [n]: 1 + the number of other candidates whose score is at least that of the right one."""
+    own = scores[np.arange(len(scores)), right]
+    return (~(scores < own[:, None])).sum(axis=1)  # so that a score that is no number is a loss

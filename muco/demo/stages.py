@@ -1,0 +1,281 @@
+"""The seven stages of the demo, and the journal that lets a killed one go on.
+
+::
+
+    <output>/
+    ├── demo.json             what was asked for; of each finished stage its result and seconds
+    ├── scenes/               1  the data
+    │                         2  scores of the untrained model (in demo.json)
+    ├── run/                  3  training; the model is in run/model
+    │                         4  scores of the trained model (in demo.json)
+    ├── test-images.parquet   5  vectors of the held-out images
+    │                         6  searches and mistakes (in demo.json)
+    ├── report.html           7  the page
+    └── cache/                vectors of the held-out set, for 2, 4 and 6
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import muco
+from muco.data import Data, open_data
+from muco.data.scenes import write_scenes
+from muco.demo.page import STAGES, write_page
+from muco.demo.search import search
+from muco.embed import embed
+from muco.encoder import Model
+from muco.errors import OutputError, RecipeError
+from muco.evaluate.report import print_results, versions, write_json
+from muco.evaluate.retrieval import evaluate_retrieval
+from muco.loss import chance_level
+from muco.train.mixture import Mixture, TrainingBatches
+from muco.train.recipe import Recipe, load_recipe, to_dict
+from muco.train.trainer import build_model
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+RECIPE_ROOT = Path("runs/demo")  # the folder that the recipe's paths are in; any other output takes its place
+
+
+def run_demo(
+    output: str | Path, *, steps: int | None = None, train: int = 20_000, test: int = 500, seed: int = 0
+) -> Path:
+    """Makes data, trains, evaluates before and after, embeds, searches and writes one page.
+
+    Called again with the same arguments it goes on where it stopped; finished stages are not done again. Progress is
+    on stderr, the table of scores at the end on stdout, all numbers in ``<output>/demo.json``.
+
+    Args:
+        output: A new or empty folder, or one of an earlier call with the same arguments.
+        steps: Training steps; None for the recipe's.
+        train, test: Numbers of scenes; the test scenes are held out from training and from every choice.
+        seed: Of the scenes.
+    Returns:
+        ``<output>/report.html``.
+    Raises:
+        OutputError: If the folder holds another demo, or anything else.
+    """
+    output = Path(output)
+    recipe = demo_recipe(output, steps)
+    asked = {"muco": muco.__version__, "train": train, "test": test, "seed": seed, "recipe": _settings(recipe)}
+    journal = Journal(output, asked)
+    scenes = output / "scenes"
+
+    making = partial(make_scenes, scenes, train=train, test=test, seed=seed)
+    journal.stage("scenes", making, makes=scenes)
+    held_out = open_data(scenes / "test.jsonl")
+    cache = output / "cache"
+    journal.stage("before", partial(score_untrained, recipe, held_out, cache))
+
+    command = command_line(output, steps=steps, train=train, test=test, seed=seed)
+    folder = Path(recipe.output) / "model"
+    journal.stage("train", partial(train_model, recipe, command), makes=folder)
+    model = muco.load(folder)
+    after = journal.stage("after", partial(score, model, held_out, cache), of=model.fingerprint)
+
+    vectors = output / "test-images.parquet"
+    resume = journal.last("embed").get("of", model.fingerprint) == model.fingerprint
+    embedding = partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume)
+    journal.stage("embed", embedding, of=model.fingerprint, makes=vectors)
+    journal.stage("search", partial(search, model, held_out, vectors, cache), of=model.fingerprint)
+    report = output / "report.html"
+    journal.stage("page", lambda: write_page(report, journal.record, scenes), again=True)
+
+    print_results(after, Console(file=sys.stdout))
+    return report
+
+
+def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
+    """The packaged recipe with its paths in ``output``; fewer or more steps keep the share of warm-up steps."""
+    recipe = load_recipe(RECIPE)
+
+    def moved(path: str) -> str:
+        return str(output / Path(path).relative_to(RECIPE_ROOT))
+
+    sources = tuple(replace(source, path=moved(source.path)) for source in recipe.data.train)
+    recipe = replace(recipe, output=moved(recipe.output), data=replace(recipe.data, train=sources))
+    if steps is None:
+        return recipe
+    if steps < 1:
+        raise RecipeError(f"steps is {steps}; give at least 1")
+    warmup = recipe.trainer["warmup_steps"] * steps // recipe.trainer["max_steps"]
+    return replace(recipe, trainer={**recipe.trainer, "max_steps": steps, "warmup_steps": warmup})
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without its paths, which follow from the output folder."""
+    return {key: value for key, value in to_dict(recipe).items() if key not in ("output", "data")}
+
+
+def command_line(output: Path, **options: Any) -> str:
+    """The command that does the same again; options with their default are left out."""
+    defaults = run_demo.__kwdefaults__
+    given = [f"--{name}={value}" for name, value in options.items() if value != defaults[name]]
+    return shlex.join(["muco", "demo", "--output", str(output), *given])
+
+
+# ---------------------------------------------------------------- the journal
+
+
+class Journal:
+    """``demo.json``: ``asked``, which makes a demo this demo, and per stage ``of``, ``begun``, ``seconds``, ``result``.
+
+    Args:
+        asked: What was asked for; a folder that was begun with anything else is refused.
+    Raises:
+        OutputError: If the folder holds another demo, or anything else.
+    """
+
+    def __init__(self, output: Path, asked: Mapping[str, Any]) -> None:
+        self.file = output / "demo.json"
+        self.console = Console(stderr=True)
+        if self.file.is_file():
+            self.record = json.loads(self.file.read_text(encoding="utf-8"))
+            known = self.record["asked"]
+            differing = [
+                f"{key} ({_short(known.get(key))}, now {_short(asked[key])})"
+                for key in asked
+                if known.get(key) != asked[key]
+            ]
+            if differing:
+                what = ", ".join(differing)
+                raise OutputError(
+                    f"{output} holds a demo with another {what}; choose another output folder or delete it"
+                )
+            return
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise OutputError(f"{output} is not empty and holds no demo; choose another output folder")
+        self.record = {"asked": dict(asked), "stages": {}}
+        write_json(self.file, self.record)
+
+    def last(self, name: str) -> dict[str, Any]:
+        """What is known of a stage; empty if it was never begun."""
+        return self.record["stages"].get(name, {})
+
+    def stage(
+        self, name: str, work: Callable[[], Any], *, of: str = "", makes: Path | None = None, again: bool = False
+    ) -> Any:
+        """The result of ``work()``, or the known one of an earlier run.
+
+        Args:
+            of: What else the result depends on; a result of something else does not count.
+            makes: A file or folder that the stage makes; without it its result does not count.
+            again: Do the work even if it was done.
+        """
+        known = self.last(name)
+        number = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {STAGES[name]}"
+        same = known.get("of") == of
+        if same and "result" in known and (makes is None or makes.exists()) and not again:
+            self.say(f"{number}: done before, in {known['seconds']:.1f} s")
+            return known["result"]
+        self.say(number)
+        begun = {"of": of, "begun": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._write(name, begun)
+        start = time.perf_counter()
+        result = work()
+        seconds = round(time.perf_counter() - start, 3)
+        # The work before a kill was not timed, so the page has to know that there was some.
+        interrupted = same and "result" not in known
+        self._write(name, {**begun, "seconds": seconds, "interrupted": interrupted, "result": result})
+        self.say(f"{number}: {seconds:.1f} s")
+        return result
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, name: str, stage: dict[str, Any]) -> None:
+        self.record["stages"][name] = stage
+        write_json(self.file, self.record)
+
+
+def _short(value: Any) -> str:
+    return "another one" if isinstance(value, Mapping) else str(value)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, drawn only where that is a terminal; yields the function that moves it (done, total)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ---------------------------------------------------------------- the work
+
+
+def make_scenes(folder: Path, *, train: int, test: int, seed: int) -> dict[str, int]:
+    """Draws the data; a finished folder (it appears whole) is left as it is."""
+    for left in folder.parent.glob(f".{folder.name}-*"):  # of a killed run
+        shutil.rmtree(left)
+    if not folder.exists():
+        with progress_bar("scenes") as progress:
+            write_scenes(folder, train=train, dev=test, test=test, seed=seed, progress=progress)
+    return {"train": train, "dev": test, "test": test}
+
+
+def score_untrained(recipe: Recipe, data: Data, cache: Path) -> dict[str, Any]:
+    """The scores of the model that training starts from, its size, and what its loss has to be measured against."""
+    sources = [open_data(source.path) for source in recipe.data.train]
+    model = build_model(recipe, sources)
+    size = recipe.trainer["per_device_train_batch_size"]
+    mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], size, recipe.seed)
+    batches = TrainingBatches(sources, mixture, model.encoder.muco_processor, recipe.turns, seed=recipe.seed)
+    ids = batches[0]["ids"]
+    return score(model, data, cache) | {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "pairs_per_step": len(ids["sample_ids"]),
+        "chance_loss": chance_level(ids["sample_ids"], ids.get("target_ids")),
+    }
+
+
+def score(model: Model, data: Data, cache: Path) -> dict[str, Any]:
+    with progress_bar("scoring") as progress:
+        return evaluate_retrieval(model, data, cache=cache, progress=progress)
+
+
+def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
+    """Trains, or goes on training; the loss curve, and where and with what it was computed."""
+    folder = muco.train(recipe)
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts = {key: run[key] for key in ("steps", "loss", "finished")}
+    return facts | {"command": command, "machine": machine(), "versions": versions()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and system of this machine; None where the system does not tell."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str | None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or None
