@@ -7,6 +7,7 @@ TEST_ARGS ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
+STOCK := .venv-stock/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check clean
@@ -18,7 +19,7 @@ help: ## list the targets
 demo: $(READY) ## train, evaluate and search the built-in scenes; writes runs/demo/report.html (DEMO_ARGS="--steps 100")
 	$(BIN)/muco demo --output runs/demo $(DEMO_ARGS)
 
-test: $(READY) ## the whole test suite, slow tests too (TEST_ARGS="-m 'not slow'" leaves them out, "-n 2" uses two processes)
+test: $(READY) $(STOCK) ## the whole test suite, slow tests too (TEST_ARGS="-m 'not slow'" leaves them out, "-n 2" uses two processes)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 check: $(READY) ## lint, formatting, and that the installed packages fit together
@@ -28,7 +29,7 @@ check: $(READY) ## lint, formatting, and that the installed packages fit togethe
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again.
 $(READY): pyproject.toml constraints.txt
@@ -37,4 +38,9 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time this takes some minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# A second environment with torchvision and without muco, in which the stock library must load what we save.
+$(STOCK): $(READY) tests/make_stock_environment.sh
+	@bash tests/make_stock_environment.sh $(VENV) .venv-stock
 	@touch $@

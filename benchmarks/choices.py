@@ -3,7 +3,7 @@
     python benchmarks/choices.py --output benchmarks/results/choices --processes 5
 
 Each run is scored on the 500 *dev* scenes; the test scenes of the demo are never looked at. A finished run is not done
-again, so a killed benchmark goes on where it was. Writes one JSON file per run, and ``choices.json`` and ``choices.md``.
+again, so a killed benchmark goes on where it was. Writes a JSON file per run, and ``choices.json`` and ``choices.md``.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class Settings:
     images: int
     query_tokens: int
     target_tokens: int
+    turns: tuple[int, ...]
     rounds: int
     device: str
     dtype: str
@@ -140,7 +141,9 @@ def make_samples(settings: Settings, processor: Processor, mode: str) -> list[Sa
     samples = []
     for number in range(settings.images):
         noise = rng.integers(0, 256, (settings.image[1], settings.image[0], 3), dtype=np.uint8)
-        turns = [Turn(text(settings.query_tokens, j), text(settings.target_tokens, j)) for j in range(max(TURNS))]
+        turns = [
+            Turn(text(settings.query_tokens, j), text(settings.target_tokens, j)) for j in range(max(settings.turns))
+        ]
         samples.append(Sample(Image.fromarray(noise), turns, id=str(number)))
     return samples
 
@@ -148,7 +151,7 @@ def make_samples(settings: Settings, processor: Processor, mode: str) -> list[Sa
 def measure(settings: Settings) -> list[dict[str, Any]]:
     """All cells (mode, number of turns): FLOPs once, then rounds through all cells in turn, so that drift cancels."""
     bench = Bench(settings)
-    cells: list[dict[str, Any]] = [{"mode": mode, "turns": turns} for mode in MODES for turns in TURNS]
+    cells: list[dict[str, Any]] = [{"mode": mode, "turns": turns} for mode in MODES for turns in settings.turns]
     batches = [bench.on_device(bench.collate(**cell)) for cell in cells]
     check_tokens(settings, cells, batches)
     for cell, batch in zip(cells, batches, strict=True):
@@ -195,6 +198,7 @@ def measure_process_memory(settings: Settings, cells: list[dict[str, Any]]) -> N
     """Peak memory of the CPU: a process's peak never falls, so every cell has a process of its own."""
     # not "fork": OpenMP's threads do not survive it; a started Python would inherit this process's peak
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["muco.encoder", "muco.train.flops", "muco.train.mixture"])  # saves their import
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for cell in cells:
             cell["memory"] = pool.submit(process_memory, settings, cell["mode"], cell["turns"]).result()
@@ -300,6 +304,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="in pixels")
     parser.add_argument("--query-tokens", type=int, default=30, help="a turn adds to the query side (30)")
     parser.add_argument("--target-tokens", type=int, default=20, help="a turn adds to the target side (20)")
+    parser.add_argument("--turns", type=int, nargs="+", default=TURNS, help="1 (always) and what to compare with it")
     parser.add_argument("--rounds", type=int, help="default 5 on cpu, 10 on cuda")
     parser.add_argument("--train-vision", action="store_true", help="the paper freezes it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -316,6 +321,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         images=args.images or (8 if cuda and not args.quick else 2),
         query_tokens=args.query_tokens,
         target_tokens=args.target_tokens,
+        turns=tuple(sorted({1, *args.turns})),
         rounds=args.rounds or (2 if args.quick else 10 if cuda else 5),
         device=args.device,
         dtype=args.dtype or ("bfloat16" if cuda else "float32"),

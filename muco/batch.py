@@ -142,7 +142,9 @@ def _image_tensors(rows: Sequence[_Row]) -> dict[str, Tensor]:
     if not images:
         return {}
     tensors = {
-        key: _stack_patches([image.patches[key] for _, image in images]) for key in PATCH_KEYS if key in images[0][1].patches
+        key: _stack_patches([image.patches[key] for _, image in images])
+        for key in PATCH_KEYS
+        if key in images[0][1].patches
     }
     tensors["image_rows"] = torch.tensor([b for b, _ in images])
     tensors["image_patches"] = torch.tensor([len(image.patches["pixel_values"]) for _, image in images])

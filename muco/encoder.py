@@ -44,7 +44,9 @@ class Encoder(InputModule):
 
     save_in_root = True
 
-    def __init__(self, model: nn.Module, processor: Processor, *, padding_side: Literal["right", "left"] = "right") -> None:
+    def __init__(
+        self, model: nn.Module, processor: Processor, *, padding_side: Literal["right", "left"] = "right"
+    ) -> None:
         super().__init__()
         self.model = model
         self.muco_processor = processor

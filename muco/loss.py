@@ -57,7 +57,9 @@ def multi_turn_info_nce(
     forward_scores, forward_allowed = scores, allowed
     if hard_negatives is not None and len(hard_negatives):
         if hard_negative_turns is None or (target_ids is not None and hard_negative_ids is None):
-            raise ValueError("hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given")
+            raise ValueError(
+                "hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given"
+            )
         hard_allowed = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids)
         forward_scores = torch.cat([scores, query.float() @ hard_negatives.float().T / temperature], dim=1)
         forward_allowed = torch.cat([allowed, hard_allowed], dim=1)

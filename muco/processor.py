@@ -20,7 +20,15 @@ from torch import Tensor
 from muco.data.images import open_image
 from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
-from muco.template import EMB, QWEN_MODEL_TYPES, QWEN_VL, SPECIAL_TOKENS, SpecialTokenGuard, Template, from_chat_template
+from muco.template import (
+    EMB,
+    QWEN_MODEL_TYPES,
+    QWEN_VL,
+    SPECIAL_TOKENS,
+    SpecialTokenGuard,
+    Template,
+    from_chat_template,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,7 +134,9 @@ class Processor:
             tile = dict(getattr(self.image_processor, "max_image_size", None) or {}).get("longest_edge")
             if min_pixels is not None or tile is None or "longest_edge" not in size:
                 name = type(self.image_processor).__name__
-                raise CheckpointError(f"{name} has no such limit; leave min_pixels{'' if tile else ' and max_pixels'} out")
+                raise CheckpointError(
+                    f"{name} has no such limit; leave min_pixels{'' if tile else ' and max_pixels'} out"
+                )
             if max_pixels is not None:  # every image is scaled to this edge and cut into square tiles
                 size["longest_edge"] = max(tile, int(max_pixels**0.5) // tile * tile)
         self.image_processor.size = size
@@ -187,7 +197,9 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
     tokenizer = read(AutoTokenizer)
     released = EMB in tokenizer.get_vocab()
     if not released:
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS], special_tokens=True)
+        tokenizer.add_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS], special_tokens=True
+        )
     settings = _read_settings(path, local_files_only, tokenizer.chat_template)
     template = Template(**settings["template"]) if settings else None
 
@@ -207,7 +219,9 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
 
 def _with_tokenizer(stock: Any, tokenizer: Any, path: str) -> Any:
     if not hasattr(stock, "image_token") or not hasattr(stock, "image_processor"):
-        raise CheckpointError(f"{path}: {type(stock).__name__} has no image token; MuCo needs an image-text-to-text model")
+        raise CheckpointError(
+            f"{path}: {type(stock).__name__} has no image token; MuCo needs an image-text-to-text model"
+        )
     tokenizer.chat_template = tokenizer.chat_template or getattr(stock, "chat_template", None)
     stock.tokenizer = tokenizer
     return stock
@@ -219,7 +233,7 @@ def _derived_template(stock: Any) -> Template:
 
 
 def _check_tokens(processor: Processor, config: Any, path: str) -> None:
-    """Refuses a tokenizer of another model, an empty one (which some become when a file is missing), one we cannot cut."""
+    """Refuses a tokenizer of another model, an empty one (so some load when a file is missing), one we cannot cut."""
     template, image_ids = processor.template, processor.text_ids(processor.template.image_token)
     if image_ids != (getattr(config, "image_token_id", image_ids[:1]),) or not processor.text_ids("word"):
         raise CheckpointError(f"{path}: the tokenizer is not this model's or lacks a file; look for tokenizer.json")

@@ -196,7 +196,14 @@ def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str])
     plain = render(("user", one))
     pictured = render(("user", [{"type": "image"}, *one]))
     double = render(("user", one), ("assistant", reply), ("user", two))
-    marks = [(first, plain), (first, pictured), (image_token, pictured), (first, double), (second, double), (EMB, double)]
+    marks = [
+        (first, plain),
+        (first, pictured),
+        (image_token, pictured),
+        (first, double),
+        (second, double),
+        (EMB, double),
+    ]
     for mark, rendered in marks:
         if rendered.count(mark) != 1:
             raise CheckpointError(f"the model's chat template drops or repeats a part of a message: {rendered!r}")
@@ -239,4 +246,6 @@ class SpecialTokenGuard:
                     "take it out of the data, in a prompt it has a meaning of its own"
                 )
             if found := LONE_SURROGATE.search(turn.text):
-                raise DataError(f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data")
+                raise DataError(
+                    f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data"
+                )

@@ -87,7 +87,9 @@ def ragged(*, isolated: bool = True) -> list[Dialogue]:
         return Dialogue(context, contents, isolated)
 
     return [
-        dialogue((wide,), "", "What type of jewelry is this?", " led by a space", "\n\nled by newlines", "?!, punctuation"),
+        dialogue(
+            (wide,), "", "What type of jewelry is this?", " led by a space", "\n\nled by newlines", "?!, punctuation"
+        ),
         dialogue((tall, square), "How many shapes do you see? 12", "3", "the middle\n"),
         dialogue((), "A ring", Content("the largest shape", (square,)), Content("", (wide,)), "\tled by a tab"),
         dialogue((square,), "one turn only"),
@@ -201,13 +203,14 @@ def smolvlm_tokenizer(tokens: tuple[str, ...] = ()) -> Any:
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    )
+    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SMOLVLM_TOKENS, *tokens)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

@@ -1,4 +1,4 @@
-"""Every proven family, as a tiny random model of its real architecture: a vector never depends on what it is batched with.
+"""Every proven family, as a tiny random model of its real architecture: a vector depends on its own turn only.
 
 The references are slow and obvious: one unpadded prompt at a time through the stock forward, which makes its own
 positions and masks.
@@ -61,7 +61,12 @@ def test_loaded_weights_are_those_of_the_checkpoint(family):
 @every_family
 def test_encode_takes_text_images_and_both(family):
     picture, other = image(120, 70, 4), image(60, 90, 5)
-    inputs = ["a ring", picture, {"text": "what is it?", "image": picture}, {"images": [picture, other], "text": "both"}]
+    inputs = [
+        "a ring",
+        picture,
+        {"text": "what is it?", "image": picture},
+        {"images": [picture, other], "text": "both"},
+    ]
     result = model(family).encode(inputs)
     assert result.dtype == np.float32 and result.shape == (4, model(family).get_embedding_dimension())
     assert np.allclose(np.linalg.norm(result, axis=1), 1, atol=1e-6)
@@ -187,7 +192,10 @@ def test_special_tokens_in_data_are_refused_by_row_turn_and_token(family):
         assert repr(token) in str(error.value)
         with pytest.raises(DataError, match="turn 2"):
             model(family).encode_turns(image(60, 60), ["fine", token])
-        dialogues = [Dialogue((), (Content("fine"),)), Dialogue((), (Content("fine"), Content(f"x{token}")), where="b:7")]
+        dialogues = [
+            Dialogue((), (Content("fine"),)),
+            Dialogue((), (Content("fine"), Content(f"x{token}")), where="b:7"),
+        ]
         with pytest.raises(DataError, match="b:7 turn 2") as error:
             encoder.collate(dialogues)
         assert repr(token) in str(error.value)

@@ -68,9 +68,7 @@ def ids(name: str, pieces: Sequence[str | ImageSlot]) -> list[int]:
 
 
 def slots(prompt: Prompt) -> list[int]:
-    return [
-        piece.index for part in (prompt.trunk, *prompt.branches) for piece in part if isinstance(piece, ImageSlot)
-    ]
+    return [piece.index for part in (prompt.trunk, *prompt.branches) for piece in part if isinstance(piece, ImageSlot)]
 
 
 # The literal prompt

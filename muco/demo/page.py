@@ -7,10 +7,10 @@ import difflib
 import io
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,11 @@ def _summary(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     stage = record["stages"]["train"]
     pairs = train["steps"] * before["pairs_per_step"]
     interrupted = " after an interruption" * stage["interrupted"]
-    return f"""<p>A Qwen2-VL of <b>{before["parameters"] / 1e6:.1f} million parameters</b> with random weights was trained in
-<b>{_duration(stage["seconds"])}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and target, from
-{scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one pass over its
-image. The scores are of <b>{scenes["test"]:,} other scenes</b>, whose captions never occur in training. All of it ran on
-{_processor(train["machine"])}.</p>"""
+    return f"""<p>A Qwen2-VL of <b>{before["parameters"] / 1e6:.1f} million parameters</b> with random weights was
+trained in <b>{_duration(stage["seconds"])}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
+target, from {scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one
+pass over its image. The scores are of <b>{scenes["test"]:,} other scenes</b>, whose captions never occur in training.
+All of it ran on {_processor(train["machine"])}.</p>"""
 
 
 def _processor(machine: Mapping[str, Any]) -> str:
@@ -126,9 +126,9 @@ def _tiles(results: Mapping[str, Any]) -> str:
 def _tile(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
     hit, chance = _number(after["hit@1"]), _number(after["chance@1"])
     notes = [
-        f"right at first among {_candidates(after)}",
+        f"found first among {_candidates(after)}",
         f"chance {chance}\u202f%",
-        f"before training {_number(before['hit@1'])}\u202f%",
+        f"untrained {_number(before['hit@1'])}\u202f%",
     ]
     if name == "answer" and "answer_text_only" in tasks:
         notes.append(f"question alone {_number(tasks['answer_text_only']['mean']['hit@1'])}\u202f%")
@@ -181,7 +181,7 @@ def _asked(item: Mapping[str, Any], image: Any) -> str:
         for found in item["found"]
     )
     truth = ""
-    if item["rank"] > 1:
+    if item["right"] not in (found["text"] for found in item["found"]):
         truth = f'<p class="truth">Right is “{escape(item["right"])}”, at place {item["rank"]:,}.</p>'
     return f"""<article class="card asked">{image(item["image"], "a drawn scene")}<div>
 <h3>{escape(item["question"])}</h3><p class="kind">{escape(item["kind"])}</p><ol>{rows}</ol>{truth}</div></article>"""
@@ -221,7 +221,8 @@ def _scores(results: Mapping[str, Any]) -> str:
         f"In per cent, before and after training. Answers are told from drawn answers to questions of the same kind "
         f"({after['candidates']} candidates where there are so many); a tie counts as lost.",
         f"""<div class="card scroll scores"><table>
-<thead><tr><th></th><th></th>{groups}</tr><tr><th>task</th><th>candidates</th>{columns}</tr></thead>
+<thead><tr><th></th><th class="pool"></th>{groups}</tr>
+<tr><th>task</th><th class="pool">candidates</th>{columns}</tr></thead>
 <tbody>{rows}</tbody></table></div>""",
     )
 
@@ -248,7 +249,7 @@ def _row(kind: str, title: str, note: str, before: Mapping[str, Any], after: Map
             share = after[name] and after[name.replace("hit", "chance")]
             cells += f'<td class="chance">{_number(share)}</td>'
     small = f"<small>{escape(note)}</small>" if note else ""
-    return f'<tr class="{kind}"><th>{escape(title)}{small}</th><td>{_candidates(after)}</td>{cells}</tr>'
+    return f'<tr class="{kind}"><th>{escape(title)}{small}</th><td class="pool">{_candidates(after)}</td>{cells}</tr>'
 
 
 def _scores_of(task: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -283,8 +284,11 @@ def _differing(caption: str, other: str) -> str:
     plain = [[word.strip(".,").lower() for word in text.split()] for text in (caption, other)]
     blocks = difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks()
     same = {i for block in blocks for i in range(block.a, block.a + block.size)}
-    words = (escape(word) if i in same else f"<mark>{escape(word)}</mark>" for i, word in enumerate(caption.split()))
-    return " ".join(words)
+    parts = []
+    for alike, run in groupby(enumerate(caption.split()), key=lambda word: word[0] in same):
+        text = escape(" ".join(word for _, word in run))
+        parts.append(text if alike else f"<mark>{text}</mark>")
+    return " ".join(parts)
 
 
 def _missed_answers(search: Mapping[str, Any], image: Any) -> str:
@@ -333,7 +337,6 @@ def _seconds(stages: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><th>{STAGES[name]}{untimed * stage['interrupted']}</th><td>{stage['seconds']:.1f}</td></tr>"
         for name, stage in done.items()
-        if name != "page"
     )
     total = sum(stage["seconds"] for stage in done.values())
     return f"""<table><thead><tr><th>stage</th><th>seconds</th></tr></thead><tbody>{rows}</tbody>

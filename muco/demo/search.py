@@ -31,7 +31,9 @@ TEXT_QUERIES = (
     TextQuery("a large red star on a striped background", ("large red star", "striped")),
     TextQuery("a purple ring on a checkered background", ("purple ring", "checkered")),
     TextQuery("a black triangle on a mint background", ("black triangle", "mint")),
-    TextQuery("a yellow star and a pink heart", ("yellow star", "pink heart")),
+    TextQuery(
+        "a yellow star and a pink heart, on a plain beige background", ("yellow star", "pink heart", "plain beige")
+    ),
 )
 SHOWN_TURNS = (3, 0, 5, 2)  # of the first scenes, one each: local, classification, creative, global
 
@@ -112,7 +114,8 @@ def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
 
     Returns:
         ``answers``: the turns SHOWN_TURNS of the first scenes, one each, right or wrong. ``missed_answers``: the first
-        wrong answer to each turn number after these scenes, each about another scene. ``asked``, ``right``, ``candidates``: how many there are.
+        wrong answer to each turn number after these scenes, each about another scene. ``asked``, ``right``,
+        ``candidates``: how many there are.
     """
     asked = [
         (scene, number, turn)

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import shutil
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,9 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
     known = json.loads(file.read_text(encoding="utf-8"))
     differing = _differing(known, facts)
     if differing:
-        raise OutputError(f"{output} holds another run ({differing} differs); choose another output folder or delete it")
+        raise OutputError(
+            f"{output} holds another run ({differing} differs); choose another output folder or delete it"
+        )
     if not resume:
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
     model = output / "model"
@@ -143,7 +145,7 @@ def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any]
     history = [entry for entry in state.log_history if "loss" in entry]
     done = {
         **facts,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": state.global_step,
         "loss": [[entry["step"], entry["loss"]] for entry in history],
         "model_fingerprint": model.fingerprint,
@@ -179,8 +181,8 @@ model.encode(["a text", {{"text": "a question", "image": "photo.png"}}])
 
 ## Training
 
-{done["steps"]} steps of multi-turn contrastive learning; turns {recipe.turns.mode}, temperature {recipe.loss.temperature}.
-Last training loss: {final}. The whole recipe is in `recipe.yaml`; data fingerprints, versions and the loss curve are in
+{done["steps"]} steps of multi-turn contrastive learning, turns {recipe.turns.mode}, temperature
+{recipe.loss.temperature}. Last training loss: {final}. The whole recipe is in `recipe.yaml`; data fingerprints, versions and the loss curve are in
 `run.json`.
 
 | data | samples | fingerprint |

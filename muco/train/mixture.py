@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from muco.batch import DialogueBatch, collate
-from muco.dialogue import Content, Dialogue, Sample, Turn, query_dialogue, target_dialogue
+from muco.dialogue import Content, Sample, Turn, query_dialogue, target_dialogue
 from muco.errors import DataError, ImageError, RecipeError
 from muco.processor import Processor
 from muco.train.recipe import TurnsRecipe
@@ -59,7 +59,7 @@ class Mixture:
         self._shares[-1] = 1.0
         if batch_size * min(weights) < sum(weights):
             raise RecipeError(
-                f"data.train: with {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
+                f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
                 "raise its weight or trainer.per_device_train_batch_size"
             )
         self._order = lru_cache(maxsize=2 * len(lengths))(self._permutation)
@@ -151,7 +151,10 @@ class TrainingBatches(Dataset):
         return with_image_turn(sample, self.turns.image_turn) if self.turns.image_turn else sample
 
     def _usable(self, sample: Sample) -> bool:
-        images = [*sample.images, *(i for t in sample.turns for c in (*t.query, *t.target, *t.negatives) for i in c.images)]
+        images = [
+            *sample.images,
+            *(i for t in sample.turns for c in (*t.query, *t.target, *t.negatives) for i in c.images),
+        ]
         try:
             self.processor.encode_images(images, sample.place)
         except ImageError:

@@ -155,7 +155,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if (self.model.path is None) == (self.model.tiny is None):
-            raise RecipeError("model: give exactly one of 'path' (an existing model) and 'tiny' (one made from its config)")
+            raise RecipeError(
+                "model: give exactly one of 'path' (an existing model) and 'tiny' (one made from its config)"
+            )
         if self.model.tiny and (self.model.adapter or self.model.vision == "frozen"):
             raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
         if not self.data.train:

@@ -15,7 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from muco.backbone import Adapter, TinyConfig, add_adapters, freeze_vision, load_backbone, merge_adapters, tiny_qwen2_vl
 from muco.data import open_data
@@ -129,7 +129,7 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
     loss = MultiTurnLoss(model, temperature=recipe.loss.temperature, symmetric=recipe.loss.symmetric)
     evaluator = None
     if validation is not None:
-        from muco.evaluate.retrieval import RetrievalEvaluator
+        from muco.evaluate.evaluator import RetrievalEvaluator
 
         evaluator = RetrievalEvaluator(validation)
     return MuCoTrainer(model, arguments, batches, StepSampler(steps), loss, evaluator)
@@ -170,7 +170,8 @@ class MuCoTrainer(SentenceTransformerTrainer):
         # the library insists on a table; ours has a row per step, and the batches are made in the loader below
         table = Dataset.from_dict({"step": range(len(steps))})
         super().__init__(model=model, args=args, train_dataset=table, loss=loss, evaluator=evaluator)
-        self.remove_callback(ProgressCallback)
+        for shown in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for programs
+            self.remove_callback(shown)
         self.add_callback(ScreenProgress(self))
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

@@ -44,7 +44,9 @@ def _texts(sources: Sequence[Data], rng: np.random.Generator, count: int) -> lis
         source = sources[rng.integers(len(sources))]
         sample = source[int(rng.integers(len(source)))]
         for turn in sample.turns:
-            contents = [c for c in (turn.query[rng.integers(len(turn.query))], turn.target[0]) if c.text and not c.images]
+            contents = [
+                c for c in (turn.query[rng.integers(len(turn.query))], turn.target[0]) if c.text and not c.images
+            ]
             dialogues += [Dialogue((), (content,), True, sample.place) for content in contents]
     return dialogues[:count]
 

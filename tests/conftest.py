@@ -1,0 +1,31 @@
+"""Shared fixtures: one small set of scenes and one untrained tiny model per session; no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 64 training, 16 dev and 16 test scenes."""
+    from muco.data.scenes import write_scenes
+
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=64, dev=16, test=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(scenes: Path):
+    """An untrained tiny Qwen2-VL; tests must not change its weights."""
+    from muco.backbone import TinyConfig, tiny_qwen2_vl
+    from muco.data import open_data
+    from muco.encoder import from_backbone
+    from muco.train.trainer import texts_of
+
+    sizes = TinyConfig(width=64, feed_forward=128, vision_width=32, vision_depth=1, vocabulary=512)
+    return from_backbone(*tiny_qwen2_vl(texts_of([open_data(scenes / "train.jsonl")]), sizes), device="cpu")

@@ -1,0 +1,278 @@
+"""A batch knows where its turns and images stand, who may attend to whom, and how to cut itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import QWEN, image, model, ragged, vectors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muco.batch import DialogueBatch, _stack_patches, collate, split, tree_mask
+from muco.dialogue import Content, Dialogue
+from muco.errors import ImageError
+from muco.processor import EncodedImage, rotary_positions
+
+BOTH_KINDS = ("qwen2_vl", "idefics3")  # flattened patches with a grid; tiles with a mask
+SIDES = ("right", "left")
+quick = settings(max_examples=100, deadline=None)
+both_kinds = pytest.mark.parametrize("family", BOTH_KINDS)
+both_sides = pytest.mark.parametrize("side", SIDES)
+
+
+def batch_of(family: str, dialogues: list[Dialogue], side: str = "right") -> DialogueBatch:
+    return collate(dialogues, model(family).encoder.muco_processor, padding_side=side)
+
+
+def mixed() -> list[Dialogue]:
+    """Trees and lines, rows with several images, one and none."""
+    return [*ragged()[:5], *ragged(isolated=False)[:3], *ragged()[5:]]
+
+
+def embed(family: str, batch: DialogueBatch) -> np.ndarray:
+    with torch.inference_mode():
+        return model(family)(dict(batch))["sentence_embedding"].numpy()
+
+
+# What stands where
+
+
+@both_kinds
+@both_sides
+def test_every_turn_is_read_at_its_own_emb(family, side):
+    dialogues = mixed()
+    batch, processor = batch_of(family, dialogues, side), model(family).encoder.muco_processor
+    assert batch["turn_rows"].tolist() == [b for b, d in enumerate(dialogues) for _ in d.turns]
+    assert (batch["input_ids"][batch["turn_rows"], batch["turn_columns"]] == processor.emb_id).all()
+    assert len(set(zip(batch["turn_rows"].tolist(), batch["turn_columns"].tolist(), strict=True))) == len(
+        batch["turn_rows"]
+    )
+    assert (batch["input_ids"] == processor.emb_id).sum() == len(batch["turn_rows"])
+
+
+@both_kinds
+def test_images_stand_in_the_order_of_their_placeholders(family):
+    dialogues, processor = mixed(), model(family).encoder.muco_processor
+    batch = batch_of(family, dialogues)
+    assert batch["image_rows"].tolist() == [b for b, d in enumerate(dialogues) for _ in d.images]
+    encoded = [processor.encode_image(picture) for d in dialogues for picture in d.images]
+    assert batch["image_patches"].tolist() == [len(e.patches["pixel_values"]) for e in encoded]
+    assert torch.equal(batch["pixel_values"], torch.cat([e.patches["pixel_values"] for e in encoded]))
+
+
+@both_kinds
+def test_text_only_batches_have_no_image_tensors(family):
+    batch = batch_of(family, [Dialogue((), (Content("a"),)), Dialogue((), (Content("b c d"),))])
+    assert set(batch) == {"input_ids", "attention_mask", "position_ids", "turn_rows", "turn_columns"}
+
+
+@both_kinds
+def test_branches_start_where_the_trunk_ends(family):
+    batch = batch_of(family, ragged()[:1])
+    positions, branches = batch["position_ids"][:, 0], batch["branch_ids"][0]
+    assert branches.unique().tolist() == [0, 1, 2, 3, 4, 5]
+    after = positions[:, branches == 0].max() + 1
+    for number in range(1, 6):
+        own = positions[:, branches == number]
+        assert torch.equal(own, (after + torch.arange(own.shape[1])).expand_as(own))
+
+
+@both_kinds
+@both_sides
+def test_padding_is_masked_and_the_rows_are_those_of_one_by_one(family, side):
+    dialogues = mixed()
+    batch, processor = batch_of(family, dialogues, side), model(family).encoder.muco_processor
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.pad_id).all()
+    for row, dialogue in enumerate(dialogues):
+        single, real = batch_of(family, [dialogue]), batch["attention_mask"][row].bool()
+        assert torch.equal(batch["input_ids"][row, real], single["input_ids"][0])
+        assert torch.equal(batch["position_ids"][:, row, real], single["position_ids"][:, 0])
+        padding = slice(int(real.sum()), None) if side == "right" else slice(0, len(real) - int(real.sum()))
+        assert not real[padding].any()
+
+
+def test_a_broken_image_is_named_by_its_row():
+    dialogues = [Dialogue((), (Content("a"),)), Dialogue((), (Content("", (b"no image",)),), where="rows.jsonl:2")]
+    with pytest.raises(ImageError, match="rows.jsonl:2: image bytes"):
+        batch_of("qwen2_vl", dialogues)
+
+
+def test_tiles_of_different_sizes_are_padded_with_zeros():
+    tall, wide = torch.rand(1, 3, 6, 2) + 1, torch.rand(2, 3, 4, 5) + 1
+    stacked = _stack_patches([tall, wide])
+    assert stacked.shape == (3, 3, 6, 5)
+    assert torch.equal(stacked[:1, :, :6, :2], tall) and torch.equal(stacked[1:, :, :4, :5], wide)
+    assert stacked.count_nonzero() == tall.numel() + wide.numel()
+
+
+# Positions
+
+grids = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
+
+
+def picture_of(grid: tuple[int, int, int]) -> EncodedImage:
+    return EncodedImage((), {}, (grid[0], grid[1] * 2, grid[2] * 2), 2)
+
+
+@pytest.mark.parametrize("family", QWEN)
+@quick
+@given(st.lists(st.tuples(grids, st.integers(1, 4)), min_size=1, max_size=4), st.integers(0, 5), st.integers(0, 1000))
+def test_rotary_positions_are_the_models_own(family, pictures, opening, start):
+    backbone = model(family).encoder.model
+    segments: list[int | EncodedImage] = [opening]
+    kinds = [0] * opening
+    for grid, text in pictures:
+        segments += [picture_of(grid), text]
+        kinds += [1] * (grid[1] * grid[2]) + [0] * text
+    expected, _ = backbone.get_rope_index(
+        torch.zeros(1, len(kinds), dtype=torch.long),
+        mm_token_type_ids=torch.tensor([kinds]),
+        image_grid_thw=torch.tensor([picture_of(grid).grid for grid, _ in pictures]),
+    )
+    assert torch.equal(torch.from_numpy(rotary_positions(segments)), expected[:, 0])
+    assert np.array_equal(rotary_positions(segments, start), rotary_positions(segments) + start)
+
+
+# Who attends to whom
+
+
+def slow_mask(batch: DialogueBatch) -> torch.Tensor:
+    rows, length = batch["branch_ids"].shape
+    allowed = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+    for row in range(rows):
+        branch, real = batch["branch_ids"][row].tolist(), batch["attention_mask"][row].tolist()
+        for query in range(length):
+            for key in range(query):
+                sees = branch[key] == 0 or branch[key] == branch[query]
+                allowed[row, 0, query, key] = bool(real[key]) and sees
+            allowed[row, 0, query, query] = True
+    return allowed
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> DialogueBatch:
+    """Rows of a trunk and branches of any lengths, padded on either side."""
+    rows = draw(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), min_size=1, max_size=3))
+    left = draw(st.booleans())
+    branches = [[number for number, length in enumerate(row) for _ in range(length)] or [0] for row in rows]
+    longest = max(map(len, branches)) + draw(st.integers(0, 2))
+    padded = [([0] * (longest - len(row)), row) for row in branches]
+    ids = [pad + row if left else row + pad for pad, row in padded]
+    real = [pad + [1] * len(row) if left else [1] * len(row) + pad for pad, row in padded]
+    return {"branch_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}  # type: ignore[typeddict-item]
+
+
+@quick
+@given(trees())
+def test_the_tree_mask_is_the_slow_definition(batch):
+    assert torch.equal(tree_mask(batch), slow_mask(batch))
+
+
+@both_kinds
+@both_sides
+def test_the_tree_mask_of_real_dialogues(family, side):
+    batch = batch_of(family, mixed(), side)
+    mask = tree_mask(batch)
+    assert torch.equal(mask, slow_mask(batch))
+    assert mask.any(dim=-1).all(), "a row of the softmax would be empty"
+
+
+@both_kinds
+def test_lines_need_no_tree_mask(family):
+    lines = [*ragged(isolated=False), Dialogue((), (Content("one isolated turn"),))]
+    assert tree_mask(batch_of(family, lines)) is None
+
+
+# Cutting a batch
+
+
+def same(batch: DialogueBatch, other: DialogueBatch) -> bool:
+    return batch.keys() == other.keys() and all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+@both_kinds
+@both_sides
+def test_chunks_cover_the_rows_in_order_within_the_budget(family, side):
+    dialogues = mixed()
+    batch = batch_of(family, dialogues, side)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    budgets = (1, min(lengths), max(lengths), 2 * max(lengths), sum(lengths) // 2, 10**6)
+    for budget in budgets:
+        first = 0
+        for chunk in split(batch, budget):
+            rows, width = chunk["input_ids"].shape
+            assert rows == 1 or rows * width <= budget
+            assert width == max(lengths[first : first + rows]), "cut to the longest row"
+            real, before = chunk["attention_mask"].bool(), batch["attention_mask"][first : first + rows].bool()
+            assert torch.equal(chunk["input_ids"][real], batch["input_ids"][first : first + rows][before])
+            assert (chunk["turn_rows"] < rows).all()
+            first += rows
+        assert first == len(dialogues)
+    assert len(split(batch, 1)) == len(dialogues) and len(split(batch, 10**6)) == 1
+    assert len({len(split(batch, budget)) for budget in budgets}) > 3, "budgets that divide, do not divide, exceed"
+
+
+@both_kinds
+@both_sides
+def test_a_whole_batch_is_its_own_only_chunk(family, side):
+    batch = batch_of(family, mixed(), side)
+    (chunk,) = split(batch, 10**6)
+    assert same(chunk, batch)
+
+
+@both_kinds
+@both_sides
+def test_vectors_of_chunks_are_those_of_the_batch(family, side):
+    batch = batch_of(family, mixed(), side)
+    expected = vectors(model(family), mixed())
+    longest = batch["input_ids"].shape[1]
+    for budget in (1, longest, 2 * longest + 7, 10**6):
+        together = np.concatenate([embed(family, chunk) for chunk in split(batch, budget)])
+        assert np.abs(together - expected).max() < 1e-5
+
+
+@both_kinds
+def test_images_go_with_their_rows(family):
+    dialogues = mixed()
+    chunks = split(batch_of(family, dialogues), 1)
+    for chunk, dialogue in zip(chunks, dialogues, strict=True):
+        single = batch_of(family, [dialogue])
+        assert ("pixel_values" in chunk) == bool(dialogue.images)
+        assert single.keys() <= chunk.keys()
+        assert all(torch.equal(chunk[key], single[key]) for key in single)
+
+
+@quick
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 40), st.booleans())
+def test_chunks_are_as_few_as_whole_rows_in_order_allow(lengths, budget, left):
+    width = max(lengths)
+    mask = [[0] * (width - n) + [1] * n if left else [1] * n + [0] * (width - n) for n in lengths]
+    table = torch.tensor(mask)
+    batch: DialogueBatch = {
+        "input_ids": table * torch.arange(1, len(lengths) + 1)[:, None],
+        "attention_mask": table,
+        "position_ids": table[None],
+        "turn_rows": torch.arange(len(lengths)),
+        "turn_columns": torch.tensor([width - 1 if left else n - 1 for n in lengths]),
+    }
+    chunks = split(batch, budget)
+    assert [int(row.max()) for chunk in chunks for row in chunk["input_ids"]] == list(range(1, len(lengths) + 1))
+    for chunk, following in zip(chunks, chunks[1:], strict=False):
+        rows = [*chunk["attention_mask"].sum(dim=1), following["attention_mask"][0].sum()]
+        assert max(rows) * len(rows) > budget, "the next row would have fitted"
+    for chunk in chunks:
+        assert (chunk["attention_mask"][chunk["turn_rows"], chunk["turn_columns"]] == 1).all()
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_must_be_positive(budget):
+    with pytest.raises(ValueError, match="token_budget must be positive"):
+        split(batch_of("qwen2_vl", [Dialogue((), (Content("a"),))]), budget)
+
+
+def test_an_image_of_one_row_is_not_seen_by_another():
+    first, second = Dialogue((image(84, 84, 1),), (Content("a"),)), Dialogue((image(84, 84, 2),), (Content("a"),))
+    changed = Dialogue((image(84, 84, 3),), (Content("a"),))
+    before, after = (vectors(model("qwen2_vl"), [first, other]) for other in (second, changed))
+    assert np.abs(before[0] - after[0]).max() < 1e-5 < np.abs(before[1] - after[1]).max()

@@ -1,0 +1,431 @@
+"""Loading is strict, saving is whole, and adapters train what they should and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, build, checkpoint, image, model, ragged, vectors
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import muco
+from muco.backbone import Adapter, add_adapters, freeze_vision, language_linears, load_backbone, merge_adapters
+from muco.encoder import Model, from_backbone
+from muco.errors import CheckpointError
+from muco.processor import EVALUATION_PIXELS, SETTINGS_FILE
+from muco.template import EMB, MASK, QWEN_VL, SPECIAL_TOKENS
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+Weights = dict[str, torch.Tensor]
+
+
+def load(folder: Path, **kwargs: Any) -> Model:
+    return muco.load(folder, device="cpu", local_files_only=True, **kwargs)
+
+
+def close(vectors: np.ndarray, others: np.ndarray) -> bool:
+    return vectors.shape == others.shape and float(np.abs(vectors - others).max()) < 1e-6
+
+
+def change(folder: Path, edit: Callable[[Weights], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[str], Path]:
+    def copy(family: str = "qwen2_vl") -> Path:
+        return Path(shutil.copytree(checkpoint(family), tmp_path / family))
+
+    return copy
+
+
+def inputs() -> list[Any]:
+    return ["a ring", image(90, 60, 1), {"text": "what is it?", "image": image(60, 90, 2)}]
+
+
+# What is loaded
+
+
+@every_family
+def test_loading_twice_gives_the_same_vectors(family):
+    again = load(checkpoint(family))
+    assert close(again.encode(inputs()), model(family).encode(inputs()))
+    assert again.fingerprint == model(family).fingerprint
+
+
+@every_family
+def test_saving_and_loading_changes_nothing(family, tmp_path):
+    before = model(family).encode(inputs())
+    model(family).save(str(tmp_path / "saved"))
+    saved = load(tmp_path / "saved")
+    assert close(saved.encode(inputs()), before)
+    assert close(vectors(saved, ragged()), vectors(model(family), ragged()))
+    assert saved.encoder.muco_processor.template == model(family).encoder.muco_processor.template
+    assert saved.fingerprint == model(family).fingerprint
+    assert saved.tokenizer.chat_template.endswith(saved.encoder.muco_processor.template.jinja())
+
+
+@every_family
+def test_the_prompt_outlives_a_library_that_does_not_know_our_file(family, tmp_path):
+    """The stock library saves a model again without ``muco.json``; the chat template brings the settings along."""
+    backbone, processor = load_backbone(checkpoint(family), local_files_only=True)
+    processor.template = replace(
+        processor.template, newline_at_end=True, image_end=" {#- '#' -#} \n", next_turn="{% %}"
+    )
+    changed = from_backbone(backbone, processor, device="cpu")
+    changed.save(str(tmp_path / "saved"))
+    (tmp_path / "saved" / SETTINGS_FILE).unlink()
+    saved = load(tmp_path / "saved")
+    assert saved.encoder.muco_processor.template == processor.template
+    assert saved.fingerprint == changed.fingerprint
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a\n\nring"}]}]
+    plain = processor.tokenizer.apply_chat_template(chat, chat_template=processor.template.jinja(), tokenize=False)
+    assert saved.tokenizer.apply_chat_template(chat, tokenize=False) == plain
+
+
+@every_family
+def test_the_pixel_budget_is_saved(family, tmp_path):
+    fresh = load(checkpoint(family))
+    fresh.encoder.muco_processor.set_pixels(None, 32 * 32)
+    fresh.save(str(tmp_path / "saved"))
+    picture = image(112, 80)
+    smaller = fresh.encode(picture)
+    assert close(load(tmp_path / "saved").encode(picture), smaller)
+    assert np.abs(smaller - model(family).encode(picture)).max() > 1e-3
+    assert fresh.fingerprint != model(family).fingerprint
+
+
+def test_the_fingerprint_knows_prompt_and_weights():
+    fresh = load(checkpoint("qwen2_vl"))
+    with torch.no_grad():
+        fresh.encoder.model.visual.merger.mlp[0].bias[0] += 1e-3
+    assert fresh.fingerprint != model("qwen2_vl").fingerprint
+    backbone, processor = load_backbone(checkpoint("qwen2_vl"))
+    processor.template = replace(QWEN_VL, newline_at_end=True)
+    assert from_backbone(backbone, processor, device="cpu").fingerprint != model("qwen2_vl").fingerprint
+
+
+@every_family
+def test_half_precision_is_close(family):
+    half = load(checkpoint(family), dtype="bfloat16").encode(inputs())
+    assert half.dtype == np.float32
+    assert (half * model(family).encode(inputs())).sum(axis=1).min() > 0.99
+
+
+@every_family
+def test_an_untied_head_is_dropped(family, tmp_path):
+    folder = build(family, tmp_path / "untied", tied=False)
+    assert "lm_head.weight" in load_file(folder / "model.safetensors")
+    untied = load(folder)
+    untied.save(str(tmp_path / "saved"))
+    assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+    assert close(load(tmp_path / "saved").encode(inputs()), untied.encode(inputs()))
+    change(folder, lambda weights: weights.pop("lm_head.weight"))
+    assert close(load(folder).encode(inputs()), untied.encode(inputs()))
+
+
+# The layout of transformers 4.52, in which the paper's checkpoints were saved
+
+
+def save_as_4_52(source: Path, folder: Path) -> Path:
+    """The source's weights and files under the names, and with the nested configs, that transformers 4.52 wrote."""
+    from transformers import AutoModelForImageTextToText
+
+    shutil.copytree(source, folder)
+    wrapper = AutoModelForImageTextToText.from_pretrained(source)
+    weights = {name: weight.clone() for name, weight in wrapper.state_dict().items()}
+    assert {name.split(".")[1] for name in weights if name != "lm_head.weight"} == {"visual", "language_model"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config["text_config"] | {"model_type": "qwen2_vl", "rope_theta": 10000.0}
+    rope = text.pop("rope_parameters")
+    text["rope_scaling"] = {"mrope_section": rope["mrope_section"], "rope_type": "default", "type": "default"}
+    flat = {key: text[key] for key in ("hidden_size", "num_hidden_layers", "rope_scaling", "rope_theta", "vocab_size")}
+    config |= flat | {"text_config": text, "vision_config": config["vision_config"] | {"model_type": "qwen2_vl"}}
+    config |= {"transformers_version": "4.52.3", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_a_4_52_checkpoint_gives_the_true_vectors(tmp_path):
+    old = load(save_as_4_52(checkpoint("qwen2_vl"), tmp_path / "old"))
+    assert close(old.encode(inputs()), model("qwen2_vl").encode(inputs()))
+
+
+def test_automodel_would_have_lost_the_vision_tower(tmp_path):
+    """Why loading goes through the image-text-to-text class; if this fails, the library has mended it."""
+    from transformers import AutoModel
+
+    lost = AutoModel.from_pretrained(save_as_4_52(checkpoint("qwen2_vl"), tmp_path / "old")).state_dict()
+    true = model("qwen2_vl").encoder.model.state_dict()
+    assert not torch.equal(lost["visual.patch_embed.proj.weight"], true["visual.patch_embed.proj.weight"])
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_released_checkpoint_gets_its_newline_rule_and_pixels(tmp_path, old):
+    folder = build("qwen2_vl", tmp_path / "released", tokens=SPECIAL_TOKENS)
+    folder = save_as_4_52(folder, tmp_path / "old") if old else folder
+    released = load(folder)
+    processor = released.encoder.muco_processor
+    assert processor.template == replace(QWEN_VL, newline_at_end=True)
+    assert dict(processor.image_processor.size) == dict(
+        zip(("shortest_edge", "longest_edge"), EVALUATION_PIXELS, strict=True)
+    )
+    assert len(processor.encode_image(image(60, 60)).ids) == 256
+    assert close(released.encode("a\n\n\nring\n"), released.encode("a\nring"))
+    released.save(str(tmp_path / "saved"))
+    saved = load(tmp_path / "saved")
+    assert saved.encoder.muco_processor.template == processor.template
+    assert close(saved.encode(inputs()[:2]), released.encode(inputs()[:2]))
+
+
+def test_a_plain_checkpoint_has_neither():
+    processor = model("qwen2_vl").encoder.muco_processor
+    assert processor.template == QWEN_VL
+    assert dict(processor.image_processor.size) == {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
+
+
+# What is refused
+
+
+@every_family
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_a_missing_weight_is_named(copied, family, part):
+    folder = copied(family)
+    name = weight_of(folder, part)
+    change(folder, lambda weights: weights.pop(name))
+    refused(folder, "lacks weights", name.removeprefix("model."))
+
+
+@every_family
+def test_an_unexpected_weight_is_named(copied, family):
+    folder = copied(family)
+    name = weight_of(folder, "vision").replace("layers.0", "layers.9").replace("blocks.0", "blocks.9")
+    change(folder, lambda weights: weights.update({name: torch.zeros(2)}))
+    refused(folder, "has unexpected weights", name.removeprefix("model."))
+
+
+@every_family
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_a_weight_of_another_shape_is_named(copied, family, part):
+    folder = copied(family)
+    name = weight_of(folder, part)
+    change(folder, lambda weights: weights.update({name: torch.zeros(2, 3)}))
+    refused(folder, "has wrongly shaped weights", name.removeprefix("model."), "(2, 3) instead of (")
+
+
+def test_many_missing_weights_are_counted(copied):
+    folder = copied("qwen2_vl")
+    change(folder, lambda weights: [weights.pop(name) for name in list(weights) if "visual" in name])
+    refused(folder, "lacks weights: model.visual.blocks.0.attn.proj.bias, ", "more; it was not saved whole")
+
+
+def weight_of(folder: Path, part: str) -> str:
+    names = load_file(folder / "model.safetensors")
+    found = [
+        name
+        for name in names
+        if name.endswith(".weight") and ("visual" in name or "vision" in name) == (part == "vision")
+    ]
+    return next(name for name in found if ".0." in name and "norm" not in name)
+
+
+def refused(folder: Path | str, *parts: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(folder)  # type: ignore[arg-type]
+    assert all(part in str(error.value) for part in parts), str(error.value)
+    assert "\n" not in str(error.value), "one sentence"
+
+
+def test_pickled_weights_are_not_read(copied):
+    folder = copied("qwen2_vl")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "cannot load a model from", "model.safetensors")
+
+
+@every_family
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_missing_or_broken_file_is_a_sentence(copied, family, name):
+    folder = copied(family)
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    refused(folder, str(folder))
+    for broken in (b"{nonsense", data[: len(data) // 2]):
+        (folder / name).write_bytes(broken)
+        refused(folder, str(folder))
+
+
+def test_what_is_no_model_is_a_sentence(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "no such folder")
+    refused("nobody/nothing", "'nobody/nothing'", "no such folder, and from the hub")
+    refused(tmp_path, str(tmp_path))
+    (tmp_path / "file.txt").write_text("hello", encoding="utf-8")
+    refused(tmp_path / "file.txt", "file.txt")
+
+
+def test_a_text_only_model_is_a_sentence(tmp_path):
+    from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 9,
+    }
+    Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=1)).save_pretrained(tmp_path / "qwen2")
+    refused(tmp_path / "qwen2", "is a qwen2 model; MuCo needs one that reads images and text")
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    refused(tmp_path / "bert", "is a bert model")
+
+
+def test_rotary_positions_of_unknown_families_are_refused(copied):
+    """A family of the same kind would be given plain positions, and vectors that are quietly wrong."""
+    from transformers import Glm4vConfig
+
+    folder = copied("qwen2_vl")
+    config = Glm4vConfig()
+    config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+    config.save_pretrained(folder)
+    refused(folder, "is a glm4v model, whose multimodal rotary positions MuCo does not know")
+
+
+@every_family
+def test_a_tokenizer_of_another_model_is_refused(copied, family):
+    folder = copied(family)
+    other = build(family, folder.parent / "other", tokens=("<|another|>",))
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in tokenizer["added_tokens"]:
+        token["id"] += 1  # as if one more token had been learnt
+    tokenizer["model"]["vocab"]["one more"] = len(tokenizer["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    refused(folder, "the tokenizer is not this model's or lacks a file")
+
+
+def test_a_tokenizer_that_cannot_be_cut_is_refused(copied):
+    """One that marks the first word of whatever it is given would mark the first word of every part of a prompt."""
+    folder = copied("idefics3")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": True}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    refused(folder, "reads a prompt in parts differently than as a whole")
+
+
+def test_fewer_embeddings_than_tokens_are_refused(tmp_path):
+    folder = build("qwen2_vl", tmp_path / "released", tokens=(EMB,))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append(last | {"id": last["id"] + 1, "content": MASK})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    refused(folder, f"has {last['id'] + 2} tokens and the model embeds only {last['id'] + 1}")
+
+
+@pytest.mark.parametrize("text", ["{nonsense", "[]", "{}", '{"format": 1}', '{"format": 2, "template": {}}'])
+def test_settings_of_another_version_are_refused(copied, text):
+    folder = copied("qwen2_vl")
+    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+    refused(folder, SETTINGS_FILE)
+
+
+# Adapters
+
+ADAPTED = ("qwen2_vl", "idefics3")
+adapted_families = pytest.mark.parametrize("family", ADAPTED)
+kinds = pytest.mark.parametrize("kind", ["lora", "dora"])
+
+
+def adapted(family: str, kind: Any) -> Model:
+    backbone, processor = load_backbone(checkpoint(family), local_files_only=True)
+    tokens = processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    return from_backbone(add_adapters(backbone, Adapter(kind, rank=4, alpha=8), tokens), processor, device="cpu")
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+@adapted_families
+@kinds
+def test_only_adapters_and_the_two_tokens_get_gradients(family, kind):
+    trained, seen = adapted(family, kind), []
+    backbone = trained.encoder.model
+    tower = next(module for name, module in backbone.named_modules() if name.endswith(("visual", "vision_model")))
+    tower.register_forward_hook(lambda module, args, output: seen.extend(tensors(output)))
+    trained.train()
+    out = trained(trained.encoder.collate(ragged()))["sentence_embedding"]
+    (out * torch.linspace(-1, 1, out.shape[1])).sum().backward()
+    assert seen and not any(tensor.requires_grad for tensor in seen), "no autograd graph through the vision tower"
+    got = {name: parameter.grad for name, parameter in backbone.named_parameters() if parameter.grad is not None}
+    assert got.keys() == {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in got)
+    assert not any("visual" in name or "vision" in name or "connector" in name for name in got)
+    assert sum("lora_B" in name for name in got) == len(language_linears(merge_adapters(backbone))) == 2 * 7
+    assert all(grad.abs().max() > 0 for name, grad in got.items() if "lora_B" in name)
+    (tokens,) = (grad for name, grad in got.items() if "trainable_tokens_delta" in name)
+    assert tokens.shape == (2, trained.get_embedding_dimension())
+    assert tokens[0].abs().max() > 0 and tokens[1].abs().max() == 0, "<|emb|> is in every prompt, <|mask|> in none"
+
+
+@adapted_families
+@kinds
+def test_merged_and_saved_adapters_give_the_same_vectors(family, kind, tmp_path):
+    trained = adapted(family, kind)
+    assert np.abs(vectors(trained, ragged()) - vectors(model(family), ragged())).max() < 1e-5, (
+        "adapters begin as nothing"
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.encoder.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    changed = vectors(trained, ragged())
+    assert np.abs(changed - vectors(model(family), ragged())).max() > 0.01
+    trained.save(str(tmp_path / "saved"))
+    assert np.abs(vectors(load(tmp_path / "saved"), ragged()) - changed).max() < 1e-5
+    assert not list(tmp_path.rglob("adapter*")), "plain weights"
+    assert close(vectors(trained, ragged()), changed), "saving leaves the adapters in place"
+    merged = merge_adapters(trained.encoder.model)
+    assert type(merged) is type(model(family).encoder.model)
+    plain = from_backbone(merged, trained.encoder.muco_processor, device="cpu")
+    assert np.abs(vectors(plain, ragged()) - changed).max() < 1e-5
+    assert merge_adapters(merged) is merged
+
+
+@every_family
+def test_the_vision_tower_is_frozen_and_nothing_else(family):
+    backbone, _ = load_backbone(checkpoint(family), local_files_only=True)
+    count = freeze_vision(backbone)
+    frozen = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    assert frozen and all(name.startswith(("visual.", "vision_model.")) for name in frozen)
+    assert count == sum(parameter.numel() for parameter in backbone.parameters() if not parameter.requires_grad)
+    assert not any(
+        name.startswith(("visual.", "vision_model.")) for name in {n for n, _ in backbone.named_parameters()} - frozen
+    )
+    with pytest.raises(CheckpointError, match="Sequential has no vision tower named"):
+        freeze_vision(nn.Sequential(nn.Linear(2, 2)))
+
+
+@every_family
+def test_language_linears_leave_vision_and_connector_alone(family):
+    names = language_linears(model(family).encoder.model)
+    assert len(names) == 2 * 7 and all(
+        ".layers." in name and name.startswith(("language_model", "text_model")) for name in names
+    )

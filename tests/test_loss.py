@@ -1,0 +1,150 @@
+"""The loss against a slow, obvious reference; its masks; its gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+import muco
+from muco.loss import chance_level, multi_turn_info_nce
+
+
+def slow_loss(query, target, sample_ids, temperature, target_ids=None, hard=(), hard_turns=(), hard_ids=()):
+    """Written from the definition, one exponential at a time, in float64."""
+    query, target = query.double(), target.double()
+    total = 0.0
+    for i in range(len(query)):
+        positive = math.exp(float(query[i] @ target[i]) / temperature)
+        others = 0.0
+        for j in range(len(target)):
+            same_sample = sample_ids[i] == sample_ids[j]
+            same_target = target_ids is not None and target_ids[i] == target_ids[j]
+            if not same_sample and not same_target:
+                others += math.exp(float(query[i] @ target[j]) / temperature)
+        for h in range(len(hard)):
+            own_turn, other_sample = hard_turns[h] == i, sample_ids[hard_turns[h]] != sample_ids[i]
+            same_target = target_ids is not None and target_ids[i] == hard_ids[h]
+            if (own_turn or other_sample) and not same_target:
+                others += math.exp(float(query[i] @ hard[h].double()) / temperature)
+        total -= math.log(positive / (positive + others))
+    return total / len(query)
+
+
+@st.composite
+def batches(draw):
+    turns = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    sample_ids = torch.tensor([i for i, k in enumerate(turns) for _ in range(k)])
+    count = len(sample_ids)
+    target_ids = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=count, max_size=count)))
+    hard_turns = torch.tensor(draw(st.lists(st.integers(0, count - 1), max_size=4)), dtype=torch.long)
+    hard_ids = torch.tensor(
+        draw(st.lists(st.integers(0, 7), min_size=len(hard_turns), max_size=len(hard_turns))), dtype=torch.long
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    query, target = (normalize(torch.randn(count, 8, generator=generator), dim=1) for _ in range(2))
+    hard = normalize(torch.randn(len(hard_turns), 8, generator=generator), dim=1)
+    return query, target, sample_ids, target_ids, hard, hard_turns, hard_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.booleans(), st.booleans())
+def test_value_equals_the_definition(batch, with_ids, with_hard):
+    query, target, sample_ids, target_ids, hard, hard_turns, hard_ids = batch
+    ids = target_ids if with_ids else None
+    extra = {"hard_negatives": hard, "hard_negative_turns": hard_turns, "hard_negative_ids": hard_ids}
+    value = multi_turn_info_nce(
+        query, target, sample_ids, temperature=0.1, target_ids=ids, **(extra if with_hard else {})
+    )
+    slow = slow_loss(query, target, sample_ids, 0.1, ids, *((hard, hard_turns.tolist(), hard_ids) if with_hard else ()))
+    assert value.item() == pytest.approx(slow, abs=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batches())
+def test_symmetric_is_the_mean_of_both_directions(batch):
+    query, target, sample_ids, target_ids, *_ = batch
+    both = multi_turn_info_nce(query, target, sample_ids, target_ids=target_ids, symmetric=True)
+    there = multi_turn_info_nce(query, target, sample_ids, target_ids=target_ids)
+    back = multi_turn_info_nce(target, query, sample_ids, target_ids=target_ids)
+    assert both.item() == pytest.approx((there.item() + back.item()) / 2, abs=1e-5)
+
+
+def test_gradient_equals_finite_differences_and_is_not_zero():
+    generator = torch.Generator().manual_seed(0)
+    query, target = (torch.randn(6, 4, generator=generator).mul(0.3).requires_grad_() for _ in range(2))
+    sample_ids, target_ids = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 0, 2, 3, 4])
+    loss = multi_turn_info_nce(query, target, sample_ids, temperature=0.5, target_ids=target_ids)
+    loss.backward()
+    for tensor in (query, target):
+        for place in [(0, 0), (3, 2), (5, 3)]:
+            step = torch.zeros_like(tensor)
+            step[place] = 1e-3
+            moved = [
+                slow_loss(
+                    *((a + sign * step if a is tensor else a).detach() for a in (query, target)),
+                    sample_ids,
+                    0.5,
+                    target_ids,
+                )
+                for sign in (1, -1)
+            ]
+            assert tensor.grad[place].item() == pytest.approx((moved[0] - moved[1]) / 2e-3, abs=1e-4)
+        assert tensor.grad.abs().max() > 1e-3
+
+
+def test_equal_vectors_give_the_chance_level():
+    vectors = torch.ones(5, 4) / 2
+    sample_ids = torch.tensor([0, 0, 1, 1, 2])
+    expected = sum(math.log(1 + n) for n in (3, 3, 3, 3, 4)) / 5
+    assert multi_turn_info_nce(vectors, vectors, sample_ids).item() == pytest.approx(expected, abs=1e-6)
+    assert chance_level(sample_ids) == pytest.approx(expected, abs=1e-6)
+
+
+def test_masked_targets_receive_no_gradient():
+    query = normalize(torch.randn(4, 8), dim=1)
+    target = normalize(torch.randn(4, 8), dim=1).requires_grad_()
+    # all targets are either of the same sample or identical: nothing to contrast, loss zero
+    loss = multi_turn_info_nce(query, target, torch.tensor([0, 0, 1, 1]), target_ids=torch.tensor([5, 5, 5, 5]))
+    loss.backward()
+    assert loss.item() == 0 and target.grad.abs().max() == 0
+
+
+def test_order_of_turns_does_not_matter():
+    query, target = (normalize(torch.randn(9, 8), dim=1) for _ in range(2))
+    sample_ids = torch.arange(9) // 2
+    order = torch.randperm(9)
+    plain = multi_turn_info_nce(query, target, sample_ids)
+    assert multi_turn_info_nce(query[order], target[order], sample_ids[order]).item() == pytest.approx(
+        plain.item(), abs=1e-5
+    )
+
+
+def test_scores_are_float32_for_half_precision_vectors():
+    query, target = (normalize(torch.randn(4, 8), dim=1).bfloat16() for _ in range(2))
+    assert multi_turn_info_nce(query, target, torch.arange(4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"target": torch.ones(2, 4)}, "target"),
+        ({"sample_ids": torch.arange(2)}, "sample_ids"),
+        ({"target_ids": torch.arange(5)}, "target_ids"),
+        ({"hard_negatives": torch.ones(1, 4)}, "hard_negative_turns"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, word):
+    values = {"query": torch.ones(3, 4), "target": torch.ones(3, 4), "sample_ids": torch.arange(3)} | arguments
+    with pytest.raises(ValueError, match=word):
+        muco.multi_turn_info_nce(values.pop("query"), values.pop("target"), values.pop("sample_ids"), **values)
+
+
+def test_no_turn_is_an_error():
+    with pytest.raises(ValueError, match="at least one turn"):
+        multi_turn_info_nce(torch.ones(0, 4), torch.ones(0, 4), torch.arange(0))

@@ -1,0 +1,144 @@
+"""Which samples, turns and paraphrases a step gets: shares, orders, and independence of everything but (seed, step)."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from muco import DataError, ImageError, RecipeError, Sample, Turn
+from muco.data import open_data
+from muco.train.mixture import Draw, Mixture, StepSampler, TrainingBatches, turn_order, with_image_turn
+from muco.train.recipe import TurnsRecipe
+
+
+class Rows(list):
+    fingerprint = "rows"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.2, 3)), min_size=1, max_size=3),
+    st.integers(16, 40),
+    st.integers(0, 5),
+)
+def test_every_batch_is_full_and_every_epoch_a_permutation(sources, size, seed):
+    lengths, weights = zip(*sources, strict=True)
+    mixture = Mixture(lengths, weights, size, seed)
+    draws = [mixture.draws(step) for step in range(12)]
+    assert all(len(batch) == size for batch in draws)
+    for source, length in enumerate(lengths):
+        own = [d for batch in draws for d in batch if d.source == source]
+        assert [d.position for d in own] == list(range(len(own)))  # nothing skipped, nothing twice
+        share = weights[source] / sum(weights)
+        assert abs(len(own) - 12 * size * share) <= 1
+        for epoch in range(len(own) // length):
+            assert sorted(d.index for d in own[epoch * length : (epoch + 1) * length]) == list(range(length))
+
+
+def test_a_source_without_a_place_in_a_batch_or_without_samples_is_an_error():
+    with pytest.raises(RecipeError, match="less than one"):
+        Mixture([10, 10], [1.0, 0.01], 32, 0)
+    with pytest.raises(DataError, match="empty"):
+        Mixture([10, 0], [1.0, 1.0], 32, 0)
+
+
+def test_orders_per_sample_per_batch_and_in_groups():
+    def orders(turns, rows=8, step=3):
+        return [tuple(turn_order(7, Draw(0, i, 100 + i), i, step, turns, 0)) for i in range(rows)]
+
+    assert all(sorted(order) == list(range(7)) for order in orders(TurnsRecipe(order="sample")))
+    assert len(set(orders(TurnsRecipe(order="sample")))) > 4
+    assert len(set(orders(TurnsRecipe(order="batch")))) == 1
+    assert orders(TurnsRecipe(order="batch"), step=4) != orders(TurnsRecipe(order="batch"), step=5)
+    groups = orders(TurnsRecipe(order=2))
+    assert len(set(groups)) == 2 and groups[0] == groups[2] != groups[1]
+
+
+def test_ragged_samples_of_a_batch_share_one_order():
+    full = turn_order(7, Draw(0, 0, 0), 0, 1, TurnsRecipe(order="batch"), 0)
+    short = turn_order(4, Draw(0, 1, 1), 1, 1, TurnsRecipe(order="batch"), 0)
+    assert short == [turn for turn in full if turn < 4]
+
+
+def test_limit_draws_other_turns_each_time():
+    seen = {tuple(turn_order(7, Draw(0, 0, p), 0, 0, TurnsRecipe(limit=2), 0)) for p in range(30)}
+    assert all(len(set(order)) == 2 for order in seen) and len(seen) > 10
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b)
+
+
+@pytest.fixture
+def batches(scenes, tiny_model):
+    sources = [open_data(scenes / "train.jsonl"), open_data(scenes / "train_pairs.jsonl")]
+    mixture = Mixture([len(s) for s in sources], [2, 1], 6, 0)
+    return TrainingBatches(sources, mixture, tiny_model.encoder.muco_processor, TurnsRecipe(image_turn="retrieval"))
+
+
+def test_a_batch_is_a_function_of_the_step_alone(batches):
+    loaders = [
+        DataLoader(batches, batch_sampler=StepSampler(4), collate_fn=lambda x: x[0], num_workers=n) for n in (0, 2)
+    ]
+    alone, parallel = (list(loader) for loader in loaders)
+    assert all(same(a, b) for a, b in zip(alone, parallel, strict=True))
+    assert same(batches[2], pickle.loads(pickle.dumps(batches))[2])  # noqa: S301 - our own object
+    assert not same(batches[1], batches[2])
+
+
+def test_ids_mark_samples_and_identical_targets(tiny_model):
+    rows = Rows(
+        [
+            Sample(turns=[Turn("a", "Ring"), Turn("b", "Gold")], id="x"),
+            Sample(turns=[Turn("c", "Ring ", negatives=["Gold", "Stone"])]),
+            Sample(turns=[Turn("d", "Tin")], id="x"),
+        ]
+    )
+    processor = tiny_model.encoder.muco_processor
+    made = TrainingBatches([rows], Mixture([3], [1.0], 3, 0), processor, TurnsRecipe(order="batch"))[0]
+    ids = {k: v.tolist() for k, v in made["ids"].items()}
+    place = {d.index: i for i, d in enumerate(Mixture([3], [1.0], 3, 0).draws(0))}
+    assert len(ids["sample_ids"]) == 4 and len(set(ids["sample_ids"])) == 2  # "x" twice is one image
+    assert sorted(np.bincount(ids["target_ids"])[:3].tolist()) == [1, 1, 2]  # Ring twice
+    assert len(ids["hard_negative_turns"]) == 2 and len(set(ids["hard_negative_turns"])) == 1
+    assert ids["hard_negative_ids"][0] in ids["target_ids"]  # Gold is known
+    assert len(made["target"]["turn_rows"]) == 6 and place
+
+
+def test_the_image_turn_is_the_image_alone_with_the_caption():
+    sample = Sample(image="a.png", turns=[Turn("q", "short", kind="local"), Turn("r", "long", kind="retrieval")])
+    added = with_image_turn(sample, "retrieval").turns[-1]
+    assert added.query[0].empty and added.target[0].text == "long"
+    assert with_image_turn(sample, "none") is sample
+    no_image = Sample(turns=[Turn("r", "long", kind="retrieval")])
+    assert with_image_turn(no_image, "retrieval") is no_image
+
+
+def test_broken_images_stop_a_run_or_are_skipped_and_counted(scenes, tiny_model, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    good = next((scenes / "images" / "train").glob("*.png"))
+    rows = Rows(
+        [
+            Sample(image=image, turns=[Turn("q", "p")])
+            for image in (good, tmp_path / "broken.png", tmp_path / "none.png")
+        ]
+    )
+    arguments = ([rows], Mixture([3], [1.0], 3, 0), tiny_model.encoder.muco_processor, TurnsRecipe())
+    with pytest.raises(ImageError, match=r"broken\.png|none\.png"):
+        TrainingBatches(*arguments)[0]
+    batch = TrainingBatches(*arguments, skip_broken_images=True)[0]
+    assert batch["skipped"] == 2 and len(batch["ids"]["sample_ids"]) == 1
+
+
+def test_blind_pixels_are_all_equal(batches):
+    blind = TrainingBatches(batches.sources, batches.mixture, batches.processor, batches.turns, blind=True)[0]
+    assert all(blind[side]["pixel_values"].unique().numel() == 1 for side in ("query", "target"))
+    assert batches[0]["query"]["pixel_values"].unique().numel() > 10

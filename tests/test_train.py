@@ -1,0 +1,212 @@
+"""Whole training runs: what they leave behind, that they resume exactly, and the blind control."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback, set_seed
+
+import muco
+from muco.data import open_data
+from muco.train import checkpoint
+from muco.train.recipe import dump_recipe, from_dict, load_recipe
+from muco.train.trainer import build_model, make_trainer
+from muco.train.warmup import language_loss, warm_up
+
+SMALL = {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1, "vocabulary": 512}
+
+
+def recipe_of(scenes: Path, output: Path, **changes) -> muco.Recipe:
+    trainer = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "warmup_steps": 2,
+    }
+    values = {
+        "output": str(output),
+        "model": {"tiny": SMALL, "vision": "trained"},
+        "data": {"train": [{"path": str(scenes / "train.jsonl")}]},
+        "turns": {"image_turn": "retrieval"},
+        **{key: value for key, value in changes.items() if key != "trainer"},
+        "trainer": {**trainer, **changes.get("trainer", {})},
+    }
+    return from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory) -> tuple[muco.Recipe, Path]:
+    recipe = recipe_of(scenes, tmp_path_factory.mktemp("runs") / "run")
+    return recipe, muco.train(recipe)
+
+
+def losses(model: Path) -> list[float]:
+    return [loss for _, loss in json.loads((model / "run.json").read_text())["loss"]]
+
+
+def test_a_run_leaves_a_whole_model(finished, scenes):
+    recipe, folder = finished
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["data"][0]["fingerprint"] == open_data(scenes / "train.jsonl").fingerprint
+    assert facts["steps"] == 6 and len(facts["loss"]) == 6 and "torch" in facts["versions"]
+    model = muco.load(folder, device="cpu")
+    assert model.fingerprint == facts["model_fingerprint"]
+    vectors = model.encode(["a red circle", scenes / "images" / "test" / "00000.png"])
+    assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    card = (folder / "README.md").read_text()
+    assert "6 steps" in card and facts["data"][0]["fingerprint"][:16] in card
+    assert list(Path(recipe.output).glob("logs/events*")), "no TensorBoard file"
+    assert not any(file.suffix in (".bin", ".pkl", ".pt") for file in folder.rglob("*"))
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    recipe, folder = finished
+    stamp = (folder / "run.json").stat().st_mtime_ns
+    assert muco.train(recipe) == folder and (folder / "run.json").stat().st_mtime_ns == stamp
+    with pytest.raises(muco.OutputError, match="already holds this run"):
+        muco.train(recipe, resume=False)
+
+
+def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
+    recipe, _ = finished
+    with pytest.raises(muco.OutputError, match=r"loss\.temperature"):
+        muco.train(recipe_of(scenes, Path(recipe.output), loss={"temperature": 0.1}))
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(muco.OutputError, match="not empty"):
+        muco.train(recipe_of(scenes, tmp_path))
+    assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finished, scenes, tmp_path):
+    _, whole = finished
+    recipe = recipe_of(scenes, tmp_path / "run")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    program = "import sys; from muco.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "train", str(file)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert state.exists() and not (tmp_path / "run" / "model").exists()
+    half = tmp_path / "run" / "checkpoints" / "checkpoint-5"
+    half.mkdir()  # as a kill in the middle of writing leaves it
+    resumed = muco.train(recipe)
+    assert not half.exists()
+    assert losses(resumed) == losses(whole)
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapters_with_dropout_resume_exactly_and_are_merged(finished, scenes, tmp_path):
+    _, base = finished
+    adapter = {"kind": "dora", "rank": 4, "alpha": 4, "dropout": 0.2}
+    changes = {"model": {"path": str(base), "adapter": adapter, "vision": "frozen"}}
+    whole = muco.train(recipe_of(scenes, tmp_path / "whole", **changes))
+
+    # the first two steps by hand, up to a checkpoint; then muco.train goes on
+    recipe, sources = recipe_of(scenes, tmp_path / "part", **changes), [open_data(scenes / "train.jsonl")]
+    checkpoint.claim_output(tmp_path / "part", checkpoint.run_facts(recipe, sources), resume=True)
+    set_seed(recipe.seed)
+    model = build_model(recipe, sources)
+    assert not any("visual" in name for name, p in model.named_parameters() if p.requires_grad)
+    trainer = make_trainer(recipe, model, sources)
+    trainer.add_callback(StopAtFirstSave())
+    trainer.train()
+    resumed = muco.train(recipe)
+
+    assert losses(resumed) == losses(whole)
+    one, other, start = (load_file(folder / "model.safetensors") for folder in (whole, resumed, base))
+    assert one.keys() == other.keys() == start.keys()  # adapters are folded in
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not all(torch.equal(one[name], start[name]) for name in one)
+
+
+class StopAtFirstSave(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_workers_do_not_change_a_run(finished, scenes, tmp_path):
+    _, folder = finished
+    recipe = recipe_of(scenes, tmp_path / "run", trainer={"dataloader_num_workers": 2})
+    assert losses(muco.train(recipe)) == losses(folder)
+
+
+def test_validation_runs_during_training(scenes, tmp_path):
+    data = {"train": [{"path": str(scenes / "train.jsonl")}], "validation": str(scenes / "dev.jsonl")}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data, trainer={"max_steps": 2})
+    muco.train(recipe)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert any("eval_image_to_caption_hit@1" in entry for entry in state["log_history"])
+
+
+def test_a_special_token_in_the_data_stops_the_run_and_names_the_row(tmp_path):
+    data = tmp_path / "train.jsonl"
+    rows = [{"turns": [{"query": f"q{i}", "target": f"p{i}"}]} for i in range(8)]
+    rows[5]["turns"][0]["target"] = "an <|emb|> here"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"data": {"train": [{"path": str(data)}]}}
+    with pytest.raises(muco.DataError, match=r"train\.jsonl:6 turn 1.*<\|emb\|>"):
+        muco.train(recipe_of(tmp_path, tmp_path / "run", **values))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "word"),
+    [({"learning_rat": 1}, "learning_rat"), ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps")],
+)
+def test_trainer_arguments_are_checked(scenes, tmp_path, trainer, word):
+    with pytest.raises(muco.RecipeError, match=word):
+        muco.train(recipe_of(scenes, tmp_path / "run", trainer=trainer))
+
+
+def test_several_processes_are_refused_until_they_are_right(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(muco.RecipeError, match="several processes"):
+        muco.train(recipe_of(scenes, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_warm_up_teaches_the_language(scenes, tmp_path):
+    from muco.dialogue import single_turn
+
+    sources = [open_data(scenes / "train.jsonl")]
+    recipe = recipe_of(scenes, tmp_path, warm_up={"steps": 25, "batch_size": 32})
+    encoder = build_model(recipe, sources).encoder
+    texts = [single_turn(turn.target[0].text) for turn in sources[0][0].turns]
+    before = language_loss(encoder, texts).item()
+    assert before == pytest.approx(math.log(len(encoder.tokenizer)), rel=0.1)
+    warm_up(encoder, sources, recipe.warm_up, seed=0)
+    assert language_loss(encoder, texts).item() < before - 1
+
+
+@pytest.mark.slow
+def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path):
+    """All pixels equal: chance for a model that knows the kind of a question is ln(samples)."""
+    chance = math.log(16)
+
+    def blind_loss(name: str, **turns) -> float:
+        data = {"train": [{"path": str(scenes / "train.jsonl")}], "blind": True}
+        trainer = {"max_steps": 220, "per_device_train_batch_size": 16, "save_strategy": "no", "learning_rate": 2e-3}
+        recipe = recipe_of(scenes, tmp_path / name, data=data, trainer=trainer, turns=turns)
+        return float(np.mean(losses(muco.train(recipe))[-20:]))
+
+    assert blind_loss("isolated", mode="isolated") > 0.9 * chance
+    assert blind_loss("batch", mode="compounded", order="batch") > 0.9 * chance
+    assert blind_loss("sample", mode="compounded", order="sample") < 0.8 * chance  # the leak
