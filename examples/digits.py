@@ -5,8 +5,8 @@
 Nothing is downloaded and no GPU is needed. The digits are written as PNG files and two JSONL files (training, held
 out), a 1 M parameter Qwen2-VL is trained on them from random weights, once with and once without
 ``loss.mask_identical_targets``, and both models are scored on the held-out digits. ``<output>/digits.json`` holds all
-figures, ``<output>/search.png`` the images that ten words find. To train on your own images, replace :func:`turns` and
-:func:`write_data`; examples/README.md says more.
+figures, ``<output>/search-masked.png`` the images that ten words find. To train on your own images, replace
+:func:`turns` and :func:`write_data`; examples/README.md says more.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def turns(digit: int) -> list[dict[str, Any]]:
         ("size", ["Is the digit larger than five?", "More than five?"], "yes" if digit > 5 else "no"),
         ("holes", ["How many closed holes does it have?", "Count the holes."], holes),
         ("neighbours", ["Which digits come before and after it?", "Name its neighbours."], f"{before} and {after}"),
-        ("retrieval", ["Describe the image.", "Give a caption."], captions),  # the kind that evaluation takes as caption
+        ("retrieval", ["Describe the image.", "Give a caption."], captions),  # evaluation knows captions by this kind
     ]
     return [{"query": query, "target": target, "kind": kind} for kind, query, target in asked]
 
@@ -88,27 +88,25 @@ def write_data(folder: Path, *, train: int = 1437, test: int = 360, seed: int = 
 
 def recipe(data: Path, output: Path, *, mask: bool, steps: int, seed: int) -> muco.Recipe:
     """The same keys as in a YAML recipe for ``muco train``; muco/train/recipe.py documents them."""
-    trainer = {
-        "max_steps": steps,
-        "per_device_train_batch_size": 32,  # images; with 8 turns each
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": steps // 20,
-        "adam_beta2": 0.98,
-        "weight_decay": 0.01,
-        "save_steps": 100,
+    values = {
+        "output": str(output),
+        "model": {"tiny": {"max_pixels": SIDE * SIDE}, "vision": "trained"},
+        "data": {"train": [{"path": str(data)}]},
+        "turns": {"image_turn": "retrieval"},  # one more turn, the image alone with its caption: what search needs
+        "loss": {"temperature": 0.05, "symmetric": True, "mask_identical_targets": mask},
+        "trainer": {
+            "max_steps": steps,
+            "per_device_train_batch_size": 32,  # images, with 8 turns each
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": steps // 20,
+            "adam_beta2": 0.98,
+            "weight_decay": 0.01,
+            "save_steps": 100,
+        },
+        "seed": seed,
     }
-    return from_dict(
-        {
-            "output": str(output),
-            "model": {"tiny": {"max_pixels": SIDE * SIDE}, "vision": "trained"},
-            "data": {"train": [{"path": str(data)}]},
-            "turns": {"image_turn": "retrieval"},  # one more turn, the image alone with its caption: what search needs
-            "loss": {"temperature": 0.05, "symmetric": True, "mask_identical_targets": mask},
-            "trainer": trainer,
-            "seed": seed,
-        }
-    )
+    return from_dict(values)
 
 
 def train_and_score(settings: muco.Recipe, held_out: Data, sheet: Path) -> dict[str, Any]:
@@ -148,20 +146,23 @@ def search(model: Any, held_out: Data, sheet: Path) -> float:
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    rows: dict[str, list[str]] = {}
+    """hit@1 of both models; the last column is what the first one answers without seeing the image."""
+    tasks = results["masked"]["tasks"]
+    unseen = {kind: part["hit@1"] for kind, part in tasks["answer_text_only"]["kinds"].items()}
+    unseen["image to caption"] = tasks["blind"]["hit@1"]
+    rows: dict[str, list[float]] = {}
     for result in results.values():
         tasks = result["tasks"]
-        figures = {f"{kind}, hit@1": part["hit@1"] for kind, part in tasks["answer"]["kinds"].items()}
-        names = ("image_to_caption", "caption_to_image", "within", "blind")
-        figures |= {f"{name.replace('_', ' ')}, hit@1": tasks[name]["hit@1"] for name in names}
-        figures[f"text search, precision@{FOUND}"] = result["search_precision"]
-        for name, share in figures.items():
-            rows.setdefault(name, []).append(f"{100 * share:.1f}")
-        seconds = result["train_seconds"]
-        rows.setdefault("training, seconds", []).append("–" if seconds is None else f"{seconds:.0f}")
-    shown = Table("held-out digits, %", *(f"identical targets {name}" for name in results))
-    for name, cells in rows.items():
-        shown.add_row(name, *cells, style="bold" if name.startswith("digit") else None)
+        shares = {kind: part["hit@1"] for kind, part in tasks["answer"]["kinds"].items()}
+        for name in ("image_to_caption", "caption_to_image", "within"):
+            shares[name.replace("_", " ")] = tasks[name]["hit@1"]
+        shares[f"text search, precision@{FOUND}"] = result["search_precision"]
+        for name, share in shares.items():
+            rows.setdefault(name, []).append(share)
+    shown = Table("held-out digits, hit@1 in %", *results, "without the image")
+    for name, row in rows.items():
+        cells = [f"{100 * share:.1f}" for share in row + [unseen[name]] * (name in unseen)]
+        shown.add_row(name, *cells, style="bold" if name == "digit" else None)
     return shown
 
 
@@ -177,15 +178,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if steps < 1:
         parser.error(f"--steps must be at least 1, not {steps}")
 
-    data = args.output / "data"
+    data = args.output / f"data-{args.seed}{'-quick' * args.quick}"  # its own name: another seed leaves it alone
     write_data(data, seed=args.seed, **size)
     held_out = open_data(data / "test.jsonl")
     results = {}
     for name, mask in RUNS.items():
         settings = recipe(data / "train.jsonl", args.output / name, mask=mask, steps=steps, seed=args.seed)
         results[name] = train_and_score(settings, held_out, args.output / f"search-{name}.png")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"system": platform.platform(), "cores": cores, "threads": torch.get_num_threads()}
+    machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     command = shlex.join(["python", "examples/digits.py", *argv])
     facts = {"command": command, "machine": machine, "versions": versions(), "steps": steps, "seed": args.seed}
     write_json(args.output / "digits.json", facts | {"results": results})
@@ -196,5 +196,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except muco.MucoError as error:
+    except (muco.MucoError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -5,16 +5,12 @@ Letters: T turns of all samples of the batch · H hard negatives · D embedding 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from muco.negatives import allowed_hard_negatives, allowed_negatives
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 
 def multi_turn_info_nce(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
 
 
 def allowed_negatives(

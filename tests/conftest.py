@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
+# the shapes and dtypes in the signatures of the method are checked in tests, and only there
+install_import_hook(["muco.loss", "muco.negatives", "muco.pooling"], "beartype.beartype")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

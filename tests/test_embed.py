@@ -21,10 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import muco.data.items
 import muco.embed
 from muco.data.images import open_image
+from muco.data.items import open_source
 from muco.dialogue import as_content
-from muco.embed import embed, open_source
+from muco.embed import embed
 from muco.errors import DataError, OutputError
 
 COLUMNS = ("text", "image", "id")
@@ -294,8 +296,10 @@ def test_rows_are_opened_only_a_little_ahead_of_the_model(
             return super().encode(inputs, **kwargs)
 
     numbers: list[int] = []
-    make_row = muco.embed._row
-    monkeypatch.setattr(muco.embed, "_row", lambda number, *rest: numbers.append(number) or make_row(number, *rest))
+    make_row = muco.data.items._row
+    monkeypatch.setattr(
+        muco.data.items, "_row", lambda number, *rest: numbers.append(number) or make_row(number, *rest)
+    )
     monkeypatch.setattr(muco.embed, "DECODED_BYTES", held)
     (tmp_path / "in").mkdir()
     for i in range(80):

@@ -108,9 +108,8 @@ All of it ran on {_processor(train["machine"])}.</p>"""
 
 
 def _processor(machine: Mapping[str, Any]) -> str:
-    cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
     name = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    return f"{escape(name or 'an unnamed processor')} ({cores})"
+    return f"{escape(name or 'an unnamed processor')} ({_count(machine['cores'], 'core')})"
 
 
 def _tiles(results: Mapping[str, Any]) -> str:
@@ -311,7 +310,7 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     loss = settings["loss"]
     facts = {
         "command": f"<code>{escape(train['command'])}</code>",
-        "machine": f"{_processor(machine)}, {machine['threads']} threads, {escape(machine['system'])}",
+        "machine": f"{_processor(machine)}, {_count(machine['threads'], 'thread')}, {escape(machine['system'])}",
         "versions": escape(versions),
         "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} numbers, "
         f"fingerprint <code>{escape(after['model'][:16])}</code>",
@@ -360,6 +359,10 @@ def _image(scenes: Path, name: str, text: str) -> str:
 
 def _number(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from muco.data import Data
 from muco.dialogue import Content, Turn
 from muco.encoder import Model
 from muco.evaluate import cache as vector_cache
-from muco.evaluate.retrieval import RETRIEVAL
+from muco.evaluate.tasks import RETRIEVAL
 
 TOP_IMAGES, TOP_ANSWERS = 5, 3
 IMAGE_MISTAKES = 4

@@ -127,8 +127,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def command_line(output: Path, **options: Any) -> str:
     """The command that does the same again; options with their default are left out."""
     defaults = run_demo.__kwdefaults__
-    given = [f"--{name}={value}" for name, value in options.items() if value != defaults[name]]
-    return shlex.join(["muco", "demo", "--output", str(output), *given])
+    given = [(f"--{name}", str(value)) for name, value in options.items() if value != defaults[name]]
+    return shlex.join(["muco", "demo", "--output", str(output), *(word for pair in given for word in pair)])
 
 
 # ---------------------------------------------------------------- the journal

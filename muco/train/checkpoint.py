@@ -182,8 +182,8 @@ model.encode(["a text", {{"text": "a question", "image": "photo.png"}}])
 ## Training
 
 {done["steps"]} steps of multi-turn contrastive learning, turns {recipe.turns.mode}, temperature
-{recipe.loss.temperature}. Last training loss: {final}. The whole recipe is in `recipe.yaml`; data fingerprints, versions and the loss curve are in
-`run.json`.
+{recipe.loss.temperature}. Last training loss: {final}. The whole recipe is in `recipe.yaml`; data fingerprints,
+versions and the loss curve are in `run.json`.
 
 | data | samples | fingerprint |
 |---|---|---|
