@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if steps < 1:
         parser.error(f"--steps must be at least 1, not {steps}")
 
-    data = args.output / f"data-{args.seed}{'-quick' * args.quick}"  # its own name: another seed leaves it alone
+    data = args.output / f"data-{args.seed}{'-quick' * args.quick}"  # a name of its own: another seed leaves it alone
     write_data(data, seed=args.seed, **size)
     held_out = open_data(data / "test.jsonl")
     results = {}
@@ -186,11 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = recipe(data / "train.jsonl", args.output / name, mask=mask, steps=steps, seed=args.seed)
         results[name] = train_and_score(settings, held_out, args.output / f"search-{name}.png")
     machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    command = shlex.join(["python", "examples/digits.py", *argv])
-    facts = {"command": command, "machine": machine, "versions": versions(), "steps": steps, "seed": args.seed}
-    write_json(args.output / "digits.json", facts | {"results": results})
+    facts = {"command": shlex.join(["python", "examples/digits.py", *argv]), "machine": machine, "versions": versions()}
+    write_json(args.output / "digits.json", facts | {"steps": steps, "seed": args.seed, "results": results})
     Console().print(table(results))
-    print(args.output / "digits.json")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def train(
 
 @evaluate_app.command(
     "retrieval",
-    epilog=_examples("muco evaluate retrieval --model runs/demo/model --data data/test.jsonl --output runs/demo/test"),
+    epilog=_examples("muco evaluate retrieval --model runs/demo/run/model --data data/test.jsonl --output runs/demo/test"),
 )
 def evaluate_retrieval(
     model: Model,
@@ -150,8 +150,8 @@ def evaluate_retrieval(
 
 @app.command(
     epilog=_examples(
-        "muco embed photos/ --model runs/demo/model --output photos.parquet",
-        "muco embed rows.jsonl --model runs/demo/model --output rows.parquet --batch-size 64",
+        "muco embed photos/ --model runs/demo/run/model --output photos.parquet",
+        "muco embed rows.jsonl --model runs/demo/run/model --output rows.parquet --batch-size 64",
     )
 )
 def embed(
@@ -192,7 +192,7 @@ def embed(
 @data_app.command(
     "check",
     epilog=_examples(
-        "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/model --json"
+        "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/run/model --json"
     ),
 )
 def data_check(

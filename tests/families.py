@@ -35,6 +35,8 @@ TEXTS = (
     "Which colour has the largest shape?\n\nBlue (light blue, to be exact); the second is green.",
     "User: Provide a detailed description of the item presented.\nAssistant: A narrow silver band.",
 )
+# so that runs of white space are tokens, as they are in published vocabularies: only then can a bad cut be seen
+TRAINING_TEXTS = (*TEXTS, *("One.\n\nTwo.\n \nThree.\n\t\nFour.\n\n\nFive.\r\n\r\nSix.\n  ",) * 50)
 WIDTH = 64  # of every tiny language model: 4 heads of 16
 
 
@@ -156,7 +158,7 @@ def _qwen(family: str, tokenizer: Any, tied: bool) -> Any:
 
 
 def _qwen_processor(family: str, folder: Path, tokens: tuple[str, ...]) -> Any:
-    tokenizer = train_tokenizer(TEXTS, 600, added=(*QWEN_TOKENS, *QWEN_PADS, *tokens))
+    tokenizer = train_tokenizer(TRAINING_TEXTS, 600, added=(*QWEN_TOKENS, *QWEN_PADS, *tokens))
     tokenizer.save_pretrained(folder)
     # as published: pixel limits at the top level until Qwen3-VL, there under "size"
     settings: dict[str, Any] = {
@@ -210,7 +212,9 @@ def smolvlm_tokenizer(tokens: tuple[str, ...] = ()) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        TRAINING_TEXTS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SMOLVLM_TOKENS, *tokens)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

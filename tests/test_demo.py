@@ -203,7 +203,6 @@ def test_killed_in_any_stage_it_goes_on_to_the_same_results(made, stage):
     stages[stage] = {key: stages[stage][key] for key in ("of", "begun")}
     remains = {  # what a kill in the stage leaves, or what it has not made yet
         "scenes": ["scenes", "run", "test-images.parquet", "cache", "report.html"],
-        "before": ["run", "test-images.parquet", "report.html"],
         "train": ["run/model", "test-images.parquet", "report.html"],
         "embed": ["test-images.parquet", "report.html"],
     }

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from families import FAMILIES, TEXTS, model, smolvlm_tokenizer
+from families import FAMILIES, TEXTS, TRAINING_TEXTS, model, smolvlm_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 @cache
 def processor(name: str) -> Processor:
-    return tiny_qwen2_vl(TEXTS)[1] if name == "tiny" else model(name).encoder.muco_processor
+    return tiny_qwen2_vl(TRAINING_TEXTS)[1] if name == "tiny" else model(name).encoder.muco_processor
 
 
 def as_text(pieces: Sequence[str | ImageSlot], template: Template) -> str:
@@ -178,6 +178,17 @@ def test_idefics3_reads_its_prompt_off_its_chat_template():
 
 
 # A prompt cut in parts has the tokens of the whole prompt
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_tokenizers_join_what_a_bad_cut_would_part(name):
+    """Else the test that follows would prove little."""
+    for text in ("\n\n", "\n \n"):
+        assert len(processor(name).text_ids(f"user{text}a")) < sum(
+            len(processor(name).text_ids(c)) for c in f"user{text}a"
+        )
+    assert len(processor(name).text_ids("\n\n")) == 1
+
 
 turns = st.lists(st.tuples(texts, st.integers(0, 2)), min_size=1, max_size=4)
 

@@ -199,14 +199,14 @@ def test_warm_up_teaches_the_language(scenes, tmp_path):
 @pytest.mark.slow
 def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path):
     """All pixels equal: chance for a model that knows the kind of a question is ln(samples)."""
-    chance = math.log(16)
+    chance = math.log(8)
 
     def blind_loss(name: str, **turns) -> float:
         data = {"train": [{"path": str(scenes / "train.jsonl")}], "blind": True}
-        trainer = {"max_steps": 220, "per_device_train_batch_size": 16, "save_strategy": "no", "learning_rate": 2e-3}
+        trainer = {"max_steps": 160, "save_strategy": "no", "learning_rate": 2e-3}
         recipe = recipe_of(scenes, tmp_path / name, data=data, trainer=trainer, turns=turns)
         return float(np.mean(losses(muco.train(recipe))[-20:]))
 
     assert blind_loss("isolated", mode="isolated") > 0.9 * chance
     assert blind_loss("batch", mode="compounded", order="batch") > 0.9 * chance
-    assert blind_loss("sample", mode="compounded", order="sample") < 0.8 * chance  # the leak
+    assert blind_loss("sample", mode="compounded", order="sample") < 0.5 * chance  # the leak

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from muco.demo.chart import loss_curve
+from muco.evaluate.retrieval import CONTROLS
 
 TASKS = {  # name -> title, explanation
     "answer": ("Image + question → answer", "mean over the kinds of question"),
@@ -26,7 +27,6 @@ TASKS = {  # name -> title, explanation
     "within": ("Within one image", "among the answers about the same image: is the question read?"),
     "blind": ("Black image → caption", "control: above chance would be a leak"),
 }
-CONTROLS = ("answer_text_only", "blind")
 TILES = ("image_to_caption", "caption_to_image", "answer", "within")
 METRICS = ("hit@1", "hit@5", "hit@10", "mrr")
 STAGES = {
