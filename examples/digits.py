@@ -159,9 +159,10 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         shares[f"text search, precision@{FOUND}"] = result["search_precision"]
         for name, share in shares.items():
             rows.setdefault(name, []).append(share)
-    shown = Table("held-out digits, hit@1 in %", *results, "without the image")
+    title = "loss.mask_identical_targets: masked = true, unmasked = false"
+    shown = Table("held-out digits, hit@1 in %", *results, "without the image", title=title)
     for name, row in rows.items():
-        cells = [f"{100 * share:.1f}" for share in row + [unseen[name]] * (name in unseen)]
+        cells = [f"{100 * share:.1f}" for share in (*row, *([unseen[name]] if name in unseen else []))]
         shown.add_row(name, *cells, style="bold" if name == "digit" else None)
     return shown
 

@@ -190,6 +190,25 @@ def test_a_quick_run_writes_everything(made):
 
 
 @pytest.mark.slow
+def test_the_table_shows_the_recorded_figures(made):
+    results = record(made)["results"]
+    columns = [list(column.cells) for column in digits.table(results).columns]
+    rows = {cells[0]: cells[1:] for cells in zip(*columns, strict=True)}
+    tasks = [result["tasks"] for result in results.values()]
+
+    def per_cent(*shares: float) -> tuple[str, ...]:
+        return tuple(f"{100 * share:.1f}" for share in shares)
+
+    unseen = tasks[0]["answer_text_only"]["kinds"]["digit"]["hit@1"]
+    assert rows["digit"] == per_cent(*(task["answer"]["kinds"]["digit"]["hit@1"] for task in tasks), unseen)
+    captions = (task["image_to_caption"]["hit@1"] for task in tasks)
+    assert rows["image to caption"] == per_cent(*captions, tasks[0]["blind"]["hit@1"])
+    assert rows["within"][:2] == per_cent(*(task["within"]["hit@1"] for task in tasks))
+    assert rows["text search, precision@10"][:2] == per_cent(*(r["search_precision"] for r in results.values()))
+    assert len(rows) == 6 + 4
+
+
+@pytest.mark.slow
 def test_which_digit_is_the_share_that_beat_all_nine_others(made):
     data = samples(open_data(made / "data-0-quick/test.jsonl"))
     model = muco.load(made / "masked/model")
