@@ -47,7 +47,7 @@ def multi_turn_info_nce(
     Source: arXiv 2602.06393, the MuCo loss and Figure 3 (logit masking).
     """
     _check(query, target, sample_ids, temperature, target_ids)
-    scores = query.float() @ target.float().T / temperature  # [T, T]
+    scores = _scores(query, target, temperature)  # [T, T]
     allowed = allowed_negatives(sample_ids, target_ids)
     labels = torch.arange(len(query), device=query.device)
     forward_scores, forward_allowed = scores, allowed
@@ -57,12 +57,17 @@ def multi_turn_info_nce(
                 "hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given"
             )
         hard_allowed = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids)
-        forward_scores = torch.cat([scores, query.float() @ hard_negatives.float().T / temperature], dim=1)
+        forward_scores = torch.cat([scores, _scores(query, hard_negatives, temperature)], dim=1)
         forward_allowed = torch.cat([allowed, hard_allowed], dim=1)
     loss = _masked_cross_entropy(forward_scores, forward_allowed, labels)
     if symmetric:
         loss = (loss + _masked_cross_entropy(scores.T, allowed.T, labels)) / 2
     return loss
+
+
+def _scores(query: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):  # which would take the product in bfloat16
+        return query.float() @ candidates.float().T / temperature
 
 
 def _masked_cross_entropy(scores: Tensor, allowed: Tensor, labels: Tensor) -> Tensor:

@@ -125,9 +125,12 @@ def test_order_of_turns_does_not_matter():
     )
 
 
-def test_scores_are_float32_for_half_precision_vectors():
+def test_scores_are_float32_for_half_precision_vectors_and_under_autocast():
     query, target = (normalize(torch.randn(4, 8), dim=1).bfloat16() for _ in range(2))
-    assert multi_turn_info_nce(query, target, torch.arange(4)).dtype == torch.float32
+    plain = multi_turn_info_nce(query.float(), target.float(), torch.arange(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = multi_turn_info_nce(query, target, torch.arange(4))
+    assert cast.dtype == torch.float32 and cast.item() == plain.item()
 
 
 @pytest.mark.parametrize(
