@@ -108,7 +108,7 @@ def train(
 
 @evaluate_app.command(
     "retrieval",
-    epilog=_examples("muco evaluate retrieval --model runs/demo/run/model --data data/test.jsonl --output runs/demo/test"),
+    epilog=_examples("muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test"),
 )
 def evaluate_retrieval(
     model: Model,

@@ -107,16 +107,17 @@ class MultiTurnLoss(nn.Module):
         self.symmetric = symmetric
 
     def forward(self, sides: list[dict[str, Tensor]], ids: dict[str, Tensor]) -> Tensor:
-        query, target = (self.model(side)["sentence_embedding"] for side in sides)
-        turns = len(query)  # hard negatives stand behind the targets, each a dialogue of its own
+        query, vectors = (self.model(side)["sentence_embedding"] for side in sides)
+        # hard negatives stand behind the targets, each a dialogue of its own
+        targets = len(vectors) - len(ids.get("hard_negative_turns", ()))
         return multi_turn_info_nce(
             query,
-            target[:turns],
+            vectors[:targets][ids["target_rows"]],
             ids["sample_ids"],
             temperature=self.temperature,
             target_ids=ids.get("target_ids"),
             symmetric=self.symmetric,
-            hard_negatives=target[turns:],
+            hard_negatives=vectors[targets:],
             hard_negative_turns=ids.get("hard_negative_turns"),
             hard_negative_ids=ids.get("hard_negative_ids"),
         )

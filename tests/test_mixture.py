@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from muco import DataError, ImageError, RecipeError, Sample, Turn
+from muco import Content, DataError, ImageError, RecipeError, Sample, Turn
 from muco.data import open_data
+from muco.loss import MultiTurnLoss, multi_turn_info_nce
 from muco.train.mixture import Draw, Mixture, StepSampler, TrainingBatches, turn_order, with_image_turn
 from muco.train.recipe import TurnsRecipe
 
@@ -111,6 +112,46 @@ def test_ids_mark_samples_and_identical_targets(tiny_model):
     assert len(ids["hard_negative_turns"]) == 2 and len(set(ids["hard_negative_turns"])) == 1
     assert ids["hard_negative_ids"][0] in ids["target_ids"]  # Gold is known
     assert len(made["target"]["turn_rows"]) == 6 and place
+
+
+@pytest.mark.parametrize("mode", ["isolated", "compounded"])
+def test_the_loss_of_a_batch_equals_that_of_contents_embedded_one_by_one(scenes, tiny_model, mode):
+    """Isolated targets that stand twice in a sample are embedded once, hard negatives are told from targets."""
+    image = next((scenes / "images" / "train").glob("*.png"))
+    turns = [
+        Turn("a", "Ring"),
+        Turn("", "Ring", negatives=["Gold", {"image": image}]),
+        Turn("b", " Ring"),
+        Turn("c", "Tin"),
+    ]
+    rows = Rows([Sample(image=image, turns=turns), Sample(turns=[Turn("d", {"image": image}), Turn("e", "Ring")])])
+    if mode == "compounded":  # one turn each: there the dialogue is the single prompt
+        rows = Rows([Sample(image=image, turns=[turns[1]]), Sample(turns=[Turn("d", "Tin")])])
+    settings, mixture = TurnsRecipe(mode=mode), Mixture([2], [1.0], 2, 0)
+    made = TrainingBatches([rows], mixture, tiny_model.encoder.muco_processor, settings)
+    pairs = [made._chosen(draw, rows[draw.index], row, 0) for row, draw in enumerate(mixture.draws(0))]
+
+    def embed(contents):
+        return torch.from_numpy(tiny_model.encode(contents))
+
+    chosen = [(number, sample, turn) for number, (sample, own) in enumerate(pairs) for turn in own]
+    texts = [turn.target.text.strip() for *_, turn in chosen]
+    negatives = [(i, content) for i, (*_, turn) in enumerate(chosen) for content in turn.negatives]
+    known = {text: i for i, text in enumerate(dict.fromkeys(t or "image" for t in [*texts, "Gold", "image"]))}
+    expected = multi_turn_info_nce(
+        embed([Content(turn.query.text, sample.images) for _, sample, turn in chosen]),
+        embed([turn.target for *_, turn in chosen]),
+        torch.tensor([number for number, *_ in chosen]),
+        target_ids=torch.tensor([known[text or "image"] for text in texts]),
+        hard_negatives=embed([content for _, content in negatives]),
+        hard_negative_turns=torch.tensor([i for i, _ in negatives]),
+        hard_negative_ids=torch.tensor([known[content.text or "image"] for _, content in negatives]),
+    )
+    batch = made[0]
+    if mode == "isolated":
+        assert len(batch["target"]["turn_rows"]) == len(texts) - 1 + len(negatives)  # "Ring" once, " Ring" is another
+    value = MultiTurnLoss(tiny_model)([dict(batch["query"]), dict(batch["target"])], batch["ids"])
+    assert value.item() == pytest.approx(expected.item(), abs=1e-3) and value.item() > 0.1
 
 
 def test_the_image_turn_is_the_image_alone_with_the_caption():

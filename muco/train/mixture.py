@@ -203,22 +203,30 @@ def training_batch(
         keys: One per sample; samples with equal keys are the same image and no negatives of one another.
         target_ids: Whether identical targets are marked.
     Returns:
-        ``query`` and ``target``: DialogueBatch; hard negatives stand behind the targets, one dialogue each.
-        ``ids``: ``sample_ids`` [T] and, as needed, ``target_ids`` [T], ``hard_negative_turns`` [H],
-        ``hard_negative_ids`` [H].
+        ``query`` and ``target``: DialogueBatch. Isolated targets that stand twice in a sample are embedded once; hard
+        negatives stand behind the targets, one dialogue each.
+        ``ids``: ``sample_ids`` [T], ``target_rows`` [T] (which target vector belongs to a turn), and as needed
+        ``target_ids`` [T], ``hard_negative_turns`` [H], ``hard_negative_ids`` [H].
     """
     queries, targets, hard = [], [], []
-    sample_ids, contents, hard_turns = [], [], []
+    sample_ids, contents, target_rows, hard_turns = [], [], [], []
     numbers: dict[Any, int] = {}
+    embedded = 0
     for (sample, turns), key in zip(pairs, keys, strict=True):
+        own = [turn.target for turn in turns]
+        places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
+        own_rows = [places.setdefault(_exactly(c) if isolated else j, len(places)) for j, c in enumerate(own)]
+        unique = [own[own_rows.index(place)] for place in range(len(places))]
         queries.append(query_dialogue(sample, [turn.query for turn in turns], isolated=isolated))
-        targets.append(target_dialogue(sample, [turn.target for turn in turns], isolated=isolated))
+        targets.append(target_dialogue(sample, unique, isolated=isolated))
+        target_rows += [embedded + row for row in own_rows]
+        embedded += len(unique)
+        contents += own
         for turn in turns:
             hard += [target_dialogue(sample, [content], isolated=isolated) for content in turn.negatives]
             hard_turns += [len(sample_ids)] * len(turn.negatives)
             sample_ids.append(numbers.setdefault(key, len(numbers)))
-            contents.append(turn.target)
-    ids: dict[str, Tensor] = {"sample_ids": torch.tensor(sample_ids)}
+    ids: dict[str, Tensor] = {"sample_ids": torch.tensor(sample_ids), "target_rows": torch.tensor(target_rows)}
     known: dict[Any, int] = {}
     if target_ids:
         ids["target_ids"] = torch.tensor([known.setdefault(_identity(c), len(known)) for c in contents])
@@ -230,10 +238,15 @@ def training_batch(
     return {"query": query, "target": collate([*targets, *hard], processor), "ids": ids}
 
 
-def _identity(content: Content) -> Any:
+def _exactly(content: Content) -> Any:
     # Pillow images have no name, so each object is its own; files and bytes compare by value
     images = tuple(i if isinstance(i, bytes) else str(i) if not hasattr(i, "mode") else id(i) for i in content.images)
-    return content.text.strip(), images
+    return content.text, images
+
+
+def _identity(content: Content) -> Any:
+    text, images = _exactly(content)
+    return text.strip(), images
 
 
 class StepSampler(Sampler[list[int]]):
