@@ -141,8 +141,9 @@ def _texts(search: Mapping[str, Any], image: Any) -> str:
     cards = "".join(_text(query, image) for query in search["texts"])
     return _section(
         "Text → image",
-        "Queries that are no captions, and the held-out images nearest to each, with the cosine of the two vectors. "
-        "The marks say what of the query each picture shows.",
+        "Captions that no held-out image has, and the images nearest to each, with the cosine of the two vectors. The "
+        "marks say what of the query each picture shows. The model was trained on whole captions; a shorter text, such "
+        "as “a red star”, it does not understand.",
         cards,
     )
 

@@ -21,18 +21,31 @@ IMAGE_MISTAKES = 4
 
 @dataclass(frozen=True)
 class TextQuery:
-    """A query in words that are no caption, and what the caption of a fitting scene says."""
+    """A query that is the caption of no scene in the set, and what the caption of a fitting one says."""
 
     text: str
     facts: tuple[str, ...]
 
 
+# Worded like captions, of scenes that the set does not hold: a model trained on whole captions reads nothing shorter.
 TEXT_QUERIES = (
-    TextQuery("a large red star on a striped background", ("large red star", "striped")),
-    TextQuery("a purple ring on a checkered background", ("purple ring", "checkered")),
-    TextQuery("a black triangle on a mint background", ("black triangle", "mint")),
     TextQuery(
-        "a yellow star and a pink heart, on a plain beige background", ("yellow star", "pink heart", "plain beige")
+        "A large red star at center and a small blue circle at bottom left, on a striped azure background.",
+        ("red star", "blue circle", "striped", "azure"),
+    ),
+    TextQuery(
+        "A small yellow ring at top left and a large purple square at bottom right, on a plain rose background.",
+        ("yellow ring", "purple square", "plain", "rose"),
+    ),
+    TextQuery(
+        "A medium black triangle at top center and a large orange heart at middle left, on a checkered mint "
+        "background.",
+        ("black triangle", "orange heart", "checkered", "mint"),
+    ),
+    TextQuery(
+        "A large green circle at top right, a small pink star at center and a medium blue square at bottom left, "
+        "on a dotted lilac background.",
+        ("green circle", "pink star", "blue square", "dotted", "lilac"),
     ),
 )
 SHOWN_TURNS = (3, 0, 5, 2)  # of the first scenes, one each: local, classification, creative, global
