@@ -5,6 +5,8 @@ Letters: T turns of all samples of the batch · H hard negatives · D embedding 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -66,7 +68,9 @@ def multi_turn_info_nce(
 
 
 def _scores(query: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):  # which would take the product in bfloat16
+    device = query.device.type
+    known = torch.amp.is_autocast_available(device)  # not on the meta device
+    with torch.autocast(device, enabled=False) if known else nullcontext():  # it would take the product in bfloat16
         return query.float() @ candidates.float().T / temperature
 
 
