@@ -33,12 +33,11 @@ def model():
 
 
 def make_batch(model, *, turns: int, isolated: bool = True, first: int = 1):
-    """``first`` is the number of words in the first query and target; the others have two."""
+    """``first`` is the number of words in the first query and target; the others have two. All targets differ."""
     noise = np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)
     texts = ["one " * (first if j == 0 else 2) for j in range(turns)]
-    samples = [
-        Sample(Image.fromarray(noise), [Turn(t + "two", t + "six") for t in texts], id=str(i)) for i in range(IMAGES)
-    ]
+    made = [Turn(text + "two", text + last) for text, last in zip(texts, ("six", "five", "four"), strict=False)]
+    samples = [Sample(Image.fromarray(noise), made, id=str(i)) for i in range(IMAGES)]
     pairs = [(sample, [Chosen.of(turn, np.random.default_rng(0)) for turn in sample.turns]) for sample in samples]
     return training_batch(pairs, range(IMAGES), model.encoder.muco_processor, isolated=isolated, target_ids=False)
 
