@@ -125,9 +125,11 @@ def evaluate_retrieval(
     """Score retrieval on held-out samples.
 
     Gives hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
-    and "within": whether the model reads the question. Embeddings are cached in the output folder by model and data.
+    and "within": whether the model reads the question. For a model trained here also the blind control: the training
+    loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data.
     """
     from muco.data import open_data
+    from muco.evaluate.blind import recipe_of
     from muco.evaluate.report import print_results
     from muco.evaluate.retrieval import evaluate_retrieval
 
@@ -143,6 +145,7 @@ def evaluate_retrieval(
             seed=seed,
             limit=limit,
             cache=output / "cache",
+            recipe=recipe_of(model),
             progress=progress,
         )
     _finish(result, as_json, print_results)

@@ -95,10 +95,6 @@ class Encoder(InputModule):
         self.muco_processor.save(folder)
         _write_json(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
 
-    @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> Encoder:
-        return cls(*load_backbone(model_name_or_path))
-
 
 def model_inputs(batch: DialogueBatch, processor: Processor) -> dict[str, Any]:
     """The arguments of the backbone's forward for a batch."""

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, set_seed
 
 import muco
 from muco.data import open_data
+from muco.evaluate.blind import blind_loss
 from muco.train import checkpoint
 from muco.train.recipe import dump_recipe, from_dict, load_recipe
 from muco.train.trainer import build_model, make_trainer
@@ -199,14 +200,18 @@ def test_warm_up_teaches_the_language(scenes, tmp_path):
 @pytest.mark.slow
 def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path):
     """All pixels equal: chance for a model that knows the kind of a question is ln(samples)."""
-    chance = math.log(8)
+    chance, held_out = math.log(8), open_data(scenes / "test.jsonl")
 
-    def blind_loss(name: str, **turns) -> float:
+    def blind_run(name: str, **turns) -> tuple[float, dict]:
         data = {"train": [{"path": str(scenes / "train.jsonl")}], "blind": True}
         trainer = {"max_steps": 160, "save_strategy": "no", "learning_rate": 2e-3}
         recipe = recipe_of(scenes, tmp_path / name, data=data, trainer=trainer, turns=turns)
-        return float(np.mean(losses(muco.train(recipe))[-20:]))
+        folder = muco.train(recipe)
+        return float(np.mean(losses(folder)[-20:])), blind_loss(muco.load(folder, device="cpu"), held_out, recipe)
 
-    assert blind_loss("isolated", mode="isolated") > 0.9 * chance
-    assert blind_loss("batch", mode="compounded", order="batch") > 0.9 * chance
-    assert blind_loss("sample", mode="compounded", order="sample") < 0.5 * chance  # the leak
+    for name, turns in (("isolated", {}), ("batch", {"mode": "compounded", "order": "batch"})):
+        loss, control = blind_run(name, **turns)
+        assert loss > 0.9 * chance and not control["leaks"]
+    loss, control = blind_run("sample", mode="compounded", order="sample")
+    assert loss < 0.5 * chance and control["leaks"]  # evaluation sees it on held-out samples too
+    assert control["chance"] == pytest.approx(math.log(16)) and control["loss"] < 0.6 * control["chance"]

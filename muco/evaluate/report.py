@@ -67,6 +67,11 @@ def _cells(label: str, scores: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
     notes = [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
+    if control := result.get("blind_loss"):
+        notes.append(
+            f"blind control: loss {control['loss']:.2f} nats on the dialogues of training without pixels, "
+            f"chance {control['chance']:.2f}"
+        )
     limit = "" if result["limit"] is None else f" (the first {result['limit']})"
     notes.append(f"{result['samples']} samples{limit}, {result['turns']} turns, {result['encoded']} contents encoded")
     notes.append(f"model {result['model'][:12]}, data {result['data'][:12]}, seed {result['seed']}")

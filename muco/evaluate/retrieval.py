@@ -39,6 +39,7 @@ from muco.evaluate.tasks import Builder, Task, read_turns
 
 if TYPE_CHECKING:
     from muco.data import Data
+    from muco.train.recipe import Recipe
 
 CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known without the image
 AT = (1, 5, 10)
@@ -67,6 +68,7 @@ def evaluate_retrieval(
     seed: int = 0,
     limit: int | None = None,
     cache: Path | None = None,
+    recipe: Recipe | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores a model on every task that the data can give.
@@ -80,6 +82,7 @@ def evaluate_retrieval(
         seed: Of the draw.
         limit: Only the first so many samples of the data.
         cache: Folder of encoded vectors, used again only for the same model and data.
+        recipe: What the model was trained with; adds "blind_loss", see :func:`muco.evaluate.blind.blind_loss`.
         progress: Called with (contents encoded, contents in all).
     Returns:
         A dictionary that JSON can hold: "tasks" (name -> scores, or for both "answer" tasks {"kinds", "mean"}),
@@ -103,6 +106,15 @@ def evaluate_retrieval(
         cache=store,
         progress=progress,
     )
+    if recipe is not None:
+        from muco.evaluate.blind import blind_loss
+
+        result["blind_loss"] = control = blind_loss(model, data, recipe)
+        if control and control["leaks"]:
+            result["warnings"].append(
+                f"the turns are matched without any pixel: blind loss {control['loss']:.2f} nats, below the "
+                f"{control['chance']:.2f} of chance; their order or the questions give the answers away"
+            )
     result |= origin | {
         "rules": RULES,
         "candidates": candidates,
