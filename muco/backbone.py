@@ -7,8 +7,10 @@ or not, and adapters (LoRA, DoRA) put on the language model's linear layers.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,15 +68,16 @@ def load_backbone(
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
         _check_config(source, config)
-        wrapper, info = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation="sdpa",  # "eager" would add the boolean mask of isolated turns instead of applying it
-            output_loading_info=True,
-            local_files_only=local_files_only,
-            use_safetensors=True,  # pickled weights can run code
-            ignore_mismatched_sizes=True,  # they are reported by name below
-        )
+        with _without_load_report():
+            wrapper, info = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation="sdpa",  # "eager" would add the boolean mask of isolated turns, not apply it
+                output_loading_info=True,
+                local_files_only=local_files_only,
+                use_safetensors=True,  # pickled weights can run code
+                ignore_mismatched_sizes=True,  # they are reported by name below
+            )
     except CheckpointError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -89,6 +92,18 @@ def load_backbone(
     elif tokens > rows:
         raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
     return model.eval(), processor
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps transformers from advising to train missing weights anew; here they are an error."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_config(source: str, config: Any) -> None:
