@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from muco.backbone import Adapter
+from muco.sizes import Adapter
 from muco.train.flops import meta_step_flops, qwen2_vl_config
 
 IMAGES = 1024

@@ -31,11 +31,12 @@ import torch
 import transformers
 from PIL import Image
 
-from muco.backbone import Adapter, TinyConfig, add_adapters, tiny_qwen2_vl
+from muco.backbone import add_adapters, tiny_qwen2_vl
 from muco.dialogue import Sample, Turn
 from muco.encoder import from_backbone
 from muco.loss import MultiTurnLoss
 from muco.processor import Processor
+from muco.sizes import Adapter, TinyConfig
 from muco.template import EMB
 from muco.train.flops import Flops, step_flops
 from muco.train.mixture import Chosen, training_batch

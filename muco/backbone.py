@@ -11,37 +11,20 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from muco.errors import CheckpointError
 from muco.processor import Processor, first_line, load_processor
+from muco.sizes import Adapter, TinyConfig
 from muco.template import QWEN_MODEL_TYPES, QWEN_VL, SPECIAL_TOKENS
 
 VISION_NAMES = ("visual", "vision_tower", "vision_model")  # how families name the frozen part
 CONNECTOR_NAMES = ("connector", "multi_modal_projector", "merger")  # no adapters here either
 MAY_BE_MISSING = ("lm_head.weight",)  # unused: an embedding is a hidden state
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Low-rank adapters on every linear layer of the language model.
-
-    Args:
-        kind: "lora" or "dora" (arXiv 2402.09353).
-        rank: r.
-        alpha: Scale; the update is multiplied by alpha / r.
-        dropout: On the adapter's input.
-    """
-
-    kind: Literal["lora", "dora"] = "lora"
-    rank: int = 64
-    alpha: int = 64
-    dropout: float = 0.0
 
 
 def load_backbone(
@@ -194,34 +177,8 @@ def _embedding_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is embeddings)
 
 
-@dataclass(frozen=True)
-class TinyConfig:
-    """Sizes of a Qwen2-VL small enough to train from scratch on a CPU.
-
-    Args:
-        width, layers, heads, kv_heads, feed_forward: The language model.
-        vision_width, vision_depth, vision_heads: The vision tower.
-        patch: Side of a patch in pixels; a visual token is 2 x 2 patches.
-        vocabulary: Tokens of the tokenizer, which is trained on the data's texts.
-        max_pixels: Largest image in pixels, larger ones are shrunk; the smallest is one visual token.
-    """
-
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    feed_forward: int = 256
-    vision_width: int = 128
-    vision_depth: int = 2
-    vision_heads: int = 4
-    vision_mlp_ratio: int = 2
-    patch: int = 14
-    vocabulary: int = 1024
-    max_pixels: int = 84 * 84
-
-
 def tiny_qwen2_vl(
-    texts: Iterable[str], config: TinyConfig = TinyConfig(), *, seed: int = 0
+    texts: Iterable[str], config: TinyConfig | None = None, *, seed: int = 0
 ) -> tuple[nn.Module, Processor]:
     """A randomly initialised Qwen2-VL of the real architecture, with a tokenizer trained on ``texts``.
 
@@ -231,6 +188,7 @@ def tiny_qwen2_vl(
     from transformers import Qwen2VLConfig, Qwen2VLModel
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    config = config or TinyConfig()
     tokenizer = train_tokenizer(texts, config.vocabulary)
     side = config.patch * 2
     image_processor = Qwen2VLImageProcessorPil(

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from muco.backbone import Adapter, TinyConfig, tiny_qwen2_vl
+from muco.backbone import tiny_qwen2_vl
 from muco.dialogue import Sample, Turn
 from muco.encoder import from_backbone
+from muco.sizes import Adapter, TinyConfig
 from muco.train.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
 from muco.train.mixture import Chosen, training_batch
 

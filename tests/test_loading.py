@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import muco
-from muco.backbone import Adapter, add_adapters, freeze_vision, language_linears, load_backbone, merge_adapters
+from muco.backbone import add_adapters, freeze_vision, language_linears, load_backbone, merge_adapters
 from muco.encoder import Model, from_backbone
 from muco.errors import CheckpointError
 from muco.processor import EVALUATION_PIXELS, SETTINGS_FILE
+from muco.sizes import Adapter
 from muco.template import EMB, MASK, QWEN_VL, SPECIAL_TOKENS
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -23,8 +23,9 @@ import pytest
 import torch
 
 import muco
-from muco.backbone import Adapter, add_adapters, load_backbone
+from muco.backbone import add_adapters, load_backbone
 from muco.encoder import Model, from_backbone
+from muco.sizes import Adapter
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-stock" / "bin" / "python"

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from muco.backbone import VISION_NAMES, Adapter, add_adapters
+from muco.backbone import VISION_NAMES, add_adapters
 from muco.batch import tree_mask
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.sizes import Adapter
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig

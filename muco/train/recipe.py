@@ -19,34 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from muco.errors import RecipeError
-
-
-@dataclass(frozen=True)
-class TinyRecipe:
-    """Sizes of a Qwen2-VL made from its config; the fields are those of :class:`muco.backbone.TinyConfig`."""
-
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    feed_forward: int = 256
-    vision_width: int = 128
-    vision_depth: int = 2
-    vision_heads: int = 4
-    vision_mlp_ratio: int = 2
-    patch: int = 14
-    vocabulary: int = 1024
-    max_pixels: int = 84 * 84
-
-
-@dataclass(frozen=True)
-class AdapterRecipe:
-    """Low-rank adapters on the language model; see :class:`muco.backbone.Adapter`."""
-
-    kind: Literal["lora", "dora"] = "lora"
-    rank: int = 64
-    alpha: int = 64
-    dropout: float = 0.0
+from muco.sizes import Adapter, TinyConfig
 
 
 @dataclass(frozen=True)
@@ -63,8 +36,8 @@ class ModelRecipe:
     """
 
     path: str | None = None
-    tiny: TinyRecipe | None = None
-    adapter: AdapterRecipe | None = None
+    tiny: TinyConfig | None = None
+    adapter: Adapter | None = None
     vision: Literal["frozen", "trained"] = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     min_pixels: int | None = None

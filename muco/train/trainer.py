@@ -7,7 +7,6 @@ The loop, optimizer, schedule and checkpoints are those of sentence-transformers
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from muco.backbone import Adapter, TinyConfig, add_adapters, freeze_vision, load_backbone, merge_adapters, tiny_qwen2_vl
+from muco.backbone import add_adapters, freeze_vision, load_backbone, merge_adapters, tiny_qwen2_vl
 from muco.data import open_data
 from muco.encoder import Model, from_backbone
 from muco.errors import RecipeError
@@ -26,7 +25,7 @@ from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
 from muco.train.mixture import Data, Mixture, StepSampler, TrainingBatches
 from muco.train.progress import ScreenProgress
-from muco.train.recipe import ModelRecipe, Recipe, TinyRecipe
+from muco.train.recipe import ModelRecipe, Recipe
 from muco.train.warmup import warm_up
 
 DEFAULTS = {  # of the training arguments, where a recipe says nothing
@@ -79,7 +78,7 @@ def build_model(recipe: Recipe, sources: list[Data]) -> Model:
     """The model of a recipe before training: weights, special tokens, pixel budget, adapters, frozen parts."""
     settings = recipe.model
     if settings.tiny:
-        backbone, processor = tiny_qwen2_vl(texts_of(sources), tiny_config(settings.tiny), seed=recipe.seed)
+        backbone, processor = tiny_qwen2_vl(texts_of(sources), settings.tiny, seed=recipe.seed)
     else:
         backbone, processor = load_backbone(settings.path, dtype=settings.dtype)
     if settings.min_pixels or settings.max_pixels:
@@ -93,11 +92,7 @@ def _trainable(backbone: nn.Module, settings: ModelRecipe, processor: Any) -> nn
     if settings.adapter is None:
         return backbone
     tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
-    return add_adapters(backbone, Adapter(**asdict(settings.adapter)), tokens)
-
-
-def tiny_config(tiny: TinyRecipe) -> TinyConfig:
-    return TinyConfig(**asdict(tiny))
+    return add_adapters(backbone, settings.adapter, tokens)
 
 
 def texts_of(sources: list[Data], limit: int = 5000):

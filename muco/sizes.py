@@ -1,0 +1,49 @@
+"""How large adapters and a tiny model are: plain numbers, shared by backbone and recipes. No torch in this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank adapters on every linear layer of the language model.
+
+    Args:
+        kind: "lora" or "dora" (arXiv 2402.09353).
+        rank: r.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: On the adapter's input.
+    """
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: int = 64
+    alpha: int = 64
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Sizes of a Qwen2-VL small enough to train from scratch on a CPU.
+
+    Args:
+        width, layers, heads, kv_heads, feed_forward: The language model.
+        vision_width, vision_depth, vision_heads: The vision tower.
+        patch: Side of a patch in pixels; a visual token is 2 x 2 patches.
+        vocabulary: Tokens of the tokenizer, which is trained on the data's texts.
+        max_pixels: Largest image in pixels, larger ones are shrunk; the smallest is one visual token.
+    """
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 256
+    vision_width: int = 128
+    vision_depth: int = 2
+    vision_heads: int = 4
+    vision_mlp_ratio: int = 2
+    patch: int = 14
+    vocabulary: int = 1024
+    max_pixels: int = 84 * 84
