@@ -140,11 +140,14 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTr
         raise RecipeError("trainer.gradient_accumulation_steps splits the in-batch negatives; it must stay 1")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output) / "logs")
     try:
-        return SentenceTransformerTrainingArguments(
+        arguments = SentenceTransformerTrainingArguments(
             output_dir=str(Path(recipe.output) / "checkpoints"), seed=recipe.seed, **values
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from None
+    if arguments.n_gpu > 1:  # else DataParallel would cut our batches in half along the wrong dimension
+        arguments._n_gpu = 1
+    return arguments
 
 
 class MuCoTrainer(SentenceTransformerTrainer):
