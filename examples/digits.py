@@ -12,6 +12,7 @@ figures, ``<output>/search-masked.png`` the images that ten words find. To train
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -112,11 +113,13 @@ def recipe(data: Path, output: Path, *, mask: bool, steps: int, seed: int) -> mu
 def train_and_score(settings: muco.Recipe, held_out: Data, sheet: Path) -> dict[str, Any]:
     """Trains (a killed run goes on, a finished one is not done again), then evaluates and searches."""
     fresh, start = not Path(settings.output).exists(), time.perf_counter()
-    model = muco.load(muco.train(settings))
+    folder = muco.train(settings)
+    model = muco.load(folder)
     seconds = time.perf_counter() - start
     scores = evaluate_retrieval(model, held_out, output=Path(settings.output))
     return {
         "train_seconds": round(seconds, 1) if fresh else None,
+        "final_loss": json.loads((folder / "run.json").read_text())["loss"][-1][1],
         "search_precision": search(model, held_out, sheet),
         "tasks": scores["tasks"],
         "warnings": scores["warnings"],

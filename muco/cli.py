@@ -9,15 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import muco
-from muco.errors import CheckpointError, MucoError
+from muco.errors import MucoError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,10 +131,11 @@ def evaluate_retrieval(
     from muco.evaluate.blind import recipe_of
     from muco.evaluate.report import print_results
     from muco.evaluate.retrieval import evaluate_retrieval
+    from muco.progress import progress_bar
 
     rows = open_data(data)  # before the model: a mistyped path should not cost a minute
     encoder = muco.load(model)
-    with _progress("embedding") as progress:
+    with progress_bar("embedding") as progress:
         result = evaluate_retrieval(
             encoder,
             rows,
@@ -211,7 +211,7 @@ def data_check(
     """
     from muco.data.check import check, print_report
 
-    report = check(path, tokenizer=_tokenizer(model) if model else None)
+    report = check(path, tokenizer=model)
     _finish(report.as_dict() if as_json else report, as_json, print_report)
     if not report.ok:
         raise typer.Exit(FAILED_CHECK)
@@ -285,18 +285,6 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(FAILED_CHECK)
 
 
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, drawn only where that is a terminal; yields the function that moves it (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
     """Prints a result on stdout: one JSON line for programs, or a table for people."""
     if as_json:
@@ -311,16 +299,6 @@ def _print_pairs(result: Mapping[str, Any], console: Console) -> None:
     width = max(map(len, result))
     for key, value in result.items():
         console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{model}: no tokenizer can be loaded from it ({reason}); give a model folder") from error
 
 
 def _complain(sentence: str) -> int:

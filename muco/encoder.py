@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import nn
 
 from muco.backbone import load_backbone, merge_adapters
-from muco.batch import IMAGE_KEYS, DialogueBatch, collate, tree_mask
+from muco.batch import DialogueBatch, collate, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling
@@ -250,6 +250,3 @@ def load(path: str | Path, *, device: str | None = None, **kwargs: Any) -> Model
         CheckpointError: If weights are missing, or the folder is no such model.
     """
     return from_backbone(*load_backbone(path, **kwargs), device=device)
-
-
-__all__ = ["IMAGE_KEYS", "Encoder", "Model", "from_backbone", "load", "model_inputs"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +205,7 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
 
     if config.model_type in QWEN_MODEL_TYPES:
         # A checkpoint with our tokens but without our settings is one of the paper's releases.
-        template = template or _replace(QWEN_VL, newline_at_end=released)
+        template = template or replace(QWEN_VL, newline_at_end=released)
         processor = Processor(tokenizer, read(AutoImageProcessor, backend="pil"), template)
         if released and not settings:
             processor.set_pixels(*EVALUATION_PIXELS)
@@ -266,10 +266,6 @@ def _read_settings(path: str, local_files_only: bool, chat_template: Any) -> dic
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice that libraries append to it."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _replace(template: Template, **changes: Any) -> Template:
-    return Template(**{**asdict(template), **changes})
 
 
 def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> np.ndarray:

@@ -23,8 +23,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,7 +32,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 import muco
 from muco.data import Data, open_data
@@ -46,6 +44,7 @@ from muco.errors import OutputError, RecipeError
 from muco.evaluate.report import print_results, versions, write_json
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
+from muco.progress import progress_bar
 from muco.train.mixture import Mixture, TrainingBatches
 from muco.train.recipe import Recipe, load_recipe, to_dict
 from muco.train.trainer import build_model
@@ -207,15 +206,6 @@ class Journal:
 
 def _short(value: Any) -> str:
     return "another one" if isinstance(value, Mapping) else str(value)
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, drawn only where that is a terminal; yields the function that moves it (done, total)."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # ---------------------------------------------------------------- the work

@@ -110,7 +110,7 @@ def _noise(share: float, n: int) -> float:
 def versions() -> dict[str, str | None]:
     """Versions of what computed a result, without importing it; None: not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("muco", "torch", "transformers", "sentence-transformers", "numpy"):
+    for name in ("muco", "torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

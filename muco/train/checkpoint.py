@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
 from muco.errors import CheckpointError, OutputError
+from muco.evaluate.report import versions, write_json
 from muco.train.recipe import Recipe, dump_recipe, to_dict
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "trained.safetensors"
-PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow")
 
 
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
@@ -43,14 +41,7 @@ def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
         {"path": source.path, "samples": len(data), "fingerprint": data.fingerprint}
         for source, data in zip(recipe.data.train, sources, strict=True)
     ]
-    versions = {"muco": _muco_version(), "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
-    return {"recipe": settings, "data": data, "versions": versions}
-
-
-def _muco_version() -> str:
-    from muco import __version__
-
-    return __version__
+    return {"recipe": settings, "data": data, "versions": versions()}
 
 
 def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
@@ -93,13 +84,6 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
         return group
     same = [d["fingerprint"] for d in known["data"]] == [d["fingerprint"] for d in facts["data"]]
     return "" if same else "the training data"
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, file)
 
 
 def last_complete(output: Path) -> Path | None:
@@ -160,7 +144,7 @@ def model_card(recipe: Recipe, done: dict[str, Any], dimension: int) -> str:
     """A model card that states what was run and claims no score."""
     base = recipe.model.path or "a Qwen2-VL made from its config, trained from random weights"
     sources = "\n".join(f"| {d['path']} | {d['samples']} | `{d['fingerprint'][:16]}` |" for d in done["data"])
-    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items() if number)
     final = f"{done['loss'][-1][1]:.4f} nats at step {done['loss'][-1][0]}" if done["loss"] else "not logged"
     header = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction", "tags": ["muco"]}
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
