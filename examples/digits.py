@@ -97,6 +97,7 @@ def recipe(data: Path, output: Path, *, mask: bool, steps: int, seed: int) -> mu
         "loss": {"temperature": 0.05, "symmetric": True, "mask_identical_targets": mask},
         "trainer": {
             "max_steps": steps,
+            "logging_first_step": True,
             "per_device_train_batch_size": 32,  # images, with 8 turns each
             "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
