@@ -68,7 +68,7 @@ def run_one(name: str, seed: int, args: argparse.Namespace) -> dict:
     values["trainer"]["dataloader_num_workers"] = args.workers
     if pairs:
         values["data"]["train"].append({"path": f"{args.scenes}/train_pairs.jsonl", "weight": pairs})
-        values["trainer"]["per_device_train_batch_size"] = round(32 * (1 + pairs))
+        values["batch"]["size"] = round(32 * (1 + pairs))
     for key, value in changes.items():
         group, _, field = key.partition(".")
         values.setdefault(group, {})[field] = value

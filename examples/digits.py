@@ -95,10 +95,10 @@ def recipe(data: Path, output: Path, *, mask: bool, steps: int, seed: int) -> mu
         "data": {"train": [{"path": str(data)}]},
         "turns": {"image_turn": "retrieval"},  # one more turn, the image alone with its caption: what search needs
         "loss": {"temperature": 0.05, "symmetric": True, "mask_identical_targets": mask},
+        "batch": {"size": 32},  # images, with 8 turns each
         "trainer": {
             "max_steps": steps,
             "logging_first_step": True,
-            "per_device_train_batch_size": 32,  # images, with 8 turns each
             "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": steps // 20,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from muco.dialogue import Content, Dialogue, Sample, Turn
     from muco.encoder import load
-    from muco.errors import CheckpointError, DataError, ImageError, MucoError, OutputError, RecipeError
+    from muco.errors import CheckpointError, DataError, ImageError, MucoError, OutputError, RecipeError, TrainingError
     from muco.loss import multi_turn_info_nce
     from muco.train.recipe import Recipe
     from muco.train.trainer import train
@@ -32,6 +32,7 @@ _HOME = {
     "RecipeError": "muco.errors",
     "CheckpointError": "muco.errors",
     "OutputError": "muco.errors",
+    "TrainingError": "muco.errors",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Sample",
+    "TrainingError",
     "Turn",
     "load",
     "multi_turn_info_nce",

@@ -13,7 +13,7 @@ vector is the one of a single-turn pass::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -44,10 +44,11 @@ class DialogueBatch(TypedDict):
     image_grid_thw: NotRequired[Int[Tensor, "I 3"]]
     image_rows: NotRequired[Int[Tensor, " I"]]  # which row an image belongs to
     image_patches: NotRequired[Int[Tensor, " I"]]  # how many of the P it owns
+    image_features: NotRequired[list[tuple[Tensor, ...]]]  # I of them, in place of the patches: see Encoder.see
 
 
 PATCH_KEYS = ("pixel_values", "pixel_attention_mask")
-IMAGE_KEYS = ("image_grid_thw", "image_rows", "image_patches")
+IMAGE_KEYS = ("image_grid_thw", "image_patches")
 
 
 @dataclass
@@ -180,45 +181,120 @@ def tree_mask(batch: DialogueBatch) -> Tensor | None:
     return allowed[:, None]
 
 
-def split(batch: DialogueBatch, token_budget: int) -> list[DialogueBatch]:
-    """Cuts a batch into chunks of whole rows, in order, each of at most ``token_budget`` tokens padding included.
+def split(batch: DialogueBatch, token_budget: int) -> list[tuple[DialogueBatch, Tensor]]:
+    """Cuts a batch into chunks of whole rows of similar length, each of at most ``token_budget`` tokens with padding.
 
     A single row above the budget is a chunk of its own. Visual tokens count, since they are tokens of the row.
+
+    Returns:
+        Chunks, longest rows first so that what does not fit shows at once, each with the numbers of its turns in the
+        batch, int64 [turns of the chunk]. Rows of equal length keep their order.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be positive, got {token_budget}")
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    chunks, first, longest = [], 0, 0
-    for row, length in enumerate(lengths):
-        if row > first and max(longest, length) * (row - first + 1) > token_budget:
-            chunks.append(rows_of(batch, first, row))
-            first, longest = row, 0
-        longest = max(longest, length)
-    return [*chunks, rows_of(batch, first, len(lengths))]
+    lengths = batch["attention_mask"].sum(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    if len(lengths) * int(lengths.max()) <= token_budget:
+        order = torch.arange(len(lengths))  # nothing to cut
+    chunks, first = [], 0
+    while first < len(order):
+        rows = max(1, token_budget // int(lengths[order[first]]))
+        chunks.append(rows_of(batch, order[first : first + rows]))
+        first += rows
+    return chunks
 
 
-def rows_of(batch: DialogueBatch, first: int, last: int) -> DialogueBatch:
-    """The dialogues ``first`` … ``last`` - 1 with their turns and images, cut to their longest row."""
-    real = batch["attention_mask"][first:last].bool()
-    columns = real.any(dim=0).nonzero().flatten()
-    left, right = int(columns[0]), int(columns[-1]) + 1
-    turns = (batch["turn_rows"] >= first) & (batch["turn_rows"] < last)
+def rows_of(batch: DialogueBatch, rows: Tensor) -> tuple[DialogueBatch, Tensor]:
+    """The dialogues ``rows`` (int64, in this order) with their turns and images, cut to their longest row.
+
+    Returns:
+        The part, and the numbers of its turns in the batch.
+    """
+    if torch.equal(rows, torch.arange(len(batch["input_ids"]))):
+        return batch, torch.arange(len(batch["turn_rows"]))
+    real = batch["attention_mask"][rows].bool().any(dim=0).nonzero().flatten()
+    columns = slice(int(real[0]), int(real[-1]) + 1)
+    turns, turn_rows = _owned(batch["turn_rows"], rows)
     part: DialogueBatch = {
-        "input_ids": batch["input_ids"][first:last, left:right],
-        "attention_mask": batch["attention_mask"][first:last, left:right],
-        "position_ids": batch["position_ids"][:, first:last, left:right],
-        "turn_rows": batch["turn_rows"][turns] - first,
-        "turn_columns": batch["turn_columns"][turns] - left,
+        "input_ids": batch["input_ids"][rows, columns],
+        "attention_mask": batch["attention_mask"][rows, columns],
+        "position_ids": batch["position_ids"][:, rows, columns],
+        "turn_rows": turn_rows,
+        "turn_columns": batch["turn_columns"][turns] - columns.start,
     }
     if "branch_ids" in batch:
-        part["branch_ids"] = batch["branch_ids"][first:last, left:right]
-    if "image_rows" not in batch:
-        return part
-    own = (batch["image_rows"] >= first) & (batch["image_rows"] < last)
-    if not own.any():
-        return part
-    patches = own.repeat_interleave(batch["image_patches"])
-    part |= {key: batch[key][patches] for key in PATCH_KEYS if key in batch}
-    part |= {key: batch[key][own] for key in IMAGE_KEYS if key in batch}
-    part["image_rows"] = part["image_rows"] - first
+        part["branch_ids"] = batch["branch_ids"][rows, columns]
+    if "image_rows" in batch:
+        images, image_rows = _owned(batch["image_rows"], rows)
+        part |= images_of(batch, images) if len(images) else {}
+        part |= {"image_rows": image_rows} if len(images) else {}
+    return part, turns
+
+
+def images_of(batch: DialogueBatch, images: Tensor) -> dict[str, Any]:
+    """What a batch knows of the images with these numbers (int64), in this order."""
+    part: dict[str, Any] = {key: batch[key][images] for key in IMAGE_KEYS if key in batch}
+    if "image_features" in batch:
+        part["image_features"] = [batch["image_features"][i] for i in images.tolist()]
+    ends = batch["image_patches"].cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    for key in PATCH_KEYS:
+        if key in batch:
+            part[key] = torch.cat([batch[key][starts[i] : ends[i]] for i in images.tolist()])
     return part
+
+
+def _owned(owners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the things that ``rows`` own, in the order of ``rows``, and the place in ``rows`` of their owners."""
+    place = torch.full((int(max(owners.max(), rows.max())) + 1,), -1)
+    place[rows] = torch.arange(len(rows))
+    places = place[owners]
+    order = places.argsort(stable=True)
+    own = order[places[order] >= 0]
+    return own, places[own]
+
+
+def join(batches: Sequence[DialogueBatch]) -> DialogueBatch:
+    """Puts batches below one another, padded on the right to the longest; turns and images keep their order."""
+    if len(batches) == 1:
+        return batches[0]
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    starts = np.cumsum([0, *(len(batch["input_ids"]) for batch in batches)]).tolist()
+
+    def padded(key: str) -> Tensor:
+        # 0 as padding: the attention mask hides it, and an embedding matrix has a row 0
+        tables = [b[key] if key in b else torch.zeros_like(b["input_ids"]) for b in batches]
+        return torch.cat([pad(t, (0, length - t.shape[-1])) for t in tables], dim=-2)
+
+    joined: DialogueBatch = {
+        **{key: padded(key) for key in ("input_ids", "attention_mask", "position_ids")},
+        "turn_rows": torch.cat([b["turn_rows"] + start for b, start in zip(batches, starts, strict=False)]),
+        "turn_columns": torch.cat([b["turn_columns"] for b in batches]),
+    }
+    if any("branch_ids" in b for b in batches):
+        joined["branch_ids"] = padded("branch_ids")
+    seen = [(b, start) for b, start in zip(batches, starts, strict=False) if "image_rows" in b]
+    if not seen:
+        return joined
+    joined["image_rows"] = torch.cat([b["image_rows"] + start for b, start in seen])
+    for key in ("image_patches", "image_grid_thw"):
+        if key in seen[0][0]:
+            joined[key] = torch.cat([b[key] for b, _ in seen])
+    for key in PATCH_KEYS:
+        if key in seen[0][0]:
+            joined[key] = _stack_patches([b[key] for b, _ in seen])
+    if "image_features" in seen[0][0]:
+        joined["image_features"] = [features for b, _ in seen for features in b["image_features"]]
+    return joined
+
+
+def join_ids(parts: Sequence[Mapping[str, Tensor]], vectors: Sequence[int]) -> dict[str, Tensor]:
+    """The ``ids`` of several training batches put below one another; ``vectors`` counts the target side of each."""
+    joined: dict[str, list[Tensor]] = {key: [] for key in parts[0]}
+    turns = first = 0
+    for ids, count in zip(parts, vectors, strict=True):
+        offsets = {"target_rows": first, "hard_negative_rows": first, "hard_negative_turns": turns}
+        for key, values in ids.items():
+            joined[key].append(values + offsets.get(key, 0))
+        turns, first = turns + len(ids["sample_ids"]), first + count
+    return {key: torch.cat(values) for key, values in joined.items()}

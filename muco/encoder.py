@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,10 +19,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.sentence_transformer.modules import Normalize
-from torch import nn
+from torch import Tensor, nn
 
-from muco.backbone import load_backbone, merge_adapters
-from muco.batch import DialogueBatch, collate, tree_mask
+from muco.backbone import CONNECTOR_NAMES, VISION_NAMES, load_backbone, merge_adapters
+from muco.batch import PATCH_KEYS, DialogueBatch, collate, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling
@@ -77,6 +78,27 @@ class Encoder(InputModule):
     def collate(self, dialogues: Sequence[Dialogue]) -> DialogueBatch:
         return collate(dialogues, self.muco_processor, padding_side=self.padding_side)
 
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Whether nothing that an image passes through before the language model is trained."""
+        parts = {*VISION_NAMES, *CONNECTOR_NAMES}
+        return not any(p.requires_grad and parts & set(name.split(".")) for name, p in self.model.named_parameters())
+
+    def image_features(self, batch: DialogueBatch) -> list[tuple[Tensor, ...]]:
+        """What the language model reads of each image: its visual tokens [tokens, dim], and further maps where a family
+        has them (deepstack). As ``image_features`` of a batch they replace ``pixel_values``.
+        """
+        inputs = {key: batch[key] for key in (*PATCH_KEYS, "image_grid_thw") if key in batch}
+        if not self.muco_processor.rotary_3d:
+            inputs = {key: value[None] for key, value in inputs.items()}
+        output = self.model.get_image_features(**inputs, return_dict=True)
+        pooled = output.pooler_output  # a tensor, or some, of all images' tokens one after another
+        pooled = pooled if isinstance(pooled, Tensor) else torch.cat([*pooled])
+        maps = [m.flatten(0, -2) for m in (pooled, *(getattr(output, "deepstack_features", None) or ()))]
+        patches = batch["image_patches"]
+        lengths = (patches * len(maps[0]) // patches.sum()).tolist()
+        return list(zip(*(tokens.split(lengths) for tokens in maps), strict=True))
+
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         features["token_embeddings"] = self.model(**model_inputs(features, self.muco_processor)).last_hidden_state
         return features
@@ -106,13 +128,21 @@ def model_inputs(batch: DialogueBatch, processor: Processor) -> dict[str, Any]:
         "use_cache": False,
         "return_dict": True,
     }
+    if "image_features" in batch:
+        return inputs | {"mm_encoder_outputs": {"image": _joined_features(batch["image_features"])}}
     if "pixel_values" not in batch:
         return inputs
     if processor.rotary_3d:
         return inputs | {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
     # other families take [rows, tiles, …] and flatten it; the order of the tiles is all that counts
-    tiles = {k: batch[k][None] for k in ("pixel_values", "pixel_attention_mask") if k in batch}
+    tiles = {k: batch[k][None] for k in PATCH_KEYS if k in batch}
     return inputs | tiles
+
+
+def _joined_features(images: Sequence[tuple[Tensor, ...]]) -> Any:
+    """Features of several images in the form in which a backbone's own vision tower returns them."""
+    pooled, *further = zip(*images, strict=True)
+    return SimpleNamespace(pooler_output=pooled, deepstack_features=[torch.cat(level) for level in further])
 
 
 class Model(SentenceTransformer):
@@ -121,6 +151,13 @@ class Model(SentenceTransformer):
     @property
     def encoder(self) -> Encoder:
         return self[0]
+
+    def embed(self, batch: DialogueBatch) -> Tensor:
+        """One vector per turn, [turns, dim], L2-normalised, of a batch on the model's device; with its graph."""
+        features: dict[str, Any] = dict(batch)
+        for module in self:
+            features = module(features)
+        return features["sentence_embedding"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
         return self.encoder.preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}

@@ -7,7 +7,8 @@
     │   └── ImageError        an image is missing, broken, too large or not an image
     ├── RecipeError           a recipe has an unknown key, a wrong type or a contradiction
     ├── CheckpointError       a model folder is incomplete or belongs to something else
-    └── OutputError           an output folder already holds other work
+    ├── OutputError           an output folder already holds other work
+    └── TrainingError         training cannot go on: the loss is no number, or memory does not suffice
 
 All of them are also :class:`ValueError`, so that callers who know nothing of MuCo can catch them. The command line
 turns them into one line on stderr and exit code 1; anything else is a defect and keeps its traceback.
@@ -36,3 +37,7 @@ class CheckpointError(MucoError):
 
 class OutputError(MucoError):
     """An output path cannot be written without losing what is already there."""
+
+
+class TrainingError(MucoError):
+    """Training cannot go on; the message names the step, and what to change."""

@@ -5,13 +5,16 @@ Letters: T turns of all samples of the batch · H hard negatives · D embedding 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
+from torch.utils.checkpoint import checkpoint
 
+from muco.distributed import gather, rank
 from muco.negatives import allowed_hard_negatives, allowed_negatives
 
 
@@ -45,26 +48,51 @@ def multi_turn_info_nce(
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
         ValueError: If ``temperature`` is not positive, the lengths differ, or there is no turn.
-    Memory: one [turns, turns + hard] float32 matrix.
+    Memory: blocks of a [turns, turns + hard] float32 matrix, of 256 MiB each.
     Source: arXiv 2602.06393, the MuCo loss and Figure 3 (logit masking).
     """
     _check(query, target, sample_ids, temperature, target_ids)
-    scores = _scores(query, target, temperature)  # [T, T]
-    allowed = allowed_negatives(sample_ids, target_ids)
-    labels = torch.arange(len(query), device=query.device)
-    forward_scores, forward_allowed = scores, allowed
-    if hard_negatives is not None and len(hard_negatives):
-        if hard_negative_turns is None or (target_ids is not None and hard_negative_ids is None):
-            raise ValueError(
-                "hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given"
-            )
-        hard_allowed = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids)
-        forward_scores = torch.cat([scores, _scores(query, hard_negatives, temperature)], dim=1)
-        forward_allowed = torch.cat([allowed, hard_allowed], dim=1)
-    loss = _masked_cross_entropy(forward_scores, forward_allowed, labels)
+    if hard_negatives is not None and (
+        hard_negative_turns is None or (target_ids is not None and hard_negative_ids is None)
+    ):
+        raise ValueError("hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given")
+    candidates = target if hard_negatives is None else torch.cat([target, hard_negatives.to(target.dtype)])
+
+    def forward_negatives(rows: slice) -> Tensor:
+        allowed = allowed_negatives(sample_ids, target_ids, rows)
+        if hard_negatives is None:
+            return allowed
+        hard = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids, rows)
+        return torch.cat([allowed, hard], dim=1)
+
+    def backward_negatives(rows: slice) -> Tensor:
+        return allowed_negatives(sample_ids, target_ids, rows)
+
+    loss = _info_nce(query, candidates, forward_negatives, temperature)
     if symmetric:
-        loss = (loss + _masked_cross_entropy(scores.T, allowed.T, labels)) / 2
+        loss = (loss + _info_nce(target, query, backward_negatives, temperature)) / 2
     return loss
+
+
+BLOCK = 1 << 26  # scores that are held at a time: 256 MiB
+
+
+def _info_nce(anchors: Tensor, candidates: Tensor, negatives: Callable[[slice], Tensor], temperature: float) -> Tensor:
+    """Mean cross-entropy of anchor i against candidate i and its allowed negatives, in blocks of anchors."""
+    size = max(1, BLOCK // len(candidates))
+
+    def block(rows: slice) -> Tensor:
+        own = torch.arange(rows.start, rows.stop, device=anchors.device)
+        keep = negatives(rows)
+        keep[own - rows.start, own] = True  # the pair itself is the numerator
+        scores = _scores(anchors[rows], candidates, temperature).masked_fill(~keep, float("-inf"))
+        return cross_entropy(scores, own, reduction="sum")
+
+    blocks = [slice(start, min(start + size, len(anchors))) for start in range(0, len(anchors), size)]
+    if len(blocks) == 1:
+        return block(blocks[0]) / len(anchors)
+    # the scores of a block are computed again in backward, so that one block at a time is all that is ever held
+    return sum(checkpoint(block, rows, use_reentrant=False) for rows in blocks) / len(anchors)
 
 
 def _scores(query: Tensor, candidates: Tensor, temperature: float) -> Tensor:
@@ -72,12 +100,6 @@ def _scores(query: Tensor, candidates: Tensor, temperature: float) -> Tensor:
     known = torch.amp.is_autocast_available(device)  # not on the meta device
     with torch.autocast(device, enabled=False) if known else nullcontext():  # it would take the product in bfloat16
         return query.float() @ candidates.float().T / temperature
-
-
-def _masked_cross_entropy(scores: Tensor, allowed: Tensor, labels: Tensor) -> Tensor:
-    keep = allowed.clone()
-    keep[labels, labels] = True  # the pair itself is the numerator
-    return cross_entropy(scores.masked_fill(~keep, float("-inf")), labels)
 
 
 def chance_level(sample_ids: Int[Tensor, " turns"], target_ids: Int[Tensor, " turns"] | None = None) -> float:
@@ -99,29 +121,67 @@ def _check(query: Tensor, target: Tensor, sample_ids: Tensor, temperature: float
 
 
 class MultiTurnLoss(nn.Module):
-    """Embeds a training batch with ``model`` and applies :func:`multi_turn_info_nce`.
+    """The loss of a training batch: :func:`multi_turn_info_nce` over the turns of all processes.
 
-    The model is called twice, once per side; each call yields one vector per turn in batch order.
+    Called with dialogues it embeds them with ``model``, twice, once per side; :meth:`of_vectors` takes vectors.
+
+    Args:
+        dimensions: The loss is the mean over vectors cut to their first so many numbers and normalised again
+            (Matryoshka, arXiv 2205.13147); empty for whole vectors only.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float = 0.02, symmetric: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 0.02,
+        symmetric: bool = False,
+        dimensions: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.symmetric = symmetric
+        self.dimensions = tuple(dimensions)
 
     def forward(self, sides: list[dict[str, Tensor]], ids: dict[str, Tensor]) -> Tensor:
-        query, vectors = (self.model(side)["sentence_embedding"] for side in sides)
-        # hard negatives stand behind the targets, each a dialogue of its own
-        targets = len(vectors) - len(ids.get("hard_negative_turns", ()))
-        return multi_turn_info_nce(
-            query,
-            vectors[:targets][ids["target_rows"]],
-            ids["sample_ids"],
-            temperature=self.temperature,
-            target_ids=ids.get("target_ids"),
-            symmetric=self.symmetric,
-            hard_negatives=vectors[targets:],
-            hard_negative_turns=ids.get("hard_negative_turns"),
-            hard_negative_ids=ids.get("hard_negative_ids"),
-        )
+        query, target = (self.model(side)["sentence_embedding"] for side in sides)
+        return self.of_vectors(query, target, ids)
+
+    def of_vectors(
+        self, query: Float[Tensor, "turns dim"], vectors: Float[Tensor, "vectors dim"], ids: dict[str, Tensor]
+    ) -> Float[Tensor, ""]:
+        """The loss over the turns of all processes, the same value on each; only the own vectors get a gradient.
+
+        Args:
+            query: One vector per turn of this process.
+            vectors: All vectors of the target side: targets and hard negatives, as ``ids`` say.
+            ids: From :func:`muco.train.mixture.training_batch`.
+        """
+        own_turns = torch.tensor([len(query)], device=query.device)
+        first = int(gather(own_turns)[: rank()].sum())  # turns of the processes before this one
+        query, target = gather(query), gather(vectors[ids["target_rows"]])
+        sample_ids = gather(ids["sample_ids"])
+        target_ids = gather(ids["target_ids"]) if "target_ids" in ids else None
+        hard = gather(vectors[ids["hard_negative_rows"]])
+        hard_turns, hard_ids = gather(ids["hard_negative_turns"] + first), gather(ids["hard_negative_ids"])
+        some = len(hard) > 0
+        losses = [
+            multi_turn_info_nce(
+                _cut(query, dimension),
+                _cut(target, dimension),
+                sample_ids,
+                temperature=self.temperature,
+                target_ids=target_ids,
+                symmetric=self.symmetric,
+                hard_negatives=_cut(hard, dimension) if some else None,
+                hard_negative_turns=hard_turns if some else None,
+                hard_negative_ids=hard_ids if some else None,
+            )
+            for dimension in self.dimensions or (query.shape[1],)
+        ]
+        return torch.stack(losses).mean()
+
+
+def _cut(vectors: Tensor, dimension: int) -> Tensor:
+    return vectors if dimension == vectors.shape[1] else normalize(vectors[:, :dimension].float(), dim=1)

@@ -78,6 +78,11 @@ class Processor:
         self._text_ids = lru_cache(maxsize=65536)(self._tokenize)
 
     @property
+    def image_id(self) -> int:
+        """The id of the token of which an image has one per visual token."""
+        return self.tokenizer.convert_tokens_to_ids(self.template.image_token)
+
+    @property
     def rotary_3d(self) -> bool:
         """Whether positions are [3, rows, tokens] (time, height, width), as in the Qwen family."""
         return self.stock is None

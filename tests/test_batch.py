@@ -9,7 +9,7 @@ from families import QWEN, image, model, ragged, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muco.batch import DialogueBatch, _stack_patches, collate, split, tree_mask
+from muco.batch import PATCH_KEYS, DialogueBatch, _stack_patches, collate, join, split, tree_mask
 from muco.dialogue import Content, Dialogue
 from muco.errors import ImageError
 from muco.processor import EncodedImage, rotary_positions
@@ -191,25 +191,32 @@ def same(batch: DialogueBatch, other: DialogueBatch) -> bool:
     return batch.keys() == other.keys() and all(torch.equal(batch[key], other[key]) for key in batch)
 
 
+def rows_in_order(batch: DialogueBatch, budget: int) -> list[int]:
+    """The slow, obvious rule: nothing is moved if all fits; else longest first, equal ones as they stood."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    if len(lengths) * max(lengths) <= budget:
+        return list(range(len(lengths)))
+    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
 @both_kinds
 @both_sides
-def test_chunks_cover_the_rows_in_order_within_the_budget(family, side):
-    dialogues = mixed()
-    batch = batch_of(family, dialogues, side)
+def test_chunks_cover_the_rows_within_the_budget(family, side):
+    batch = batch_of(family, mixed(), side)
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     budgets = (1, min(lengths), max(lengths), 2 * max(lengths), sum(lengths) // 2, 10**6)
     for budget in budgets:
-        first = 0
-        for chunk in split(batch, budget):
+        left = rows_in_order(batch, budget)
+        for chunk, turns in split(batch, budget):
             rows, width = chunk["input_ids"].shape
+            own, left = left[:rows], left[rows:]
             assert rows == 1 or rows * width <= budget
-            assert width == max(lengths[first : first + rows]), "cut to the longest row"
-            real, before = chunk["attention_mask"].bool(), batch["attention_mask"][first : first + rows].bool()
-            assert torch.equal(chunk["input_ids"][real], batch["input_ids"][first : first + rows][before])
-            assert (chunk["turn_rows"] < rows).all()
-            first += rows
-        assert first == len(dialogues)
-    assert len(split(batch, 1)) == len(dialogues) and len(split(batch, 10**6)) == 1
+            assert width == max(lengths[row] for row in own), "cut to the longest row"
+            real, before = chunk["attention_mask"].bool(), batch["attention_mask"][own].bool()
+            assert torch.equal(chunk["input_ids"][real], batch["input_ids"][own][before])
+            assert [own[row] for row in chunk["turn_rows"]] == batch["turn_rows"][turns].tolist()
+        assert not left
+    assert len(split(batch, 1)) == len(lengths) and len(split(batch, 10**6)) == 1
     assert len({len(split(batch, budget)) for budget in budgets}) > 3, "budgets that divide, do not divide, exceed"
 
 
@@ -217,8 +224,8 @@ def test_chunks_cover_the_rows_in_order_within_the_budget(family, side):
 @both_sides
 def test_a_whole_batch_is_its_own_only_chunk(family, side):
     batch = batch_of(family, mixed(), side)
-    (chunk,) = split(batch, 10**6)
-    assert same(chunk, batch)
+    ((chunk, turns),) = split(batch, 10**6)
+    assert same(chunk, batch) and turns.tolist() == list(range(len(turns)))
 
 
 @both_kinds
@@ -228,24 +235,52 @@ def test_vectors_of_chunks_are_those_of_the_batch(family, side):
     expected = vectors(model(family), mixed())
     longest = batch["input_ids"].shape[1]
     for budget in (1, longest, 2 * longest + 7, 10**6):
-        together = np.concatenate([embed(family, chunk) for chunk in split(batch, budget)])
+        together = np.full_like(expected, np.nan)
+        for chunk, turns in split(batch, budget):
+            together[turns] = embed(family, chunk)
         assert np.abs(together - expected).max() < 1e-5
+
+
+@both_kinds
+@both_sides
+def test_batches_below_one_another_are_the_batch_of_all(family, side):
+    dialogues = mixed()
+    expected = vectors(model(family), dialogues)
+    for cut in (1, 2, len(dialogues) - 1):
+        joined = join([batch_of(family, part, side) for part in (dialogues[:cut], dialogues[cut:])])
+        assert np.abs(embed(family, joined) - expected).max() < 1e-5
+        assert joined["turn_rows"].tolist() == batch_of(family, dialogues, side)["turn_rows"].tolist()
 
 
 @both_kinds
 def test_images_go_with_their_rows(family):
     dialogues = mixed()
-    chunks = split(batch_of(family, dialogues), 1)
-    for chunk, dialogue in zip(chunks, dialogues, strict=True):
-        single = batch_of(family, [dialogue])
-        assert ("pixel_values" in chunk) == bool(dialogue.images)
+    batch = batch_of(family, dialogues)
+    for (chunk, _), row in zip(split(batch, 1), rows_in_order(batch, 1), strict=True):
+        single = batch_of(family, [dialogues[row]])
+        assert ("pixel_values" in chunk) == bool(dialogues[row].images)
         assert single.keys() <= chunk.keys()
         assert all(torch.equal(chunk[key], single[key]) for key in single)
 
 
+@both_kinds
+def test_features_computed_before_take_the_place_of_pixels(family):
+    encoder, batch = model(family).encoder, batch_of(family, mixed())
+    with torch.no_grad():
+        features = encoder.image_features(batch)
+    assert len(features) == len(batch["image_rows"]) > 1
+    seen = {key: value for key, value in batch.items() if key not in PATCH_KEYS} | {"image_features": features}
+    expected = embed(family, batch)
+    assert np.array_equal(embed(family, seen), expected)
+    together = np.full_like(expected, np.nan)
+    for chunk, turns in split(seen, 1):
+        together[turns] = embed(family, chunk)
+    assert np.abs(together - expected).max() < 1e-5
+
+
 @quick
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 40), st.booleans())
-def test_chunks_are_as_few_as_whole_rows_in_order_allow(lengths, budget, left):
+def test_a_chunk_has_as_many_rows_as_fit(lengths, budget, left):
     width = max(lengths)
     mask = [[0] * (width - n) + [1] * n if left else [1] * n + [0] * (width - n) for n in lengths]
     table = torch.tensor(mask)
@@ -256,11 +291,12 @@ def test_chunks_are_as_few_as_whole_rows_in_order_allow(lengths, budget, left):
         "turn_rows": torch.arange(len(lengths)),
         "turn_columns": torch.tensor([width - 1 if left else n - 1 for n in lengths]),
     }
-    chunks = split(batch, budget)
-    assert [int(row.max()) for chunk in chunks for row in chunk["input_ids"]] == list(range(1, len(lengths) + 1))
-    for chunk, following in zip(chunks, chunks[1:], strict=False):
-        rows = [*chunk["attention_mask"].sum(dim=1), following["attention_mask"][0].sum()]
-        assert max(rows) * len(rows) > budget, "the next row would have fitted"
+    chunks = [chunk for chunk, _ in split(batch, budget)]
+    order = [int(row.max()) - 1 for chunk in chunks for row in chunk["input_ids"]]
+    assert order == rows_in_order(batch, budget)
+    for chunk in chunks[:-1]:
+        rows, longest = chunk["input_ids"].shape
+        assert longest * (rows + 1) > budget, "one more row would have fitted"
     for chunk in chunks:
         assert (chunk["attention_mask"][chunk["turn_rows"], chunk["turn_columns"]] == 1).all()
 

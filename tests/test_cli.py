@@ -291,7 +291,8 @@ model:
   tiny: {{width: 32, layers: 1, heads: 2, kv_heads: 1, feed_forward: 32, vision_width: 32, vision_depth: 1}}
   vision: trained
 data: {{train: [{{path: {folder}/scenes/train.jsonl}}]}}
-trainer: {{max_steps: 2, per_device_train_batch_size: 4}}
+batch: {{size: 4}}
+trainer: {{max_steps: 2}}
 """
 
 

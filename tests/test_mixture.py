@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,9 +13,19 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from muco import Content, DataError, ImageError, RecipeError, Sample, Turn
+from muco.batch import join, join_ids, split, tree_mask
 from muco.data import open_data
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
-from muco.train.mixture import Draw, Mixture, StepSampler, TrainingBatches, turn_order, with_image_turn
+from muco.train import mixture as mixture_module
+from muco.train.mixture import (
+    Draw,
+    Mixture,
+    PartSampler,
+    StepLoader,
+    TrainingBatches,
+    turn_order,
+    with_image_turn,
+)
 from muco.train.recipe import TurnsRecipe
 
 
@@ -75,7 +86,7 @@ def test_limit_draws_other_turns_each_time():
 def same(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture
@@ -85,14 +96,50 @@ def batches(scenes, tiny_model):
     return TrainingBatches(sources, mixture, tiny_model.encoder.muco_processor, TurnsRecipe(image_turn="retrieval"))
 
 
+def loader(batches, steps: int, workers: int = 0, first: int = 0) -> StepLoader:
+    sampler = PartSampler(steps, batches.parts, lambda: first)
+    return StepLoader(DataLoader(batches, batch_sampler=sampler, collate_fn=lambda x: x[0], num_workers=workers))
+
+
 def test_a_batch_is_a_function_of_the_step_alone(batches):
-    loaders = [
-        DataLoader(batches, batch_sampler=StepSampler(4), collate_fn=lambda x: x[0], num_workers=n) for n in (0, 2)
-    ]
-    alone, parallel = (list(loader) for loader in loaders)
-    assert all(same(a, b) for a, b in zip(alone, parallel, strict=True))
+    alone, parallel = ([[*step["parts"]] for step in loader(batches, 4, workers)] for workers in (0, 2))
+    assert len(alone) == 4 == len(parallel)
+    assert all(same(*parts) for a, b in zip(alone, parallel, strict=True) for parts in zip(a, b, strict=True))
     assert same(batches[2], pickle.loads(pickle.dumps(batches))[2])  # noqa: S301 - our own object
     assert not same(batches[1], batches[2])
+
+
+def test_a_step_comes_in_parts_and_goes_on_where_it_is_asked_to(batches, monkeypatch):
+    whole = [batches[step] for step in range(4)]
+    monkeypatch.setattr(mixture_module, "PART", 4)  # 6 samples: 4 and 2
+    steps = [[*step["parts"]] for step in loader(batches, 4, first=1)]
+    assert [[len(part["places"]) for part in parts] for parts in steps] == [[4, 2]] * 3
+    for parts, item in zip(steps, whole[1:], strict=True):
+        assert [place for part in parts for place in part["places"]] == item["places"]
+        vectors = [len(part["target"]["turn_rows"]) for part in parts]
+        assert same(join_ids([part["ids"] for part in parts], vectors), item["ids"])
+        for side in ("query", "target"):
+            joined = join([part[side] for part in parts])
+            (cut, turns), (expected, _) = (split(batch, 10**6)[0] for batch in (joined, item[side]))
+            assert sorted(turns.tolist()) == list(range(len(turns)))
+            for chunk in (cut, expected):
+                chunk["input_ids"] = chunk["input_ids"] * chunk["attention_mask"]  # padding is any token
+                # who sees whom; a row of one turn may be all trunk or trunk and branch
+                chunk["branch_ids"] = tree_mask(chunk) * chunk["attention_mask"][:, None, :, None]
+            assert same(cut, expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_processes_share_a_step_whole_and_without_overlap(batches, processes):
+    settings = (batches.sources, batches.mixture, batches.processor, TurnsRecipe(image_turn="retrieval", order=2))
+    whole = TrainingBatches(*settings)[3]
+    shares = [TrainingBatches(*settings, rank=rank, world_size=processes)[3] for rank in range(processes)]
+    places = [share["places"] for share in shares]
+    assert sorted(sum(places, [])) == sorted(whole["places"]) and all(places)
+    ids = join_ids([share["ids"] for share in shares], [len(share["target"]["turn_rows"]) for share in shares])
+    for key in ("sample_ids", "target_ids"):  # the same image and the same text have one id everywhere
+        assert sorted(ids[key].tolist()) == sorted(whole["ids"][key].tolist())
+    assert len(ids["target_rows"]) == len(whole["ids"]["target_rows"])
 
 
 def test_ids_mark_samples_and_identical_targets(tiny_model):
@@ -108,7 +155,7 @@ def test_ids_mark_samples_and_identical_targets(tiny_model):
     ids = {k: v.tolist() for k, v in made["ids"].items()}
     place = {d.index: i for i, d in enumerate(Mixture([3], [1.0], 3, 0).draws(0))}
     assert len(ids["sample_ids"]) == 4 and len(set(ids["sample_ids"])) == 2  # "x" twice is one image
-    assert sorted(np.bincount(ids["target_ids"])[:3].tolist()) == [1, 1, 2]  # Ring twice
+    assert sorted(Counter(ids["target_ids"]).values()) == [1, 1, 2]  # Ring twice
     assert len(ids["hard_negative_turns"]) == 2 and len(set(ids["hard_negative_turns"])) == 1
     assert ids["hard_negative_ids"][0] in ids["target_ids"]  # Gold is known
     assert len(made["target"]["turn_rows"]) == 6 and place

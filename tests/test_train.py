@@ -31,7 +31,6 @@ SMALL = {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1
 def recipe_of(scenes: Path, output: Path, **changes) -> muco.Recipe:
     trainer = {
         "max_steps": 6,
-        "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_steps": 2,
@@ -42,6 +41,7 @@ def recipe_of(scenes: Path, output: Path, **changes) -> muco.Recipe:
         "model": {"tiny": SMALL, "vision": "trained"},
         "data": {"train": [{"path": str(scenes / "train.jsonl")}]},
         "turns": {"image_turn": "retrieval"},
+        "batch": {"size": 8},
         **{key: value for key, value in changes.items() if key != "trainer"},
         "trainer": {**trainer, **changes.get("trainer", {})},
     }

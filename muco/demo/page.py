@@ -315,7 +315,7 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "versions": escape(versions),
         "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} numbers, "
         f"fingerprint <code>{escape(after['model'][:16])}</code>",
-        "training": f"{train['steps']:,} steps of {settings['trainer']['per_device_train_batch_size']} images, "
+        "training": f"{train['steps']:,} steps of {settings['batch']['size']} images, "
         f"{results['before']['pairs_per_step']} pairs each; turns {escape(settings['turns']['mode'])}, "
         f"temperature {loss['temperature']:g}{', both directions' if loss['symmetric'] else ''}",
         "data": f"{results['scenes']['train']:,} scenes for training, {results['scenes']['test']:,} for these scores, "

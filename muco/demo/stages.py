@@ -225,7 +225,7 @@ def score_untrained(recipe: Recipe, data: Data, cache: Path) -> dict[str, Any]:
     """The scores of the model that training starts from, its size, and what its loss has to be measured against."""
     sources = [open_data(source.path) for source in recipe.data.train]
     model = build_model(recipe, sources)
-    size = recipe.trainer["per_device_train_batch_size"]
+    size = recipe.batch.size
     mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], size, recipe.seed)
     batches = TrainingBatches(sources, mixture, model.encoder.muco_processor, recipe.turns, seed=recipe.seed)
     ids = batches[0]["ids"]

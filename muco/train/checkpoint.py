@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from muco import distributed
 from muco.errors import CheckpointError, OutputError
 from muco.evaluate.report import versions, write_json
 from muco.train.recipe import Recipe, dump_recipe, to_dict
@@ -86,8 +88,12 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
     return "" if same else "the training data"
 
 
-def last_complete(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
+def last_complete(output: Path, processes: int = 1) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed.
+
+    Raises:
+        OutputError: If the run was made with another number of processes: their random states do not carry over.
+    """
     complete = []
     for folder in (output / "checkpoints").glob("checkpoint-*"):
         try:
@@ -96,18 +102,26 @@ def last_complete(output: Path) -> Path | None:
             complete.append(folder)
         except (OSError, json.JSONDecodeError):
             shutil.rmtree(folder)
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    last = max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    made_with = len([*last.glob("rng_state*.pth")]) if last else processes
+    if made_with != processes:
+        raise OutputError(f"{last} was written by {made_with} processes; resume with as many, not with {processes}")
+    return last
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Writes the weights that training changes; with adapters these are few."""
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, whole and on the CPU; with adapters these are few. Call on all processes."""
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: distributed.whole(p.detach()).cpu().contiguous() for name, p in trained}
+
+
+def save_trained(weights: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, str(folder / WEIGHTS_FILE))
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Reads them back.
+    """Reads the weights of a checkpoint into a model.
 
     Raises:
         CheckpointError: If the file does not hold exactly the weights that this model trains.
@@ -117,7 +131,13 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if set(weights) != trained:
         odd = sorted(set(weights) ^ trained)
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the recipe's model, e.g. {odd[0]}")
-    model.load_state_dict(weights, strict=False)
+    assign_trained(model, weights)
+
+
+def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            distributed.assign(parameter, weights[name])
 
 
 def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:

@@ -6,18 +6,19 @@ sees exactly what an uninterrupted one would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from muco.batch import DialogueBatch, collate
-from muco.dialogue import Content, Sample, Turn, query_dialogue, target_dialogue
+from muco.batch import collate
+from muco.dialogue import Content, ImageLike, Sample, Turn, query_dialogue, target_dialogue
 from muco.errors import DataError, ImageError, RecipeError
 from muco.processor import Processor
 from muco.train.recipe import TurnsRecipe
@@ -60,7 +61,7 @@ class Mixture:
         if batch_size * min(weights) < sum(weights):
             raise RecipeError(
                 f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
-                "raise its weight or trainer.per_device_train_batch_size"
+                "raise its weight or batch.size"
             )
         self._order = lru_cache(maxsize=2 * len(lengths))(self._permutation)
 
@@ -105,8 +106,18 @@ def turn_order(count: int, draw: Draw, row: int, step: int, turns: TurnsRecipe, 
     return sorted(chosen.tolist(), key=lambda turn: ranks[turn])
 
 
+PART = 32  # samples that are prepared and sent to training together
+
+
 class TrainingBatches(Dataset):
-    """Item n is the whole batch of step n: ``query`` and ``target`` dialogues and the index tensors of the loss."""
+    """Item n is this process's share of the batch of step n; item (n, p) is part p of it.
+
+    An item holds ``query`` and ``target`` dialogues and the index tensors of the loss, see :func:`training_batch`. A
+    step comes in parts so that the images of a large batch never are in memory together.
+
+    Args:
+        rank, world_size: Of several processes each takes every ``world_size``-th sample.
+    """
 
     def __init__(
         self,
@@ -119,32 +130,40 @@ class TrainingBatches(Dataset):
         mask_identical_targets: bool = True,
         skip_broken_images: bool = False,
         blind: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.sources, self.mixture, self.processor, self.turns = sources, mixture, processor, turns
         self.seed, self.mask_identical_targets = seed, mask_identical_targets
         self.skip_broken_images, self.blind = skip_broken_images, blind
+        self.rank, self.world_size = rank, world_size
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        draws = self.mixture.draws(step)
-        rows = [(draw, self._sample(draw)) for draw in draws]
-        skipped = 0
-        if self.skip_broken_images:
-            usable = [(draw, sample) for draw, sample in rows if self._usable(sample)]
-            skipped, rows = len(rows) - len(usable), usable
-            if not rows:
-                raise ImageError(f"step {step}: every image of the batch is missing or broken")
-        pairs = [self._chosen(draw, sample, row, step) for row, (draw, sample) in enumerate(rows)]
-        keys = [sample.id if sample.id is not None else (draw.source, draw.index) for draw, sample in rows]
+    @property
+    def parts(self) -> int:
+        """Parts per step."""
+        return -(-len(range(self.rank, self.mixture.batch_size, self.world_size)) // PART)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        step, part = key if isinstance(key, tuple) else (key, None)
+        own = list(enumerate(self.mixture.draws(step)))[self.rank :: self.world_size]
+        if part is not None:
+            own = own[part * PART : (part + 1) * PART]
+        rows = [(row, draw, self._sample(draw)) for row, draw in own]
+        usable = [r for r in rows if self._usable(r[2])] if self.skip_broken_images else rows
+        if not usable:
+            raise ImageError(f"step {step}: every image of {len(rows)} samples is missing or broken")
         batch = training_batch(
-            pairs, keys, self.processor, isolated=self.turns.mode == "isolated", target_ids=self.mask_identical_targets
+            [self._chosen(draw, sample, row, step) for row, draw, sample in usable],
+            [sample.id if sample.id is not None else (draw.source, draw.index) for _, draw, sample in usable],
+            self.processor,
+            isolated=self.turns.mode == "isolated",
+            target_ids=self.mask_identical_targets,
         )
         if self.blind:
             for side in ("query", "target"):
                 if "pixel_values" in batch[side]:
                     batch[side]["pixel_values"].fill_(-1.0)  # zero could mean padding to a family
-        if self.skip_broken_images:
-            batch["skipped"] = torch.tensor(skipped)
-        return batch
+        return batch | {"skipped": len(rows) - len(usable)}
 
     def _sample(self, draw: Draw) -> Sample:
         sample = self.sources[draw.source][draw.index]
@@ -205,12 +224,14 @@ def training_batch(
     Returns:
         ``query`` and ``target``: DialogueBatch. Isolated targets that stand twice in a sample are embedded once; hard
         negatives stand behind the targets, one dialogue each.
-        ``ids``: ``sample_ids`` [T], ``target_rows`` [T] (which target vector belongs to a turn), and as needed
-        ``target_ids`` [T], ``hard_negative_turns`` [H], ``hard_negative_ids`` [H].
+        ``ids``: int64 tensors. ``sample_ids`` [T]; ``target_rows`` [T], which vector of the target side belongs to a
+        turn; ``hard_negative_rows`` [H], which ones are hard negatives, ``hard_negative_turns`` [H] of which turn,
+        and ``hard_negative_ids`` [H]; ``target_ids`` [T] if asked for. The ids of samples and contents are hashes, so
+        that batches of several processes can be put together.
+        ``places``: where the samples come from.
     """
     queries, targets, hard = [], [], []
     sample_ids, contents, target_rows, hard_turns = [], [], [], []
-    numbers: dict[Any, int] = {}
     embedded = 0
     for (sample, turns), key in zip(pairs, keys, strict=True):
         own = [turn.target for turn in turns]
@@ -225,23 +246,37 @@ def training_batch(
         for turn in turns:
             hard += [target_dialogue(sample, [content], isolated=isolated) for content in turn.negatives]
             hard_turns += [len(sample_ids)] * len(turn.negatives)
-            sample_ids.append(numbers.setdefault(key, len(numbers)))
-    ids: dict[str, Tensor] = {"sample_ids": torch.tensor(sample_ids), "target_rows": torch.tensor(target_rows)}
-    known: dict[Any, int] = {}
+            sample_ids.append(_hash(key))
+    ids = {
+        "sample_ids": sample_ids,
+        "target_rows": target_rows,
+        "hard_negative_rows": [embedded + row for row in range(len(hard))],
+        "hard_negative_turns": hard_turns,
+        "hard_negative_ids": [_hash(_identity(dialogue.turns[0])) for dialogue in hard],
+    }
     if target_ids:
-        ids["target_ids"] = torch.tensor([known.setdefault(_identity(c), len(known)) for c in contents])
-    if hard:
-        ids["hard_negative_turns"] = torch.tensor(hard_turns)
-        negatives = [dialogue.turns[0] for dialogue in hard]
-        ids["hard_negative_ids"] = torch.tensor([known.setdefault(_identity(c), len(known)) for c in negatives])
-    query: DialogueBatch = collate(queries, processor)
-    return {"query": query, "target": collate([*targets, *hard], processor), "ids": ids}
+        ids["target_ids"] = [_hash(_identity(content)) for content in contents]
+    return {
+        "query": collate(queries, processor),
+        "target": collate([*targets, *hard], processor),
+        "ids": {key: torch.tensor(values, dtype=torch.long) for key, values in ids.items()},
+        "places": [sample.place for sample, _ in pairs],
+    }
+
+
+def _hash(value: Any) -> int:
+    """63 bits that are the same for equal values in every process."""
+    return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest()) >> 1
 
 
 def _exactly(content: Content) -> Any:
-    # Pillow images have no name, so each object is its own; files and bytes compare by value
-    images = tuple(i if isinstance(i, bytes) else str(i) if not hasattr(i, "mode") else id(i) for i in content.images)
-    return content.text, images
+    return content.text, tuple(map(_image_key, content.images))
+
+
+def _image_key(image: ImageLike) -> Any:
+    if hasattr(image, "tobytes"):  # a Pillow image has no name; its pixels are what it is
+        return image.mode, image.size, blake2b(image.tobytes()).hexdigest()
+    return blake2b(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 
 def _identity(content: Content) -> Any:
@@ -249,14 +284,30 @@ def _identity(content: Content) -> Any:
     return text.strip(), images
 
 
-class StepSampler(Sampler[list[int]]):
-    """Batches of one item, the step number, in order: what a DataLoader can skip without loading it."""
+class PartSampler(Sampler[list[tuple[int, int]]]):
+    """The keys of all parts of all steps, in order, from the step that ``first`` gives when it is asked."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, parts: int, first: Callable[[], int]) -> None:
+        self.steps, self.parts, self.first = steps, parts, first
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter([step] for step in range(self.steps))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter([(step, part)] for step in range(self.first(), self.steps) for part in range(self.parts))
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps * self.parts
+
+
+class StepLoader:
+    """Iterates over steps; each is {"parts": an iterator over its parts}, which must be used up before the next."""
+
+    def __init__(self, parts: DataLoader) -> None:
+        self.loader = parts
+        self.sampler: PartSampler = parts.batch_sampler
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        parts = iter(self.loader)
+        for _ in range(self.sampler.first(), self.sampler.steps):
+            yield {"parts": islice(parts, self.sampler.parts)}
+
+    def __len__(self) -> int:
+        return self.sampler.steps

@@ -33,6 +33,9 @@ class ModelRecipe:
         vision: Whether the vision tower is trained.
         dtype: "auto", "float32", "bfloat16" or "float16"; how the weights are held.
         min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
+        attention: "sdpa" takes the mask of isolated turns as a matrix, [rows, 1, tokens, tokens]. "flex"
+            (FlexAttention, CUDA only) takes it as a rule and skips what it hides.
+        activation_checkpointing: Compute the activations of a layer again in backward instead of keeping them.
     """
 
     path: str | None = None
@@ -42,6 +45,8 @@ class ModelRecipe:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,39 @@ class TurnsRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe:
-    """The arguments of :func:`muco.multi_turn_info_nce`."""
+    """The arguments of :func:`muco.multi_turn_info_nce`, and Matryoshka training.
+
+    Args:
+        dimensions: The loss is the mean over vectors cut to their first so many numbers, each time normalised again, so
+            that a part of a vector is a vector too (arXiv 2205.13147). Empty: the whole vector only.
+    """
 
     temperature: float = 0.02
     mask_identical_targets: bool = True
     symmetric: bool = False
+    dimensions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchRecipe:
+    """How many samples a step takes, and how they pass through the devices at hand.
+
+    Only ``size`` changes what is learnt; value and gradient do not depend on the others, nor on the number of devices.
+
+    Args:
+        size: Samples per step, over all devices together.
+        token_budget: Most tokens of one forward pass of one device, visual ones and padding included. What is more
+            passes through in chunks (gradient cache). None: the whole batch at once.
+        feature_memory: GiB of a device that may hold the features of a frozen vision tower between the two passes of
+            the cache; what is above waits in host memory.
+        sharding: "none": every device holds the whole model (data parallel). "fsdp": its weights, gradients and
+            optimizer state are spread over the devices (FSDP2).
+    """
+
+    size: int = 32
+    token_budget: int | None = None
+    feature_memory: float = 8.0
+    sharding: Literal["none", "fsdp"] = "none"
 
 
 @dataclass(frozen=True)
@@ -112,8 +145,8 @@ class Recipe:
 
     Args:
         output: The run's folder: checkpoints, logs and at last ``model/``.
-        trainer: Passed through to sentence-transformers' training arguments. ``per_device_train_batch_size`` counts
-            samples (images), not pairs.
+        batch: Samples per step and how they pass through the devices.
+        trainer: Passed through to sentence-transformers' training arguments, but for those in ``REFUSED``.
         seed: Of weights, order of samples, turns and paraphrases.
     """
 
@@ -122,6 +155,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     turns: TurnsRecipe = field(default_factory=TurnsRecipe)
     loss: LossRecipe = field(default_factory=LossRecipe)
+    batch: BatchRecipe = field(default_factory=BatchRecipe)
     warm_up: WarmUpRecipe = field(default_factory=WarmUpRecipe)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -139,14 +173,46 @@ class Recipe:
             "loss.temperature": self.loss.temperature,
             "turns.limit": self.turns.limit,
             "turns.order": self.turns.order if isinstance(self.turns.order, int) else None,
+            "batch.size": self.batch.size,
+            "batch.token_budget": self.batch.token_budget,
+            **{f"loss.dimensions[{i}]": dimension for i, dimension in enumerate(self.loss.dimensions)},
             **{f"data.train[{i}].weight": source.weight for i, source in enumerate(self.data.train)},
         }
         for key, value in positive.items():
             if value is not None and value <= 0:
                 raise RecipeError(f"{key} must be positive, got {value}")
+        if self.batch.feature_memory < 0:
+            raise RecipeError(f"batch.feature_memory must not be negative, got {self.batch.feature_memory}")
+        budget, limit = self.batch.token_budget, self.turns.limit
+        if budget is not None and limit is not None and limit > budget:
+            raise RecipeError(f"turns.limit: {limit} turns do not fit into batch.token_budget: {budget} tokens")
+        for key in self.trainer:
+            if key in REFUSED:
+                raise RecipeError(f"trainer.{key} {REFUSED[key]}")
 
 
-RESERVED = ("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir")
+_OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
+_BATCH = "splits the in-batch negatives; use batch.size, and batch.token_budget for what a device cannot hold at once"
+_FSDP = "is not supported; use batch.sharding: fsdp"
+REFUSED = {  # training arguments that a recipe may not set, and what to do instead
+    **dict.fromkeys(("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint"), _OURS),
+    "overwrite_output_dir": _OURS,
+    "per_device_train_batch_size": "is not used; batch.size counts the samples of a step over all devices",
+    "auto_find_batch_size": "is not supported; batch.token_budget is halved when memory runs out",
+    "gradient_accumulation_steps": _BATCH,
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
+    "deepspeed": _FSDP,
+    "parallelism_config": _FSDP,
+    "gradient_checkpointing": "is not used; set model.activation_checkpointing",
+    "activation_checkpointing": "is not used; set model.activation_checkpointing",
+    "torch_compile": "is not supported: chunks change their shape at every step",
+    "fp16": "is not supported: its loss scaling does not fit the gradient cache; use bf16",
+    "ignore_data_skip": "is set by MuCo: batches are a function of the step",
+    "dataloader_drop_last": "is set by MuCo: steps are whole",
+    "load_best_model_at_end": "is not supported; checkpoints hold trained weights only",
+    "push_to_hub": "is not supported; push the finished model",
+}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -210,11 +276,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """Builds a recipe from plain values, checking every key and type."""
-    recipe = _build(Recipe, values, "")
-    for key in RESERVED:
-        if key in recipe.trainer:
-            raise RecipeError(f"trainer.{key} is set by MuCo; use the recipe's own 'output' and 'seed'")
-    return recipe
+    return _build(Recipe, values, "")
 
 
 def dump_recipe(recipe: Recipe) -> str:

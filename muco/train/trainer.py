@@ -6,30 +6,44 @@ The loop, optimizer, schedule and checkpoints are those of sentence-transformers
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
-from muco.backbone import add_adapters, freeze_vision, load_backbone, merge_adapters, tiny_qwen2_vl
+from muco import distributed
+from muco.backbone import VISION_NAMES, add_adapters, freeze_vision, load_backbone, merge_adapters, tiny_qwen2_vl
 from muco.data import open_data
 from muco.encoder import Model, from_backbone
-from muco.errors import RecipeError
+from muco.errors import RecipeError, TrainingError
+from muco.gradcache import GIB, StepReport, TrainingStep
 from muco.loss import MultiTurnLoss
 from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
-from muco.train.mixture import Data, Mixture, StepSampler, TrainingBatches
+from muco.train.mixture import Data, Mixture, PartSampler, StepLoader, TrainingBatches
 from muco.train.progress import ScreenProgress
-from muco.train.recipe import ModelRecipe, Recipe
+from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
 from muco.train.warmup import warm_up
 
 DEFAULTS = {  # of the training arguments, where a recipe says nothing
-    "per_device_train_batch_size": 32,
     "learning_rate": 5e-5,
     "logging_steps": 10,
     "save_strategy": "steps",
@@ -53,25 +67,62 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         RecipeError, DataError, CheckpointError: If the run cannot be set up.
         OutputError: If the output folder holds another run.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("training on several processes is not supported yet; start one process on one device")
-    output = Path(recipe.output)
+    _check_launch(recipe)
+    distributed.start()
     sources = [open_data(source.path) for source in recipe.data.train]
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
-    facts = checkpoint.run_facts(recipe, sources)
-    finished = checkpoint.claim_output(output, facts, resume=resume)
+    facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
     if finished:
         return finished
 
     set_seed(recipe.seed)
     model = build_model(recipe, sources)
-    trainer = make_trainer(recipe, model, sources, validation)
-    last = checkpoint.last_complete(output)
+    last = distributed.first_only(lambda: checkpoint.last_complete(Path(recipe.output), distributed.world_size()))
     if last is None and recipe.warm_up.steps:
         warm_up(model.encoder, sources, recipe.warm_up, seed=recipe.seed)
+    distributed.make_equal(p for p in model.parameters() if p.requires_grad)
+    trainer = make_trainer(recipe, model, sources, validation)
+    set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    model.encoder.model = merge_adapters(model.encoder.model)
-    return checkpoint.save_final(output, model, recipe, facts, trainer.state)
+    return _finish(recipe, trainer, sources, facts)
+
+
+def _check_launch(recipe: Recipe) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise RecipeError("accelerate's own FSDP is not supported; launch without it and set batch.sharding: fsdp")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise RecipeError("DeepSpeed is not supported; launch without it and set batch.sharding: fsdp")
+    if recipe.batch.size < processes:
+        raise RecipeError(f"batch.size: {recipe.batch.size} samples are fewer than the {processes} processes")
+    if recipe.batch.sharding == "fsdp":
+        if processes == 1:
+            raise RecipeError("batch.sharding: fsdp needs several processes; start them with torchrun --nproc-per-node")
+        if recipe.model.vision == "trained":
+            raise RecipeError("batch.sharding: fsdp needs 'vision: frozen': processes without images would not join in")
+    if recipe.model.attention == "flex" and not torch.cuda.is_available():
+        raise RecipeError("model.attention: flex needs CUDA; use sdpa here")
+
+
+def _claim(recipe: Recipe, sources: list[Data], resume: bool) -> tuple[dict[str, Any], Path | None]:
+    facts = checkpoint.run_facts(recipe, sources)
+    return facts, checkpoint.claim_output(Path(recipe.output), facts, resume=resume)
+
+
+def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: dict[str, Any]) -> Path:
+    """Saves the model, adapters folded in; one process writes, and all know the folder."""
+    model, weights = trainer.model, None
+    if distributed.is_sharded(model):
+        weights = checkpoint.trained_weights(model)
+        model = build_model(recipe, sources) if distributed.rank() == 0 else model
+
+    def save() -> Path:
+        if weights is not None:
+            checkpoint.assign_trained(model, weights)
+        model.encoder.model = merge_adapters(model.encoder.model)
+        return checkpoint.save_final(Path(recipe.output), model, recipe, facts, trainer.state)
+
+    return distributed.first_only(save)
 
 
 def build_model(recipe: Recipe, sources: list[Data]) -> Model:
@@ -83,6 +134,9 @@ def build_model(recipe: Recipe, sources: list[Data]) -> Model:
         backbone, processor = load_backbone(settings.path, dtype=settings.dtype)
     if settings.min_pixels or settings.max_pixels:
         processor.set_pixels(settings.min_pixels, settings.max_pixels)
+    backbone.set_attn_implementation({"sdpa": "sdpa", "flex": "flex_attention"}[settings.attention])
+    if settings.activation_checkpointing:
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
     return from_backbone(_trainable(backbone, settings, processor), processor)
 
 
@@ -106,11 +160,9 @@ def texts_of(sources: list[Data], limit: int = 5000):
 def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: Data | None = None) -> MuCoTrainer:
     """The trainer of a recipe; its batches, loss and arguments."""
     arguments = training_arguments(recipe, validation is not None)
-    size = arguments.per_device_train_batch_size
-    mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], size, recipe.seed)
-    steps = arguments.max_steps
-    if steps <= 0:
-        steps = arguments.max_steps = int(arguments.num_train_epochs * mixture.steps_per_epoch)
+    mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], recipe.batch.size, recipe.seed)
+    if arguments.max_steps <= 0:
+        arguments.max_steps = int(arguments.num_train_epochs * mixture.steps_per_epoch)
     batches = TrainingBatches(
         sources,
         mixture,
@@ -120,14 +172,21 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
         mask_identical_targets=recipe.loss.mask_identical_targets,
         skip_broken_images=recipe.data.broken_images == "skip",
         blind=recipe.data.blind,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
     )
-    loss = MultiTurnLoss(model, temperature=recipe.loss.temperature, symmetric=recipe.loss.symmetric)
+    loss = MultiTurnLoss(
+        model,
+        temperature=recipe.loss.temperature,
+        symmetric=recipe.loss.symmetric,
+        dimensions=recipe.loss.dimensions,
+    )
     evaluator = None
     if validation is not None:
         from muco.evaluate.evaluator import RetrievalEvaluator
 
         evaluator = RetrievalEvaluator(validation)
-    return MuCoTrainer(model, arguments, batches, StepSampler(steps), loss, evaluator)
+    return MuCoTrainer(model, arguments, recipe.batch, batches, loss, evaluator)
 
 
 def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTrainingArguments:
@@ -136,12 +195,16 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTr
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
-    if values.get("gradient_accumulation_steps", 1) != 1:
-        raise RecipeError("trainer.gradient_accumulation_steps splits the in-batch negatives; it must stay 1")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output) / "logs")
     try:
         arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(Path(recipe.output) / "checkpoints"), seed=recipe.seed, **values
+            output_dir=str(Path(recipe.output) / "checkpoints"),
+            seed=recipe.seed,
+            per_device_train_batch_size=-(-recipe.batch.size // distributed.world_size()),
+            use_cpu=values.pop("use_cpu", distributed.on_cpu()),
+            ignore_data_skip=True,  # our loader begins at the step that is asked for
+            dataloader_drop_last=True,  # only to quiet a warning: our loader has whole steps
+            **values,
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from None
@@ -151,52 +214,155 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTr
 
 
 class MuCoTrainer(SentenceTransformerTrainer):
-    """sentence-transformers' trainer on batches of dialogues."""
+    """sentence-transformers' trainer with our batches and steps; the loop, optimizer, schedule and logs are its own."""
 
     def __init__(
         self,
         model: Model,
         args: SentenceTransformerTrainingArguments,
+        batch: BatchRecipe,
         batches: TrainingBatches,
-        steps: StepSampler,
         loss: MultiTurnLoss,
         evaluator: Any = None,
     ) -> None:
         from datasets import Dataset
 
-        self.batches, self.steps, self.skipped_images = batches, steps, 0
+        self.batch, self.batches, self.skipped_images = batch, batches, 0
         # the library insists on a table; ours has a row per step, and the batches are made in the loader below
-        table = Dataset.from_dict({"step": range(len(steps))})
+        table = Dataset.from_dict({"step": range(args.max_steps)})
         super().__init__(model=model, args=args, train_dataset=table, loss=loss, evaluator=evaluator)
         for shown in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for programs
             self.remove_callback(shown)
-        self.add_callback(ScreenProgress(self))
+        if distributed.rank() == 0:
+            self.add_callback(ScreenProgress(self))
+        self.budget = TokenBudget(batch.token_budget)
+        self.add_callback(self.budget)
+        if batch.sharding == "fsdp":
+            shard_model(model)
+        # The trainer must not wrap the model in DistributedDataParallel, see muco.distributed. By this it takes the
+        # model as it is, sharded or not.
+        self.is_distributed_loading_by_transformers = True
+        self.report: StepReport | None = None
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Nothing: gradients are summed by the step itself."""
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the card is written by :mod:`muco.train.checkpoint` from what was run."""
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> StepLoader:
         workers = self.args.dataloader_num_workers
+        steps = PartSampler(self.args.max_steps, self.batches.parts, first=lambda: self.state.global_step)
         loader = DataLoader(
             self.batches,
-            batch_sampler=self.steps,
+            batch_sampler=steps,
             collate_fn=_only,
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=bool(workers),
             pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own: a start of the loader must not move the model's randomness
         )
-        return self.accelerator.prepare(loader)
+        return StepLoader(loader)
 
-    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        self.skipped_images += int(inputs.get("skipped", 0))
-        return [dict(inputs["query"]), dict(inputs["target"])], inputs["ids"]
+    @cached_property
+    def step(self) -> TrainingStep:
+        return TrainingStep(
+            self.model,
+            self.loss,
+            token_budget=self.budget.tokens,
+            feature_memory=self.batch.feature_memory,
+            autocast=self.accelerator.autocast,
+        )
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        checkpoint.save_trained(self.model, Path(output_dir or self.args.output_dir))
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        try:
+            self.report = self.step(self._counted(inputs["parts"]))
+        except TrainingError as error:
+            raise TrainingError(f"step {self.state.global_step + 1}: {error}; {self._last_good()}") from error
+        self.budget.tokens = self.step.token_budget
+        return self.report.loss
+
+    def _counted(self, parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            self.skipped_images += part["skipped"]
+            yield part
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            raise TrainingError(f"step {self.state.global_step + 1}: the gradient is {norm}; {self._last_good()}")
+        return norm
+
+    def _last_good(self) -> str:
+        last = checkpoint.last_complete(Path(self.args.output_dir).parent, distributed.world_size())
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.report is not None and "loss" in logs:
+            logs |= {"padding": round(self.report.padding, 4), "peak_memory_gib": round(peak_memory() / GIB, 3)}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = checkpoint.trained_weights(self.model)  # on all processes: shards are put together
+        if self.args.should_save:
+            checkpoint.save_trained(weights, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_trained(self.model, Path(resume_from_checkpoint))
+        state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        self.budget.tokens = state["stateful_callbacks"][TokenBudget.__name__]["args"]["tokens"]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not distributed.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None or not distributed.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(folder)
+            return
+        state = torch.load(Path(folder) / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_NAME, weights_only=True))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class TokenBudget(TrainerCallback, ExportableState):
+    """The token budget in use; where memory ran out it is smaller than the recipe's, and checkpoints keep it so."""
+
+    def __init__(self, tokens: int | None) -> None:
+        self.tokens = tokens
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"tokens": self.tokens}, "attributes": {}}
+
+
+def shard_model(model: Model) -> None:
+    """Spreads a model over all processes, layer by layer; its frozen vision tower stays whole on each."""
+    backbone = model.encoder.model
+    towers = [module for name, module in backbone.named_modules() if name.split(".")[-1] in VISION_NAMES]
+    lists = [m for name, m in backbone.named_modules() if name.endswith("layers") and isinstance(m, nn.ModuleList)]
+    layers = [layer for found in lists for layer in found if not any(layer in [*t.modules()] for t in towers)]
+    distributed.shard(backbone, layers, towers)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that torch held on this process's GPU, or that this process held in host memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _only(items: list[Any]) -> Any:

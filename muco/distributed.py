@@ -1,0 +1,194 @@
+"""Several devices, one process each: the only file that imports torch.distributed. Alone, every function is trivial.
+
+How a step is shared. Every process embeds its own samples. The vectors of all turns are gathered, and each process
+takes the loss over all of them, in which only its own vectors carry a gradient. What a parameter owes to all turns is
+then the *sum* over processes of what each found, without any factor of their number. Processes may make different
+numbers of passes, with different numbers of turns, with and without images.
+
+Gradients are summed once, after the last backward pass of the step. DistributedDataParallel is not used: it starts to
+reduce during backward, so it needs exactly one backward pass per step that uses the same parameters everywhere, which
+neither the gradient cache nor processes without images can give.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+Result = TypeVar("Result")
+BUCKET = 1 << 26  # elements that are reduced in one message
+
+
+def start() -> None:
+    """Joins the process group that ``torchrun`` or ``accelerate launch`` asks for; nothing where there is none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=on_cpu())  # chooses NCCL or gloo and this process's device
+
+
+def on_cpu() -> bool:
+    """Whether several processes share the CPU: none of them has a GPU."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes in their order, [sum of rows, ...]; the own rows keep their gradient.
+
+    Processes may hold different numbers of rows, or none.
+    """
+    if world_size() == 1:
+        return rows
+    counts = _all_gather(torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = rows.detach().new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [part[: int(count)] for part, count in zip(_all_gather(padded), counts, strict=True)]
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One plain value per process, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def smallest(value: int) -> int:
+    return _reduced(value, dist.ReduceOp.MIN)
+
+
+def _reduced(value: int, operation: Any) -> int:
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(value, device=device)
+    dist.all_reduce(number, operation)
+    return int(number)
+
+
+def first_only(action: Callable[[], Result]) -> Result:
+    """Lets the first process act and hands its result, or the error it raised, to all."""
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # it is raised below, on every process
+            outcome[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def make_equal(parameters: Iterable[nn.Parameter]) -> None:
+    """Gives every process the first one's values."""
+    if world_size() > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes, in place; one that has none for a parameter counts as zero.
+
+    Sharded parameters are left alone: FSDP2 has summed theirs.
+    """
+    if world_size() == 1:
+        return
+    own = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    for bucket in _buckets(own):
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+
+def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Runs of parameters of one dtype; no bucket has more than ``BUCKET`` elements unless it is a single parameter."""
+    buckets: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if parameter.numel() > room or parameter.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(parameter)
+        room -= parameter.numel()
+    return buckets
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn.Module] = ()) -> None:
+    """Spreads weights, gradients and optimizer state over all processes (FSDP2), in place.
+
+    Args:
+        layers: Modules that are gathered one at a time; what is outside of them is gathered for the whole pass.
+        replicated: Modules whose weights every process keeps whole; they must not be trained.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (world_size(),))
+    ignored = {parameter for module in replicated for parameter in module.parameters()}
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
+        module: FSDPModule
+        module.set_gradient_divide_factor(1.0)  # sums, as the loss is already the mean over all turns
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all shards; every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, values: Tensor) -> None:
+    """Sets a parameter, sharded or not, to whole values that every process has."""
+    values = values.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
