@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
@@ -72,6 +72,7 @@ class Settings:
     lora: int  # rank; 0 trains the whole language model
     train_vision: bool
     threads: int
+    weights: str = "float32"  # of what is not trained by an adapter
 
 
 class Bench:
@@ -80,8 +81,11 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.cuda = settings, settings.device.startswith("cuda")
         torch.set_num_threads(settings.threads)
-        backbone, self.processor = tiny_qwen2_vl(WORDS * 4, settings.model)
-        visual = backbone.visual
+        with torch.device(settings.device):  # made where it is needed, which for large sizes is much faster
+            backbone, self.processor = tiny_qwen2_vl(WORDS * 4, settings.model)
+        for parameter in backbone.parameters():  # not the buffers: rotary frequencies stay float32, as when loaded
+            parameter.data = parameter.data.to(getattr(torch, settings.weights))
+        self.backbone, visual = backbone, backbone.visual
         if settings.lora:
             adapter = Adapter(rank=settings.lora, alpha=settings.lora)
             backbone = add_adapters(backbone, adapter, [self.processor.emb_id])
@@ -91,15 +95,21 @@ class Bench:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
         self.samples = {mode: make_samples(settings, self.processor, mode) for mode in MODES}
 
-    def collate(self, mode: str, turns: int) -> dict[str, Any]:
-        """The training batch, on the CPU, of the first ``turns`` turns of every sample."""
+    def collate(self, mode: str, turns: int, part: int = 0) -> dict[str, Any]:
+        """The training batch, on the CPU, of the first ``turns`` turns of every sample.
+
+        Args:
+            part: Parts differ in nothing but the identity of their samples.
+        """
         rng = np.random.default_rng(0)
         samples = self.samples[mode]
         pairs = [(sample, [Chosen.of(turn, rng) for turn in sample.turns[:turns]]) for sample in samples]
-        return training_batch(pairs, range(len(pairs)), self.processor, isolated=mode == "isolated", target_ids=True)
+        keys = range(part * len(pairs), (part + 1) * len(pairs))
+        return training_batch(pairs, keys, self.processor, isolated=mode == "isolated", target_ids=True)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {side: {key: value.to(self.settings.device) for key, value in batch[side].items()} for side in batch}
+        device = self.settings.device
+        return {key: {k: v.to(device) for k, v in batch[key].items()} for key in ("query", "target", "ids")}
 
     def autocast(self) -> AbstractContextManager[Any]:
         kind = "cuda" if self.cuda else "cpu"
@@ -202,13 +212,20 @@ def reset_device_memory(bench: Bench) -> int:
 
 def measure_process_memory(settings: Settings, cells: list[dict[str, Any]]) -> None:
     """Peak memory of the CPU: a process's peak never falls, so every cell has a process of its own."""
+    calls = [(settings, cell["mode"], cell["turns"]) for cell in cells]
+    for cell, memory in zip(cells, in_own_processes(process_memory, calls), strict=True):
+        cell["memory"] = memory
+        say(f"memory {cell['mode']} k = {cell['turns']}")
+
+
+def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """The results of ``function`` for each tuple of arguments, one call after another, each in a process of its own."""
     # not "fork": OpenMP's threads do not survive it; a started Python would inherit this process's peak
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["muco.encoder", "muco.train.flops", "muco.train.mixture"])  # saves their import
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for cell in cells:
-            cell["memory"] = pool.submit(process_memory, settings, cell["mode"], cell["turns"]).result()
-            say(f"memory {cell['mode']} k = {cell['turns']}")
+        for arguments in calls:
+            yield pool.submit(function, *arguments).result()
 
 
 def process_memory(settings: Settings, mode: str, turns: int) -> dict[str, int]:
@@ -339,6 +356,22 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
+def heading(script: str, argv: Sequence[str], device: str) -> dict[str, Any]:
+    """What every result begins with: how, when and where it was made."""
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(device),
+    }
+
+
+def write(folder: Path, name: str, result: dict[str, Any], markdown: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
+
+
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -346,19 +379,10 @@ def say(message: str) -> None:
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     settings = settings_of(args)
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/turns.py", *argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(settings.device),
-        "settings": asdict(settings),
-    }
+    result = heading("turns.py", argv, settings.device) | {"settings": asdict(settings)}
     cells = measure(settings)
     result |= {"summary": summary(cells), "cells": cells}
-    name = f"turns-{settings.device.split(':')[0]}"
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.output / f"{name}.md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    write(args.output, f"turns-{settings.device.split(':')[0]}", result, table(result))
 
 
 if __name__ == "__main__":

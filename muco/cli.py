@@ -99,10 +99,12 @@ def train(
     if print_:
         print(dump_recipe(resolved), end="")
         return
+    from muco import distributed
     from muco.train.trainer import train
 
     folder = train(resolved, resume=resume)
-    print(json.dumps({"model": str(folder)}, ensure_ascii=False))
+    if distributed.rank() == 0:  # of several processes one speaks
+        print(json.dumps({"model": str(folder)}, ensure_ascii=False))
 
 
 @evaluate_app.command(

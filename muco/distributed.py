@@ -173,7 +173,8 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, ignored_params=ignored)
         module: FSDPModule
-        module.set_gradient_divide_factor(1.0)  # sums, as the loss is already the mean over all turns
+        module.set_gradient_divide_factor(1.0)  # the loss is already the mean over all turns, so gradients are summed
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
 
 
 def is_sharded(model: nn.Module) -> bool:

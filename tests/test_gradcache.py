@@ -2,123 +2,202 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import logging
 
 import pytest
+import steps
 import torch
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from muco.backbone import add_adapters
 from muco.batch import split
-from muco.data import open_data
-from muco.dialogue import Sample, Turn
-from muco.encoder import Model, from_backbone
 from muco.errors import TrainingError
-from muco.gradcache import UNLIMITED, TrainingStep
+from muco.gradcache import TrainingStep
 from muco.loss import MultiTurnLoss
-from muco.sizes import Adapter
-from muco.template import SPECIAL_TOKENS
-from muco.train.mixture import Mixture, TrainingBatches
-from muco.train.recipe import TurnsRecipe
-from tests import families
 
-# float32, of the largest gradient; the sums are taken in another order
-TOLERANCE = 2e-6
 BUDGETS = (1, 97, 200, 400, 10**6)  # one row at a time; that do not divide, that do; more than the batch
 
 
-class Rows(list):
-    fingerprint = "rows"
-
-
 @pytest.fixture(scope="module")
-def rows(scenes) -> Rows:
-    """Ragged: many turns and one, no image, one and two images, an image as target, hard negatives, equal targets."""
-    images = sorted((scenes / "images" / "train").glob("*.png"))
-    first = open_data(scenes / "train.jsonl")
-    return Rows(
-        [
-            first[0],
-            Sample(turns=[Turn("what is red?", "a circle", negatives=["a square", {"image": images[3]}])]),
-            Sample(
-                image=[images[1], images[2]], turns=[Turn("both", "a circle"), Turn("", "two scenes, side by side")]
-            ),
-            Sample(turns=[Turn("a scene", {"image": images[4]}), Turn("a word", "a longer answer about that word")]),
-            first[1].with_turns(first[1].turns[:3]),
-            Sample(image=images[5], turns=[Turn("", "a square")]),
-        ]
-    )
-
-
-def with_adapters(model: Model, dropout: float = 0.0, vision: str = "frozen") -> Model:
-    processor = model.encoder.muco_processor
-    tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
-    torch.manual_seed(0)
-    backbone = add_adapters(copy.deepcopy(model.encoder.model), Adapter(rank=4, alpha=4, dropout=dropout), tokens)
-    for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:  # zero at the start, which would leave lora_A without gradient
-            torch.nn.init.normal_(parameter, std=0.05)
-    if vision == "trained":
-        backbone.get_base_model().visual.requires_grad_(True)
-    return from_backbone(backbone, processor, device="cpu")
-
-
-def parts_of(model: Model, rows: Rows, mode: str, part: int | None = None) -> list[dict]:
-    mixture = Mixture([len(rows)], [1.0], len(rows), 0)
-    batches = TrainingBatches([rows], mixture, model.encoder.muco_processor, TurnsRecipe(mode=mode))
-    if part is None:
-        return [batches[0]]
-    whole = [
-        TrainingBatches([rows], mixture, model.encoder.muco_processor, TurnsRecipe(mode=mode), rank=r, world_size=3)
-        for r in range(3)
-    ]
-    return [batches[0] for batches in whole]
-
-
-def gradients(model: Model) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def make(
-    model: Model, parts: list[dict], budget: int | None, **settings
-) -> tuple[float, dict[str, Tensor], TrainingStep]:
-    model.train().zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    loss = MultiTurnLoss(model, temperature=0.1, **settings)
-    step = TrainingStep(model, loss, token_budget=budget)
-    report = step(parts)
-    return report.loss.item(), gradients(model), step
-
-
-def reference(model: Model, parts: list[dict], **settings) -> tuple[float, dict[str, Tensor]]:
-    """The plain step written down: embed both sides whole, the loss, backward."""
-    model.train().zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    (part,) = parts
-    loss = MultiTurnLoss(model, temperature=0.1, **settings)([dict(part["query"]), dict(part["target"])], part["ids"])
-    loss.backward()
-    return loss.item(), gradients(model)
-
-
-def close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
-    assert one.keys() == other.keys() and one
-    largest = max(float(g.abs().max()) for g in one.values())
-    assert largest > 1e-4, "the gradient vanishes: nothing is compared"
-    for name, gradient in one.items():
-        assert torch.allclose(gradient, other[name], atol=tolerance * largest, rtol=1e-4), name
+def samples(scenes) -> steps.Rows:
+    return steps.ragged_samples(scenes)
 
 
 @pytest.mark.parametrize("mode", ["isolated", "compounded"])
-@pytest.mark.parametrize("vision", ["frozen", "trained"])
-def test_every_budget_gives_the_plain_value_and_gradient(tiny_model, rows, mode, vision):
-    model = with_adapters(tiny_model, vision=vision)
-    parts = parts_of(model, rows, mode)
-    settings = {"symmetric": True, "dimensions": (16, 64)}
-    value, plain = reference(model, parts, **settings)
-    assert any("visual" in name for name in plain) == (vision == "trained")
+@pytest.mark.parametrize("trained", ["adapters", "language", "all"])
+def test_every_budget_gives_the_plain_value_and_gradient(tiny_model, samples, mode, trained):
+    model = steps.to_train(tiny_model, trained)
+    batch = steps.share(model, samples, mode)
+    expected = steps.plain(model, batch)
+    assert any("visual" in name for name in expected[1]) == (trained == "all")
+    counts = set()
     for budget in BUDGETS:
-        cached, grads, step = make(model, parts, budget, **settings)
-        assert cached == pytest.approx(value, rel=1e-6), budget
-        close(plain, grads)
-    print(value)
+        steps.assert_same(steps.cached(model, [batch], budget), expected)
+        counts.add(len(split(batch["query"], budget)))
+    assert len(counts) > 3 and {1, len(samples)} <= counts
+
+
+@pytest.mark.parametrize("trained", ["adapters", "all"])
+def test_a_batch_in_parts_is_the_batch(tiny_model, samples, trained):
+    model = steps.to_train(tiny_model, trained)
+    expected = steps.plain(model, steps.share(model, samples, "isolated"))
+    places = [batch.place for batch in samples]
+    for cuts in ((1, 4), (2, 3, 6)):
+        parts = [samples[a:b] for a, b in zip((0, *cuts), (*cuts, len(samples)), strict=True)]
+        assert sum(map(len, parts)) == len(places)
+        for budget in (97, None):
+            found = steps.cached(model, [steps.share(model, part, "isolated") for part in parts], budget)
+            steps.assert_same(found, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_passes_draw_the_same_dropout(tiny_model, samples, checkpointing):
+    """Chunks of one row: the masks of a row depend on the state of the generator alone, which we can set by hand."""
+    model = steps.to_train(tiny_model, "adapters", dropout=0.3)
+    if checkpointing:
+        model.encoder.model.activation_checkpointing_enable({"use_reentrant": False})
+    batch = steps.share(model, samples, "isolated")
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=1)
+    torch.manual_seed(3)
+    value = step([batch]).loss.item()
+    found = value, steps.gradients(model)
+
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    vectors = []
+    for side in ("query", "target"):
+        chunks = split(batch[side], 1)
+        parts = [model.embed(chunk) for chunk, _ in chunks]
+        vectors.append(torch.cat(parts)[torch.cat([turns for _, turns in chunks]).argsort()])
+    loss = MultiTurnLoss(model, **steps.LOSS).of_vectors(*vectors, batch["ids"])
+    loss.backward()
+    steps.assert_same(found, (loss.item(), steps.gradients(model)))
+    other = steps.cached(model, [batch], 1, seed=4)[0]
+    assert abs(other - value) > 1e-4, "dropout is off: nothing is compared"
+
+
+def vision_flops(model, call) -> int:
+    """Operations inside the vision tower, whether it is called by the model or by itself."""
+    names = ("visual", type(model.encoder.model.visual).__name__)
+    with FlopCounterMode(display=False, depth=None) as counter:
+        call()
+    counts = counter.get_flop_counts()
+    return sum(sum(ops.values()) for name, ops in counts.items() if name.split(".")[-1] in names)
+
+
+def test_frozen_vision_runs_once_and_without_a_graph(tiny_model, samples):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    sides = [s for s in (batch["query"], batch["target"]) if "pixel_values" in s]
+
+    def see() -> None:
+        for side in sides:
+            for features in model.encoder.image_features(side):
+                assert not any(tensor.requires_grad for tensor in features)
+
+    once = vision_flops(model, see)
+    assert once > 0
+    for budget in BUDGETS:
+        assert vision_flops(model, lambda budget=budget: steps.cached(model, [batch], budget)) == once
+
+    trained = steps.to_train(tiny_model, "all")
+    forward = vision_flops(trained, lambda: steps.cached(trained, [batch], 97))
+    assert forward > 2 * once  # both passes and backward
+
+
+@pytest.mark.parametrize("room", [0.0, 1e-5, 8.0])
+def test_features_may_wait_in_host_memory(tiny_model, samples, room):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    expected = steps.plain(model, batch)
+    model.zero_grad(set_to_none=True)
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=97, feature_memory=room)
+    steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+
+
+class Limited:
+    """Makes a backbone fail like a device without memory when more than ``tokens`` pass through at once."""
+
+    def __init__(self, model, tokens: int) -> None:
+        self.tokens, self.failed = tokens, []
+        model.encoder.model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs) -> None:
+        if kwargs["input_ids"].numel() > self.tokens:
+            self.failed.append(kwargs["input_ids"].numel())
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize("budget", [None, 1000])
+def test_out_of_memory_halves_the_budget_and_repeats_the_step(tiny_model, samples, budget, caplog):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    expected = steps.plain(model, batch)
+    model.zero_grad(set_to_none=True)
+    device = Limited(model, 300)
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget)
+    with caplog.at_level(logging.WARNING, "muco"):
+        steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+    assert device.failed and step.token_budget <= 300
+    assert f"going on with token_budget {step.token_budget}" in caplog.text
+    failures = len(device.failed)
+    model.zero_grad(set_to_none=True)
+    steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+    assert len(device.failed) == failures, "the smaller budget is kept"
+
+
+def test_out_of_memory_in_the_second_pass_leaves_no_half_gradient(tiny_model, samples):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    expected = steps.plain(model, batch)
+    model.zero_grad(set_to_none=True)
+    failed = []
+
+    def fail_once(module, args, kwargs) -> None:
+        if torch.is_grad_enabled() and kwargs["input_ids"].shape[0] < 3 and not failed:  # not the first chunk
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    model.encoder.model.register_forward_pre_hook(fail_once, with_kwargs=True)
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=200)
+    steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+    assert failed and step.token_budget < 200
+
+
+def test_one_dialogue_that_does_not_fit_ends_the_run(tiny_model, samples):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    Limited(model, 30)
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=1000)
+    with pytest.raises(TrainingError, match=r"out of memory with one dialogue of \d+ tokens.*max_pixels"):
+        step([batch])
+
+
+@pytest.mark.parametrize("budget", [None, 97])
+def test_a_loss_that_is_no_number_names_the_samples(tiny_model, samples, budget):
+    model = steps.to_train(tiny_model, "language")
+    word = "violet"  # in one sample's query only
+    poisoned = [samples[0], samples[2], samples[6].with_turns([*samples[6].turns[:1]])]
+    poisoned[1] = steps.Sample(image=samples[2].images[0], turns=[steps.Turn(word, "a circle")], where="train.jsonl:2")
+    tokenizer = model.encoder.tokenizer
+    others = set(tokenizer(" ".join(t.target[0].text for s in samples for t in s.turns))["input_ids"])
+    rare = [token for token in tokenizer(word)["input_ids"] if token not in others]
+    embeddings = model.encoder.model.get_input_embeddings()
+    with torch.no_grad():
+        embeddings.weight[rare] = float("nan")
+    batch = steps.share(model, poisoned, "isolated")
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget)
+    with pytest.raises(TrainingError, match=r"the loss is nan; vectors are not finite for .*train\.jsonl:2"):
+        step([batch])
+
+
+def test_the_report_counts_tokens_and_padding(tiny_model, samples):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    tokens = sum(int(batch[side]["attention_mask"].sum()) for side in ("query", "target"))
+    for budget in (1, 200, None):
+        report = TrainingStep(model, MultiTurnLoss(model), token_budget=budget)([batch])
+        cut = [chunk for side in ("query", "target") for chunk, _ in split(batch[side], budget or 10**6)]
+        passed = sum(chunk["input_ids"].numel() for chunk in cut)
+        assert report.tokens == tokens and report.chunks == len(cut)
+        assert report.padding == pytest.approx(1 - tokens / passed)
+    assert TrainingStep(model, MultiTurnLoss(model), token_budget=1)([batch]).padding == 0

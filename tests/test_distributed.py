@@ -1,0 +1,176 @@
+"""Several real processes (gloo) against one: gradients, whole runs, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import steps
+import torch
+from safetensors.torch import load_file
+
+import muco
+from muco.train.recipe import dump_recipe, from_dict, load_recipe
+
+HERE = Path(__file__).parent
+
+
+def launch(*arguments: str, processes: int = 2, **popen) -> subprocess.Popen:
+    """As a user does: torchrun on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True, **popen)
+
+
+def finished(process: subprocess.Popen, seconds: int = 300) -> str:
+    out, error = process.communicate(timeout=seconds)
+    assert process.returncode == 0, error
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model, scenes, tmp_path_factory) -> Path:
+    """What two processes found for every case."""
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_model.save(str(folder / "model"))
+    (folder / "scenes").symlink_to(scenes)
+    finished(launch(str(HERE / "steps.py"), str(folder), stderr=subprocess.PIPE))
+    return folder
+
+
+@pytest.mark.parametrize("case", steps.CASES)
+def test_two_processes_find_the_gradient_of_one(tiny_model, scenes, found, case):
+    shares, mode, trained, _, _ = steps.CASES[case]
+    samples = steps.ragged_samples(scenes)
+    order = sum(steps.SHARES[shares], [])
+    model = steps.to_train(tiny_model, trained)
+    expected = steps.plain(model, steps.share(model, [samples[i] for i in order], mode))
+    for rank in (0, 1):
+        value = json.loads((found / f"values-{rank}.json").read_text())[case]
+        steps.assert_same((value, load_file(found / f"{case}-{rank}.safetensors")), expected)
+
+
+@pytest.fixture(scope="module")
+def base(scenes, tmp_path_factory) -> Path:
+    """A small trained model, from which the runs below start."""
+    tiny = {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1, "vocabulary": 512}
+    values = {
+        "output": str(tmp_path_factory.mktemp("base") / "run"),
+        "model": {"tiny": tiny, "vision": "trained"},
+        "data": {"train": [{"path": str(scenes / "train.jsonl")}]},
+        "batch": {"size": 8},
+        "trainer": {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "no", "report_to": []},
+    }
+    return muco.train(from_dict(values))
+
+
+def write_recipe(base: Path, scenes: Path, output: Path, dropout: float = 0.0, **batch) -> Path:
+    values = {
+        "output": str(output),
+        "model": {
+            "path": str(base),
+            "adapter": {"kind": "lora", "rank": 4, "alpha": 4, "dropout": dropout},
+            "activation_checkpointing": True,
+        },
+        "data": {"train": [{"path": str(scenes / "train.jsonl")}]},
+        "turns": {"image_turn": "retrieval"},
+        "loss": {"temperature": 0.1},
+        "batch": {"size": 7, "token_budget": 700, **batch},  # 4 samples on one process, 3 on the other
+        "trainer": {
+            "max_steps": 6,  # of 10 in an epoch
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "dataloader_num_workers": 1,
+            "report_to": [],
+        },
+    }
+    file = output.with_suffix(".yaml")
+    file.write_text(dump_recipe(from_dict(values)))
+    return file
+
+
+def losses(model: Path) -> list[float]:
+    return [loss for _, loss in json.loads((model / "run.json").read_text())["loss"]]
+
+
+def train(recipe: Path, **popen) -> subprocess.Popen:
+    return launch("-m", "muco", "train", str(recipe), stderr=subprocess.PIPE, **popen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, sharding):
+    alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone")))
+    out = finished(train(write_recipe(base, scenes, tmp_path / "both", sharding=sharding)))
+    both = tmp_path / "both" / "model"
+    assert [json.loads(line) for line in out.splitlines()] == [{"model": str(both)}], "one process speaks"
+    assert losses(both) == pytest.approx(losses(alone), rel=1e-4) and len(losses(both)) == 6
+    one, other, start = (load_file(folder / "model.safetensors") for folder in (alone, both, base))
+    assert one.keys() == other.keys()
+    moved = max(float((one[name] - start[name]).abs().max()) for name in one)
+    assert moved > 1e-3
+    # Adam divides by the gradient's size, so where that is next to nothing rounding shows
+    assert max(float((one[name] - other[name]).abs().mean()) for name in one) < 0.01 * moved
+    steps_logged = json.loads((tmp_path / "both/checkpoints/checkpoint-6/trainer_state.json").read_text())[
+        "log_history"
+    ]
+    assert all({"peak_memory_gib", "padding"} <= entry.keys() for entry in steps_logged if "loss" in entry)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, sharding):
+    """SIGKILL in the middle of an epoch, with dropout, workers and the gradient cache: the same losses and weights."""
+    recipe = write_recipe(base, scenes, tmp_path / "killed", dropout=0.2, sharding=sharding)
+    process = train(recipe)
+    state = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    deadline = time.monotonic() + 200
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # workers of the loader too
+        one.kill()
+    process.communicate()
+    assert state.exists() and not (tmp_path / "killed" / "model").exists()
+    alone = r"needs several processes" if sharding == "fsdp" else r"written by 2 processes.*not with 1"
+    with pytest.raises(muco.MucoError, match=alone):
+        muco.train(load_recipe(recipe))
+    finished(train(recipe))
+    finished(train(write_recipe(base, scenes, tmp_path / "whole", dropout=0.2, sharding=sharding)))
+    resumed, whole = (tmp_path / name / "model" for name in ("killed", "whole"))
+    assert losses(resumed) == losses(whole)
+    one, other = (load_file(folder / "model.safetensors") for folder in (resumed, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"size": 1}, "1 samples are fewer than the 2 processes"),
+        ({"sharding": "fsdp", "vision": "trained"}, "needs 'vision: frozen'"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused_at_start(base, scenes, tmp_path, monkeypatch, change, sentence):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    vision = change.pop("vision", "frozen")
+    recipe = load_recipe(write_recipe(base, scenes, tmp_path / "run", **change), [f"model.vision={vision}"])
+    with pytest.raises(muco.RecipeError, match=sentence):
+        muco.train(recipe)
+
+
+def test_settings_of_a_launcher_that_we_do_not_know_are_refused(base, scenes, tmp_path, monkeypatch):
+    alone = load_recipe(write_recipe(base, scenes, tmp_path / "run"))
+    with pytest.raises(muco.RecipeError, match="fsdp needs several processes"):
+        muco.train(load_recipe(tmp_path / "run.yaml", ["batch.sharding=fsdp"]))
+    for name in ("FSDP", "DEEPSPEED"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(muco.RecipeError, match="batch.sharding: fsdp"):
+            muco.train(alone)
+        monkeypatch.delenv(f"ACCELERATE_USE_{name}")
