@@ -91,6 +91,7 @@ class Bench:
             backbone = add_adapters(backbone, adapter, [self.processor.emb_id])
         visual.requires_grad_(settings.train_vision)
         self.model = from_backbone(backbone, self.processor, device=settings.device).train()
+        self.checkpointing = False
         self.loss = MultiTurnLoss(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
         self.samples = {mode: make_samples(settings, self.processor, mode) for mode in MODES}

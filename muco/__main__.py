@@ -1,4 +1,4 @@
-"""``python -m muco`` is the command ``muco``; launchers of several processes need it: ``torchrun … -m muco train …``."""
+"""``python -m muco`` is the command ``muco``, also for launchers: ``torchrun --nproc-per-node 8 -m muco train …``."""
 
 from muco.cli import main
 

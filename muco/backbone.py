@@ -136,6 +136,24 @@ def freeze_vision(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in towers[0].parameters())
 
 
+FLEX = "muco_flex"
+
+
+def use_flex_attention(model: nn.Module) -> None:
+    """Lets the language model attend by FlexAttention; the vision tower keeps its own attention.
+
+    transformers offers it for some families only, although its function fits all that take theirs from its registry. So
+    that function is registered under a name of ours.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.masking_utils import flex_attention_mask
+
+    AttentionInterface.register(FLEX, flex_attention_forward)
+    AttentionMaskInterface.register(FLEX, flex_attention_mask)
+    model.set_attn_implementation({"text_config": FLEX})
+
+
 def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -> nn.Module:
     """Wraps a model with adapters; everything else is frozen but the embeddings of ``token_ids``.
 

@@ -28,6 +28,7 @@ from muco.template import ImageSlot, Pieces
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class DialogueBatch(TypedDict):
@@ -179,6 +180,25 @@ def tree_mask(batch: DialogueBatch) -> Tensor | None:
     allowed = causal & (same | trunk) & real[:, None, :]
     allowed = allowed | torch.eye(length, dtype=torch.bool, device=branches.device)
     return allowed[:, None]
+
+
+def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
+    """The rule of :func:`tree_mask` for FlexAttention, which leaves out blocks in which nothing is allowed.
+
+    One mask serves all heads and layers.
+    """
+    if "branch_ids" not in batch:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    branches, real = batch["branch_ids"], batch["attention_mask"].bool()
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own_or_trunk = (branches[row, query] == branches[row, key]) | (branches[row, key] == 0)
+        return ((query >= key) & own_or_trunk & real[row, key]) | (query == key)
+
+    rows, length = branches.shape
+    return create_block_mask(allowed, rows, None, length, length, device=branches.device)
 
 
 def split(batch: DialogueBatch, token_budget: int) -> list[tuple[DialogueBatch, Tensor]]:

@@ -21,8 +21,8 @@ from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
-from muco.backbone import CONNECTOR_NAMES, VISION_NAMES, load_backbone, merge_adapters
-from muco.batch import PATCH_KEYS, DialogueBatch, collate, tree_mask
+from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, merge_adapters
+from muco.batch import PATCH_KEYS, DialogueBatch, collate, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling
@@ -79,6 +79,10 @@ class Encoder(InputModule):
         return collate(dialogues, self.muco_processor, padding_side=self.padding_side)
 
     @property
+    def uses_flex_attention(self) -> bool:
+        return self.model.config.get_text_config()._attn_implementation == FLEX
+
+    @property
     def vision_is_frozen(self) -> bool:
         """Whether nothing that an image passes through before the language model is trained."""
         parts = {*VISION_NAMES, *CONNECTOR_NAMES}
@@ -100,7 +104,8 @@ class Encoder(InputModule):
         return list(zip(*(tokens.split(lengths) for tokens in maps), strict=True))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        features["token_embeddings"] = self.model(**model_inputs(features, self.muco_processor)).last_hidden_state
+        inputs = model_inputs(features, self.muco_processor, flex=self.uses_flex_attention)
+        features["token_embeddings"] = self.model(**inputs).last_hidden_state
         return features
 
     def get_embedding_dimension(self) -> int:
@@ -118,9 +123,9 @@ class Encoder(InputModule):
         _write_json(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
 
 
-def model_inputs(batch: DialogueBatch, processor: Processor) -> dict[str, Any]:
-    """The arguments of the backbone's forward for a batch."""
-    mask = tree_mask(batch)
+def model_inputs(batch: DialogueBatch, processor: Processor, *, flex: bool = False) -> dict[str, Any]:
+    """The arguments of the backbone's forward for a batch; ``flex`` for a language model with FlexAttention."""
+    mask = tree_block_mask(batch) if flex else tree_mask(batch)
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],
         "attention_mask": batch["attention_mask"] if mask is None else mask,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from families import QWEN, image, model, ragged, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
-from muco.batch import PATCH_KEYS, DialogueBatch, _stack_patches, collate, join, split, tree_mask
+from muco.backbone import use_flex_attention
+from muco.batch import PATCH_KEYS, DialogueBatch, _stack_patches, collate, join, split, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue
 from muco.errors import ImageError
 from muco.processor import EncodedImage, rotary_positions
@@ -312,3 +316,29 @@ def test_an_image_of_one_row_is_not_seen_by_another():
     changed = Dialogue((image(84, 84, 3),), (Content("a"),))
     before, after = (vectors(model("qwen2_vl"), [first, other]) for other in (second, changed))
     assert np.abs(before[0] - after[0]).max() < 1e-5 < np.abs(before[1] - after[1]).max()
+
+
+@both_kinds
+@both_sides
+def test_flex_attention_follows_the_same_rule_as_the_matrix(family, side):
+    batch = batch_of(family, mixed(), side)
+    rows, length = batch["input_ids"].shape
+    rule = tree_block_mask(batch)
+    dense = create_mask(rule.mask_mod, rows, 1, length, length, device="cpu")
+    assert torch.equal(dense, tree_mask(batch)) and not dense.all()
+    flat = {key: value for key, value in batch.items() if key != "branch_ids"}
+    assert tree_block_mask(flat) is None is tree_mask(flat)
+
+
+@both_kinds
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch.compile's own imports
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_flex_attention_gives_the_same_vectors(family):
+    """On the CPU uncompiled and forward only: that is all FlexAttention can do there."""
+    built, batch = copy.deepcopy(model(family)), batch_of(family, mixed())
+    expected = embed(family, batch)
+    use_flex_attention(built.encoder.model)
+    assert built.encoder.uses_flex_attention and not model(family).encoder.uses_flex_attention
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        found = built.embed(batch).numpy()
+    assert np.abs(found - expected).max() < 1e-5

@@ -201,3 +201,22 @@ def test_the_report_counts_tokens_and_padding(tiny_model, samples):
         assert report.tokens == tokens and report.chunks == len(cut)
         assert report.padding == pytest.approx(1 - tokens / passed)
     assert TrainingStep(model, MultiTurnLoss(model), token_budget=1)([batch]).padding == 0
+
+
+def test_bfloat16_autocast_keeps_every_gradient(tiny_model, samples):
+    """Weights that autocast has cast without a graph in the first pass must not serve the second one."""
+    model = steps.to_train(tiny_model, "language")
+    batch = steps.share(model, samples, "isolated")
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    found = {}
+    for budget in (None, 97):
+        model.zero_grad(set_to_none=True)
+        step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget, autocast=autocast)
+        found[budget] = step([batch]).loss.item(), steps.gradients(model)
+    (value, grads), (other, others) = found[None], found[97]
+    assert other == pytest.approx(value, rel=0.02) and grads.keys() == others.keys()
+    for name, gradient in grads.items():
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), others[name].flatten(), dim=0) > 0.98, name

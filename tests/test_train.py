@@ -184,6 +184,107 @@ def test_several_processes_are_refused_until_they_are_right(scenes, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+def poison_weight(model) -> None:
+    with torch.no_grad():
+        next(model.parameters())[:] = float("nan")
+
+
+def poison_gradient(model) -> None:
+    next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+
+
+class At(TrainerCallback):
+    """Does something to the model when a step begins."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.action(model)
+
+
+@pytest.mark.parametrize("budget", [None, 300])
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [
+        (poison_weight, r"the loss is nan; vectors are not finite for .*train\.jsonl:\d+.*and \d+ more"),
+        (poison_gradient, "the gradient is (nan|inf)"),
+    ],
+)
+def test_what_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(scenes, tmp_path, budget, action, found):
+    recipe = recipe_of(scenes, tmp_path / "run", batch={"size": 8, "token_budget": budget})
+    sources = [open_data(scenes / "train.jsonl")]
+    checkpoint.claim_output(tmp_path / "run", checkpoint.run_facts(recipe, sources), resume=True)
+    for step, last in ((2, "there is no checkpoint yet"), (4, r"the last good checkpoint is .*checkpoint-2$")):
+        trainer = make_trainer(recipe, build_model(recipe, sources), sources)
+        trainer.add_callback(At(step, action))
+        with pytest.raises(muco.TrainingError, match=rf"^step {step}: {found}.*; {last}"):
+            trainer.train()
+
+
+def test_a_checkpoint_never_holds_weights_that_are_no_numbers(scenes, tmp_path):
+    recipe = recipe_of(scenes, tmp_path / "run")
+    sources = [open_data(scenes / "train.jsonl")]
+    trainer = make_trainer(recipe, build_model(recipe, sources), sources)
+    poison_weight(trainer.model)
+    with pytest.raises(muco.TrainingError, match="is not finite; there is no checkpoint yet"):
+        trainer.save_model(str(tmp_path / "run" / "checkpoints" / "checkpoint-1"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_gradient_cache_does_not_change_a_run_and_resumes_exactly(finished, scenes, tmp_path):
+    _, whole = finished
+    batch = {"size": 8, "token_budget": 300}
+    cached = muco.train(recipe_of(scenes, tmp_path / "cached", batch=batch))
+    assert losses(cached) == pytest.approx(losses(whole), rel=1e-4)
+
+    recipe, sources = recipe_of(scenes, tmp_path / "part", batch=batch), [open_data(scenes / "train.jsonl")]
+    checkpoint.claim_output(tmp_path / "part", checkpoint.run_facts(recipe, sources), resume=True)
+    set_seed(recipe.seed)
+    trainer = make_trainer(recipe, build_model(recipe, sources), sources)
+    trainer.add_callback(StopAtFirstSave())
+    trainer.train()
+    assert losses(muco.train(recipe)) == losses(cached)
+
+
+def test_a_budget_that_memory_made_smaller_is_kept_by_a_checkpoint(scenes, tmp_path):
+    recipe = recipe_of(scenes, tmp_path / "run", batch={"size": 8, "token_budget": 10_000})
+    sources = [open_data(scenes / "train.jsonl")]
+    checkpoint.claim_output(tmp_path / "run", checkpoint.run_facts(recipe, sources), resume=True)
+
+    def no_memory(module, args, kwargs) -> None:
+        if kwargs["input_ids"].numel() > 500:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    trainer = make_trainer(recipe, build_model(recipe, sources), sources)
+    trainer.model.encoder.model.register_forward_pre_hook(no_memory, with_kwargs=True)
+    trainer.add_callback(StopAtFirstSave())
+    trainer.train()
+    assert 200 < trainer.budget.tokens <= 500
+    again = make_trainer(recipe, build_model(recipe, sources), sources)
+    again.add_callback(StopAtFirstSave())
+    again.train(resume_from_checkpoint=str(checkpoint.last_complete(tmp_path / "run")))
+    assert again.step.token_budget == trainer.budget.tokens
+
+
+def test_parts_of_a_vector_are_trained_as_vectors(scenes, tmp_path):
+    """Matryoshka: cut to 8 numbers, vectors of a model that was trained so are better than of one that was not."""
+    held_out, scores = open_data(scenes / "train.jsonl"), {}
+    for dimensions in ((), (8, 64)):
+        trainer = {"max_steps": 60, "save_strategy": "no", "learning_rate": 2e-3}
+        loss = {"temperature": 0.1, "dimensions": list(dimensions)}
+        recipe = recipe_of(scenes, tmp_path / str(len(dimensions)), loss=loss, trainer=trainer)
+        model = muco.load(muco.train(recipe), device="cpu")
+        samples = [held_out[i] for i in range(64)]
+        images, captions = [s.images[0] for s in samples], [s.turns[-1].target[0] for s in samples]
+        one, other = (model.encode(x, truncate_dim=8, normalize_embeddings=True) for x in (images, captions))
+        numbers = torch.arange(len(samples))
+        one, other = torch.from_numpy(one), torch.from_numpy(other)
+        scores[dimensions] = muco.multi_turn_info_nce(one, other, numbers, temperature=0.1).item()
+    assert scores[8, 64] < scores[()] - 0.1
+
+
 def test_warm_up_teaches_the_language(scenes, tmp_path):
     from muco.dialogue import single_turn
 

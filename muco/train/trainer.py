@@ -30,7 +30,15 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import ExportableState
 
 from muco import distributed
-from muco.backbone import VISION_NAMES, add_adapters, freeze_vision, load_backbone, merge_adapters, tiny_qwen2_vl
+from muco.backbone import (
+    VISION_NAMES,
+    add_adapters,
+    freeze_vision,
+    load_backbone,
+    merge_adapters,
+    tiny_qwen2_vl,
+    use_flex_attention,
+)
 from muco.data import open_data
 from muco.encoder import Model, from_backbone
 from muco.errors import RecipeError, TrainingError
@@ -134,7 +142,8 @@ def build_model(recipe: Recipe, sources: list[Data]) -> Model:
         backbone, processor = load_backbone(settings.path, dtype=settings.dtype)
     if settings.min_pixels or settings.max_pixels:
         processor.set_pixels(settings.min_pixels, settings.max_pixels)
-    backbone.set_attn_implementation({"sdpa": "sdpa", "flex": "flex_attention"}[settings.attention])
+    if settings.attention == "flex":
+        use_flex_attention(backbone)
     if settings.activation_checkpointing:
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     return from_backbone(_trainable(backbone, settings, processor), processor)
@@ -306,6 +315,9 @@ class MuCoTrainer(SentenceTransformerTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         weights = checkpoint.trained_weights(self.model)  # on all processes: shards are put together
+        broken = [name for name, values in weights.items() if not torch.isfinite(values).all()]
+        if broken:
+            raise TrainingError(f"step {self.state.global_step}: {broken[0]} is not finite; {self._last_good()}")
         if self.args.should_save:
             checkpoint.save_trained(weights, Path(output_dir or self.args.output_dir))
 

@@ -1,0 +1,224 @@
+"""What is measured: one way of making a training step, its time, its operations and its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muco.errors import TrainingError
+from muco.gradcache import StepReport, TrainingStep
+from muco.train.flops import count_flops
+from stock import StockStep
+from turns import Bench, Settings, in_own_processes, reset_device_memory, say
+
+ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention"}  # as a recipe calls them, and transformers
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way of making a step of ``Settings.images`` images with their turns.
+
+    Args:
+        library: The plain way users have today, see ``stock.py``; else ours.
+        mode: Of our turns.
+        rows: Query dialogues per chunk, which sets our token budget; None for the whole batch at once.
+        mini_batch: Pairs that pass through the library's model together.
+        parts: The batch is so many times ``Settings.images`` images, and comes in so many parts.
+        streamed: Each part is made when the step asks for it, as the loader does; else before.
+        attention, checkpointing, compiled: Of the language model.
+    """
+
+    library: bool = False
+    mode: str = "isolated"
+    rows: int | None = None
+    mini_batch: int = 0
+    parts: int = 1
+    streamed: bool = False
+    attention: str = "sdpa"
+    checkpointing: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.library:
+            return f"library, mini-batch {self.mini_batch}"
+        passes = "whole batch at once" if self.rows is None else f"{self.rows} images per chunk"
+        marks = [self.attention] * (self.attention != "sdpa") + ["checkpointing"] * self.checkpointing
+        return ", ".join([f"MuCo {self.mode}", passes, *marks, *["compiled"] * self.compiled])
+
+
+class OurStep:
+    """Our training step with its batch: called, it leaves the gradients in the parameters."""
+
+    def __init__(self, bench: Bench, cell: Cell, turns: int) -> None:
+        self.bench, self.cell, self.turns = bench, cell, turns
+        first = bench.collate(cell.mode, turns)
+        self.length = first["query"]["input_ids"].shape[1]
+        self.ready = None if cell.streamed else list(self._parts())
+        budget = None if cell.rows is None else cell.rows * self.length
+        self.step = TrainingStep(bench.model, bench.loss, token_budget=budget, autocast=bench.autocast)
+        self.asked, self.report = self.step.token_budget, None
+
+    def _parts(self) -> Iterator[dict[str, Any]]:
+        return (self.bench.collate(self.cell.mode, self.turns, part) for part in range(self.cell.parts))
+
+    def __call__(self) -> Tensor:
+        self.report: StepReport = self.step(self._parts() if self.ready is None else self.ready)
+        if self.step.token_budget != self.asked:
+            raise torch.OutOfMemoryError("the token budget was halved, so this is another measurement")
+        return self.report.loss
+
+
+def make_step(bench: Bench, cell: Cell, turns: int) -> OurStep | StockStep:
+    if cell.library:
+        return StockStep(bench, bench.samples["isolated"], turns, cell.mini_batch)
+    return OurStep(bench, cell, turns)
+
+
+def configure(bench: Bench, cell: Cell) -> None:
+    """Sets what a cell asks of the backbone, and takes back what the cell before had asked."""
+    bench.backbone.set_attn_implementation(ATTENTION[cell.attention])
+    if cell.checkpointing and not bench.checkpointing:
+        bench.backbone.activation_checkpointing_enable({"use_reentrant": False})
+    if bench.checkpointing and not cell.checkpointing:
+        bench.backbone.activation_checkpointing_disable()
+    bench.checkpointing = cell.checkpointing
+    for layer in bench.backbone.language_model.layers:
+        layer._compiled_call_impl = None
+        if cell.compiled:
+            layer.compile()
+
+
+def timed(bench: Bench, step: Callable[[], Any]) -> float:
+    """Seconds of a step with its AdamW update."""
+    bench.synchronize()
+    start = time.perf_counter()
+    step()
+    bench.update()
+    bench.synchronize()
+    return time.perf_counter() - start
+
+
+def operations(step: Callable[[], Any]) -> dict[str, int]:
+    """Operations that a step makes, second passes included; ``vision`` in its forward passes through the tower."""
+
+    def forward() -> Tensor:
+        step()
+        return torch.zeros((), requires_grad=True)  # the step has made its own backward passes
+
+    counted = count_flops(forward)
+    return {"vision": counted.vision, "total": counted.total}
+
+
+def measure(bench: Bench, cells: Sequence[Cell], turns: int, rounds: int, *, count: bool = True) -> list[dict[str, Any]]:
+    """Rounds through all cells in turn, so that drift cancels; before them each cell once, uncounted.
+
+    Args:
+        count: Count the operations in the uncounted step.
+    Returns:
+        Per cell its fields, ``seconds`` per round, ``operations``, ``chunks`` of our ways and, on a GPU, ``memory`` in
+        bytes. A cell that cannot be measured has ``failed``, the reason, in place of all that.
+    """
+    steps = [make_step(bench, cell, turns) for cell in cells]
+    results = [asdict(cell) | {"name": cell.name, "seconds": []} for cell in cells]
+    for cell, step, result in zip(cells, steps, results, strict=True):
+        result |= _warm_up(bench, cell, step, count)
+        say(f"{cell.name}: {result.get('failed', 'ready')}")
+    for number in range(rounds):
+        for cell, step, result in zip(cells, steps, results, strict=True):
+            if "failed" in result:
+                continue
+            configure(bench, cell)
+            resting = reset_device_memory(bench)
+            result["seconds"].append(timed(bench, step))
+            if bench.cuda:
+                result["memory"] = {"resting": resting, "peak": torch.cuda.max_memory_allocated()}
+        say(f"round {number + 1}/{rounds}")
+    return results
+
+
+def _warm_up(bench: Bench, cell: Cell, step: OurStep | StockStep, count: bool) -> dict[str, Any]:
+    configure(bench, cell)
+    try:
+        known = {"operations": operations(step)} if count else {"loss": float(step())}
+    except (RuntimeError, TrainingError) as error:  # kernels that a machine cannot run, memory that is short
+        bench.optimizer.zero_grad(set_to_none=True)
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    bench.update()
+    return known | ({} if cell.library else {"chunks": step.report.chunks, "padding": step.report.padding})
+
+
+def measure_memory(settings: Settings, cells: Sequence[Cell], turns: int) -> Iterator[dict[str, int]]:
+    """Bytes at rest and at the peak of one step of each cell: on a GPU what torch allocated, else resident memory."""
+    if not settings.device.startswith("cuda"):
+        yield from in_own_processes(_host_memory, [(settings, cell, turns) for cell in cells])
+        return
+    bench = Bench(settings)
+    for cell in cells:
+        step = make_step(bench, cell, turns)
+        configure(bench, cell)
+        timed(bench, step)  # makes the optimizer's state
+        resting = reset_device_memory(bench)
+        timed(bench, step)
+        yield {"resting": resting, "peak": torch.cuda.max_memory_allocated()}
+
+
+def _host_memory(settings: Settings, cell: Cell, turns: int) -> dict[str, int]:
+    """Resident memory of this process before a step, with weights, optimizer state and batch in place, and its peak."""
+    bench = Bench(settings)
+    step = make_step(bench, cell, turns)
+    configure(bench, cell)
+    for parameter in bench.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    bench.update()  # makes the optimizer's state
+    ctypes.CDLL(None).malloc_trim(0)  # what making the batch has left
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on (Linux)
+    resting = _status("VmRSS")
+    timed(bench, step)
+    return {"resting": resting, "peak": _status("VmHWM")}
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def ratio(cell: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times the seconds of ``other`` a cell takes: the median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(cell["seconds"], other["seconds"], strict=True))
+
+
+def seconds(cell: dict[str, Any]) -> float:
+    return statistics.median(cell["seconds"])
+
+
+def mib(value: float) -> str:
+    return f"{value / 2**20:.0f}"
+
+
+def page(title: str, result: dict[str, Any], notes: Sequence[str], header: str, rows: Sequence[Sequence[Any]]) -> str:
+    """A result as Markdown: title, command, machine, notes and one table."""
+    on, made = result["machine"], result["settings"]
+    weights = f"LoRA r = {made['lora']}, weights in {made['weights']}" if made["lora"] else "all weights"
+    libraries = f"torch {on['torch']}, transformers {on['transformers']}"
+    head = (
+        f"{result['date']}; {on['device']}; {on['cpu']}, {on['cores']} cores, {made['threads']} threads; {libraries}, "
+        f"{made['dtype']}. Language model of width {made['model']['width']} with {made['model']['layers']} layers, vision "
+        f"tower of width {made['model']['vision_width']} with {made['model']['vision_depth']} blocks, frozen; trained: "
+        f"{weights} of the language model. {made['images']} images of {made['image'][0]} × {made['image'][1]} px with "
+        f"{max(made['turns'])} turns each, which add {made['query_tokens']} + {made['target_tokens']} tokens; "
+        f"{made['rounds']} rounds."
+    )
+    columns = header.split(" | ")
+    lines = [f"# {title}: {on['device']}", "", f"`{result['command']}`", "", head, ""]
+    lines += [line for note in notes for line in (note, "")]
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"

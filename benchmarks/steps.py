@@ -1,0 +1,259 @@
+"""Our training step against the plain way, against itself without cache, its memory, its loader and its padding.
+
+    python benchmarks/steps.py --output DIR                    every part, on the CPU
+    python benchmarks/steps.py --parts baseline --output DIR   one part
+    python benchmarks/steps.py --device cuda --output DIR      on a GPU, at the shapes of Qwen2-VL-2B
+
+Parts: baseline, cache, memory, loader, padding, utilisation. Each writes NAME-DEVICE.json and NAME-DEVICE.md (padding
+needs no device). The model has random weights: only shapes matter here. benchmarks/README.md says what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loader
+import padding
+import utilisation
+from cells import Cell, make_step, measure, measure_memory, mib, page, ratio, seconds
+from turns import IMAGE, MODES, SIZES, Bench, Settings, heading, say, write
+
+
+def baseline(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Our step against single-turn pairs under the library's cached loss: speed and peak memory."""
+    settings = settings_of(args, images=args.images)
+    ours = [Cell(mode=mode, rows=rows) for mode in MODES for rows in (*args.rows, None)]
+    cells = [*ours, *(Cell(library=True, mini_batch=size) for size in args.mini_batches)]
+    measured = measure(Bench(settings), cells, args.turns, settings.rounds)
+    if settings.device == "cpu":
+        for result, memory in zip(measured, measure_memory(settings, cells, args.turns), strict=True):
+            result["memory"] = memory
+            say(f"memory of {result['name']}")
+    pairs = settings.images * args.turns
+    summary = compare([result for result in measured if "failed" not in result], pairs)
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "pairs": pairs}
+    result |= {"summary": summary, "cells": measured, "failed": failures(measured)}
+    notes = [
+        f"{pairs} pairs per step. *Library*: the {args.turns} pairs of an image as {args.turns} single-turn pairs "
+        "(image and question, answer) under CachedMultipleNegativesRankingLoss of sentence-transformers, on the same "
+        "backbone with the same weights and temperature. × is the ratio to the fastest of the library's mini-batch "
+        f"sizes, which is {summary[-1]['fastest']}. Peak and resting memory: "
+        + ("resident memory of a process of its own." if settings.device == "cpu" else "what torch allocated.")
+    ]
+    rows = [
+        (
+            *(row["name"], f"{row['seconds']:.3g}", f"{row['pairs_per_second']:.3g}", f"**{row['speed']:.2f}**"),
+            *(f"{row['operations'] / 1e12:.3g}", mib(row["peak"]), f"**{row['peak_ratio']:.2f}**"),
+            *(mib(row["peak"] - row["resting"]), f"{row['step_ratio']:.2f}"),
+        )
+        for row in summary
+    ]
+    header = "way | s / step | pairs / s | × | TFLOP | peak MiB | × | peak over resting MiB | ×"
+    write(args.output, f"baseline-{device_name(settings)}", result, page("MuCo against the plain way", result, notes, header, rows))
+
+
+def compare(measured: Sequence[dict[str, Any]], pairs: int) -> list[dict[str, Any]]:
+    """Speed and memory of every way, as ratios to the library's fastest."""
+    fastest = min((cell for cell in measured if cell["library"]), key=seconds)
+    base = fastest["memory"]
+    return [
+        {
+            "name": cell["name"],
+            "seconds": seconds(cell),
+            "pairs_per_second": pairs / seconds(cell),
+            "speed": 1 / ratio(cell, fastest),
+            "operations": cell["operations"]["total"],
+            **cell["memory"],
+            "peak_ratio": cell["memory"]["peak"] / base["peak"],
+            "step_ratio": (cell["memory"]["peak"] - cell["memory"]["resting"]) / (base["peak"] - base["resting"]),
+            "fastest": fastest["mini_batch"],
+        }
+        for cell in measured
+    ]
+
+
+def cache(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """The cached step against the plain one, with frozen vision: what the second pass costs."""
+    chunks = [n for n in (2, 4, 8) if n <= args.cache_images]
+    cells = [Cell(), *(Cell(rows=args.cache_images // n) for n in chunks)]
+    measured, rows = [], []
+    for rank in (args.lora or 16, 0):
+        settings = settings_of(args, images=args.cache_images, lora=rank)
+        own = measure(Bench(settings), cells, args.turns, settings.rounds)
+        trained = f"LoRA r = {rank}" if rank else "all weights"
+        for cell in own:
+            cell |= {"trained": trained} | ({"ratio": ratio(cell, own[0])} if "failed" not in cell else {})
+        measured += own
+    rows = [
+        (
+            *(cell["trained"], cell["name"], cell["chunks"], f"{seconds(cell):.3g}", f"**{cell['ratio']:.2f}**"),
+            *(f"{cell['operations']['total'] / 1e12:.3g}", f"{vision_share(cell):.0%}"),
+        )
+        for cell in measured
+        if "failed" not in cell
+    ]
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
+    result |= {"cells": measured, "failed": failures(measured)}
+    notes = ["× is the ratio to the whole batch at once. Passes are forward passes with gradient, both sides together."]
+    header = "trained | step | passes | s / step | × | TFLOP | vision's part"
+    text = page("The cached step against the plain one", result, notes, header, rows)
+    write(args.output, f"cache-{device_name(settings)}", result, text)
+
+
+def vision_share(cell: dict[str, Any]) -> float:
+    return cell["operations"]["vision"] / cell["operations"]["total"]
+
+
+def memory(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Peak memory as the batch grows and the token budget does not."""
+    settings = settings_of(args, images=args.memory_images, rounds=1)
+    cells = [Cell(rows=max(1, args.memory_images // 2), parts=factor, streamed=True) for factor in (1, 2, 4, 8)]
+    measured = []
+    for cell, used in zip(cells, measure_memory(settings, cells, args.turns), strict=True):
+        measured.append(asdict(cell) | {"name": cell.name, "memory": used} | kept_bytes(settings, cell, args.turns))
+        say(f"memory at {cell.parts} x")
+    for cell in measured:
+        cell["ratio"] = cell["memory"]["peak"] / measured[0]["memory"]["peak"]
+        cell["ratio_aside"] = without_kept(cell) / without_kept(measured[0])
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "cells": measured}
+    notes = [
+        "The batch is given in parts of the images above, each made when the step asks for it, so that pixels of one part "
+        "are in memory at a time. Kept for the whole batch, computed: features of frozen vision (images × visual tokens × "
+        "width), vectors with their gradients and what the loss saves of them (turns × width), and token tables. The last "
+        "column is the ratio of peaks with these aside."
+    ]
+    rows = [
+        (
+            *(f"{cell['parts']} ×", cell["parts"] * settings.images, mib(cell["memory"]["resting"])),
+            *(mib(cell["memory"]["peak"]), f"{cell['ratio']:.3f}"),
+            *(f"{cell[key] / 2**20:.1f}" for key in ("features", "vectors", "tables")),
+            f"**{cell['ratio_aside']:.3f}**",
+        )
+        for cell in measured
+    ]
+    header = "batch | images | resting MiB | peak MiB | × | features MiB | vectors MiB | tables MiB | × aside"
+    text = page("Memory as the batch grows", result, notes, header, rows)
+    write(args.output, f"memory-{device_name(settings)}", result, text)
+
+
+def kept_bytes(settings: Settings, cell: Cell, turns: int) -> dict[str, int]:
+    """What a cached step must keep of a whole batch, in bytes."""
+    images, width = cell.parts * settings.images, settings.model.width
+    visual = (settings.image[0] // 28) * (settings.image[1] // 28)
+    number = 2 if settings.dtype == "bfloat16" else 4
+    lengths = visual + turns * settings.query_tokens, turns * settings.target_tokens
+    return {
+        "features": images * visual * width * number,
+        # per side: the vectors of the first pass, put together, their gradient, and normalised rows within the loss
+        "vectors": 2 * images * turns * width * 4 * 4,
+        "tables": images * sum(lengths) * 6 * 8,  # ids, mask, branches and three axes of positions, int64
+    }
+
+
+def without_kept(cell: dict[str, Any]) -> int:
+    on_device = ("features", "vectors", "tables")
+    return cell["memory"]["peak"] - sum(cell[key] for key in on_device)
+
+
+def failures(measured: Sequence[dict[str, Any]]) -> dict[str, str]:
+    failed = {cell["name"]: cell["failed"] for cell in measured if "failed" in cell}
+    for name, reason in failed.items():
+        say(f"not measured: {name}: {reason}")
+    return failed
+
+
+def device_name(settings: Settings) -> str:
+    return settings.device.split(":")[0]
+
+
+def settings_of(args: argparse.Namespace, *, images: int, rounds: int | None = None, lora: int | None = None) -> Settings:
+    rank = args.lora if lora is None else lora
+    return Settings(
+        model=SIZES[args.size],
+        image=tuple(args.image_size),
+        images=images,
+        query_tokens=30,
+        target_tokens=20,
+        turns=(args.turns,),
+        rounds=rounds or args.rounds,
+        device=args.device,
+        dtype=args.dtype,
+        lora=rank,
+        train_vision=False,
+        threads=args.threads,
+        weights="bfloat16" if rank and args.dtype == "bfloat16" else "float32",
+    )
+
+
+PARTS = {
+    "baseline": baseline,
+    "cache": cache,
+    "memory": memory,
+    "loader": loader.run,
+    "padding": padding.run,
+    "utilisation": utilisation.run,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "quick": {
+        **{"size": "quick", "images": 2, "cache_images": 2, "memory_images": 2, "loader_images": 4, "rows": (1,)},
+        **{"mini_batches": (2,), "rounds": 1, "lora": 0, "dtype": "float32", "workers": (0, 1), "image_size": (84, 84)},
+    },
+    "cpu": {
+        **{"size": "small", "images": 2, "cache_images": 8, "memory_images": 4, "loader_images": 8, "rows": (1,)},
+        **{"mini_batches": (1, 7), "rounds": 3, "lora": 0, "dtype": "float32", "workers": (0, 1, 2)},
+        "image_size": IMAGE,
+    },
+    "cuda": {
+        **{"size": "2b", "images": 16, "cache_images": 8, "memory_images": 8, "loader_images": 32, "rows": (4, 8)},
+        **{"mini_batches": (4, 8, 16), "rounds": 3, "lora": 64, "dtype": "bfloat16", "workers": (0, 2, 8)},
+        "image_size": IMAGE,
+    },
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART")
+    parser.add_argument("--quick", action="store_true", help="a toy, to see that everything runs")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is autocast; default on cuda")
+    parser.add_argument("--size", choices=tuple(SIZES), help="default: small on cpu, 2b on cuda")
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="in pixels")
+    parser.add_argument("--turns", type=int, default=7, help="per image (7)")
+    parser.add_argument("--images", type=int, help="per step of baseline and utilisation; default 2 on cpu, 16 on cuda")
+    parser.add_argument("--cache-images", type=int, help="per step of cache; default 8")
+    parser.add_argument("--memory-images", type=int, help="of the smallest batch of memory; default 4 on cpu, 8 on cuda")
+    parser.add_argument("--loader-images", type=int, help="per step of loader; default 8 on cpu, 32 on cuda")
+    parser.add_argument("--rows", type=int, nargs="+", help="images per chunk of ours; default 1 on cpu, 4 8 on cuda")
+    parser.add_argument("--mini-batches", type=int, nargs="+", help="of the library; default 1 7 on cpu, 4 8 16 on cuda")
+    parser.add_argument("--workers", type=int, nargs="+", help="of the loader; default 0 1 2 on cpu, 0 2 8 on cuda")
+    parser.add_argument("--rounds", type=int, help="default 3")
+    parser.add_argument("--lora", type=int, help="rank of the adapters, 0 for none; default 64 on cuda, else 0")
+    parser.add_argument("--attention", nargs="+", choices=("sdpa", "flex"), help="of utilisation; default both on cuda")
+    parser.add_argument("--compile", action="store_true", help="utilisation also with torch.compile, layer by layer")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    cuda = args.device.startswith("cuda")
+    args.attention = args.attention or (["sdpa", "flex"] if cuda else ["sdpa"])
+    for key, value in DEFAULTS["quick" if args.quick else "cuda" if cuda else "cpu"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    for part in args.parts:
+        PARTS[part](args, argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
