@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
 import time
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stock import StockStep
 from torch import Tensor
+from turns import SIZES, Bench, Settings, in_own_processes, reset_device_memory, say
 
 from muco.errors import TrainingError
 from muco.gradcache import StepReport, TrainingStep
 from muco.train.flops import count_flops
-from stock import StockStep
-from turns import Bench, Settings, in_own_processes, reset_device_memory, say
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention"}  # as a recipe calls them, and transformers
 
@@ -50,7 +51,7 @@ class Cell:
     def name(self) -> str:
         if self.library:
             return f"library, mini-batch {self.mini_batch}"
-        passes = "whole batch at once" if self.rows is None else f"{self.rows} images per chunk"
+        passes = "whole batch" if self.rows is None else f"chunks of {self.rows}"
         marks = [self.attention] * (self.attention != "sdpa") + ["checkpointing"] * self.checkpointing
         return ", ".join([f"MuCo {self.mode}", passes, *marks, *["compiled"] * self.compiled])
 
@@ -107,25 +108,31 @@ def timed(bench: Bench, step: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def operations(step: Callable[[], Any]) -> dict[str, int]:
-    """Operations that a step makes, second passes included; ``vision`` in its forward passes through the tower."""
+def operations(bench: Bench, step: Callable[[], Any]) -> dict[str, int]:
+    """Operations that a step makes, second passes included, and how many images it puts through the vision tower."""
+    seen = []
 
     def forward() -> Tensor:
         step()
         return torch.zeros((), requires_grad=True)  # the step has made its own backward passes
 
-    counted = count_flops(forward)
-    return {"vision": counted.vision, "total": counted.total}
+    hook = bench.backbone.visual.register_forward_pre_hook(
+        lambda tower, args, kwargs: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    with hook:
+        return {"operations": count_flops(forward).total, "images_seen": sum(seen)}
 
 
-def measure(bench: Bench, cells: Sequence[Cell], turns: int, rounds: int, *, count: bool = True) -> list[dict[str, Any]]:
+def measure(
+    bench: Bench, cells: Sequence[Cell], turns: int, rounds: int, *, count: bool = True
+) -> list[dict[str, Any]]:
     """Rounds through all cells in turn, so that drift cancels; before them each cell once, uncounted.
 
     Args:
         count: Count the operations in the uncounted step.
     Returns:
-        Per cell its fields, ``seconds`` per round, ``operations``, ``chunks`` of our ways and, on a GPU, ``memory`` in
-        bytes. A cell that cannot be measured has ``failed``, the reason, in place of all that.
+        Per cell its fields, ``seconds`` per round, what :func:`operations` counts, ``chunks`` of our ways and, on a
+        GPU, ``memory`` in bytes. A cell that cannot be measured has ``failed``, the reason, in place of all that.
     """
     steps = [make_step(bench, cell, turns) for cell in cells]
     results = [asdict(cell) | {"name": cell.name, "seconds": []} for cell in cells]
@@ -148,7 +155,7 @@ def measure(bench: Bench, cells: Sequence[Cell], turns: int, rounds: int, *, cou
 def _warm_up(bench: Bench, cell: Cell, step: OurStep | StockStep, count: bool) -> dict[str, Any]:
     configure(bench, cell)
     try:
-        known = {"operations": operations(step)} if count else {"loss": float(step())}
+        known = operations(bench, step) if count else {"loss": float(step())}
     except (RuntimeError, TrainingError) as error:  # kernels that a machine cannot run, memory that is short
         bench.optimizer.zero_grad(set_to_none=True)
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -207,13 +214,14 @@ def mib(value: float) -> str:
 def page(title: str, result: dict[str, Any], notes: Sequence[str], header: str, rows: Sequence[Sequence[Any]]) -> str:
     """A result as Markdown: title, command, machine, notes and one table."""
     on, made = result["machine"], result["settings"]
+    model = made["model"]
     weights = f"LoRA r = {made['lora']}, weights in {made['weights']}" if made["lora"] else "all weights"
     libraries = f"torch {on['torch']}, transformers {on['transformers']}"
     head = (
-        f"{result['date']}; {on['device']}; {on['cpu']}, {on['cores']} cores, {made['threads']} threads; {libraries}, "
-        f"{made['dtype']}. Language model of width {made['model']['width']} with {made['model']['layers']} layers, vision "
-        f"tower of width {made['model']['vision_width']} with {made['model']['vision_depth']} blocks, frozen; trained: "
-        f"{weights} of the language model. {made['images']} images of {made['image'][0]} × {made['image'][1]} px with "
+        f"{result['date']}; {on['cpu']}, {on['cores']} cores, {made['threads']} threads; {libraries}, "
+        f"{made['dtype']}. Language model of width {model['width']} with {model['layers']} layers, vision tower of "
+        f"width {model['vision_width']} with {model['vision_depth']} blocks, frozen; trained: {weights} of the "
+        f"language model. {made['images']} images of {made['image'][0]} × {made['image'][1]} px with "
         f"{max(made['turns'])} turns each, which add {made['query_tokens']} + {made['target_tokens']} tokens; "
         f"{made['rounds']} rounds."
     )
@@ -222,3 +230,35 @@ def page(title: str, result: dict[str, Any], notes: Sequence[str], header: str, 
     lines += [line for note in notes for line in (note, "")]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def failures(measured: Sequence[dict[str, Any]]) -> dict[str, str]:
+    failed = {cell["name"]: cell["failed"] for cell in measured if "failed" in cell}
+    for name, reason in failed.items():
+        say(f"not measured: {name}: {reason}")
+    return failed
+
+
+def device_name(settings: Settings) -> str:
+    return settings.device.split(":")[0]
+
+
+def settings_of(
+    args: argparse.Namespace, *, images: int, rounds: int | None = None, lora: int | None = None
+) -> Settings:
+    rank = args.lora if lora is None else lora
+    return Settings(
+        model=SIZES[args.size],
+        image=tuple(args.image_size),
+        images=images,
+        query_tokens=30,
+        target_tokens=20,
+        turns=(args.turns,),
+        rounds=rounds or args.rounds,
+        device=args.device,
+        dtype=args.dtype,
+        lora=rank,
+        train_vision=False,
+        threads=args.threads,
+        weights="bfloat16" if rank and args.dtype == "bfloat16" else "float32",
+    )

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from turns import heading, write
 
 from muco.batch import DialogueBatch, split
 from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS
-from turns import heading, write
 
 SIDE = 28  # pixels of a visual token
 
@@ -96,9 +96,13 @@ def cell(ragged: Ragged, samples: int, devices: int, budget: int, steps: int) ->
         for side in sides:
             sides[side].append(1 - real[side] / whole[side])
     return {
-        **{"devices": devices, "budget": budget, "padding": float(np.mean(shares)), "worst": float(np.max(shares))},
+        "devices": devices,
+        "budget": budget,
+        "padding": float(np.mean(shares)),
+        "worst": float(np.max(shares)),
         **{side: float(np.mean(values)) for side, values in sides.items()},
-        **{"in_order": float(np.mean(in_order)), "chunks": float(np.mean(chunks))},
+        "in_order": float(np.mean(in_order)),
+        "chunks": float(np.mean(chunks)),
     }
 
 
@@ -110,10 +114,10 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"{result['date']}; lengths only, so no machine matters. {result['samples']} samples per step over all devices, "
-        f"{result['steps']} steps. An image has its short side at {ragged['short_side']} px and an aspect of {low:g} to "
-        f"{high:g}: {result['visual'][0]} to {result['visual'][1]} visual tokens. {ragged['turns'][0]} to "
-        f"{ragged['turns'][1]} turns of a query of {ragged['query'][0]} to {ragged['query'][1]} and a caption of "
+        f"{result['date']}; lengths only, so no machine matters. {result['samples']} samples per step over all "
+        f"devices, {result['steps']} steps. An image has its short side at {ragged['short_side']} px and an aspect "
+        f"of {low:g} to {high:g}: {result['visual'][0]} to {result['visual'][1]} visual tokens. "
+        f"{ragged['turns'][0]} to {ragged['turns'][1]} turns of a query of {ragged['query'][0]} to {ragged['query'][1]} and a caption of "
         f"{ragged['target'][0]} to {ragged['target'][1]} tokens, all uniform; the prompt adds {ragged['marks']} tokens "
         "per turn. Padding is its share in what passes through the model, both sides together.",
         "",
@@ -122,8 +126,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in cells:
         shares = [f"{row[key]:.1%}" for key in ("padding", "worst", "query", "target", "in_order")]
-        lines.append(f"| {row['devices']} | {row['budget']} | **{shares[0]}** | {' | '.join(shares[1:])} "
-                     f"| {row['chunks']:.1f} |")
+        lines.append(
+            f"| {row['devices']} | {row['budget']} | **{shares[0]}** | {' | '.join(shares[1:])} | {row['chunks']:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import loader
 import padding
+import torch
 import utilisation
-from cells import Cell, make_step, measure, measure_memory, mib, page, ratio, seconds
+from cells import Cell, device_name, failures, measure, measure_memory, mib, page, ratio, seconds, settings_of
 from turns import IMAGE, MODES, SIZES, Bench, Settings, heading, say, write
 
 
@@ -50,13 +49,18 @@ def baseline(args: argparse.Namespace, argv: Sequence[str]) -> None:
     rows = [
         (
             *(row["name"], f"{row['seconds']:.3g}", f"{row['pairs_per_second']:.3g}", f"**{row['speed']:.2f}**"),
-            *(f"{row['operations'] / 1e12:.3g}", mib(row["peak"]), f"**{row['peak_ratio']:.2f}**"),
+            *(f"{row['operations'] / 1e12:.3g}", row["images_seen"], mib(row["peak"]), f"**{row['peak_ratio']:.2f}**"),
             *(mib(row["peak"] - row["resting"]), f"{row['step_ratio']:.2f}"),
         )
         for row in summary
     ]
-    header = "way | s / step | pairs / s | × | TFLOP | peak MiB | × | peak over resting MiB | ×"
-    write(args.output, f"baseline-{device_name(settings)}", result, page("MuCo against the plain way", result, notes, header, rows))
+    header = "way | s / step | pairs / s | × | TFLOP | images seen | peak MiB | × | peak over resting MiB | ×"
+    write(
+        args.output,
+        f"baseline-{device_name(settings)}",
+        result,
+        page("MuCo against the plain way", result, notes, header, rows),
+    )
 
 
 def compare(measured: Sequence[dict[str, Any]], pairs: int) -> list[dict[str, Any]]:
@@ -69,7 +73,8 @@ def compare(measured: Sequence[dict[str, Any]], pairs: int) -> list[dict[str, An
             "seconds": seconds(cell),
             "pairs_per_second": pairs / seconds(cell),
             "speed": 1 / ratio(cell, fastest),
-            "operations": cell["operations"]["total"],
+            "operations": cell["operations"],
+            "images_seen": cell["images_seen"],
             **cell["memory"],
             "peak_ratio": cell["memory"]["peak"] / base["peak"],
             "step_ratio": (cell["memory"]["peak"] - cell["memory"]["resting"]) / (base["peak"] - base["resting"]),
@@ -83,7 +88,7 @@ def cache(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """The cached step against the plain one, with frozen vision: what the second pass costs."""
     chunks = [n for n in (2, 4, 8) if n <= args.cache_images]
     cells = [Cell(), *(Cell(rows=args.cache_images // n) for n in chunks)]
-    measured, rows = [], []
+    measured = []
     for rank in (args.lora or 16, 0):
         settings = settings_of(args, images=args.cache_images, lora=rank)
         own = measure(Bench(settings), cells, args.turns, settings.rounds)
@@ -94,21 +99,20 @@ def cache(args: argparse.Namespace, argv: Sequence[str]) -> None:
     rows = [
         (
             *(cell["trained"], cell["name"], cell["chunks"], f"{seconds(cell):.3g}", f"**{cell['ratio']:.2f}**"),
-            *(f"{cell['operations']['total'] / 1e12:.3g}", f"{vision_share(cell):.0%}"),
+            *(f"{cell['operations'] / 1e12:.3g}", cell["images_seen"]),
         )
         for cell in measured
         if "failed" not in cell
     ]
     result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
     result |= {"cells": measured, "failed": failures(measured)}
-    notes = ["× is the ratio to the whole batch at once. Passes are forward passes with gradient, both sides together."]
-    header = "trained | step | passes | s / step | × | TFLOP | vision's part"
+    notes = [
+        "× is the ratio to the whole batch at once. Passes are forward passes with gradient, both sides together; "
+        "images seen is how often the vision tower was given one."
+    ]
+    header = "trained | step | passes | s / step | × | TFLOP | images seen"
     text = page("The cached step against the plain one", result, notes, header, rows)
     write(args.output, f"cache-{device_name(settings)}", result, text)
-
-
-def vision_share(cell: dict[str, Any]) -> float:
-    return cell["operations"]["vision"] / cell["operations"]["total"]
 
 
 def memory(args: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -124,10 +128,10 @@ def memory(args: argparse.Namespace, argv: Sequence[str]) -> None:
         cell["ratio_aside"] = without_kept(cell) / without_kept(measured[0])
     result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "cells": measured}
     notes = [
-        "The batch is given in parts of the images above, each made when the step asks for it, so that pixels of one part "
-        "are in memory at a time. Kept for the whole batch, computed: features of frozen vision (images × visual tokens × "
-        "width), vectors with their gradients and what the loss saves of them (turns × width), and token tables. The last "
-        "column is the ratio of peaks with these aside."
+        "The batch is given in parts of the images above, each made when the step asks for it, so that pixels of one "
+        "part are in memory at a time. Kept for the whole batch, computed: features of frozen vision (images × visual "
+        "tokens × width), vectors with their gradients and what the loss saves of them (turns × width), and token "
+        "tables. The last column is the ratio of peaks with these aside."
     ]
     rows = [
         (
@@ -153,43 +157,13 @@ def kept_bytes(settings: Settings, cell: Cell, turns: int) -> dict[str, int]:
         "features": images * visual * width * number,
         # per side: the vectors of the first pass, put together, their gradient, and normalised rows within the loss
         "vectors": 2 * images * turns * width * 4 * 4,
-        "tables": images * sum(lengths) * 6 * 8,  # ids, mask, branches and three axes of positions, int64
+        # ids, mask, branches and three axes of positions, int64, which stay on the host
+        "tables": images * sum(lengths) * 6 * 8 if settings.device == "cpu" else 0,
     }
 
 
 def without_kept(cell: dict[str, Any]) -> int:
-    on_device = ("features", "vectors", "tables")
-    return cell["memory"]["peak"] - sum(cell[key] for key in on_device)
-
-
-def failures(measured: Sequence[dict[str, Any]]) -> dict[str, str]:
-    failed = {cell["name"]: cell["failed"] for cell in measured if "failed" in cell}
-    for name, reason in failed.items():
-        say(f"not measured: {name}: {reason}")
-    return failed
-
-
-def device_name(settings: Settings) -> str:
-    return settings.device.split(":")[0]
-
-
-def settings_of(args: argparse.Namespace, *, images: int, rounds: int | None = None, lora: int | None = None) -> Settings:
-    rank = args.lora if lora is None else lora
-    return Settings(
-        model=SIZES[args.size],
-        image=tuple(args.image_size),
-        images=images,
-        query_tokens=30,
-        target_tokens=20,
-        turns=(args.turns,),
-        rounds=rounds or args.rounds,
-        device=args.device,
-        dtype=args.dtype,
-        lora=rank,
-        train_vision=False,
-        threads=args.threads,
-        weights="bfloat16" if rank and args.dtype == "bfloat16" else "float32",
-    )
+    return cell["memory"]["peak"] - sum(cell[key] for key in ("features", "vectors", "tables"))
 
 
 PARTS = {
@@ -202,17 +176,45 @@ PARTS = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "quick": {
-        **{"size": "quick", "images": 2, "cache_images": 2, "memory_images": 2, "loader_images": 4, "rows": (1,)},
-        **{"mini_batches": (2,), "rounds": 1, "lora": 0, "dtype": "float32", "workers": (0, 1), "image_size": (84, 84)},
+        "size": "quick",
+        "images": 2,
+        "cache_images": 2,
+        "memory_images": 2,
+        "loader_images": 4,
+        "rows": (1,),
+        "mini_batches": (2,),
+        "rounds": 1,
+        "lora": 0,
+        "dtype": "float32",
+        "workers": (0, 1),
+        "image_size": (84, 84),
     },
     "cpu": {
-        **{"size": "small", "images": 2, "cache_images": 8, "memory_images": 4, "loader_images": 8, "rows": (1,)},
-        **{"mini_batches": (1, 7), "rounds": 3, "lora": 0, "dtype": "float32", "workers": (0, 1, 2)},
+        "size": "small",
+        "images": 2,
+        "cache_images": 8,
+        "memory_images": 4,
+        "loader_images": 8,
+        "rows": (1,),
+        "mini_batches": (1, 7),
+        "rounds": 3,
+        "lora": 0,
+        "dtype": "float32",
+        "workers": (0, 1, 2),
         "image_size": IMAGE,
     },
     "cuda": {
-        **{"size": "2b", "images": 16, "cache_images": 8, "memory_images": 8, "loader_images": 32, "rows": (4, 8)},
-        **{"mini_batches": (4, 8, 16), "rounds": 3, "lora": 64, "dtype": "bfloat16", "workers": (0, 2, 8)},
+        "size": "2b",
+        "images": 16,
+        "cache_images": 8,
+        "memory_images": 8,
+        "loader_images": 32,
+        "rows": (4, 8),
+        "mini_batches": (4, 8, 16),
+        "rounds": 3,
+        "lora": 64,
+        "dtype": "bfloat16",
+        "workers": (0, 2, 8),
         "image_size": IMAGE,
     },
 }
@@ -230,10 +232,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=7, help="per image (7)")
     parser.add_argument("--images", type=int, help="per step of baseline and utilisation; default 2 on cpu, 16 on cuda")
     parser.add_argument("--cache-images", type=int, help="per step of cache; default 8")
-    parser.add_argument("--memory-images", type=int, help="of the smallest batch of memory; default 4 on cpu, 8 on cuda")
+    parser.add_argument(
+        "--memory-images", type=int, help="of the smallest batch of memory; default 4 on cpu, 8 on cuda"
+    )
     parser.add_argument("--loader-images", type=int, help="per step of loader; default 8 on cpu, 32 on cuda")
     parser.add_argument("--rows", type=int, nargs="+", help="images per chunk of ours; default 1 on cpu, 4 8 on cuda")
-    parser.add_argument("--mini-batches", type=int, nargs="+", help="of the library; default 1 7 on cpu, 4 8 16 on cuda")
+    parser.add_argument(
+        "--mini-batches", type=int, nargs="+", help="of the library; default 1 7 on cpu, 4 8 16 on cuda"
+    )
     parser.add_argument("--workers", type=int, nargs="+", help="of the loader; default 0 1 2 on cpu, 0 2 8 on cuda")
     parser.add_argument("--rounds", type=int, help="default 3")
     parser.add_argument("--lora", type=int, help="rank of the adapters, 0 for none; default 64 on cuda, else 0")

@@ -18,12 +18,12 @@ from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor, nn
+from turns import Bench
 
 from muco.batch import collate
 from muco.dialogue import Dialogue, Sample, query_dialogue, target_dialogue
 from muco.processor import Processor
 from muco.train.mixture import Chosen
-from turns import Bench
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 

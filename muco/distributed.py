@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from muco.errors import MucoError
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
@@ -29,11 +31,22 @@ BUCKET = 1 << 26  # elements that are reduced in one message
 
 
 def start() -> None:
-    """Joins the process group that ``torchrun`` or ``accelerate launch`` asks for; nothing where there is none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Joins the process group that ``torchrun`` or ``accelerate launch`` asks for; nothing where there is none.
+
+    Raises:
+        MucoError: If the launcher's variables are set and this process is not part of such a group.
+    """
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > 1:
         from accelerate import PartialState
 
+        if "MASTER_ADDR" not in os.environ:
+            raise MucoError(
+                f"WORLD_SIZE is {wanted}, but MASTER_ADDR is not set; start with torchrun or accelerate launch"
+            )
         PartialState(cpu=on_cpu())  # chooses NCCL or gloo and this process's device
+    if world_size() != wanted:
+        raise MucoError(f"WORLD_SIZE is {wanted}, but this process is one of {world_size()}; start it in a new process")
 
 
 def on_cpu() -> bool:
@@ -171,7 +184,8 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn
     mesh = init_device_mesh(device.type, (world_size(),))
     ignored = {parameter for module in replicated for parameter in module.parameters()}
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=ignored)
+        # the outermost too: left whole after an evaluation, its weights would not be those that the optimizer knows
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
         module: FSDPModule
         module.set_gradient_divide_factor(1.0)  # the loss is already the mean over all turns, so gradients are summed
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction

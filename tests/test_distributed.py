@@ -101,15 +101,16 @@ def losses(model: Path) -> list[float]:
     return [loss for _, loss in json.loads((model / "run.json").read_text())["loss"]]
 
 
-def train(recipe: Path, **popen) -> subprocess.Popen:
-    return launch("-m", "muco", "train", str(recipe), stderr=subprocess.PIPE, **popen)
+def train(recipe: Path, *options: str, **popen) -> subprocess.Popen:
+    return launch("-m", "muco", "train", str(recipe), *options, stderr=subprocess.PIPE, **popen)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, sharding):
     alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone")))
-    out = finished(train(write_recipe(base, scenes, tmp_path / "both", sharding=sharding)))
+    recipe = write_recipe(base, scenes, tmp_path / "both", sharding=sharding)
+    out = finished(train(recipe, "--set", f"data.validation={scenes / 'dev.jsonl'}"))
     both = tmp_path / "both" / "model"
     assert [json.loads(line) for line in out.splitlines()] == [{"model": str(both)}], "one process speaks"
     assert losses(both) == pytest.approx(losses(alone), rel=1e-4) and len(losses(both)) == 6
@@ -122,6 +123,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, shardi
     steps_logged = json.loads((tmp_path / "both/checkpoints/checkpoint-6/trainer_state.json").read_text())[
         "log_history"
     ]
+    assert any("eval_image_to_caption_hit@1" in entry for entry in state["log_history"])
     assert all({"peak_memory_gib", "padding"} <= entry.keys() for entry in steps_logged if "loss" in entry)
 
 
@@ -169,6 +171,10 @@ def test_settings_of_a_launcher_that_we_do_not_know_are_refused(base, scenes, tm
     alone = load_recipe(write_recipe(base, scenes, tmp_path / "run"))
     with pytest.raises(muco.RecipeError, match="fsdp needs several processes"):
         muco.train(load_recipe(tmp_path / "run.yaml", ["batch.sharding=fsdp"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(muco.MucoError, match="WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun"):
+        muco.train(alone)
     for name in ("FSDP", "DEEPSPEED"):
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
         with pytest.raises(muco.RecipeError, match="batch.sharding: fsdp"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 import muco
-from muco.loss import chance_level, multi_turn_info_nce
+from muco.loss import MultiTurnLoss, chance_level, multi_turn_info_nce
 
 
 def slow_loss(query, target, sample_ids, temperature, target_ids=None, hard=(), hard_turns=(), hard_ids=()):
@@ -153,3 +153,41 @@ def test_wrong_arguments_are_named(arguments, word):
 def test_no_turn_is_an_error():
     with pytest.raises(ValueError, match="at least one turn"):
         multi_turn_info_nce(torch.ones(0, 4), torch.ones(0, 4), torch.arange(0))
+
+
+@pytest.mark.parametrize("block", [1, 40, 100, 10**6])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scores_taken_in_blocks_change_neither_value_nor_gradient(monkeypatch, block, symmetric):
+    torch.manual_seed(0)
+    query, target, hard = (torch.randn(n, 8, requires_grad=True) for n in (13, 13, 5))
+    ids = {
+        "sample_ids": torch.arange(13) // 3,
+        "target_ids": torch.arange(13) % 4,
+        "hard_negative_turns": torch.tensor([0, 0, 3, 7, 12]),
+        "hard_negative_ids": torch.tensor([9, 1, 9, 9, 0]),
+    }
+
+    def taken() -> list[torch.Tensor]:
+        loss = multi_turn_info_nce(query, target, temperature=0.5, symmetric=symmetric, hard_negatives=hard, **ids)
+        return [loss.detach(), *torch.autograd.grad(loss, (query, target, hard))]
+
+    whole = taken()
+    monkeypatch.setattr("muco.loss.BLOCK", block)
+    for one, other in zip(taken(), whole, strict=True):
+        assert torch.allclose(one, other, atol=1e-6) and one.abs().max() > 0
+
+
+def test_a_loss_over_parts_of_vectors_is_the_mean_over_the_parts():
+    torch.manual_seed(0)
+    query, target = (normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    numbers = torch.arange(6)
+    none = torch.empty(0, dtype=torch.long)
+    ids = {"sample_ids": numbers, "target_rows": numbers} | dict.fromkeys(
+        ("hard_negative_rows", "hard_negative_turns", "hard_negative_ids"), none
+    )
+    expected = [
+        multi_turn_info_nce(*(normalize(side[:, :d], dim=1) for side in (query, target)), numbers, temperature=0.2)
+        for d in (2, 5, 8)
+    ]
+    loss = MultiTurnLoss(torch.nn.Identity(), temperature=0.2, dimensions=(2, 5, 8))
+    assert loss.of_vectors(query, target, ids).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)

@@ -177,13 +177,6 @@ def test_trainer_arguments_are_checked(scenes, tmp_path, trainer, word):
         muco.train(recipe_of(scenes, tmp_path / "run", trainer=trainer))
 
 
-def test_several_processes_are_refused_until_they_are_right(scenes, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(muco.RecipeError, match="several processes"):
-        muco.train(recipe_of(scenes, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def poison_weight(model) -> None:
     with torch.no_grad():
         next(model.parameters())[:] = float("nan")
@@ -230,7 +223,7 @@ def test_a_checkpoint_never_holds_weights_that_are_no_numbers(scenes, tmp_path):
     poison_weight(trainer.model)
     with pytest.raises(muco.TrainingError, match="is not finite; there is no checkpoint yet"):
         trainer.save_model(str(tmp_path / "run" / "checkpoints" / "checkpoint-1"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not [*tmp_path.rglob("*.safetensors")]
 
 
 def test_the_gradient_cache_does_not_change_a_run_and_resumes_exactly(finished, scenes, tmp_path):

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The whole GPU run, at the shapes of Qwen2-VL-2B with random weights: one command, under 9 minutes on an 80 GB GPU, no
+# network. From the root of the repository: bash benchmarks/gpu.sh [FOLDER]   (results; default benchmarks/results)
+# PYTHON chooses the interpreter, SECONDS_IN_ALL the time after which what is left is not begun.
+set -u
+output=${1:-benchmarks/results}
+python=${PYTHON:-python}
+deadline=$((SECONDS + ${SECONDS_IN_ALL:-530}))
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+failed=0
+
+# The most important first: each part writes its own files, and one that fails or runs out of time leaves the others.
+part() { # seconds, arguments
+  local left=$((deadline - SECONDS)) limit=$1
+  shift
+  if ((left < 20)); then
+    echo "no time left for: $*" >&2
+    failed=1
+    return
+  fi
+  echo "== $* ($left s left)" >&2
+  timeout "$((limit < left ? limit : left))" "$python" benchmarks/steps.py --device "${DEVICE:-cuda}" --output "$output" "$@" \
+    ${EXTRA:-} || { echo "failed or stopped: $*" >&2; failed=1; }
+}
+
+part 340 --parts baseline utilisation
+part 190 --parts cache memory loader padding
+exit $failed

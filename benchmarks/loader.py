@@ -1,0 +1,154 @@
+"""How fast batches are made from image files, against the step that they feed."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import Cell, configure, device_name, page, settings_of, timed
+from PIL import Image
+from torch.utils.data import DataLoader
+from turns import Bench, heading, say, write
+
+from muco.dialogue import Sample
+from muco.gradcache import TrainingStep
+from muco.processor import Processor
+from muco.train.mixture import Mixture, PartSampler, StepLoader, TrainingBatches
+from muco.train.recipe import TurnsRecipe
+
+
+class Photographs:
+    """A training set of JPEG files."""
+
+    fingerprint = "made for measuring"
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def photographs(bench: Bench, folder: Path) -> Photographs:
+    """The samples of ``bench`` with their images as files: soft noise, about as hard to decode as a photograph."""
+    rng = np.random.default_rng(2)
+    samples = []
+    for number, sample in enumerate(bench.samples["isolated"]):
+        width, height = bench.settings.image
+        noise = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+        file = folder / f"{number}.jpg"
+        Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, quality=90)
+        samples.append(Sample(file, sample.turns, id=sample.id))
+    return Photographs(samples)
+
+
+def step_loader(data: Photographs, processor: Processor, workers: int, steps: int) -> StepLoader:
+    """As the trainer makes it; a step is the whole data set, in parts."""
+    mixture = Mixture([len(data)], [1.0], len(data), seed=0)
+    batches = TrainingBatches([data], mixture, processor, TurnsRecipe(mode="isolated"))
+    sampler = PartSampler(steps, batches.parts, first=lambda: 0)
+    loader = DataLoader(
+        batches,
+        batch_sampler=sampler,
+        collate_fn=itemgetter(0),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return StepLoader(loader)
+
+
+def loading_seconds(steps: StepLoader) -> list[float]:
+    """Seconds of each step when nothing but loading happens; the first, in which workers start, is left out."""
+    times, start = [], time.perf_counter()
+    for step in steps:
+        for _ in step["parts"]:
+            pass
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return times[1:]
+
+
+class Waiting:
+    """Parts on their way to the step, and how long the step has waited for them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        source = iter(parts)
+        while True:
+            start = time.perf_counter()
+            part = next(source, None)
+            self.seconds += time.perf_counter() - start
+            if part is None:
+                return
+            yield part
+
+
+def fed_seconds(bench: Bench, step: TrainingStep, steps: StepLoader) -> list[tuple[float, float]]:
+    """Seconds of each step fed by the loader, and seconds of these spent waiting; the first is left out."""
+    times = []
+    for batch in steps:
+        waiting = Waiting()
+        parts = waiting(batch["parts"])
+        times.append((timed(bench, lambda parts=parts: step(parts)), waiting.seconds))
+    return times[1:]
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Writes loader-DEVICE.json and .md."""
+    settings = settings_of(args, images=args.loader_images)
+    bench = Bench(settings)
+    cells = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = photographs(bench, Path(folder))
+        size = statistics.mean(file.stat().st_size for file in Path(folder).iterdir())
+        ready = [part for batch in step_loader(data, bench.processor, 0, 1) for part in batch["parts"]]
+        length = ready[0]["query"]["input_ids"].shape[1]
+        step = TrainingStep(bench.model, bench.loss, token_budget=args.rows[0] * length, autocast=bench.autocast)
+        configure(bench, Cell())
+        times = [timed(bench, lambda: step(ready)) for _ in range(settings.rounds + 1)][1:]
+        alone = statistics.median(times)
+        for workers in args.workers:
+            loading = loading_seconds(step_loader(data, bench.processor, workers, 4 * settings.rounds + 1))
+            fed = fed_seconds(bench, step, step_loader(data, bench.processor, workers, settings.rounds + 1))
+            cells.append({"workers": workers, "loading": loading, "fed": fed})
+            say(f"loader with {workers} workers")
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "step": times}
+    result |= {"file_bytes": size, "cells": cells, "budget": step.token_budget}
+    notes = [
+        f"Files: JPEG of {size / 1e3:.0f} kB on average, from the file cache. The step alone, its batch ready in "
+        f"memory: {settings.images / alone:.3g} samples / s, gradient cache, chunks of {args.rows[0]}. *Loader*: "
+        "nothing else runs. *Fed*: the step takes its parts from the loader, on the same cores; *waiting* is the share "
+        "of its time in which it had none."
+    ]
+    rows = []
+    for cell in cells:
+        loading = settings.images / statistics.median(cell["loading"])
+        seconds, waited = (statistics.median(values) for values in zip(*cell["fed"], strict=True))
+        rows.append(
+            (
+                *(cell["workers"], f"{loading:.3g}", f"**{loading * alone / settings.images:.1f}**"),
+                *(f"{settings.images / seconds:.3g}", f"{waited / seconds:.1%}"),
+            )
+        )
+    header = "workers | loader samples / s | × the step alone | fed samples / s | waiting"
+    write(
+        args.output,
+        f"loader-{device_name(settings)}",
+        result,
+        page("The loader against the step", result, notes, header, rows),
+    )
