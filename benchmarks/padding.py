@@ -117,8 +117,9 @@ def table(result: dict[str, Any]) -> str:
         f"{result['date']}; lengths only, so no machine matters. {result['samples']} samples per step over all "
         f"devices, {result['steps']} steps. An image has its short side at {ragged['short_side']} px and an aspect "
         f"of {low:g} to {high:g}: {result['visual'][0]} to {result['visual'][1]} visual tokens. "
-        f"{ragged['turns'][0]} to {ragged['turns'][1]} turns of a query of {ragged['query'][0]} to {ragged['query'][1]} and a caption of "
-        f"{ragged['target'][0]} to {ragged['target'][1]} tokens, all uniform; the prompt adds {ragged['marks']} tokens "
+        f"{ragged['turns'][0]} to {ragged['turns'][1]} turns of a query of {ragged['query'][0]} to "
+        f"{ragged['query'][1]} and a caption of {ragged['target'][0]} to {ragged['target'][1]} tokens, all uniform; "
+        f"the prompt adds {ragged['marks']} tokens "
         "per turn. Padding is its share in what passes through the model, both sides together.",
         "",
         "| devices | token budget | padding | worst step | query side | target side | rows as they come | chunks |",
