@@ -10,6 +10,7 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +49,16 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass; does not change the result.")]
+Dimension = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cut vectors to their first so many numbers, for models trained with loss.dimensions."),
+]
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    int8 = "int8"
+    binary = "binary"
 
 
 def _show_version(wanted: bool) -> None:
@@ -109,7 +120,10 @@ def train(
 
 @evaluate_app.command(
     "retrieval",
-    epilog=_examples("muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test"),
+    epilog=_examples(
+        "muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test",
+        "muco evaluate retrieval -m MODEL -d test.jsonl -o scores --dimension 256 --precision int8",
+    ),
 )
 def evaluate_retrieval(
     model: Model,
@@ -120,6 +134,10 @@ def evaluate_retrieval(
         int, typer.Option(min=2, help="Length of the drawn lists of answers, the right one included.")
     ] = 100,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples only.")] = None,
+    dimension: Dimension = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Score codes of this precision, as an index of them would find them.")
+    ] = Precision.float32,
     seed: Annotated[int, typer.Option(help="Of the drawn lists.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +145,8 @@ def evaluate_retrieval(
 
     Gives hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
     and "within": whether the model reads the question. For a model trained here also the blind control: the training
-    loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data.
+    loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
+    further dimensions and precisions are scored without encoding anew.
     """
     from muco.data import open_data
     from muco.evaluate.blind import recipe_of
@@ -146,6 +165,8 @@ def evaluate_retrieval(
             candidates=candidates,
             seed=seed,
             limit=limit,
+            dimension=dimension,
+            precision=precision.value,
             cache=output / "cache",
             recipe=recipe_of(model),
             progress=progress,
@@ -169,6 +190,7 @@ def embed(
         ),
     ],
     batch_size: BatchSize = 32,
+    dimension: Dimension = None,
     text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
     id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
@@ -186,6 +208,7 @@ def embed(
         model,
         output,
         batch_size=batch_size,
+        dimension=dimension,
         resume=resume,
         text_column=text_column,
         image_column=image_column,

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from muco.data.items import Row, open_source
 from muco.errors import DataError, OutputError
+from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 DECODERS = 4  # threads that open images while the model encodes
 DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
+Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
 RESTART = "start again with --no-resume (resume=False)"
 
 
@@ -49,6 +51,7 @@ def embed(
     output: str | Path,
     *,
     batch_size: int = 32,
+    dimension: int | None = None,
     resume: bool = True,
     text_column: str = "text",
     image_column: str = "image",
@@ -68,6 +71,8 @@ def embed(
             (path as in the input, relative to the metadata's ``muco.image_root``), null where not given. Failed rows
             are in ``<stem>.errors.jsonl`` beside it.
         batch_size: Rows per call of the model; does not change the vectors.
+        dimension: Vectors are cut to their first so many numbers and normalised again; for models trained with
+            ``loss.dimensions``. None: as long as the model gives them.
         resume: Continue an interrupted run. If false, what an earlier run left at ``output`` is replaced.
         shard_rows: Rows per part: a kill loses at most so much work. May differ from run to run.
         progress: True draws a bar on stderr, False keeps stderr empty; None draws it where stderr is a terminal.
@@ -76,7 +81,8 @@ def embed(
         ``rows_per_second`` of this run, ``output``, ``errors`` (the list of failed rows, or None) and ``model``.
     Raises:
         DataError: If the input cannot be read, holds dialogues ("turns"), or no row of it can be embedded.
-        OutputError: If ``output`` or its parts are of another model, input or columns.
+        MucoError: If the model's vectors are shorter than ``dimension``.
+        OutputError: If ``output`` or its parts are of another model, dimension, input or columns.
     """
     from rich.console import Console
 
@@ -88,8 +94,14 @@ def embed(
         import muco
 
         model = muco.load(model)
-    dimension = model.get_embedding_dimension()
-    run = {"model": model.fingerprint, "input": source.fingerprint, "columns": source.columns}
+    whole = model.get_embedding_dimension()
+    dimension = checked_dimension(dimension, whole)
+    run = {
+        "model": model.fingerprint,
+        "dimension": str(dimension),
+        "input": source.fingerprint,
+        "columns": source.columns,
+    }
     console = Console(stderr=True, quiet=progress is False)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     started = time.perf_counter()
@@ -102,9 +114,12 @@ def embed(
     if resumed := parts.rows:
         say(f"{output}: going on after {resumed} rows")
     opened = _opened(source.rows(resumed), ahead=2 * batch_size)
+    encode = partial(
+        model.encode, show_progress_bar=False, **({"truncate_dim": dimension} if dimension < whole else {})
+    )
     with _bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
         task = bar.add_task("embed", total=source.total, completed=resumed)
-        while part := _encode_part(model, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
+        while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
             parts.add(part, dimension)
     parts.merge(run, dimension, source.root)
     return _summary(parts, run, resumed=resumed, started=started)
@@ -172,11 +187,11 @@ def _open(row: Row) -> Row:
         return replace(row, image=None, error=str(error))
 
 
-def _encode_part(model: Model, rows: Iterable[Row], batch_size: int, advance: Callable[[int], None]) -> list[Row]:
+def _encode_part(encode: Encode, rows: Iterable[Row], batch_size: int, advance: Callable[[int], None]) -> list[Row]:
     """Each row with its vector or its error, without its image."""
     part: list[Row] = []
     for batch in _batches(rows, batch_size):
-        results = iter(_encode(model, [row for row in batch if row.error is None]))
+        results = iter(_encode(encode, [row for row in batch if row.error is None]))
         for row in batch:
             result = next(results) if row.error is None else row.error
             outcome = {"error": result} if isinstance(result, str) else {"vector": result}
@@ -196,7 +211,7 @@ def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _encode(model: Model, rows: list[Row]) -> list[np.ndarray | str]:
+def _encode(encode: Encode, rows: list[Row]) -> list[np.ndarray | str]:
     """A vector or a reason per row. One bad row must not cost its neighbours: its batch is then taken one by one."""
     import numpy as np
 
@@ -204,10 +219,10 @@ def _encode(model: Model, rows: list[Row]) -> list[np.ndarray | str]:
         return []
     contents = [{k: v for k, v in (("text", row.text), ("image", row.image)) if v is not None} for row in rows]
     try:
-        vectors = model.encode(contents, batch_size=len(rows), show_progress_bar=False)
+        vectors = encode(contents, batch_size=len(rows))
     except DataError as error:
         if len(rows) > 1:
-            return [_encode(model, [row])[0] for row in rows]
+            return [_encode(encode, [row])[0] for row in rows]
         return [re.sub(r"^input 0( turn 1)?: ", "", str(error))]  # the place in this call says nothing to the user
     return [vector if np.isfinite(vector).all() else "the model's vector is not finite" for vector in vectors]
 
@@ -308,7 +323,7 @@ class Parts:
             with self.errors.open(encoding="utf-8") as file:
                 reason = json.loads(next(file))["reason"]
             raise DataError(f"none of the {self.rows} rows can be embedded; the first: {reason}; all: {self.errors}")
-        facts = {**run, "version": muco.__version__, "dimension": dimension, "rows": self.rows, "failed": self.failed}
+        facts = {**run, "version": muco.__version__, "rows": self.rows, "failed": self.failed}
         facts["image_root"] = image_root.resolve()
         temporary = self.folder / "merged.tmp"
         with pq.ParquetWriter(temporary, _schema(dimension, {f"muco.{k}": v for k, v in facts.items()})) as writer:

@@ -25,8 +25,9 @@ from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, me
 from muco.batch import PATCH_KEYS, DialogueBatch, collate, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
-from muco.pooling import TurnPooling
+from muco.pooling import TurnPooling, shortened
 from muco.processor import Processor
+from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -177,15 +178,18 @@ class Model(SentenceTransformer):
 
         Args:
             inputs: One input or a list.
-            kwargs: Those of ``SentenceTransformer.encode``: ``batch_size``, ``show_progress_bar``, …
+            kwargs: Those of ``SentenceTransformer.encode``: ``batch_size``, ``show_progress_bar``; ``truncate_dim`` for
+                shorter vectors (Matryoshka), ``precision`` for quantised ones, …
         Returns:
-            float32 [n, dim] in the order of the inputs, L2-normalised ([dim] for one input).
+            float32 [n, dim] in the order of the inputs, L2-normalised, shortened ones too ([dim] for one input).
         Raises:
             DataError: If an input is empty or its text holds a special token.
             ImageError: If an image cannot be used.
         """
         if self.is_singular_input(inputs):
             return self.encode([inputs], **kwargs)[0]
+        if kwargs.setdefault("truncate_dim", self.truncate_dim) is not None:
+            kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
         values = [_as_mapping(value, i) for i, value in enumerate(inputs)]
         if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
             return np.zeros((0, self.get_embedding_dimension()), dtype=np.float32)
@@ -215,7 +219,8 @@ class Model(SentenceTransformer):
         contents = tuple(as_content(query) for query in queries)
         self.eval()
         batch = self.encoder.collate([Dialogue(images, contents, mode == "isolated", "encode_turns")])
-        return self({k: v.to(self.device) for k, v in batch.items()})["sentence_embedding"].float().cpu().numpy()
+        vectors = self.embed({k: v.to(self.device) for k, v in batch.items()})
+        return shortened(vectors, self.truncate_dim).float().cpu().numpy()
 
     @property
     def fingerprint(self) -> str:
@@ -230,7 +235,7 @@ class Model(SentenceTransformer):
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Saves a stock SentenceTransformer folder; see the module's docstring."""
         super().save(path, *args, **kwargs)
-        _write_stock_modules(Path(path), self.get_embedding_dimension())
+        _write_stock_modules(Path(path), self.encoder.get_embedding_dimension())
 
 
 def _write_stock_modules(folder: Path, dimension: int) -> None:
@@ -281,14 +286,20 @@ def from_backbone(model: nn.Module, processor: Processor, *, device: str | None 
     return Model(modules=[encoder, TurnPooling(encoder.get_embedding_dimension()), Normalize()], device=device)
 
 
-def load(path: str | Path, *, device: str | None = None, **kwargs: Any) -> Model:
+def load(path: str | Path, *, device: str | None = None, truncate_dim: int | None = None, **kwargs: Any) -> Model:
     """Loads a trained model, a released checkpoint of the paper, or a plain image-text-to-text model.
 
     Args:
         path: A folder or a hub id.
         device: "cpu", "cuda", …; the best one there is if None.
+        truncate_dim: Vectors are cut to their first so many numbers and normalised again; for models trained with
+            ``loss.dimensions``. None: whole vectors.
         kwargs: Those of :func:`muco.backbone.load_backbone`.
     Raises:
         CheckpointError: If weights are missing, or the folder is no such model.
+        MucoError: If the model's vectors are not longer than ``truncate_dim``.
     """
-    return from_backbone(*load_backbone(path, **kwargs), device=device)
+    model = from_backbone(*load_backbone(path, **kwargs), device=device)
+    model.truncate_dim = truncate_dim
+    checked_dimension(truncate_dim, model.encoder.get_embedding_dimension())
+    return model

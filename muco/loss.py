@@ -11,11 +11,12 @@ from contextlib import nullcontext
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from muco.distributed import gather, rank
 from muco.negatives import allowed_hard_negatives, allowed_negatives
+from muco.pooling import shortened
 
 
 def multi_turn_info_nce(
@@ -168,20 +169,16 @@ class MultiTurnLoss(nn.Module):
         some = len(hard) > 0
         losses = [
             multi_turn_info_nce(
-                _cut(query, dimension),
-                _cut(target, dimension),
+                shortened(query, dimension),
+                shortened(target, dimension),
                 sample_ids,
                 temperature=self.temperature,
                 target_ids=target_ids,
                 symmetric=self.symmetric,
-                hard_negatives=_cut(hard, dimension) if some else None,
+                hard_negatives=shortened(hard, dimension) if some else None,
                 hard_negative_turns=hard_turns if some else None,
                 hard_negative_ids=hard_ids if some else None,
             )
-            for dimension in self.dimensions or (query.shape[1],)
+            for dimension in self.dimensions or (None,)
         ]
         return torch.stack(losses).mean()
-
-
-def _cut(vectors: Tensor, dimension: int) -> Tensor:
-    return vectors if dimension == vectors.shape[1] else normalize(vectors[:, :dimension].float(), dim=1)

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
+from torch.nn.functional import normalize
 
 
 def pool_turns(
@@ -16,6 +17,21 @@ def pool_turns(
 ) -> Float[Tensor, "turns dim"]:
     """The hidden state at each turn's ``<|emb|>``, in the order of the turns. Positions, not padding, decide."""
     return hidden[turn_rows, turn_columns]
+
+
+def shortened(vectors: Float[Tensor, "rows dim"], dimension: int | None) -> Float[Tensor, "rows shorter"]:
+    """The first ``dimension`` numbers of every vector, L2-normalised in float32; all of them unchanged where None.
+
+    Vectors of a model that was trained with ``loss.dimensions`` stay good ones when shortened (arXiv 2205.13147).
+
+    Raises:
+        ValueError: If the vectors have fewer numbers.
+    """
+    if dimension is None or dimension == vectors.shape[1]:
+        return vectors
+    if not 0 < dimension < vectors.shape[1]:
+        raise ValueError(f"vectors of {vectors.shape[1]} numbers cannot be shortened to {dimension}")
+    return normalize(vectors[:, :dimension].float(), dim=1)
 
 
 class TurnPooling(Pooling):

@@ -1,9 +1,24 @@
-"""How large adapters and a tiny model are: plain numbers, shared by backbone and recipes. No torch in this file."""
+"""How large adapters, a tiny model and vectors are: plain numbers, shared by many. No torch in this file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from muco.errors import MucoError
+
+
+def checked_dimension(dimension: int | None, whole: int) -> int:
+    """How many numbers a vector of ``whole`` numbers keeps if ``dimension`` of them are asked for (None: all).
+
+    Raises:
+        MucoError: If it has fewer.
+    """
+    if dimension is None:
+        return whole
+    if not 0 < dimension <= whole:
+        raise MucoError(f"vectors of {whole} numbers cannot be shortened to {dimension}; give 1 to {whole}")
+    return dimension
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -318,11 +319,24 @@ def test_a_model_is_trained_evaluated_and_used(tmp_path, capfd):
     assert json.loads((output / "retrieval.json").read_text())["tasks"] == tasks
     assert main(wanted) == 0
     assert "within" in capfd.readouterr().out
+    assert main([*wanted, "--dimension", "8", "--precision", "binary", "--json"]) == 0
+    short = json.loads(capfd.readouterr().out)
+    assert (short["dimension"], short["precision"]) == (8, "binary")
+    assert main([*wanted, "--dimension", "1000"]) == 1
+    assert "cannot be shortened to 1000" in capfd.readouterr().err
 
     vectors = tmp_path / "vectors.parquet"
     assert main(["embed", str(folder / "images"), "--model", model, "--output", str(vectors), "--json"]) == 0
     (line,) = capfd.readouterr().out.splitlines()
     assert json.loads(line)["embedded"] == pq.read_table(vectors).num_rows == 20
+    short = [str(folder / "images"), "--model", model, "--output", str(tmp_path / "short.parquet"), "--dimension", "8"]
+    assert main(["embed", *short]) == 0
+    capfd.readouterr()
+    wholes, parts = (
+        np.array(pq.read_table(file)["embedding"].to_pylist()) for file in (vectors, tmp_path / "short.parquet")
+    )
+    assert parts.shape == (20, 8) and np.allclose(np.linalg.norm(parts, axis=1), 1, atol=1e-6)
+    assert np.allclose(parts, wholes[:, :8] / np.linalg.norm(wholes[:, :8], axis=1, keepdims=True), atol=1e-6)
     assert main(["data", "check", str(folder / "test.jsonl"), "--model", model]) == 0
 
 

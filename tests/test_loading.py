@@ -77,6 +77,23 @@ def test_saving_and_loading_changes_nothing(family, tmp_path):
 
 
 @every_family
+def test_shorter_vectors_are_unit_vectors_wherever_they_are_asked_for(family, tmp_path):
+    short, whole = load(checkpoint(family), truncate_dim=8), model(family)
+    expected = whole.encode(inputs())[:, :8]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert close(short.encode(inputs()), expected) and close(whole.encode(inputs(), truncate_dim=8), expected)
+    for mode in ("isolated", "compounded"):
+        long = whole.encode_turns(image(90, 60, 1), ["a", "b"], mode=mode)[:, :8]
+        turns = short.encode_turns(image(90, 60, 1), ["a", "b"], mode=mode)
+        assert close(turns, long / np.linalg.norm(long, axis=1, keepdims=True))
+    assert short.fingerprint == whole.fingerprint
+    short.save(str(tmp_path / "saved"))
+    assert close(load(tmp_path / "saved").encode(inputs()), whole.encode(inputs())), "weights are saved whole"
+    with pytest.raises(muco.MucoError, match=r"cannot be shortened to 4096; give 1 to \d+"):
+        load(checkpoint(family), truncate_dim=4096)
+
+
+@every_family
 def test_the_prompt_outlives_a_library_that_does_not_know_our_file(family, tmp_path):
     """The stock library saves a model again without ``muco.json``; the chat template brings the settings along."""
     backbone, processor = load_backbone(checkpoint(family), local_files_only=True)

@@ -161,3 +161,34 @@ def test_draws_are_even_and_differ_by_query_and_seed():
     assert len(set(draws)) == 800
     counts = [sum(key in drawn for drawn in draws) for key in pool]
     assert min(counts) > 150 and max(counts) < 250  # 200 expected, standard deviation 12
+
+
+@pytest.mark.parametrize("dimension", [1, 5, 8])
+def test_codes_order_candidates_as_an_index_of_them_does(dimension):
+    rng = np.random.default_rng(0)
+    whole = unit(rng, 40)
+    vectors = metrics.shortened(whole, dimension)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert np.allclose(vectors * np.linalg.norm(whole[:, :dimension], axis=1, keepdims=True), whole[:, :dimension])
+    queries, pool = vectors[:8], vectors[8:]
+
+    signs = metrics.reduced(vectors, "binary")
+    assert set(np.unique(signs)) <= {-1.0, 1.0}
+    hamming = ((queries[:, None] > 0) != (pool[None] > 0)).sum(axis=2)
+    assert np.array_equal(signs[:8] @ signs[8:].T, dimension - 2 * hamming)
+
+    codes = metrics.reduced(vectors, "int8")
+    low, high = vectors.min(axis=0), vectors.max(axis=0)
+    expected = np.clip(np.floor((vectors - low) / ((high - low) / 255)), 0, 255) - 128
+    assert np.abs(codes - expected).max() <= 1  # rounding may tip a number over the edge of its bucket
+    assert codes.min() == -128 and codes.max() >= 126 and np.array_equal(codes, np.round(codes))
+    assert metrics.reduced(vectors, "float32") is vectors
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_no_precision_hides_what_is_not_finite(precision):
+    vectors = unit(np.random.default_rng(1), 6)
+    vectors[2, 3] = np.nan
+    codes = metrics.reduced(vectors, precision)
+    assert np.isnan(codes[2]).all() and np.isfinite(np.delete(codes, 2, axis=0)).all()
+    assert np.isnan(metrics.reduced(vectors[2:3], precision)).any()

@@ -403,6 +403,41 @@ def test_reports_hold_every_task(capsys):
     assert {line.replace("\\|", "").count("|") for line in rows} == {9}
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, precision):
+    model, data, cache = Words(), scenes(20), tmp_path / "cache"
+    whole = evaluate_retrieval(model, data, cache=cache, output=tmp_path)
+    encoded = model.encoded
+    short = evaluate_retrieval(model, data, cache=cache, output=tmp_path, dimension=16, precision=precision)
+    assert model.encoded == encoded, "whole vectors are in the cache"
+    assert (short["dimension"], short["precision"]) == (16, precision) and whole["dimension"] == 64
+    name = "retrieval-16.json" if precision == "float32" else f"retrieval-16-{precision}.json"
+    assert json.loads((tmp_path / name).read_text()) == short
+
+    class Short(Words):
+        def encode(self, contents: list[Content], *, batch_size: int) -> np.ndarray:
+            part = super().encode(contents, batch_size=batch_size)[:, :16]
+            return part / np.linalg.norm(part, axis=1, keepdims=True)
+
+    assert short["tasks"] == evaluate_retrieval(Short(), data, precision=precision)["tasks"]
+    hits = [result["tasks"]["image_to_caption"]["mrr"] for result in (short, whole)]
+    assert 0.1 < hits[0] < hits[1]
+    out = io.StringIO()
+    print_results(short, Console(file=out, width=120))
+    assert f"vectors of 16 numbers, scored in {precision}" in out.getvalue()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+def test_a_collapsed_model_scores_nothing_at_any_precision(precision):
+    result = evaluate_retrieval(Constant(), scenes(12), precision=precision)
+    assert result["collapsed"] and result["tasks"]["image_to_caption"]["hit@1"] == 0
+
+
+def test_a_dimension_that_the_vectors_lack_is_refused():
+    with pytest.raises(MucoError, match="vectors of 64 numbers cannot be shortened to 65"):
+        evaluate_retrieval(Words(), scenes(4), dimension=65)
+
+
 # ---------------------------------------------------------------- cache
 
 

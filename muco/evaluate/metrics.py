@@ -1,4 +1,4 @@
-"""Ranks, hit@k and the health of a set of vectors. NumPy only; scores are float32 dot products of normalised rows.
+"""Ranks, hit@k, reduced precision and the health of vectors. Scores are float32 dot products of normalised rows.
 
 A score is only believed when it beats every rival: ties are lost, and vectors that are not finite come last. So a
 model that maps everything to one point, or to NaN, scores 0 instead of passing by luck.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -153,6 +154,43 @@ def mrr(ranks: np.ndarray) -> float:
 def chance_hit(k: int, candidates: int | np.ndarray) -> float:
     """hit@k of random scores: the mean of min(1, k / candidates) over the queries."""
     return float(np.mean(np.minimum(1.0, k / np.asarray(candidates))))
+
+
+Precision = Literal["float32", "int8", "binary"]
+
+
+def shortened(vectors: np.ndarray, dimension: int) -> np.ndarray:
+    """The first ``dimension`` numbers of each vector of float32 [n, D], L2-normalised; whole vectors as they are."""
+    if dimension == vectors.shape[1]:
+        return vectors
+    part = vectors[:, :dimension]
+    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def reduced(vectors: np.ndarray, precision: Precision) -> np.ndarray:
+    """Vectors whose dot products order candidates as an index of that precision does, without rescoring.
+
+    The codes are those of ``sentence_transformers.quantize_embeddings``: int8 with the ranges of these vectors;
+    binary as signs, -1 or 1, whose dot products order candidates by Hamming distance.
+
+    Args:
+        vectors: float32 [n, D].
+    Returns:
+        float32 [n, D]; rows that are not finite stay so.
+    """
+    finite = np.isfinite(vectors).all(axis=1)
+    if precision == "float32" or not finite.any():
+        return vectors
+    from sentence_transformers import quantize_embeddings
+
+    codes = np.full_like(vectors, np.nan)
+    if precision == "int8":
+        known = vectors[finite]
+        codes[finite] = quantize_embeddings(known, "int8", ranges=np.stack([known.min(axis=0), known.max(axis=0)]))
+    else:
+        bits = np.unpackbits(quantize_embeddings(vectors[finite], "ubinary"), axis=1, count=vectors.shape[1])
+        codes[finite] = 2.0 * bits - 1.0
+    return codes
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, EmbeddingCache, embed
+from muco.evaluate.metrics import Precision
 from muco.evaluate.report import versions, warnings, write_json
 from muco.evaluate.tasks import Builder, Task, read_turns
+from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
     from muco.data import Data
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known without the image
 AT = (1, 5, 10)
 RULES = {
+    "precision": "int8: codes of the library with the ranges of all vectors; binary: signs; both sides, no rescoring",
     "metric": "hit@k and MRR of the right target by float32 dot product; ties are lost; hit@k: null if k >= candidates",
     "identity": "text and image bytes; the first paraphrase; any target the data calls right for a query is no rival",
     "draw": "the targets of the same kind with the smallest hash of (seed, query, target)",
@@ -67,6 +70,8 @@ def evaluate_retrieval(
     candidates: int = 100,
     seed: int = 0,
     limit: int | None = None,
+    dimension: int | None = None,
+    precision: Precision = "float32",
     cache: Path | None = None,
     recipe: Recipe | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -76,11 +81,14 @@ def evaluate_retrieval(
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
         data: Samples with a fingerprint.
-        output: Folder that gets ``retrieval.json``; nothing is written without it.
+        output: Folder that gets ``retrieval.json``, or with a dimension and precision ``retrieval-64-int8.json``;
+            nothing is written without it.
         batch_size: Contents per forward pass; the scores do not depend on it.
         candidates: Size of the drawn lists of "answer", the right target included; fewer where fewer exist.
         seed: Of the draw.
         limit: Only the first so many samples of the data.
+        dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
+            values cost no encoding.
         cache: Folder of encoded vectors, used again only for the same model and data.
         recipe: What the model was trained with; adds "blind_loss", see :func:`muco.evaluate.blind.blind_loss`.
         progress: Called with (contents encoded, contents in all).
@@ -90,7 +98,7 @@ def evaluate_retrieval(
         from. Shares are 0 to 1.
     Raises:
         DataError: If the data gives no task at all, or a content cannot be read.
-        MucoError: If ``candidates`` or ``limit`` is too small.
+        MucoError: If ``candidates`` or ``limit`` is too small, or ``dimension`` too large.
         OutputError: If the output or cache folder cannot be written.
     """
     start = time.perf_counter()
@@ -103,6 +111,8 @@ def evaluate_retrieval(
         candidates=candidates,
         seed=seed,
         limit=limit,
+        dimension=dimension,
+        precision=precision,
         cache=store,
         progress=progress,
     )
@@ -125,7 +135,10 @@ def evaluate_retrieval(
         "seconds": round(time.perf_counter() - start, 3),
     }
     if output is not None:
-        write_json(Path(output) / "retrieval.json", result)
+        name = "-".join(
+            ["retrieval", *([str(dimension)] if dimension else []), *([precision] * (precision != "float32"))]
+        )
+        write_json(Path(output) / f"{name}.json", result)
     return result
 
 
@@ -137,6 +150,8 @@ def score_tasks(
     candidates: int = 100,
     seed: int = 0,
     limit: int | None = None,
+    dimension: int | None = None,
+    precision: Precision = "float32",
     cache: EmbeddingCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -159,7 +174,9 @@ def score_tasks(
     keys = book.in_order({key for task in builder.tasks for key in (*task.queries, *task.pool)})
     vectors = embed(keys, functools.partial(_encode, model, book, batch_size), cache=cache, progress=progress)
     row_of = {key: row for row, key in enumerate(keys)}
-    scored = [(task, score(task, vectors, row_of)) for task in builder.tasks]
+    vectors = metrics.shortened(vectors, checked_dimension(dimension, vectors.shape[1]))
+    codes = metrics.reduced(vectors, precision)
+    scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
     health = metrics.embedding_health(vectors)
     return {
         "tasks": _by_task(scored),
@@ -175,6 +192,7 @@ def score_tasks(
         "turns": len(turns),
         "encoded": len(keys),
         "dimension": vectors.shape[1],
+        "precision": precision,
     }
 
 
@@ -190,12 +208,19 @@ def _encode(model: Embedder, book: Book, batch_size: int, keys: Sequence[str]) -
         raise
 
 
-def score(task: Task, vectors: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
-    """Scores of one task; ``vectors`` is float32 [n, d] and ``row_of`` finds the row of a key."""
-    queries = vectors[[row_of[key] for key in task.queries]]
-    pool = vectors[[row_of[key] for key in task.pool]]
+def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
+    """Scores of one task by the dot products of ``codes``, and the health of ``vectors``.
+
+    Args:
+        vectors: float32 [n, d].
+        codes: float32 [n, d], what is left of them at lower precision.
+        row_of: Finds the row of a key.
+    """
+    queries = codes[[row_of[key] for key in task.queries]]
+    rows = [row_of[key] for key in task.pool]
+    pool = codes[rows]
     query_health = metrics.embedding_health(vectors[[row_of[key] for key in sorted(set(task.queries))]])
-    pool_health = metrics.embedding_health(pool)
+    pool_health = metrics.embedding_health(vectors[rows])
     if pool_health.collapsed:
         pool = np.zeros_like(pool)  # what is left of the differences is rounding: let all of them tie, and so be lost
     if task.lists is None:
