@@ -1,7 +1,7 @@
 """How much of what passes through the model is padding, on ragged dialogues: lengths only, no model.
 
 The distribution stands for M3T: a photograph with its short side at 640 px and an aspect between 1 and 2, one to seven
-turns, and captions as targets. Chunks are cut by :func:`muco.batch.split`, as training cuts them.
+turns, and captions as targets. Chunks are cut by :func:`muco.batch.chunks_of`, as training cuts them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from turns import heading, write
 
-from muco.batch import DialogueBatch, split
+from muco.batch import chunks_of
 from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS
 
 SIDE = 28  # pixels of a visual token
@@ -51,22 +51,10 @@ class Ragged:
         return {"query": PROMPT_TOKENS + IMAGE_MARKS + short * long + query, "target": PROMPT_TOKENS + target}
 
 
-def dialogues(lengths: np.ndarray) -> DialogueBatch:
-    """Stand-ins of these lengths, with one turn each."""
-    mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
-    return {
-        "input_ids": torch.zeros_like(mask),
-        "attention_mask": mask,
-        "position_ids": torch.zeros_like(mask)[None],
-        "turn_rows": torch.arange(len(lengths)),
-        "turn_columns": torch.from_numpy(lengths) - 1,
-    }
-
-
 def passed(lengths: np.ndarray, budget: int) -> tuple[int, int]:
     """What goes through the model with padding, and in how many chunks."""
-    chunks = [chunk for chunk, _ in split(dialogues(lengths), budget)]
-    return sum(chunk["input_ids"].numel() for chunk in chunks), len(chunks)
+    chunks = chunks_of(torch.from_numpy(lengths), budget)
+    return sum(len(rows) * int(lengths[rows].max()) for rows in chunks), len(chunks)
 
 
 def passed_in_order(lengths: np.ndarray, budget: int) -> int:

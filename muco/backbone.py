@@ -122,6 +122,14 @@ def _grow_embeddings(model: nn.Module, tokens: int) -> None:
             model.resize_token_embeddings(tokens, mean_resizing=False)
 
 
+def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a configuration on the meta device, where tensors have shapes and no memory."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").model
+
+
 def freeze_vision(model: nn.Module) -> int:
     """Stops training of the vision tower; returns the number of parameters frozen.
 
@@ -255,6 +263,15 @@ def tiny_qwen2_vl(
         torch.manual_seed(seed)
         model = Qwen2VLModel._from_config(model_config, attn_implementation="sdpa")
     return model.eval(), Processor(tokenizer, image_processor, QWEN_VL)
+
+
+def stand_in_processor(texts: Iterable[str], vocabulary: int = 32768) -> Processor:
+    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
+    tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
+    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL)
 
 
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")

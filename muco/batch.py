@@ -182,6 +182,17 @@ def tree_mask(batch: DialogueBatch) -> Tensor | None:
     return allowed[:, None]
 
 
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask [B, 1, L, L] as what is added to attention scores: 0 where it is True, else minus infinity.
+
+    All layers share it; of a boolean mask torch makes such a bias anew in every layer and keeps it for backward. Its
+    rows begin at multiples of 16 numbers, or kernels would copy it for that reason.
+    """
+    *outer, length = mask.shape
+    bias = torch.zeros(*outer, -(-length // 16) * 16, dtype=dtype, device=mask.device)[..., :length]
+    return bias.masked_fill_(~mask, float("-inf"))
+
+
 def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
     """The rule of :func:`tree_mask` for FlexAttention, which leaves out blocks in which nothing is allowed.
 
@@ -210,16 +221,21 @@ def split(batch: DialogueBatch, token_budget: int) -> list[tuple[DialogueBatch, 
         Chunks, longest rows first so that what does not fit shows at once, each with the numbers of its turns in the
         batch, int64 [turns of the chunk]. Rows of equal length keep their order.
     """
+    lengths = batch["attention_mask"].sum(dim=1)
+    return [rows_of(batch, rows) for rows in chunks_of(lengths, token_budget)]
+
+
+def chunks_of(lengths: Tensor, token_budget: int) -> list[Tensor]:
+    """Which rows of these lengths (int64 [B]) pass together: :func:`split` before anything is cut."""
     if token_budget < 1:
         raise ValueError(f"token_budget must be positive, got {token_budget}")
-    lengths = batch["attention_mask"].sum(dim=1)
-    order = lengths.argsort(descending=True, stable=True)
     if len(lengths) * int(lengths.max()) <= token_budget:
-        order = torch.arange(len(lengths))  # nothing to cut
+        return [torch.arange(len(lengths))]  # nothing to cut, so nothing to sort
+    order = lengths.argsort(descending=True, stable=True)
     chunks, first = [], 0
     while first < len(order):
         rows = max(1, token_budget // int(lengths[order[first]]))
-        chunks.append(rows_of(batch, order[first : first + rows]))
+        chunks.append(order[first : first + rows])
         first += rows
     return chunks
 

@@ -81,6 +81,8 @@ def _root(
         "muco train recipe.yaml",
         "muco train recipe.yaml --set turns.mode=compounded --output runs/compounded",
         "muco train recipe.yaml --print",
+        "muco train recipes/paper_pretrain_qwen2_vl_7b.yaml --dry-run --devices 8",
+        "torchrun --nproc-per-node 8 -m muco train recipe.yaml",
     )
 )
 def train(
@@ -91,6 +93,11 @@ def train(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
     ] = [],  # noqa: B006
     print_: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would take, and what stands in its way; train nothing.")
+    ] = False,
+    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
+    as_json: Json = False,
     output: Annotated[Path | None, typer.Option(help="Folder to write; overrides the recipe's output.")] = None,
     resume: Annotated[
         bool,
@@ -102,6 +109,8 @@ def train(
     """Train a model as a recipe says.
 
     An interrupted run goes on from its last checkpoint when the same command is given again. Prints the model's folder.
+    A dry run reads some samples and prints parameters, tokens, operations, memory and steps; exit code 3 if something
+    would stop the run.
     """
     from muco.train.recipe import dump_recipe, load_recipe
 
@@ -109,6 +118,14 @@ def train(
     resolved = load_recipe(recipe, overrides)
     if print_:
         print(dump_recipe(resolved), end="")
+        return
+    if dry_run:
+        from muco.train.plan import plan, print_plan
+
+        found = plan(resolved, devices=devices)
+        _finish(found, as_json, print_plan)
+        if found["problems"]:
+            raise typer.Exit(FAILED_CHECK)
         return
     from muco import distributed
     from muco.train.trainer import train

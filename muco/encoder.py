@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
 from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, merge_adapters
-from muco.batch import PATCH_KEYS, DialogueBatch, collate, tree_block_mask, tree_mask
+from muco.batch import PATCH_KEYS, DialogueBatch, attention_bias, collate, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
@@ -105,9 +105,14 @@ class Encoder(InputModule):
         return list(zip(*(tokens.split(lengths) for tokens in maps), strict=True))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        inputs = model_inputs(features, self.muco_processor, flex=self.uses_flex_attention)
+        inputs = model_inputs(features, self.muco_processor, self._computes_in(), flex=self.uses_flex_attention)
         features["token_embeddings"] = self.model(**inputs).last_hidden_state
         return features
+
+    def _computes_in(self) -> torch.dtype:
+        device = self.model.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.model.dtype
 
     def get_embedding_dimension(self) -> int:
         config = self.model.config
@@ -124,9 +129,18 @@ class Encoder(InputModule):
         _write_json(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
 
 
-def model_inputs(batch: DialogueBatch, processor: Processor, *, flex: bool = False) -> dict[str, Any]:
-    """The arguments of the backbone's forward for a batch; ``flex`` for a language model with FlexAttention."""
-    mask = tree_block_mask(batch) if flex else tree_mask(batch)
+def model_inputs(
+    batch: DialogueBatch, processor: Processor, dtype: torch.dtype, *, flex: bool = False
+) -> dict[str, Any]:
+    """The arguments of the backbone's forward for a batch.
+
+    Args:
+        dtype: In which attention is computed.
+        flex: For a language model with FlexAttention.
+    """
+    mask: Any = tree_block_mask(batch) if flex else tree_mask(batch)
+    if isinstance(mask, Tensor):
+        mask = attention_bias(mask, dtype)
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],
         "attention_mask": batch["attention_mask"] if mask is None else mask,

@@ -65,6 +65,9 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         return None
     known = json.loads(file.read_text(encoding="utf-8"))
     differing = _differing(known, facts)
+    if differing and not _begun(output):  # stopped before it had anything to lose, by a mistake in its recipe perhaps
+        write_json(file, facts)
+        return None
     if differing:
         raise OutputError(
             f"{output} holds another run ({differing} differs); choose another output folder or delete it"
@@ -73,6 +76,10 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
     model = output / "model"
     return model if (model / "modules.json").is_file() else None
+
+
+def _begun(output: Path) -> bool:
+    return (output / "model").exists() or any((output / "checkpoints").glob("checkpoint-*"))
 
 
 def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:

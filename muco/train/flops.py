@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from muco.backbone import VISION_NAMES, add_adapters
+from muco.backbone import VISION_NAMES, add_adapters, meta_backbone
 from muco.batch import tree_mask
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
 from muco.sizes import Adapter
@@ -154,7 +154,7 @@ def meta_step_flops(
     One image's two dialogues are counted and multiplied by ``images``; the loss is counted for all of them at once.
 
     Args:
-        visual_tokens: Per image, of ``spatial_merge_size`` squared patches each.
+        visual_tokens: Per image, of ``spatial_merge_size`` squared patches each; 0 for samples without an image.
         query_tokens, target_tokens: What one more turn adds to either sequence, its share of the prompt included.
         mode: Decides the attention mask. It does not change the count, see the module's docstring.
         backward: False counts the forward passes alone.
@@ -164,7 +164,7 @@ def meta_step_flops(
     Raises:
         ValueError: If a number is not positive, the mode unknown or the adapter not LoRA.
     """
-    if min(images, turns, visual_tokens, query_tokens, target_tokens) < 1:
+    if min(images, turns, query_tokens, target_tokens) < 1 or visual_tokens < 0:
         raise ValueError("images, turns and tokens must be positive")
     if mode not in ("isolated", "compounded"):
         raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
@@ -194,13 +194,11 @@ class _MetaModel(nn.Module):
     """The two halves of a Qwen2-VL, joined without looking at values, of which meta tensors have none."""
 
     def __init__(self, config: Qwen2VLConfig, adapter: Adapter | None, vision_backward: bool) -> None:
-        from transformers import Qwen2VLModel
-
         super().__init__()
-        with torch.device("meta"):
-            model = Qwen2VLModel._from_config(config, attn_implementation="sdpa")
-            self.visual, self.language = model.visual, model.language_model
-            if adapter is not None:
+        model = meta_backbone(config)
+        self.visual, self.language = model.visual, model.language_model
+        if adapter is not None:
+            with torch.device("meta"):
                 add_adapters(model, adapter, [0, 1])
         self.visual.requires_grad_(vision_backward)
 

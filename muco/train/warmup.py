@@ -55,7 +55,7 @@ def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tens
     """Mean next-token cross-entropy of text prompts, padding left out."""
     batch = encoder.collate(dialogues)
     batch = {key: value.to(next(encoder.parameters()).device) for key, value in batch.items()}
-    hidden = encoder.model(**model_inputs(batch, encoder.muco_processor)).last_hidden_state
+    hidden = encoder.model(**model_inputs(batch, encoder.muco_processor, encoder.model.dtype)).last_hidden_state
     logits = hidden[:, :-1] @ encoder.model.get_input_embeddings().weight.T
     labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
