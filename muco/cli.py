@@ -82,7 +82,6 @@ def _root(
         "muco train recipe.yaml --set turns.mode=compounded --output runs/compounded",
         "muco train recipe.yaml --print",
         "muco train recipes/paper_pretrain_qwen2_vl_7b.yaml --dry-run --devices 8",
-        "torchrun --nproc-per-node 8 -m muco train recipe.yaml",
     )
 )
 def train(
@@ -109,6 +108,7 @@ def train(
     """Train a model as a recipe says.
 
     An interrupted run goes on from its last checkpoint when the same command is given again. Prints the model's folder.
+    On several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
     A dry run reads some samples and prints parameters, tokens, operations, memory and steps; exit code 3 if something
     would stop the run.
     """

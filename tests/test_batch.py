@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from muco.backbone import use_flex_attention
-from muco.batch import PATCH_KEYS, DialogueBatch, _stack_patches, collate, join, split, tree_block_mask, tree_mask
+from muco.batch import (
+    PATCH_KEYS,
+    DialogueBatch,
+    _stack_patches,
+    attention_bias,
+    collate,
+    join,
+    split,
+    tree_block_mask,
+    tree_mask,
+)
 from muco.dialogue import Content, Dialogue
 from muco.errors import ImageError
 from muco.processor import EncodedImage, rotary_positions
@@ -342,3 +352,13 @@ def test_flex_attention_gives_the_same_vectors(family):
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         found = built.embed(batch).numpy()
     assert np.abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 16, 37])
+def test_a_bias_is_the_mask_and_lies_as_kernels_want_it(length):
+    mask = torch.rand(2, 1, length, length) > 0.5
+    mask |= torch.eye(length, dtype=torch.bool)
+    bias = attention_bias(mask, torch.bfloat16)
+    assert bias.shape == mask.shape and bias.dtype == torch.bfloat16
+    assert torch.equal(bias == 0, mask) and torch.isneginf(bias[~mask]).all()
+    assert all(stride % 16 == 0 for stride in bias.stride()[:-1]) and bias.stride()[-1] == 1

@@ -21,9 +21,15 @@ from muco.train.recipe import dump_recipe, from_dict, load_recipe
 HERE = Path(__file__).parent
 
 
-def launch(*arguments: str, processes: int = 2, **popen) -> subprocess.Popen:
-    """As a user does: torchrun on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node=2",
+    "accelerate": "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no",
+}
+
+
+def launch(*arguments: str, launcher: str = "torchrun", **popen) -> subprocess.Popen:
+    """Two processes on this machine, as a user starts them."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True, **popen)
 
@@ -106,11 +112,11 @@ def train(recipe: Path, *options: str, **popen) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, sharding):
+@pytest.mark.parametrize(("sharding", "launcher"), [("none", "torchrun"), ("none", "accelerate"), ("fsdp", "torchrun")])
+def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, sharding, launcher):
     alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone")))
     recipe = write_recipe(base, scenes, tmp_path / "both", sharding=sharding)
-    out = finished(train(recipe, "--set", f"data.validation={scenes / 'dev.jsonl'}"))
+    out = finished(train(recipe, "--set", f"data.validation={scenes / 'dev.jsonl'}", launcher=launcher))
     both = tmp_path / "both" / "model"
     assert [json.loads(line) for line in out.splitlines()] == [{"model": str(both)}], "one process speaks"
     assert losses(both) == pytest.approx(losses(alone), rel=1e-4) and len(losses(both)) == 6
