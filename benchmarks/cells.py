@@ -186,11 +186,20 @@ def _host_memory(settings: Settings, cell: Cell, turns: int) -> dict[str, int]:
     for parameter in bench.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     bench.update()  # makes the optimizer's state
-    ctypes.CDLL(None).malloc_trim(0)  # what making the batch has left
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on (Linux)
-    resting = _status("VmRSS")
+    resting = reset_peak()
     timed(bench, step)
-    return {"resting": resting, "peak": _status("VmHWM")}
+    return {"resting": resting, "peak": peak_of_this_process()}
+
+
+def reset_peak() -> int:
+    """Bytes resident now, after giving back what is free; the peak counts from here on (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_of_this_process() -> int:
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:

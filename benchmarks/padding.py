@@ -54,7 +54,7 @@ class Ragged:
 def passed(lengths: np.ndarray, budget: int) -> tuple[int, int]:
     """What goes through the model with padding, and in how many chunks."""
     chunks = chunks_of(torch.from_numpy(lengths), budget)
-    return sum(len(rows) * int(lengths[rows].max()) for rows in chunks), len(chunks)
+    return sum(len(rows) * int(lengths[rows.numpy()].max()) for rows in chunks), len(chunks)
 
 
 def passed_in_order(lengths: np.ndarray, budget: int) -> int:

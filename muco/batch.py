@@ -225,19 +225,32 @@ def split(batch: DialogueBatch, token_budget: int) -> list[tuple[DialogueBatch, 
     return [rows_of(batch, rows) for rows in chunks_of(lengths, token_budget)]
 
 
+PASS = 512  # tokens: what a pass of its own may cost before padding is the cheaper choice
+
+
 def chunks_of(lengths: Tensor, token_budget: int) -> list[Tensor]:
-    """Which rows of these lengths (int64 [B]) pass together: :func:`split` before anything is cut."""
+    """Which rows of these lengths (int64 [B]) pass together: :func:`split` before anything is cut.
+
+    Of all cuts of the sorted rows the one with the fewest tokens, padding included, when a chunk costs ``PASS`` more.
+    """
     if token_budget < 1:
         raise ValueError(f"token_budget must be positive, got {token_budget}")
-    if len(lengths) * int(lengths.max()) <= token_budget:
-        return [torch.arange(len(lengths))]  # nothing to cut, so nothing to sort
     order = lengths.argsort(descending=True, stable=True)
-    chunks, first = [], 0
-    while first < len(order):
-        rows = max(1, token_budget // int(lengths[order[first]]))
-        chunks.append(order[first : first + rows])
-        first += rows
-    return chunks
+    longest = lengths[order].numpy()
+    best, cuts = np.zeros(len(longest) + 1), np.zeros(len(longest) + 1, dtype=np.int64)
+    for end in range(1, len(longest) + 1):  # best[end]: the cheapest way for the first rows up to end
+        tokens = np.arange(end, 0, -1) * longest[:end]  # of a chunk that begins at each row before
+        fits = (tokens <= token_budget) | (np.arange(end) == end - 1)
+        costs = np.where(fits, best[:end] + tokens + PASS, np.inf)
+        cuts[end] = costs.argmin()
+        best[end] = costs[cuts[end]]
+    chunks, end = [], len(longest)
+    while end:
+        chunks.append(order[cuts[end] : end])
+        end = int(cuts[end])
+    if len(chunks) == 1:
+        return [torch.arange(len(lengths))]  # nothing is cut, so the rows stay in their order
+    return chunks[::-1]
 
 
 def rows_of(batch: DialogueBatch, rows: Tensor) -> tuple[DialogueBatch, Tensor]:

@@ -109,6 +109,7 @@ def train(
 
     An interrupted run goes on from its last checkpoint when the same command is given again. Prints the model's folder.
     On several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
+
     A dry run reads some samples and prints parameters, tokens, operations, memory and steps; exit code 3 if something
     would stop the run.
     """

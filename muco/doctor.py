@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Packages that MuCo runs without, and what each of them would give.
 OPTIONAL = {
     "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
+    "mteb": "its tasks, with muco.evaluate.mteb; the test suite",
     "pytest": "the test suite",
     "hypothesis": "the test suite",
     "jaxtyping": "checks of tensor shapes in the test suite",

@@ -7,9 +7,9 @@
     loss          all vectors of all processes ─▶ scalar ─▶ d loss / d vectors
     second pass   chunk ─embed, the same randomness─▶ vectors · their gradients ─▶ d loss / d weights
 
-Value and gradient are those of the plain step, in which the whole batch is one chunk; activations of one chunk only are
-in memory at a time (gradient cache: Gao et al., arXiv 2101.06983). A step whose sides fit into one chunk each is made
-plainly. The library's own cached losses cut batches by rows of a rectangle and run the vision tower in both passes; for
+Value and gradient are those of the plain step; activations of one chunk only are in memory at a time (gradient cache:
+Gao et al., arXiv 2101.06983). A step each of whose sides is within the budget is made plainly, in one pass over its
+chunks. The library's own cached losses cut batches by rows of a rectangle and run the vision tower in both passes; for
 trees of turns, flattened images and kept features the cutting is :func:`muco.batch.split`. The replay of randomness is
 the library's.
 """
@@ -65,6 +65,11 @@ class _Chunk:
     batch: DialogueBatch
     turns: Tensor
 
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.batch["input_ids"].numel()
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -114,14 +119,14 @@ class TrainingStep:
             self.token_budget = distributed.smallest(self.token_budget)
             chunks = [_Chunk(side, *cut) for side in SIDES for cut in split(batch.sides[side], self.token_budget)]
             # FSDP2 wants each forward pass followed by its backward pass
-            plain = len(chunks) == len(SIDES) and not self.sharded
+            plain = max(_tokens_of_sides(chunks)) <= self.token_budget and not self.sharded
             loss = self._plain(chunks, batch) if plain else self._cached(chunks, batch)
             if loss is not None:
                 break
-            self._halve_budget(chunks)
+            self._halve_budget(chunks, plain=plain)
         distributed.sum_gradients(self.model.parameters())
         tokens = sum(int(side["attention_mask"].sum()) for side in batch.sides.values())
-        passed = sum(chunk.batch["attention_mask"].numel() for chunk in chunks)
+        passed = sum(chunk.tokens for chunk in chunks)
         return StepReport(loss, tokens, 1 - tokens / passed, len(chunks))
 
     def _receive(self, parts: Iterable[Mapping[str, Any]]) -> _Batch:
@@ -174,13 +179,13 @@ class TrainingStep:
         return (batch["image_patches"] * per_patch).round().long()
 
     def _plain(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:
-        """The whole batch in one pass per side; None if memory ran out on any process."""
+        """Each chunk once, all with their graphs; None if memory ran out on any process."""
         memory = _OutOfMemory()
         with memory:
-            vectors = [self._embed(chunk)[chunk.turns.argsort()] for chunk in chunks]
+            vectors = [self._embed(chunk) for chunk in chunks]
         if self._failed(memory):
             return None
-        loss = self._loss(*vectors, batch)
+        loss = self._loss(*(_side(side, chunks, vectors) for side in SIDES), batch)
         with memory:
             loss.backward()
         return None if self._failed(memory) else loss.detach()
@@ -196,7 +201,7 @@ class TrainingStep:
                 vectors.append(self._embed(chunk))
         if self._failed(memory):
             return None
-        leaves = {side: _side(side, chunks, vectors) for side in SIDES}
+        leaves = {side: _side(side, chunks, vectors).requires_grad_() for side in SIDES}
         loss = self._loss(leaves["query"], leaves["target"], batch)
         loss.backward()
         with memory:
@@ -248,10 +253,12 @@ class TrainingStep:
         self.model.zero_grad(set_to_none=True)
         return True
 
-    def _halve_budget(self, chunks: Sequence[_Chunk]) -> None:
-        tokens = max(chunk.batch["input_ids"].numel() for chunk in chunks)
-        rows = max(len(chunk.batch["input_ids"]) for chunk in chunks)
-        self._shrink(tokens, possible=distributed.largest(rows) > 1)
+    def _halve_budget(self, chunks: Sequence[_Chunk], *, plain: bool) -> None:
+        """Makes the budget smaller than what was in memory at once: a side in a plain step, a chunk in a cached one."""
+        rows = [len(chunk.batch["input_ids"]) for chunk in chunks]
+        tokens = max(_tokens_of_sides(chunks) if plain else (chunk.tokens for chunk in chunks))
+        smaller = max(rows) > 1 or (plain and len(chunks) > len(SIDES))
+        self._shrink(tokens, possible=distributed.largest(int(smaller)) > 0)
 
     def _shrink(self, tokens: int, *, possible: bool) -> None:
         before = min(self.token_budget, tokens)
@@ -291,8 +298,12 @@ def _next_group(sizes: Tensor, first: int, budget: int) -> Tensor:
     return torch.arange(first, first + max(1, fitting))
 
 
+def _tokens_of_sides(chunks: Sequence[_Chunk]) -> list[int]:
+    return [sum(chunk.tokens for chunk in chunks if chunk.side == side) for side in SIDES]
+
+
 def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:
-    """The vectors of a side in the order of its turns, a leaf that collects their gradient."""
+    """The vectors of a side in the order of its turns."""
     own = [(chunk.turns, part) for chunk, part in zip(chunks, vectors, strict=False) if chunk.side == side]
     turns, parts = (torch.cat(tensors) for tensors in zip(*own, strict=True))
-    return parts[turns.argsort().to(parts.device)].requires_grad_()
+    return parts[turns.argsort().to(parts.device)]

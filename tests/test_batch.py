@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from muco.batch import (
     DialogueBatch,
     _stack_patches,
     attention_bias,
+    chunks_of,
     collate,
     join,
     split,
@@ -292,9 +294,18 @@ def test_features_computed_before_take_the_place_of_pixels(family):
     assert np.abs(together - expected).max() < 1e-5
 
 
+def every_cut(rows: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to cut a list into runs."""
+    if not rows:
+        yield []
+    for first in range(1, len(rows) + 1):
+        for rest in every_cut(rows[first:]):
+            yield [rows[:first], *rest]
+
+
 @quick
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 40), st.booleans())
-def test_a_chunk_has_as_many_rows_as_fit(lengths, budget, left):
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 40), st.integers(0, 12), st.booleans())
+def test_no_other_cut_passes_fewer_tokens(lengths, budget, price, left):
     width = max(lengths)
     mask = [[0] * (width - n) + [1] * n if left else [1] * n + [0] * (width - n) for n in lengths]
     table = torch.tensor(mask)
@@ -305,12 +316,20 @@ def test_a_chunk_has_as_many_rows_as_fit(lengths, budget, left):
         "turn_rows": torch.arange(len(lengths)),
         "turn_columns": torch.tensor([width - 1 if left else n - 1 for n in lengths]),
     }
-    chunks = [chunk for chunk, _ in split(batch, budget)]
-    order = [int(row.max()) - 1 for chunk in chunks for row in chunk["input_ids"]]
-    assert order == rows_in_order(batch, budget)
-    for chunk in chunks[:-1]:
-        rows, longest = chunk["input_ids"].shape
-        assert longest * (rows + 1) > budget, "one more row would have fitted"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("muco.batch.PASS", price)
+        chunks = [chunk for chunk, _ in split(batch, budget)]
+        again = [chunk.tolist() for chunk in chunks_of(torch.tensor(lengths), budget)]
+    order = [[int(row.max()) - 1 for row in chunk["input_ids"]] for chunk in chunks]
+    assert order == again and sorted(sum(order, [])) == list(range(len(lengths)))
+    passed = [chunk["input_ids"].numel() for chunk in chunks]
+    assert all(tokens <= budget or len(rows) == 1 for tokens, rows in zip(passed, order, strict=True))
+    costs = [
+        sum(len(run) * run[0] + price for run in cut)
+        for cut in every_cut(sorted(lengths, reverse=True))
+        if all(len(run) * run[0] <= budget or len(run) == 1 for run in cut)
+    ]
+    assert sum(passed) + price * len(chunks) == min(costs)
     for chunk in chunks:
         assert (chunk["attention_mask"][chunk["turn_rows"], chunk["turn_columns"]] == 1).all()
 

@@ -37,6 +37,19 @@ def test_every_budget_gives_the_plain_value_and_gradient(tiny_model, samples, mo
 
 
 @pytest.mark.parametrize("trained", ["adapters", "all"])
+def test_a_batch_within_the_budget_is_passed_once_in_several_chunks(tiny_model, samples, trained, monkeypatch):
+    model = steps.to_train(tiny_model, trained)
+    batch = steps.share(model, samples, "isolated")
+    expected = steps.plain(model, batch)
+    monkeypatch.setattr("muco.batch.PASS", 1)  # so that small dialogues are worth cutting
+    assert len(split(batch["query"], 10**6)) > 2
+    passes = []
+    model.encoder.model.register_forward_pre_hook(lambda module, args: passes.append(torch.is_grad_enabled()))
+    steps.assert_same(steps.cached(model, [batch], 10**6), expected)
+    assert len(passes) > 4 and all(passes), "no pass is made twice"
+
+
+@pytest.mark.parametrize("trained", ["adapters", "all"])
 def test_a_batch_in_parts_is_the_batch(tiny_model, samples, trained):
     model = steps.to_train(tiny_model, trained)
     expected = steps.plain(model, steps.share(model, samples, "isolated"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from muco import distributed
 from muco.dialogue import Content, ImageLike
 from muco.errors import ImageError, OutputError
 
@@ -93,7 +94,7 @@ class EmbeddingCache:
             payload = path.read_bytes()
             if hashlib.sha256(payload).hexdigest() != path.stem:
                 log.warning("%s: the cached vectors are damaged; they are removed and computed again", path)
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may have been quicker
                 continue
             shard = np.load(io.BytesIO(payload), allow_pickle=False)
             rows.update(zip((key.decode() for key in shard["key"]), shard["vector"], strict=True))
@@ -120,6 +121,8 @@ def embed(
 ) -> np.ndarray:
     """One vector per key, encoding only what the cache lacks, in shards.
 
+    Of several processes each encodes some shards; call it on all of them with the same keys and cache.
+
     Args:
         keys: Distinct content keys (64 hexadecimal characters each).
         encode: Vectors of some of the keys, float32 [m, d] in their order.
@@ -129,13 +132,18 @@ def embed(
     """
     rows = cache.load() if cache else {}
     missing = [key for key in keys if key not in rows]
-    for start in range(0, len(missing), SHARD):
+    distributed.wait_for_all()  # all must have seen the same keys missing before one is added
+    made: dict[str, np.ndarray] = {}
+    for number, start in enumerate(range(0, len(missing), SHARD)):
         shard = missing[start : start + SHARD]
-        vectors = np.asarray(encode(shard), dtype=np.float32)
-        assert vectors.ndim == 2 and len(vectors) == len(shard), f"{vectors.shape} vectors for {len(shard)} contents"
-        if cache:
-            cache.add(shard, vectors)
-        rows.update(zip(shard, vectors, strict=True))
+        if number % distributed.world_size() == distributed.rank():
+            vectors = np.asarray(encode(shard), dtype=np.float32)
+            assert vectors.ndim == 2 and len(vectors) == len(shard), f"{vectors.shape} vectors, {len(shard)} contents"
+            if cache:
+                cache.add(shard, vectors)
+            made.update(zip(shard, vectors, strict=True))
         if progress:
             progress(len(keys) - len(missing) + start + len(shard), len(keys))
+    for part in distributed.gather_objects(made):
+        rows.update(part)
     return np.stack([rows[key] for key in keys])

@@ -90,7 +90,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     if model.config.model_type != "qwen2_vl":
         notes.append(f"operations and memory are counted for Qwen2-VL only, not for {model.config.model_type}")
         return result
-    step |= _operations(recipe, model.config, lengths, cached=step["passes_per_device"] > 2)
+    step |= _operations(recipe, model.config, lengths, cached=step["cached"])
     memory = _memory(recipe, model, lengths, step, devices)
     result["memory"] = {key: round(value / GIB, 2) for key, value in (asdict(memory) | {"total": memory.total}).items()}
     notes.append("memory is estimated, for AdamW, without what the driver and the allocator take for themselves")
@@ -230,16 +230,17 @@ def _step(recipe: Recipe, lengths: Lengths, devices: int) -> dict[str, Any]:
     per_sample = len(lengths.target) / len(lengths.query)  # hard negatives are dialogues of their own
     shares = (rng.choice(lengths.query, share), rng.choice(lengths.target, max(1, round(share * per_sample))))
     budget = recipe.batch.token_budget or 1 << 40
-    chunks = [(side[rows].max(), len(rows)) for side in shares for rows in chunks_of(torch.from_numpy(side), budget)]
-    passed = sum(int(longest) * rows for longest, rows in chunks)
+    cut = [[side[rows.numpy()] for rows in chunks_of(torch.from_numpy(side), budget)] for side in shares]
+    passed = [sum(len(chunk) * int(chunk.max()) for chunk in chunks) for chunks in cut]
     return {
         "samples": size,
         "turns": round(size * float(lengths.turns.mean())),
         "tokens": round(size * float(lengths.query.mean() + per_sample * lengths.target.mean())),
         "image_tokens": round(size * float(lengths.visual.mean())),
         "samples_per_device": share,
-        "passes_per_device": len(chunks),
-        "padding": round(1 - float(sum(side.sum() for side in shares)) / passed, 4),
+        "passes_per_device": sum(map(len, cut)),
+        "cached": max(passed) > budget,
+        "padding": round(1 - float(sum(side.sum() for side in shares)) / sum(passed), 4),
         "query_tokens": _range(lengths.query),
         "target_tokens": _range(lengths.target),
     }
@@ -305,7 +306,7 @@ def _activations(recipe: Recipe, language: nn.Module, lengths: Lengths, step: di
     share, budget = step["samples_per_device"], recipe.batch.token_budget or 1 << 40
     longest = [int(lengths.query.max()), int(lengths.target.max())]
     passes = [activation_bytes(language, max(1, min(share, budget // n)), n, **settings) for n in longest]
-    return sum(passes) if step["passes_per_device"] == len(passes) else max(passes)
+    return max(passes) if step["cached"] else sum(passes)
 
 
 def _name_of_language(model: nn.Module) -> str:

@@ -1,0 +1,263 @@
+"""What every benchmark of many tasks leaves behind, and how an interrupted one goes on.
+
+::
+
+    <output>/
+    ├── mmeb.json            scores of all tasks, their means, and all that tells where they come from
+    ├── mmeb.csv .md .html   the same for other eyes
+    ├── tasks/NAME.json      one task, written when it is done: a run that is started again does not do it again
+    ├── outcomes/NAME.jsonl  one line per query: what `muco evaluate compare` reads
+    └── cache/               vectors
+
+A task that is found done counts only for the same model, data and settings; everything else is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from muco.errors import OutputError
+from muco.evaluate.report import versions, write_json
+
+FORMAT = 1  # raise when what a task file holds changes its meaning
+FAILURES = 20  # kept per task for the page
+FOUND = 5  # candidates kept per query
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A query or candidate as a person sees it.
+
+    Args:
+        images: Paths of image files that can be opened from here.
+    """
+
+    id: str
+    text: str = ""
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one query.
+
+    Args:
+        query: Its id, unique within the task.
+        value: Of the task's metric, 0 to 1.
+        rank: Of the best right candidate, from 1; None if it is beyond what was ranked.
+        found: The best candidates, (id, score), best first, at most ``FOUND``.
+    """
+
+    query: str
+    value: float
+    rank: int | None
+    found: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A query whose best candidate is wrong, for the page.
+
+    Args:
+        margin: Score of the best wrong candidate minus that of the best right one.
+        right: A right candidate.
+        found: The best candidates with their scores, best first.
+    """
+
+    margin: float
+    query: Shown
+    right: Shown
+    found: tuple[tuple[Shown, float], ...]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task of a benchmark.
+
+    Args:
+        name: As the benchmark spells it; with the pool where a benchmark has several ("NAME local").
+        metric: The one that counts: "hit@1", "hit@5", "ndcg@10".
+        scores: Every metric by name, 0 to 1, ``metric`` among them.
+        queries: How many were asked.
+        candidates: Smallest and largest number that a query chose from.
+        chance: Of ``metric``, 0 to 1, for a model that cannot tell candidates apart; None if unknown.
+        data: Fingerprint of queries, candidates and judgements.
+        facts: What else a reader must know: pool, prompt choice, sampling, positives that no pool holds.
+        warnings: Sentences that nobody should overlook.
+        outcomes: One per query.
+        failures: The worst ones, largest margin first, at most ``FAILURES``.
+    """
+
+    name: str
+    metric: str
+    scores: Mapping[str, float]
+    queries: int
+    candidates: tuple[int, int]
+    chance: float | None
+    data: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def score(self) -> float:
+        return self.scores[self.metric]
+
+
+class TaskFiles:
+    """The tasks of a benchmark that are done, in its output folder.
+
+    Args:
+        output: The folder; made if it is not there.
+        key: What the scores depend on besides a task's data: model fingerprint, settings, seeds. Plain values.
+    Raises:
+        OutputError: If the folder cannot be made.
+    """
+
+    def __init__(self, output: Path, key: Mapping[str, Any]) -> None:
+        self.output, self.key = Path(output), json.loads(json.dumps(key, sort_keys=True))
+        try:
+            for name in ("tasks", "outcomes"):
+                (self.output / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{output}: cannot hold results ({error}); choose another output folder") from error
+
+    def find(self, name: str, data: str) -> TaskResult | None:
+        """A task that is done for this model, these settings and this data (fingerprint); else None."""
+        file = self._file(name)
+        if not file.is_file():
+            return None
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            log.warning("%s is damaged; the task is done again", file)
+            return None
+        if (found.get("format"), found.get("key"), found["result"]["data"]) != (FORMAT, self.key, data):
+            return None
+        outcomes = read_outcomes(self.output, name)
+        return _result(found["result"]) if outcomes is None else _with(_result(found["result"]), outcomes)
+
+    def add(self, result: TaskResult) -> None:
+        """Writes a task; its file appears whole, after its outcomes."""
+        lines = (json.dumps(asdict(outcome), ensure_ascii=False) for outcome in result.outcomes)
+        write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
+        plain = asdict(result)
+        del plain["outcomes"]
+        write_json(self._file(result.name), {"format": FORMAT, "key": self.key, "result": plain})
+
+    def _file(self, name: str) -> Path:
+        return self.output / "tasks" / f"{_safe(name)}.json"
+
+
+def read_outcomes(output: Path, name: str) -> tuple[Outcome, ...] | None:
+    """The outcomes of a task in a results folder, in their order; None if there are none."""
+    file = Path(output) / "outcomes" / f"{_safe(name)}.jsonl"
+    if not file.is_file():
+        return None
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return tuple(Outcome(r["query"], r["value"], r["rank"], tuple(map(tuple, r["found"]))) for r in rows)
+
+
+def benchmark_result(
+    name: str,
+    results: Sequence[TaskResult],
+    groups: Mapping[str, float | None],
+    *,
+    overall: float | None,
+    model: Mapping[str, str],
+    settings: Mapping[str, Any],
+    command: str,
+    missing: Sequence[str] = (),
+    warnings: Iterable[str] = (),
+) -> dict[str, Any]:
+    """A whole benchmark as plain values for JSON.
+
+    Args:
+        groups: Means over tasks by name, 0 to 1; None where one of their tasks was not scored.
+        overall: None if a task is missing or was left out.
+        model: "path" and "fingerprint".
+        missing: Tasks whose data was not found.
+        warnings: Of the benchmark as a whole; those of tasks are added.
+    """
+    own = [f"{result.name}: {line}" for result in results for line in result.warnings]
+    return {
+        "format": FORMAT,
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "model": dict(model),
+        "versions": versions(),
+        "settings": dict(settings),
+        "tasks": {result.name: _summary(result) for result in results},
+        "groups": dict(groups),
+        "overall": overall,
+        "missing": list(missing),
+        "warnings": [*warnings, *own],
+    }
+
+
+def _summary(result: TaskResult) -> dict[str, Any]:
+    kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "warnings")
+    plain = asdict(result)
+    return {"score": result.score, **{key: plain[key] for key in kept}}
+
+
+def mean_of(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The unweighted mean of the named tasks; None if one of them has no score."""
+    if not names or any(name not in scores for name in names):
+        return None
+    return sum(scores[name] for name in names) / len(names)
+
+
+def gate(score: float, chance: float | None, queries: int) -> list[str]:
+    """A warning where a score (0 to 1) is not clearly above chance: three standard deviations of guessing."""
+    if chance is None:
+        return []
+    limit = chance + 3 * (chance * (1 - chance) / max(1, queries)) ** 0.5
+    if score > limit:
+        return []
+    return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all; OutputError if it cannot be written."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error}); choose another output folder") from error
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def _with(result: TaskResult, outcomes: tuple[Outcome, ...]) -> TaskResult:
+    return TaskResult(**{**result.__dict__, "outcomes": outcomes})
+
+
+def _result(plain: Mapping[str, Any]) -> TaskResult:
+    def shown(value: Mapping[str, Any]) -> Shown:
+        return Shown(value["id"], value["text"], tuple(value["images"]))
+
+    failures = tuple(
+        Failure(f["margin"], shown(f["query"]), shown(f["right"]), tuple((shown(c), s) for c, s in f["found"]))
+        for f in plain["failures"]
+    )
+    lists = {"candidates": tuple(plain["candidates"]), "warnings": tuple(plain["warnings"]), "failures": failures}
+    return TaskResult(**{**plain, **lists})
+
+
+Progress = Callable[[int, int], None]  # (done, total), of contents encoded

@@ -1,0 +1,241 @@
+"""Pools of candidates that do not fit into memory: embedded shard by shard, searched exactly in one stream.
+
+::
+
+    pool ─rows─▶ encode ─▶ <folder>/<key>/shard-000000000.npy …      a kill loses at most the shard at work
+    queries, shards ─blocks─▶ scores ─▶ the k best so far            never more than a block of scores in memory
+
+The folder's key holds the model's and the pool's fingerprints: a changed pool is another folder. Several processes
+share the work, shard by shard, through the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from muco import distributed
+from muco.dialogue import Content
+from muco.errors import DataError, OutputError
+from muco.evaluate import metrics
+
+if TYPE_CHECKING:
+    from muco.evaluate.retrieval import Embedder
+
+SHARD = 4096  # candidates per file
+QUERIES = 4096  # that pass over the pool together
+SCORES = 1 << 24  # scores in memory at a time: 64 MiB
+PAIRS = 2048  # that are scored in float64 at a time
+LAYOUT = 1  # raise when the meaning of a shard changes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate; ``where`` ("file:line") names it in errors."""
+
+    id: str
+    content: Content
+    where: str
+
+
+class Pool(Protocol):
+    """Candidates in a fixed order.
+
+    ``fingerprint`` changes when a candidate may have changed; ``order`` is int64 [N], unique per candidate: among equal
+    scores the candidate with the smaller one comes first, wherever it stands in the pool.
+    """
+
+    name: str
+    fingerprint: str
+    order: np.ndarray
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Candidate: ...
+
+
+class Vectors:
+    """The vectors of a pool on disk, float32 [N, D], read block by block."""
+
+    def __init__(self, files: Sequence[Path], rows: int) -> None:
+        self.files, self._rows = list(files), rows
+        self.dimension = int(np.load(self.files[0], mmap_mode="r", allow_pickle=False).shape[1])
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """All vectors in order, at most ``rows`` at a time; no block reaches over the end of a file."""
+        for file in self.files:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+            for start in range(0, len(shard), rows):
+                yield np.asarray(shard[start : start + rows])  # read when used; nothing of it is kept
+
+    def health(self) -> metrics.Health:
+        """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`."""
+        first, spread, broken = None, 0.0, 0
+        for block in self.blocks(SHARD):
+            finite = block[np.isfinite(block).all(axis=1)]
+            broken += len(block) - len(finite)
+            if first is None and len(finite):
+                first = finite[0].copy()
+            if len(finite):
+                spread = max(spread, float(np.linalg.norm(finite - first, axis=1).max()))
+        collapsed = spread <= metrics.COLLAPSED if len(self) > 1 else first is None
+        return metrics.Health(len(self), broken, spread, collapsed)
+
+
+def embed_pool(
+    model: Embedder,
+    pool: Pool,
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Vectors:
+    """The vectors of all candidates of a pool, encoding only what no earlier run has left.
+
+    Args:
+        folder: Of all pools; made if it is not there. Of several processes each encodes its shards: call it on all of
+            them with the same folder.
+        progress: Called with (done, total) candidates after every shard.
+    Raises:
+        DataError: If the pool is empty or a candidate cannot be used; names it.
+        OutputError: If the folder cannot be written.
+    """
+    if not len(pool):
+        raise DataError(f"{pool.name}: the pool holds no candidate")
+    key = hashlib.sha256(json.dumps([LAYOUT, SHARD, model.fingerprint, pool.fingerprint]).encode()).hexdigest()
+    own = Path(folder) / key
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot hold vectors ({error}); choose another folder") from error
+    starts = range(0, len(pool), SHARD)
+    files = [own / f"shard-{start:09}.npy" for start in starts]
+    missing = [(start, file) for start, file in zip(starts, files, strict=True) if not _whole(file, pool, start)]
+    distributed.wait_for_all()  # all must have seen the same shards missing before one appears
+    for number, (start, file) in enumerate(missing):
+        if number % distributed.world_size() == distributed.rank():
+            _encode_shard(model, pool, start, file, batch_size)
+        if progress:
+            progress(min(len(pool), len(pool) - len(missing) * SHARD + (number + 1) * SHARD), len(pool))
+    distributed.wait_for_all()
+    return Vectors(files, len(pool))
+
+
+def _whole(file: Path, pool: Pool, start: int) -> bool:
+    """Whether a shard is there with as many rows as it must have; its name appears when it is complete."""
+    if not file.is_file():
+        return False
+    return len(np.load(file, mmap_mode="r", allow_pickle=False)) == min(SHARD, len(pool) - start)
+
+
+def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int) -> None:
+    candidates = [pool[row] for row in range(start, min(start + SHARD, len(pool)))]
+    try:
+        vectors = model.encode([candidate.content for candidate in candidates], batch_size=batch_size)
+    except DataError:
+        _name_the_bad_one(model, candidates)
+        raise
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(buffer.getvalue())
+        os.replace(part, file)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error})") from error
+
+
+def _name_the_bad_one(model: Embedder, candidates: Sequence[Candidate]) -> None:
+    """The model knows no files: finds the candidate that it refuses, and names it."""
+    for candidate in candidates:
+        try:
+            model.encode([candidate.content], batch_size=1)
+        except DataError as error:
+            raise type(error)(f"{candidate.where}: {error}") from error
+
+
+def search(
+    queries: np.ndarray, stores: Sequence[Vectors], orders: Sequence[np.ndarray], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best candidates of every query by dot product, exactly.
+
+    A matrix product rounds equal scores apart by the place at which they stand. So it only picks who may be among the
+    best; their scores are taken again in float64, pair by pair, and rounded to float32: equal vectors have equal
+    scores, in whatever blocks they came. Equal scores stand in the order of ``orders``.
+
+    Args:
+        queries: float32 [Q, D].
+        stores: Pools that are searched as one.
+        orders: Of each pool, int64 [N]; unique over all of them.
+    Returns:
+        Rows, int64 [Q, k], counted over the pools one after another, and scores, float32 [Q, k], best first; -1 and
+        minus infinity beyond the end. What is not finite is never found, and finds nothing.
+    Memory: a block of scores (64 MiB) and of vectors, besides queries and results.
+    """
+    queries = np.asarray(queries, dtype=np.float32)
+    order = np.concatenate([np.asarray(part, dtype=np.int64) for part in orders])
+    best = [_Best(queries[start : start + QUERIES], k, order) for start in range(0, max(1, len(queries)), QUERIES)]
+    rows = max(1, SCORES // max(1, min(len(queries), QUERIES)))
+    first = 0
+    for store in stores:
+        for block in store.blocks(rows):
+            for part in best:
+                part.add(block, first)
+            first += len(block)
+    return np.concatenate([part.rows for part in best]), np.concatenate([part.scores for part in best])
+
+
+class _Best:
+    """The k best candidates so far of some queries, in order."""
+
+    def __init__(self, queries: np.ndarray, k: int, order: np.ndarray) -> None:
+        self.queries, self.k, self.order = queries, k, order
+        self.rows = np.full((len(queries), k), -1, dtype=np.int64)
+        self.scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+
+    def add(self, block: np.ndarray, first: int) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is put aside below
+            rough = self.queries @ block.T
+        worst = self.scores[:, -1].copy()
+        if not np.isfinite(rough).all():
+            rough[~np.isfinite(rough)] = -np.inf
+        if len(block) > self.k:
+            filling = np.flatnonzero(np.isneginf(worst))  # else all of the first block would come in
+            worst[filling] = np.partition(rough[filling], -self.k, axis=1)[:, -self.k]
+        # minus infinity never comes in, for it is not above the smallest number
+        entering = rough >= np.maximum(worst - metrics.TIE, np.finfo(np.float32).min)[:, None]
+        query, column = np.nonzero(entering)
+        if len(query):
+            self._merge(query, column + first, _exact(self.queries, block, query, column))
+
+    def _merge(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
+        """Puts (query, row, score) triples, queries ascending, among the best of their queries."""
+        changed, place = np.unique(query, return_inverse=True)
+        place = np.concatenate([np.repeat(np.arange(len(changed)), self.k), place])
+        rows = np.concatenate([self.rows[changed].ravel(), rows])
+        scores = np.concatenate([self.scores[changed].ravel(), scores])
+        ties = np.where(rows >= 0, self.order[rows], np.iinfo(np.int64).max)
+        sorting = np.lexsort((ties, -scores, place))
+        starts = np.searchsorted(place[sorting], np.arange(len(changed)))
+        kept = sorting[starts[:, None] + np.arange(self.k)]  # every query has at least its former k
+        self.rows[changed], self.scores[changed] = rows[kept], scores[kept]
+
+
+def _exact(queries: np.ndarray, block: np.ndarray, query: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Dot products of pairs in float64, rounded to float32; no pair's depends on the others."""
+    scores = np.empty(len(query), dtype=np.float32)
+    for start in range(0, len(query), PAIRS):
+        part = slice(start, start + PAIRS)
+        left, right = queries[query[part]].astype(np.float64), block[column[part]].astype(np.float64)
+        scores[part] = np.einsum("nd,nd->n", left, right)
+    return scores
