@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,47 +18,27 @@ import typer
 
 import muco
 from muco.errors import MucoError
+from muco.evaluate.cli import app as evaluate_app
+from muco.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, Model, examples, finish
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-USERS_INPUT, FAILED_CHECK = 1, 3
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _examples(*lines: str) -> str:
-    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))  # \b keeps the lines as they are
 
 
 app = typer.Typer(
     name="muco",
     help="Train, evaluate and use multimodal embedding models by multi-turn contrast.",
-    epilog=_examples("muco demo", "muco train recipe.yaml --set loss.temperature=0.05", "muco COMMAND --help"),
+    epilog=examples("muco demo", "muco train recipe.yaml --set loss.temperature=0.05", "muco COMMAND --help"),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain pages: examples stay on one line and can be copied
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-evaluate_app = typer.Typer(no_args_is_help=True, help="Score a model on held-out data.")
 data_app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Folder of a trained model, or its id on the Hugging Face hub.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass; does not change the result.")]
-Dimension = Annotated[
-    int | None,
-    typer.Option(min=1, help="Cut vectors to their first so many numbers, for models trained with loss.dimensions."),
-]
-
-
-class Precision(StrEnum):
-    float32 = "float32"
-    int8 = "int8"
-    binary = "binary"
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,7 +57,7 @@ def _root(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "muco train recipe.yaml",
         "muco train recipe.yaml --set turns.mode=compounded --output runs/compounded",
         "muco train recipe.yaml --print",
@@ -124,7 +104,7 @@ def train(
         from muco.train.plan import plan, print_plan
 
         found = plan(resolved, devices=devices)
-        _finish(found, as_json, print_plan)
+        finish(found, as_json, print_plan)
         if found["problems"]:
             raise typer.Exit(FAILED_CHECK)
         return
@@ -136,64 +116,8 @@ def train(
         print(json.dumps({"model": str(folder)}, ensure_ascii=False))
 
 
-@evaluate_app.command(
-    "retrieval",
-    epilog=_examples(
-        "muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test",
-        "muco evaluate retrieval -m MODEL -d test.jsonl -o scores --dimension 256 --precision int8",
-    ),
-)
-def evaluate_retrieval(
-    model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="A JSONL file, or a folder that holds exactly one.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
-    batch_size: BatchSize = 64,
-    candidates: Annotated[
-        int, typer.Option(min=2, help="Length of the drawn lists of answers, the right one included.")
-    ] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples only.")] = None,
-    dimension: Dimension = None,
-    precision: Annotated[
-        Precision, typer.Option(help="Score codes of this precision, as an index of them would find them.")
-    ] = Precision.float32,
-    seed: Annotated[int, typer.Option(help="Of the drawn lists.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Score retrieval on held-out samples.
-
-    Gives hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
-    and "within": whether the model reads the question. For a model trained here also the blind control: the training
-    loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
-    further dimensions and precisions are scored without encoding anew.
-    """
-    from muco.data import open_data
-    from muco.evaluate.blind import recipe_of
-    from muco.evaluate.report import print_results
-    from muco.evaluate.retrieval import evaluate_retrieval
-    from muco.progress import progress_bar
-
-    rows = open_data(data)  # before the model: a mistyped path should not cost a minute
-    encoder = muco.load(model)
-    with progress_bar("embedding") as progress:
-        result = evaluate_retrieval(
-            encoder,
-            rows,
-            output=output,
-            batch_size=batch_size,
-            candidates=candidates,
-            seed=seed,
-            limit=limit,
-            dimension=dimension,
-            precision=precision.value,
-            cache=output / "cache",
-            recipe=recipe_of(model),
-            progress=progress,
-        )
-    _finish(result, as_json, print_results)
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "muco embed photos/ --model runs/demo/run/model --output photos.parquet",
         "muco embed rows.jsonl --model runs/demo/run/model --output rows.parquet --batch-size 64",
     )
@@ -232,12 +156,12 @@ def embed(
         image_column=image_column,
         id_column=id_column,
     )
-    _finish(summary, as_json, _print_pairs)
+    finish(summary, as_json, _print_pairs)
 
 
 @data_app.command(
     "check",
-    epilog=_examples(
+    epilog=examples(
         "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/run/model --json"
     ),
 )
@@ -255,12 +179,12 @@ def data_check(
     from muco.data.check import check, print_report
 
     report = check(path, tokenizer=model)
-    _finish(report.as_dict() if as_json else report, as_json, print_report)
+    finish(report.as_dict() if as_json else report, as_json, print_report)
     if not report.ok:
         raise typer.Exit(FAILED_CHECK)
 
 
-@data_app.command("show", epilog=_examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
+@data_app.command("show", epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
 def data_show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A JSONL file, or a folder that holds exactly one.")],
     output: Annotated[
@@ -276,8 +200,40 @@ def data_show(
 
 
 @data_app.command(
+    "leak",
+    epilog=examples(
+        "muco data leak data/test.jsonl --train data/train.jsonl --output overlap",
+        "muco data leak test.jsonl photos/ --train train.jsonl --train more/ --json",
+    ),
+)
+def data_leak(
+    evaluation: Annotated[
+        list[Path], typer.Argument(metavar="EVALUATION...", help="Evaluation data: JSONL files or folders of images.")
+    ],
+    train: Annotated[
+        list[Path], typer.Option("--train", "-t", help="Training data of the same forms; may be repeated.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report and every overlapping pair.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find training data in evaluation data.
+
+    Compares images by their bytes and pixels, and texts by their words; resized or compressed copies are not found.
+    Exit code 3 if anything overlaps.
+    """
+    from muco.evaluate.leak import find_overlap, print_overlap
+
+    found = find_overlap(train, evaluation, output=output)
+    finish(found, as_json, print_overlap)
+    if found["affected"]["either"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@data_app.command(
     "scenes",
-    epilog=_examples("muco data scenes data/scenes", "muco data scenes small --train 500 --dev 100 --test 100"),
+    epilog=examples("muco data scenes data/scenes", "muco data scenes small --train 500 --dev 100 --test 100"),
 )
 def data_scenes(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
@@ -295,7 +251,7 @@ def data_scenes(
     print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed))
 
 
-@app.command(epilog=_examples("muco demo", "muco demo --output runs/quick --steps 100 --train 2000"))
+@app.command(epilog=examples("muco demo", "muco demo --output runs/quick --steps 100 --train 2000"))
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for data, model, scores and report.html.")
@@ -314,7 +270,7 @@ def demo(
     print(run_demo(output, steps=steps, train=train, test=test))
 
 
-@app.command(epilog=_examples("muco doctor", "muco doctor --json"))
+@app.command(epilog=examples("muco doctor", "muco doctor --json"))
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and what is missing.
 
@@ -323,19 +279,9 @@ def doctor(as_json: Json = False) -> None:
     from muco.doctor import examine, print_report
 
     found = examine()
-    _finish(found, as_json, print_report)
+    finish(found, as_json, print_report)
     if not found["ok"]:
         raise typer.Exit(FAILED_CHECK)
-
-
-def _finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
-    """Prints a result on stdout: one JSON line for programs, or a table for people."""
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
-        return
-    from rich.console import Console
-
-    show(result, Console(file=sys.stdout))
 
 
 def _print_pairs(result: Mapping[str, Any], console: Console) -> None:
@@ -355,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     What a user can cause becomes one line on stderr; anything else is a defect of ours and keeps its traceback.
     """
     try:
-        typer.main.get_command(app)(args=argv, prog_name="muco")
+        words = sys.argv[1:] if argv is None else argv
+        typer.main.get_command(app)(args=argv, prog_name="muco", obj=shlex.join(["muco", *words]))
     except SystemExit as stop:  # how Typer ends, also after usage errors (2) and Ctrl-C (130)
         return int(stop.code or 0)
     except MucoError as error:

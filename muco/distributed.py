@@ -12,6 +12,7 @@ neither the gradient cache nor processes without images can give.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,8 +46,15 @@ def start() -> None:
                 f"WORLD_SIZE is {wanted}, but MASTER_ADDR is not set; start with torchrun or accelerate launch"
             )
         PartialState(cpu=on_cpu())  # chooses NCCL or gloo and this process's device
+        atexit.register(_leave)
     if world_size() != wanted:
         raise MucoError(f"WORLD_SIZE is {wanted}, but this process is one of {world_size()}; start it in a new process")
+
+
+def _leave() -> None:
+    """Without this, gloo's threads sometimes abort a process that has done its work."""
+    if _together():
+        dist.destroy_process_group()
 
 
 def on_cpu() -> bool:

@@ -49,8 +49,13 @@ def test_the_commands_are_the_documented_ones():
     assert names == {
         "train",
         "evaluate retrieval",
+        "evaluate mmeb",
+        "evaluate mbeir",
+        "evaluate beir",
+        "evaluate compare",
         "embed",
         "data check",
+        "data leak",
         "data show",
         "data scenes",
         "demo",

@@ -14,12 +14,16 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from muco import distributed
 from muco.dialogue import Content, ImageLike
-from muco.errors import ImageError, OutputError
+from muco.errors import DataError, ImageError, OutputError
+
+if TYPE_CHECKING:
+    from muco.evaluate.retrieval import Embedder
 
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
 LAYOUT = 1  # raise when the meaning of a row changes
@@ -44,6 +48,10 @@ class Book:
             self.contents[key], self.places[key], self._order[key] = content, where, (images, content.text)
         return key
 
+    def encode(self, model: Embedder, batch_size: int, keys: Sequence[str]) -> np.ndarray:
+        """Vectors of the contents with these keys; what the model refuses is named by its row."""
+        return encode_named(model, [self.contents[k] for k in keys], [self.places[k] for k in keys], batch_size)
+
     def in_order(self, keys: Iterable[str]) -> list[str]:
         """Keys in an order of their own (contents of one image side by side): that of the rows moves no digit."""
         return sorted(keys, key=self._order.__getitem__)
@@ -65,6 +73,22 @@ class Book:
                     f"{where}: image {path} cannot be read ({error.strerror or error}); mend the row"
                 ) from error
         return self._files[path]
+
+
+def encode_named(model: Embedder, contents: Sequence[Content], places: Sequence[str], batch_size: int) -> np.ndarray:
+    """Vectors of contents, float32 [n, d]; if the model refuses one, the DataError begins with its place ("file:line").
+
+    The model knows no rows, so the one that it refuses is looked for one by one.
+    """
+    try:
+        return model.encode(list(contents), batch_size=batch_size)
+    except DataError:
+        for content, place in zip(contents, places, strict=True):
+            try:
+                model.encode([content], batch_size=1)
+            except DataError as error:
+                raise type(error)(f"{place}: {error}") from error
+        raise
 
 
 class EmbeddingCache:

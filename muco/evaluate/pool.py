@@ -26,6 +26,7 @@ from muco import distributed
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import metrics
+from muco.evaluate.cache import encode_named
 
 if TYPE_CHECKING:
     from muco.evaluate.retrieval import Embedder
@@ -140,11 +141,7 @@ def _whole(file: Path, pool: Pool, start: int) -> bool:
 
 def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int) -> None:
     candidates = [pool[row] for row in range(start, min(start + SHARD, len(pool)))]
-    try:
-        vectors = model.encode([candidate.content for candidate in candidates], batch_size=batch_size)
-    except DataError:
-        _name_the_bad_one(model, candidates)
-        raise
+    vectors = encode_named(model, [c.content for c in candidates], [c.where for c in candidates], batch_size)
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -153,15 +150,6 @@ def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_siz
         os.replace(part, file)
     except OSError as error:
         raise OutputError(f"{file}: cannot be written ({error})") from error
-
-
-def _name_the_bad_one(model: Embedder, candidates: Sequence[Candidate]) -> None:
-    """The model knows no files: finds the candidate that it refuses, and names it."""
-    for candidate in candidates:
-        try:
-            model.encode([candidate.content], batch_size=1)
-        except DataError as error:
-            raise type(error)(f"{candidate.where}: {error}") from error
 
 
 def search(

@@ -172,7 +172,7 @@ def score_tasks(
         )
 
     keys = book.in_order({key for task in builder.tasks for key in (*task.queries, *task.pool)})
-    vectors = embed(keys, functools.partial(_encode, model, book, batch_size), cache=cache, progress=progress)
+    vectors = embed(keys, functools.partial(book.encode, model, batch_size), cache=cache, progress=progress)
     row_of = {key: row for row, key in enumerate(keys)}
     vectors = metrics.shortened(vectors, checked_dimension(dimension, vectors.shape[1]))
     codes = metrics.reduced(vectors, precision)
@@ -194,18 +194,6 @@ def score_tasks(
         "dimension": vectors.shape[1],
         "precision": precision,
     }
-
-
-def _encode(model: Embedder, book: Book, batch_size: int, keys: Sequence[str]) -> np.ndarray:
-    try:
-        return model.encode([book.contents[key] for key in keys], batch_size=batch_size)
-    except DataError:
-        for key in keys:  # the model knows no rows: find the one that it refuses, and name it
-            try:
-                model.encode([book.contents[key]], batch_size=1)
-            except DataError as error:
-                raise type(error)(f"{book.places[key]}: {error}") from error
-        raise
 
 
 def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:

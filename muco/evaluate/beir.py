@@ -1,0 +1,251 @@
+"""Any retrieval set in folders as BEIR has them, of texts or images: ``evaluate_beir(model, data, output)``.
+
+::
+
+    <data>/corpus.jsonl        {"_id": "d1", "title": "…", "text": "…", "image": "pages/1.png"}
+           queries.jsonl       {"_id": "q1", "text": "…", "image": "…"}
+           qrels/<split>.tsv   query-id  corpus-id  score, with a header; grades above 0 are relevant
+
+Title, text and image may each be left out, but not all of them. Image paths count from the set's folder. ``data`` is
+such a folder, or holds several: then each is a task of its own.
+
+The tool of BEIR leaves a candidate out that has the id of the query (ArguAna and Quora ask with documents of the
+corpus). Here it stays, for in other sets equal ids mean nothing; a fact of the task tells how many queries have one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from muco import distributed
+from muco.dialogue import Content
+from muco.errors import DataError, MucoError
+from muco.evaluate import ranking
+from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
+from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.lines import LinePool, Row, id_of, image_of, objects, text_of
+from muco.evaluate.pool import Candidate
+from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_ndcg
+
+if TYPE_CHECKING:
+    from muco.evaluate.retrieval import Embedder
+
+FORM = "BEIR 1"  # of a candidate's content: the title, a blank and the text
+RULES = {
+    "ndcg@k": "linear gain, log2(rank + 1) discount, over the best list of all judged candidates, as trec_eval has it",
+    "recall@k": "share of all relevant candidates among the first k, those counted in that the corpus lacks",
+    "order": "float32 dot product, exact; ties by id; a collapsed corpus is never right",
+    "chance": "of nDCG: every rank gains the mean grade of the corpus",
+    "overall": "unweighted mean of tasks",
+}
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_beir(
+    model: Embedder,
+    data: Path,
+    output: Path,
+    *,
+    split: str = "test",
+    k: int = 10,
+    batch_size: int = 64,
+    instruction: str = "",
+    command: str = "",
+    model_path: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores a model on a retrieval set, or on every one that is directly below a folder.
+
+    A task that ``output`` holds for this model, these settings and this data is not done again; vectors of a run that
+    was stopped are used. Call it on every process alike; the first one writes.
+
+    Args:
+        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        output: Gets ``beir.json`` and its other forms, a file per task, and the vectors.
+        split: Names the judgements. Queries that they do not name are left out and counted.
+        k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
+        instruction: Stands before every query, with a blank between; candidates get none.
+        progress: Called with (contents embedded, contents in all).
+    Returns:
+        What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
+    Raises:
+        DataError: If a file is missing (all are listed) or a line cannot be used, or no query is judged.
+        MucoError: If ``k`` is less than 1.
+        OutputError: If the output cannot be written.
+    """
+    if k < 1:
+        raise MucoError(f"k is {k}; give at least 1")
+    data, output = Path(data), Path(output)
+    fingerprint, settings = model.fingerprint, {"split": split, "k": k, "instruction": instruction, "rules": RULES}
+    sources = [_Source(folder, split, k, instruction) for folder in _folders(data, split)]
+    # paths of images are on the page, so results found again must be of this folder
+    files = TaskFiles(output, {"benchmark": "beir", "model": fingerprint, "data": str(data.resolve()), **settings})
+    steps = Steps(sum(len(source.asked) + len(source.pool) for source in sources), progress)
+    stores = Stores(model, output / "cache" / "pools", batch_size, steps)
+    results = []
+    for source in sources:
+        done = distributed.first_only(functools.partial(files.find, source.name, source.fingerprint))
+        if done is None:
+            log.info("%s: %d queries, %d candidates", source.name, len(source.asked), len(source.pool))
+            cache = EmbeddingCache(output / "cache", model=fingerprint, data=f"BEIR {source.name}")
+            vectors = source.asked.embed(model, cache, batch_size, steps.part)
+            done = source.result(vectors, stores)
+            distributed.first_only(functools.partial(files.add, done))
+        steps.done(len(source.asked))
+        results.append(replace(done, outcomes=()))  # they are in files, and many
+    steps.finish()
+    result = benchmark_result(
+        "beir",
+        results,
+        {},
+        overall=mean_of({each.name: each.score for each in results}, [each.name for each in results]),
+        model={"path": model_path, "fingerprint": fingerprint},
+        settings={**settings, "batch_size": batch_size, "data": str(data)},
+        command=command,
+    )
+    distributed.first_only(functools.partial(_write, output, result, results))
+    return result
+
+
+def _folders(data: Path, split: str) -> list[Path]:
+    """The sets in a folder, by name; a DataError that lists what all of them lack."""
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder; give one with corpus.jsonl, queries.jsonl and qrels/{split}.tsv")
+    below = sorted(path for path in data.iterdir() if (path / "corpus.jsonl").is_file())
+    folders = [data] if (data / "corpus.jsonl").is_file() or not below else below
+    needed = [folder / name for folder in folders for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
+    if absent := [path for path in needed if not path.is_file()]:
+        listed = "\n".join(f"  {path}" for path in absent)
+        raise DataError(f"{data}: these files are missing:\n{listed}\nadd them, or name another folder or split")
+    return folders
+
+
+def open_corpus(folder: Path) -> LinePool:
+    """The candidates of a set; equal scores will stand in the order of their ids.
+
+    Raises:
+        DataError: If a line is malformed or has neither text nor image, an id occurs twice, or an image is missing or
+            outside of the folder.
+    """
+
+    def read(row: Row, where: str) -> Candidate:
+        return Candidate(id_of(row, "_id", where), _content(row, ("title", "text"), folder, where), where)
+
+    return LinePool(folder / "corpus.jsonl", f"the corpus of {_name(folder)}", read, form=FORM, numbers=_places)
+
+
+def _places(ids: np.ndarray) -> np.ndarray:
+    """The place of each id among all of them in the order of their bytes."""
+    places = np.empty(len(ids), dtype=np.int64)
+    places[np.argsort(ids, kind="stable")] = np.arange(len(ids))
+    return places
+
+
+def _content(row: Row, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
+    parts = [text for key in keys if (text := (text_of(row, key, where) or "").strip())]
+    image = image_of(row, "image", folder, where)
+    if not parts and image is None:
+        raise DataError(f"{where}: neither text nor image; give one of {', '.join([*keys, 'image'])}")
+    return Content(" ".join([*([instruction] if instruction else []), *parts]), (image,) if image else ())
+
+
+@dataclass(frozen=True)
+class _Counts:
+    without_judgements: int
+    unknown: int  # judged queries that the query file lacks
+
+
+def read_judged(folder: Path, split: str, instruction: str) -> tuple[list[Query], _Counts]:
+    """The judged queries of a set in the order of their ids."""
+    path, judgements = folder / "queries.jsonl", ranking.read_qrels(folder / "qrels" / f"{split}.tsv")
+    queries: dict[str, Query] = {}
+    for row, where in objects(path):
+        query = id_of(row, "_id", where)
+        if query in queries:
+            raise DataError(f"{where}: the query {query!r} is also at {queries[query].where}; ids must be unique")
+        content = _content(row, ("text",), folder, where, instruction)
+        queries[query] = Query(query, content, judgements.get(query, {}), where)
+    judged = [queries[id] for id in sorted(queries) if queries[id].grades]
+    if not judged:
+        raise DataError(f"{folder / 'qrels' / f'{split}.tsv'}: judges none of the {len(queries)} queries of {path}")
+    return judged, _Counts(len(queries) - len(judged), len(judgements.keys() - queries.keys()))
+
+
+class _Source:
+    """One set, read and checked."""
+
+    def __init__(self, folder: Path, split: str, k: int, instruction: str) -> None:
+        self.name, self.k = _name(folder), k
+        queries, counts = read_judged(folder, split, instruction)
+        self.asked, self.pool = Asked(queries), open_corpus(folder)
+        rows = [self.pool.find(list(query.grades)) for query in queries]
+        self.held = [
+            {id: grade for (id, grade), row in zip(query.grades.items(), own, strict=True) if row >= 0}
+            for query, own in zip(queries, rows, strict=True)
+        ]
+        self.facts = {
+            "split": split,
+            "instruction": instruction,
+            "queries without judgements, left out": counts.without_judgements,
+            "judged queries that queries.jsonl lacks": counts.unknown,
+            "queries for which nothing is relevant": sum(not query.relevant for query in queries),
+            "judged candidates that the corpus lacks": int(sum((own < 0).sum() for own in rows)),
+            "queries that have the id of a candidate": int((self.pool.find([q.id for q in queries]) >= 0).sum()),
+        }
+        self.fingerprint = self.asked.fingerprint(self.name, json.dumps(self.facts), self.pool.fingerprint)
+
+    def result(self, vectors: np.ndarray, stores: Stores) -> TaskResult:
+        metric, size = f"ndcg@{self.k}", len(self.pool)
+        scored = ask(self.asked, vectors, Pools([self.pool]), stores, measures(self.k), metric, self.k)
+        chance = chance_of_ndcg(self.asked.queries, self.held, size, self.k)
+        return TaskResult(
+            name=self.name,
+            metric=metric,
+            scores=scored.scores,
+            queries=len(self.asked),
+            candidates=(size, size),
+            chance=chance,
+            data=self.fingerprint,
+            facts={**self.facts, **scored.facts},
+            warnings=(*self._warnings(), *scored.warnings, *gate(scored.scores[metric], chance, len(self.asked))),
+            outcomes=scored.outcomes,
+            failures=scored.failures,
+        )
+
+    def _warnings(self) -> list[str]:
+        told = {
+            "judged queries that queries.jsonl lacks": "they were not asked",
+            "queries for which nothing is relevant": "they score 0",
+            "judged candidates that the corpus lacks": "they are never found",
+        }
+        return [f"{self.facts[fact]} {fact}: {said}" for fact, said in told.items() if self.facts[fact]]
+
+
+def measures(k: int) -> dict[str, Measure]:
+    """The scores of a set, by name."""
+    return {
+        f"ndcg@{k}": lambda found, grades: ranking.ndcg_at(found, grades, k),
+        "hit@1": lambda found, grades: ranking.hit_at(found, grades, 1),
+        f"recall@{k}": lambda found, grades: ranking.recall_at(found, grades, k),
+        f"mrr@{k}": lambda found, grades: ranking.reciprocal_rank(found, grades, k),
+    }
+
+
+def _name(folder: Path) -> str:
+    return Path(os.path.abspath(folder)).name  # of ".", too
+
+
+def _write(output: Path, result: dict[str, Any], results: Sequence[TaskResult]) -> None:
+    from muco.evaluate.page import write_reports
+
+    write_reports(output, result, results)

@@ -1,0 +1,224 @@
+"""Pools in JSONL files of any length: one pass checks every line, and a line is read again when it is asked for.
+
+Of a million candidates ids, numbers and the places of lines are in memory, some 40 MB, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muco.data.images import image_digest
+from muco.errors import DataError, ImageError
+from muco.evaluate.pool import Candidate
+
+HASHED = 50_000  # candidates of a pool up to which the bytes of its images are read for the fingerprint
+LONGEST_LINE = 1 << 26  # bytes; a file of one huge line is no JSONL
+LONGEST_ID = 200  # bytes
+
+Row = dict[str, Any]
+
+
+class LinePool:
+    """The candidates of a JSONL file, in its order.
+
+    Its fingerprint is made of the file's bytes and, where the pool has at most ``HASHED`` candidates, of the bytes of
+    every image. Reading a million images twice would take hours: of larger pools the sizes and modification times of
+    the images count instead, so a copy of the images that does not keep the times is embedded anew.
+
+    Args:
+        read: Makes a candidate of a line's object and its "file:line"; a DataError where it is not as it must be.
+        form: Names what ``read`` does; raise it when the content of a candidate changes.
+        numbers: From all ids, as numpy bytes, to int64 [N]: the ``order`` of the pool.
+    Raises:
+        DataError: If the file cannot be read, a line is not as it must be, an id occurs twice, or an image is missing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        read: Callable[[Row, str], Candidate],
+        *,
+        form: str,
+        numbers: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        self.path, self.name, self._read = Path(path), name, read
+        starts, lines = array("q"), array("q")
+        ids: list[bytes] = []
+        images: list[tuple[str, str]] = []  # path and "file:line" of those whose bytes may count
+        digest, times = hashlib.sha256(), hashlib.sha256()
+        self._state = file_state(self.path)
+        for start, line, number in raw_lines(self.path, digest):
+            where = f"{self.path}:{number}"
+            candidate = read(as_object(line, where), where)
+            ids.append(_id_bytes(candidate.id, where))
+            starts.append(start)
+            lines.append(number)
+            for image in map(str, candidate.content.images):
+                times.update(_size_and_time(image, where))
+                if len(starts) <= HASHED:
+                    images.append((image, where))
+        self._starts, self._lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
+        if not ids:
+            raise DataError(f"{self.path}: the file holds no candidate")
+        self._ids = np.array(ids, dtype=bytes)
+        self._by_id = np.argsort(self._ids, kind="stable")
+        self._refuse_twice()
+        self.order = numbers(self._ids)
+        looks = times.hexdigest() if len(self) > HASHED else [image_digest(path, where=where) for path, where in images]
+        parts = json.dumps([form, digest.hexdigest(), looks])
+        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> Candidate:
+        """Raises IndexError if there is no such row, DataError if the file changed since it was opened."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.path}")
+        where = f"{self.path}:{self._lines[row]}"
+        try:
+            with self.path.open("rb") as file:
+                changed = file_state(file.fileno()) != self._state  # then the place would be within another line
+                file.seek(int(self._starts[row]))
+                line = file.readline()
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({error.strerror})") from error
+        if changed:
+            raise DataError(f"{self.path}: the file changed since it was opened; start again")
+        return self._read(as_object(line, where), where)
+
+    def id(self, row: int) -> str:
+        """The id of a row, without reading its line."""
+        return self._ids[row].decode()
+
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """The rows of ids, int64 [n]; -1 for one that the pool does not hold."""
+        wanted = np.array([id.encode() for id in ids], dtype=bytes)
+        place = np.searchsorted(self._ids, wanted, sorter=self._by_id)
+        rows = self._by_id[np.minimum(place, len(self) - 1)]
+        return np.where(self._ids[rows] == wanted, rows, -1).astype(np.int64)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}:{self._lines[row]}"
+
+    def _refuse_twice(self) -> None:
+        first, second = self._by_id[:-1], self._by_id[1:]
+        again = np.flatnonzero(self._ids[first] == self._ids[second])
+        if len(again):
+            row = again[np.argmin(second[again])]  # the one that comes first in the file
+            raise DataError(
+                f"{self.where(second[row])}: the id {self.id(second[row])!r} is also that of line "
+                f"{self._lines[first[row]]}; ids must be unique within a pool"
+            )
+
+
+def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
+    """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
+
+    Raises:
+        DataError: If the file cannot be read or a line is longer than ``LONGEST_LINE``.
+    """
+    try:
+        with path.open("rb") as file:
+            offset = number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB")
+                if digest is not None:
+                    digest.update(line)
+                if not line.isspace():
+                    yield offset, line, number
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def objects(path: Path, digest: Any = None) -> Iterator[tuple[Row, str]]:
+    """The JSON object and "file:line" of every line that is not blank."""
+    for _, line, number in raw_lines(path, digest):
+        where = f"{path}:{number}"
+        yield as_object(line, where), where
+
+
+def as_object(line: bytes, where: str) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: the line is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: the line must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    """A string of a row, None where it is null or not there.
+
+    Raises:
+        DataError: If it is something else, or holds half a character, which no tokenizer takes.
+    """
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} must be a string or null, not {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {key!r} holds half a character (a lone surrogate); mend the text") from error
+    return value
+
+
+def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
+    """An id: a string that is not empty and holds no control character."""
+    value = text_of(row, key, where)
+    if not value or not value.isprintable():
+        raise DataError(f"{where}: {key!r} must be an id, not {value!r:.60}")
+    return value
+
+
+def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
+    """The path of a row's image within ``folder``, None where it is null or not there.
+
+    Raises:
+        DataError: If the path leads out of the folder; links within it may.
+    """
+    value = text_of(row, key, where)
+    if value is None:
+        return None
+    inside = os.path.normpath(value) if value else ""
+    if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
+        raise DataError(f"{where}: {key!r} is {value!r:.120}; give the path of an image within {folder}")
+    return os.path.join(folder, inside)
+
+
+def file_state(file: Path | int) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _id_bytes(id: str, where: str) -> bytes:
+    value = id.encode()
+    if len(value) > LONGEST_ID:
+        raise DataError(f"{where}: an id of {len(value)} bytes; at most {LONGEST_ID} are allowed")
+    return value
+
+
+def _size_and_time(image: str, where: str) -> bytes:
+    try:
+        status = os.stat(image)
+    except OSError as error:
+        raise ImageError(f"{where}: image {image} cannot be read ({error.strerror}); mend the row") from error
+    return f"{status.st_size} {status.st_mtime_ns}\n".encode()

@@ -1,0 +1,176 @@
+"""MMEB: 36 data sets of images and texts, ``evaluate_mmeb(model, data, output)``.
+
+::
+
+    data sets ─read_questions─▶ rows ─Task─▶ distinct contents ─embed─▶ vectors ─judge─▶ hit@1 per data set ─▶ means
+
+Every query ranks its own list, and the right candidate must beat all others: it is given first, so a rule that lets it
+win ties would give full marks to a model that maps everything to one point. Candidates are the same if their text and
+the bytes of their image are; copies of the right one are no rivals. What is embedded is each distinct content of a data
+set, once, in an order that the order of rows does not change.
+
+The overall score is the mean of the 36 data sets, not of the four meta-tasks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from muco import distributed
+from muco.errors import DataError, MucoError
+from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, mean_of
+from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.mmeb_data import BLANK, DATA_SETS, METAS, NAMES, find_files, open_source
+from muco.evaluate.mmeb_task import Task
+
+if TYPE_CHECKING:
+    from muco.evaluate.retrieval import Embedder
+
+RULES = {
+    "ranking": "each query ranks its own list; scores are float32 dot products; ties are lost",
+    "identity": "text and image bytes; copies of the ground truth are no rivals",
+    "text": f"as in MMEB V1, the image token taken out; an empty candidate is {BLANK.text!r}",
+    "overall": "the mean of 36 data sets",
+}
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_mmeb(
+    model: Embedder,
+    data: Path,
+    output: Path,
+    *,
+    images: Path | None = None,
+    tasks: Sequence[str] | None = None,
+    queries: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    allow_missing: bool = False,
+    pixels: str = "",
+    command: str = "",
+    model_path: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores a model on MMEB, or on some of its data sets.
+
+    Data sets that are found done in ``output`` for this model, these settings and unchanged data are not done again.
+    Call it on every process alike; the first one writes.
+
+    Args:
+        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        data: A folder with one folder per data set, see :mod:`muco.evaluate.mmeb_data`.
+        output: Gets ``mmeb.json`` and its other forms, a file per data set, and the vectors.
+        images: The folder of all images; None: ``eval_images`` or ``image-tasks`` in ``data``, by the layout.
+        tasks: Names of data sets; None: all 36.
+        queries: So many of each data set, drawn by ``seed``; None: all.
+        batch_size: Contents per forward pass; the scores do not depend on it.
+        allow_missing: Score what is there, instead of refusing to start where a data set is missing.
+        pixels, command, model_path: Told in the results: the limits of image size that were set, and so on.
+        progress: Called with (contents encoded, contents in all) of one data set after another.
+    Returns:
+        What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.
+    Raises:
+        DataError: If a data set is unknown or missing, or a row cannot be used.
+        MucoError: If ``queries`` is less than 1.
+        OutputError: If the output cannot be written.
+    """
+    if queries is not None and queries < 1:
+        raise MucoError(f"queries is {queries}; give at least 1 per data set, or leave it out")
+    chosen = _chosen(tasks)
+    found, missing = find_files(data, chosen)
+    _refuse_missing(missing, len(chosen), bool(found), allow_missing)
+    sources = [open_source(Path(data), name, paths, images) for name, paths in found.items()]
+    fingerprint = model.fingerprint
+    settings = {
+        "tasks": list(chosen),
+        "queries": queries,
+        "seed": seed,
+        "batch_size": batch_size,
+        "pixels": pixels,
+        "data": str(data),
+        "rules": RULES,
+    }
+    # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
+    places = sorted({str(source.images.resolve()) for source in sources})
+    key = {"benchmark": "mmeb", "model": fingerprint, "rules": RULES, "images": places}
+    files = TaskFiles(Path(output), key)
+    results = []
+    for source in sources:
+        task = Task(source, queries, seed)
+        done = distributed.first_only(functools.partial(files.find, source.data_set.name, task.fingerprint))
+        if done is None:
+            log.info("%s: %d queries, %d contents", source.data_set.name, len(task.asked), len(task.book.contents))
+            cache = EmbeddingCache(Path(output) / "cache", model=fingerprint, data=task.fingerprint)
+            done = task.score(model, batch_size, cache, progress)
+            distributed.first_only(functools.partial(files.add, done))
+        results.append(done)
+    groups, overall = aggregates({result.name: result.score for result in results})
+    result = benchmark_result(
+        "mmeb",
+        results,
+        groups,
+        overall=overall,
+        model={"path": model_path, "fingerprint": fingerprint},
+        settings=settings,
+        command=command,
+        missing=list(missing),
+        warnings=_warnings(results, missing, seed),
+    )
+    distributed.first_only(functools.partial(_write, Path(output), result, results))
+    return result
+
+
+def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
+    """Means of the benchmark's groups, and of all 36 data sets; None where one of their data sets has no score.
+
+    Args:
+        scores: By name of the data set, in any unit.
+    """
+    groups = {meta: mean_of(scores, [d.name for d in DATA_SETS if d.meta == meta]) for meta in METAS}
+    for name, inside in (("in-distribution", True), ("out-of-distribution", False)):
+        groups[name] = mean_of(scores, [d.name for d in DATA_SETS if d.in_distribution == inside])
+    return groups, mean_of(scores, NAMES)
+
+
+def _chosen(tasks: Sequence[str] | None) -> tuple[str, ...]:
+    if tasks is None:
+        return NAMES
+    if not tasks:
+        raise DataError("no data set is named; name at least one, or none to score all 36")
+    for name in tasks:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(f"{name!r} is no data set of MMEB; {hint}There are {', '.join(NAMES)}")
+    return tuple(name for name in NAMES if name in tasks)
+
+
+def _refuse_missing(missing: Mapping[str, str], chosen: int, some: bool, allowed: bool) -> None:
+    if missing and not (allowed and some):
+        listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
+        remedy = "or score the others alone by allowing missing ones" if some else "or name another folder"
+        raise DataError(f"{len(missing)} of {chosen} data sets of MMEB are missing; get them, {remedy}. {listed}")
+
+
+def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: int) -> list[str]:
+    lines = []
+    if sampled := [result.queries for result in results if result.facts["sampled"]]:
+        lines.append(
+            f"data sets scored on samples of {min(sampled)} queries (seed {seed}): {len(sampled)}; "
+            "these scores are not those of the benchmark"
+        )
+    if missing:
+        lines.append(f"data sets that were not found: {len(missing)}; so there is no overall score")
+    return lines
+
+
+def _write(output: Path, result: dict[str, Any], results: Sequence[TaskResult]) -> None:
+    from muco.evaluate.page import write_reports
+
+    write_reports(output, result, results)

@@ -1,0 +1,207 @@
+"""One data set of MMEB: its rows as distinct contents, their vectors, and what became of every query."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from muco.dialogue import Content
+from muco.errors import DataError
+from muco.evaluate import metrics
+from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
+from muco.evaluate.cache import Book, EmbeddingCache, embed
+from muco.evaluate.mmeb_data import ROWS, Source, read_questions
+
+if TYPE_CHECKING:
+    from muco.evaluate.retrieval import Embedder
+
+METRIC = "hit@1"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query by keys of the book. ``candidates`` are all of its list, the right one first, repeated ones too."""
+
+    number: int
+    query: str
+    candidates: tuple[str, ...]
+
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """Distinct candidates, the right one first, and where each stands in the list for the first time."""
+        places: dict[str, int] = {}
+        for place, key in enumerate(self.candidates):
+            places.setdefault(key, place)
+        return places
+
+    @property
+    def repeats_truth(self) -> bool:
+        return self.candidates[0] in self.candidates[1:]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A query's outcome. ``rank`` counts from 1, beyond the list where a score is not finite; then ``margin`` is None.
+
+    ``margin`` is the score of the best rival minus that of the right candidate; ``tied``: nothing but a tie was lost.
+    """
+
+    outcome: Outcome
+    rank: int
+    margin: float | None = None
+    tied: bool = False
+
+
+class Task:
+    """One data set, read: its queries and their distinct contents.
+
+    ``fingerprint`` is of the numbers of the rows that are asked, their texts and the bytes of their images.
+
+    Args:
+        queries, seed: See :func:`sample`.
+    Raises:
+        DataError: If a row or an image cannot be used; names file and row.
+    """
+
+    def __init__(self, source: Source, queries: int | None, seed: int) -> None:
+        self.source, self.book, self.asked = source, Book(), []
+        keys: dict[Content, str] = {}  # lists share most of their candidates
+        digest = hashlib.sha256(source.data_set.name.encode())
+        for question in read_questions(source, set(sample(source.rows, queries, seed))):
+            for content in (question.query, *question.candidates):
+                if content not in keys:
+                    keys[content] = self.book.add(content, question.where)
+            asked = Asked(question.number, keys[question.query], tuple(keys[c] for c in question.candidates))
+            if len(asked.places) < 2:
+                raise DataError(f"{question.where}: all candidates are the same; a query needs a wrong one too")
+            self.asked.append(asked)
+            digest.update(json.dumps([asked.number, asked.query, asked.candidates]).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def score(
+        self, model: Embedder, batch_size: int, cache: EmbeddingCache | None, progress: Progress | None
+    ) -> TaskResult:
+        """Encodes what the cache lacks and ranks every list; call it on every process alike."""
+        keys = self.book.in_order(self.book.contents)
+        encode = functools.partial(self.book.encode, model, batch_size)
+        vectors = embed(keys, encode, cache=cache, progress=progress)
+        row_of = {key: row for row, key in enumerate(keys)}
+        pool = sorted({row_of[key] for asked in self.asked for key in asked.places})
+        health = {
+            "query": metrics.embedding_health(vectors[sorted({row_of[asked.query] for asked in self.asked})]),
+            "candidate": metrics.embedding_health(vectors[pool]),
+        }
+        # What is left of the differences in a collapsed pool is rounding: let all of them tie, and so be lost.
+        candidates = np.zeros_like(vectors) if health["candidate"].collapsed else vectors
+        judged = []
+        for asked in self.asked:
+            rows = [row_of[key] for key in asked.places]
+            with np.errstate(invalid="ignore", over="ignore"):  # NaN is wanted in the scores, not as a warning
+                scores = candidates[rows] @ vectors[row_of[asked.query]]
+            judged.append(judge(asked, scores))
+        return self._result(judged, health, vectors.shape)
+
+    def _result(
+        self, judged: Sequence[Judged], health: Mapping[str, metrics.Health], encoded: tuple[int, int]
+    ) -> TaskResult:
+        data_set, source, asked = self.source.data_set, self.source, self.asked
+        sizes = np.array([len(question.places) for question in asked])
+        ranks = np.array([one.rank for one in judged])
+        # hit@5 says nothing where everyone hits five of five.
+        hits = {f"hit@{k}": metrics.hit_at(ranks, k) for k in (1, 5) if k < sizes.min()}
+        ties, repeated = sum(one.tied for one in judged), sum(question.repeats_truth for question in asked)
+        chance = metrics.chance_hit(1, sizes)
+        facts = {
+            "meta": data_set.meta,
+            "in_distribution": data_set.in_distribution,
+            "layout": source.layout,
+            "rows": source.rows,
+            "sampled": len(asked) < source.rows,
+            "encoded": encoded[0],
+            "dimension": encoded[1],
+            "ties": ties,
+            "repeated_truth": repeated,
+        }
+        warnings = [*_of_health(health), *gate(hits[METRIC], chance, len(asked))]
+        if ties:
+            warnings.append(f"queries lost to a tie with a wrong candidate: {ties}")
+        if repeated:
+            warnings.append(f"queries that list their ground truth again: {repeated}; its copies are no rivals")
+        if source.rows != ROWS:
+            warnings.append(f"the data has {source.rows} queries; the published data set has {ROWS}")
+        return TaskResult(
+            data_set.name,
+            METRIC,
+            # math.fsum: a sum that the order of rows does not change
+            hits | {"mrr": math.fsum(1 / rank for rank in ranks.tolist()) / len(ranks)},
+            queries=len(asked),
+            candidates=(int(sizes.min()), int(sizes.max())),
+            chance=chance,
+            data=self.fingerprint,
+            facts=facts,
+            warnings=tuple(warnings),
+            outcomes=tuple(one.outcome for one in judged),
+            failures=self._failures(judged),
+        )
+
+    def _failures(self, judged: Sequence[Judged]) -> tuple[Failure, ...]:
+        lost = [
+            (one.margin, asked, one.outcome.found)
+            for asked, one in zip(self.asked, judged, strict=True)
+            if one.rank > 1 and one.margin is not None
+        ]
+        lost.sort(key=lambda item: (-item[0], item[1].number))
+        failures = []
+        for margin, asked, found in lost[:FAILURES]:
+            best = tuple((self._shown(place, asked.candidates[int(place)]), score) for place, score in found)
+            query = self._shown(str(asked.number), asked.query)
+            failures.append(Failure(margin, query, self._shown("0", asked.candidates[0]), best))
+        return tuple(failures)
+
+    def _shown(self, name: str, key: str) -> Shown:
+        content = self.book.contents[key]
+        return Shown(name, content.text, tuple(str(image) for image in content.images))
+
+
+def sample(rows: int, queries: int | None, seed: int) -> list[int]:
+    """Numbers of the rows that are asked, ascending: those with the smallest hash of (seed, number)."""
+    order = sorted(range(rows), key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest())
+    return sorted(order[:queries])
+
+
+def judge(asked: Asked, scores: np.ndarray) -> Judged:
+    """What became of a query.
+
+    Args:
+        scores: float32 [C] of ``asked.places``, the right candidate first.
+    """
+    positive, columns = np.zeros(1, dtype=np.int64), np.arange(len(scores))
+    rank = int(metrics.ranks(scores[None], positive, columns, tie=metrics.TIE)[0])
+    name = str(asked.number)
+    if not np.isfinite(scores).all():
+        return Judged(Outcome(name, 0.0, None, ()), rank)
+    handicapped = scores.copy()
+    handicapped[0] -= np.float32(metrics.TIE)
+    order = np.lexsort((columns == 0, -handicapped))[:FOUND]  # the right one stands where its rank says
+    places = list(asked.places.values())
+    found = tuple((str(places[column]), float(scores[column])) for column in order)
+    margin = float(scores[1:].max() - scores[0])
+    tied = rank > 1 and margin <= metrics.TIE
+    return Judged(Outcome(name, float(rank == 1), rank, found), rank, margin, tied)
+
+
+def _of_health(health: Mapping[str, metrics.Health]) -> list[str]:
+    lines = []
+    for side, of in health.items():
+        if of.non_finite:
+            lines.append(f"{of.non_finite} of {of.rows} {side} vectors are not finite")
+        elif of.collapsed:
+            lines.append(f"all {of.rows} {side} vectors are the same; the model has collapsed")
+    return lines

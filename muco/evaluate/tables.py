@@ -1,0 +1,213 @@
+"""A benchmark as rows: for the terminal, as CSV for programs that calculate, as Markdown for people who quote.
+
+All three say the same. Scores are shares, 0 to 1, in the CSV file and per cent elsewhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLUMNS = ("task", "metric", "score", "chance", "queries", "candidates")
+CSV_COLUMNS = (
+    *("kind", "name", "metric", "score", "queries", "candidates_min", "candidates_max", "chance", "scores", "facts"),
+    *("data", "warnings", "benchmark", "model", "model_fingerprint", "settings", "versions", "command", "date"),
+)
+INCOMPLETE = "not all tasks were scored"
+
+
+# ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
+    """Prints tasks, groups and overall in per cent, and every warning.
+
+    Args:
+        result: Of :func:`muco.evaluate.benchmark.benchmark_result`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(COLUMNS[0], title=Text(f"{title_of(result)}, %"), title_justify="left")
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for cells in task_rows(result):
+        table.add_row(*map(Text, cells))
+    for i, (name, score) in enumerate(group_rows(result)):
+        if i == 0:
+            table.add_section()
+        table.add_row(Text(name), "", Text(score), "", "", "", style="bold")
+    console.print(table)
+    for line in warnings_of(result):
+        console.print(Text(f"Warning: {line}", style="bold red"))
+    console.print(Text("\n".join(f"{name} {value}" for name, value in origin(result).items()), style="dim"))
+
+
+# ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """Tables of tasks and groups, warnings and origin as GitHub Markdown, ending in a newline."""
+    lines = [f"# {markdown(title_of(result))}: {markdown(result['model']['path'])}", ""]
+    lines += [f"- **Warning:** {markdown(line)}" for line in warnings_of(result)]
+    lines += ["", *markdown_table(("group", "score"), group_rows(result))]
+    lines += ["", *markdown_table(COLUMNS, task_rows(result)), "", "Scores and chance in per cent.", ""]
+    for name, task in result["tasks"].items():
+        if task["facts"]:
+            lines.append(f"- {markdown(name)}: {markdown(facts_text(task['facts']))}")
+    lines += ["", *(f"- {name}: {markdown(value)}" for name, value in origin(result).items())]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right; cells are escaped."""
+    lines = ["| " + " | ".join(map(markdown, cells)) + " |" for cells in (columns, *rows)]
+    return [lines[0], "|---|" + "---:|" * (len(columns) - 1), *lines[1:]]
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    line = re.sub(r"([\\`*\[\]<>|~#&!$])", r"\\\1", " ".join(clean(text).split()))
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)  # inside a word it marks nothing
+
+
+# ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_csv(result: Mapping[str, Any]) -> str:
+    """One row per task, group and overall, each with all that tells where it comes from; an empty cell is unknown."""
+    stream = io.StringIO()
+    # all text is quoted: a bare carriage return would end the row for some readers
+    writer = csv.DictWriter(stream, CSV_COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writeheader()
+    model = result["model"]
+    shared = {
+        "benchmark": result["benchmark"],
+        "model": model["path"],
+        "model_fingerprint": model["fingerprint"],
+        "settings": _json(result["settings"]),
+        "versions": _json(result["versions"]),
+        "command": result["command"],
+        "date": result["date"],
+    }
+    for row in _csv_rows(result):
+        writer.writerow({name: _cell(value) for name, value in (row | shared).items()})
+    return stream.getvalue()
+
+
+def _csv_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, task in result["tasks"].items():
+        low, high = task["candidates"]
+        yield {
+            "kind": "task",
+            "name": name,
+            **{key: task[key] for key in ("metric", "score", "queries", "chance", "data")},
+            "candidates_min": low,
+            "candidates_max": high,
+            "scores": _json(task["scores"]),
+            "facts": _json(task["facts"]),
+            "warnings": " | ".join(task["warnings"]),
+        }
+    for name, score in groups_of(result).items():
+        yield {"kind": "group", "name": name, "score": score, "warnings": "" if score is not None else INCOMPLETE}
+    own = [line for line in warnings_of(result) if not _of_task(line, result)]
+    yield {"kind": "overall", "name": "overall", "score": result["overall"], "warnings": " | ".join(own)}
+
+
+def _of_task(line: str, result: Mapping[str, Any]) -> bool:
+    return any(line == f"{name}: {own}" for name, task in result["tasks"].items() for own in task["warnings"])
+
+
+def _cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    text = clean(value)
+    return f"'{text}" if text[:1] in ("\t", "\r", "\n") or text.lstrip()[:1] in ("=", "+", "-", "@") else text
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+# ── what all of them say ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def task_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Cells of ``COLUMNS`` for each task."""
+    for name, task in result["tasks"].items():
+        counts = (f"{task['queries']:,}", candidates_text(task["candidates"]))
+        yield (name, task["metric"], percent(task["score"]), percent(task["chance"]), *counts)
+
+
+def group_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    means = means_of(result)
+    for name in sorted(means, key="overall".__eq__):  # the groups in their order, then the overall score
+        unknown = INCOMPLETE if name.startswith("overall") else "–"
+        yield name, unknown if means[name] is None else percent(means[name])
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    """The benchmark as people write it."""
+    return {"mmeb": "MMEB", "mbeir": "M-BEIR"}.get(result["benchmark"], result["benchmark"])
+
+
+def groups_of(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The groups but "overall", which has a place of its own."""
+    return {name: score for name, score in result["groups"].items() if name != "overall"}
+
+
+def means_of(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The overall score first, unless the groups have one per pool, then the groups."""
+    groups = groups_of(result)
+    named = any(name.startswith("overall ") for name in groups)
+    return ({} if named else {"overall": result["overall"]}) | groups
+
+
+def warnings_of(result: Mapping[str, Any]) -> list[str]:
+    """All warnings; what is missing comes first."""
+    lines = []
+    if result["missing"]:
+        lines.append(f"no data was found for {', '.join(result['missing'])}")
+    elif result["overall"] is None:
+        lines.append(f"{INCOMPLETE}, so there is no overall score")
+    return [*lines, *result["warnings"]]
+
+
+def origin(result: Mapping[str, Any]) -> dict[str, str]:
+    """Where the scores come from, by name."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    return {
+        "model": result["model"]["path"],
+        "fingerprint": result["model"]["fingerprint"],
+        "command": result["command"],
+        "date": result["date"],
+        "settings": facts_text(result["settings"]),
+        "versions": versions,
+    }
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {v if isinstance(v, str) else _json(v)}" for name, v in facts.items())
+
+
+def candidates_text(candidates: Sequence[int]) -> str:
+    low, high = candidates
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def clean(text: str) -> str:
+    """Text that can be written as UTF-8: half characters become "?", control characters other than blanks go."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(c for c in text if c >= " " or c in "\t\r\n")

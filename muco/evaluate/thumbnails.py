@@ -1,0 +1,50 @@
+"""Pictures on a page that must stay small: thumbnails as data URIs, until the room for them is used up."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+from muco.data.images import open_image
+from muco.errors import ImageError
+from muco.evaluate.tables import clean
+
+SIDE = 160  # px
+
+
+class Thumbnails:
+    """Small JPEGs as data URIs until the room is used up.
+
+    Args:
+        room: Characters that all of them may take together.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.full, self.left_out = room, False, 0
+        self._made: dict[str, str | None] = {}  # path -> data URI; None if it cannot be shown
+
+    def html(self, image: str) -> str:
+        """The image, or its name where it cannot be read or does not fit any more."""
+        name = escape(clean(Path(image).name))
+        if not self.full and image not in self._made:
+            self._made[image] = _data_uri(image)
+        if image in self._made and (uri := self._made[image]) is None:
+            return f'<span class="gone">{name}: the image is missing or cannot be read</span>'
+        if self.full or len(uri) > self.room:
+            self.full, self.left_out = True, self.left_out + 1
+            return f'<span class="gone">{name}: left out</span>'
+        self.room -= len(uri)
+        return f'<img src="{uri}" alt="{name}" title="{name}" loading="lazy">'
+
+
+def _data_uri(image: str) -> str | None:
+    try:
+        picture = open_image(image, small_side=0)
+    except ImageError:
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=72)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

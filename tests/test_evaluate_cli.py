@@ -1,0 +1,127 @@
+"""Benchmarks from the command line, end to end: a real tiny model on generated trees, one process and two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mbeir_tree
+import mmeb_tree
+import pytest
+
+from muco.cli import main
+
+SETS = ("ImageNet-1K", "OK-VQA", "VisDial", "RefCOCO-Matching")
+PARTS = ("tasks", "groups", "overall", "missing", "model")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model.save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mmeb(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mmeb")
+    mmeb_tree.write_tree(folder, "split", names=SETS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mbeir(tmp_path_factory) -> Path:
+    return mbeir_tree.write_tree(tmp_path_factory.mktemp("mbeir"))
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict:
+    assert main([str(a) for a in arguments]) == code
+    out = capfd.readouterr()
+    return json.loads(out.out) if code == 0 else {"said": out.err}
+
+
+def forms(folder: Path, name: str) -> list[str]:
+    return sorted(file.suffix for file in folder.glob(f"{name}.*"))
+
+
+def test_mmeb(model, mmeb, tmp_path, capfd):
+    wanted = ["evaluate", "mmeb", "-m", model, "-d", mmeb, "-o", tmp_path / "own", "--own-pixels"]
+    said = run(capfd, *wanted, code=1)["said"]
+    assert "32 of 36 data sets of MMEB are missing" in said and "CIRR" in said
+    found = run(capfd, *wanted, "--allow-missing", "--json")
+    assert set(found["tasks"]) == set(SETS) and found["overall"] is None and len(found["missing"]) == 32
+    assert found["command"].startswith("muco evaluate mmeb") and found["settings"]["pixels"] == "the model's own"
+    assert forms(tmp_path / "own", "mmeb") == [".csv", ".html", ".json", ".md"]
+    assert main([*map(str, wanted), "--allow-missing"]) == 0  # found done; a table for people
+    table = capfd.readouterr().out
+    assert all(name in table for name in SETS)
+
+    large = run(capfd, *wanted[:-3], "-o", tmp_path / "large", "--task", "OK-VQA", "--queries", "2", "--json")
+    assert large["settings"]["pixels"] == "200704 to 1003520" and large["tasks"]["OK-VQA"]["queries"] == 2
+    assert large["model"]["fingerprint"] != found["model"]["fingerprint"], "other pixels are another model"
+
+    compared = run(capfd, "evaluate", "compare", tmp_path / "own", tmp_path / "own", "--json")
+    assert "OK-VQA" in json.dumps(compared) and run(capfd, "evaluate", "compare", mmeb, mmeb, code=1)["said"]
+
+
+def test_mbeir_and_beir(model, mbeir, tmp_path, capfd):
+    wanted = ["evaluate", "mbeir", "-m", model, "-d", mbeir, "-o", tmp_path / "mbeir", "--own-pixels", "--json"]
+    found = run(capfd, *wanted)
+    assert len(found["tasks"]) == 32 and found["overall"] is not None and not found["missing"]
+    assert len([*(tmp_path / "mbeir" / "runs").iterdir()]) == 32
+    local = run(capfd, *wanted[:6], "-o", tmp_path / "local", "--own-pixels", "--json", "--pool", "local")
+    assert len(local["tasks"]) == 16 and local["tasks"].items() <= found["tasks"].items()
+
+    folder = tmp_path / "set"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": f"word {i}"}) + "\n" for i in "123")
+    )
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "word 1"}) + "\n")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t2\n")
+    graded = run(capfd, "evaluate", "beir", "-m", model, "-d", folder, "-o", tmp_path / "beir", "-k", "2", "--json")
+    (task,) = graded["tasks"].values()
+    assert task["metric"] == "ndcg@2" and task["score"] == 1.0  # the same text has the same vector
+
+
+def test_leaks_are_found_and_fail_the_check(scenes, tmp_path, capfd):
+    mixed = scenes / "mixed.jsonl"
+    mixed.write_text((scenes / "train.jsonl").read_text() + (scenes / "test.jsonl").read_text().splitlines()[0] + "\n")
+    assert main(["data", "leak", str(scenes / "test.jsonl"), "-t", str(mixed), "-o", str(tmp_path), "--json"]) == 3
+    assert json.loads(capfd.readouterr().out)["affected"]["image"] == 1
+    pairs = (tmp_path / "overlap.jsonl").read_text()
+    assert "test.jsonl:1" in pairs and "mixed.jsonl:65" in pairs
+    dev, train = str(scenes / "dev.jsonl"), str(scenes / "train.jsonl")
+    assert main(["data", "leak", dev, "-t", train]) in (0, 3)  # captions may be equal by chance
+    assert "by image" in capfd.readouterr().out
+    mixed.unlink()
+
+
+def by_two(*arguments: object) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "muco"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mmeb", "mbeir"])
+def test_two_processes_give_the_numbers_of_one(model, mmeb, mbeir, tmp_path, capfd, monkeypatch, name):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data = {"mmeb": mmeb, "mbeir": mbeir}[name]
+    wanted = ["evaluate", name, "-m", model, "-d", data, "--own-pixels", "--allow-missing", "--json", "-o"]
+    alone, both = run(capfd, *wanted, tmp_path / "one"), by_two(*wanted, tmp_path / "two")
+    assert {part: alone[part] for part in PARTS} == {part: both[part] for part in PARTS}
+    for folder in ("tasks", "outcomes"):
+        one, two = (sorted((tmp_path / way / folder).iterdir()) for way in ("one", "two"))
+        assert [file.name for file in one] == [file.name for file in two] and one
+    for file, other in zip(one, two, strict=True):
+        for line, same in zip(*(map(json.loads, f.read_text().splitlines()) for f in (file, other)), strict=True):
+            assert [line[key] for key in ("query", "value", "rank")] == [
+                same[key] for key in ("query", "value", "rank")
+            ]
+            scores = ([score for _, score in found["found"]] for found in (line, same))
+            assert next(scores) == pytest.approx(next(scores), abs=1e-5)  # other numbers of threads round differently
