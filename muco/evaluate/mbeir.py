@@ -220,8 +220,6 @@ def _plan(data: Path, chosen: Sequence[Task], pools: Sequence[PoolName], allow_m
     """What can be scored; a DataError that lists all missing files unless they are allowed to be."""
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; give the one that holds query, qrels, cand_pool and instructions")
-    if not instructions_file(data).is_file():
-        allow_missing = False  # no task can do without
     todo, missing, lost = [], [], []
     lost_pools = [task.files(data)["pool"] for task in ALL if not task.files(data)["pool"].is_file()]
     for pool in ("local", "global"):
@@ -231,13 +229,14 @@ def _plan(data: Path, chosen: Sequence[Task], pools: Sequence[PoolName], allow_m
             absent = [path for path in needed if not path.is_file()]
             (missing if absent else todo).append((task, pool))
             lost += absent
+    possible = bool(todo) and instructions_file(data).is_file()  # no task can do without the instructions
     if not instructions_file(data).is_file():
         lost.insert(0, instructions_file(data))
     listed = "\n".join(f"  {path}" for path in dict.fromkeys(lost))
-    if lost and not (allow_missing and todo):
+    if lost and not (allow_missing and possible):
         raise DataError(
             f"{data}: these files of M-BEIR are missing:\n{listed}\nadd them"
-            + ("" if allow_missing or not todo else ", or allow missing ones")
+            + (", or allow missing ones" if possible else "")
         )
     warnings = [f"the file {path} is missing" for path in dict.fromkeys(lost)]
     if "global" in pools and lost_pools:

@@ -88,7 +88,7 @@ def evaluate_mmeb(
     sources = [open_source(Path(data), name, paths, images) for name, paths in found.items()]
     fingerprint = model.fingerprint
     settings = {
-        "tasks": list(chosen),
+        "tasks": "all" if chosen == NAMES else list(chosen),
         "queries": queries,
         "seed": seed,
         "batch_size": batch_size,

@@ -30,6 +30,7 @@ from muco.evaluate.thumbnails import Thumbnails
 __all__ = ["page", "print_benchmark", "write_reports"]
 
 THUMBNAILS = 12 * 2**20  # characters of all images of a page together
+WARNINGS = 12  # shown at once; the rest opens
 TEXT = 600  # characters shown of a query or candidate
 
 
@@ -108,8 +109,15 @@ def _overall(score: float | None) -> str:
 def _warnings(lines: Sequence[str]) -> str:
     if not lines:
         return ""
+    first, more = (_items(part) for part in (lines[:WARNINGS], lines[WARNINGS:]))
+    if more:
+        more = f"<details><summary>{len(lines) - WARNINGS:,} more</summary>{more}</details>"
+    return f'<div class="alarm" role="alert"><h2>{_count(len(lines), "warning")}</h2>{first}{more}</div>'
+
+
+def _items(lines: Sequence[str]) -> str:
     items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-    return f'<div class="alarm" role="alert"><h2>{_count(len(lines), "warning")}</h2><ul>{items}</ul></div>'
+    return f"<ul>{items}</ul>" if items else ""
 
 
 # ── bars ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
