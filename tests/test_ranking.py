@@ -35,15 +35,21 @@ def judged_runs(draw):
     queries = [f"q{n}" for n in range(draw(st.integers(1, 4)))]
     grades = st.dictionaries(st.sampled_from(candidates), st.integers(0, 3), min_size=1)
     qrels = {query: draw(grades) for query in queries}
-    run = {query: draw(st.permutations(candidates))[: draw(st.integers(1, 8))] for query in queries}
-    return qrels, run
+    scores = st.dictionaries(st.sampled_from(candidates), st.sampled_from([0.0, 0.5, 1.0]), min_size=1)  # many ties
+    return qrels, {query: draw(scores) for query in queries}
 
 
 @given(judged_runs(), st.integers(1, 9))
 def test_metrics_agree_with_an_independent_implementation(problem, k):
-    """trec_eval's own code, on lists that are shorter and longer than k, with grades of 0 and without any relevant."""
-    qrels, run = problem
-    scored = {query: {c: float(len(found) - i) for i, c in enumerate(found)} for query, found in run.items()}
+    """trec_eval's own code, with ties, lists shorter and longer than k, grades of 0, and queries without any relevant.
+
+    It puts the larger id first among equal scores.
+    """
+    qrels, scored = problem
+    run = {
+        query: sorted(sorted(scores, reverse=True), key=lambda c: -scores[c])  # noqa: B023
+        for query, scores in scored.items()
+    }
     names = {"success": hit_at, "recall": recall_at, "ndcg_cut": ndcg_at}
     others = pytrec_eval.RelevanceEvaluator(qrels, {f"{name}.{k}" for name in names} | {"recip_rank"}).evaluate(scored)
     for query, found in run.items():

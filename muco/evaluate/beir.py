@@ -37,7 +37,7 @@ from muco.evaluate.pool import Candidate
 from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_ndcg
 
 if TYPE_CHECKING:
-    from muco.evaluate.retrieval import Embedder
+    from muco.evaluate.cache import Embedder
 
 FORM = "BEIR 1"  # of a candidate's content: the title, a blank and the text
 RULES = {

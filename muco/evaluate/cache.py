@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -22,13 +22,18 @@ from muco import distributed
 from muco.dialogue import Content, ImageLike
 from muco.errors import DataError, ImageError, OutputError
 
-if TYPE_CHECKING:
-    from muco.evaluate.retrieval import Embedder
-
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
 LAYOUT = 1  # raise when the meaning of a row changes
 
 log = logging.getLogger(__name__)
+
+
+class Embedder(Protocol):
+    """What evaluates: anything that maps contents to unit vectors."""
+
+    def encode(self, contents: list[Content], /, *, batch_size: int) -> np.ndarray: ...
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class Book:

@@ -188,8 +188,9 @@ def mbeir(
     hit@k is what M-BEIR calls Recall@k; true recall@k stands beside it. Pools are embedded once, in shards on disk, and
     searched exactly. Writes JSON, CSV, Markdown, an HTML page and TREC runs. Also under torchrun.
     """
-    from muco.evaluate.mbeir import evaluate_mbeir
+    from muco.evaluate.mbeir import check_folder, evaluate_mbeir
 
+    check_folder(data)  # before the model: a mistyped path should not cost a minute
     encoder, pixels = _encoder(model, own_pixels)
     _run(
         evaluate_mbeir,

@@ -40,7 +40,7 @@ from muco.evaluate.mbeir_data import (
 from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_hit
 
 if TYPE_CHECKING:
-    from muco.evaluate.retrieval import Embedder
+    from muco.evaluate.cache import Embedder
 
 PoolName = Literal["local", "global"]
 
@@ -156,6 +156,12 @@ def evaluate_mbeir(
     return result
 
 
+def check_folder(data: Path) -> None:
+    """Refuses what is no folder at all, with a DataError."""
+    if not Path(data).is_dir():
+        raise DataError(f"{data}: no such folder; give the one that holds query, qrels, cand_pool and instructions")
+
+
 def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None]:
     """The four groups and the whole benchmark in one pool, unweighted; None where a task is missing.
 
@@ -218,8 +224,7 @@ class _Plan:
 
 def _plan(data: Path, chosen: Sequence[Task], pools: Sequence[PoolName], allow_missing: bool) -> _Plan:
     """What can be scored; a DataError that lists all missing files unless they are allowed to be."""
-    if not data.is_dir():
-        raise DataError(f"{data}: no such folder; give the one that holds query, qrels, cand_pool and instructions")
+    check_folder(data)
     todo, missing, lost = [], [], []
     lost_pools = [task.files(data)["pool"] for task in ALL if not task.files(data)["pool"].is_file()]
     for pool in ("local", "global"):

@@ -29,7 +29,7 @@ from muco.evaluate.mmeb_data import BLANK, DATA_SETS, METAS, NAMES, find_files, 
 from muco.evaluate.mmeb_task import Task
 
 if TYPE_CHECKING:
-    from muco.evaluate.retrieval import Embedder
+    from muco.evaluate.cache import Embedder
 
 RULES = {
     "ranking": "each query ranks its own list; scores are float32 dot products; ties are lost",

@@ -20,7 +20,7 @@ from muco.evaluate.cache import Book, EmbeddingCache, embed
 from muco.evaluate.mmeb_data import ROWS, Source, read_questions
 
 if TYPE_CHECKING:
-    from muco.evaluate.retrieval import Embedder
+    from muco.evaluate.cache import Embedder
 
 METRIC = "hit@1"
 

@@ -29,7 +29,7 @@ from muco.evaluate import metrics
 from muco.evaluate.cache import encode_named
 
 if TYPE_CHECKING:
-    from muco.evaluate.retrieval import Embedder
+    from muco.evaluate.cache import Embedder
 
 SHARD = 4096  # candidates per file
 QUERIES = 4096  # that pass over the pool together

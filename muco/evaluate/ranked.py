@@ -32,8 +32,8 @@ from muco.evaluate.cache import Book, EmbeddingCache, embed
 from muco.evaluate.pool import Candidate, Vectors, embed_pool, search
 
 if TYPE_CHECKING:
+    from muco.evaluate.cache import Embedder
     from muco.evaluate.lines import LinePool
-    from muco.evaluate.retrieval import Embedder
 
 TIES = 0.01  # share of queries decided by a tie from which on that is a warning
 

@@ -26,14 +26,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
-from muco.evaluate.cache import Book, EmbeddingCache, embed
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 from muco.evaluate.metrics import Precision
 from muco.evaluate.report import versions, warnings, write_json
 from muco.evaluate.tasks import Builder, Task, read_turns
@@ -51,14 +50,6 @@ RULES = {
     "identity": "text and image bytes; the first paraphrase; any target the data calls right for a query is no rival",
     "draw": "the targets of the same kind with the smallest hash of (seed, query, target)",
 }
-
-
-class Embedder(Protocol):
-    """What evaluates: anything that maps contents to unit vectors."""
-
-    def encode(self, contents: list[Content], /, *, batch_size: int) -> np.ndarray: ...
-    @property
-    def fingerprint(self) -> str: ...
 
 
 def evaluate_retrieval(

@@ -25,11 +25,12 @@ from muco.dialogue import Sample, Turn
 from muco.errors import CheckpointError, DataError, RecipeError
 from muco.processor import Processor, load_processor
 from muco.template import SPECIAL_TOKENS
+from muco.train.checks import check_budget, check_recipe
 from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops, qwen2_vl_config
 from muco.train.memory import Memory, activation_bytes, computing
 from muco.train.mixture import Data, Mixture, TrainingBatches
 from muco.train.recipe import Recipe
-from muco.train.trainer import build_model, check_budget, check_recipe, texts_of, training_arguments
+from muco.train.trainer import build_model, texts_of, training_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ from muco.backbone import (
 from muco.data import open_data
 from muco.encoder import Model, from_backbone
 from muco.errors import RecipeError, TrainingError
-from muco.gradcache import GIB, SIDES, StepReport, TrainingStep
+from muco.gradcache import GIB, StepReport, TrainingStep
 from muco.loss import MultiTurnLoss
 from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
+from muco.train.checks import check_budget, check_machine, check_recipe
 from muco.train.mixture import Data, Mixture, PartSampler, StepLoader, TrainingBatches
 from muco.train.progress import ScreenProgress
 from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
@@ -75,7 +76,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         RecipeError, DataError, CheckpointError: If the run cannot be set up.
         OutputError: If the output folder holds another run.
     """
-    _check_machine(recipe)
+    check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     distributed.start()
     sources = [open_data(source.path) for source in recipe.data.train]
@@ -95,53 +96,6 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     return _finish(recipe, trainer, sources, facts)
-
-
-def _check_machine(recipe: Recipe) -> None:
-    if recipe.model.attention == "flex" and not torch.cuda.is_available():
-        raise RecipeError("model.attention: flex needs CUDA; use sdpa here")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise RecipeError("accelerate's own FSDP is not supported; launch without it and set batch.sharding: fsdp")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise RecipeError("DeepSpeed is not supported; launch without it and set batch.sharding: fsdp")
-
-
-def check_recipe(recipe: Recipe, processes: int) -> None:
-    """Refuses what so many processes cannot share.
-
-    Raises:
-        RecipeError: With the key and the numbers.
-    """
-    if recipe.batch.size < processes:
-        raise RecipeError(f"batch.size: {recipe.batch.size} samples are fewer than the {processes} processes")
-    if recipe.batch.sharding == "fsdp":
-        if processes == 1:
-            raise RecipeError("batch.sharding: fsdp needs several processes; start them with torchrun --nproc-per-node")
-        if recipe.model.vision == "trained":
-            raise RecipeError("batch.sharding: fsdp needs 'vision: frozen': processes without images would not join in")
-
-
-def check_budget(recipe: Recipe, batch: Mapping[str, Any]) -> None:
-    """Refuses a token budget that is less than a single dialogue of a batch needs.
-
-    Args:
-        batch: From :func:`muco.train.mixture.training_batch`.
-    Raises:
-        RecipeError: With the numbers and the sample.
-    """
-    budget = recipe.batch.token_budget
-    if budget is None:
-        return
-    lengths = {side: batch[side]["attention_mask"].sum(dim=1) for side in SIDES}
-    side = max(SIDES, key=lambda side: int(lengths[side].max()))
-    longest, row = int(lengths[side].max()), int(lengths[side].argmax())
-    if longest > budget:
-        place = f" of {batch['places'][row]}" if row < len(batch["places"]) else ""  # else a hard negative
-        lower = "model.max_pixels or turns.limit" if "image_rows" in batch[side] else "turns.limit"
-        raise RecipeError(
-            f"batch.token_budget: {budget} tokens are fewer than the {longest} of the {side} side{place}; raise it to "
-            f"at least {longest}, or lower {lower}"
-        )
 
 
 def _claim(recipe: Recipe, sources: list[Data], resume: bool) -> tuple[dict[str, Any], Path | None]:

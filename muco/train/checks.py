@@ -1,0 +1,61 @@
+"""What is refused before training, with the key and the numbers: at this machine, by so many processes, by the data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from muco.errors import RecipeError
+from muco.gradcache import SIDES
+from muco.train.recipe import Recipe
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Refuses what this machine or its launcher cannot do; a RecipeError says what to do."""
+    if recipe.model.attention == "flex" and not torch.cuda.is_available():
+        raise RecipeError("model.attention: flex needs CUDA; use sdpa here")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise RecipeError("accelerate's own FSDP is not supported; launch without it and set batch.sharding: fsdp")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise RecipeError("DeepSpeed is not supported; launch without it and set batch.sharding: fsdp")
+
+
+def check_recipe(recipe: Recipe, processes: int) -> None:
+    """Refuses what so many processes cannot share.
+
+    Raises:
+        RecipeError: With the key and the numbers.
+    """
+    if recipe.batch.size < processes:
+        raise RecipeError(f"batch.size: {recipe.batch.size} samples are fewer than the {processes} processes")
+    if recipe.batch.sharding == "fsdp":
+        if processes == 1:
+            raise RecipeError("batch.sharding: fsdp needs several processes; start them with torchrun --nproc-per-node")
+        if recipe.model.vision == "trained":
+            raise RecipeError("batch.sharding: fsdp needs 'vision: frozen': processes without images would not join in")
+
+
+def check_budget(recipe: Recipe, batch: Mapping[str, Any]) -> None:
+    """Refuses a token budget that is less than a single dialogue of a batch needs.
+
+    Args:
+        batch: From :func:`muco.train.mixture.training_batch`.
+    Raises:
+        RecipeError: With the numbers and the sample.
+    """
+    budget = recipe.batch.token_budget
+    if budget is None:
+        return
+    lengths = {side: batch[side]["attention_mask"].sum(dim=1) for side in SIDES}
+    side = max(SIDES, key=lambda side: int(lengths[side].max()))
+    longest, row = int(lengths[side].max()), int(lengths[side].argmax())
+    if longest > budget:
+        place = f" of {batch['places'][row]}" if row < len(batch["places"]) else ""  # else a hard negative
+        lower = "model.max_pixels or turns.limit" if "image_rows" in batch[side] else "turns.limit"
+        raise RecipeError(
+            f"batch.token_budget: {budget} tokens are fewer than the {longest} of the {side} side{place}; raise it to "
+            f"at least {longest}, or lower {lower}"
+        )
