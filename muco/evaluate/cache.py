@@ -146,26 +146,29 @@ def embed(
     encode: Callable[[Sequence[str]], np.ndarray],
     *,
     cache: EmbeddingCache | None = None,
+    shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """One vector per key, encoding only what the cache lacks, in shards.
 
-    Of several processes each encodes some shards; call it on all of them with the same keys and cache.
-
     Args:
         keys: Distinct content keys (64 hexadecimal characters each).
         encode: Vectors of some of the keys, float32 [m, d] in their order.
+        shared: Of several processes each encodes some shards. All must call it, with the same keys and cache; during
+            training only one process evaluates.
         progress: Called with (done, total) after every shard.
     Returns:
         float32 [len(keys), d].
     """
     rows = cache.load() if cache else {}
     missing = [key for key in keys if key not in rows]
-    distributed.wait_for_all()  # all must have seen the same keys missing before one is added
+    processes, own = (distributed.world_size(), distributed.rank()) if shared else (1, 0)
+    if shared:
+        distributed.wait_for_all()  # all must have seen the same keys missing before one is added
     made: dict[str, np.ndarray] = {}
     for number, start in enumerate(range(0, len(missing), SHARD)):
         shard = missing[start : start + SHARD]
-        if number % distributed.world_size() == distributed.rank():
+        if number % processes == own:
             vectors = np.asarray(encode(shard), dtype=np.float32)
             assert vectors.ndim == 2 and len(vectors) == len(shard), f"{vectors.shape} vectors, {len(shard)} contents"
             if cache:
@@ -173,6 +176,6 @@ def embed(
             made.update(zip(shard, vectors, strict=True))
         if progress:
             progress(len(keys) - len(missing) + start + len(shard), len(keys))
-    for part in distributed.gather_objects(made):
+    for part in distributed.gather_objects(made) if shared else [made]:
         rows.update(part)
     return np.stack([rows[key] for key in keys])

@@ -91,7 +91,7 @@ class Task:
         """Encodes what the cache lacks and ranks every list; call it on every process alike."""
         keys = self.book.in_order(self.book.contents)
         encode = functools.partial(self.book.encode, model, batch_size)
-        vectors = embed(keys, encode, cache=cache, progress=progress)
+        vectors = embed(keys, encode, cache=cache, shared=True, progress=progress)
         row_of = {key: row for row, key in enumerate(keys)}
         pool = sorted({row_of[key] for asked in self.asked for key in asked.places})
         health = {

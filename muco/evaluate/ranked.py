@@ -81,7 +81,7 @@ class Asked:
         """float32 [queries, D]; of equal contents one is encoded."""
         distinct = self.book.in_order(set(self.keys))
         encode = functools.partial(self.book.encode, model, batch_size)
-        vectors = embed(distinct, encode, cache=cache, progress=progress)
+        vectors = embed(distinct, encode, cache=cache, shared=True, progress=progress)
         row_of = {key: row for row, key in enumerate(distinct)}
         return vectors[[row_of[key] for key in self.keys]]
 
