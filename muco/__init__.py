@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from muco.dialogue import Content, Dialogue, Sample, Turn
     from muco.encoder import load
     from muco.errors import CheckpointError, DataError, ImageError, MucoError, OutputError, RecipeError, TrainingError
-    from muco.loss import multi_turn_info_nce
+    from muco.loss import multi_turn_info_nce, reconstruction_info_nce
     from muco.train.recipe import Recipe
     from muco.train.trainer import train
 
@@ -25,6 +25,7 @@ _HOME = {
     "Sample": "muco.dialogue",
     "Turn": "muco.dialogue",
     "multi_turn_info_nce": "muco.loss",
+    "reconstruction_info_nce": "muco.loss",
     "Recipe": "muco.train.recipe",
     "MucoError": "muco.errors",
     "DataError": "muco.errors",
@@ -50,6 +51,7 @@ __all__ = [
     "Turn",
     "load",
     "multi_turn_info_nce",
+    "reconstruction_info_nce",
     "train",
 ]
 

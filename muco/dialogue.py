@@ -30,10 +30,15 @@ class Content:
     """What one side of a turn says: text, images, or both. Images come before the text in the prompt.
 
     Empty content is allowed only where an image of the sample gives it meaning (the query "the image itself").
+
+    Args:
+        caption: Says what is on the images, a query's also what is on those of its sample. It is never embedded as part
+            of the content; fine-tuning by reconstruction hides it in their place.
     """
 
     text: str = ""
     images: tuple[ImageLike, ...] = ()
+    caption: str = field(default="", compare=False)
 
     @property
     def empty(self) -> bool:
@@ -51,13 +56,15 @@ def as_content(value: Any) -> Content:
     if isinstance(value, str):
         return Content(text=value)
     if isinstance(value, Mapping):
-        if unknown := set(value) - {"text", "image", "images"}:
-            raise DataError(f"unknown key {sorted(unknown)[0]!r} in content; accepted are 'text', 'image' and 'images'")
-        text = value.get("text")
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"'text' must be a string, not {type(text).__name__}")
+        if unknown := set(value) - {"text", "image", "images", "caption"}:
+            accepted = "'text', 'image', 'images' and 'caption'"
+            raise DataError(f"unknown key {sorted(unknown)[0]!r} in content; accepted are {accepted}")
+        text, caption = value.get("text"), value.get("caption")
+        for name, words in (("text", text), ("caption", caption)):
+            if words is not None and not isinstance(words, str):
+                raise DataError(f"{name!r} must be a string, not {type(words).__name__}")
         images = as_images(value.get("image")) + as_images(value.get("images"))
-        return Content(text=text or "", images=images)
+        return Content(text or "", images, caption or "")
     return Content(images=as_images(value))
 
 
@@ -157,6 +164,7 @@ class Dialogue:
         context: Images that all turns share; they stand once, at the front of the first turn.
         turns: The user's messages in order; each yields one embedding.
         isolated: If true, a turn sees the context and itself only; otherwise also every turn before it.
+        reconstructs: Whether turns after the first hold the mask token, which no text of data may hold.
         where: Names the row in error messages.
     """
 
@@ -164,6 +172,7 @@ class Dialogue:
     turns: tuple[Content, ...]
     isolated: bool = True
     where: str = field(default="", compare=False)
+    reconstructs: bool = False
 
     @property
     def images(self) -> tuple[ImageLike, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -78,16 +79,18 @@ def multi_turn_info_nce(
 BLOCK = 1 << 26  # scores that are held at a time: 256 MiB
 
 
-def _info_nce(anchors: Tensor, candidates: Tensor, negatives: Callable[[slice], Tensor], temperature: float) -> Tensor:
-    """Mean cross-entropy of anchor i against candidate i and its allowed negatives, in blocks of anchors."""
+def _info_nce(
+    anchors: Tensor, candidates: Tensor, negatives: Callable[[slice], Tensor], temperature: float, first: int = 0
+) -> Tensor:
+    """Mean cross-entropy of anchor i against candidate ``first`` + i and its allowed negatives, in blocks."""
     size = max(1, BLOCK // len(candidates))
 
     def block(rows: slice) -> Tensor:
         own = torch.arange(rows.start, rows.stop, device=anchors.device)
         keep = negatives(rows)
-        keep[own - rows.start, own] = True  # the pair itself is the numerator
+        keep[own - rows.start, first + own] = True  # the pair itself is the numerator
         scores = _scores(anchors[rows], candidates, temperature).masked_fill(~keep, float("-inf"))
-        return cross_entropy(scores, own, reduction="sum")
+        return cross_entropy(scores, first + own, reduction="sum")
 
     blocks = [slice(start, min(start + size, len(anchors))) for start in range(0, len(anchors), size)]
     if len(blocks) == 1:
@@ -101,6 +104,83 @@ def _scores(query: Tensor, candidates: Tensor, temperature: float) -> Tensor:
     known = torch.amp.is_autocast_available(device)  # not on the meta device
     with torch.autocast(device, enabled=False) if known else nullcontext():  # it would take the product in bfloat16
         return query.float() @ candidates.float().T / temperature
+
+
+def reconstruction_info_nce(
+    q: Float[Tensor, "pairs dim"],
+    q2: Float[Tensor, "pairs dim"],
+    p: Float[Tensor, "pairs dim"],
+    p2: Float[Tensor, "pairs dim"],
+    *,
+    negatives: Float[Tensor, "hard dim"] | None = None,
+    temperature: float = 0.02,
+    joint: bool = False,
+    sample_ids: Int[Tensor, " pairs"] | None = None,
+    target_ids: Int[Tensor, " pairs"] | None = None,
+    negative_pairs: Int[Tensor, " hard"] | None = None,
+    negative_ids: Int[Tensor, " hard"] | None = None,
+    mask_counterpart: bool = True,
+) -> dict[str, Float[Tensor, ""]]:
+    """InfoNCE of (q, p), (q, p2), (q2, p) and (q2, p2), each a mean over pairs in nats.
+
+    Negatives of any of them are the p and p2 of other samples, never those of its own sample.
+
+    Args:
+        q, q2: Vectors of the query side after the first turn and after the reconstruction; L2-normalised.
+        p, p2: The same of the target side; row i of all four belongs together.
+        negatives: Hard negatives, candidates of every term besides.
+        joint: Every term chooses among all p and p2 (the paper); else among those of its own kind (the released code).
+        sample_ids: Equal for pairs of one sample; None: every pair is a sample.
+        target_ids: Equal for identical targets, which are then no negatives of one another.
+        negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
+        negative_ids: The ``target_ids`` of the hard negatives; needed where both are given.
+        mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
+            the mask is for.
+    Returns:
+        The four terms by name: "qp", "qp2", "q2p", "q2p2". The training loss is their mean.
+    Raises:
+        ValueError: If ``temperature`` is not positive or the shapes differ.
+    Memory: blocks of a float32 matrix, [pairs, pairs + hard] or [pairs, 2 pairs + hard], of 256 MiB each.
+    Source: arXiv 2602.06393, fine-tuning by reconstruction.
+    """
+    ids = torch.arange(len(q), device=q.device) if sample_ids is None else sample_ids
+    for name, side in (("q2", q2), ("p", p), ("p2", p2)):
+        if side.shape != q.shape:
+            raise ValueError(f"q and {name} must have the same shape, got {[*q.shape]} and {[*side.shape]}")
+    _check(q, p, ids, temperature, target_ids)
+    if negatives is not None and target_ids is not None and negative_ids is None:
+        raise ValueError("negatives need negative_ids where target_ids are given")
+    hard = [] if negatives is None else [negatives]
+
+    def allowed(rows: slice) -> Tensor:
+        return allowed_negatives(ids, target_ids, rows)
+
+    def hard_allowed(rows: slice) -> list[Tensor]:
+        if negatives is None:
+            return []
+        if negative_pairs is not None:
+            return [allowed_hard_negatives(ids, negative_pairs, target_ids, negative_ids, rows)]
+        every = torch.ones(len(ids[rows]), len(negatives), dtype=torch.bool, device=q.device)
+        return [every if target_ids is None else target_ids[rows, None] != negative_ids[None, :]]
+
+    def separate(rows: slice) -> Tensor:
+        return torch.cat([allowed(rows), *hard_allowed(rows)], dim=1)
+
+    def together(rows: slice) -> Tensor:
+        own = allowed(rows)
+        if not mask_counterpart:
+            own = own | (torch.arange(len(ids), device=q.device)[rows, None] == torch.arange(len(ids), device=q.device))
+        return torch.cat([own, own, *hard_allowed(rows)], dim=1)
+
+    terms = {}
+    for query_name, query in (("q", q), ("q2", q2)):
+        for number, (target_name, target) in enumerate((("p", p), ("p2", p2))):
+            if joint:
+                candidates, first, keep = torch.cat([p, p2, *hard]), number * len(p), together
+            else:
+                candidates, first, keep = torch.cat([target, *hard]), 0, separate
+            terms[query_name + target_name] = _info_nce(query, candidates, keep, temperature, first)
+    return terms
 
 
 def chance_level(sample_ids: Int[Tensor, " turns"], target_ids: Int[Tensor, " turns"] | None = None) -> float:
@@ -166,19 +246,80 @@ class MultiTurnLoss(nn.Module):
         target_ids = gather(ids["target_ids"]) if "target_ids" in ids else None
         hard = gather(vectors[ids["hard_negative_rows"]])
         hard_turns, hard_ids = gather(ids["hard_negative_turns"] + first), gather(ids["hard_negative_ids"])
-        some = len(hard) > 0
         losses = [
-            multi_turn_info_nce(
-                shortened(query, dimension),
-                shortened(target, dimension),
-                sample_ids,
-                temperature=self.temperature,
+            self._value(
+                *(shortened(vectors, dimension) for vectors in (query, target, hard)),
+                sample_ids=sample_ids,
                 target_ids=target_ids,
-                symmetric=self.symmetric,
-                hard_negatives=shortened(hard, dimension) if some else None,
-                hard_negative_turns=hard_turns if some else None,
-                hard_negative_ids=hard_ids if some else None,
+                hard_turns=hard_turns,
+                hard_ids=hard_ids,
             )
             for dimension in self.dimensions or (None,)
         ]
         return torch.stack(losses).mean()
+
+    def _value(
+        self,
+        query: Tensor,
+        target: Tensor,
+        hard: Tensor,
+        *,
+        sample_ids: Tensor,
+        target_ids: Tensor | None,
+        hard_turns: Tensor,
+        hard_ids: Tensor,
+    ) -> Tensor:
+        some = len(hard) > 0
+        return multi_turn_info_nce(
+            query,
+            target,
+            sample_ids,
+            temperature=self.temperature,
+            target_ids=target_ids,
+            symmetric=self.symmetric,
+            hard_negatives=hard if some else None,
+            hard_negative_turns=hard_turns if some else None,
+            hard_negative_ids=hard_ids if some else None,
+        )
+
+
+class ReconstructionLoss(MultiTurnLoss):
+    """The mean of the four terms of :func:`reconstruction_info_nce` over the pairs of all processes.
+
+    Turns come in twos: a pair's first turn and its reconstruction.
+
+    Args:
+        joint, mask_counterpart: See there.
+    """
+
+    def __init__(self, model: nn.Module, *, joint: bool = False, mask_counterpart: bool = True, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.joint, self.mask_counterpart = joint, mask_counterpart
+
+    def _value(
+        self,
+        query: Tensor,
+        target: Tensor,
+        hard: Tensor,
+        *,
+        sample_ids: Tensor,
+        target_ids: Tensor | None,
+        hard_turns: Tensor,
+        hard_ids: Tensor,
+    ) -> Tensor:
+        some = len(hard) > 0
+        terms = reconstruction_info_nce(
+            query[0::2],
+            query[1::2],
+            target[0::2],
+            target[1::2],
+            negatives=hard if some else None,
+            temperature=self.temperature,
+            joint=self.joint,
+            sample_ids=sample_ids[0::2],
+            target_ids=None if target_ids is None else target_ids[0::2],
+            negative_pairs=hard_turns // 2 if some else None,
+            negative_ids=hard_ids if some else None,
+            mask_counterpart=self.mask_counterpart,
+        )
+        return torch.stack([*terms.values()]).mean()

@@ -240,7 +240,8 @@ class SpecialTokenGuard:
         """Raises a DataError that names the row, the turn and the token."""
         for number, turn in enumerate(dialogue.turns, start=1):
             place = f"{dialogue.where or 'input'} turn {number}"
-            if found := self._pattern.search(turn.text):
+            text = turn.text.replace(MASK, "") if dialogue.reconstructs and number > 1 else turn.text
+            if found := self._pattern.search(text):
                 raise DataError(
                     f"{place}: the text contains the special token {found[0]!r}; "
                     "take it out of the data, in a prompt it has a meaning of its own"

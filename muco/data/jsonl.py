@@ -33,7 +33,7 @@ MAX_LINE_BYTES = 64 * 2**20  # a file of one huge line is no JSONL; it must not 
 
 _SAMPLE_KEYS = ("image", "images", "turns", "id")
 _TURN_KEYS = ("query", "target", "kind", "negatives")
-_CONTENT_KEYS = ("text", "image", "images")
+_CONTENT_KEYS = ("text", "image", "images", "caption")
 _JSON_NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"} | {
     list: "a list",
     dict: "an object",
@@ -284,7 +284,8 @@ def _content(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) 
         content = Content(text=_text(value, key))
     elif isinstance(value, dict):
         value = _object(value, _CONTENT_KEYS, repr(key))
-        content = Content(text=_optional_string(value, "text") or "", images=_images(value, folder))
+        text, caption = (_optional_string(value, name) or "" for name in ("text", "caption"))
+        content = Content(text, _images(value, folder), caption)
     else:
         raise DataError(f"{key!r} must be text or an object with 'text' and/or 'image', not {_type(value)}")
     if content.images or content.text.strip():

@@ -7,6 +7,7 @@ only the training loss on the training's own dialogues shows it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,10 @@ def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | Non
     if size < 2:
         return None
     mixture = Mixture([len(pictured)], [1.0], size, recipe.seed)
-    batches = TrainingBatches(
-        [pictured], mixture, model.encoder.muco_processor, recipe.turns, seed=recipe.seed, blind=True
-    )
+    turns = recipe.turns
+    if turns.mode == "reconstruction":  # its hidden texts give the answers away, as they are meant to
+        turns = replace(turns, mode="isolated")
+    batches = TrainingBatches([pictured], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=True)
     loss = MultiTurnLoss(model, temperature=recipe.loss.temperature)
     model.eval()
     values = []

@@ -21,6 +21,7 @@ from muco.batch import collate
 from muco.dialogue import Content, ImageLike, Sample, Turn, query_dialogue, target_dialogue
 from muco.errors import DataError, ImageError, RecipeError
 from muco.processor import Processor
+from muco.reconstruction import reconstruction_dialogues
 from muco.train.recipe import TurnsRecipe
 
 
@@ -152,18 +153,24 @@ class TrainingBatches(Dataset):
         usable = [r for r in rows if self._usable(r[2])] if self.skip_broken_images else rows
         if not usable:
             raise ImageError(f"step {step}: every image of {len(rows)} samples is missing or broken")
-        batch = training_batch(
-            [self._chosen(draw, sample, row, step) for row, draw, sample in usable],
-            [sample.id if sample.id is not None else (draw.source, draw.index) for _, draw, sample in usable],
-            self.processor,
-            isolated=self.turns.mode == "isolated",
-            target_ids=self.mask_identical_targets,
-        )
+        batch = self._batch([(self._chosen(draw, sample, row, step), draw) for row, draw, sample in usable])
         if self.blind:
             for side in ("query", "target"):
                 if "pixel_values" in batch[side]:
                     batch[side]["pixel_values"].fill_(-1.0)  # zero could mean padding to a family
         return batch | {"skipped": len(rows) - len(usable)}
+
+    def _batch(self, chosen: Sequence[tuple[tuple[Sample, list[Chosen]], Draw]]) -> dict[str, Any]:
+        keys = [sample.id if sample.id is not None else (draw.source, draw.index) for (sample, _), draw in chosen]
+        masked = self.mask_identical_targets
+        if self.turns.mode != "reconstruction":
+            isolated, pairs = self.turns.mode == "isolated", [pair for pair, _ in chosen]
+            return training_batch(pairs, keys, self.processor, isolated=isolated, target_ids=masked)
+        pairs = [
+            (sample, turns[0], np.random.default_rng([self.seed, 5, draw.source, draw.position]))
+            for (sample, turns), draw in chosen
+        ]
+        return reconstruction_batch(pairs, keys, self.processor, target_ids=masked)
 
     def _sample(self, draw: Draw) -> Sample:
         sample = self.sources[draw.source][draw.index]
@@ -261,6 +268,45 @@ def training_batch(
         "target": collate([*targets, *hard], processor),
         "ids": {key: torch.tensor(values, dtype=torch.long) for key, values in ids.items()},
         "places": [sample.place for sample, _ in pairs],
+    }
+
+
+def reconstruction_batch(
+    pairs: Sequence[tuple[Sample, Chosen, np.random.Generator]],
+    keys: Sequence[Any],
+    processor: Processor,
+    *,
+    target_ids: bool,
+) -> dict[str, Any]:
+    """Pairs as dialogues of two turns each, see :mod:`muco.reconstruction`; otherwise as :func:`training_batch`.
+
+    Args:
+        pairs: Each with what decides on its masks.
+    Returns:
+        Two turns per pair in ``query``, ``target`` and ``ids``: the pair itself and its reconstruction. Hard negatives
+        belong to the first.
+    """
+    made = [reconstruction_dialogues(sample, turn.query, turn.target, rng) for sample, turn, rng in pairs]
+    hard = [
+        (2 * number, target_dialogue(sample, [content], isolated=True))
+        for number, (sample, turn, _) in enumerate(pairs)
+        for content in turn.negatives
+    ]
+    turns = range(2 * len(pairs))
+    ids = {
+        "sample_ids": [_hash(keys[turn // 2]) for turn in turns],
+        "target_rows": [*turns],
+        "hard_negative_rows": [len(turns) + row for row in range(len(hard))],
+        "hard_negative_turns": [turn for turn, _ in hard],
+        "hard_negative_ids": [_hash(_identity(dialogue.turns[0])) for _, dialogue in hard],
+    }
+    if target_ids:
+        ids["target_ids"] = [_hash(_identity(pairs[turn // 2][1].target)) for turn in turns]
+    return {
+        "query": collate([query for query, _ in made], processor),
+        "target": collate([*(target for _, target in made), *(dialogue for _, dialogue in hard)], processor),
+        "ids": {key: torch.tensor(values, dtype=torch.long) for key, values in ids.items()},
+        "places": [sample.place for sample, _, _ in pairs],
     }
 
 

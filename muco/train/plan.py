@@ -263,7 +263,7 @@ def _operations(recipe: Recipe, config: Any, lengths: Lengths, *, cached: bool) 
         visual_tokens=visual,
         query_tokens=max(1, round((float(lengths.query.mean()) - visual - marks - PROMPT_TOKENS) / turns)),
         target_tokens=max(1, round((float(lengths.target.mean()) - PROMPT_TOKENS) / turns)),
-        mode=recipe.turns.mode,
+        mode="isolated" if recipe.turns.mode == "isolated" else "compounded",
         vision_backward=recipe.model.vision == "trained",
         adapter=adapter and replace(adapter, kind="lora"),
     )

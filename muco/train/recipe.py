@@ -80,6 +80,8 @@ class TurnsRecipe:
 
     Args:
         mode: "isolated": a turn sees the image and itself. "compounded" (the paper): also the turns before it.
+            "reconstruction" (the paper's fine-tuning): of every sample one turn is drawn, and either side of it has to
+            reconstruct the other one.
         order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
             "batch" one per batch, a number g draws g per batch.
         limit: At most so many turns per sample and step, drawn anew each time; None for all.
@@ -87,7 +89,7 @@ class TurnsRecipe:
             turn, the image alone with that target, so that an image by itself is embedded too; None for none.
     """
 
-    mode: Literal["isolated", "compounded"] = "isolated"
+    mode: Literal["isolated", "compounded", "reconstruction"] = "isolated"
     order: Literal["sample", "batch"] | int = "sample"
     limit: int | None = None
     image_turn: str | None = None
@@ -100,12 +102,18 @@ class LossRecipe:
     Args:
         dimensions: The loss is the mean over vectors cut to their first so many numbers, each time normalised again, so
             that a part of a vector is a vector too (arXiv 2205.13147). Empty: the whole vector only.
+        joint: With ``turns.mode: reconstruction``: whether its four terms share one set of candidates (the paper), or
+            each has its own (the released code).
+        mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
+            the mask is for.
     """
 
     temperature: float = 0.02
     mask_identical_targets: bool = True
     symmetric: bool = False
     dimensions: tuple[int, ...] = ()
+    joint: bool = False
+    mask_counterpart: bool = True
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,7 @@ class Recipe:
         for key, value in positive.items():
             if value is not None and value <= 0:
                 raise RecipeError(f"{key} must be positive, got {value}")
+        self._check_reconstruction()
         if self.batch.feature_memory < 0:
             raise RecipeError(f"batch.feature_memory must not be negative, got {self.batch.feature_memory}")
         budget, limit = self.batch.token_budget, self.turns.limit
@@ -189,6 +198,17 @@ class Recipe:
         for key in self.trainer:
             if key in REFUSED:
                 raise RecipeError(f"trainer.{key} {REFUSED[key]}")
+
+    def _check_reconstruction(self) -> None:
+        if self.turns.mode == "reconstruction":
+            if self.turns.image_turn is not None:
+                raise RecipeError("turns.image_turn: reconstruction trains single pairs; leave it out")
+            if self.loss.symmetric:
+                raise RecipeError("loss.symmetric: reconstruction has no symmetric form; leave it out")
+        elif self.loss.joint or not self.loss.mask_counterpart:
+            raise RecipeError("loss.joint and loss.mask_counterpart need 'turns: {mode: reconstruction}'")
+        if not self.loss.mask_counterpart and not self.loss.joint:
+            raise RecipeError("loss.mask_counterpart: only the joint loss has a counterpart to mask; set loss.joint")
 
 
 _OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"

@@ -43,7 +43,7 @@ from muco.data import open_data
 from muco.encoder import Model, from_backbone
 from muco.errors import RecipeError, TrainingError
 from muco.gradcache import GIB, StepReport, TrainingStep
-from muco.loss import MultiTurnLoss
+from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
 from muco.train.checks import check_budget, check_machine, check_recipe
@@ -174,18 +174,22 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
     for dimension in recipe.loss.dimensions:
         if dimension > width:
             raise RecipeError(f"loss.dimensions: {dimension} is more than the {width} numbers of the model's vectors")
-    loss = MultiTurnLoss(
-        model,
-        temperature=recipe.loss.temperature,
-        symmetric=recipe.loss.symmetric,
-        dimensions=recipe.loss.dimensions,
-    )
+    loss = make_loss(recipe, model)
     evaluator = None
     if validation is not None:
         from muco.evaluate.evaluator import RetrievalEvaluator
 
         evaluator = RetrievalEvaluator(validation)
     return MuCoTrainer(model, arguments, recipe.batch, batches, loss, evaluator)
+
+
+def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
+    settings = recipe.loss
+    shared = {"temperature": settings.temperature, "dimensions": settings.dimensions}
+    if recipe.turns.mode == "reconstruction":
+        own = {"joint": settings.joint, "mask_counterpart": settings.mask_counterpart}
+        return ReconstructionLoss(model, **own, **shared)
+    return MultiTurnLoss(model, symmetric=settings.symmetric, **shared)
 
 
 def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTrainingArguments:

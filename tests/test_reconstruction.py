@@ -1,0 +1,247 @@
+"""Fine-tuning by reconstruction: what is hidden, the four losses against a loop, whole steps and runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import steps
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import normalize
+
+import muco
+from muco.data import open_data
+from muco.dialogue import Content, Sample, Turn
+from muco.gradcache import TrainingStep
+from muco.loss import ReconstructionLoss, reconstruction_info_nce
+from muco.reconstruction import hide, reconstruction_dialogues
+from muco.template import MASK
+from muco.train.mixture import Chosen, reconstruction_batch
+from muco.train.recipe import from_dict
+
+PICTURE = Image.new("RGB", (56, 56), "red")
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------- what is hidden
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=12), st.integers(0, 2**32 - 1))
+def test_what_is_left_stands_in_order_and_masks_are_merged(words, seed):
+    hidden = hide(Content(" ".join(words)), rng(seed)).split()
+    assert hidden and not any(a == b == MASK for a, b in zip(hidden, hidden[1:], strict=False))
+    rest = iter(words)
+    assert all(word in rest for word in hidden if word != MASK), "a subsequence"
+    left = len([word for word in hidden if word != MASK])
+    assert (MASK in hidden) == (left < len(words) or not words)
+
+
+def test_half_of_the_time_everything_is_hidden_and_else_half_of_the_words():
+    text = " ".join("word" for _ in range(20))
+    hidden = [hide(Content(text), rng(seed)).split() for seed in range(2000)]
+    assert 0.46 < np.mean([words == [MASK] for words in hidden]) < 0.54
+    shown = [words.count("word") / 20 for words in hidden if words != [MASK]]
+    assert 0.48 < np.mean(shown) < 0.52
+
+
+def test_an_image_is_hidden_as_its_caption_or_as_one_mask():
+    plain, captioned = Content("below", (PICTURE,)), Content("below", (PICTURE,), caption="two red dots")
+    assert {hide(plain, rng(s)) for s in range(60)} == {MASK, f"{MASK} below"}
+    said = {word for s in range(60) for word in hide(captioned, rng(s)).split()}
+    assert said == {MASK, "a", "picture", "of", "two", "red", "dots", "below"}
+    assert captioned == plain, "a caption is no part of what a content is"
+
+
+def test_both_sides_are_dialogues_of_two_turns():
+    sample = Sample(image=PICTURE, turns=[Turn({"text": "what?", "caption": "a red square"}, "a square")], where="a:1")
+    query, target = reconstruction_dialogues(sample, sample.turns[0].query[0], sample.turns[0].target[0], rng(3))
+    assert query.context == (PICTURE,) and target.context == ()
+    assert [d.turns[0].text for d in (query, target)] == ["what?", "a square"]
+    assert not query.isolated and query.reconstructs and query.where == "a:1"
+    assert all(MASK in d.turns[1].text and not d.turns[1].images for d in (query, target))
+    shown = {
+        w for s in range(40) for w in reconstruction_dialogues(sample, *pair(sample), rng(s))[1].turns[1].text.split()
+    }
+    assert {"what?", "red", "square"} <= shown, "the query's text and the caption of its image"
+
+
+def pair(sample: Sample) -> tuple[Content, Content]:
+    return sample.turns[0].query[0], sample.turns[0].target[0]
+
+
+@pytest.mark.parametrize("text", ["a <|mask|> here", "an <|emb|>", "<|image_pad|>"])
+@pytest.mark.parametrize("side", ["query", "target"])
+def test_special_tokens_of_the_data_are_refused_all_the_same(tiny_model, text, side):
+    turn = Turn(**({"query": "q", "target": "t"} | {side: text}))
+    batch = [(Sample(turns=[turn], where="rows.jsonl:7"), Chosen.of(turn, rng()), rng(1))]
+    with pytest.raises(muco.DataError, match=r"rows\.jsonl:7 turn [12]: the text contains the special token"):
+        reconstruction_batch(batch, ["k"], tiny_model.encoder.muco_processor, target_ids=True)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def slow(sides, ids, targets, hard, owners, hard_ids, temperature, joint, masked) -> dict[str, torch.Tensor]:
+    terms = {}
+    for a in ("q", "q2"):
+        for b in ("p", "p2"):
+            losses = []
+            for i, query in enumerate(sides[a]):
+                own = query @ sides[b][i] / temperature
+                scores = [own]
+                for kind in ("p", "p2") if joint else (b,):
+                    for j, other in enumerate(sides[kind]):
+                        counterpart = i == j and kind != b and not masked
+                        if counterpart or (ids[i] != ids[j] and targets[i] != targets[j]):
+                            scores.append(query @ other / temperature)
+                for vector, owner, identity in zip(hard, owners, hard_ids, strict=True):
+                    if (owner == i or ids[owner] != ids[i]) and identity != targets[i]:
+                        scores.append(query @ vector / temperature)
+                losses.append(torch.logsumexp(torch.stack(scores), 0) - own)
+            terms[a + b] = torch.stack(losses).mean()
+    return terms
+
+
+@pytest.mark.parametrize("block", [1, 30, 10**6])
+@pytest.mark.parametrize(("joint", "masked"), [(False, True), (True, True), (True, False)])
+def test_the_four_terms_equal_a_loop_in_value_and_gradient(monkeypatch, block, joint, masked):
+    torch.manual_seed(0)
+    monkeypatch.setattr("muco.loss.BLOCK", block)
+    raw = {name: torch.randn(6, 8, requires_grad=True) for name in ("q", "q2", "p", "p2")}
+    raw_hard = torch.randn(3, 8, requires_grad=True)
+    ids, targets = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([7, 8, 9, 7, 5, 6])
+    owners, hard_ids = torch.tensor([0, 4, 2]), torch.tensor([1, 8, 2])
+    leaves = [*raw.values(), raw_hard]
+
+    def both(function) -> list[torch.Tensor]:
+        sides = {name: normalize(side, dim=1) for name, side in raw.items()}
+        terms = function(sides, normalize(raw_hard, dim=1))
+        assert list(terms) == ["qp", "qp2", "q2p", "q2p2"]
+        values = torch.stack([*terms.values()])
+        return [values.detach(), *torch.autograd.grad((values * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum(), leaves)]
+
+    found = both(
+        lambda sides, hard: reconstruction_info_nce(
+            **sides,
+            negatives=hard,
+            temperature=0.3,
+            joint=joint,
+            sample_ids=ids,
+            target_ids=targets,
+            negative_pairs=owners,
+            negative_ids=hard_ids,
+            mask_counterpart=masked,
+        )  # fmt: skip
+    )
+    expected = both(lambda sides, hard: slow(sides, ids, targets, hard, owners, hard_ids, 0.3, joint, masked))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5) and one.abs().max() > 0.01
+
+
+def test_by_default_every_pair_is_a_sample_and_every_hard_negative_is_everyones():
+    same = normalize(torch.ones(5, 4), dim=1)
+    for joint, candidates in ((False, 5), (True, 9)):
+        terms = reconstruction_info_nce(same, same, same, same, negatives=same[:2], joint=joint)
+        assert all(term.item() == pytest.approx(math.log(candidates + 2), abs=1e-4) for term in terms.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"negatives": torch.ones(1, 4), "target_ids": torch.arange(2)}, "negative_ids"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, word):
+    sides = dict.fromkeys(("q", "q2", "p", "p2"), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=word):
+        reconstruction_info_nce(**(sides | changes))
+
+
+# ---------------------------------------------------------------- steps and runs
+
+
+def batch_of(model, scenes: Path) -> dict:
+    samples = steps.ragged_samples(scenes)
+    chosen = [
+        (sample, Chosen(sample.turns[0].query[0], sample.turns[0].target[0], sample.turns[0].negatives), rng(number))
+        for number, sample in enumerate(samples)
+    ]
+    keys = [sample.id or number for number, sample in enumerate(samples)]
+    return reconstruction_batch(chosen, keys, model.encoder.muco_processor, target_ids=True)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("trained", ["adapters", "all"])
+def test_the_cached_step_is_the_plain_one(tiny_model, scenes, joint, trained):
+    model = steps.to_train(tiny_model, trained)
+    batch = batch_of(model, scenes)
+    loss = ReconstructionLoss(model, temperature=0.1, joint=joint, dimensions=(16, 64))
+    value = loss([dict(batch["query"]), dict(batch["target"])], batch["ids"])
+    value.backward()
+    expected = value.item(), steps.gradients(model)
+    for budget in (1, 200, None):
+        model.zero_grad(set_to_none=True)
+        report = TrainingStep(model, loss, token_budget=budget)([batch])
+        steps.assert_same((report.loss.item(), steps.gradients(model)), expected)
+
+
+def test_the_first_turn_is_the_vector_of_inference(tiny_model, scenes):
+    batch = batch_of(tiny_model, scenes)
+    samples = steps.ragged_samples(scenes)
+    with torch.inference_mode():
+        first = tiny_model.eval().embed(batch["query"])[0::2].numpy()
+    alone = tiny_model.encode([{"text": s.turns[0].query[0].text, "images": list(s.images)} for s in samples])
+    assert np.abs(first - alone).max() < 1e-5
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_run_learns_pairs_and_resumes_exactly(scenes, tmp_path, joint):
+    def recipe(name: str, **trainer):
+        values = {
+            "output": str(tmp_path / name),
+            "model": {
+                "tiny": {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1},
+                "vision": "trained",
+            },
+            "data": {"train": [{"path": str(scenes / "train.jsonl")}]},
+            "turns": {"mode": "reconstruction"},
+            "loss": {"temperature": 0.1, "joint": joint},
+            "batch": {"size": 8, "token_budget": 700},
+            "trainer": {"max_steps": 12, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [], **trainer},
+        }
+        return from_dict(values)
+
+    losses = {}
+    for name, trainer in (("one", {}), ("two", {"dataloader_num_workers": 2})):
+        folder = muco.train(recipe(name, **trainer))
+        losses[name] = [loss for _, loss in json.loads((folder / "run.json").read_text())["loss"]]
+    assert losses["one"] == losses["two"], "workers change nothing"
+    assert np.mean(losses["one"][-4:]) < losses["one"][0] - 0.03
+    from muco.evaluate.blind import blind_loss, recipe_of
+
+    control = blind_loss(muco.load(folder, device="cpu"), open_data(scenes / "test.jsonl"), recipe_of(folder))
+    assert control is not None and not control["leaks"]
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"turns": {"mode": "reconstruction", "image_turn": "retrieval"}}, "turns.image_turn"),
+        ({"turns": {"mode": "reconstruction"}, "loss": {"symmetric": True}}, "loss.symmetric"),
+        ({"loss": {"joint": True}}, "loss.joint"),
+        ({"turns": {"mode": "reconstruction"}, "loss": {"mask_counterpart": False}}, "set loss.joint"),
+    ],
+)
+def test_contradictions_are_refused(values, word):
+    with pytest.raises(muco.RecipeError, match=word):
+        from_dict({"output": "x", "model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}} | values)
