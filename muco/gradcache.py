@@ -8,7 +8,7 @@
     second pass   chunk ─embed, the same randomness─▶ vectors · their gradients ─▶ d loss / d weights
 
 Value and gradient are those of the plain step; activations of one chunk only are in memory at a time (gradient cache:
-Gao et al., arXiv 2101.06983). A step each of whose sides is within the budget is made plainly, in one pass over its
+Gao et al., arXiv 2101.06983). A step that is within the budget as a whole is made plainly, in one pass over its
 chunks. The library's own cached losses cut batches by rows of a rectangle and run the vision tower in both passes; for
 trees of turns, flattened images and kept features the cutting is :func:`muco.batch.split`. The replay of randomness is
 the library's.
@@ -119,7 +119,7 @@ class TrainingStep:
             self.token_budget = distributed.smallest(self.token_budget)
             chunks = [_Chunk(side, *cut) for side in SIDES for cut in split(batch.sides[side], self.token_budget)]
             # FSDP2 wants each forward pass followed by its backward pass
-            plain = max(_tokens_of_sides(chunks)) <= self.token_budget and not self.sharded
+            plain = sum(chunk.tokens for chunk in chunks) <= self.token_budget and not self.sharded
             loss = self._plain(chunks, batch) if plain else self._cached(chunks, batch)
             if loss is not None:
                 break
@@ -254,11 +254,10 @@ class TrainingStep:
         return True
 
     def _halve_budget(self, chunks: Sequence[_Chunk], *, plain: bool) -> None:
-        """Makes the budget smaller than what was in memory at once: a side in a plain step, a chunk in a cached one."""
-        rows = [len(chunk.batch["input_ids"]) for chunk in chunks]
-        tokens = max(_tokens_of_sides(chunks) if plain else (chunk.tokens for chunk in chunks))
-        smaller = max(rows) > 1 or (plain and len(chunks) > len(SIDES))
-        self._shrink(tokens, possible=distributed.largest(int(smaller)) > 0)
+        """Makes the budget smaller than what was in memory at once: all chunks in a plain step, one in a cached one."""
+        tokens = [chunk.tokens for chunk in chunks]
+        smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
+        self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
 
     def _shrink(self, tokens: int, *, possible: bool) -> None:
         before = min(self.token_budget, tokens)
@@ -296,10 +295,6 @@ def _next_group(sizes: Tensor, first: int, budget: int) -> Tensor:
     """Numbers of the images from ``first`` on whose sizes together do not exceed the budget; at least one."""
     fitting = int((sizes[first:].cumsum(0) <= budget).sum())
     return torch.arange(first, first + max(1, fitting))
-
-
-def _tokens_of_sides(chunks: Sequence[_Chunk]) -> list[int]:
-    return [sum(chunk.tokens for chunk in chunks if chunk.side == side) for side in SIDES]
 
 
 def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:

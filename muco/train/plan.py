@@ -53,6 +53,10 @@ class Lengths:
     turns: np.ndarray
     images: np.ndarray
 
+    @property
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.query, self.target
+
 
 def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     """What a run of a recipe would take.
@@ -240,7 +244,7 @@ def _step(recipe: Recipe, lengths: Lengths, devices: int) -> dict[str, Any]:
         "image_tokens": round(size * float(lengths.visual.mean())),
         "samples_per_device": share,
         "passes_per_device": sum(map(len, cut)),
-        "cached": max(passed) > budget,
+        "cached": sum(passed) > budget,
         "padding": round(1 - float(sum(side.sum() for side in shares)) / sum(passed), 4),
         "query_tokens": _range(lengths.query),
         "target_tokens": _range(lengths.target),
@@ -306,8 +310,9 @@ def _activations(recipe: Recipe, language: nn.Module, lengths: Lengths, step: di
     }
     share, budget = step["samples_per_device"], recipe.batch.token_budget or 1 << 40
     longest = [int(lengths.query.max()), int(lengths.target.max())]
-    passes = [activation_bytes(language, max(1, min(share, budget // n)), n, **settings) for n in longest]
-    return max(passes) if step["cached"] else sum(passes)
+    if not step["cached"]:
+        return sum(activation_bytes(language, share, round(float(side.mean())), **settings) for side in lengths.sides)
+    return max(activation_bytes(language, max(1, min(share, budget // n)), n, **settings) for n in longest)
 
 
 def _name_of_language(model: nn.Module) -> str:

@@ -124,7 +124,7 @@ class BatchRecipe:
 
     Args:
         size: Samples per step, over all devices together.
-        token_budget: Most tokens of one forward pass of one device, visual ones and padding included. What is more
+        token_budget: Most tokens that a device holds activations of, visual ones and padding included. What is more
             passes through in chunks (gradient cache). None: the whole batch at once.
         feature_memory: GiB of a device that may hold the features of a frozen vision tower between the two passes of
             the cache; what is above waits in host memory.
