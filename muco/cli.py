@@ -24,6 +24,8 @@ from muco.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from muco.data import Data
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,6 +41,26 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")
+
+
+DataPath = Annotated[
+    Path,
+    typer.Argument(metavar="PATH", help="A JSONL file, a folder that holds exactly one, or data of another format."),
+]
+Format = Annotated[str, typer.Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
+Option = Annotated[
+    list[str],
+    typer.Option(
+        metavar="KEY=VALUE", help="An option of the format, e.g. images=photos; may be repeated, value in YAML."
+    ),
+]
+
+
+def _open(path: Path, format: str, options: Sequence[str]) -> Data:
+    from muco.data import open_data
+    from muco.train.recipe import parse_options
+
+    return open_data(path, format, parse_options(options))
 
 
 def _show_version(wanted: bool) -> None:
@@ -166,7 +188,9 @@ def embed(
     ),
 )
 def data_check(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A JSONL file, or a folder that holds exactly one.")],
+    path: DataPath,
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
     ] = None,
@@ -178,7 +202,7 @@ def data_check(
     """
     from muco.data.check import check, print_report
 
-    report = check(path, tokenizer=model)
+    report = check(_open(path, format, option), tokenizer=model)
     finish(report.as_dict() if as_json else report, as_json, print_report)
     if not report.ok:
         raise typer.Exit(FAILED_CHECK)
@@ -186,16 +210,18 @@ def data_check(
 
 @data_app.command("show", epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
 def data_show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A JSONL file, or a folder that holds exactly one.")],
+    path: DataPath,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; it needs no other file.")
     ],
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
     limit: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 100,
 ) -> None:
     """Write an HTML contact sheet of samples."""
     from muco.data.show import show
 
-    show(path, output, limit=limit)
+    show(_open(path, format, option), output, limit=limit)
     print(output)
 
 

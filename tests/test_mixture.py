@@ -52,6 +52,34 @@ def test_every_batch_is_full_and_every_epoch_a_permutation(sources, size, seed):
             assert sorted(d.index for d in own[epoch * length : (epoch + 1) * length]) == list(range(length))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 3)), min_size=1, max_size=3), st.integers(1, 9))
+def test_batches_of_one_source_have_its_share_and_skip_nothing(sources, size):
+    lengths, weights = zip(*sources, strict=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mixture_module, "ROUND", 50)
+        mixture = Mixture(lengths, weights, size, seed=3, one_source=True)
+        steps = [mixture.draws(step) for step in range(120)]
+        assert mixture.draws(77) == steps[77], "a function of the step alone"
+    assert all(len({draw.source for draw in batch}) == 1 and len(batch) == size for batch in steps)
+    for source in range(len(lengths)):
+        own = [draw.position for batch in steps for draw in batch if draw.source == source]
+        assert own == list(range(len(own)))
+        rounds = [sum(batch[0].source == source for batch in steps[a : a + 50]) for a in (0, 50)]
+        assert all(abs(n - 50 * weights[source] / sum(weights)) <= 2 for n in rounds)
+
+
+def test_samples_of_one_image_are_no_negatives_of_one_another(tiny_model, scenes):
+    images = sorted((scenes / "images" / "train").glob("*.png"))
+    rows = Rows(Sample(image=images[n // 2], turns=[Turn("what?", f"answer {n}")]) for n in range(4))
+    rows.append(Sample(image=images[0], turns=[Turn("what?", "own id")], id="own"))
+    rows += [Sample(turns=[Turn(f"text {n}", f"target {n}")]) for n in range(2)]
+    batches = TrainingBatches([rows], Mixture([7], [1.0], 7, 0), tiny_model.encoder.muco_processor, TurnsRecipe())
+    draws = [draw.index for draw in batches.mixture.draws(0)]
+    found = dict(zip(draws, batches[0]["ids"]["sample_ids"].tolist(), strict=True))
+    assert found[0] == found[1] and found[2] == found[3] and len(set(found.values())) == 5
+
+
 def test_a_source_without_a_place_in_a_batch_or_without_samples_is_an_error():
     with pytest.raises(RecipeError, match="less than one"):
         Mixture([10, 10], [1.0, 0.01], 32, 0)

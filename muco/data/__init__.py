@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from muco.dialogue import Sample
 from muco.errors import DataError
 
-__all__ = ["Data", "open_data"]
+__all__ = ["FORMATS", "Data", "open_data"]
 
 
 class Data(Protocol):
@@ -24,22 +28,61 @@ class Data(Protocol):
         ...
 
 
-def open_data(path: str | Path) -> Data:
-    """Opens a ``.jsonl`` file, or a folder that holds exactly one.
+FORMATS = {  # name in recipes and on the command line -> where its class is
+    "jsonl": ("muco.data.jsonl", "JsonlData"),
+    "m3t": ("muco.data.m3t", "M3TData"),
+    "mmeb": ("muco.data.mmeb", "MMEBTrainData"),
+    "mbeir": ("muco.data.mbeir", "MBEIRTrainData"),
+    "pairs": ("muco.data.pairs", "PairsData"),
+    "llava": ("muco.data.conversations", "LlavaData"),
+    "visdial": ("muco.data.conversations", "VisDialData"),
+    "webdataset": ("muco.data.shards", "ShardsData"),
+}
 
+
+def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any] | None = None) -> Data:
+    """Opens a training or evaluation set.
+
+    Args:
+        path: For "jsonl" a ``.jsonl`` file, or a folder that holds exactly one; else what the format's class says.
+        format: One of ``FORMATS``.
+        options: Further arguments of the format's class, as its docstring says: the folder of images, columns, a split.
     Raises:
-        DataError: If the path is missing, of another kind, or a folder with no or several ``.jsonl`` files.
+        DataError: If the path is missing or of another kind, or the format or an option unknown.
     """
+    if format not in FORMATS:
+        raise DataError(f"{path}: unknown format {format!r}{_nearest(format, FORMATS)}")
     path = Path(path)
-    if path.is_dir():
-        path = _only_jsonl(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix != ".jsonl":
-        raise DataError(f"{path}: unknown kind of data; give a .jsonl file or a folder that holds one")
-    from muco.data.jsonl import JsonlData
+    module, name = FORMATS[format]
+    kind = getattr(import_module(module), name)
+    accepted = [*signature(kind).parameters][1:]  # the first is the path
+    for option in options or {}:
+        if option not in accepted:
+            raise DataError(f"{path}: unknown option {option!r} of the format {format!r}{_nearest(option, accepted)}")
+    if format == "jsonl":
+        path = _jsonl_file(path)
+    try:
+        return kind(path, **(options or {}))
+    except TypeError as error:  # an option that is needed, or a list where a word belongs
+        raise DataError(f"{path}: options of the format {format!r}: {error}") from error
 
-    return JsonlData(path)
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known) or 'none'}"
+
+
+def _jsonl_file(path: Path) -> Path:
+    if path.is_dir():
+        return _only_jsonl(path)
+    if path.suffix != ".jsonl":
+        raise DataError(
+            f"{path}: unknown kind of data; give a .jsonl file or a folder that holds one, or name its format: "
+            f"{', '.join(FORMATS)}"
+        )
+    return path
 
 
 def _only_jsonl(folder: Path) -> Path:

@@ -22,7 +22,7 @@ MAX_IMAGES = 8
 _MARK = '<meta name="generator" content="muco data show">'  # by it an older sheet is known and may be overwritten
 
 
-def show(path: str | Path, output_html: str | Path, *, limit: int = 48, seed: int = 0) -> Path:
+def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int = 48, seed: int = 0) -> Path:
     """Writes a contact sheet of ``limit`` samples drawn with ``seed`` (all of them if there are no more).
 
     A row or an image that cannot be read becomes a card that says why. The file appears whole or not at all.
@@ -35,10 +35,11 @@ def show(path: str | Path, output_html: str | Path, *, limit: int = 48, seed: in
         raise ValueError(f"limit must be at least 1, not {limit}")
     output = Path(output_html)
     _check_output(output)
-    data = open_data(path)
+    data = open_data(data_or_path) if isinstance(data_or_path, (str, Path)) else data_or_path
     chosen = sorted(random.Random(seed).sample(range(len(data)), min(limit, len(data))))
     samples = [_sample_or_error(data, i) for i in chosen]
-    page = _page(Path(path).resolve().name, len(data), samples, seed)
+    name = Path(getattr(data, "path", type(data).__name__)).resolve().name
+    page = _page(name, len(data), samples, seed)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:

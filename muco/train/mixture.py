@@ -50,16 +50,25 @@ class Mixture:
         lengths: Samples per source.
         weights: Share of each source in every batch; the rounding is carried, so long-run shares are exact.
         batch_size: Samples per step.
+        one_source: Every batch comes from one source, and the shares are those of the batches.
     Each source is gone through in a new random order per epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        *,
+        one_source: bool = False,
+    ) -> None:
         if not lengths or min(lengths) < 1:
             raise DataError("a training source is empty; every source needs at least one sample")
-        self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
+        self.lengths, self.batch_size, self.seed, self.one_source = tuple(lengths), batch_size, seed, one_source
         self._shares = np.cumsum(weights) / np.sum(weights)
         self._shares[-1] = 1.0
-        if batch_size * min(weights) < sum(weights):
+        if not one_source and batch_size * min(weights) < sum(weights):
             raise RecipeError(
                 f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
                 "raise its weight or batch.size"
@@ -78,7 +87,7 @@ class Mixture:
 
     def draws(self, step: int) -> list[Draw]:
         """The samples of a step, sources one after another."""
-        first, last = (self._positions(n) for n in (step, step + 1))
+        first, last = self._of_one_source(step) if self.one_source else map(self._positions, (step, step + 1))
         draws = []
         for source, length in enumerate(self.lengths):
             for position in range(first[source], last[source]):
@@ -87,8 +96,24 @@ class Mixture:
         return draws
 
     def _positions(self, step: int) -> list[int]:
-        ends = [int(np.floor(step * self.batch_size * share + 1e-9)) for share in self._shares]
+        """Samples of each source before a step."""
+        return self._shared(step * self.batch_size)
+
+    def _shared(self, count: int) -> list[int]:
+        """So many things shared among the sources; what is left of rounding goes to later ones."""
+        ends = [int(np.floor(count * share + 1e-9)) for share in self._shares]
         return [end - start for end, start in zip(ends, [0, *ends[:-1]], strict=True)]
+
+    def _of_one_source(self, step: int) -> tuple[list[int], list[int]]:
+        """Samples of each source before and after a step, if a step has one source: steps are shuffled by rounds."""
+        number, place = divmod(step, ROUND)
+        before, after = (np.array(self._shared(n * ROUND)) for n in (number, number + 1))
+        order = np.random.default_rng([self.seed, 6, number]).permutation(
+            np.repeat(np.arange(len(before)), after - before)
+        )
+        done = before + np.bincount(order[:place], minlength=len(before))
+        now = done + (np.arange(len(before)) == order[place])
+        return (done * self.batch_size).tolist(), (now * self.batch_size).tolist()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,6 +132,7 @@ def turn_order(count: int, draw: Draw, row: int, step: int, turns: TurnsRecipe, 
     return sorted(chosen.tolist(), key=lambda turn: ranks[turn])
 
 
+ROUND = 1000  # steps after which every source has had its share, where a step has one source
 PART = 32  # samples that are prepared and sent to training together
 
 
@@ -161,7 +187,7 @@ class TrainingBatches(Dataset):
         return batch | {"skipped": len(rows) - len(usable)}
 
     def _batch(self, chosen: Sequence[tuple[tuple[Sample, list[Chosen]], Draw]]) -> dict[str, Any]:
-        keys = [sample.id if sample.id is not None else (draw.source, draw.index) for (sample, _), draw in chosen]
+        keys = [_key(sample, draw) for (sample, _), draw in chosen]
         masked = self.mask_identical_targets
         if self.turns.mode != "reconstruction":
             isolated, pairs = self.turns.mode == "isolated", [pair for pair, _ in chosen]
@@ -191,6 +217,13 @@ class TrainingBatches(Dataset):
         order = turn_order(len(sample.turns), draw, row, step, self.turns, self.seed)
         rng = np.random.default_rng([self.seed, 4, draw.source, draw.position])
         return sample, [Chosen.of(sample.turns[turn], rng) for turn in order]
+
+
+def _key(sample: Sample, draw: Draw) -> Any:
+    """Equal for samples that are no negatives of one another: of one id, or without ids of the same image."""
+    if sample.id is not None:
+        return sample.id
+    return _exactly(Content(images=sample.images)) if sample.images else (draw.source, draw.index)
 
 
 def with_image_turn(sample: Sample, kind: str) -> Sample:

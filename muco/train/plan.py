@@ -106,14 +106,16 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
 
 
 def _open(recipe: Recipe, problems: list[str]) -> list[Data | None]:
+    train = [(source.path, source.format, source.options) for source in recipe.data.train]
+    validation = [(recipe.data.validation, "jsonl", {})] if recipe.data.validation else []
     sources: list[Data | None] = []
-    for path in [source.path for source in recipe.data.train] + [recipe.data.validation] * bool(recipe.data.validation):
+    for path, format, options in train + validation:
         try:
-            sources.append(open_data(path))
+            sources.append(open_data(path, format, options))
         except DataError as error:
             problems.append(str(error))
             sources.append(None)
-    return sources[: len(recipe.data.train)]
+    return sources[: len(train)]
 
 
 class _Looked(list[Sample]):

@@ -51,10 +51,17 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """A training set in MuCo's JSONL format and its share of every batch (shares are normalised)."""
+    """A training set and its share of every batch (shares are normalised).
+
+    Args:
+        format: One of ``muco.data.FORMATS``: MuCo's own JSONL, or how others publish their data.
+        options: Further arguments of the format, as its class in ``muco/data`` says: the folder of images, columns, …
+    """
 
     path: str
     weight: float = 1.0
+    format: str = "jsonl"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,15 +69,18 @@ class DataRecipe:
     """Where samples come from.
 
     Args:
-        train: One source or more; every batch mixes them by weight.
+        train: One source or more.
         validation: A set evaluated during training; None for none.
         broken_images: "error" stops at an image that cannot be used, "skip" leaves its sample out and counts it.
+        one_source: Every batch comes from one source, so that its negatives are of one kind; weights are then shares of
+            the batches. False: every batch mixes the sources.
         blind: Replaces every pixel by a constant: the control that shows whether a run learns without looking.
     """
 
     train: tuple[SourceRecipe, ...] = ()
     validation: str | None = None
     broken_images: Literal["error", "skip"] = "error"
+    one_source: bool = False
     blind: bool = False
 
 
@@ -282,16 +292,25 @@ def _parse(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: {error}") from None
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str, flag: str = "--set") -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {override!r}: write it as key=value, e.g. --set loss.temperature=0.05")
+        example = "loss.temperature=0.05" if flag == "--set" else "images=photos"
+        raise RecipeError(f"{flag} {override!r}: write it as key=value, e.g. {flag} {example}")
     *parents, last = key.strip().split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"--set {override!r}: {parent!r} is no group of keys")
-    values[last] = _parse(text, f"--set {override}")
+            raise RecipeError(f"{flag} {override!r}: {parent!r} is no group of keys")
+    values[last] = _parse(text, f"{flag} {override}")
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """ "key=value" strings as a mapping, the values in YAML; a RecipeError where one is none."""
+    values: dict[str, Any] = {}
+    for word in words:
+        _override(values, word, flag="--option")
+    return values
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:

@@ -79,7 +79,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     distributed.start()
-    sources = [open_data(source.path) for source in recipe.data.train]
+    sources = [open_data(source.path, source.format, source.options) for source in recipe.data.train]
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
     facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
     if finished:
@@ -155,7 +155,13 @@ def texts_of(sources: list[Data], limit: int = 5000):
 def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: Data | None = None) -> MuCoTrainer:
     """The trainer of a recipe; its batches, loss and arguments."""
     arguments = training_arguments(recipe, validation is not None)
-    mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], recipe.batch.size, recipe.seed)
+    mixture = Mixture(
+        [len(source) for source in sources],
+        [source.weight for source in recipe.data.train],
+        recipe.batch.size,
+        recipe.seed,
+        one_source=recipe.data.one_source,
+    )
     if arguments.max_steps <= 0:
         arguments.max_steps = int(arguments.num_train_epochs * mixture.steps_per_epoch)
     batches = TrainingBatches(

@@ -1,0 +1,424 @@
+"""Dialogues about an image, as LLaVA and VisDial publish them: every question with its answer becomes a turn.
+
+::
+
+    LLaVA     [{"id": "7", "image": "a/7.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                                 {"from": "gpt", "value": "A ring."}]}, …]
+              or the same objects one a line (.jsonl)
+    VisDial   {"data": {"questions": ["is it old", …], "answers": ["yes", …],
+                        "dialogs": [{"image_id": 7, "caption": "a ring", "dialog": [{"question": 0, "answer": 0}]}]}}
+
+Such files are single JSON values of hundreds of megabytes. They are read once, a piece at a time, to note where every
+entry stands: opening takes a few megabytes of memory plus 16 bytes per entry, question and answer, never the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from muco.data.images import is_url
+from muco.data.pairs import fingerprint_of, open_unchanged, position
+from muco.dialogue import Sample, Turn
+from muco.errors import DataError
+from muco.evaluate.lines import Row, file_state, image_of, raw_lines, text_of
+
+KIND = "dialogue"  # of every turn
+PIECE = 1 << 20  # bytes read at once
+LONGEST_VALUE = 1 << 26  # bytes of one entry
+PATTERNS = (  # of the images of VisDial 1.0, whose training images are COCO's
+    "VisualDialog_{split}/VisualDialog_{split}_{image_id:012d}.jpg",
+    "train2014/COCO_train2014_{image_id:012d}.jpg",
+    "val2014/COCO_val2014_{image_id:012d}.jpg",
+)
+
+_PLACEHOLDER = re.compile(r"\A\s*<image>[\n ]?|[\n ]<image>|<image>[\n ]?")
+_ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
+
+
+class LlavaData:
+    """Conversations about an image, one sample each; read from disk when asked for.
+
+    The placeholder ``<image>`` is taken out of the questions; a question that was nothing else asks for the image
+    itself. Entries without an image are dialogues in text.
+
+    Args:
+        path: A ``.json`` file of one array, or a ``.jsonl`` file.
+        images: What image paths count from, the file's folder by default. No path may leave it.
+    Raises:
+        DataError: If the file cannot be read, is no such file or has no entries. Entries are checked on access.
+    """
+
+    def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
+        self.path, self.images = Path(path), _image_folder(path, images)
+        self._state = file_state(self.path)
+        if self.path.suffix in (".jsonl", ".ndjson"):
+            self._entries, self._lines = _line_places(self.path)
+        elif self.path.suffix == ".json":
+            with open_unchanged(self.path, self._state) as file:
+                self._entries, self._lines = _array_places(file, self.path), None
+        else:
+            raise DataError(f"{self.path}: unknown kind of conversations; give a .json or .jsonl file")
+        if not len(self):
+            raise DataError(f"{self.path}: the file holds no conversation")
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises IndexError if there is no such entry, DataError if it is not as it must be."""
+        i = position(index, len(self), self.path)
+        where = f"{self.path} row {i}" if self._lines is None else f"{self.path}:{self._lines[i]}"
+        with open_unchanged(self.path, self._state) as file:
+            entry = _value_at(file, self._entries[i], where)
+        entry = _object(entry, "the entry", where)
+        images = self._image_paths(entry, where)
+        return Sample(images, _exchanges(entry, bool(images), where), id=_entry_id(entry, where), where=where)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the file and the images, see :func:`muco.data.pairs.fingerprint_of`."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self, [self.path], "LLaVA 1")
+        return self._fingerprint
+
+    def _image_paths(self, entry: Row, where: str) -> list[str]:
+        given = entry.get("image")
+        found = [
+            _image(item, self.images, where) for item in (given if isinstance(given, list) else [given]) if item != ""
+        ]
+        return [path for path in found if path is not None]
+
+
+class VisDialData:
+    """Dialogues of VisDial 1.0, one sample each; read from disk when asked for. Texts are as they stand in the file.
+
+    Args:
+        path: ``visdial_1.0_train.json`` or ``…_val.json``.
+        images: The folder of the images.
+        pattern: Names of image files within it, with ``{image_id}`` and ``{split}``; of several the first that exists.
+        caption: What the caption answers ("Describe the image."): the first turn, where it is given.
+    Raises:
+        DataError: If the file cannot be read, is no such file or has no dialogues, or a pattern cannot be used.
+            Dialogues are checked on access.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        images: str | Path | None = None,
+        pattern: str | Sequence[str] = PATTERNS,
+        caption: str | None = None,
+    ) -> None:
+        self.path, self.images = Path(path), _image_folder(path, images)
+        self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        self.caption = caption
+        self._state = file_state(self.path)
+        with open_unchanged(self.path, self._state) as file:
+            self.split, self._places = _visdial_places(file, self.path)
+        for name in ("questions", "answers", "dialogs"):
+            if name not in self._places:
+                raise DataError(
+                    f"{self.path}: no list data.{name}; it must be a file of VisDial 1.0, with data.questions, "
+                    f"data.answers and data.dialogs; found {', '.join(self._places) or 'none of them'}"
+                )
+        if not len(self):
+            raise DataError(f"{self.path}: the file holds no dialogue")
+        for given in self.patterns:
+            self._file_name(given, 0)
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._places["dialogs"])
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises IndexError if there is no such dialogue, DataError if it is not as it must be."""
+        i = position(index, len(self), self.path)
+        where = f"{self.path} row {i}"
+        with open_unchanged(self.path, self._state) as file:
+            entry = _object(_value_at(file, self._places["dialogs"][i], where), "the dialogue", where)
+            rounds = entry.get("dialog")
+            if not isinstance(rounds, list) or not rounds:
+                raise DataError(f"{where}: 'dialog' must be a list of at least one question, not {rounds!r:.60}")
+            turns = [self._turn(file, item, f"{where} turn {n}") for n, item in enumerate(rounds, start=1)]
+        if self.caption is not None:
+            turns.insert(0, Turn(self.caption, _text(entry, "caption", where), kind="caption"))
+        image_id = entry.get("image_id")
+        if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id < 0:
+            raise DataError(f"{where}: 'image_id' must be a number, not {image_id!r:.60}")
+        return Sample(self._image_file(image_id, where), turns, id=str(image_id), where=where)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the file and the images, see :func:`muco.data.pairs.fingerprint_of`."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self, [self.path], ["VisDial 1", self.caption])
+        return self._fingerprint
+
+    def _turn(self, file: BinaryIO, item: Any, where: str) -> Turn:
+        item = _object(item, "the turn", where)
+        texts = []
+        for side in ("question", "answer"):
+            places, number = self._places[f"{side}s"], item.get(side)
+            if number is None:
+                raise DataError(f"{where}: no {side!r}; a turn needs a question and an answer (test files lack some)")
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(places):
+                raise DataError(f"{where}: {side!r} is {number!r:.60}; it must be a number below {len(places)}, "
+                                f"of data.{side}s")  # fmt: skip
+            texts.append(_text({side: _value_at(file, places[number], where)}, side, where))
+        return Turn(*texts, kind=KIND)
+
+    def _image_file(self, image_id: int, where: str) -> str:
+        names = [self._file_name(pattern, image_id) for pattern in self.patterns]
+        paths = [_image(name, self.images, where) for name in names]
+        there = [path for path in paths if path is not None and Path(path).is_file()] if len(paths) > 1 else paths
+        if not there or there[0] is None:
+            raise DataError(f"{where}: no image of {image_id} in {self.images}, looked for {' and '.join(names)}; "
+                            "give the folder as 'images' and the names as 'pattern'")  # fmt: skip
+        return there[0]
+
+    def _file_name(self, pattern: str, image_id: int) -> str:
+        try:
+            return pattern.format(image_id=image_id, split=self.split)
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{self.path}: the pattern {pattern!r} cannot be used ({error!r}); write {{image_id}} or "
+                            "{image_id:012d}, and {split}")  from error  # fmt: skip
+
+
+# ── entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _exchanges(entry: Row, has_image: bool, where: str) -> list[Turn]:
+    """The turns of a LLaVA entry: messages of both sides by turns, beginning with the human."""
+    messages = entry.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        near = difflib.get_close_matches("conversations", list(entry), n=1)
+        hint = f"; is it {near[0]!r}?" if near and messages is None else ""
+        raise DataError(f"{where}: 'conversations' must be a list of at least two messages, not {messages!r:.60}{hint}")
+    texts = []
+    for number, message in enumerate(messages):
+        place = f"{where} message {number}"
+        role = _object(message, "the message", place).get("from")
+        if role not in (*_ASKS, *_ANSWERS):
+            raise DataError(f"{place}: 'from' is {role!r:.60}; it must be 'human' or 'gpt'")
+        wanted = _ANSWERS if number % 2 else _ASKS
+        if role not in wanted:
+            raise DataError(f"{place}: 'from' is {role!r}, where {wanted[0]!r} must be; a human's and a gpt's message "
+                            "take turns, the human begins")  # fmt: skip
+        texts.append(_message(message, number % 2 == 0, has_image, place))
+    if len(texts) % 2:
+        raise DataError(f"{where}: the last message, {len(texts) - 1}, has no answer; every question needs one")
+    return [Turn(query, target, kind=KIND) for query, target in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _message(message: Row, asks: bool, has_image: bool, where: str) -> str:
+    if not asks:
+        return _text(message, "value", where)
+    text = text_of(message, "value", where)
+    if text is None:
+        raise DataError(f"{where}: no 'value'; a message says something")
+    text = _PLACEHOLDER.sub("", text) if has_image else text.replace("<image>", "")
+    if text.strip():
+        return text
+    if not has_image:
+        raise DataError(f"{where}: 'value' is empty and the entry has no image; mend the entry")
+    return ""
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    text = text_of(row, key, where)
+    if text is None or not text.strip():
+        raise DataError(f"{where}: {key!r} is empty; mend the entry")
+    return text
+
+
+def _entry_id(entry: Row, where: str) -> str | None:
+    value = entry.get("id")
+    return str(value) if isinstance(value, int) else text_of(entry, "id", where)
+
+
+def _image(value: Any, folder: Path, where: str) -> str | None:
+    if isinstance(value, str) and is_url(value):
+        raise DataError(f"{where}: 'image' is a URL ({value[:60]}); URLs are not fetched, download the image")
+    return image_of({"image": value}, "image", folder, where)
+
+
+def _image_folder(path: str | Path, images: str | Path | None) -> Path:
+    folder = Path(images) if images is not None else Path(path).parent
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images of {path}")
+    return folder
+
+
+def _object(value: Any, name: str, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {name} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+# ── places in a large JSON file ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _value_at(file: BinaryIO, place: np.ndarray, where: str) -> Any:
+    """The JSON value at a place, (first byte, bytes)."""
+    start, length = map(int, place)
+    file.seek(start)
+    try:
+        return json.loads(file.read(length).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+
+
+def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Places int64 [n, 2] and numbers int64 [n] of the lines that are not blank."""
+    places, numbers = array("q"), array("q")
+    for start, line, number in raw_lines(path):
+        places.extend((start, len(line)))
+        numbers.append(number)
+    return np.array(places, dtype=np.int64).reshape(-1, 2), np.array(numbers, dtype=np.int64)
+
+
+def _array_places(file: BinaryIO, path: Path) -> np.ndarray:
+    """Places of the elements of the one array in a file, int64 [n, 2]."""
+    scanner = _Scanner(file, path)
+    if scanner.peek() != "[":
+        raise DataError(
+            f"{path}: the file must hold a JSON array of conversations; name it .jsonl if it has one a line"
+        )
+    places = scanner.elements()
+    if scanner.peek():
+        raise DataError(f"{path}: there is more after the array, at byte {scanner.offset}; mend the file")
+    return places
+
+
+def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The split, and the places of the elements of every list in "data"."""
+    scanner, split, places = _Scanner(file, path), "", {}
+    if scanner.peek() != "{":
+        raise DataError(f"{path}: the file must hold a JSON object, as those of VisDial 1.0 do")
+    for key in scanner.members():
+        if key == "data" and scanner.peek() == "{":
+            for name in scanner.members():
+                if scanner.peek() == "[":
+                    places[name] = scanner.elements()
+                else:
+                    scanner.value()
+            continue
+        start, length = scanner.value()
+        if key == "split":
+            split = str(_value_at_in(file, start, length, path))
+    return split, places
+
+
+def _value_at_in(file: BinaryIO, start: int, length: int, path: Path) -> Any:
+    here = file.tell()
+    value = _value_at(file, np.array([start, length]), str(path))
+    file.seek(here)
+    return value
+
+
+class _Scanner:
+    """Walks through one JSON value of any size, a piece of the file at a time.
+
+    Bytes are taken for Latin-1, so that characters are bytes; JSON's syntax is ASCII and what is in strings only has to
+    be stepped over. A value is parsed again, as UTF-8, when it is used.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self._decoder = json.JSONDecoder()
+        self._text, self._first, self._at, self._ended = "", 0, 0, False  # _first: the byte at which _text begins
+        if file.read(3) != b"\xef\xbb\xbf":
+            file.seek(0)
+        self._first = file.tell()
+
+    @property
+    def offset(self) -> int:
+        return self._first + self._at
+
+    def peek(self) -> str:
+        """The next character that is no blank, "" at the end of the file."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\r\n":
+                    return self._text[self._at]
+                self._at += 1
+            if not self._more(PIECE):
+                return ""
+
+    def take(self, wanted: str) -> str:
+        found = self.peek()
+        if not found or found not in wanted:
+            what = repr(found) if found else "the end of the file"
+            raise DataError(f"{self.path}: not JSON, {what} at byte {self.offset} where {' or '.join(wanted)} must be; "
+                            "download the file again")  # fmt: skip
+        self._at += 1
+        return found
+
+    def value(self) -> tuple[int, int]:
+        """Steps over the next value; its first byte and its bytes."""
+        self.peek()
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                left = len(self._text) - self._at
+                if isinstance(error, RecursionError) or left > LONGEST_VALUE or not self._more(max(PIECE, left)):
+                    raise DataError(f"{self.path}: not JSON at byte {self.offset} ({_what(error)}); download the file "
+                                    "again")  from error  # fmt: skip
+                continue
+            if len(self._text) - end < 3 and not self._ended:  # a number may go on, as with ".5" or "e+5"
+                self._more(PIECE)
+                continue
+            place = self.offset, end - self._at
+            self._at = end
+            return place
+
+    def elements(self) -> np.ndarray:
+        """Steps over an array; the places of its elements."""
+        places = array("q")
+        self.take("[")
+        if self.peek() == "]":
+            self._at += 1
+        else:
+            places.extend(self.value())
+            while self.take(",]") == ",":
+                places.extend(self.value())
+        return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+    def members(self) -> Iterator[str]:
+        """Steps over an object; stops after each name, for the caller to step over the value."""
+        self.take("{")
+        if self.peek() == "}":
+            self._at += 1
+            return
+        while True:
+            if self.peek() != '"':
+                self.take('"')
+            start, length = self.value()
+            name = self._text[start - self._first : start - self._first + length]
+            self.take(":")
+            yield json.loads(name)
+            if self.take(",}") == "}":
+                return
+
+    def _more(self, size: int) -> bool:
+        """Reads on; what has been stepped over is dropped."""
+        piece = b"" if self._ended else self.file.read(size)
+        self._ended = not piece
+        self._first += self._at
+        self._text, self._at = self._text[self._at :] + piece.decode("latin-1"), 0
+        return bool(piece)
+
+
+def _what(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"

@@ -1,0 +1,335 @@
+"""M-BEIR's training queries as it is published, each with its prompts, positives and hard negatives.
+
+::
+
+    <data>/query/train/mbeir_{set}_train.jsonl                        one file per data set, or
+           query/union_train/mbeir_union_up_train.jsonl               all of them, small sets repeated
+           cand_pool/global/mbeir_union_train_cand_pool.jsonl         the candidates, or, where that is not there,
+           cand_pool/local/mbeir_{set}_task{N}_cand_pool.jsonl        the local pools of the sets that are read
+           instructions/query_instructions.tsv                        the prompts; no code holds them
+           mbeir_images/…                                             paths in the files count from <data>
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from muco.data.pairs import open_unchanged, position
+from muco.dialogue import Content, Sample, Turn
+from muco.errors import DataError
+from muco.evaluate.lines import Row, as_object, file_state, raw_lines
+from muco.evaluate.mbeir_data import (
+    BLANK,
+    DATA_SETS,
+    NUMBERS,
+    _id,
+    _modality,
+    _positives,
+    _sides,
+    data_set_of,
+    format_string,
+    instructions_file,
+    number_of,
+    read_instructions,
+    with_prompt,
+)
+
+MAX_TARGETS = 8  # positives of a query that become wordings of its target
+
+log = logging.getLogger(__name__)
+
+
+class MBEIRTrainData:
+    """The training queries of M-BEIR, one sample of one turn each, read from disk when asked for.
+
+    A turn's query has one wording per prompt of the instructions, each with the query's image. Its target is the first
+    positive of the query's own data set that a pool holds; up to ``MAX_TARGETS`` positives of that set and of the same
+    modality become wordings. Its hard negatives may be of any modality; what is a positive, also of another data set,
+    is none. The ``kind`` is the name of the data set, the ``id`` that of the query.
+
+    Opening reads all queries and candidates once (a million lines in some 20 s) and keeps 24 bytes of each.
+
+    Args:
+        data: The benchmark's folder.
+        sets: One or several names of data sets ("MSCOCO", in any case); None takes every one whose file is there.
+        queries: "train", the files of the single sets, or "union_train", the one in which small sets are repeated.
+        negatives: Hard negatives per query at most, the first ones of its list; None takes all.
+    Attributes:
+        left_out: Queries without a positive of their own data set in the pools; they are no samples.
+        missing_positives, missing_negatives: Mentions of candidates that no pool holds.
+    Raises:
+        DataError: If a file is missing or cannot be read, a data set is unknown, a line has no valid id or list of
+            candidates, an id is twice in the pools, or no query is left. The rest of a line is checked on access.
+    """
+
+    def __init__(
+        self,
+        data: str | Path,
+        *,
+        sets: str | Sequence[str] | None = None,
+        queries: Literal["train", "union_train"] = "train",
+        negatives: int | None = None,
+    ) -> None:
+        if negatives is not None and negatives < 0:
+            raise DataError(f"negatives is {negatives}; give 0 or more, or leave it out to take all")
+        self.data = self.path = Path(data)
+        self.max_negatives = negatives
+        named = [sets] if isinstance(sets, str) else DATA_SETS if sets is None else sets
+        self.sets = tuple(dict.fromkeys(_known_set(name) for name in named))
+        self.files = _query_files(self.data, self.sets, queries, named=sets is not None)
+        self.prompts = read_instructions(instructions_file(self.data))
+        self.pool = TrainPool(_pool_files(self.data, self.sets))
+        self._states = [file_state(file) for file in self.files]
+        self._fingerprint: str | None = None
+        self._index()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises IndexError if there is no such query, DataError if its line or a candidate's is not as it must be."""
+        i = position(index, len(self), self.data)
+        where = self.where(i)
+        file = int(self._file[i])
+        row = as_object(_line(self.files[file], int(self._starts[i]), self._states[file]), where)
+        modality = _modality(row, "query_modality", row.get("query_modality"), where)
+        text, image = _sides(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
+        qid, positives = _id(row, "qid", where), _positives(row, where)
+        targets = self._targets(qid, positives)
+        key = (data_set_of(qid), modality, targets[0].modality)
+        if key not in self.prompts:
+            raise DataError(
+                f"{where}: no prompt for {DATA_SETS[key[0]]} (data set {key[0]}), {modality} to {key[2]}, in "
+                f"{instructions_file(self.data)}; add a line for it"
+            )
+        images = (image,) if image else ()
+        turn = Turn(
+            query=[Content(with_prompt(prompt, text or ""), images) for prompt in self.prompts[key]],
+            target=[target.content for target in targets],
+            kind=DATA_SETS[key[0]],
+            negatives=self._negatives(row, positives, where),
+        )
+        return Sample(turns=[turn], id=qid, where=where)
+
+    def where(self, index: int) -> str:
+        """ "file:line" of a query, also of one that cannot be used."""
+        i = position(index, len(self), self.data)
+        return f"{self.files[self._file[i]]}:{self._lines[i]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the bytes of all files that are read, except images, and the options.
+
+        Images count by their paths: there are millions of them, published as one archive.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(f"M-BEIR train 1 {self.sets} {self.max_negatives}\n".encode())
+            for file in (*self.files, *self.pool.files, instructions_file(self.data)):
+                digest.update(f"{file.relative_to(self.data).as_posix()} {file_state(file)[0]}\n".encode())
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _index(self) -> None:
+        """Where the usable queries stand, and how many are not."""
+        wanted = {DATA_SETS.index(name) for name in self.sets}
+        places = array("q"), array("q"), array("q")  # file, byte offset, line number
+        own, owner, others, negatives = array("q"), array("q"), array("q"), array("q")
+        for number, file in enumerate(self.files):
+            for start, line, line_number in raw_lines(file):
+                where = f"{file}:{line_number}"
+                row = as_object(line, where)
+                data_set = _data_set(_id(row, "qid", where), where)
+                if data_set not in wanted:
+                    continue
+                for value, column in zip((number, start, line_number), places, strict=True):
+                    column.append(value)
+                for positive in map(number_of, _positives(row, where)):
+                    if positive // NUMBERS == data_set:
+                        own.append(positive)
+                        owner.append(len(places[0]) - 1)
+                    else:
+                        others.append(positive)
+                negatives.extend(map(number_of, _negative_ids(row, where)))
+        held = self.pool.find(np.array(own, dtype=np.int64)) >= 0
+        usable = np.zeros(len(places[0]), dtype=bool)
+        usable[np.array(owner, dtype=np.int64)[held]] = True
+        self._file, self._starts, self._lines = (np.array(column, dtype=np.int64)[usable] for column in places)
+        self.left_out = int(np.count_nonzero(~usable))
+        self.missing_positives = int(np.count_nonzero(~held)) + self._missing(others)
+        self.missing_negatives = self._missing(negatives)
+        if not len(self):
+            raise DataError(
+                f"{self.files[0]}: of {len(usable)} queries of {', '.join(self.sets)} none has a positive of its own "
+                f"data set in {self.pool.files[0]}; give the pool that belongs to the queries"
+            )
+        if self.left_out:
+            log.warning(
+                "%s: %d of %d queries are left out, no pool holds a positive of theirs",
+                *(self.data, self.left_out, len(usable)),
+            )
+
+    def _missing(self, numbers: array[int]) -> int:
+        return int(np.count_nonzero(self.pool.find(np.array(numbers, dtype=np.int64)) < 0))
+
+    def _targets(self, qid: str, positives: Sequence[str]) -> list[Candidate]:
+        """The positives of the query's own data set, of the modality of the first; never none, for it was indexed."""
+        own = [number_of(id) for id in positives if data_set_of(id) == data_set_of(qid)]
+        rows = [row for row in self.pool.find(np.array(own, dtype=np.int64)) if row >= 0]
+        candidates = [self.pool[row] for row in dict.fromkeys(rows[:MAX_TARGETS])]
+        return [candidate for candidate in candidates if candidate.modality == candidates[0].modality]
+
+    def _negatives(self, row: Row, positives: Sequence[str], where: str) -> list[Content]:
+        given = dict.fromkeys(id for id in _negative_ids(row, where) if id not in set(positives))
+        numbers = np.array([number_of(id) for id in given], dtype=np.int64)
+        rows = [row for row in self.pool.find(numbers) if row >= 0]
+        return [self.pool[row].content for row in rows[: self.max_negatives]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    content: Content
+    modality: str
+
+
+class TrainPool:
+    """Candidates of one or several JSONL files, found by the number of their id; only places are in memory.
+
+    :class:`muco.evaluate.lines.LinePool` looks at every image when it opens; of training candidates only a few per step
+    are ever read, so here a line is checked, and its image looked for, when it is used.
+
+    Raises:
+        DataError: If a file cannot be read, a line has no valid id, an id occurs twice or there is none.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self._states = [file_state(file) for file in self.files]
+        numbers, starts, lines, ends = array("q"), array("q"), array("i"), array("q")
+        for file in self.files:
+            for start, line, line_number in raw_lines(file):
+                where = f"{file}:{line_number}"
+                numbers.append(number_of(_id(as_object(line, where), "did", where)))
+                starts.append(start)
+                lines.append(line_number)
+            ends.append(len(numbers))
+        if not numbers:
+            raise DataError(f"{self.files[0]}: the file holds no candidate")
+        given = np.array(numbers, dtype=np.int64)
+        order = np.argsort(given, kind="stable")
+        self._ends = np.array(ends, dtype=np.int64)
+        self._file = np.searchsorted(self._ends, order, side="right").astype(np.int32)
+        self._numbers, self._starts = given[order], np.array(starts, dtype=np.int64)[order]
+        self._lines = np.array(lines, dtype=np.int32)[order]
+        again = np.flatnonzero(self._numbers[1:] == self._numbers[:-1])
+        if len(again):
+            first, second = int(again[0]), int(again[0]) + 1
+            data_set, number = divmod(int(self._numbers[second]), NUMBERS)
+            raise DataError(
+                f"{self.where(second)}: the id '{data_set}:{number}' is also at {self.where(first)}; ids must be "
+                "unique among all candidates"
+            )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, row: int) -> Candidate:
+        """A candidate's content and modality; a DataError if its line is not as it must be, or its file changed."""
+        file = int(self._file[row])
+        where = self.where(row)
+        line = as_object(_line(self.files[file], int(self._starts[row]), self._states[file]), where)
+        modality = _modality(line, "modality", line.get("modality"), where)
+        text, image = _sides(line, modality, ("modality", "txt", "img_path"), _root(self.files[file]), where)
+        content = Content(format_string(text), (image,) if image else ())
+        return Candidate(Content(BLANK) if content.empty else content, modality)
+
+    def find(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows of ids' numbers, int64 [n]; -1 for one that no file holds."""
+        rows = np.minimum(np.searchsorted(self._numbers, numbers), len(self) - 1)
+        return np.where(self._numbers[rows] == numbers, rows, -1)
+
+    def where(self, row: int) -> str:
+        return f"{self.files[self._file[row]]}:{self._lines[row]}"
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _root(pool: Path) -> Path:
+    """The benchmark's folder, of a file in ``cand_pool/<global or local>``."""
+    return pool.parent.parent.parent
+
+
+def _known_set(name: str) -> str:
+    by_lower = {known.lower(): known for known in DATA_SETS}
+    if name.lower() not in by_lower:
+        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+        hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
+        raise DataError(f"unknown data set {name!r} of M-BEIR; {hint}known are {', '.join(DATA_SETS)}")
+    return by_lower[name.lower()]
+
+
+def _query_files(data: Path, sets: Sequence[str], queries: str, *, named: bool) -> tuple[Path, ...]:
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder; it must hold M-BEIR, with the folders query and cand_pool")
+    if not sets:
+        raise DataError(f"{data}: no data set is named; give some of {', '.join(DATA_SETS)}")
+    union = data / "query" / "union_train" / "mbeir_union_up_train.jsonl"
+    if queries == "union_train":
+        if not union.is_file():
+            raise DataError(f"{union}: no such file; download it, or take the files in query/train")
+        return (union,)
+    if queries != "train":
+        raise DataError(f"unknown queries {queries!r} of M-BEIR; give 'train' or 'union_train'")
+    files = [data / "query" / "train" / f"mbeir_{name.lower()}_train.jsonl" for name in sets]
+    there = tuple(file for file in files if file.is_file())
+    if not there or (named and len(there) < len(files)):
+        absent = next(file for file in files if file not in there)
+        hint = "; or take 'union_train', which is there" if union.is_file() else ""
+        raise DataError(f"{absent}: no such file; download it, or name other data sets{hint}")
+    return there
+
+
+def _pool_files(data: Path, sets: Sequence[str]) -> tuple[Path, ...]:
+    union = data / "cand_pool" / "global" / "mbeir_union_train_cand_pool.jsonl"
+    if union.is_file():
+        return (union,)
+    local = data / "cand_pool" / "local"
+    files = tuple(chain.from_iterable(sorted(local.glob(f"mbeir_{name.lower()}_task?_cand_pool.jsonl"))
+                                      for name in sets))  # fmt: skip
+    if not files:
+        raise DataError(f"{union}: no such file, and {local} holds no pool of {', '.join(sets)}; download one of them")
+    return files
+
+
+def _line(file: Path, start: int, state: tuple[int, int]) -> bytes:
+    with open_unchanged(file, state) as opened:
+        opened.seek(start)
+        return opened.readline()
+
+
+def _data_set(qid: str, where: str) -> int:
+    number = data_set_of(qid)
+    if number >= len(DATA_SETS):
+        raise DataError(f"{where}: the query {qid!r} is of data set {number}; M-BEIR has 0 to {len(DATA_SETS) - 1}")
+    return number
+
+
+def _negative_ids(row: Row, where: str) -> tuple[str, ...]:
+    given = row.get("neg_cand_list")
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise DataError(f"{where}: 'neg_cand_list' must be a list of candidates, not {given!r:.60}")
+    return tuple(_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)

@@ -1,0 +1,336 @@
+"""MMEB-train on disk: 20 configurations of (query, target) pairs, texts and images, some with hard negatives.
+
+::
+
+    <data>/<configuration>/original-00000-of-00001.parquet              also train-…, as older copies are called
+                           diverse_instruction-00000-of-00001.parquet   the same rows, instructions in other words
+                           …_generated_sentence.parquet                 with captions of the images; in other folders
+           images/<configuration>/…                                     paths in the files begin with "images/"
+
+Columns are qry, qry_image_path, pos_text and pos_image_path, and where the file has them neg_text, neg_image_path and
+the captions qry_sentence and pos_sentence. "" and null stand for what is absent.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import io
+import json
+import operator
+import re
+import tokenize
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from muco.data.rows import Rows, choose_columns
+from muco.dialogue import Content, Sample, Turn
+from muco.errors import DataError
+from muco.evaluate.lines import image_of, text_of
+from muco.evaluate.mmeb_data import TOKEN, without_token
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Split = Literal["original", "diverse_instruction"]
+
+SPLITS: tuple[Split, ...] = ("original", "diverse_instruction")
+CONFIGS = tuple(
+    "ImageNet_1K N24News HatefulMemes VOC2007 SUN397 OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W "
+    "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA MSCOCO".split()
+)
+QUERY = ("qry", "qry_image_path", "qry_sentence")  # columns of text, image and caption
+TARGET = ("pos_text", "pos_image_path", "pos_sentence")
+NEGATIVES = ("neg_text", "neg_image_path")
+FORM = 1  # raise when the samples made of a row change
+LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
+
+_CAPTIONED = "_generated_sentence.parquet"
+_LIST = re.compile(r"\s*\[\s*(['\"]|\]\s*\Z)")  # how a list of strings begins; an answer such as "[0.5, Red]" is a text
+
+
+class MMEBTrainData:
+    """The pairs of MMEB-train as samples of one turn, whose kind is the name of the configuration.
+
+    The image of a query is the sample's image, that of a target is the target's. The placeholder ``<|image_1|>`` is
+    taken out of texts wherever it stands, with or without an image; where it is missing although there is an image,
+    nothing has to be done, for models put images in front by themselves. Rows of which the query or the target has
+    neither text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in
+    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
+
+    Args:
+        path: The folder of the configurations, or one of their files.
+        configs: Names of configurations; None for all that are there. Not with a file.
+        split: Which instructions; captioned files are ``original`` unless their names say otherwise. One file is read
+            whatever its split is.
+        images: The folder that paths of images are relative to, where it is not the folder of the configurations.
+        cache: The folder for what is kept, where it is not beside the files.
+    Raises:
+        DataError: If a configuration is unknown or not there, a column is missing, or a file cannot be read. Whether
+            a row has both sides is found out on opening, all else about it on access.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        configs: Sequence[str] | None = None,
+        split: Split = "original",
+        images: str | Path | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
+        self.path, self.split = Path(path), split
+        if split not in SPLITS:
+            raise DataError(f"{path}: unknown split {split!r}{_nearest(split, SPLITS)}")
+        if self.path.is_dir():
+            root, files = self.path, _find(self.path, configs, split)
+        elif configs is not None:
+            raise DataError(f"{path}: configs can be chosen from a folder; this is one file")
+        else:
+            root, files = self.path.absolute().parent.parent, {_config_of(self.path): [self.path]}
+        self.images = (root if images is None else Path(images)).absolute()
+        if not self.images.is_dir():
+            raise DataError(f"{self.images}: no such folder; it must hold what the paths of images are relative to")
+        self._parts = [_Part.open(config, file, cache) for config, found in files.items() for file in found]
+        self._ends = list(accumulate(len(part.rows) - sum(part.skipped.values()) for part in self._parts))
+        self._fingerprint: str | None = None
+        if not len(self):
+            raise DataError(f"{path}: no row has a query and a target ({_counted(self.skipped)})")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``; ``where`` is "file row N" with the number in the file, from 0.
+
+        Raises:
+            IndexError: If there is no such sample.
+            DataError: If a value has another type, an image's path leads out of the folder of images, or negatives
+                are a broken list or not as many texts as images.
+        """
+        part, number = self._place(index)
+        where = part.rows.where(number)
+        try:
+            return self._sample(part.config, part.rows[number], where)
+        except DataError as error:
+            message = str(error)
+            raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
+
+    def where(self, index: int) -> str:
+        """ "file row N" of a sample, also of one that cannot be read."""
+        part, number = self._place(index)
+        return part.rows.where(number)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every file has captions; then the contents of the samples have them where there is an image."""
+        return all(part.has_captions for part in self._parts)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Reason -> rows that were left out for it."""
+        return dict(sum((Counter(part.skipped) for part in self._parts), Counter()))
+
+    @property
+    def configs(self) -> dict[str, int]:
+        """Configuration -> samples, in the order of the samples."""
+        counts: Counter[str] = Counter()
+        for part in self._parts:
+            counts[part.config] += len(part.rows) - sum(part.skipped.values())
+        return dict(counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the names of the configurations and the bytes of their files.
+
+        The bytes of the images, more than a million files, are not read; neither where files nor where images lie
+        counts. Reads the files once, then is kept on disk.
+        """
+        if self._fingerprint is None:
+            parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
+            self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self._fingerprint
+
+    def _place(self, index: int) -> tuple[_Part, int]:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} in {self.path}")
+        i %= len(self)
+        number = bisect_right(self._ends, i)
+        return self._parts[number], int(self._parts[number].numbers[i - (self._ends[number - 1] if number else 0)])
+
+    def _sample(self, config: str, row: Mapping[str, Any], where: str) -> Sample:
+        query, target = (_content(row, names, self.images, where) for names in (QUERY, TARGET))
+        negatives = [
+            _content(dict(zip(NEGATIVES, pair, strict=True)), NEGATIVES, self.images, where)
+            for pair in negatives_of(row)
+        ]
+        turn = Turn(Content(query.text, caption=query.caption), target, config, negatives)
+        return Sample(image=query.images, turns=[turn], where=where)
+
+
+def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: str) -> Content:
+    """What the columns of a text, an image and, where there are any, a caption hold."""
+    text, *caption = (text_of(row, name, where) or "" for name in (names[0], *names[2:]))
+    image = image_of(row, names[1], folder, where) if row[names[1]] != "" else None
+    text = without_token(text, has_image=image is not None)
+    if image is None:
+        return Content(text)
+    return Content(text if text.strip() else "", (image,), without_token("".join(caption), has_image=False))
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class _Part:
+    """One file: which of its rows are used (int32 numbers), and how many are not, by reason."""
+
+    config: str
+    rows: Rows
+    numbers: np.ndarray
+    skipped: dict[str, int]
+
+    @classmethod
+    def open(cls, config: str, file: Path, cache: str | Path | None) -> _Part:
+        rows = Rows(
+            file, choose_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
+        )
+        batches = [batch for shard in range(rows.shards) for batch in rows.batches(shard)]
+        no_query, no_target = (
+            np.concatenate([_is_empty(batch, *names[:2], file) for batch in batches]) for names in (QUERY, TARGET)
+        )
+        rows.forget()
+        skipped = {
+            "query and target are empty": int((no_query & no_target).sum()),
+            "the query is empty": int((no_query & ~no_target).sum()),
+            "the target is empty": int((no_target & ~no_query).sum()),
+        }
+        used = np.flatnonzero(~(no_query | no_target)).astype(np.int32)
+        return cls(config, rows, used, {reason: count for reason, count in skipped.items() if count})
+
+    @property
+    def has_captions(self) -> bool:
+        return {QUERY[2], TARGET[2]} <= set(self.rows.columns)
+
+
+def _is_empty(batch: pa.RecordBatch, text: str, image: str, file: Path) -> np.ndarray:
+    """bool [rows]: whether a side has neither text nor the path of an image."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    empty = []
+    for name in (text, image):
+        column = batch.column(name)
+        if not any(test(column.type) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+            raise DataError(f"{file}: the column {name!r} must hold strings, not {column.type}")
+        column = pc.fill_null(column.cast(pa.large_string()), "")
+        try:
+            if name == text:
+                column = pc.utf8_trim_whitespace(pc.replace_substring(column, TOKEN, ""))
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{file}: a text in the column {name!r} is not UTF-8; repair the file") from error
+        empty.append(pc.equal(column, ""))
+    return pc.and_(*empty).to_numpy(zero_copy_only=False)
+
+
+def _find(folder: Path, configs: Sequence[str] | None, split: Split) -> dict[str, list[Path]]:
+    """Configuration -> its files of a split, in the order of ``configs`` or of the benchmark."""
+    if isinstance(configs, str):
+        raise DataError(f"configs must be a list of names, not the text {configs!r}")
+    for config in configs or ():
+        if config not in CONFIGS:
+            raise DataError(f"{folder}: unknown configuration {config!r}{_nearest(config, CONFIGS)}")
+    if configs is not None:
+        if len(set(configs)) < len(configs) or not configs:
+            raise DataError(f"configs must name at least one configuration, and each once; they are {list(configs)}")
+        found = {config: _files_of(folder / config, split) for config in configs}
+        for config, files in found.items():
+            if not files:
+                raise DataError(f"{folder / config}: no {split}-*.parquet and no *{_CAPTIONED}; download the files")
+        return found
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in CONFIGS):
+        if _files_of(inner, split):
+            raise DataError(f"{inner}: unknown configuration {inner.name!r}{_nearest(inner.name, CONFIGS)}")
+    found = {config: files for config in CONFIGS if (files := _files_of(folder / config, split))}
+    if not found:
+        what = f"<configuration>/{split}-*.parquet or <configuration>/*{_CAPTIONED}"
+        raise DataError(f"{folder}: no {what}; configurations are {', '.join(CONFIGS)}")
+    return found
+
+
+def _files_of(folder: Path, split: Split) -> list[Path]:
+    files = sorted(folder.glob("*.parquet"))
+    captioned = [file for file in files if file.name.endswith(_CAPTIONED)]
+    captioned = [file for file in captioned if ("diverse_instruction" in file.name) == (split == "diverse_instruction")]
+    plain = [file for file in files if not file.name.endswith(_CAPTIONED)]
+    named = [file for file in plain if file.name.startswith(f"{split}-")]
+    if not named and split == "original":
+        named = [file for file in plain if file.name.startswith("train-")]
+    if named and captioned:
+        what = f"both {named[0].name} and {captioned[0].name} hold its {split} pairs"
+        raise DataError(f"{folder}: {what}; move one of them to another folder, or give one file")
+    return named or captioned
+
+
+def _config_of(file: Path) -> str:
+    parent = file.absolute().parent.name
+    return parent if parent in CONFIGS else file.stem
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; is it {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _counted(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
+
+
+# ── negatives ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def negatives_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The hard negatives of a row as (text, path of an image), of which at least one is not ""."""
+    texts, images = (_strings(row.get(column), column) for column in NEGATIVES)
+    if texts and images and len(texts) != len(images):
+        raise DataError(f"'neg_text' holds {len(texts)} negatives and 'neg_image_path' {len(images)}; mend one of them")
+    size = max(len(texts), len(images))
+    pairs = zip(texts or [""] * size, images or [""] * size, strict=True)
+    return [(text, image) for text, image in pairs if image or text.replace(TOKEN, "").strip()]
+
+
+def _strings(value: Any, column: str) -> list[str]:
+    """Nothing, a string, a list, or a list written as a string."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        value = _literal(value, column) if _LIST.match(value) else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{column!r} must be a string or a list of strings, not {type(value).__name__}")
+    for number, item in enumerate(value):
+        if not isinstance(item, str | None):
+            raise DataError(f"negative {number} in {column!r} must be a string, not {type(item).__name__}")
+    return [item or "" for item in value]
+
+
+def _literal(value: str, column: str) -> Any:
+    if len(value) > LONGEST_LITERAL:
+        raise DataError(f"{column!r} is a list of {len(value):,} characters; at most {LONGEST_LITERAL:,} are read")
+    try:
+        read = ast.literal_eval(value.strip())
+        # Python joins strings without a comma between them into one, as numpy writes its arrays: never what was meant.
+        strings = sum(t.type == tokenize.STRING for t in tokenize.generate_tokens(io.StringIO(value.strip()).readline))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise DataError(f"{column!r} begins like a list but is none: {value[:60]!r}; mend the row") from error
+    if isinstance(read, list) and strings != sum(isinstance(item, str) for item in read):
+        raise DataError(f"{column!r} is a list without commas: {value[:60]!r}; write it as Python or JSON does")
+    return read
