@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,10 +22,10 @@ from muco.data import open_data
 from muco.dialogue import Sample, Turn
 from muco.encoder import Model, from_backbone, load
 from muco.gradcache import TrainingStep
-from muco.loss import MultiTurnLoss
+from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.sizes import Adapter
 from muco.template import SPECIAL_TOKENS
-from muco.train.mixture import Chosen, training_batch
+from muco.train.mixture import Chosen, reconstruction_batch, training_batch
 from muco.train.trainer import shard_model
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
@@ -38,6 +40,7 @@ CASES = {
     "ragged cached": ("ragged", "isolated", "adapters", 97, "none"),
     "text only, vision trained": ("text", "isolated", "all", 97, "none"),
     "text only, plain": ("text", "compounded", "all", None, "none"),
+    "reconstruction": ("ragged", "reconstruction", "adapters", 150, "none"),
     "sharded": ("even", "isolated", "adapters", 200, "fsdp"),
     "sharded, ragged": ("ragged", "isolated", "language", 97, "fsdp"),
     "sharded, text only": ("text", "compounded", "adapters", None, "fsdp"),
@@ -85,29 +88,46 @@ def to_train(model: Model, trained: str, dropout: float = 0.0) -> Model:
 
 def share(model: Model, samples: list[Sample], mode: str) -> dict:
     """The training batch of these samples, all turns as they stand."""
-    pairs = [(s, [Chosen(turn.query[0], turn.target[0], turn.negatives) for turn in s.turns]) for s in samples]
     keys = [sample.id or repr(sample.turns) for sample in samples]
+    if mode == "reconstruction":
+        firsts = [(s, Chosen(t.query[0], t.target[0], t.negatives), _masks(s)) for s in samples for t in s.turns[:1]]
+        return reconstruction_batch(firsts, keys, model.encoder.muco_processor, target_ids=True)
+    pairs = [(s, [Chosen(turn.query[0], turn.target[0], turn.negatives) for turn in s.turns]) for s in samples]
     isolated = mode == "isolated"
     return training_batch(pairs, keys, model.encoder.muco_processor, isolated=isolated, target_ids=True)
+
+
+def _masks(sample: Sample) -> np.random.Generator:
+    """What decides on the masks of a sample, whichever process has it."""
+    turn = sample.turns[0]
+    return np.random.default_rng(zlib.crc32(f"{turn.query[0].text} {turn.target[0].text}".encode()))
+
+
+def loss_of(model: Model, mode: str) -> MultiTurnLoss:
+    if mode == "reconstruction":
+        return ReconstructionLoss(model, joint=True, **{k: v for k, v in LOSS.items() if k != "symmetric"})
+    return MultiTurnLoss(model, **LOSS)
 
 
 def gradients(model: Model) -> dict[str, Tensor]:
     return {n: distributed.whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def cached(model: Model, parts: list[dict], budget: int | None, seed: int = 7) -> tuple[float, dict[str, Tensor]]:
+def cached(
+    model: Model, parts: list[dict], budget: int | None, seed: int = 7, mode: str = "isolated"
+) -> tuple[float, dict[str, Tensor]]:
     """Value and gradient by the step that is tested."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    report = TrainingStep(model, MultiTurnLoss(model, **LOSS), token_budget=budget)(parts)
+    report = TrainingStep(model, loss_of(model, mode), token_budget=budget)(parts)
     return report.loss.item(), gradients(model)
 
 
-def plain(model: Model, batch: dict, seed: int = 7) -> tuple[float, dict[str, Tensor]]:
+def plain(model: Model, batch: dict, seed: int = 7, mode: str = "isolated") -> tuple[float, dict[str, Tensor]]:
     """The slow, obvious reference: both sides whole, with their pixels, the loss, backward."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    loss = MultiTurnLoss(model, **LOSS)([dict(batch["query"]), dict(batch["target"])], batch["ids"])
+    loss = loss_of(model, mode)([dict(batch["query"]), dict(batch["target"])], batch["ids"])
     loss.backward()
     return loss.item(), gradients(model)
 
@@ -134,7 +154,7 @@ def process(folder: Path) -> None:
         if sharding == "fsdp":
             shard_model(copied)
         batch = share(copied, [samples[i] for i in SHARES[shares][rank]], mode)
-        values[name], grads = cached(copied, [batch], budget)
+        values[name], grads = cached(copied, [batch], budget, mode=mode)
         save_file(grads, folder / f"{name}-{rank}.safetensors")
     (folder / f"values-{rank}.json").write_text(json.dumps(values))
 

@@ -56,7 +56,7 @@ def test_two_processes_find_the_gradient_of_one(tiny_model, scenes, found, case)
     samples = steps.ragged_samples(scenes)
     order = sum(steps.SHARES[shares], [])
     model = steps.to_train(tiny_model, trained)
-    expected = steps.plain(model, steps.share(model, [samples[i] for i in order], mode))
+    expected = steps.plain(model, steps.share(model, [samples[i] for i in order], mode), mode=mode)
     for rank in (0, 1):
         value = json.loads((found / f"values-{rank}.json").read_text())[case]
         steps.assert_same((value, load_file(found / f"{case}-{rank}.safetensors")), expected)
