@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # the shapes and dtypes in the signatures of the method are checked in tests, and only there
 install_import_hook(["muco.loss", "muco.negatives", "muco.pooling"], "beartype.beartype")
+settings.register_profile("muco", deadline=None)  # a busy machine is no wrong result
+settings.load_profile("muco")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

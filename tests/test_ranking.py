@@ -6,7 +6,7 @@ import math
 
 import pytest
 import pytrec_eval
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from muco.errors import DataError
@@ -39,7 +39,6 @@ def judged_runs(draw):
     return qrels, {query: draw(scores) for query in queries}
 
 
-@settings(deadline=None)
 @given(judged_runs(), st.integers(1, 9))
 def test_metrics_agree_with_an_independent_implementation(problem, k):
     """trec_eval's own code, with ties, lists shorter and longer than k, grades of 0, and queries without any relevant.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import normalize
@@ -35,7 +35,6 @@ def rng(seed: int = 0) -> np.random.Generator:
 # ---------------------------------------------------------------- what is hidden
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=12), st.integers(0, 2**32 - 1))
 def test_what_is_left_stands_in_order_and_masks_are_merged(words, seed):
     hidden = hide(Content(" ".join(words)), rng(seed)).split()
