@@ -311,9 +311,9 @@ def load(path: str | Path, *, device: str | None = None, truncate_dim: int | Non
         kwargs: Those of :func:`muco.backbone.load_backbone`.
     Raises:
         CheckpointError: If weights are missing, or the folder is no such model.
-        MucoError: If the model's vectors are not longer than ``truncate_dim``.
+        MucoError: If the model's vectors are shorter than ``truncate_dim``.
     """
     model = from_backbone(*load_backbone(path, **kwargs), device=device)
+    checked_dimension(truncate_dim, model.get_embedding_dimension())
     model.truncate_dim = truncate_dim
-    checked_dimension(truncate_dim, model.encoder.get_embedding_dimension())
     return model

@@ -86,8 +86,8 @@ class TrainingStep:
     Args:
         model: On its device, in training mode.
         loss: Its :meth:`~muco.loss.MultiTurnLoss.of_vectors` is applied.
-        token_budget: Most tokens of a chunk, padding included; None for one chunk per side. Where memory runs out it is
-            halved and the step made again; the smaller budget is kept.
+        token_budget: Most tokens that are in memory with their activations at once, padding included; None: no limit.
+            Where memory runs out it is halved and the step made again; the smaller budget is kept.
         feature_memory: GiB of the device that may hold features of frozen vision; what is above waits in host memory.
         autocast: Makes the context of one forward pass.
     """

@@ -49,6 +49,19 @@ def test_a_batch_within_the_budget_is_passed_once_in_several_chunks(tiny_model, 
     assert len(passes) > 4 and all(passes), "no pass is made twice"
 
 
+def test_a_step_is_made_plainly_only_if_both_sides_fit_together(tiny_model, samples):
+    model = steps.to_train(tiny_model, "adapters")
+    batch = steps.share(model, samples, "isolated")
+    sides = [sum(chunk["input_ids"].numel() for chunk, _ in split(batch[side], 10**6)) for side in ("query", "target")]
+    with_graph: list[bool] = []
+    model.encoder.model.register_forward_pre_hook(lambda module, args: with_graph.append(torch.is_grad_enabled()))
+    for budget, plain in ((sum(sides), True), (sum(sides) - 1, False)):
+        assert budget > max(sides), "either side alone would fit"
+        with_graph.clear()
+        steps.cached(model, [batch], budget)
+        assert all(with_graph) == plain and len(with_graph) > 1
+
+
 @pytest.mark.parametrize("trained", ["adapters", "all"])
 def test_a_batch_in_parts_is_the_batch(tiny_model, samples, trained):
     model = steps.to_train(tiny_model, trained)

@@ -32,15 +32,15 @@ from muco.evaluate.mbeir_data import (
     BLANK,
     DATA_SETS,
     NUMBERS,
-    _id,
-    _modality,
-    _positives,
-    _sides,
+    checked_id,
     data_set_of,
     format_string,
     instructions_file,
+    modality_of,
     number_of,
+    positives_of,
     read_instructions,
+    sides_of,
     with_prompt,
 )
 
@@ -102,9 +102,9 @@ class MBEIRTrainData:
         where = self.where(i)
         file = int(self._file[i])
         row = as_object(_line(self.files[file], int(self._starts[i]), self._states[file]), where)
-        modality = _modality(row, "query_modality", row.get("query_modality"), where)
-        text, image = _sides(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
-        qid, positives = _id(row, "qid", where), _positives(row, where)
+        modality = modality_of(row, "query_modality", row.get("query_modality"), where)
+        text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
+        qid, positives = checked_id(row, "qid", where), positives_of(row, where)
         targets = self._targets(qid, positives)
         key = (data_set_of(qid), modality, targets[0].modality)
         if key not in self.prompts:
@@ -150,12 +150,12 @@ class MBEIRTrainData:
             for start, line, line_number in raw_lines(file):
                 where = f"{file}:{line_number}"
                 row = as_object(line, where)
-                data_set = _data_set(_id(row, "qid", where), where)
+                data_set = _data_set(checked_id(row, "qid", where), where)
                 if data_set not in wanted:
                     continue
                 for value, column in zip((number, start, line_number), places, strict=True):
                     column.append(value)
-                for positive in map(number_of, _positives(row, where)):
+                for positive in map(number_of, positives_of(row, where)):
                     if positive // NUMBERS == data_set:
                         own.append(positive)
                         owner.append(len(places[0]) - 1)
@@ -220,7 +220,7 @@ class TrainPool:
         for file in self.files:
             for start, line, line_number in raw_lines(file):
                 where = f"{file}:{line_number}"
-                numbers.append(number_of(_id(as_object(line, where), "did", where)))
+                numbers.append(number_of(checked_id(as_object(line, where), "did", where)))
                 starts.append(start)
                 lines.append(line_number)
             ends.append(len(numbers))
@@ -249,8 +249,8 @@ class TrainPool:
         file = int(self._file[row])
         where = self.where(row)
         line = as_object(_line(self.files[file], int(self._starts[row]), self._states[file]), where)
-        modality = _modality(line, "modality", line.get("modality"), where)
-        text, image = _sides(line, modality, ("modality", "txt", "img_path"), _root(self.files[file]), where)
+        modality = modality_of(line, "modality", line.get("modality"), where)
+        text, image = sides_of(line, modality, ("modality", "txt", "img_path"), _root(self.files[file]), where)
         content = Content(format_string(text), (image,) if image else ())
         return Candidate(Content(BLANK) if content.empty else content, modality)
 
@@ -332,4 +332,4 @@ def _negative_ids(row: Row, where: str) -> tuple[str, ...]:
         return ()
     if not isinstance(given, list):
         raise DataError(f"{where}: 'neg_cand_list' must be a list of candidates, not {given!r:.60}")
-    return tuple(_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
+    return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)

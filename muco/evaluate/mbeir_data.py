@@ -151,10 +151,10 @@ def open_pool(data: Path, task: Task) -> LinePool:
     """
 
     def read(row: Row, where: str) -> Candidate:
-        modality = _modality(row, "modality", TASKS[task.number][1], where)
-        text, image = _sides(row, modality, ("modality", "txt", "img_path"), data, where)
+        modality = modality_of(row, "modality", TASKS[task.number][1], where)
+        text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
         content = Content(format_string(text), (image,) if image else ())
-        return Candidate(_id(row, "did", where), Content(BLANK) if content.empty else content, where)
+        return Candidate(checked_id(row, "did", where), Content(BLANK) if content.empty else content, where)
 
     return LinePool(task.files(data)["pool"], f"the pool of {task.name}", read, form=FORM, numbers=_numbers)
 
@@ -176,9 +176,9 @@ def read_queries(data: Path, task: Task) -> list[Line]:
     path = task.files(data)["queries"]
     lines: dict[str, Line] = {}
     for row, where in objects(path):
-        modality = _modality(row, "query_modality", TASKS[task.number][0], where)
-        text, image = _sides(row, modality, ("query_modality", "query_txt", "query_img_path"), data, where)
-        line = Line(_id(row, "qid", where), text or "", image, _positives(row, where), where)
+        modality = modality_of(row, "query_modality", TASKS[task.number][0], where)
+        text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), data, where)
+        line = Line(checked_id(row, "qid", where), text or "", image, positives_of(row, where), where)
         if row.get("task_id", task.number) != task.number:
             raise DataError(f"{where}: 'task_id' is {row['task_id']!r:.60}, in a file of task {task.number}")
         if line.id in lines:
@@ -189,14 +189,16 @@ def read_queries(data: Path, task: Task) -> list[Line]:
     return [lines[id] for id in sorted(lines, key=number_of)]
 
 
-def _positives(row: Row, where: str) -> tuple[str, ...]:
+def positives_of(row: Row, where: str) -> tuple[str, ...]:
+    """The ids of a query's positives; the list holds ids or objects with one."""
     given = row.get("pos_cand_list")
     if not isinstance(given, list) or not given:
         raise DataError(f"{where}: 'pos_cand_list' must be a list of at least one candidate, not {given!r:.60}")
-    return tuple(_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
+    return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
 
 
-def _modality(row: Row, key: str, wanted: str, where: str) -> str:
+def modality_of(row: Row, key: str, wanted: str, where: str) -> str:
+    """The modality of a line, which must be ``wanted``."""
     modality = row.get(key)
     if modality not in MODALITIES:
         raise DataError(f"{where}: unknown {key} {modality!r:.60}; known are {', '.join(map(repr, MODALITIES))}")
@@ -205,7 +207,7 @@ def _modality(row: Row, key: str, wanted: str, where: str) -> str:
     return modality
 
 
-def _sides(
+def sides_of(
     row: Row, modality: str, keys: tuple[str, str, str], data: Path, where: str
 ) -> tuple[str | None, str | None]:
     """Text and image of a line; what its modality names must be there, anything else must not."""
@@ -221,7 +223,8 @@ def _sides(
     return (text if "text" in named else None), image
 
 
-def _id(row: Row, key: str, where: str) -> str:
+def checked_id(row: Row, key: str, where: str) -> str:
+    """An id of the benchmark's form; a DataError if it is another."""
     value = id_of(row, key, where)
     if not _ID.fullmatch(value):
         raise DataError(f'{where}: {key!r} must be two numbers such as "9:1234", the second below 10^7, not {value!r}')
