@@ -13,6 +13,7 @@ neither the gradient cache nor processes without images can give.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,10 +26,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from muco.errors import MucoError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
 Result = TypeVar("Result")
 BUCKET = 1 << 26  # elements that are reduced in one message
+_meshes: list[DeviceMesh] = []  # all that were made here
 
 
 def start() -> None:
@@ -46,15 +49,22 @@ def start() -> None:
                 f"WORLD_SIZE is {wanted}, but MASTER_ADDR is not set; start with torchrun or accelerate launch"
             )
         PartialState(cpu=on_cpu())  # chooses NCCL or gloo and this process's device
-        atexit.register(_leave)
+        atexit.register(leave)
     if world_size() != wanted:
         raise MucoError(f"WORLD_SIZE is {wanted}, but this process is one of {world_size()}; start it in a new process")
 
 
-def _leave() -> None:
-    """Without this, gloo's threads sometimes abort a process that has done its work."""
-    if _together():
-        dist.destroy_process_group()
+def leave() -> None:
+    """Ends the process group and its threads; called at exit.
+
+    A thread of gloo's that outlives the interpreter may abort a process that has done its work.
+    """
+    if not _together():
+        return
+    gc.collect()  # sharded modules, which hold the group, are cycles
+    for mesh in _meshes:  # torch's caches keep a mesh for ever, and that its group
+        vars(mesh).get("_pg_registry", {}).clear()
+    dist.destroy_process_group()
 
 
 def on_cpu() -> bool:
@@ -190,6 +200,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     mesh = init_device_mesh(device.type, (world_size(),))
+    _meshes.append(mesh)
     ignored = {parameter for module in replicated for parameter in module.parameters()}
     for module in (*layers, model):
         # the outermost too: left whole after an evaluation, its weights would not be those that the optimizer knows

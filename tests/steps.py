@@ -157,6 +157,14 @@ def process(folder: Path) -> None:
         values[name], grads = cached(copied, [batch], budget, mode=mode)
         save_file(grads, folder / f"{name}-{rank}.safetensors")
     (folder / f"values-{rank}.json").write_text(json.dumps(values))
+    del copied, batch, grads
+    distributed.leave()
+    (folder / f"threads-{rank}.json").write_text(json.dumps(_threads()))
+
+
+def _threads() -> list[str]:
+    """The names of this process's threads, those of libraries too; none where the system does not tell."""
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ def found(tiny_model, scenes, tmp_path_factory) -> Path:
     return folder
 
 
+def test_no_thread_of_the_group_outlives_it(found):
+    """One that did aborted a process at its exit, now and then."""
+    for rank in (0, 1):
+        threads = json.loads((found / f"threads-{rank}.json").read_text())
+        assert not [name for name in threads if "gloo" in name]
+
+
 @pytest.mark.parametrize("case", steps.CASES)
 def test_two_processes_find_the_gradient_of_one(tiny_model, scenes, found, case):
     shares, mode, trained, _, _ = steps.CASES[case]
