@@ -20,6 +20,7 @@ import muco
 from muco.errors import MucoError
 from muco.evaluate.cli import app as evaluate_app
 from muco.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, Model, examples, finish
+from muco.study.cli import study
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,9 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")
+app.command(
+    epilog=examples("muco study finetune --output runs/finetune", "muco study finetune -o quick --scale 0.02 --seeds 2")
+)(study)
 
 
 DataPath = Annotated[

@@ -1,0 +1,75 @@
+"""One training of a study and its scores: ``python -m muco.study.one FOLDER``, which holds a ``job.json``.
+
+A process of its own, so that runs share nothing and several can go on side by side. Killed, it goes on from its last
+checkpoint when it is started again; ``result.json`` appears when all is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import muco
+from muco.data import open_data
+from muco.evaluate.report import versions, write_json
+from muco.evaluate.retrieval import evaluate_retrieval
+from muco.train.flops import step_flops
+from muco.train.recipe import Recipe, from_dict
+from muco.train.trainer import build_model, make_trainer
+
+
+def run_job(folder: Path) -> dict[str, Any]:
+    """Trains and scores what ``job.json`` says: ``recipe``, ``test``; returns and writes the result."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    recipe = from_dict(job["recipe"])
+    whole = not (folder / "run" / "checkpoints").exists()  # else some of the training was done, and timed, before
+    begun = time.perf_counter()
+    model_folder = muco.train(recipe)
+    seconds = time.perf_counter() - begun
+    scores = evaluate_retrieval(muco.load(model_folder), open_data(job["test"]), recipe=recipe)
+    run = json.loads((model_folder / "run.json").read_text(encoding="utf-8"))
+    result = {
+        "job": job,
+        "scores": flat_scores(scores) | {"loss": run["loss"][-1][1] if run["loss"] else None},
+        "steps": run["steps"],
+        "flops": flops_of(recipe),
+        "loss": run["loss"],
+        "seconds": round(seconds, 1) if whole else None,
+        "threads": torch.get_num_threads(),
+        "warnings": scores["warnings"],
+        "versions": versions(),
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
+    """hit@1 by name: ``answer/KIND``, ``answer_text_only/KIND``, ``within/KIND``, ``image_to_caption``, …, ``blind_loss``."""
+    scores: dict[str, float] = {}
+    for task, found in result["tasks"].items():
+        if "kinds" in found:
+            scores |= {f"{task}/{kind}": values["hit@1"] for kind, values in found["kinds"].items()}
+            scores[task] = found["mean"]["hit@1"]
+        else:
+            scores[task] = found["hit@1"]
+    if result.get("blind_loss"):
+        scores["blind_loss"] = result["blind_loss"]["loss"]
+    return scores
+
+
+def flops_of(recipe: Recipe) -> int:
+    """Floating-point operations of a run: those of its first step, forward and backward, times its steps."""
+    sources = [open_data(source.path, source.format, source.options) for source in recipe.data.train]
+    model = build_model(recipe, sources)
+    trainer = make_trainer(recipe, model, sources)
+    return step_flops(model, trainer.batches[0], temperature=recipe.loss.temperature).total * trainer.args.max_steps
+
+
+if __name__ == "__main__":
+    run_job(Path(sys.argv[1]))
