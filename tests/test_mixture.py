@@ -203,7 +203,7 @@ def test_the_loss_of_a_batch_equals_that_of_contents_embedded_one_by_one(scenes,
         rows = Rows([Sample(image=image, turns=[turns[1]]), Sample(turns=[Turn("d", "Tin")])])
     settings, mixture = TurnsRecipe(mode=mode), Mixture([2], [1.0], 2, 0)
     made = TrainingBatches([rows], mixture, tiny_model.encoder.muco_processor, settings)
-    pairs = [made._chosen(draw, rows[draw.index], row, 0) for row, draw in enumerate(mixture.draws(0))]
+    pairs = [made._chosen(draw, row, 0) for row, draw in enumerate(mixture.draws(0))]
 
     def embed(contents):
         return torch.from_numpy(tiny_model.encode(contents))
@@ -249,11 +249,83 @@ def test_broken_images_stop_a_run_or_are_skipped_and_counted(scenes, tiny_model,
     arguments = ([rows], Mixture([3], [1.0], 3, 0), tiny_model.encoder.muco_processor, TurnsRecipe())
     with pytest.raises(ImageError, match=r"broken\.png|none\.png"):
         TrainingBatches(*arguments)[0]
-    batch = TrainingBatches(*arguments, skip_broken_images=True)[0]
-    assert batch["skipped"] == 2 and len(batch["ids"]["sample_ids"]) == 1
+    batch = TrainingBatches(*arguments, skip_broken=True)[0]
+    assert sorted(row["row"] for row in batch["skipped"]) == [1, 2] and len(batch["ids"]["sample_ids"]) == 1
 
 
 def test_blind_pixels_are_all_equal(batches):
     blind = TrainingBatches(batches.sources, batches.mixture, batches.processor, batches.turns, blind=True)[0]
     assert all(blind[side]["pixel_values"].unique().numel() == 1 for side in ("query", "target"))
     assert batches[0]["query"]["pixel_values"].unique().numel() > 10
+
+
+def kept_turns(rows, mixture, settings, step, processor) -> list[tuple[str, str]]:
+    """The slow, obvious reference: query and target of the turns that are left, in the order of the step."""
+    all_of_it = TrainingBatches([rows], mixture, processor, settings)
+    kept: list[tuple[str, str]] = []
+    images, targets = [], []
+    for number, draw in enumerate(mixture.draws(step)):
+        sample, turns = all_of_it._chosen(draw, number, step)
+        if sample.id in images:
+            continue
+        own = [turn for turn in turns if turn.target.text.strip() not in targets]
+        images.append(sample.id)
+        targets += [turn.target.text.strip() for turn in own]
+        kept += [(turn.query.text, turn.target.text) for turn in own]
+    return kept
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abcd"), st.lists(st.sampled_from(["Ring", "Ring ", "Tin", "Gold", "Oak"]), min_size=1)
+        ),
+        min_size=4,
+        max_size=9,
+    ),
+    st.integers(1, 3),
+    st.sampled_from(["isolated", "reconstruction"]),
+)
+def test_without_duplicates_every_image_and_target_is_trained_once_however_the_step_is_shared(
+    tiny_model, samples, processes, mode
+):
+    rows = Rows(
+        [
+            Sample(turns=[Turn(f"{i}.{j}", target) for j, target in enumerate(targets)], id=key)
+            for i, (key, targets) in enumerate(samples)
+        ]
+    )
+    processor = tiny_model.encoder.muco_processor
+    mixture, turns = Mixture([len(rows)], [1.0], len(rows), 0), TurnsRecipe(mode=mode)
+    expected = kept_turns(rows, mixture, turns, 0, processor)
+    made = []
+    for rank in range(processes):
+        share = TrainingBatches(
+            [rows], mixture, processor, turns, leave_out_duplicates=True, rank=rank, world_size=processes
+        )
+        try:
+            made.append(share[0])
+        except DataError as error:
+            assert "data.duplicates: mask" in str(error)
+            assert len({query.split(".")[0] for query, _ in expected}) < processes
+            return
+    per_turn = 2 if mode == "reconstruction" else 1
+    ids = [number for item in made for number in item["ids"]["target_ids"].tolist()]
+    assert len(ids) == per_turn * len(expected)
+    trained = sum(min(1, len(s.turns)) if mode == "reconstruction" else len(s.turns) for s in rows)
+    assert sum(item["left_out"] for item in made) == trained - len(expected)
+    for item in made:
+        for other in made:
+            apart = item["ids"]["sample_ids"][:, None] != other["ids"]["sample_ids"][None]
+            same_target = item["ids"]["target_ids"][:, None] == other["ids"]["target_ids"][None]
+            assert not (apart & same_target).any()
+
+
+def test_a_part_that_is_left_with_nothing_is_none(tiny_model, monkeypatch):
+    monkeypatch.setattr(mixture_module, "PART", 2)
+    rows = Rows([Sample(turns=[Turn(str(i), "Ring")], id=str(i)) for i in range(4)])
+    processor = tiny_model.encoder.muco_processor
+    made = TrainingBatches([rows], Mixture([4], [1.0], 4, 0), processor, TurnsRecipe(), leave_out_duplicates=True)
+    assert made.parts == 2 and made[0, 1] is None
+    assert len(made[0, 0]["places"]) == 1 and made[0, 0]["left_out"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,3 +310,58 @@ def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path
     loss, control = blind_run("sample", mode="compounded", order="sample")
     assert loss < 0.5 * chance and control["leaks"]  # evaluation sees it on held-out samples too
     assert control["chance"] == pytest.approx(math.log(16)) and control["loss"] < 0.6 * control["chance"]
+
+
+def broken_scenes(scenes: Path, folder: Path, broken: int) -> Path:
+    """The scenes, of which so many rows have a missing image, no image, or no sense, one after another."""
+    lines = (scenes / "train.jsonl").read_text().splitlines()
+    folder.mkdir()
+    (folder / "images").symlink_to(scenes / "images")
+    (folder / "text.png").write_text("no image")
+    for row in range(broken):
+        path = ("text.png", "none.png")[row % 3] if row % 3 < 2 else None
+        lines[row] = json.dumps({**json.loads(lines[row]), "image": path}) if path else '{"turns": "none"}'
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_rows_that_cannot_be_used_are_named_counted_and_kept_count_of_when_resumed(scenes, tmp_path):
+    data = {"train": [{"path": str(broken_scenes(scenes, tmp_path / "data", 9) / "train.jsonl")}]}
+    with pytest.raises(muco.DataError, match=r"train\.jsonl:\d+"):
+        muco.train(recipe_of(scenes, tmp_path / "strict", data=data))
+    recipe = recipe_of(scenes, tmp_path / "run", data=data | {"broken_images": "skip", "max_broken": 0.5})
+    model = muco.train(recipe)
+    record = json.loads((model / "run.json").read_text())["record"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
+    assert record["samples"] == 6 * 8 and record["skipped"] == len(lines) > 4 and record["left_out_turns"] == 0
+    assert {line["row"] for line in lines} <= set(range(9)) and all("train.jsonl" in line["reason"] for line in lines)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    before = sum(line["step"] < 4 for line in lines)
+    assert state["stateful_callbacks"]["Record"]["attributes"] == {
+        "samples": 32,
+        "skipped": before,
+        "left_out_turns": 0,
+    }
+
+
+def test_a_run_stops_when_more_than_the_stated_share_is_broken(scenes, tmp_path):
+    data = {"train": [{"path": str(broken_scenes(scenes, tmp_path / "data", 40) / "train.jsonl")}]}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data | {"broken_images": "skip", "max_broken": 0.25})
+    with pytest.raises(muco.TrainingError, match=r"samples could not be used.*max_broken: 0\.25.*skipped-0\.jsonl"):
+        muco.train(recipe)
+
+
+def test_a_run_without_duplicates_goes_on_after_a_checkpoint_and_counts_them(scenes, tmp_path):
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["turns"] = [t | {"target": t["target"].split()[-1]} for t in row["turns"] if t["kind"] == "classification"]
+    (tmp_path / "images").symlink_to(scenes / "images")
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": [{"path": str(tmp_path / "words.jsonl")}], "duplicates": "leave_out"}
+    whole = muco.train(recipe_of(scenes, tmp_path / "whole", data=data, turns={}))
+    record = json.loads((whole / "run.json").read_text())["record"]
+    assert record["left_out_turns"] > 6 and record["samples"] <= 48
+    shutil.rmtree(tmp_path / "whole" / "model")
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "checkpoint-6")
+    again = muco.train(recipe_of(scenes, tmp_path / "whole", data=data, turns={}))
+    assert json.loads((again / "run.json").read_text())["record"] == record

@@ -27,7 +27,7 @@ import numpy as np
 
 from muco.data.images import image_digest, is_url
 from muco.dialogue import Content, ImageLike, Sample, Turn
-from muco.errors import DataError
+from muco.errors import DataError, ImageError
 
 MAX_LINE_BYTES = 64 * 2**20  # a file of one huge line is no JSONL; it must not be read whole to find that out
 
@@ -91,8 +91,13 @@ class JsonlData:
             DataError: If a row is bad or an image file missing.
         """
         if self._fingerprint is None:
-            self._fingerprint = self._compute_fingerprint()
+            self._fingerprint = self._compute_fingerprint(strict=True)
         return self._fingerprint
+
+    @property
+    def readable_fingerprint(self) -> str:
+        """The same where nothing is wrong; what cannot be read counts as missing, for runs that skip it."""
+        return self._fingerprint or self._compute_fingerprint(strict=False)
 
     def _position(self, index: int) -> int:
         i = operator.index(index)
@@ -116,18 +121,31 @@ class JsonlData:
             raise DataError(f"{self._shown}: the file changed since it was opened; open it again")
         return file
 
-    def _compute_fingerprint(self) -> str:
+    def _compute_fingerprint(self, strict: bool) -> str:
         with self._open() as file:
             digest = hashlib.file_digest(file, "sha256")
         seen: set[ImageLike] = set()
         for i in range(len(self)):
-            sample = self[i]
+            try:
+                sample = self[i]
+            except DataError:
+                if strict:
+                    raise
+                continue  # its bytes are in the digest of the file
             for image in sample_images(sample):
-                if image in seen:
-                    continue
-                seen.add(image)
-                digest.update(bytes.fromhex(image_digest(image, where=sample.where)))
+                if image not in seen:
+                    seen.add(image)
+                    digest.update(_image_digest(image, sample.where, strict))
         return digest.hexdigest()
+
+
+def _image_digest(image: ImageLike, where: str, strict: bool) -> bytes:
+    try:
+        return bytes.fromhex(image_digest(image, where=where))
+    except ImageError:
+        if strict:
+            raise
+        return b"missing"
 
 
 def sample_images(sample: Sample) -> Iterable[ImageLike]:

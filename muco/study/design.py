@@ -69,7 +69,7 @@ class Study:
         names = [run.name for run in self.runs]
         assert len(set(names)) == len(names), f"{self.name}: two runs of one name"
         for place, run in enumerate(self.runs):
-            assert run.start is None or run.start in names[:place], f"{run.name} starts from a run that is not before it"
+            assert run.start is None or run.start in names[:place], f"{run.name} starts from a run that is not there"
         assert all(name in names for pair in self.compared for name in pair), f"{self.name}: compares what is not run"
 
 

@@ -1,4 +1,4 @@
-"""What a study found: means over seeds with 95 % intervals (Student's t), differences paired by seed, a plot, a page."""
+"""What a study found: means over seeds with 95 % intervals, differences paired by seed, a plot and a page."""
 
 from __future__ import annotations
 

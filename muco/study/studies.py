@@ -75,7 +75,7 @@ JOINT = _fine_tuning("reconstruction", joint=True)
 
 FINETUNE = Study(
     name="finetune",
-    question="Does reconstruction help when a model is fine-tuned on single pairs, and is the counterpart's mask needed?",
+    question="Does reconstruction help fine-tuning on single pairs, and is the mask of the counterpart needed?",
     base=BASE,
     runs=(
         Run("untrained", MULTI_TURN | {"trainer": {"max_steps": 1, "learning_rate": 0.0}}, shown=False),

@@ -40,10 +40,22 @@ def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     """What makes a run the same run: its recipe (but for the folder) and its data; and the versions it began with."""
     settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
     data = [
-        {"path": source.path, "samples": len(data), "fingerprint": data.fingerprint}
+        {"path": source.path, "samples": len(data), "fingerprint": _fingerprint(data, recipe)} | _missing(data)
         for source, data in zip(recipe.data.train, sources, strict=True)
     ]
     return {"recipe": settings, "data": data, "versions": versions()}
+
+
+def _fingerprint(data: Data, recipe: Recipe) -> str:
+    if recipe.data.broken_images == "skip" and hasattr(data, "readable_fingerprint"):
+        return data.readable_fingerprint
+    return data.fingerprint
+
+
+def _missing(data: Data) -> dict[str, int]:
+    """What a source found missing when it was opened, and left out: rows without their image, candidates of no pool."""
+    names = ("missing", "missing_positives", "missing_negatives")
+    return {name: getattr(data, name) for name in names if hasattr(data, name)}
 
 
 def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:

@@ -143,6 +143,8 @@ class TrainingBatches(Dataset):
     step comes in parts so that the images of a large batch never are in memory together.
 
     Args:
+        skip_broken: Leave out rows and images that cannot be used, and say so in the item.
+        leave_out_duplicates: Train a target, or an image, that several samples of a step have with the first only.
         rank, world_size: Of several processes each takes every ``world_size``-th sample.
     """
 
@@ -155,14 +157,15 @@ class TrainingBatches(Dataset):
         *,
         seed: int = 0,
         mask_identical_targets: bool = True,
-        skip_broken_images: bool = False,
+        skip_broken: bool = False,
+        leave_out_duplicates: bool = False,
         blind: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.sources, self.mixture, self.processor, self.turns = sources, mixture, processor, turns
         self.seed, self.mask_identical_targets = seed, mask_identical_targets
-        self.skip_broken_images, self.blind = skip_broken_images, blind
+        self.skip_broken, self.leave_out_duplicates, self.blind = skip_broken, leave_out_duplicates, blind
         self.rank, self.world_size = rank, world_size
 
     @property
@@ -170,21 +173,70 @@ class TrainingBatches(Dataset):
         """Parts per step."""
         return -(-len(range(self.rank, self.mixture.batch_size, self.world_size)) // PART)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | None:
+        """The item; None for a part that is left with nothing where duplicates are left out."""
         step, part = key if isinstance(key, tuple) else (key, None)
-        own = list(enumerate(self.mixture.draws(step)))[self.rank :: self.world_size]
+        numbered = list(enumerate(self.mixture.draws(step)))
+        kept, left_out = self._distinct(numbered, step) if self.leave_out_duplicates else (None, 0)
+        if kept is not None:
+            numbered = [(number, draw) for number, draw in numbered if kept[number]]
+            self._enough(len(numbered), step)
+        own = numbered[self.rank :: self.world_size]
         if part is not None:
             own = own[part * PART : (part + 1) * PART]
-        rows = [(row, draw, self._sample(draw)) for row, draw in own]
-        usable = [r for r in rows if self._usable(r[2])] if self.skip_broken_images else rows
-        if not usable:
-            raise ImageError(f"step {step}: every image of {len(rows)} samples is missing or broken")
-        batch = self._batch([(self._chosen(draw, sample, row, step), draw) for row, draw, sample in usable])
+        if not own:
+            return None
+        chosen, skipped = [], []
+        for number, draw in own:
+            try:
+                sample, turns = self._chosen(draw, number, step)
+                if self.skip_broken:
+                    self._decode_images(sample)
+            except DataError as error:
+                if not self.skip_broken:
+                    raise
+                skipped.append({"step": step, "source": draw.source, "row": draw.index, "reason": str(error)})
+                continue
+            chosen.append(((sample, turns if kept is None else [turns[turn] for turn in kept[number]]), draw))
+        if not chosen:
+            raise ImageError(f"step {step}: none of {len(own)} samples can be used, e.g. {skipped[0]['reason']}")
+        batch = self._batch(chosen)
         if self.blind:
             for side in ("query", "target"):
                 if "pixel_values" in batch[side]:
                     batch[side]["pixel_values"].fill_(-1.0)  # zero could mean padding to a family
-        return batch | {"skipped": len(rows) - len(usable)}
+        counted = self.rank == 0 and not part  # the same on every process and in every part
+        return batch | {"skipped": skipped, "left_out": left_out if counted else 0}
+
+    def _distinct(self, numbered: Sequence[tuple[int, Draw]], step: int) -> tuple[dict[int, list[int]], int]:
+        """Which turns of every sample of a step are trained if no image and no target is there twice.
+
+        Every process finds the same; it reads the rows of the whole step, but no image.
+
+        Returns:
+            Number of the sample -> its turns; and how many turns are left out.
+        """
+        kept: dict[int, list[int]] = {}
+        keys, targets, left_out = set[Any](), set[Any](), 0
+        for number, draw in numbered:
+            try:
+                sample, turns = self._chosen(draw, number, step)
+            except DataError:
+                kept[number] = [0]  # whose it is finds the error, and raises or counts it
+                continue
+            key, own = _key(sample, draw), [_identity(turn.target) for turn in turns]
+            kept[number] = [] if key in keys else [turn for turn, target in enumerate(own) if target not in targets]
+            left_out += len(turns) - len(kept[number])
+            keys.add(key)
+            targets.update(own[turn] for turn in kept[number])
+        return kept, left_out
+
+    def _enough(self, samples: int, step: int) -> None:
+        if samples < self.world_size:
+            raise DataError(
+                f"step {step}: without duplicates {self.mixture.batch_size} samples leave {samples}, fewer than there "
+                "are processes; set data.duplicates: mask"
+            )
 
     def _batch(self, chosen: Sequence[tuple[tuple[Sample, list[Chosen]], Draw]]) -> dict[str, Any]:
         keys = [_key(sample, draw) for (sample, _), draw in chosen]
@@ -202,19 +254,18 @@ class TrainingBatches(Dataset):
         sample = self.sources[draw.source][draw.index]
         return with_image_turn(sample, self.turns.image_turn) if self.turns.image_turn else sample
 
-    def _usable(self, sample: Sample) -> bool:
+    def _decode_images(self, sample: Sample) -> None:
         images = [
             *sample.images,
             *(i for t in sample.turns for c in (*t.query, *t.target, *t.negatives) for i in c.images),
         ]
-        try:
-            self.processor.encode_images(images, sample.place)
-        except ImageError:
-            return False
-        return True
+        self.processor.encode_images(images, sample.place)
 
-    def _chosen(self, draw: Draw, sample: Sample, row: int, step: int) -> tuple[Sample, list[Chosen]]:
+    def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
+        sample = self._sample(draw)
         order = turn_order(len(sample.turns), draw, row, step, self.turns, self.seed)
+        if self.turns.mode == "reconstruction":
+            order = order[:1]
         rng = np.random.default_rng([self.seed, 4, draw.source, draw.position])
         return sample, [Chosen.of(sample.turns[turn], rng) for turn in order]
 

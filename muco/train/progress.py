@@ -45,7 +45,7 @@ class ScreenProgress(TrainerCallback):
         if "loss" in logs:
             speed = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
             text = f"loss {float(logs['loss']):.3f}  lr {float(logs['learning_rate']):.1e}  {speed:.2f} s/step"
-            skipped = self.trainer.skipped_images
+            skipped = self.trainer.record.own["skipped"]
             return text + (f"  {skipped} samples skipped" if skipped else "")
         scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if "hit@1" in k]
         return "  ".join(scores[:4])

@@ -71,7 +71,11 @@ class DataRecipe:
     Args:
         train: One source or more.
         validation: A set evaluated during training; None for none.
-        broken_images: "error" stops at an image that cannot be used, "skip" leaves its sample out and counts it.
+        broken_images: "error" stops at a row or an image that cannot be used, "skip" leaves its sample out, counts it
+            and names it in ``<output>/skipped-<process>.jsonl``.
+        max_broken: With "skip": the run stops when more than this share of its samples could not be used.
+        duplicates: What becomes of a target, or of an image, that stands in a batch before. "mask": it is trained and is
+            no negative of the other. "leave_out": it is not trained in this step, but the other turns of its sample are.
         one_source: Every batch comes from one source, so that its negatives are of one kind; weights are then shares of
             the batches. False: every batch mixes the sources.
         blind: Replaces every pixel by a constant: the control that shows whether a run learns without looking.
@@ -80,6 +84,8 @@ class DataRecipe:
     train: tuple[SourceRecipe, ...] = ()
     validation: str | None = None
     broken_images: Literal["error", "skip"] = "error"
+    max_broken: float = 0.01
+    duplicates: Literal["mask", "leave_out"] = "mask"
     one_source: bool = False
     blind: bool = False
 
@@ -199,6 +205,8 @@ class Recipe:
         for key, value in positive.items():
             if value is not None and value <= 0:
                 raise RecipeError(f"{key} must be positive, got {value}")
+        if not 0 <= self.data.max_broken <= 1:
+            raise RecipeError(f"data.max_broken is a share of the samples, 0 to 1, not {self.data.max_broken}")
         self._check_reconstruction()
         if self.batch.feature_memory < 0:
             raise RecipeError(f"batch.feature_memory must not be negative, got {self.batch.feature_memory}")

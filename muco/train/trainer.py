@@ -41,7 +41,7 @@ from muco.backbone import (
 )
 from muco.data import open_data
 from muco.encoder import Model, from_backbone
-from muco.errors import RecipeError, TrainingError
+from muco.errors import DataError, RecipeError, TrainingError
 from muco.gradcache import GIB, StepReport, TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.template import SPECIAL_TOKENS
@@ -50,6 +50,7 @@ from muco.train.checks import check_budget, check_machine, check_recipe
 from muco.train.mixture import Data, Mixture, PartSampler, StepLoader, TrainingBatches
 from muco.train.progress import ScreenProgress
 from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
+from muco.train.record import Record
 from muco.train.warmup import warm_up
 
 DEFAULTS = {  # of the training arguments, where a recipe says nothing
@@ -105,7 +106,7 @@ def _claim(recipe: Recipe, sources: list[Data], resume: bool) -> tuple[dict[str,
 
 def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: dict[str, Any]) -> Path:
     """Saves the model, adapters folded in; one process writes, and all know the folder."""
-    model, weights = trainer.model, None
+    model, weights, record = trainer.model, None, trainer.record.gather()
     if distributed.is_sharded(model):
         weights = checkpoint.trained_weights(model)
         model = build_model(recipe, sources) if distributed.rank() == 0 else model
@@ -114,7 +115,7 @@ def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: di
         if weights is not None:
             checkpoint.assign_trained(model, weights)
         model.encoder.model = merge_adapters(model.encoder.model)
-        return checkpoint.save_final(Path(recipe.output), model, recipe, facts, trainer.state)
+        return checkpoint.save_final(Path(recipe.output), model, recipe, facts | {"record": record}, trainer.state)
 
     return distributed.first_only(save)
 
@@ -123,7 +124,8 @@ def build_model(recipe: Recipe, sources: list[Data]) -> Model:
     """The model of a recipe before training: weights, special tokens, pixel budget, adapters, frozen parts."""
     settings = recipe.model
     if settings.tiny:
-        backbone, processor = tiny_qwen2_vl(texts_of(sources), settings.tiny, seed=recipe.seed)
+        texts = texts_of(sources, skip_broken=recipe.data.broken_images == "skip")
+        backbone, processor = tiny_qwen2_vl(texts, settings.tiny, seed=recipe.seed)
     else:
         backbone, processor = load_backbone(settings.path, dtype=settings.dtype)
     if settings.min_pixels or settings.max_pixels:
@@ -144,11 +146,17 @@ def _trainable(backbone: nn.Module, settings: ModelRecipe, processor: Any) -> nn
     return add_adapters(backbone, settings.adapter, tokens)
 
 
-def texts_of(sources: list[Data], limit: int = 5000):
+def texts_of(sources: list[Data], limit: int = 5000, *, skip_broken: bool = False) -> Iterator[str]:
     """Texts of up to ``limit`` samples per source, for a tokenizer."""
     for source in sources:
         for index in range(min(limit, len(source))):
-            for turn in source[index].turns:
+            try:
+                turns = source[index].turns
+            except DataError:
+                if not skip_broken:
+                    raise
+                continue
+            for turn in turns:
                 yield from (content.text for content in (*turn.query, *turn.target) if content.text)
 
 
@@ -171,7 +179,8 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
         recipe.turns,
         seed=recipe.seed,
         mask_identical_targets=recipe.loss.mask_identical_targets,
-        skip_broken_images=recipe.data.broken_images == "skip",
+        skip_broken=recipe.data.broken_images == "skip",
+        leave_out_duplicates=recipe.data.duplicates == "leave_out",
         blind=recipe.data.blind,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -186,7 +195,8 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
         from muco.evaluate.evaluator import RetrievalEvaluator
 
         evaluator = RetrievalEvaluator(validation)
-    return MuCoTrainer(model, arguments, recipe.batch, batches, loss, evaluator)
+    record = Record(Path(recipe.output), recipe.data.max_broken)
+    return MuCoTrainer(model, arguments, recipe.batch, batches, loss, record, evaluator)
 
 
 def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
@@ -232,11 +242,12 @@ class MuCoTrainer(SentenceTransformerTrainer):
         batch: BatchRecipe,
         batches: TrainingBatches,
         loss: MultiTurnLoss,
+        record: Record,
         evaluator: Any = None,
     ) -> None:
         from datasets import Dataset
 
-        self.batch, self.batches, self.skipped_images = batch, batches, 0
+        self.batch, self.batches, self.record = batch, batches, record
         # the library insists on a table; ours has a row per step, and the batches are made in the loader below
         table = Dataset.from_dict({"step": range(args.max_steps)})
         super().__init__(model=model, args=args, train_dataset=table, loss=loss, evaluator=evaluator)
@@ -246,6 +257,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
             self.add_callback(ScreenProgress(self))
         self.budget = TokenBudget(batch.token_budget)
         self.add_callback(self.budget)
+        self.add_callback(record)
         if batch.sharding == "fsdp":
             shard_model(model)
         # The trainer must not wrap the model in DistributedDataParallel, see muco.distributed. By this it takes the
@@ -293,10 +305,11 @@ class MuCoTrainer(SentenceTransformerTrainer):
         self.budget.tokens = self.step.token_budget
         return self.report.loss
 
-    def _counted(self, parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _counted(self, parts: Iterable[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
         for part in parts:
-            self.skipped_images += part["skipped"]
-            yield part
+            if part is not None:
+                self.record.add(part)
+                yield part
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -324,7 +337,9 @@ class MuCoTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_trained(self.model, Path(resume_from_checkpoint))
         state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        self.budget.tokens = state["stateful_callbacks"][TokenBudget.__name__]["args"]["tokens"]
+        kept = state["stateful_callbacks"]
+        self.budget.tokens = kept[TokenBudget.__name__]["args"]["tokens"]
+        self.record.go_on(kept[Record.__name__]["attributes"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not distributed.is_sharded(self.model):
@@ -345,6 +360,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        self.record.gather()
         distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
 
 
