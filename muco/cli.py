@@ -20,7 +20,11 @@ import muco
 from muco.errors import MucoError
 from muco.evaluate.cli import app as evaluate_app
 from muco.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, Model, examples, finish
+from muco.search.cli import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
+from muco.serve.cli import EXAMPLES as SERVE_EXAMPLES
+from muco.serve.cli import serve
 from muco.study.cli import study
+from muco.synth import cli as synth_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +49,9 @@ app.add_typer(data_app, name="data")
 app.command(
     epilog=examples("muco study finetune --output runs/finetune", "muco study finetune -o quick --scale 0.02 --seeds 2")
 )(study)
+app.command(epilog=INDEX_EXAMPLES)(index)
+app.command(epilog=SEARCH_EXAMPLES)(search)
+app.command(epilog=SERVE_EXAMPLES)(serve)
 
 
 DataPath = Annotated[
@@ -259,6 +266,109 @@ def data_leak(
     finish(found, as_json, print_overlap)
     if found["affected"]["either"]:
         raise typer.Exit(FAILED_CHECK)
+
+
+@data_app.command(
+    "caption",
+    epilog=examples(
+        "muco data caption pairs.jsonl --endpoint http://localhost:8000/v1 --model qwen --output captions.jsonl",
+        "muco data caption MMEB --format mmeb --endpoint http://localhost:8000/v1 --model qwen -o captions.jsonl",
+    ),
+)
+def data_caption(
+    path: DataPath,
+    endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="Base of an OpenAI-compatible API.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Name of a model there that sees images.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="File of captions; what it has is kept.")
+    ],
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
+    prompts: synth_cli.PromptsFile = None,
+    sampling: synth_cli.Sampling = [],  # noqa: B006
+    concurrency: synth_cli.Concurrency = 16,
+    requests_per_minute: synth_cli.Rate = None,
+    timeout: synth_cli.Timeout = 120,
+    retries: synth_cli.Retries = 6,
+    max_failures: synth_cli.MaxFailures = 20,
+    max_requests: synth_cli.MaxRequests = None,
+    max_tokens: synth_cli.MaxTokens = None,
+    max_pixels: synth_cli.MaxPixels = 1 << 20,
+    key_variable: synth_cli.KeyVariable = synth_cli.KEY_VARIABLE,
+    as_json: Json = False,
+) -> None:
+    """Have a model caption the images of data.
+
+    Training by reconstruction reads the file: --option captions=FILE, or captions: FILE among a source's options. Each
+    image is asked about once; an interrupted run goes on when the command is given again.
+    """
+    import asyncio
+
+    from muco.data.caption import caption
+    from muco.progress import progress_bar
+    from muco.synth.endpoint import Endpoint
+    from muco.synth.limits import Budget, Limits
+    from muco.synth.prompts import load_prompts
+
+    wordings = load_prompts(prompts)
+
+    async def run() -> dict[str, Any]:
+        async with Endpoint(
+            endpoint,
+            model,
+            sampling=synth_cli.sampling_of(sampling, temperature=0.2, max_tokens=256),
+            limits=Limits(concurrency, requests_per_minute, timeout, retries, max_failures),
+            budget=Budget(max_requests, max_tokens),
+            key_variable=key_variable,
+        ) as opened:
+            with progress_bar("captions") as progress:
+                return await caption(data, opened, output, prompts=wordings, max_pixels=max_pixels, progress=progress)
+
+    data = _open(path, format, option)
+    finish(asyncio.run(run()), as_json, _print_pairs)
+
+
+@data_app.command(
+    "mine",
+    epilog=examples(
+        "muco data mine train.jsonl --model runs/demo/run/model --output mined.jsonl",
+        "muco data mine train.jsonl -m MODEL -o mined.jsonl --negatives 5 --skip 10 --depth 200 --relative-margin 0.05",
+    ),
+)
+def data_mine(
+    path: DataPath,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data with negatives.")],
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
+    negatives: Annotated[int, typer.Option(min=1, help="Negatives per turn, where so many qualify.")] = 3,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first ranks, which hold right answers too.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Leave out ranks from here on.")] = 100,
+    margin: Annotated[float | None, typer.Option(help="Cosine by which the right target has to be ahead.")] = None,
+    relative_margin: Annotated[float | None, typer.Option(help="The same as a share of its cosine, e.g. 0.05.")] = None,
+    max_score: Annotated[float | None, typer.Option(help="Highest cosine of a negative.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="Lowest cosine of a negative.")] = None,
+    sample: Annotated[str, typer.Option(help="top: the hardest that qualify; random: drawn among them.")] = "top",
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    batch_size: BatchSize = 64,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep vectors here, so that an interrupted run goes on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find hard negatives with a model.
+
+    Writes the data as JSONL; every turn gets the targets, texts or images, of other images that the model takes for
+    right or nearly so. FILE.jsonl.json says how they were found.
+    """
+    from muco.data.mine import Mining, mine
+    from muco.progress import progress_bar
+
+    mining = Mining(negatives, skip, depth, margin, relative_margin, max_score, min_score, sample, seed)
+    data = _open(path, format, option)
+    with progress_bar("mining") as progress:
+        counts = mine(data, muco.load(model), output, mining, batch_size=batch_size, cache=cache, progress=progress)
+    finish(counts, as_json, _print_pairs)
 
 
 @data_app.command(

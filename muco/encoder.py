@@ -28,6 +28,7 @@ from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
 from muco.processor import Processor
 from muco.sizes import checked_dimension
+from muco.turns import embed_turns
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,6 +39,7 @@ STOCK_TRANSFORMER = {  # what the stock library may be given, and the output it 
     "modality_config": {"text": _FORWARD, "image": _FORWARD, "message": {**_FORWARD, "format": "structured"}},
     "module_output_name": "token_embeddings",
 }
+TOKEN_BUDGET = 16384  # of a pass of turns
 STOCK_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}  # name -> folder
 
 
@@ -135,17 +137,22 @@ def model_inputs(
     """The arguments of the backbone's forward for a batch.
 
     Args:
+        batch: A pass that continues another one also has its ``past_key_values``, and by ``attention_allowed``, bool
+            [B, 1, L, kept + L], says which tokens read which (see :mod:`muco.turns`).
         dtype: In which attention is computed.
         flex: For a language model with FlexAttention.
     """
-    mask: Any = tree_block_mask(batch) if flex else tree_mask(batch)
+    mask: Any = batch.get("attention_allowed")
+    if mask is None:
+        mask = tree_block_mask(batch) if flex else tree_mask(batch)
     if isinstance(mask, Tensor):
         mask = attention_bias(mask, dtype)
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],
         "attention_mask": batch["attention_mask"] if mask is None else mask,
         "position_ids": batch["position_ids"] if processor.rotary_3d else batch["position_ids"][0],
-        "use_cache": False,
+        "use_cache": "past_key_values" in batch,
+        "past_key_values": batch.get("past_key_values"),
         "return_dict": True,
     }
     if "image_features" in batch:
@@ -209,11 +216,10 @@ class Model(SentenceTransformer):
             return np.zeros((0, self.get_embedding_dimension()), dtype=np.float32)
         return super().encode(values, **kwargs)
 
-    @torch.inference_mode()
     def encode_turns(
-        self, image: Any, queries: Sequence[str], *, mode: Literal["isolated", "compounded"] = "isolated"
+        self, image: Any, queries: Sequence[Any], *, mode: Literal["isolated", "compounded"] = "isolated"
     ) -> Float[np.ndarray, "k dim"]:
-        """Embeds many queries about one image in one pass that encodes the image once.
+        """Embeds many queries about one image, which is encoded once.
 
         Args:
             image: An image, several, or None.
@@ -225,16 +231,53 @@ class Model(SentenceTransformer):
         Raises:
             DataError: If there is no query, or an empty one and no image.
         """
+        return self._encode_turns([image], [queries], ["encode_turns"], mode, 1, TOKEN_BUDGET)[0]
+
+    def encode_turns_batch(
+        self,
+        images: Sequence[Any],
+        queries: Sequence[Sequence[Any]],
+        *,
+        mode: Literal["isolated", "compounded"] = "isolated",
+        batch_size: int = 8,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[Float[np.ndarray, "k dim"]]:
+        """:meth:`encode_turns` for many images, each with queries of its own, as many as it has.
+
+        In isolated mode the system text and the images pass once and keep their keys and values, which the queries
+        read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
+
+        Args:
+            images: For each dialogue an image, several, or None.
+            queries: For each dialogue its queries, at least one.
+            mode: As for :meth:`encode_turns`.
+            batch_size: Dialogues whose images are in memory at once; does not change the result.
+            token_budget: Most tokens that pass through the model at once, which bounds memory; does not change the
+                result. What one image needs by itself may exceed it.
+        Returns:
+            Per dialogue float32 [k, dim], L2-normalised.
+        Raises:
+            DataError: If a dialogue has no query, or an empty one and no image; names it by its place, from 0.
+            ValueError: If ``images`` and ``queries`` differ in length.
+        """
+        if len(images) != len(queries):
+            raise ValueError(f"encode_turns_batch: {len(images)} images but {len(queries)} lists of queries")
+        places = [f"encode_turns_batch: dialogue {number}" for number in range(len(images))]
+        return self._encode_turns(images, queries, places, mode, batch_size, token_budget)
+
+    @torch.inference_mode()
+    def _encode_turns(
+        self, images: Sequence[Any], queries: Sequence[Any], places: Sequence[str], mode: str, size: int, budget: int
+    ) -> list[np.ndarray]:
         if mode not in ("isolated", "compounded"):
             raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
-        images = as_images(image)
-        if not queries or (not images and not all(queries)):
-            raise DataError("encode_turns: give at least one query, and an image where a query is empty")
-        contents = tuple(as_content(query) for query in queries)
+        rows = zip(images, queries, places, strict=True)
+        dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]
         self.eval()
-        batch = self.encoder.collate([Dialogue(images, contents, mode == "isolated", "encode_turns")])
-        vectors = self.embed({k: v.to(self.device) for k, v in batch.items()})
-        return shortened(vectors, self.truncate_dim).float().cpu().numpy()
+        vectors: list[Tensor] = []
+        for start in range(0, len(dialogues), size):
+            vectors += embed_turns(self, dialogues[start : start + size], budget)
+        return [shortened(some, self.truncate_dim).float().cpu().numpy() for some in vectors]
 
     @property
     def fingerprint(self) -> str:
@@ -292,6 +335,15 @@ def _dialogue(value: Any, number: int) -> Dialogue:
     if isinstance(value, dict) and "where" in value:
         return single_turn(Content(value["text"], tuple(value["images"])), value["where"])
     return single_turn(value, f"input {number}")
+
+
+def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:
+    if isinstance(queries, (str, bytes)):
+        raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
+    images, contents = as_images(image), tuple(as_content(query) for query in queries)
+    if not contents or (not images and any(content.empty for content in contents)):
+        raise DataError(f"{place}: give at least one query, and an image where a query is empty")
+    return Dialogue(images, contents, isolated, place)
 
 
 def from_backbone(model: nn.Module, processor: Processor, *, device: str | None = None) -> Model:

@@ -8,6 +8,9 @@
     ├── RecipeError           a recipe has an unknown key, a wrong type or a contradiction
     ├── CheckpointError       a model folder is incomplete or belongs to something else
     ├── OutputError           an output folder already holds other work
+    ├── FetchError            a download was refused or failed (muco/fetch.py)
+    ├── EndpointError         a model server is missing or of no use (muco/synth/endpoint.py)
+    ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)
     └── TrainingError         training cannot go on: the loss is no number, or memory does not suffice
 
 All of them are also :class:`ValueError`, so that callers who know nothing of MuCo can catch them. The command line

@@ -47,6 +47,7 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
         path: For "jsonl" a ``.jsonl`` file, or a folder that holds exactly one; else what the format's class says.
         format: One of ``FORMATS``.
         options: Further arguments of the format's class, as its docstring says: the folder of images, columns, a split.
+            ``captions`` goes with all formats: a file that ``muco data caption`` wrote.
     Raises:
         DataError: If the path is missing or of another kind, or the format or an option unknown.
     """
@@ -58,15 +59,21 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
     module, name = FORMATS[format]
     kind = getattr(import_module(module), name)
     accepted = [*signature(kind).parameters][1:]  # the first is the path
-    for option in options or {}:
+    own = {key: value for key, value in (options or {}).items() if key != "captions"}
+    for option in own:
         if option not in accepted:
             raise DataError(f"{path}: unknown option {option!r} of the format {format!r}{_nearest(option, accepted)}")
     if format == "jsonl":
         path = _jsonl_file(path)
     try:
-        return kind(path, **(options or {}))
+        data = kind(path, **own)
     except TypeError as error:  # an option that is needed, or a list where a word belongs
         raise DataError(f"{path}: options of the format {format!r}: {error}") from error
+    if not (options or {}).get("captions"):
+        return data
+    from muco.data.caption import with_captions
+
+    return with_captions(data, options["captions"])
 
 
 def _nearest(word: str, known: Collection[str]) -> str:

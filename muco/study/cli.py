@@ -12,7 +12,7 @@ from muco.options import Json, finish
 
 def study(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The study: finetune.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The study: finetune or negatives.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for data, runs and the page.")],
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per run; more can be added later.")] = 3,
     scale: Annotated[float, typer.Option(help="Of data and steps: 0.1 to try it in a tenth of the time.")] = 1.0,

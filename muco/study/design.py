@@ -20,12 +20,14 @@ class Run:
         recipe: What differs from the study's base recipe. ``{data}`` in a path is the study's data folder.
         start: The run whose model this one goes on from; None: from what the recipe says.
         shown: Whether the table has a row for it.
+        test: Its held-out set, where it is not the study's.
     """
 
     name: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     shown: bool = True
+    test: str | None = None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def run_job(folder: Path) -> dict[str, Any]:
 
 
 def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """hit@1 by name: the task's, or where it has kinds ``task/kind`` and their mean ``task``; and ``blind_loss`` in nats."""
+    """hit@1 by name: ``task``, also the mean of its kinds, and ``task/kind``; and ``blind_loss`` in nats."""
     scores: dict[str, float] = {}
     for task, found in result["tasks"].items():
         if "kinds" in found:

@@ -46,7 +46,12 @@ def values_of(found: Mapping[str, Any], name: str, column: Column) -> tuple[floa
     """A column of a run, one value per seed, in % if it is a share."""
     results = [run["result"]["scores"] for run in found["runs"] if run["name"] == name]
     factor = 100.0 if column.percent else 1.0
-    return tuple(factor * float(np.mean([scores[score] for score in column.scores])) for scores in results)
+    return tuple(factor * _mean(scores, column) for scores in results)
+
+
+def _mean(scores: Mapping[str, float | None], column: Column) -> float:
+    """NaN where a run was too short to say it."""
+    return float(np.mean(np.array([scores[score] for score in column.scores], dtype=float)))
 
 
 def table(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -174,7 +179,7 @@ def _y(place: int) -> int:
 
 
 def _panel(column: Column, estimates: Sequence[Estimate], left: float, height: int) -> list[str]:
-    top = 100.0 if column.percent else max(v for e in estimates for v in e.values) * 1.05 or 1.0
+    top = 100.0 if column.percent else max([0.0, *(v for e in estimates for v in e.values if v == v)]) * 1.05 or 1.0
 
     def x(value: float) -> float:
         return left + PANEL * min(max(value, 0.0), top) / top
@@ -185,6 +190,8 @@ def _panel(column: Column, estimates: Sequence[Estimate], left: float, height: i
         parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{HEAD}" y2="{height - 26}"/>')
         parts.append(f'<text class="soft" x="{at}" y="{height - 10}" text-anchor="middle">{tick * top:.3g}</text>')
     for place, estimate in enumerate(estimates):
+        if math.isnan(estimate.mean):
+            continue
         y, half = _y(place), estimate.half_width
         parts += [f'<circle class="mark" opacity=".35" cx="{x(v):.1f}" cy="{y}" r="3"/>' for v in estimate.values]
         if not math.isnan(half):

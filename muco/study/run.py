@@ -95,8 +95,9 @@ def _make_runs(study: Study, output: Path, scale: float, todo: Sequence[tuple[st
                 ready = [key for key in waiting if (by_name[key[0]].start, key[1]) not in undone]
                 for name, seed in ready[: jobs - len(going)]:
                     waiting.remove((name, seed))
-                    recipe = recipe_of(study, by_name[name], seed, scale, output)
-                    job = {"recipe": recipe, "test": study.test.replace("{data}", str(output / "data"))}
+                    run = by_name[name]
+                    test = (run.test or study.test).replace("{data}", str(output / "data"))
+                    job = {"recipe": recipe_of(study, run, seed, scale, output), "test": test}
                     if process := _start(folder_of(output, name, seed), job, jobs):
                         going[name, seed] = process
                 progress(len(todo) - len(waiting) - len(going), len(todo))

@@ -113,4 +113,67 @@ FINETUNE = Study(
     ),
 )
 
-STUDIES = {study.name: study for study in (FINETUNE,)}
+# ── identical targets ────────────────────────────────────────────────────────────────────────────────────────────────
+
+VOCABULARIES = {"1440 answers": 9, "48 answers": 2, "8 answers": 1}  # words that are kept of an answer
+TREATMENTS = {
+    "masked": {},
+    "left out": {"data": {"duplicates": "leave_out"}},
+    "as negatives": {"loss": {"mask_identical_targets": False}},
+}
+
+
+def scenes_with_few_answers(folder: Path, scale: float) -> None:
+    """The two stages' data, and of classification turns ``pairs-N.jsonl`` and ``test-N.jsonl`` by words kept."""
+    scenes_in_two_stages(folder, scale)
+    half = max(64, round(SCENES * scale)) // 2
+    for split, first in (("train", half), ("test", 0)):
+        lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[first:]
+        rows = [json.loads(line) for line in lines]
+        for words in VOCABULARIES.values():
+            name = f"{'pairs' if split == 'train' else 'test'}-{words}.jsonl"
+            write_jsonl(folder / name, (_classification(row, words) for row in rows))
+
+
+def _classification(row: dict[str, Any], words: int) -> dict[str, Any]:
+    turns = [turn for turn in row["turns"] if turn["kind"] == "classification"]
+    return row | {"turns": [turn | {"target": " ".join(turn["target"].split()[:words])} for turn in turns]}
+
+
+def _few_answers(words: int, treatment: dict[str, Any]) -> dict[str, Any]:
+    source = {"train": [{"path": f"{{data}}/pairs-{words}.jsonl"}]}
+    trainer = {"max_steps": 150, "warmup_steps": 8, "learning_rate": 5e-4}
+    return {
+        "data": source | treatment.get("data", {}),
+        "loss": treatment.get("loss", {}),
+        "batch": {"size": 64},
+        "trainer": trainer,
+    }
+
+
+NEGATIVES = Study(
+    name="negatives",
+    question="What becomes of identical targets in a batch: masked, left out, or taken for negatives?",
+    base=BASE,
+    runs=(
+        Run("pre-trained", MULTI_TURN | {"trainer": {"max_steps": 300, "warmup_steps": 15}}, shown=False),
+        *(
+            Run(f"{name}, {how}", _few_answers(words, change), start="pre-trained", test=f"{{data}}/test-{words}.jsonl")
+            for name, words in VOCABULARIES.items()
+            for how, change in TREATMENTS.items()
+        ),
+    ),
+    columns=(Column("answer", ("answer/classification",)), Column("final loss, nats", ("loss",), percent=False)),
+    prepare=scenes_with_few_answers,
+    compared=tuple(
+        (f"{name}, masked", f"{name}, {how}") for name in VOCABULARIES for how in ("left out", "as negatives")
+    ),
+    notes=(
+        "Fine-tuning on single classification pairs, 64 per step, 150 steps, after 300 steps of multi-turn "
+        "pre-training; the answers are cut to fewer words, so that more of a batch are equal.",
+        "hit@1 is among all answers that there are, at most 100: the rows of one vocabulary can be compared, those of "
+        "different ones cannot.",
+    ),
+)
+
+STUDIES = {study.name: study for study in (FINETUNE, NEGATIVES)}

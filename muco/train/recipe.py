@@ -74,8 +74,8 @@ class DataRecipe:
         broken_images: "error" stops at a row or an image that cannot be used, "skip" leaves its sample out, counts it
             and names it in ``<output>/skipped-<process>.jsonl``.
         max_broken: With "skip": the run stops when more than this share of its samples could not be used.
-        duplicates: What becomes of a target, or of an image, that stands in a batch before. "mask": it is trained and is
-            no negative of the other. "leave_out": it is not trained in this step, but the other turns of its sample are.
+        duplicates: What becomes of a target, or of an image, that stands in a batch before. "mask": it is trained and
+            is no negative of the other. "leave_out": it is not trained in this step; other turns of its sample are.
         one_source: Every batch comes from one source, so that its negatives are of one kind; weights are then shares of
             the batches. False: every batch mixes the sources.
         blind: Replaces every pixel by a constant: the control that shows whether a run learns without looking.

@@ -1,0 +1,292 @@
+"""Fetching one file over http(s) from a stranger's URL, without becoming the stranger's way into this network.
+
+The name is resolved here, once, every address it has is checked, and the connection goes to the address that was
+checked; so a name that changes its address between the check and the request gains nothing. A redirect goes through the
+same. Nothing is sent but the request: no cookies, no credentials, no referrer; proxies of the environment are not used.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from muco.errors import MucoError
+
+PORTS = {"http": 80, "https": 443}
+REDIRECTS = (301, 302, 303, 307, 308)
+BINARY = ("application/octet-stream", "binary/octet-stream")  # what object storage says of anything
+CHUNK = 1 << 16
+
+# Addresses that lead elsewhere than to the public internet, beside those that `is_global` knows in every version of
+# Python: cloud metadata on public addresses, relays and translators that reach private IPv4 addresses behind them.
+CLOSED = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+            *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+            *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+            "168.63.129.16/32",  # Azure's host agent
+            *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # Teredo, ORCHID, examples, 6to4
+        ),
+    )
+)
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # outside are mapped and translated IPv4, local and multicast addresses
+PLAIN = "/%:@!$&'()*+,;=~-._"  # characters of a path that stay as they are
+UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")  # parsers disagree about them
+
+
+class FetchError(MucoError):
+    """A URL was not fetched: it is not allowed, cannot be reached, too large, too slow or no image."""
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """What may be fetched.
+
+    Args:
+        max_bytes: Of one file.
+        seconds: For everything together: name, redirects, body.
+        redirects: How many are followed; from https never to http.
+        hosts: Names that may be asked, "example.com" or "*.example.com" for those under it; None: every public one.
+        ports: That may be asked.
+        content_types: Beginnings of accepted types; a file without one is accepted too.
+        allowed_addresses: "address:port", such as "10.0.0.7:9000" or "[fd00::7]:9000", that may be asked although they
+            are not public, or their port is none of ``ports``.
+    """
+
+    max_bytes: int = 20 * 2**20
+    seconds: float = 10.0
+    redirects: int = 3
+    hosts: tuple[str, ...] | None = None
+    ports: tuple[int, ...] = (80, 443)
+    content_types: tuple[str, ...] = ("image/", *BINARY)
+    allowed_addresses: tuple[str, ...] = ()
+
+
+def fetch(url: str, limits: FetchLimits = FetchLimits()) -> bytes:
+    """The bytes behind an http(s) URL; nothing is said about whether they are a sound image.
+
+    Raises:
+        FetchError: If the URL may not be fetched, or cannot be within the limits. The message shows the URL without
+            its query, which may hold a signature, and no address.
+    """
+    name, deadline = _shown(url), time.monotonic() + limits.seconds
+    try:
+        for _ in range(limits.redirects + 1):
+            parts = _checked_url(url, limits)
+            with _response(parts, limits, deadline) as response:
+                if response.status not in REDIRECTS:
+                    return _body(response, limits, deadline)
+                location = response.getheader("Location") or ""
+            url = _redirected(url, location.encode("latin-1").decode("utf-8", "replace"))
+            if parts.scheme == "https" and not url.lower().startswith("https:"):
+                raise FetchError("redirected from https to something else")
+    except FetchError as error:
+        raise FetchError(f"{name}: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
+        reason = _too_slow(limits) if late else f"cannot be fetched ({_reason(error)})"
+        raise FetchError(f"{name}: {reason}") from error
+    raise FetchError(f"{name}: more than {limits.redirects} redirects")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address, e.g. "93.184.216.34", belongs to the public internet and to nothing behind a translator."""
+    ip = ipaddress.ip_address(address)
+    if ip.version == 6 and ip not in GLOBAL_IPV6:
+        return False
+    closed = any(ip in network for network in CLOSED if network.version == ip.version)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not closed
+
+
+# ---------------------------------------------------------------- the URL
+
+
+def _shown(url: str) -> str:
+    """The URL without query and user name, not longer than a line."""
+    plain = re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
+    plain = "".join(c if c.isprintable() else "�" for c in plain)
+    return plain if len(plain) <= 80 else plain[:77] + "…"
+
+
+def _checked_url(url: str, limits: FetchLimits) -> SplitResult:
+    if UNSAFE.search(url) or len(url) > 8192:
+        raise FetchError("not a URL that can be fetched; write blanks as %20")
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, _host(parts)
+        path, query = quote(parts.path or "/", safe=PLAIN), quote(parts.query, safe=PLAIN + "?")
+    except ValueError as error:  # a port that is no number, brackets that do not close, half a character …
+        raise FetchError(f"not a URL that can be fetched ({_reason(error)})") from error
+    if parts.scheme not in PORTS:
+        raise FetchError("only http and https URLs are fetched")
+    if not host or "%" in host:
+        raise FetchError("the URL names no host")
+    if parts.username is not None or parts.password is not None:
+        raise FetchError("a URL with a user name or password is not fetched")
+    if limits.hosts is not None and not any(_matches(host, pattern) for pattern in limits.hosts):
+        raise FetchError("this host is not on the list of those that may be asked")
+    address = f"[{host}]" if ":" in host else host
+    netloc = address if port is None else f"{address}:{port}"
+    return SplitResult(parts.scheme, netloc, path, query, "")
+
+
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError("redirected to what is not a URL") from error
+
+
+def _host(parts: SplitResult) -> str:
+    host = (parts.hostname or "").rstrip(".").lower()
+    return host if ":" in host else host.encode("idna").decode()
+
+
+def _matches(host: str, pattern: str) -> bool:
+    pattern = pattern.lower()
+    return host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
+
+
+# ---------------------------------------------------------------- the address
+
+
+def _addresses(host: str, port: int, limits: FetchLimits, deadline: float) -> list[str]:
+    """All addresses of a host, if every one of them may be asked."""
+    found = _resolved(host, port, limits, deadline)
+    for address in found:
+        shown = f"[{address}]" if ":" in address else address
+        if f"{shown}:{port}" in limits.allowed_addresses:
+            continue
+        if not is_public(address):
+            raise FetchError("this host is not on the public internet")
+        if port not in limits.ports:
+            raise FetchError(f"only ports {', '.join(map(str, limits.ports))} are asked")
+    return found
+
+
+def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> list[str]:
+    answers: SimpleQueue[list[str] | OSError] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers.put(list(dict.fromkeys(str(answer[4][0]) for answer in found)))
+        except (OSError, UnicodeError) as error:
+            answers.put(error if isinstance(error, OSError) else OSError("not a name"))
+
+    # The system's resolver takes no time limit; a thread that still waits for it ends with its answer.
+    threading.Thread(target=ask, name="muco-resolve", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+    except Empty:
+        raise FetchError(_too_slow(limits)) from None
+    if isinstance(answer, OSError) or not answer:
+        raise FetchError("there is no such host")
+    return [address.split("%")[0] for address in answer]
+
+
+# ---------------------------------------------------------------- the request
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection over a socket that is already connected; it never opens another one."""
+
+    def __init__(self, parts: SplitResult, sock: socket.socket) -> None:
+        super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
+        self.default_port = PORTS[parts.scheme]
+        self.auto_open = 0
+        self.sock = sock
+
+
+@contextmanager
+def _response(parts: SplitResult, limits: FetchLimits, deadline: float) -> Iterator[http.client.HTTPResponse]:
+    host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+    sock = _connected(_addresses(host, port, limits, deadline), port, deadline)
+    # A server that sends a byte now and then never runs into a socket's timeout: at the deadline the socket is shut.
+    clock = threading.Timer(max(0.0, deadline - time.monotonic()), lambda: _shut(sock))
+    clock.daemon = True
+    clock.start()
+    try:
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            sock.do_handshake()  # now that the clock knows the new socket
+        connection = _Connection(parts, sock)
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "muco", "Connection": "close"}
+        connection.request("GET", target, headers=headers)
+        with connection.getresponse() as response:
+            yield response
+    finally:
+        clock.cancel()
+        sock.close()
+
+
+def _connected(addresses: list[str], port: int, deadline: float) -> socket.socket:
+    last: OSError = TimeoutError()
+    for address in addresses:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            break
+        try:
+            return socket.create_connection((address, port), timeout=remaining)
+        except OSError as error:
+            last = error
+    raise last
+
+
+def _shut(sock: socket.socket) -> None:
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:  # closed meanwhile
+        return
+
+
+def _body(response: http.client.HTTPResponse, limits: FetchLimits, deadline: float) -> bytes:
+    if response.status != 200:
+        raise FetchError(f"the server answered {response.status}")
+    kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
+    if kind and not kind.startswith(limits.content_types):
+        raise FetchError("the answer is not an image but something else, by its Content-Type")
+    if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
+        raise FetchError("the answer is compressed, which was not asked for")
+    announced = response.length
+    if announced is not None and announced > limits.max_bytes:
+        raise FetchError(_too_large(limits))
+    parts, total = [], 0
+    while chunk := response.read(CHUNK):
+        total += len(chunk)
+        if total > limits.max_bytes:
+            raise FetchError(_too_large(limits))
+        parts.append(chunk)
+    if time.monotonic() >= deadline:  # cut by the clock, an answer without a length looks complete
+        raise FetchError(_too_slow(limits))
+    if announced is not None and total < announced:
+        raise FetchError("the connection broke off")
+    return b"".join(parts)
+
+
+def _too_large(limits: FetchLimits) -> str:
+    return f"more than the {limits.max_bytes:,} bytes that are read of one file"
+
+
+def _too_slow(limits: FetchLimits) -> str:
+    return f"took longer than {limits.seconds:g} s"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return "its certificate or encryption is not right"
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -1,0 +1,398 @@
+"""The index: a LanceDB table with one row per id, opened for searching or for writing.
+
+Its columns: ``id``, the vector (see storage.py), ``text``, ``image`` (path as given), ``thumbnail`` (JPEG),
+``content_hash`` (of what was encoded), ``row_hash`` (of everything the input says), and the input's further columns.
+What makes its vectors (model, dimension, prompt, storage) stands in the table's metadata.
+
+A search takes candidates from the table and scores them again from their stored vectors, so that every score is a
+cosine, whatever index found the row. Candidates are all rows up to ANN_ROWS; beyond, those that an IVF index
+(benchmarks/index.py says why this one) gives.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from muco.errors import MucoError, OutputError
+from muco.search.filter import checked_filter, quoted
+from muco.search.storage import STORAGES, Name, Storage, scores
+from muco.sizes import checked_dimension
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from muco.encoder import Model
+
+TABLE = "rows"
+HASHES = ("content_hash", "row_hash")
+OWN = ("id", "text", "image", "thumbnail", *HASHES)  # besides those of the storage
+ANN_ROWS = 10_000  # from here on an index of vectors pays, and one of ids and hashes
+ANN_NAME = "ann_"  # and the number of rows when it was trained
+RETRAIN = 4  # times so many rows, and it is trained anew
+PARTITION_ROWS = 4096
+PROBES = 20  # partitions searched
+CANDIDATES = {"cosine": 10, "hamming": 30}  # scored again per hit, by the metric that finds them
+ENOUGH_BITS = 256  # numbers of a vector from which on one bit of each finds good candidates
+FEWEST = 10  # hits whose candidates are looked at, where fewer are asked for
+LARGEST_K = 10_000
+STALE = timedelta(seconds=5)  # how far a reader may lag behind a writer
+OLD = timedelta(minutes=1)  # no reader can still use a version so much older
+IDS = 1000  # per delete statement
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One found row. ``score`` is a cosine; ``thumbnail`` a small JPEG; ``extra`` holds the input's further columns."""
+
+    id: str
+    score: float
+    text: str | None = None
+    image: str | None = None
+    thumbnail: bytes | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Index:
+    """An open index. Searching is safe from many threads at once; one process writes at a time."""
+
+    def __init__(self, path: str, table: Any, model: Model | str | Path | None = None) -> None:
+        self.path, self.table = path, table
+        facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        if "muco.model" not in facts or facts.get("muco.storage") not in STORAGES:
+            raise MucoError(f"{path}: its table {TABLE!r} was not made by `muco index` of this version")
+        self.fingerprint, self.model_path = facts["muco.model"], facts["muco.model_path"]
+        self.dimension, self.version, self.prompt = (
+            int(facts["muco.dimension"]),
+            facts["muco.version"],
+            facts["muco.prompt"],
+        )
+        self.storage: Storage = STORAGES[facts["muco.storage"]]
+        self._model, self._encoding = None, threading.Lock()
+        if model is not None:
+            self._model = self._checked(model)
+
+    @classmethod
+    def open(cls, path: str | Path, model: Model | str | Path | None = None) -> Index:
+        """Opens an index that is there.
+
+        Args:
+            path: A folder, or the URL of one in object storage (``s3://…``; LanceDB reads the usual variables).
+            model: What encodes queries; must be the one that made the index. None: that of ``model_path``, loaded when
+                it is first needed.
+        Raises:
+            MucoError: If there is no index, or it is of another model.
+        """
+        table = _open_table(_connect(path, create=False))
+        if table is None:
+            raise MucoError(f"{path}: no index there; make one with `muco index INPUT --model MODEL --index {path}`")
+        return cls(str(path), table, model)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        model: Model,
+        *,
+        model_path: str | Path = "",
+        storage: Name | None = None,
+        dimension: int | None = None,
+    ) -> Index:
+        """Opens an index for adding rows, and makes it if it is not there.
+
+        Args:
+            model_path: Where the model can be loaded from; kept, for searching.
+            storage, dimension: None: what the index has; of a new one, float32 and whole vectors.
+
+        Raises:
+            MucoError: If it is there and of another model, dimension or storage.
+        """
+        import pyarrow as pa
+
+        import muco
+
+        length = checked_dimension(dimension, model.get_embedding_dimension())
+        database = _connect(path, create=True)
+        table = _open_table(database)
+        if table is not None:
+            index = cls(str(path), table, model)
+            for name, there, wanted in (
+                ("dimension", index.dimension, dimension),
+                ("storage", index.storage.name, storage),
+            ):
+                if wanted not in (None, there):
+                    raise OutputError(f"{path}: the index has {name} {there}, not {wanted}; keep it, or name another")
+            return index
+        storage = storage or "float32"
+        folder = Path(model_path) if model_path else None
+        facts = {
+            "muco.model": model.fingerprint,
+            "muco.model_path": str(folder.resolve() if folder is not None and folder.exists() else model_path),
+            "muco.dimension": str(length),
+            "muco.storage": storage,
+            "muco.version": muco.__version__,
+            "muco.prompt": json.dumps(model.encoder.muco_processor.settings()["template"], ensure_ascii=False),
+        }
+        text, binary = pa.string(), pa.binary()
+        own = [pa.field(name, binary if name == "thumbnail" else text) for name in OWN]
+        schema = pa.schema([*own, *STORAGES[storage].fields(length)], metadata=facts)
+        return cls(str(path), database.create_table(TABLE, schema=schema), model)
+
+    def __len__(self) -> int:
+        return self.table.count_rows()
+
+    @property
+    def extra_columns(self) -> dict[str, pa.DataType]:
+        """The columns that came with the input."""
+        return {f.name: f.type for f in self.table.schema if f.name not in (*OWN, *self.storage.columns)}
+
+    @property
+    def model(self) -> Model:
+        """What encodes queries; loaded when it is first needed."""
+        with self._encoding:
+            if self._model is None:
+                self._model = self._checked(self.model_path)
+            return self._model
+
+    def _checked(self, given: Model | str | Path) -> Model:
+        name = str(given) if isinstance(given, (str, Path)) else "the given model"
+        if isinstance(given, (str, Path)):
+            if not str(given):
+                raise MucoError(f"{self.path}: the index does not say where its model is; name it (--model)")
+            import muco
+
+            given = muco.load(given)
+        if given.fingerprint != self.fingerprint:
+            raise MucoError(
+                f"{self.path}: the index was made with the model {self.model_path or '(no path)'} "
+                f"({self.fingerprint[:12]}), not with {name} ({given.fingerprint[:12]}), and vectors of two models do "
+                "not compare; use the former, or make another index"
+            )
+        return given
+
+    # ── searching ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image: Any = None,
+        like: str | None = None,
+        vector: Sequence[float] | np.ndarray | None = None,
+        k: int = 10,
+        where: str | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """The k nearest rows, best first; equal scores by id.
+
+        Args:
+            text, image: What to look for, either or both (image: path, bytes or Pillow).
+            like: The id of a row; finds others like it.
+            vector: float [dimension], made by the index's model; any length.
+            where: A filter on the columns, see :func:`muco.search.filter.checked_filter`.
+            exact: Compare with every row, by the score itself.
+        Raises:
+            MucoError: If not exactly one of (text and/or image), like, vector is given, there is no such row, the
+                filter is refused, or k is not 1 to LARGEST_K.
+        """
+        if not 1 <= k <= LARGEST_K:
+            raise MucoError(f"k must be 1 to {LARGEST_K:,}, not {k}")
+        given = [text is not None or image is not None, like is not None, vector is not None]
+        if sum(given) != 1:
+            raise MucoError("give one query: text and/or image, or like (the id of a row), or vector")
+        condition = checked_filter(where, ["id", "text", "image", *self.extra_columns])
+        if like is not None:
+            query, others = self._vector_of(like), f"id != {quoted(like)}"
+            condition = f"({condition}) AND {others}" if condition else others
+        elif vector is not None:
+            query = self._unit(vector)
+        else:
+            query = self.encode({k: v for k, v in (("text", text), ("image", image)) if v is not None})
+        if exact and self.storage.metric == "hamming":
+            best = self._scan(query, k, condition)
+        else:
+            best = self._candidates(query, k, condition, exact)
+        return self._hits(best)
+
+    def encode(self, content: Mapping[str, Any]) -> np.ndarray:
+        """The vector of a query, float32 [dimension]; one thread at a time."""
+        model = self.model
+        short = {"truncate_dim": self.dimension} if self.dimension < model.get_embedding_dimension() else {}
+        with self._encoding:
+            return model.encode([dict(content)], show_progress_bar=False, **short)[0]
+
+    def _unit(self, vector: Sequence[float] | np.ndarray) -> np.ndarray:
+        array = np.asarray(vector, dtype=np.float32)
+        length = np.linalg.norm(array)
+        if array.shape != (self.dimension,) or not np.isfinite(length) or not length:
+            raise MucoError(f"a vector must be {self.dimension} finite numbers, not all zero, not {array.shape}")
+        return array / length
+
+    def _vector_of(self, id: str) -> np.ndarray:
+        found = self.rows_by_id([id], self.storage.columns)
+        if not len(found):
+            raise MucoError(f"{self.path}: no row has the id {id!r}")
+        return self._unit(self.storage.vectors(found, self.dimension)[0])
+
+    def _candidates(self, query: np.ndarray, k: int, where: str | None, exact: bool) -> list[tuple[str, float]]:
+        search = self.table.search(self.storage.query(query), vector_column_name=self.storage.searched)
+        search = search.distance_type(self.storage.metric)
+        if exact:
+            search = search.bypass_vector_index().limit(k + 1)  # one more, so that equal scores fall as in a sort
+        else:
+            search = search.nprobes(PROBES).limit(self._looked_at * max(k, FEWEST))
+        return self._best(_run(search, where, ["id", *self.storage.columns, "_distance"]).read_all(), query, k)
+
+    @property
+    def _looked_at(self) -> int:
+        """Candidates per hit; the fewer bits find them, the more."""
+        few = 1.0 if self.storage.metric == "cosine" else max(1.0, ENOUGH_BITS / self.dimension)
+        return round(CANDIDATES[self.storage.metric] * few)
+
+    def _scan(self, query: np.ndarray, k: int, where: str | None) -> list[tuple[str, float]]:
+        best: list[tuple[str, float]] = []
+        for batch in _run(self.table.search(), where, ["id", *self.storage.columns]):
+            best = sorted(best + self._best(batch, query, k), key=_order)[:k]
+        return best
+
+    def _best(self, rows: pa.Table | pa.RecordBatch, query: np.ndarray, k: int) -> list[tuple[str, float]]:
+        if not len(rows):
+            return []
+        found = scores(self.storage.vectors(rows, self.dimension), query)
+        return sorted(zip(rows.column("id").to_pylist(), found.tolist(), strict=True), key=_order)[:k]
+
+    def _hits(self, best: list[tuple[str, float]]) -> list[Hit]:
+        """Fetched by id, for row numbers would mean other rows after a writer's compaction."""
+        extra = [*self.extra_columns]
+        found = self.rows_by_id([id for id, _ in best], ["id", "text", "image", "thumbnail", *extra])
+        rows = {row["id"]: row for row in found.to_pylist()}
+        return [
+            Hit(id, score, row["text"], row["image"], row["thumbnail"], {name: row[name] for name in extra})
+            for id, score in best
+            if (row := rows.get(id))
+        ]
+
+    # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def rows_by_id(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Rows that have one of the ids, in any order."""
+        return self.rows_where("id", ids, columns)
+
+    def rows_where(self, column: str, values: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        if not values:
+            return self.table.schema.empty_table().select(list(columns))
+        return _run(self.table.search(), f"{column} IN ({', '.join(map(quoted, values))})", columns).read_all()
+
+    def vectors_of(self, contents: Sequence[str]) -> Iterator[tuple[str, np.ndarray, bytes | None]]:
+        """Content hash, vector and thumbnail of what the table holds of these contents."""
+        found = self.rows_where("content_hash", contents, ["content_hash", "thumbnail", *self.storage.columns])
+        if not len(found):
+            return
+        names = (found.column(name).to_pylist() for name in ("content_hash", "thumbnail"))
+        for content, picture, vector in zip(*names, self.storage.vectors(found, self.dimension), strict=True):
+            yield content, vector, picture
+
+    def ids(self) -> Iterator[list[str]]:
+        """All ids, some thousands at a time."""
+        for batch in _run(self.table.search(), None, ["id"]):
+            yield batch.column("id").to_pylist()
+
+    def add(self, rows: Iterable[Mapping[str, Any]], *, batch_size: int = 32) -> dict[str, Any]:
+        """Encodes rows and writes them; a row whose id is there is replaced, one that is there as it is costs nothing.
+
+        Args:
+            rows: Mappings with ``id``, ``text`` and/or ``image`` (path or bytes), and further columns.
+        Returns:
+            As :func:`muco.search.update.build`.
+        """
+        from muco.search.update import add_rows
+
+        return add_rows(self, rows, batch_size=batch_size)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Removes rows; returns how many there were."""
+        before = len(self)
+        for start in range(0, len(ids), IDS):
+            self.table.delete(f"id IN ({', '.join(map(quoted, ids[start : start + IDS]))})")
+        return before - len(self)
+
+    def write(self, rows: pa.Table) -> None:
+        """Adds rows of this table's schema, replacing those of the same ids, at once or not at all."""
+        writing = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        writing.execute(rows)
+
+    def optimize(self) -> None:
+        """Joins small files, takes new rows into the indices, and builds indices that now pay."""
+        from lancedb.index import BTree, IvfFlat, IvfRq
+
+        self.table.optimize(cleanup_older_than=OLD)
+        rows = len(self)
+        if rows < ANN_ROWS:
+            return
+        indices = {index.name: index for index in self.table.list_indices()}
+        for column in ("id", "content_hash"):
+            if not any(index.columns == [column] for index in indices.values()):
+                self.table.create_index(column, config=BTree())
+        trained = [int(name.removeprefix(ANN_NAME)) for name in indices if name.startswith(ANN_NAME)]
+        if trained and rows < RETRAIN * max(trained):
+            return
+        flat = self.storage.metric == "hamming" or self.dimension < ENOUGH_BITS or self.dimension % 8
+        kind = IvfFlat if flat else IvfRq
+        config = kind(distance_type=self.storage.metric, num_partitions=max(1, rows // PARTITION_ROWS))
+        self.table.create_index(self.storage.searched, config=config, name=f"{ANN_NAME}{rows}", replace=True)
+        for old in trained:
+            self.table.drop_index(f"{ANN_NAME}{old}")
+
+
+def _order(found: tuple[str, float]) -> tuple[float, str]:
+    return -found[1], found[0]
+
+
+def _run(search: Any, where: str | None, columns: Sequence[str]) -> pa.RecordBatchReader:
+    """Starts a query; what LanceDB says against a filter becomes one short sentence."""
+    import pyarrow as pa
+
+    if where:
+        search = search.where(where)
+    try:
+        return search.select([*columns]).to_batches()
+    except (ValueError, RuntimeError, pa.ArrowInvalid) as error:
+        if not where:
+            raise
+        raise MucoError(f"the filter cannot be used: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of LanceDB's error, without what it says about its own source."""
+    text = " ".join(str(error).split()).removeprefix("Invalid input, ").removeprefix("lance error: ")
+    return text.split(", /", 1)[0][:200]
+
+
+def _connect(path: str | Path, *, create: bool) -> Any:
+    try:
+        import lancedb
+    except ImportError as error:
+        raise MucoError("the index needs LanceDB: pip install 'muco[search]'") from error
+    local = "://" not in str(path)
+    if local and not create and not Path(path).is_dir():
+        raise MucoError(f"{path}: no such folder; make an index with `muco index INPUT --model MODEL --index {path}`")
+    if local and create and Path(path).exists() and not Path(path).is_dir():
+        raise OutputError(f"{path}: an index is a folder, and this is a file; name another")
+    return lancedb.connect(str(path), read_consistency_interval=STALE if not create else timedelta(0))
+
+
+def _open_table(database: Any) -> Any:
+    """The table, or None; also None of one whose making was interrupted, which can be made again."""
+    try:
+        return database.open_table(TABLE)
+    except ValueError as error:
+        if "was not found" not in str(error):
+            raise
+        return None

@@ -1,0 +1,249 @@
+"""Requests that arrive together share a forward pass; each gets its own result, or its own error.
+
+::
+
+    submit ─▶ waiting ─prepare, in threads─▶ ready ─run, in one thread─▶ results
+              (at most ``queue`` not finished)   (at most two batches)
+
+Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` gives one result per prepared item.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+LIGHT = 16  # items without images that one thread prepares at once: a thread per short text costs more than the text
+
+
+class Weighed(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+
+class Light(Protocol):
+    @property
+    def light(self) -> bool: ...
+
+
+Given = TypeVar("Given", bound=Light)
+Prepared = TypeVar("Prepared", bound=Weighed)
+Result = TypeVar("Result")
+
+
+class QueueFull(Exception):
+    """As many items wait as may; come back later."""
+
+
+class ShuttingDown(Exception):
+    """What was accepted is finished, nothing new is accepted."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How requests are put together.
+
+    Args:
+        tokens: Of one forward pass, padding included; a longer item passes alone.
+        milliseconds: How long a ready item waits for others while the model is idle.
+        queue: Items accepted and not yet finished.
+    """
+
+    tokens: int = 8192
+    milliseconds: float = 5.0
+    queue: int = 512
+
+
+@dataclass(eq=False)
+class _Job(Generic[Given, Prepared]):
+    given: Given
+    future: asyncio.Future[Any]
+    prepared: Prepared | None = None
+    ready_at: float = field(default=0.0)
+
+
+class Batcher(Generic[Given, Prepared, Result]):
+    """Makes batches of what is submitted.
+
+    Args:
+        prepare: Turns one item into what ``run`` takes; its exception is the item's own. Called in threads.
+        run: Results of several prepared items, in their order. Called in one thread. Where it fails for a batch, each
+            item is tried alone, so that only the one that cannot be computed fails.
+        observe: Called after each batch with its items and padded tokens.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Given], Prepared],
+        run: Callable[[Sequence[Prepared]], Sequence[Result]],
+        limits: BatchLimits = BatchLimits(),
+        *,
+        observe: Callable[[int, int], None] = lambda items, tokens: None,
+    ) -> None:
+        self.limits = limits
+        self._prepare, self._run, self._observe = prepare, run, observe
+        self._waiting: dict[_Job, None] = {}  # dicts as queues of which any item can leave
+        self._ready: dict[_Job, None] = {}
+        self._unfinished = 0
+        self._closing = False
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._threads: list[ThreadPoolExecutor] = []
+
+    @property
+    def unfinished(self) -> int:
+        """Items accepted and not yet answered."""
+        return self._unfinished
+
+    async def start(self) -> None:
+        workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+        prepare, run = ThreadPoolExecutor(workers, "muco-prepare"), ThreadPoolExecutor(1, "muco-model")
+        self._threads = [prepare, run]
+        self._tasks = [asyncio.create_task(self._prepare_all(prepare)) for _ in range(workers)]
+        self._tasks.append(asyncio.create_task(self._run_all(run)))
+
+    async def close(self) -> None:
+        """Finishes what was accepted, accepts nothing more, and ends."""
+        self._closing = True
+        while self._unfinished:
+            await self._next_change()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for threads in self._threads:
+            threads.shutdown()
+
+    async def submit(self, items: Sequence[Given]) -> list[Result]:
+        """The results of the items in their order. If the caller is cancelled, its items leave the queue.
+
+        Raises:
+            QueueFull: If there is no room for all of them; none is accepted then.
+            ShuttingDown: After :meth:`close`.
+            Exception: What ``prepare`` or ``run`` raised for one of the items; the others of this call are dropped.
+        """
+        if self._closing:
+            raise ShuttingDown
+        if self._unfinished + len(items) > self.limits.queue:
+            raise QueueFull
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(item, loop.create_future()) for item in items]
+        self._unfinished += len(jobs)
+        for job in jobs:
+            job.future.add_done_callback(lambda _, job=job: self._forget(job))
+            self._waiting[job] = None
+        self._changed.set()
+        try:
+            return await asyncio.gather(*(job.future for job in jobs))
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    # ------------------------------------------------------------ inside
+
+    def _forget(self, job: _Job) -> None:
+        self._unfinished -= 1
+        self._waiting.pop(job, None)
+        self._ready.pop(job, None)
+        self._changed.set()
+
+    async def _next_change(self, seconds: float | None = None) -> None:
+        # The event is cleared by whoever waits; all waiters of this moment have already been woken then.
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _prepare_all(self, threads: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while not (jobs := self._next_to_prepare()):
+                await self._next_change()
+            outcomes = await loop.run_in_executor(threads, self._prepared, [job.given for job in jobs])
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if job.future.done():  # cancelled meanwhile
+                    continue
+                if isinstance(outcome, Exception):
+                    job.future.set_exception(outcome)
+                    continue
+                job.prepared, job.ready_at = outcome, loop.time()
+                self._ready[job] = None
+            self._changed.set()
+
+    def _next_to_prepare(self) -> list[_Job]:
+        """One item, or some light ones; none while two batches are ready, for prepared images are large."""
+        if self._padded(self._ready) >= 2 * self.limits.tokens:
+            return []
+        jobs: list[_Job] = []
+        for job in self._waiting:
+            if jobs and not (job.given.light and jobs[0].given.light and len(jobs) < LIGHT):
+                break
+            jobs.append(job)
+        for job in jobs:
+            del self._waiting[job]
+        return jobs
+
+    def _prepared(self, items: Sequence[Given]) -> list[Prepared | Exception]:
+        return [_attempt(self._prepare, item) for item in items]
+
+    async def _run_all(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._ready:
+                await self._next_change()
+            until = next(iter(self._ready)).ready_at + self.limits.milliseconds / 1000
+            while self._ready and (remaining := until - loop.time()) > 0:
+                if self._padded(self._ready) >= self.limits.tokens:
+                    break
+                await self._next_change(remaining)
+            if not (jobs := self._next_batch()):
+                continue
+            self._changed.set()  # there is room for the next to be prepared
+            prepared = [job.prepared for job in jobs]
+            outcomes = await loop.run_in_executor(thread, self._results, prepared)
+            self._observe(len(jobs), self._padded(jobs))
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if job.future.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    job.future.set_exception(outcome)
+                else:
+                    job.future.set_result(outcome)
+
+    def _next_batch(self) -> list[_Job]:
+        """The oldest ready items that fit together; at least one."""
+        jobs: list[_Job] = []
+        longest = 0
+        for job in self._ready:
+            longest = max(longest, job.prepared.tokens)
+            if jobs and longest * (len(jobs) + 1) > self.limits.tokens:
+                break
+            jobs.append(job)
+        for job in jobs:
+            del self._ready[job]
+        return jobs
+
+    def _results(self, prepared: Sequence[Prepared]) -> Sequence[Result | Exception]:
+        try:
+            return self._run(prepared)
+        except Exception as error:
+            if len(prepared) == 1:
+                return [error]
+        return [_attempt(lambda item: self._run([item])[0], item) for item in prepared]
+
+    @staticmethod
+    def _padded(jobs: Any) -> int:
+        return len(jobs) * max((job.prepared.tokens for job in jobs), default=0)
+
+
+def _attempt(action: Callable[[Any], Any], item: Any) -> Any:
+    """The result, or the exception as a value: whose it is, is known only outside the thread."""
+    try:
+        return action(item)
+    except Exception as error:
+        return error

@@ -1,0 +1,139 @@
+"""Items -> vectors: what runs in the batcher's threads. The only file of the server that knows the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from muco.batch import DialogueBatch, join
+from muco.dialogue import Content, Dialogue
+from muco.errors import DataError
+from muco.processor import Processor
+from muco.serve.images import ImageLimits, decode
+
+if TYPE_CHECKING:
+    from muco.encoder import Model
+
+CACHED_TEXT = 128  # characters; of longer texts of strangers a cache may fill the memory
+CUTS = 8  # what is left of a text that is cut between two tokens may be read as other tokens than before
+
+
+@dataclass(frozen=True)
+class Item:
+    """One text, an image or both: one vector; or several texts about the same images: one vector each.
+
+    Args:
+        texts: An empty one stands for the images themselves.
+        images: Data URIs, or bytes that were fetched.
+        mode: How turns see one another, as in ``Model.encode_turns``; None: there is one text.
+        truncate: Which end of a text is cut where the item is too long.
+        where: Names the item in errors.
+    """
+
+    texts: tuple[str, ...]
+    images: tuple[str | bytes, ...] = ()
+    mode: Literal["isolated", "compounded"] | None = None
+    truncate: Literal["NONE", "START", "END"] = "NONE"
+    where: str = "input 0"
+
+    @property
+    def light(self) -> bool:
+        return not self.images
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An item as the model reads it: a batch of one row, or images and texts for ``Model.encode_turns_batch``."""
+
+    item: Item
+    images: tuple[Any, ...]
+    batch: DialogueBatch | None
+    tokens: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The vectors of an item, float32 [k, dim], L2-normalised, and the tokens they took."""
+
+    vectors: np.ndarray
+    tokens: int
+    image_tokens: int
+
+
+class BoundedProcessor(Processor):
+    """A processor whose memory of texts is bounded, whatever texts come."""
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        return super().text_ids(text) if len(text) <= CACHED_TEXT else self._tokenize(text)
+
+
+class Engine:
+    """A loaded model as the two functions that a batcher takes.
+
+    Args:
+        model: Its processor is replaced by one with a bounded cache.
+        max_tokens: Of one item, image tokens included.
+    """
+
+    def __init__(self, model: Model, images: ImageLimits, max_tokens: int) -> None:
+        old = model.encoder.muco_processor
+        model.encoder.muco_processor = BoundedProcessor(
+            old.tokenizer, old.image_processor, old.template, stock=old.stock
+        )
+        self.model = model.eval()
+        self.image_limits, self.max_tokens = images, max_tokens
+        self.dimension: int = model.get_embedding_dimension()
+
+    def prepare(self, item: Item) -> Prepared:
+        """Opens the images and counts the tokens.
+
+        Raises:
+            DataError: If a text holds a special token, an image is not sound, or the item is too long.
+        """
+        images = tuple(decode(image, self.image_limits, item.where) for image in item.images)
+        texts = item.texts
+        for _ in range(CUTS):
+            batch = self._collated(item, texts, images)
+            tokens = batch["input_ids"].shape[1]
+            if tokens <= self.max_tokens:
+                image_tokens = int((batch["input_ids"] == self.model.encoder.muco_processor.image_id).sum())
+                alone = item.mode is None
+                return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
+            if item.truncate == "NONE" or item.mode is not None:
+                break
+            texts = (self._cut(texts[0], tokens - self.max_tokens, item.truncate),)
+        raise DataError(f"{item.where}: {tokens:,} tokens; this server takes at most {self.max_tokens:,} of one item")
+
+    def _collated(self, item: Item, texts: Sequence[str], images: tuple[Any, ...]) -> DialogueBatch:
+        contents = tuple(Content(text) for text in texts)
+        return self.model.encoder.collate([Dialogue(images, contents, item.mode != "compounded", item.where)])
+
+    def _cut(self, text: str, excess: int, end: Literal["START", "END"]) -> str:
+        spans = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if excess >= len(spans):
+            return ""
+        return text[spans[excess - 1][1] :] if end == "START" else text[: spans[-excess][0]]
+
+    @torch.inference_mode()
+    def run(self, prepared: Sequence[Prepared]) -> list[Embedded]:
+        """One forward pass of all single items, one for the turns of each mode; results in the order given."""
+        vectors: dict[int, np.ndarray] = {}
+        for mode in (None, "isolated", "compounded"):
+            chosen = [number for number, one in enumerate(prepared) if one.item.mode == mode]
+            if chosen:
+                found = self._vectors([prepared[number] for number in chosen], mode)
+                vectors |= dict(zip(chosen, found, strict=True))
+        return [Embedded(vectors[n], one.tokens, one.image_tokens) for n, one in enumerate(prepared)]
+
+    def _vectors(self, prepared: Sequence[Prepared], mode: Any) -> list[np.ndarray]:
+        if mode is not None:
+            images, texts = [one.images for one in prepared], [one.item.texts for one in prepared]
+            return self.model.encode_turns_batch(images, texts, mode=mode)
+        batch = join([one.batch for one in prepared if one.batch is not None])
+        found = self.model.embed({key: value.to(self.model.device) for key, value in batch.items()})  # type: ignore[arg-type]
+        return [*found.float().cpu().numpy()[:, None]]

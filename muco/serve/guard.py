@@ -1,0 +1,182 @@
+"""What stands before every route: who may ask, how much may come, and what every answer says to browsers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from muco.serve.metrics import Metrics
+from muco.serve.schema import Limits, RequestError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+OPEN = ("/", "/health", "/static/search.js", "/static/style.css")  # no token: they show nothing of anybody
+LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
+BODIES = 4  # so many of the largest bodies are held at once, of all requests together
+STRUCTURE = 2**20  # bytes of JSON outside of strings: what a parser makes many objects of
+
+# A string that does not end reaches to the end of the text: tried again from every quote in it, it would cost a square.
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+BRACKET = re.compile(rb"[\[\]{}]")
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+
+class ClientGone(Exception):
+    """The client has hung up; nobody reads an answer."""
+
+
+def error_answer(error: RequestError) -> Response:
+    """OpenAI's error object; ``message`` stands beside it for clients of Cohere."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    message = str(error)[:500]
+    content = {"message": message, "type": kind, "param": error.param, "code": error.code}
+    headers = {413: {"Connection": "close"}, 503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+    return Response(
+        to_json({"error": content, "message": message}),
+        error.status,
+        headers.get(error.status),
+        media_type="application/json",
+    )
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    Args:
+        token: That every request but those for OPEN must bring; None: anyone may ask.
+        hosts: Names by which this server may be called, so that no page of another site reaches it under a name that
+            suddenly leads here (DNS rebinding); None: any.
+    """
+
+    def __init__(
+        self, app: Any, limits: Limits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
+    ) -> None:
+        self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
+        self._token = None if token is None else _digest(token.encode())
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status, held = time.perf_counter(), 499, [0]
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                present = {name.lower() for name, _ in message["headers"]}
+                missing = ((k.lower().encode(), v.encode()) for k, v in HEADERS.items())
+                message["headers"] = [*message["headers"], *(h for h in missing if h[0] not in present)]
+            await send(message)
+
+        try:
+            self._check_head(scope)
+            if scope["method"] == "POST":
+                receive = await self._read(scope, receive, held)
+            await self.app(scope, receive, answer)
+        except RequestError as error:
+            await error_answer(error)(scope, receive, answer)
+        except ClientGone:
+            return
+        finally:
+            self._held -= held[0]
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
+
+    # ------------------------------------------------------------ the head
+
+    def _check_head(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
+            raise RequestError("this server is not called by that name; see --allow-host", status=421)
+        if self._token is None or scope["path"] in OPEN:
+            return
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # Digests are compared, so that the time tells neither the token's length nor where it differs.
+        if not hmac.compare_digest(_digest(given.strip()), self._token) or kind.lower() != b"bearer":
+            raise RequestError("send the server's token as Authorization: Bearer …", status=401, code="unauthorized")
+
+    # ------------------------------------------------------------ the body
+
+    async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> Receive:
+        """Reads the whole body and checks its form; returns what the application receives it by."""
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                body = await self._body(dict(scope["headers"]).get(b"content-length", b"0"), receive, held)
+        except TimeoutError:
+            raise RequestError("the body did not come in time", status=408) from None
+        check_form(body, self.limits.depth)
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> MutableMapping[str, Any]:
+            return messages.pop() if messages else await receive()
+
+        return replay
+
+    async def _body(self, announced: bytes, receive: Receive, held: list[int]) -> bytes:
+        most = self.limits.body_bytes
+        too_large = RequestError(f"the body has more than {most:,} bytes", status=413, code="body_too_large")
+        if not announced.isdigit() or int(announced[:20]) > most:
+            raise too_large
+        parts = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            parts.append(part)
+            held[0] += len(part)
+            self._held += len(part)
+            if held[0] > most:
+                raise too_large
+            if self._held > BODIES * most:
+                raise RequestError("the server is busy; try again", status=503, code="busy")
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+def check_form(body: bytes, depth: int) -> None:
+    """Refuses JSON that is nested deeply or made of too many parts, before a parser sees it.
+
+    Raises:
+        RequestError: If it is, or cannot be UTF-8.
+    """
+    if b"\0" in body:
+        raise RequestError("the body is not valid JSON in UTF-8")
+    skeleton = STRING.sub(b"", body)
+    if len(skeleton) > STRUCTURE:
+        raise RequestError(f"the body has more than {STRUCTURE:,} bytes of JSON outside of strings", status=413)
+    level = 0
+    for bracket in BRACKET.finditer(skeleton):
+        level += 1 if bracket[0] in b"[{" else -1
+        if level > depth:
+            raise RequestError(f"the body's JSON is nested deeper than {depth}", code="too_deep")
+
+
+def _host(header: bytes) -> str:
+    name = header.decode("latin-1").lower()
+    return name[1:].split("]")[0] if name.startswith("[") else name.split(":")[0].rstrip(".")
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()

@@ -1,0 +1,361 @@
+"""A chat endpoint that speaks OpenAI's protocol (vLLM, SGLang, Ollama, a vendor's), asked for weeks without harm.
+
+::
+
+    ask ─▶ a free place (concurrency) ─▶ pace (requests per minute) ─▶ budget ─▶ POST /chat/completions ─▶ Answer
+             ▲                                                                       │
+             └── Retry-After, or twice as long as the last time, with jitter ◀── 408 425 429 5xx, cut, slow, nonsense
+
+What fails, fails in one of four ways: a question that gets no answer (:class:`Unanswered`) is the caller's to record; a
+server that refuses the key, or gives nothing of use so many times in a row, stops the run (:class:`EndpointError`); a
+spent budget stops it too (:class:`BudgetSpent`); anything else is a defect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from muco.errors import MucoError
+from muco.synth.limits import KEY_VARIABLE, Budget, Limits, Usage
+from muco.synth.messages import Message, length, response_format, trial
+
+if TYPE_CHECKING:
+    import openai
+
+OWN_FIELDS = frozenset({"model", "messages", "response_format", "seed", "stream", "n", "tools"})
+RETRIED = frozenset({408, 409, 425, 429})  # and from 500 on
+ROUNDS = 3  # of retries, while the server answers nobody
+LONGEST_WAIT = 60.0  # s, between two retries
+LONGEST_RETRY_AFTER = 3600.0  # s
+EXAMPLE = 300  # characters shown of what a server said
+
+log = logging.getLogger(__name__)
+
+
+class EndpointError(MucoError):
+    """An endpoint is unreachable, lacks the model, refuses the key, or answers nothing that is of use."""
+
+
+class Unanswered(Exception):
+    """One question got no answer; ``str`` says why."""
+
+    passing = False  # whether asking later may help
+
+
+class _Passing(Unanswered):
+    passing = True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said; ``finish`` is the server's word for why it stopped ("stop", "length", "content_filter")."""
+
+    text: str
+    finish: str = "stop"
+
+
+class Endpoint:
+    """One model behind one URL.
+
+    Args:
+        url: Base of the API; "/v1" is added where it has no path.
+        model: The model's name at that server.
+        sampling: Further fields of every request (temperature, max_tokens, top_p …), passed on as they are.
+        limits: Concurrency, pace, retries.
+        budget: May be shared with other endpoints.
+        key_variable: Environment variable with the API key; where it is not set, none is sent. The key is in no
+            message, log or file.
+    Attributes:
+        structured: Whether ``response_format`` with a JSON schema is used; :meth:`check` finds out.
+    Raises:
+        EndpointError: If the URL, or a field of ``sampling``, cannot be used.
+        MucoError: If the package openai is missing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        limits: Limits = Limits(),  # noqa: B008
+        budget: Budget | None = None,
+        key_variable: str = KEY_VARIABLE,
+    ) -> None:
+        self.url, self.model, self.limits = _base_url(url), model, limits
+        self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
+        if own := OWN_FIELDS & self.sampling.keys():
+            raise EndpointError(f"sampling: {sorted(own)[0]!r} is set by muco; leave it out")
+        self.budget, self.usage, self.structured = budget or Budget(), Usage(), True
+        self.key_variable = key_variable
+        self._key = os.environ.get(key_variable, "")
+        self._client = self._make_client()
+        self._places = asyncio.Semaphore(limits.concurrency)
+        self._next_at = self._paused_until = 0.0  # of the loop's clock
+        self._useless = 0  # answers in a row
+
+    async def __aenter__(self) -> Endpoint:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def ask(
+        self, messages: Sequence[Message], *, schema: Mapping[str, Any] | None = None, seed: int | None = None
+    ) -> Answer:
+        """The model's answer. The caller says by :meth:`useful` or :meth:`useless` what it was worth.
+
+        Args:
+            messages: In OpenAI's form.
+            schema: JSON schema of the answer, for servers that hold a model to one.
+            seed: Of the sampling, where the server knows seeds.
+        Raises:
+            Unanswered: If the server refuses this question, or does not answer it although it answers others.
+            BudgetSpent: If there is no budget left.
+            EndpointError: If the key is refused, or too many answers in a row were of no use.
+        """
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages), **self.sampling}
+        if seed is not None:
+            body["seed"] = seed
+        if schema is not None and self.structured:
+            body["response_format"] = response_format(schema)
+        for round in range(ROUNDS):
+            answered = self.usage.answers
+            try:
+                return await self._ask(body)
+            except Unanswered as error:
+                self.usage.unanswered += 1
+                self.useless(str(error))
+                if not error.passing or self.usage.answers > answered or round == ROUNDS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def useful(self) -> None:
+        """The last answer could be used."""
+        self._useless = 0
+
+    def useless(self, example: str) -> None:
+        """An answer could not be used.
+
+        Raises:
+            EndpointError: If that happened too many times in a row; shows the example.
+        """
+        self._useless += 1
+        if self._useless >= self.limits.max_failures:
+            raise EndpointError(
+                f"{self.url}: {self._useless} answers of {self.model!r} in a row were of no use; the last: "
+                f"{self._shown(example)}. Mend it and give the same command again: it goes on where it stopped"
+            )
+
+    async def check(self, *, image: bool = False, schema: Mapping[str, Any] | None = None) -> None:
+        """Finds out before any work whether the server is there, has the model, sees images and keeps to schemas.
+
+        Asks for the list of models, where the server has one, and then one small question. A server that refuses
+        ``response_format`` is asked without it from then on; that is logged and in :attr:`structured`.
+
+        Raises:
+            EndpointError: If it cannot be reached, the model or the key is wrong, or the question fails.
+            BudgetSpent: If there is no budget for it.
+        """
+        names = await self._models()
+        if names is not None and self.model not in names and f"{self.model}:latest" not in names:  # as Ollama has them
+            near = difflib.get_close_matches(self.model, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+            raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It serves {shown or 'none'}")
+        body: dict[str, Any] = {"model": self.model, "messages": [trial(image)], **self.sampling}
+        if schema is not None:
+            try:
+                await self._ask(body | {"response_format": response_format(schema)})
+                return
+            except Unanswered as error:
+                if error.passing:
+                    raise EndpointError(f"{self.url}: a first question failed: {error}") from error
+                refusal = error
+        try:
+            await self._ask(body)
+        except Unanswered as error:
+            about = " with an image" if image else ""
+            raise EndpointError(f"{self.url}: {self.model!r} refuses a first question{about}: {error}") from error
+        if schema is not None:
+            self.structured = False
+            log.warning("%s refuses response_format, so its answers keep to no schema: %s", self.url, refusal)
+
+    # ── one question ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _ask(self, body: Mapping[str, Any]) -> Answer:
+        for attempt in range(self.limits.retries + 1):
+            try:
+                answer = await self._send(body)
+            except _Passing as error:
+                if attempt == self.limits.retries:
+                    raise
+                self.usage.retries += 1
+                log.debug("%s: %s; trying again", self.url, error)
+                longest = min(self.limits.backoff * 2**attempt, LONGEST_WAIT)
+                await asyncio.sleep(longest * random.uniform(0.5, 1))
+            else:
+                self.usage.answers += 1
+                return answer
+        raise AssertionError("unreachable")
+
+    async def _send(self, body: Mapping[str, Any]) -> Answer:
+        import openai
+
+        async with self._places:
+            await self._wait_for_turn()
+            self.budget.take()
+            self.usage.requests += 1
+            try:
+                async with asyncio.timeout(self.limits.timeout):
+                    raw = await self._client.post("/chat/completions", body=body, cast_to=bytes)
+            except openai.APIStatusError as error:
+                raise self._refused(error) from error
+            except (TimeoutError, openai.APITimeoutError) as error:
+                raise _Passing(f"no answer within {self.limits.timeout:g} s") from error
+            except openai.APIConnectionError as error:
+                raise _Passing(f"no connection ({_cause(error)})") from error
+        answer, usage = self._read(raw)
+        self._count(usage, body, answer)
+        return answer
+
+    async def _wait_for_turn(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while (left := self._paused_until - clock()) > 0:
+            await asyncio.sleep(left * random.uniform(1, 1.1))  # not all at the same moment
+        if self.limits.requests_per_minute:
+            at = max(self._next_at, clock())
+            self._next_at = at + 60 / self.limits.requests_per_minute
+            await asyncio.sleep(at - clock())
+
+    def _refused(self, error: openai.APIStatusError) -> Unanswered:
+        said = self._shown(f"HTTP {error.status_code}: {error.response.text}")
+        if error.status_code == 401:
+            raise EndpointError(
+                f"{self.url}: the API key is refused; put a right one into the environment variable "
+                f"{self.key_variable} ({said})"
+            ) from error
+        if error.status_code not in RETRIED and error.status_code < 500:
+            return Unanswered(said)
+        if (seconds := _retry_after(error.response.headers)) is not None:
+            until = asyncio.get_running_loop().time() + seconds
+            self._paused_until = max(self._paused_until, until)  # for all: one is answered for all of them
+        return _Passing(said)
+
+    def _read(self, raw: bytes) -> tuple[Answer, Any]:
+        try:
+            value = json.loads(raw)
+            choice = value["choices"][0]
+            message = choice["message"]
+            text, refusal = message.get("content"), message.get("refusal")
+            if refusal and not text:
+                return Answer(str(refusal), "refusal"), value.get("usage")
+            if not isinstance(text, str):
+                text = ""
+            return Answer(_without_thoughts(text), str(choice.get("finish_reason") or "stop")), value.get("usage")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            said = self._shown(raw[: 4 * EXAMPLE].decode("utf-8", "replace"))
+            raise _Passing(f"not an answer of a chat endpoint: {said}") from error
+
+    def _count(self, usage: Any, body: Mapping[str, Any], answer: Answer) -> None:
+        counts = [usage.get(f"{part}_tokens") for part in ("prompt", "completion")] if isinstance(usage, dict) else []
+        if not counts or not all(isinstance(count, int) and count >= 0 for count in counts):
+            self.usage.estimated += 1
+            counts = [sum(map(length, body["messages"])) // 4, len(answer.text) // 4]
+        self.usage.prompt_tokens += counts[0]
+        self.usage.completion_tokens += counts[1]
+        self.budget.used_tokens += sum(counts)
+
+    # ── the server ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_client(self) -> openai.AsyncOpenAI:
+        try:
+            import openai
+        except ImportError as error:
+            raise MucoError("asking a model server needs the package openai: pip install 'muco[synth]'") from error
+        # Retries are ours, so that they are counted, paced and within the budget.
+        return openai.AsyncOpenAI(
+            base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.limits.timeout
+        )
+
+    async def _models(self) -> list[str] | None:
+        """The names of the models, or None where the server has no list of them."""
+        import openai
+
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                raw = await self._client.get("/models", cast_to=bytes)
+        except openai.APIStatusError as error:
+            if error.status_code == 401:
+                raise self._refused(error) from error
+            return None
+        except (openai.APIConnectionError, TimeoutError) as error:
+            raise EndpointError(
+                f"{self.url}: cannot be reached ({_cause(error)}); start the server, or mend the URL"
+            ) from error
+        try:
+            return [str(model["id"]) for model in json.loads(raw)["data"]]
+        except (ValueError, LookupError, TypeError):
+            return None
+
+    def _shown(self, text: str) -> str:
+        """A piece of what a server said: in one line, without the key."""
+        text = " ".join(text.split())
+        if self._key:
+            text = text.replace(self._key, "…")
+        return text if len(text) <= EXAMPLE else text[:EXAMPLE] + " …"
+
+
+def _without_thoughts(text: str) -> str:
+    """What a reasoning model says after it has thought, where the server leaves the thoughts in."""
+    return re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EndpointError(f"{url!r} is not the URL of an endpoint; give one such as http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        where = f"{parts.scheme}://{parts.hostname}"  # the rest may be a secret
+        raise EndpointError(f"{where}: a URL of an endpoint ends with its path; a key belongs into {KEY_VARIABLE}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks us to wait, at most an hour."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time()
+        except ValueError:
+            return None
+    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else 0.0  # NaN becomes 0
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, which says more than "Connection error"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of 31 bits that the parts alone determine, for sampling that a later run repeats."""
+    return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8], 16) >> 1

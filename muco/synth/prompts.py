@@ -1,0 +1,158 @@
+"""What the models are told, with a version; a YAML file may say any of it differently.
+
+::
+
+    version: jewellery-2        # a name of your own; it is stored with everything that is made
+    language: German
+    caption: |
+      Describe the piece of jewellery …
+    words: {classification: 4}
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from muco.errors import DataError
+
+WORDS = {"question": 40, "classification": 8, "global": 40, "local": 20, "creative": 60}  # the most that are asked for
+
+PICTURE = """Say in one or two sentences of {language} what this picture shows: the main subject with its looks, what is
+around it, and any text that can be read. Begin with the subject itself, not with words such as "this picture shows"."""
+
+CAPTION = """Describe this picture in {language} for somebody who cannot see it. Begin with the main subject. Then go
+through everything else that can be made out: things with their number, colour, material, size and place, people and
+what they do, text that can be read, the surroundings, the light, and what kind of picture it is. Say only what is to be
+seen; leave out guesses, praise and introductions. One paragraph of 60 to 150 words."""
+
+PAIRS = """You write questions and answers from which a search engine for pictures learns. Below is what one picture
+shows. Whoever is asked sees the picture and knows nothing of these words.
+
+For every question:
+- it is about the picture and can be answered by looking at it alone; it does not mention a description, a caption, a
+  text about the picture or a file;
+- it does not give its own answer away, and no two questions ask for the same;
+- at most {question} words.
+For every answer:
+- it follows from the words below; it is short and plain, and does not repeat the question;
+- no two answers are the same.
+Everything is in {language}.
+
+Answer with one JSON object and nothing else, with these keys, all of them strings:
+{keys}
+
+What the picture shows:
+{caption}"""
+
+AGAIN = """
+
+Some were written before. Do not write these again, and write nothing that means the same:
+{kept}
+These could not be used; write better ones in their place:
+{rejected}"""
+
+KEYS = {
+    "query_cls": "a question about what the main subject is",
+    "answer_cls": "the name of it, at most {classification} words",
+    "negative_answer_cls": "a name that fits the same question and is wrong for this picture, though near",
+    "query_vqa_global1": "a question about the picture as a whole: how its parts belong together or differ",
+    "answer_vqa_global1": "at most {global} words",
+    "query_vqa_global2": "another question about the picture as a whole: its surroundings, its mood, what goes on",
+    "answer_vqa_global2": "at most {global} words",
+    "query_vqa_local1": "a question about one detail",
+    "answer_vqa_local1": "at most {local} words",
+    "query_vqa_local2": "a question about another detail, somewhere else",
+    "answer_vqa_local2": "at most {local} words",
+    "query_vqa_creative": "a question that takes imagination: a story, a before or after, a purpose",
+    "answer_vqa_creative": "one sentence of at most {creative} words that fits what is seen",
+    "query_retrieval": "a request to describe the whole picture in detail",
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The wordings. ``{language}``, ``{caption}`` … are filled in; other braces stay as they are.
+
+    Args:
+        version: Stored with what is made; a changed wording needs a version of its own.
+        language: In which everything is written.
+        script: Script of that language as Unicode names its letters (LATIN, CYRILLIC, CJK …); "" checks nothing.
+        picture: Asks for the short captions of ``muco data caption``.
+        caption: Asks for the dense caption.
+        pairs: Asks for the pairs; needs ``{caption}`` and ``{keys}``.
+        again: Added where pairs are asked for again; needs ``{rejected}``.
+        keys: What is asked for under each key.
+        words: The most words of a question and of each kind of answer; longer ones are rejected.
+    """
+
+    version: str = "muco-1"
+    language: str = "English"
+    script: str = "LATIN"
+    picture: str = PICTURE
+    caption: str = CAPTION
+    pairs: str = PAIRS
+    again: str = AGAIN
+    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))
+    words: Mapping[str, int] = field(default_factory=lambda: dict(WORDS))
+
+    @property
+    def name(self) -> str:
+        """The version and the beginning of a digest of all wordings, so that a silent change shows."""
+        told = json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=True, default=dict)
+        return f"{self.version} ({hashlib.sha256(told.encode()).hexdigest()[:8]})"
+
+    def filled(self, text: str, **values: Any) -> str:
+        """The text with every ``{name}`` that is known replaced, once: what a caption holds is never filled in."""
+        known = {"language": self.language, **self.words, **values}
+        return re.sub(r"\{(\w+)\}", lambda found: str(known.get(found[1], found[0])), text)
+
+
+def load_prompts(path: Path | None) -> Prompts:
+    """The default wordings, or those with what a YAML file says differently.
+
+    Raises:
+        DataError: If the file is no YAML of these keys, lacks a version, or a wording lacks what is filled in.
+    """
+    if path is None:
+        return Prompts()
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    if not isinstance(given, dict) or not isinstance(given.get("version"), str):
+        raise DataError(f"{path}: prompts are a mapping with a 'version' of your own, such as version: mine-1")
+    _check(given, {f.name for f in fields(Prompts)}, str(path))
+    for name, defaults in (("keys", KEYS), ("words", WORDS)):
+        part = given.get(name, {})
+        if not isinstance(part, dict):
+            raise DataError(f"{path}: {name!r} must be a mapping with some of {', '.join(defaults)}")
+        _check(part, {*defaults}, f"{path}: {name}")
+        given[name] = defaults | part
+    prompts = replace(Prompts(), **given)
+    for f in fields(Prompts):
+        kind = dict if f.name in ("keys", "words") else str
+        if not isinstance(getattr(prompts, f.name), kind):
+            raise DataError(f"{path}: {f.name!r} must be a {'mapping' if kind is dict else 'text'}")
+    if wrong := [name for name, number in prompts.words.items() if not isinstance(number, int) or number < 1]:
+        raise DataError(f"{path}: words: {wrong[0]!r} must be a whole number from 1 on")
+    for name, needed in (("pairs", "{caption}"), ("pairs", "{keys}"), ("again", "{rejected}")):
+        if needed not in getattr(prompts, name):
+            raise DataError(f"{path}: {name!r} must hold {needed}, in whose place it is filled in")
+    return prompts
+
+
+def _check(given: Mapping[str, Any], accepted: set[str], where: str) -> None:
+    for key in given:
+        if key not in accepted:
+            near = difflib.get_close_matches(str(key), accepted, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(f"{where}: unknown key {key!r}; {hint}accepted are {', '.join(sorted(accepted))}")
