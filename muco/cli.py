@@ -410,6 +410,41 @@ def demo(
     print(run_demo(output, steps=steps, train=train, test=test))
 
 
+@app.command(
+    epilog=examples(
+        "muco export runs/first/model --output exported",
+        "muco export runs/first/model --format vllm --dtype bfloat16 --output served",
+        "muco export runs/first/checkpoints/checkpoint-500 --adapters separate --output adapters",
+    )
+)
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A trained model's folder, a hub id, or a checkpoint of a run.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make; it must not exist.")],
+    format: Annotated[str, typer.Option(help="sentence-transformers or vllm.")] = "sentence-transformers",
+    adapters: Annotated[
+        str, typer.Option(help="merged into the weights, or separate; only a run's checkpoint has them still.")
+    ] = "merged",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAMESPACE/NAME", help="Upload to this repository of the Hugging Face hub.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for others, and check it.
+
+    Texts and images are embedded by plain transformers from the new folder, which gets its name only if the vectors are
+    the model's own; exit code 3 if they are not.
+    """
+    from muco.export import export
+
+    found = export(model, output, format=format, adapters=adapters, dtype=dtype, push=push)
+    finish(found, as_json, _print_pairs)
+    if not found["ok"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
 @app.command(epilog=examples("muco doctor", "muco doctor --json"))
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and what is missing.

@@ -54,6 +54,7 @@ def test_the_commands_are_the_documented_ones():
         "evaluate beir",
         "evaluate compare",
         "embed",
+        "export",
         "index",
         "search",
         "serve",

@@ -45,7 +45,7 @@ from muco.evaluate.report import print_results, versions, write_json
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
 from muco.progress import progress_bar
-from muco.train.mixture import Mixture, TrainingBatches
+from muco.train.mixture import Mixture, TrainingBatches, open_sources
 from muco.train.recipe import Recipe, load_recipe, to_dict
 from muco.train.trainer import build_model
 
@@ -223,7 +223,7 @@ def make_scenes(folder: Path, *, train: int, test: int, seed: int) -> dict[str, 
 
 def score_untrained(recipe: Recipe, data: Data, cache: Path) -> dict[str, Any]:
     """The scores of the model that training starts from, its size, and what its loss has to be measured against."""
-    sources = [open_data(source.path) for source in recipe.data.train]
+    sources = open_sources(recipe)
     model = build_model(recipe, sources)
     size = recipe.batch.size
     mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], size, recipe.seed)

@@ -20,6 +20,7 @@ from muco.data import open_data
 from muco.evaluate.report import versions, write_json
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.train.flops import step_flops
+from muco.train.mixture import open_sources
 from muco.train.recipe import Recipe, from_dict
 from muco.train.trainer import build_model, make_trainer
 
@@ -65,7 +66,7 @@ def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
 
 def flops_of(recipe: Recipe) -> int:
     """Floating-point operations of a run: those of its first step, forward and backward, times its steps."""
-    sources = [open_data(source.path, source.format, source.options) for source in recipe.data.train]
+    sources = open_sources(recipe)
     model = build_model(recipe, sources)
     trainer = make_trainer(recipe, model, sources)
     return step_flops(model, trainer.batches[0], temperature=recipe.loss.temperature).total * trainer.args.max_steps

@@ -18,11 +18,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from muco.batch import collate
+from muco.data import open_data
 from muco.dialogue import Content, ImageLike, Sample, Turn, query_dialogue, target_dialogue
 from muco.errors import DataError, ImageError, RecipeError
 from muco.processor import Processor
 from muco.reconstruction import reconstruction_dialogues
-from muco.train.recipe import TurnsRecipe
+from muco.train.recipe import Recipe, TurnsRecipe
 
 
 class Data(Protocol):
@@ -32,6 +33,11 @@ class Data(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
     @property
     def fingerprint(self) -> str: ...
+
+
+def open_sources(recipe: Recipe) -> list[Data]:
+    """The training sets of a recipe, in its order; a DataError if one cannot be opened."""
+    return [open_data(source.path, source.format, source.options) for source in recipe.data.train]
 
 
 @dataclass(frozen=True)

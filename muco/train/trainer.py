@@ -47,7 +47,7 @@ from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
 from muco.train.checks import check_budget, check_machine, check_recipe
-from muco.train.mixture import Data, Mixture, PartSampler, StepLoader, TrainingBatches
+from muco.train.mixture import Data, Mixture, PartSampler, StepLoader, TrainingBatches, open_sources
 from muco.train.progress import ScreenProgress
 from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
 from muco.train.record import Record
@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     distributed.start()
-    sources = [open_data(source.path, source.format, source.options) for source in recipe.data.train]
+    sources = open_sources(recipe)
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
     facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
     if finished:

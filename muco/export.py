@@ -1,0 +1,298 @@
+"""A model made ready for others: a folder for the sentence-transformers library, or one for vLLM.
+
+::
+
+    source ─load, cast─▶ model ─write─▶ DIR.part ─plain transformers─▶ vectors ─equal to the model's?─▶ DIR ─▶ hub
+
+A folder gets its name only when it gives the model's vectors (:mod:`muco.parity`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from muco.backbone import merge_adapters
+from muco.encoder import Model, from_backbone, load
+from muco.errors import CheckpointError, MucoError, OutputError
+from muco.parity import TOLERANCES, Parity, compare, examples, stock_vectors
+from muco.processor import Processor, first_line
+from muco.template import EMB
+from muco.train.checkpoint import RUN_FILE, WEIGHTS_FILE, load_trained
+
+if TYPE_CHECKING:
+    from muco.train.recipe import Recipe
+
+Format = Literal["sentence-transformers", "vllm"]
+ADAPTER = "adapter"  # folder of adapters that are kept separate
+INNER, WHOLE = "base_model.model.", "base_model.model.model."  # PEFT's names: of the inner model, within the whole one
+
+
+def export(
+    source: str,
+    output: Path,
+    *,
+    format: Format = "sentence-transformers",
+    adapters: Literal["merged", "separate"] = "merged",
+    dtype: str | None = None,
+    push: str | None = None,
+) -> dict[str, Any]:
+    """Writes a model for others and checks that its vectors are the same there.
+
+    Args:
+        source: A trained model or a hub id; or a checkpoint of a run (``RUN/checkpoints/checkpoint-N``), which still
+            has its adapters.
+        output: A folder that does not exist yet. It appears when the check has passed; otherwise what was written
+            stays beside it as ``NAME.part``.
+        format: "sentence-transformers" for the stock library, "vllm" for vLLM's server.
+        adapters: "merged" into the weights, or "separate" in the folder ``adapter``, in PEFT's form.
+        dtype: "float32", "bfloat16" or "float16"; as the source is if None.
+        push: A repository on the Hugging Face hub, NAMESPACE/NAME, made private if it is new.
+    Returns:
+        ``ok`` and what was measured; ``output`` or, where the check failed, ``part``; ``url`` if pushed.
+    Raises:
+        OutputError: If ``output`` exists.
+        CheckpointError: If the source cannot be loaded, or has no adapters to keep separate.
+        MucoError: If there is no token to push with, or the hub refuses.
+    """
+    _check_choice("format", format, get_args(Format))
+    _check_choice("adapters", adapters, ("merged", "separate"))
+    _check_choice("dtype", dtype, (None, *TOLERANCES))
+    if output.exists():
+        raise OutputError(f"{output} already exists; choose another folder or delete it")
+    if push is not None:
+        _check_push(push)
+    model, recipe = _load(source)
+    if adapters == "separate":
+        _check_separable(source, model, format)
+    before = _vectors(model)
+    changed = _cast(model, dtype)
+    expected = _vectors(model) if changed else before
+    part = output.with_name(f"{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write(model, part, format, separate=adapters == "separate")
+    _write_card(part, source, format, model, recipe, separate=adapters == "separate")
+    parity = _check(part, expected, model, format, separate=adapters == "separate")
+    found = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
+    if changed:
+        found["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
+    if not parity.ok:
+        return found | {"part": str(part)}
+    os.replace(part, output)
+    return found | {"output": str(output)} | ({"url": _push(output, push)} if push else {})
+
+
+def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
+    if value not in accepted:
+        raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
+
+
+def _load(source: str) -> tuple[Model, Recipe | None]:
+    """The model and, where a run made it, its recipe."""
+    from muco.train.recipe import from_dict, load_recipe
+
+    folder = Path(source)
+    if not (folder / WEIGHTS_FILE).is_file():
+        recipe = folder / "recipe.yaml"
+        return load(source, device="cpu"), load_recipe(recipe) if recipe.is_file() else None
+    from muco.data import open_data
+    from muco.train.trainer import build_model
+
+    run = folder.parent.parent / RUN_FILE
+    if not run.is_file():
+        raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
+    values = json.loads(run.read_text(encoding="utf-8"))["recipe"] | {"output": str(run.parent)}
+    made_by = from_dict(values)
+    trained_on = made_by.data.train if made_by.model.tiny else ()  # a tiny model's tokenizer is made from its data
+    model = build_model(made_by, [open_data(data.path, data.format, data.options) for data in trained_on])
+    load_trained(model, folder)
+    return model.to("cpu").eval(), made_by
+
+
+def _check_separable(source: str, model: Model, format: Format) -> None:
+    backbone = model.encoder.model
+    if not hasattr(backbone, "peft_config"):
+        raise CheckpointError(
+            f"{source} has no adapters of its own (a finished model has them folded in); give a checkpoint of its run, "
+            "RUN/checkpoints/checkpoint-N, or leave --adapters at merged"
+        )
+    if format == "vllm" and backbone.peft_config["default"].use_dora:
+        raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
+
+
+def _cast(model: Model, dtype: str | None) -> bool:
+    """Casts all weights; not the buffers: rotary frequencies stay float32, as when loaded. Tells if any changed."""
+    wanted = getattr(torch, dtype) if dtype else model.encoder.model.dtype
+    changed = False
+    for parameter in model.parameters():
+        changed |= parameter.dtype != wanted
+        parameter.data = parameter.data.to(wanted)
+    return changed
+
+
+def _vectors(model: Model) -> dict[str, Any]:
+    inputs = examples()
+    return dict(zip(inputs, model.encode([*inputs.values()], truncate_dim=None), strict=True))
+
+
+def _write(model: Model, folder: Path, format: Format, *, separate: bool) -> None:
+    processor: Processor = model.encoder.muco_processor
+    adapted = model.encoder.model
+    backbone = _without_adapters(adapted) if separate else merge_adapters(copy.deepcopy(adapted))
+    from_backbone(backbone, processor, device="cpu").save(str(folder), create_model_card=False)
+    if format == "vllm":
+        _write_whole(folder)
+    if separate:
+        _write_adapters(adapted, folder / ADAPTER, whole=format == "vllm")
+
+
+def _without_adapters(adapted: Any) -> nn.Module:
+    """The plain model. Embeddings of trained tokens are in it, for few readers of adapters know of them."""
+    embeddings = merge_adapters(copy.deepcopy(adapted)).get_input_embeddings().weight.data
+    plain = copy.deepcopy(adapted).unload()
+    plain.get_input_embeddings().weight.data = embeddings.clone()
+    return plain
+
+
+def _write_whole(folder: Path) -> None:
+    """Saves the weights again under the names of the ``…ForConditionalGeneration`` class, which vLLM's loaders read.
+
+    An embedding model has no language-model head; the class wants one and takes the input embeddings for it.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    whole = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    whole.save_pretrained(folder)
+
+
+def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    weights = {name: weight for name, weight in get_peft_model_state_dict(adapted).items() if "lora_" in name}
+    if whole:
+        weights = {name.replace(INNER, WHOLE, 1): weight for name, weight in weights.items()}
+    config = copy.deepcopy(adapted.peft_config["default"])
+    config.trainable_token_indices, config.inference_mode, config.base_model_name_or_path = None, True, ".."
+    folder.mkdir()
+    config.save_pretrained(str(folder))
+    save_file({k: w.detach().contiguous() for k, w in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def _check(folder: Path, expected: dict[str, Any], model: Model, format: Format, *, separate: bool) -> Parity:
+    dtype = str(model.encoder.model.dtype).removeprefix("torch.")
+    found = stock_vectors(folder, generation=format == "vllm", adapter=folder / ADAPTER if separate else None)
+    return compare(expected, found, dtype)
+
+
+# Model cards
+
+
+def _write_card(
+    folder: Path, source: str, format: Format, model: Model, recipe: Recipe | None, *, separate: bool
+) -> None:
+    dimensions = sorted(recipe.loss.dimensions) if recipe else []
+    if format == "vllm" and dimensions:  # else vLLM refuses requests for shorter vectors
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config |= {"is_matryoshka": True, "matryoshka_dimensions": dimensions}
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    library = "sentence-transformers" if format == "sentence-transformers" else "vllm"
+    card = f"""---
+library_name: {library}
+pipeline_tag: feature-extraction
+tags: ["muco"]
+---
+
+# A multimodal embedding model
+
+Maps text, images, or both to one vector of {model.get_embedding_dimension()} numbers. Exported from {Path(source).name}
+by MuCo; its vectors were compared with the model's own after the export.
+
+"""
+    card += _vllm_card(dimensions, separate) if format == "vllm" else _library_card(dimensions, separate)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _library_card(dimensions: list[int], separate: bool) -> str:
+    load = f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else ""
+    short = f"\nVectors may be cut to {_listed(dimensions)} numbers: `truncate_dim`.\n" if dimensions else ""
+    return f"""```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("this folder")
+{load}model.encode(["a text", {{"text": "a question", "image": "photo.png"}}])
+```
+{short}"""
+
+
+def _vllm_card(dimensions: list[int], separate: bool) -> str:
+    lora = f" --enable-lora --lora-modules muco=./{ADAPTER}" if separate else ""
+    name = "muco" if separate else "."
+    if dimensions:
+        short = f"`dimensions` may be {_listed(dimensions)}, for which the model was trained."
+    else:
+        short = "`dimensions` is refused: the model was not trained for shorter vectors."
+    return f"""From within this folder:
+
+```bash
+vllm serve . --runner pooling --convert embed --chat-template ./chat_template.jinja{lora}
+```
+
+```bash
+curl http://localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages":
+  [{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": "data:image/png;base64,…"}}}},
+  {{"type": "text", "text": "What is it?"}}]}}]}}'
+```
+
+Ask with `messages`, texts too: only they pass through the chat template, which ends at `{EMB}`, where the vector is
+read
+(last token, L2-normalised: `1_Pooling/config.json`). A plain `input` would be embedded without it, as something else.
+{short} A text alone needs no placeholder image.
+"""
+
+
+def _listed(dimensions: list[int]) -> str:
+    return ", ".join(map(str, dimensions))
+
+
+# The hub
+
+
+def _check_push(repository: str) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise MucoError(f"--push {repository!r} is no name of a repository: {first_line(error)}") from error
+    if repository.count("/") != 1:
+        raise MucoError(f"--push {repository!r}: write it as NAMESPACE/NAME")
+    if get_token() is None:
+        raise MucoError("--push needs a token of the Hugging Face hub: set HF_TOKEN or run 'hf auth login'")
+
+
+def _push(folder: Path, repository: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+    except (HfHubHTTPError, OSError) as error:
+        raise MucoError(f"{folder} is written, but the hub did not take it: {first_line(error)}") from error

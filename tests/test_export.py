@@ -1,0 +1,172 @@
+"""muco export: what others read is the model itself; a folder that gives other vectors gets no name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, checkpoint, image
+from safetensors.torch import load_file, save_file
+
+import muco
+from muco import CheckpointError, MucoError, OutputError
+from muco.backbone import add_adapters, load_backbone
+from muco.encoder import from_backbone
+from muco.export import export
+from muco.parity import Parity, compare, examples, stock_vectors
+from muco.sizes import Adapter
+from muco.template import EMB
+from muco.train.recipe import from_dict
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+INPUTS = ["a ring", {"text": "What is it?", "image": image(150, 64, 1)}]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, str]:
+    """Every family as a saved embedding model."""
+    root = tmp_path_factory.mktemp("saved")
+    for family in FAMILIES:
+        muco.load(checkpoint(family), device="cpu", local_files_only=True).save(str(root / family))
+    return {family: str(root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def run(saved, scenes, tmp_path_factory) -> Path:
+    """A short run of LoRA adapters whose checkpoint still has them."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    recipe = {
+        "output": str(output),
+        "model": {"path": saved["qwen2_vl"], "adapter": {"kind": "lora", "rank": 4, "alpha": 64}},
+        "data": {"train": [{"path": str(scenes / "train.jsonl")}]},
+        "loss": {"dimensions": [16]},
+        "batch": {"size": 4},
+        "trainer": {"max_steps": 3, "save_steps": 3, "learning_rate": 0.05, "report_to": []},
+    }
+    muco.train(from_dict(recipe))
+    return output
+
+
+def vectors(path: Path | str) -> np.ndarray:
+    return muco.load(str(path), device="cpu").encode(INPUTS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])
+def test_every_family_keeps_its_vectors_in_both_forms(family, format, saved, tmp_path):
+    found = export(saved[family], tmp_path / "out", format=format)
+    assert found["ok"] and found["cosine"] > 0.999999 and found["examples"] == len(examples())
+    assert not list(tmp_path.glob("*.part"))
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode"] == "lasttoken" and pooling["pooling_mode_lasttoken"] is True
+    assert (tmp_path / "out" / "chat_template.jinja").read_text().rstrip().endswith((EMB, "}", "-%}"))
+    assert np.allclose(vectors(tmp_path / "out"), vectors(saved[family]), atol=1e-5)
+
+
+def test_vllm_gets_the_names_of_the_whole_class_and_its_command(run, tmp_path):
+    export(str(run / "model"), tmp_path / "out", format="vllm")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert config["is_matryoshka"] is True and config["matryoshka_dimensions"] == [16]
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert not any("lora" in name for name in names)
+    assert any(name.startswith(("model.visual.", "visual.")) for name in names)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve . --runner pooling" in card and "chat_template.jinja" in card and "16" in card
+
+
+@pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])
+def test_adapters_are_merged_or_separate_with_the_same_vectors(format, run, tmp_path):
+    checkpoint_folder = str(run / "checkpoints" / "checkpoint-3")
+    merged = export(checkpoint_folder, tmp_path / "merged", format=format)
+    separate = export(checkpoint_folder, tmp_path / "separate", format=format, adapters="separate")
+    assert merged["ok"] and separate["ok"]
+    assert np.allclose(vectors(tmp_path / "merged"), vectors(run / "model"), atol=1e-5)
+    adapter = load_file(tmp_path / "separate" / "adapter" / "adapter_model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+    plain, adapted = (
+        stock_vectors(tmp_path / "separate", generation=format == "vllm", adapter=path)
+        for path in (None, tmp_path / "separate" / "adapter")
+    )
+    assert compare(plain, adapted, "float32").cosine < 0.9999, "the adapter does nothing: nothing was compared"
+
+
+def test_another_precision_is_said_and_checked(saved, tmp_path):
+    found = export(saved["qwen2_vl"], tmp_path / "half", dtype="bfloat16")
+    assert found["ok"] and found["dtype"] == "bfloat16" and 0.99 < found["cosine_to_source"] < 1
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_a_folder_that_gives_other_vectors_gets_no_name(saved, tmp_path, monkeypatch):
+    import muco.export as module
+
+    write = module._write
+
+    def spoilt(model, folder, format, *, separate):
+        write(model, folder, format, separate=separate)
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if "layers.0" in name and "q_proj.weight" in name)
+        weights[name] = -weights[name]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(module, "_write", spoilt)
+    found = export(saved["qwen2_vl"], tmp_path / "out")
+    assert not found["ok"] and found["worst"] in examples() and found["cosine"] < 0.999999
+    assert not (tmp_path / "out").exists() and Path(found["part"]).is_dir()
+
+
+def test_a_missing_weight_and_a_missing_pooling_are_errors(saved, tmp_path):
+    export(saved["qwen2_vl"], tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    lost = sorted(weights)[0]
+    save_file({k: w for k, w in weights.items() if k != lost}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing or unexpected weights"):
+        stock_vectors(tmp_path / "out", generation=False)
+
+
+def test_parity_takes_no_number_for_no_equality():
+    one = {"a": np.array([1.0, 0.0], dtype=np.float32)}
+    assert compare(one, one, "float32").ok
+    assert not compare(one, {"a": np.array([np.nan, 0.0], dtype=np.float32)}, "float32").ok
+    assert not Parity("float32", 1, 1.0, 1e-3, "a").ok and Parity("bfloat16", 1, 0.9995, 1e-3, "a").ok
+
+
+def test_what_cannot_be_exported_is_said(saved, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OutputError, match="already exists"):
+        export(saved["qwen2_vl"], tmp_path / "there")
+    with pytest.raises(CheckpointError, match="no adapters of its own"):
+        export(saved["qwen2_vl"], tmp_path / "out", adapters="separate")
+    with pytest.raises(MucoError, match="dtype must be one of"):
+        export(saved["qwen2_vl"], tmp_path / "out", dtype="int8")
+    with pytest.raises(MucoError, match="needs a token"):
+        export(saved["qwen2_vl"], tmp_path / "out", push="me/rings")
+    with pytest.raises(MucoError, match="NAMESPACE/NAME"):
+        export(saved["qwen2_vl"], tmp_path / "out", push="rings")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_dora_is_not_for_vllm_unmerged(tmp_path):
+    from muco.export import _check_separable
+
+    backbone, processor = load_backbone(checkpoint("qwen2_vl"), local_files_only=True)
+    model = from_backbone(add_adapters(backbone, Adapter("dora", rank=2), [processor.emb_id]), processor, device="cpu")
+    with pytest.raises(MucoError, match="but not DoRA"):
+        _check_separable("run", model, "vllm")
+
+
+@pytest.mark.slow
+def test_the_command_line(saved, tmp_path):
+    command = [sys.executable, "-m", "muco", "export", saved["qwen2_vl"], "--output", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "already exists" in again.stderr and not again.stdout
