@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from turns import IMAGE, SIZES, Bench, Settings, heading, say, write
 
-from muco.train.flops import _MetaModel, count_flops, qwen2_vl_config
+from muco.train.flops import meta_step_flops, qwen2_vl_config
 
 QUESTIONS = (1, 4, 16, 64)
 TOKENS = 30  # of a question, its share of the prompt included
@@ -74,15 +74,17 @@ def timed(bench: Bench, way: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def true_flops(size: str, k: int) -> dict[str, float]:
-    """TFLOPs at the true size, on the meta device; shared: all turns in one tree, attention counted in full."""
-    model = _MetaModel(qwen2_vl_config(size), None, False)  # type: ignore[arg-type]
+def true_flops(size: Literal["2B", "7B"], k: int) -> dict[str, float]:
+    """TFLOPs at the true size, counted on the meta device; shared: all turns in one tree, attention counted in full."""
 
-    def forward(visual: int, turns: int) -> int:
-        return count_flops(lambda: model(visual, turns * TOKENS, tree=turns > 1).sum(), backward=False).total
+    def forward(turns: int) -> float:
+        """Both sides of a training step without its target side: that is a pass without image, which is taken off."""
+        counted = {"images": 1, "backward": False, "query_tokens": TOKENS, "target_tokens": TOKENS}
+        both = meta_step_flops(qwen2_vl_config(size), turns=turns, visual_tokens=VISUAL, **counted)
+        texts = meta_step_flops(qwen2_vl_config(size), turns=turns, visual_tokens=0, **counted)
+        return (both.total - texts.total / 2) / 1e12
 
-    one = forward(VISUAL, 1)
-    return {"shared": forward(VISUAL, k) / 1e12, "separate": k * one / 1e12}
+    return {"shared": forward(k), "separate": k * forward(1)}
 
 
 def table(result: dict[str, Any]) -> str:
