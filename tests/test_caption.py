@@ -169,7 +169,7 @@ def test_a_budget_stops_and_the_next_run_goes_on(scenes, dev, tmp_path):
     with ChatServer(scenes) as server:
         first = run(server, dev, output, budget=Budget(requests=6))
         assert first["captioned"] == 5 and first["stopped"] == "the budget of 6 requests is spent"
-        second = run(server, dev, output, budget=Budget(tokens=500))
+        second = run(server, dev, output, budget=Budget(tokens=500), limits=replace(QUICK, concurrency=1))
         assert second["found"] > 0 and "500 tokens" in second["stopped"]
         third = run(server, dev, output)
         assert (third["stopped"], third["found"] + third["captioned"]) == (None, 16)

@@ -77,25 +77,27 @@ async def caption(
     held: list[dict[str, Any]] = []  # failures, until something succeeds: a server out of order must not be blamed on
     stopped = None  # images
 
-    async def one(image: tuple[ImageLike, str]) -> dict[str, Any] | None:
+    async def one(image: tuple[ImageLike, str]) -> None:
         line = await _line(*image, endpoint, prompts, max_pixels)
         if line is None or "error" in line:
+            counts["failed"] += 1
             held.extend([line] if line else [])
-            return line
+            return
+        counts["captioned"] += 1
         for made in (line, *held):
             journal.add(made)
         held.clear()
-        return line
 
     with Journal(output) as journal, closing(_images(data, _digests(output), counts, progress)) as images:
         async with aclosing(in_order(images, one, ahead=2 * endpoint.limits.concurrency)) as lines:
             try:
-                async for line in lines:
-                    counts["captioned" if line and "caption" in line else "failed"] += 1
+                async for _ in lines:
+                    pass
             except BudgetSpent as error:
                 stopped = str(error)
         for line in held:
             journal.add(line)
+    counts["failed"] += counts.pop("missing", 0)
     return {**counts, "stopped": stopped, "output": str(output), "usage": endpoint.usage.as_dict()}
 
 
@@ -141,7 +143,7 @@ def _images(
                 digest = image_digest(image, where=sample.where)
             except ImageError as error:
                 log.warning("%s", error)
-                counts["failed"] += 1
+                counts["missing"] += 1  # apart from the failed: those are counted on another thread
                 continue
             key = bytes.fromhex(digest)
             if key in seen:
