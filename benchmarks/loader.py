@@ -22,7 +22,8 @@ from turns import Bench, heading, say, write
 from muco.dialogue import Sample
 from muco.gradcache import TrainingStep
 from muco.processor import Processor
-from muco.train.mixture import Mixture, PartSampler, StepLoader, TrainingBatches
+from muco.train.batches import PartSampler, StepLoader, TrainingBatches
+from muco.train.mixture import Mixture
 from muco.train.recipe import TurnsRecipe
 
 

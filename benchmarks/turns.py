@@ -38,8 +38,8 @@ from muco.loss import MultiTurnLoss
 from muco.processor import Processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import EMB
+from muco.train.batches import Chosen, training_batch
 from muco.train.flops import Flops, step_flops
-from muco.train.mixture import Chosen, training_batch
 
 TURNS = (1, 2, 4, 7)
 MODES = ("isolated", "compounded")
@@ -223,7 +223,7 @@ def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ..
     """The results of ``function`` for each tuple of arguments, one call after another, each in a process of its own."""
     # not "fork": OpenMP's threads do not survive it; a started Python would inherit this process's peak
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["muco.encoder", "muco.train.flops", "muco.train.mixture"])  # saves their import
+    context.set_forkserver_preload(["muco.encoder", "muco.train.flops", "muco.train.batches"])  # saves their import
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for arguments in calls:
             yield pool.submit(function, *arguments).result()

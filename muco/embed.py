@@ -113,11 +113,11 @@ def embed(
     parts.begin(run)
     if resumed := parts.rows:
         say(f"{output}: going on after {resumed} rows")
-    opened = _opened(source.rows(resumed), ahead=2 * batch_size)
+    opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
     encode = partial(
         model.encode, show_progress_bar=False, **({"truncate_dim": dimension} if dimension < whole else {})
     )
-    with _bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
+    with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
         task = bar.add_task("embed", total=source.total, completed=resumed)
         while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
             parts.add(part, dimension)
@@ -140,7 +140,8 @@ def _summary(parts: Parts, run: dict[str, str], *, resumed: int, started: float)
     }
 
 
-def _bar(console: Console, *, shown: bool) -> Progress:
+def rows_bar(console: Console, *, shown: bool) -> Progress:
+    """A bar of rows done, of all, and the time left; without ``shown`` it draws nothing."""
     from rich import progress
 
     count, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn(elapsed_when_finished=True)
@@ -152,7 +153,7 @@ def _bar(console: Console, *, shown: bool) -> Progress:
 # ── from rows to vectors ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _opened(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
+def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
     """The rows in order, their images opened by threads up to ``ahead`` rows before they are asked for.
 
     Fewer, down to one per thread, where as many images of the largest size so far would take over DECODED_BYTES.
@@ -190,17 +191,14 @@ def _open(row: Row) -> Row:
 def _encode_part(encode: Encode, rows: Iterable[Row], batch_size: int, advance: Callable[[int], None]) -> list[Row]:
     """Each row with its vector or its error, without its image."""
     part: list[Row] = []
-    for batch in _batches(rows, batch_size):
-        results = iter(_encode(encode, [row for row in batch if row.error is None]))
-        for row in batch:
-            result = next(results) if row.error is None else row.error
-            outcome = {"error": result} if isinstance(result, str) else {"vector": result}
-            part.append(replace(row, image=None, **outcome))
+    for batch in in_batches(rows, batch_size):
+        part += encode_rows(encode, batch)
         advance(len(batch))
     return part
 
 
-def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
+def in_batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
+    """Rows with opened images, as many at a time as pass together: fewer where their images are large."""
     batch: list[Row] = []
     for row in rows:
         batch.append(row)
@@ -209,6 +207,17 @@ def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
             batch = []
     if batch:
         yield batch
+
+
+def encode_rows(encode: Encode, rows: list[Row]) -> list[Row]:
+    """Each row with its vector or its error, without its image; those that have an error already are not encoded."""
+    results = iter(_encode(encode, [row for row in rows if row.error is None]))
+    encoded = []
+    for row in rows:
+        result = next(results) if row.error is None else row.error
+        outcome = {"error": result} if isinstance(result, str) else {"vector": result}
+        encoded.append(replace(row, image=None, **outcome))
+    return encoded
 
 
 def _encode(encode: Encode, rows: list[Row]) -> list[np.ndarray | str]:

@@ -110,7 +110,7 @@ class TrainingStep:
         """Makes one step.
 
         Args:
-            parts: From :func:`muco.train.mixture.training_batch`, on the CPU; taken one at a time.
+            parts: From :func:`muco.train.batches.training_batch`, on the CPU; taken one at a time.
         Raises:
             TrainingError: If the loss is not finite, or one dialogue alone is more than memory holds.
         """

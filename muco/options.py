@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,3 +37,10 @@ def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> 
     from rich.console import Console
 
     show(result, Console(file=sys.stdout))
+
+
+def print_pairs(result: Mapping[str, Any], console: Console) -> None:
+    """One line per key."""
+    width = max(map(len, result))
+    for key, value in result.items():
+        console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -25,7 +25,7 @@ from muco.gradcache import TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.sizes import Adapter
 from muco.template import SPECIAL_TOKENS
-from muco.train.mixture import Chosen, reconstruction_batch, training_batch
+from muco.train.batches import Chosen, reconstruction_batch, training_batch
 from muco.train.trainer import shard_model
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}

@@ -296,9 +296,9 @@ def test_rows_are_opened_only_a_little_ahead_of_the_model(
             return super().encode(inputs, **kwargs)
 
     numbers: list[int] = []
-    make_row = muco.data.items._row
+    make_row = muco.data.items.read_row
     monkeypatch.setattr(
-        muco.data.items, "_row", lambda number, *rest: numbers.append(number) or make_row(number, *rest)
+        muco.data.items, "read_row", lambda number, *rest: numbers.append(number) or make_row(number, *rest)
     )
     monkeypatch.setattr(muco.embed, "DECODED_BYTES", held)
     (tmp_path / "in").mkdir()

@@ -18,8 +18,8 @@ from muco.backbone import tiny_qwen2_vl
 from muco.dialogue import Sample, Turn
 from muco.encoder import from_backbone
 from muco.sizes import Adapter, TinyConfig
+from muco.train.batches import Chosen, training_batch
 from muco.train.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
-from muco.train.mixture import Chosen, training_batch
 
 ROOT = Path(__file__).parent.parent
 CONFIG = TinyConfig(width=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vision_width=32, vision_depth=3)

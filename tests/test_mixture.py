@@ -15,16 +15,10 @@ from muco import Content, DataError, ImageError, RecipeError, Sample, Turn
 from muco.batch import join, join_ids, split, tree_mask
 from muco.data import open_data
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.train import batches as batches_module
 from muco.train import mixture as mixture_module
-from muco.train.mixture import (
-    Draw,
-    Mixture,
-    PartSampler,
-    StepLoader,
-    TrainingBatches,
-    turn_order,
-    with_image_turn,
-)
+from muco.train.batches import PartSampler, StepLoader, TrainingBatches, with_image_turn
+from muco.train.mixture import Draw, Mixture, turn_order
 from muco.train.recipe import TurnsRecipe
 
 
@@ -138,7 +132,7 @@ def test_a_batch_is_a_function_of_the_step_alone(batches):
 
 def test_a_step_comes_in_parts_and_goes_on_where_it_is_asked_to(batches, monkeypatch):
     whole = [batches[step] for step in range(4)]
-    monkeypatch.setattr(mixture_module, "PART", 4)  # 6 samples: 4 and 2
+    monkeypatch.setattr(batches_module, "PART", 4)  # 6 samples: 4 and 2
     steps = [[*step["parts"]] for step in loader(batches, 4, first=1)]
     assert [[len(part["places"]) for part in parts] for parts in steps] == [[4, 2]] * 3
     for parts, item in zip(steps, whole[1:], strict=True):
@@ -323,7 +317,7 @@ def test_without_duplicates_every_image_and_target_is_trained_once_however_the_s
 
 
 def test_a_part_that_is_left_with_nothing_is_none(tiny_model, monkeypatch):
-    monkeypatch.setattr(mixture_module, "PART", 2)
+    monkeypatch.setattr(batches_module, "PART", 2)
     rows = Rows([Sample(turns=[Turn(str(i), "Ring")], id=str(i)) for i in range(4)])
     processor = tiny_model.encoder.muco_processor
     made = TrainingBatches([rows], Mixture([4], [1.0], 4, 0), processor, TurnsRecipe(), leave_out_duplicates=True)

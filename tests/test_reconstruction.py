@@ -22,7 +22,7 @@ from muco.gradcache import TrainingStep
 from muco.loss import ReconstructionLoss, reconstruction_info_nce
 from muco.reconstruction import hide, reconstruction_dialogues
 from muco.template import MASK
-from muco.train.mixture import Chosen, reconstruction_batch
+from muco.train.batches import Chosen, reconstruction_batch
 from muco.train.recipe import from_dict
 
 PICTURE = Image.new("RGB", (56, 56), "red")

@@ -17,7 +17,7 @@ import pytest
 import muco
 from muco import MucoError, OutputError
 from muco.study.design import Column, Run, Study, folder_of, recipe_of
-from muco.study.report import Estimate, differences, plot, table, write_report
+from muco.study.report import Estimate, differences, plot, table, table_as_json, write_report
 from muco.study.run import run_study
 from muco.study.studies import STUDIES, find_study
 from muco.train.recipe import from_dict
@@ -72,6 +72,8 @@ def test_differences_are_paired_by_seed(scenes, tmp_path):
     assert row["columns"]["answer"].mean == pytest.approx(10) and row["columns"]["answer"].half_width < 1e-9
     (shown,) = table(study, found)  # "first" is not shown
     assert shown["name"] == "goes on" and shown["tflops"] == 2.0 and math.isnan(shown["columns"]["loss"].mean)
+    (plain,) = json.loads(json.dumps(table_as_json(study, found), allow_nan=False))
+    assert plain["columns"]["answer"]["values"] == pytest.approx([20, 60, 100]) and plain["seconds"] is None
     page = write_report(study, found, tmp_path, "muco study two").read_text()
     assert "60.0 ± 99.4" in page and "goes on − first | 10.0 ± 0.0" in page and "`muco study two`; 3 seeds" in page
     drawn = ET.fromstring(plot(study, found))  # noqa: S314 - our own

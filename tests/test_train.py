@@ -337,6 +337,14 @@ def test_rows_that_cannot_be_used_are_named_counted_and_kept_count_of_when_resum
     assert {line["row"] for line in lines} <= set(range(9)) and all("train.jsonl" in line["reason"] for line in lines)
     state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
     before = sum(line["step"] < 4 for line in lines)
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(folder / "checkpoint-6")  # as if killed after step 5, and in the middle of a line
+    with (tmp_path / "run" / "skipped-0.jsonl").open("a") as file:
+        file.write('{"step": 5, "sou')
+    again = json.loads((muco.train(recipe) / "run.json").read_text())["record"]
+    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
+    assert again == record and listed == lines
     assert state["stateful_callbacks"]["Record"]["attributes"] == {
         "samples": 32,
         "skipped": before,

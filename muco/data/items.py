@@ -12,12 +12,9 @@ from functools import partial
 from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm".split())
 PARQUET_ROWS = 32  # rows read from a Parquet file at once: with images inside, each may weigh megabytes
@@ -101,7 +98,7 @@ def _image_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEn
 
 def _folder_rows(folder: Path, start: int) -> Iterator[Row]:
     for number, (name, _) in islice(enumerate(_image_files(folder)), start, None):
-        yield _row(number, str(folder / name), {"image": name, "id": name}, COLUMNS, folder)
+        yield read_row(number, str(folder / name), {"image": name, "id": name}, COLUMNS, folder)
 
 
 def _jsonl(path: Path, columns: Columns) -> Source:
@@ -133,7 +130,7 @@ def _jsonl_rows(path: Path, columns: Columns, start: int) -> Iterator[Row]:
                     f"{where}: a dialogue (it has 'turns'), and embed takes simple items with 'text' and/or 'image'; "
                     "write such a file, or score dialogues with `muco evaluate`"
                 )
-            yield _row(number, where, record, columns, path.parent)
+            yield read_row(number, where, record, columns, path.parent)
 
 
 def _parquet(path: Path, columns: Columns) -> Source:
@@ -170,13 +167,13 @@ def _parquet_rows(path: Path, columns: Columns, start: int) -> Iterator[Row]:
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=range(first, len(sizes)), columns=present):
                 for record in batch.to_pylist():
                     if number >= start:
-                        yield _row(number, f"{path.name} row {number}", record, columns, path.parent)
+                        yield read_row(number, f"{path.name} row {number}", record, columns, path.parent)
                     number += 1
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: broken after row {number}: {error}") from error
 
 
-def _row(number: int, where: str, record: dict[str, Any], columns: Columns, root: Path) -> Row:
+def read_row(number: int, where: str, record: dict[str, Any], columns: Columns, root: Path) -> Row:
     """The row of a record; what is wrong with it becomes its ``error``."""
     text_column, image_column, id_column = columns
     given = str(number)

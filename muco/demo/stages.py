@@ -45,7 +45,8 @@ from muco.evaluate.report import print_results, versions, write_json
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
 from muco.progress import progress_bar
-from muco.train.mixture import Mixture, TrainingBatches, open_sources
+from muco.train.batches import TrainingBatches
+from muco.train.mixture import Mixture, open_sources
 from muco.train.recipe import Recipe, load_recipe, to_dict
 from muco.train.trainer import build_model
 

@@ -15,7 +15,8 @@ import torch
 
 from muco.dialogue import Sample
 from muco.loss import MultiTurnLoss
-from muco.train.mixture import Mixture, TrainingBatches
+from muco.train.batches import TrainingBatches
+from muco.train.mixture import Mixture
 from muco.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muco.options import BatchSize, Dimension, Json, examples, finish
+from muco.options import BatchSize, Dimension, Json, examples, finish, print_pairs
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 Place = Annotated[
     str, typer.Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
@@ -102,7 +102,7 @@ def index(
             errors=errors,
         )
         result = found | {"deleted": found["deleted"] + result.get("deleted", 0)}
-    finish(result, as_json, _show_pairs)
+    finish(result, as_json, print_pairs)
 
 
 def search(
@@ -141,9 +141,3 @@ def search(
     from muco.search.terminal import protocol, show
 
     show(hits, Console(file=sys.stdout), protocol(os.environ, sys.stdout))
-
-
-def _show_pairs(result: dict[str, Any], console: Console) -> None:
-    width = max(map(len, result))
-    for key, value in result.items():
-        console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.data.items import Row
-from muco.embed import DECODERS, _batches, _encode, _opened
+from muco.embed import DECODERS, encode_rows, in_batches, opened_rows
 from muco.errors import MucoError
 
 if TYPE_CHECKING:
@@ -44,14 +44,10 @@ def encoded(model: Model, dimension: int, batch_size: int, rows: Iterable[Row]) 
     """Each row with its vector or its error, and the thumbnail of its image."""
     short = {"truncate_dim": dimension} if dimension < model.get_embedding_dimension() else {}
     encode = partial(model.encode, show_progress_bar=False, **short)
-    with ThreadPoolExecutor(DECODERS) as pool, closing(_opened(rows, ahead=2 * batch_size)) as opened:
-        for batch in _batches(opened, batch_size):
+    with ThreadPoolExecutor(DECODERS) as pool, closing(opened_rows(rows, ahead=2 * batch_size)) as opened:
+        for batch in in_batches(opened, batch_size):
             small = pool.map(lambda row: None if row.image is None else thumbnail(row.image), batch)
-            results = iter(_encode(encode, [row for row in batch if row.error is None]))
-            for row, picture in zip(batch, small, strict=True):
-                result = next(results) if row.error is None else row.error
-                outcome = {"error": result} if isinstance(result, str) else {"vector": result}
-                yield replace(row, image=None, **outcome), picture
+            yield from zip(encode_rows(encode, batch), small, strict=True)
 
 
 def on_daft(

@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import COLUMNS, Row, _row
-from muco.embed import _bar
+from muco.data.items import COLUMNS, Row, read_row
+from muco.embed import rows_bar
 from muco.errors import DataError, MucoError
 from muco.search.encode import Encoder, encoded, on_daft
 from muco.search.index import OWN, Index
@@ -114,7 +114,7 @@ def add_rows(index: Index, rows: Iterable[Mapping[str, Any]], *, batch_size: int
     add_columns(index, extra, "rows")
     encode = partial(encoded, index.model, index.dimension, batch_size)
     entries = (
-        Entry(_row(number, f"row {number}", row, COLUMNS, Path()), conform(row, extra))
+        Entry(read_row(number, f"row {number}", row, COLUMNS, Path()), conform(row, extra))
         for number, row in enumerate(rows)
     )
     with closing(Notes()) as notes:
@@ -188,7 +188,7 @@ def _update(
     counts = dict.fromkeys(("encoded", "reused", "unchanged", "failed"), 0)
     writer = Writer(index)
     console = Console(stderr=True, quiet=progress is False)
-    with _bar(console, shown=console.is_terminal if progress is None else progress) as bar:
+    with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar:
         task = bar.add_task("index", total=total)
         parts = hashed(entries)
         while part := [entry for chunk in islice(parts, chunks) for entry in chunk]:

@@ -24,7 +24,7 @@ def study(
     Trains and scores every run of the study with several seeds and writes a table, a plot and a page. Give the same
     command again after an interruption, or with more seeds: only what is missing is run.
     """
-    from muco.study.report import print_study, table, write_report
+    from muco.study.report import print_study, table_as_json, write_report
     from muco.study.run import run_study
     from muco.study.studies import find_study
 
@@ -32,10 +32,5 @@ def study(
     found = run_study(chosen, output, seeds=seeds, scale=scale, jobs=jobs)
     page = write_report(chosen, found, output, context.obj)
     if as_json:
-        rows = [
-            row | {"columns": {title: {"mean": e.mean, "values": e.values} for title, e in row["columns"].items()}}
-            for row in table(chosen, found)
-        ]
-        finish({"study": name, "page": str(page), "table": rows}, True, lambda *_: None)
-        return
-    finish(found, False, lambda value, console: print_study(chosen, value, console))
+        found = {"study": name, "page": str(page), "table": table_as_json(chosen, found)}
+    finish(found, as_json, lambda value, console: print_study(chosen, value, console))

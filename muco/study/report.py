@@ -71,6 +71,30 @@ def table(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def table_as_json(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """:func:`table` as JSON can hold it; None for what is unknown."""
+    return [
+        {
+            "name": row["name"],
+            "columns": {
+                title: {
+                    "mean": _known(estimate.mean),
+                    "half_width": _known(estimate.half_width),
+                    "values": [_known(value) for value in estimate.values],
+                }
+                for title, estimate in row["columns"].items()
+            },
+            "tflops": row["tflops"],
+            "seconds": _known(row["seconds"]),
+        }
+        for row in table(study, found)
+    ]
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
 def differences(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each comparison and column a − b, paired by seed."""
     return [

@@ -29,8 +29,8 @@ from muco.train.recipe import Recipe, dump_recipe, to_dict
 if TYPE_CHECKING:
     from torch import nn
 
+    from muco.data import Data
     from muco.encoder import Model
-    from muco.train.mixture import Data
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "trained.safetensors"

@@ -42,7 +42,7 @@ def check_budget(recipe: Recipe, batch: Mapping[str, Any]) -> None:
     """Refuses a token budget that is less than a single dialogue of a batch needs.
 
     Args:
-        batch: From :func:`muco.train.mixture.training_batch`.
+        batch: From :func:`muco.train.batches.training_batch`.
     Raises:
         RecipeError: With the numbers and the sample.
     """

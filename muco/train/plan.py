@@ -20,15 +20,16 @@ from torch import nn
 
 from muco.backbone import VISION_NAMES, add_adapters, freeze_vision, meta_backbone, stand_in_processor
 from muco.batch import chunks_of
-from muco.data import open_data
+from muco.data import Data, open_data
 from muco.dialogue import Sample, Turn
 from muco.errors import CheckpointError, DataError, RecipeError
 from muco.processor import Processor, load_processor
 from muco.template import SPECIAL_TOKENS
+from muco.train.batches import TrainingBatches
 from muco.train.checks import check_budget, check_recipe
 from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops, qwen2_vl_config
 from muco.train.memory import Memory, activation_bytes, computing
-from muco.train.mixture import Data, Mixture, TrainingBatches
+from muco.train.mixture import Mixture
 from muco.train.recipe import Recipe
 from muco.train.trainer import build_model, texts_of, training_arguments
 

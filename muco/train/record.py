@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,16 @@ class Record(TrainerCallback, ExportableState):
         self.before = dict(self.own)  # of all processes, in the checkpoint that was gone on from
         self.total = dict(self.own)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets what a killed run listed after its last checkpoint: those steps are made again."""
+        if self.file.exists():
+            lines = [
+                line for line in self.file.read_text(encoding="utf-8").splitlines() if _step(line) < state.global_step
+            ]
+            self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
     def add(self, part: Mapping[str, Any]) -> None:
-        """Counts an item of :class:`muco.train.mixture.TrainingBatches`.
+        """Counts an item of :class:`muco.train.batches.TrainingBatches`.
 
         Raises:
             TrainingError: If more than ``FEW`` samples and more than the stated share could not be used.
@@ -63,3 +72,11 @@ class Record(TrainerCallback, ExportableState):
     def go_on(self, counts: Mapping[str, int]) -> None:
         """From the counts of a checkpoint."""
         self.before = {key: counts[key] for key in self.own}
+
+
+def _step(line: str) -> float:
+    """The step of a line; that of one which was cut off by a kill is never reached."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

@@ -1,7 +1,7 @@
 """A training run from a recipe to a saved model: ``muco.train(recipe)``.
 
 The loop, optimizer, schedule and checkpoints are those of sentence-transformers' trainer; ours are the batches
-(:mod:`muco.train.mixture`), the loss (:mod:`muco.loss`) and what a checkpoint holds (:mod:`muco.train.checkpoint`).
+(:mod:`muco.train.batches`), the loss (:mod:`muco.loss`) and what a checkpoint holds (:mod:`muco.train.checkpoint`).
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from muco.backbone import (
     tiny_qwen2_vl,
     use_flex_attention,
 )
-from muco.data import open_data
+from muco.data import Data, open_data
 from muco.encoder import Model, from_backbone
 from muco.errors import DataError, RecipeError, TrainingError
 from muco.gradcache import GIB, StepReport, TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
+from muco.train.batches import PartSampler, StepLoader, TrainingBatches
 from muco.train.checks import check_budget, check_machine, check_recipe
-from muco.train.mixture import Data, Mixture, PartSampler, StepLoader, TrainingBatches, open_sources
+from muco.train.mixture import Mixture, open_sources
 from muco.train.progress import ScreenProgress
 from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
 from muco.train.record import Record

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from muco.data import Data
 from muco.dialogue import Dialogue
 from muco.encoder import Encoder, model_inputs
-from muco.train.mixture import Data
 from muco.train.recipe import WarmUpRecipe
 
 
