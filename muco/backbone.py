@@ -147,6 +147,22 @@ def freeze_vision(model: nn.Module) -> int:
 FLEX = "muco_flex"
 
 
+def reads_all_before(model: nn.Module, tokens: int) -> bool:
+    """Whether every layer of the language model attends to all earlier tokens of a sequence this long, and no others.
+
+    Only then a mask of our own may take the place of the layers' masks: it would override a window, and a recurrent
+    state knows no mask.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return attends and causal and all(tokens <= window for window in windows)
+
+
 def use_flex_attention(model: nn.Module) -> None:
     """Lets the language model attend by FlexAttention; the vision tower keeps its own attention.
 

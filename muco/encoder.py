@@ -21,7 +21,7 @@ from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
-from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, merge_adapters
+from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, merge_adapters, reads_all_before
 from muco.batch import PATCH_KEYS, DialogueBatch, attention_bias, collate, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
@@ -107,6 +107,12 @@ class Encoder(InputModule):
         return list(zip(*(tokens.split(lengths) for tokens in maps), strict=True))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        tokens = features["input_ids"].shape[1]
+        if "branch_ids" in features and not reads_all_before(self.model, tokens):
+            raise MucoError(
+                f"isolated turns, {tokens} tokens in a row: this model has layers that do not attend to all earlier "
+                "tokens, and the mask of isolated turns would override them; train with turns.mode: compounded"
+            )
         inputs = model_inputs(features, self.muco_processor, self._computes_in(), flex=self.uses_flex_attention)
         features["token_embeddings"] = self.model(**inputs).last_hidden_state
         return features

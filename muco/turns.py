@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from muco.backbone import reads_all_before
 from muco.batch import DialogueBatch, chunks_of, images_of, split, tree_mask
 from muco.dialogue import Content, Dialogue
 
@@ -44,12 +45,7 @@ def sharing(model: Model, longest: int) -> Literal["cache", "tree", "none"]:
     Args:
         longest: Tokens of the longest single turn, its image included.
     """
-    config = model.encoder.model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    if not attends or not causal or any(longest > window for window in windows):
+    if not reads_all_before(model.encoder.model, longest):
         return "none"
     return "tree" if model.encoder.uses_flex_attention else "cache"
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import muco
 from muco import turns
 from muco.backbone import add_adapters, load_backbone, use_flex_attention
-from muco.dialogue import Dialogue
+from muco.dialogue import Content, Dialogue
 from muco.encoder import Model, from_backbone
-from muco.errors import DataError
+from muco.errors import DataError, MucoError
 from muco.sizes import Adapter
 from muco.turns import sharing
 
@@ -224,6 +224,12 @@ def test_a_window_of_attention_is_respected(tmp_path, window, way):
     assert sharing(narrow, 60) == way
     got = narrow.encode_turns(PICTURES[0], QUERIES)
     assert close(got, one_by_one(narrow, [PICTURES[0]], QUERIES))
+    tree = narrow.encoder.collate([Dialogue((PICTURES[0],), tuple(Content(query) for query in QUERIES), True)])
+    if way == "cache":
+        assert close(narrow.embed(tree).detach().numpy(), got)
+    else:  # as training passes them: the mask would override the window
+        with pytest.raises(MucoError, match="turns.mode: compounded"):
+            narrow.embed(tree)
     assert (np.abs(got - model("qwen2_vl").encode_turns(PICTURES[0], QUERIES)).max() > 1e-3) == (way == "none")
 
 
