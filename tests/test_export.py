@@ -134,7 +134,8 @@ def test_parity_takes_no_number_for_no_equality():
     one = {"a": np.array([1.0, 0.0], dtype=np.float32)}
     assert compare(one, one, "float32").ok
     assert not compare(one, {"a": np.array([np.nan, 0.0], dtype=np.float32)}, "float32").ok
-    assert not Parity("float32", 1, 1.0, 1e-3, "a").ok and Parity("bfloat16", 1, 0.9995, 1e-3, "a").ok
+    assert not Parity("float32", 1, 1.0, 1e-3, "a").ok and not Parity("float32", 1, 0.99, 1e-5, "a").ok
+    assert Parity("bfloat16", 1, 0.9995, 1e-3, "a").ok
 
 
 def test_what_cannot_be_exported_is_said(saved, run, tmp_path, monkeypatch):

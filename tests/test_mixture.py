@@ -316,6 +316,15 @@ def test_without_duplicates_every_image_and_target_is_trained_once_however_the_s
             assert not (apart & same_target).any()
 
 
+def test_what_is_left_out_of_a_step_does_not_depend_on_the_steps_before(tiny_model):
+    rows = Rows([Sample(turns=[Turn(str(i), "Ring" if i % 2 else f"t{i}")], id=str(i)) for i in range(12)])
+    settings = ([rows], Mixture([12], [1.0], 5, 0), tiny_model.encoder.muco_processor, TurnsRecipe())
+    one = TrainingBatches(*settings, leave_out_duplicates=True)
+    for step in (0, 1, 2, 1, 1, 0):
+        assert same(one[step], TrainingBatches(*settings, leave_out_duplicates=True)[step])
+    assert len({len(one[step]["places"]) for step in range(4)}) > 1
+
+
 def test_a_part_that_is_left_with_nothing_is_none(tiny_model, monkeypatch):
     monkeypatch.setattr(batches_module, "PART", 2)
     rows = Rows([Sample(turns=[Turn(str(i), "Ring")], id=str(i)) for i in range(4)])

@@ -341,7 +341,7 @@ def test_rows_that_cannot_be_used_are_named_counted_and_kept_count_of_when_resum
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(folder / "checkpoint-6")  # as if killed after step 5, and in the middle of a line
     with (tmp_path / "run" / "skipped-0.jsonl").open("a") as file:
-        file.write('{"step": 5, "sou')
+        file.write('{"step": 5, "source": 0, "row": 1, "reason": "of a step that is made again"}\n{"step": 5, "sou')
     again = json.loads((muco.train(recipe) / "run.json").read_text())["record"]
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
     assert again == record and listed == lines
