@@ -35,6 +35,8 @@ from muco.search.cli import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
 from muco.serve.cli import EXAMPLES as SERVE_EXAMPLES
 from muco.serve.cli import serve
 from muco.study.cli import study
+from muco.synth.cli import EXAMPLES as SYNTH_EXAMPLES
+from muco.synth.cli import synth
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -56,6 +58,7 @@ app.command(
 app.command(epilog=INDEX_EXAMPLES)(index)
 app.command(epilog=SEARCH_EXAMPLES)(search)
 app.command(epilog=SERVE_EXAMPLES)(serve)
+app.command(epilog=SYNTH_EXAMPLES)(synth)
 
 
 def _show_version(wanted: bool) -> None:

@@ -50,6 +50,10 @@ class FetchError(MucoError):
     """A URL was not fetched: it is not allowed, cannot be reached, too large, too slow or no image."""
 
 
+class UnreachableError(FetchError):
+    """No answer: there is no such host, no connection, or it took too long."""
+
+
 @dataclass(frozen=True)
 class FetchLimits:
     """What may be fetched.
@@ -93,11 +97,11 @@ def fetch(url: str, limits: FetchLimits = FetchLimits()) -> bytes:
             if parts.scheme == "https" and not url.lower().startswith("https:"):
                 raise FetchError("redirected from https to something else")
     except FetchError as error:
-        raise FetchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
         reason = _too_slow(limits) if late else f"cannot be fetched ({_reason(error)})"
-        raise FetchError(f"{name}: {reason}") from error
+        raise UnreachableError(f"{name}: {reason}") from error
     raise FetchError(f"{name}: more than {limits.redirects} redirects")
 
 
@@ -191,9 +195,9 @@ def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> lis
     try:
         answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
     except Empty:
-        raise FetchError(_too_slow(limits)) from None
+        raise UnreachableError(_too_slow(limits)) from None
     if isinstance(answer, OSError) or not answer:
-        raise FetchError("there is no such host")
+        raise UnreachableError("there is no such host")
     return [address.split("%")[0] for address in answer]
 
 
@@ -272,7 +276,7 @@ def _body(response: http.client.HTTPResponse, limits: FetchLimits, deadline: flo
             raise FetchError(_too_large(limits))
         parts.append(chunk)
     if time.monotonic() >= deadline:  # cut by the clock, an answer without a length looks complete
-        raise FetchError(_too_slow(limits))
+        raise UnreachableError(_too_slow(limits))
     if announced is not None and total < announced:
         raise FetchError("the connection broke off")
     return b"".join(parts)

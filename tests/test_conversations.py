@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.data import conversations
+from muco.data import conversations, json_places
 from muco.data.conversations import LlavaData, VisDialData
 from muco.dialogue import Sample
 from muco.errors import DataError
@@ -205,15 +205,15 @@ def test_elements_are_found_wherever_pieces_end(
     text = json.dumps(values, indent=indent, ensure_ascii=ascii)
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
-        patch.setattr(conversations, "PIECE", piece)
+        patch.setattr(json_places, "PIECE", piece)
         places = conversations._array_places(file, path)
-        assert [conversations._value_at(file, place, "here") for place in places] == values
+        assert [json_places.value_at(file, place, "here") for place in places] == values
 
 
 def test_opening_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "talk.json", [entry("q" * 400, "a" * 400) for _ in range(4000)])
     assert path.stat().st_size > 3_500_000
-    monkeypatch.setattr(conversations, "PIECE", 1 << 16)
+    monkeypatch.setattr(json_places, "PIECE", 1 << 16)
     tracemalloc.start()
     data = LlavaData(path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -225,8 +225,8 @@ def test_opening_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_entry_that_does_not_end_is_not_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "talk.json"
     path.write_text('["' + "a" * 300_000)
-    monkeypatch.setattr(conversations, "PIECE", 1 << 10)
-    monkeypatch.setattr(conversations, "LONGEST_VALUE", 1 << 12)
+    monkeypatch.setattr(json_places, "PIECE", 1 << 10)
+    monkeypatch.setattr(json_places, "LONGEST_VALUE", 1 << 12)
     read = []
     with path.open("rb") as file, pytest.raises(DataError, match=r"talk.json: not JSON at byte 1 \("):
         try:
@@ -340,7 +340,7 @@ def test_dialogues_are_found_wherever_pieces_end(tmp_path: Path, piece: int, ind
     path = tmp_path / "visdial.json"
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations, "PIECE", piece)
+        patch.setattr(json_places, "PIECE", piece)
         data = VisDialData(path, pattern="{split}/{image_id}")
     assert [texts(data[int(i)]) for i in np.arange(5)] == [[(QUESTIONS[i % 3], ANSWERS[i % 4])] for i in range(5)]
     assert data[4].images == (str(tmp_path / "val2018/4"),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, checkpoint, image
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import muco
@@ -161,6 +163,22 @@ def test_dora_is_not_for_vllm_unmerged(tmp_path):
     model = from_backbone(add_adapters(backbone, Adapter("dora", rank=2), [processor.emb_id]), processor, device="cpu")
     with pytest.raises(MucoError, match="but not DoRA"):
         _check_separable("run", model, "vllm")
+
+
+@pytest.mark.slow
+def test_what_is_pushed_is_the_folder(saved, tmp_path):
+    line = [sys.executable, "-m", "muco", "export", saved["qwen2_vl"], "--output", str(tmp_path / "out"), "--json"]
+    with HubServer() as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run([*line, "--push", "me/rings"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["url"] == f"{hub.url}/me/rings/commit/1"
+        assert hub.private == {"me/rings": True} and "Bearer hf_mine" in hub.tokens
+    files = {str(file.relative_to(tmp_path / "out")): file for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert "model.safetensors" in files and "1_Pooling/config.json" in files
+    assert hub.files["me/rings"] == {name: file.read_bytes() for name, file in files.items()}
+    assert "hf_mine" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -64,6 +64,13 @@ def test_every_row_is_read_to_the_letter(tmp_path, turns, paraphrases):
             data[index]
 
 
+def test_a_column_of_kinds_is_read(tmp_path):
+    kinds = [["local", "retrieval"], None, ["global", None]]
+    made = [record | {"kind": kind} for record, kind in zip(tree.records(3, turns=2), kinds, strict=True)]
+    tree.write_tree(tmp_path, made)
+    assert [[turn.kind for turn in opened(tmp_path)[n].turns] for n in range(3)] == [kinds[0], [None] * 2, kinds[2]]
+
+
 @pytest.mark.parametrize("where", ["M3T_train/M3T.parquet", "M3T.parquet", "other.parquet"])
 def test_the_file_is_found_in_a_folder_or_given(tmp_path, where):
     file = tmp_path / where
@@ -106,6 +113,7 @@ def test_the_placeholder_goes_wherever_it_stands(tmp_path):
         ({"qry": [["a"], []]}, "turn 1 of 'qry' is an empty list; give at least one wording"),
         ({"pos_text": ["a", " "]}, "turn 1 of 'pos_text' has an empty text"),
         ({"qry": [["a"], ["b", "<|image_1|>\n"]]}, "turn 1 of 'qry' has an empty text"),
+        ({"kind": ["local"]}, "'kind' must have a word for each of the 2 turns, not ['local']"),
         ({"qry_image_path": ""}, "'qry_image_path' is ''; every row needs its image"),
         ({"qry_image_path": None}, "'qry_image_path' is None; every row needs its image"),
     ],
@@ -362,8 +370,8 @@ def test_columns_are_checked(tmp_path):
     with pytest.raises(DataError) as caught:
         opened(tmp_path)
     assert str(caught.value) == (
-        f"{file}: no column 'pos_text'; is it 'pos_txt'? Expected qry, pos_text, qry_image_path; "
-        "found qry, pos_txt, qry_image_path"
+        f"{file}: no column 'pos_text'; is it 'pos_txt'? Expected qry, pos_text, qry_image_path, "
+        "kind (optional); found qry, pos_txt, qry_image_path"
     )
     twice = pa.table([["a"], ["b"]], names=["qry", "qry"])
     pq.write_table(twice, file)

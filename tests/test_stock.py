@@ -25,6 +25,7 @@ import torch
 import muco
 from muco.backbone import add_adapters, load_backbone
 from muco.encoder import Model, from_backbone
+from muco.export import export
 from muco.sizes import Adapter
 
 ROOT = Path(__file__).parent.parent
@@ -58,10 +59,13 @@ def of_the_paper() -> Model:
     return from_backbone(backbone, processor, device="cpu")
 
 
+EXPORTED = "exported"  # written by muco export, as any other by its save
+
 MODELS: dict[str, Callable[[], Model]] = {
     **{family: lambda family=family: families.model(family) for family in families.FAMILIES},
     "adapters": with_adapters,
     "paper": of_the_paper,
+    EXPORTED: of_the_paper,
 }
 TEXTS = ("A ring", " led by a space,\n\nin two lines\n", "\nIt's the user's question: 12?")
 RESIZED = ("resized", "resized+text")
@@ -105,7 +109,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     models = {name: make() for name, make in MODELS.items()}
     values = {name: inputs(folder, 32 if name == "qwen3_vl" else 28) for name in MODELS}
     for name, model in models.items():
-        model.save(str(folder / name), create_model_card=False)
+        saved = folder / ("source" if name == EXPORTED else name)
+        model.save(str(saved), create_model_card=False)
+        if name == EXPORTED:
+            assert export(str(saved), folder / name)["ok"]
     job = {
         "root": str(ROOT),
         "output": str(folder),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from muco.data import Data
 
 app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
+convert = typer.Typer(no_args_is_help=True, help="Make data from what others have annotated.")
+app.add_typer(convert, name="convert")
 
 DataPath = Annotated[
     Path,
@@ -234,3 +236,50 @@ def data_scenes(
     from muco.data.scenes import write_scenes
 
     print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed))
+
+
+@convert.command(
+    "coco",
+    epilog=examples(
+        "muco data convert coco instances.json --captions captions.json --images train2017 --output coco.jsonl",
+        "muco data convert coco lvis_v1_val.json --images coco --output lvis.jsonl --min-turns 4 --json",
+    ),
+)
+def data_convert_coco(
+    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's form.")],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the names of image files count from.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data; a file that is there is replaced.")
+    ],
+    captions: Annotated[
+        Path | None, typer.Option(metavar="CAPTIONS.json", help="Captions of the same images in COCO's form.")
+    ] = None,
+    min_area: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the image from which on a box is asked about.")
+    ] = 0.01,
+    min_turns: Annotated[int, typer.Option(min=1, help="Leave out images with fewer turns.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the draws among things that can be asked about.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples to write, by the order of image ids.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn boxes and captions into questions and answers.
+
+    Questions are made by rule where the boxes leave no doubt: the main thing, which and how many things, what is where,
+    and a description. Also reads LVIS, and other sets in COCO's form.
+    """
+    from muco.data.coco import convert_coco
+    from muco.progress import progress_bar
+
+    with progress_bar("images") as progress:
+        counts = convert_coco(
+            annotations,
+            images,
+            output,
+            captions=captions,
+            min_area=min_area,
+            min_turns=min_turns,
+            seed=seed,
+            limit=limit,
+            progress=progress,
+        )
+    finish(counts, as_json, print_pairs)

@@ -15,24 +15,22 @@ entry stands: opening takes a few megabytes of memory plus 16 bytes per entry, q
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from muco.data.images import is_url
+from muco.data.json_places import Scanner, checked_object, value_at
 from muco.data.pairs import fingerprint_of, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
 from muco.evaluate.lines import Row, file_state, image_of, raw_lines, text_of
 
 KIND = "dialogue"  # of every turn
-PIECE = 1 << 20  # bytes read at once
-LONGEST_VALUE = 1 << 26  # bytes of one entry
 PATTERNS = (  # of the images of VisDial 1.0, whose training images are COCO's
     "VisualDialog_{split}/VisualDialog_{split}_{image_id:012d}.jpg",
     "train2014/COCO_train2014_{image_id:012d}.jpg",
@@ -78,8 +76,8 @@ class LlavaData:
         i = position(index, len(self), self.path)
         where = f"{self.path} row {i}" if self._lines is None else f"{self.path}:{self._lines[i]}"
         with open_unchanged(self.path, self._state) as file:
-            entry = _value_at(file, self._entries[i], where)
-        entry = _object(entry, "the entry", where)
+            entry = value_at(file, self._entries[i], where)
+        entry = checked_object(entry, "the entry", where)
         images = self._image_paths(entry, where)
         return Sample(images, _exchanges(entry, bool(images), where), id=_entry_id(entry, where), where=where)
 
@@ -145,7 +143,7 @@ class VisDialData:
         i = position(index, len(self), self.path)
         where = f"{self.path} row {i}"
         with open_unchanged(self.path, self._state) as file:
-            entry = _object(_value_at(file, self._places["dialogs"][i], where), "the dialogue", where)
+            entry = checked_object(value_at(file, self._places["dialogs"][i], where), "the dialogue", where)
             rounds = entry.get("dialog")
             if not isinstance(rounds, list) or not rounds:
                 raise DataError(f"{where}: 'dialog' must be a list of at least one question, not {rounds!r:.60}")
@@ -165,7 +163,7 @@ class VisDialData:
         return self._fingerprint
 
     def _turn(self, file: BinaryIO, item: Any, where: str) -> Turn:
-        item = _object(item, "the turn", where)
+        item = checked_object(item, "the turn", where)
         texts = []
         for side in ("question", "answer"):
             places, number = self._places[f"{side}s"], item.get(side)
@@ -174,7 +172,7 @@ class VisDialData:
             if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(places):
                 raise DataError(f"{where}: {side!r} is {number!r:.60}; it must be a number below {len(places)}, "
                                 f"of data.{side}s")  # fmt: skip
-            texts.append(_text({side: _value_at(file, places[number], where)}, side, where))
+            texts.append(_text({side: value_at(file, places[number], where)}, side, where))
         return Turn(*texts, kind=KIND)
 
     def _image_file(self, image_id: int, where: str) -> str:
@@ -207,7 +205,7 @@ def _exchanges(entry: Row, has_image: bool, where: str) -> list[Turn]:
     texts = []
     for number, message in enumerate(messages):
         place = f"{where} message {number}"
-        role = _object(message, "the message", place).get("from")
+        role = checked_object(message, "the message", place).get("from")
         if role not in (*_ASKS, *_ANSWERS):
             raise DataError(f"{place}: 'from' is {role!r:.60}; it must be 'human' or 'gpt'")
         wanted = _ANSWERS if number % 2 else _ASKS
@@ -259,23 +257,7 @@ def _image_folder(path: str | Path, images: str | Path | None) -> Path:
     return folder
 
 
-def _object(value: Any, name: str, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: {name} must be a JSON object, not {type(value).__name__}")
-    return value
-
-
 # ── places in a large JSON file ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _value_at(file: BinaryIO, place: np.ndarray, where: str) -> Any:
-    """The JSON value at a place, (first byte, bytes)."""
-    start, length = map(int, place)
-    file.seek(start)
-    try:
-        return json.loads(file.read(length).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
 
 
 def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -289,7 +271,7 @@ def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _array_places(file: BinaryIO, path: Path) -> np.ndarray:
     """Places of the elements of the one array in a file, int64 [n, 2]."""
-    scanner = _Scanner(file, path)
+    scanner = Scanner(file, path)
     if scanner.peek() != "[":
         raise DataError(
             f"{path}: the file must hold a JSON array of conversations; name it .jsonl if it has one a line"
@@ -302,7 +284,7 @@ def _array_places(file: BinaryIO, path: Path) -> np.ndarray:
 
 def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarray]]:
     """The split, and the places of the elements of every list in "data"."""
-    scanner, split, places = _Scanner(file, path), "", {}
+    scanner, split, places = Scanner(file, path), "", {}
     if scanner.peek() != "{":
         raise DataError(f"{path}: the file must hold a JSON object, as those of VisDial 1.0 do")
     for key in scanner.members():
@@ -321,104 +303,6 @@ def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarr
 
 def _value_at_in(file: BinaryIO, start: int, length: int, path: Path) -> Any:
     here = file.tell()
-    value = _value_at(file, np.array([start, length]), str(path))
+    value = value_at(file, np.array([start, length]), str(path))
     file.seek(here)
     return value
-
-
-class _Scanner:
-    """Walks through one JSON value of any size, a piece of the file at a time.
-
-    Bytes are taken for Latin-1, so that characters are bytes; JSON's syntax is ASCII and what is in strings only has to
-    be stepped over. A value is parsed again, as UTF-8, when it is used.
-    """
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file, self.path = file, path
-        self._decoder = json.JSONDecoder()
-        self._text, self._first, self._at, self._ended = "", 0, 0, False  # _first: the byte at which _text begins
-        if file.read(3) != b"\xef\xbb\xbf":
-            file.seek(0)
-        self._first = file.tell()
-
-    @property
-    def offset(self) -> int:
-        return self._first + self._at
-
-    def peek(self) -> str:
-        """The next character that is no blank, "" at the end of the file."""
-        while True:
-            while self._at < len(self._text):
-                if self._text[self._at] not in " \t\r\n":
-                    return self._text[self._at]
-                self._at += 1
-            if not self._more(PIECE):
-                return ""
-
-    def take(self, wanted: str) -> str:
-        found = self.peek()
-        if not found or found not in wanted:
-            what = repr(found) if found else "the end of the file"
-            raise DataError(f"{self.path}: not JSON, {what} at byte {self.offset} where {' or '.join(wanted)} must be; "
-                            "download the file again")  # fmt: skip
-        self._at += 1
-        return found
-
-    def value(self) -> tuple[int, int]:
-        """Steps over the next value; its first byte and its bytes."""
-        self.peek()
-        while True:
-            try:
-                _, end = self._decoder.raw_decode(self._text, self._at)
-            except (ValueError, RecursionError) as error:
-                left = len(self._text) - self._at
-                if isinstance(error, RecursionError) or left > LONGEST_VALUE or not self._more(max(PIECE, left)):
-                    raise DataError(f"{self.path}: not JSON at byte {self.offset} ({_what(error)}); download the file "
-                                    "again")  from error  # fmt: skip
-                continue
-            if len(self._text) - end < 3 and not self._ended:  # a number may go on, as with ".5" or "e+5"
-                self._more(PIECE)
-                continue
-            place = self.offset, end - self._at
-            self._at = end
-            return place
-
-    def elements(self) -> np.ndarray:
-        """Steps over an array; the places of its elements."""
-        places = array("q")
-        self.take("[")
-        if self.peek() == "]":
-            self._at += 1
-        else:
-            places.extend(self.value())
-            while self.take(",]") == ",":
-                places.extend(self.value())
-        return np.array(places, dtype=np.int64).reshape(-1, 2)
-
-    def members(self) -> Iterator[str]:
-        """Steps over an object; stops after each name, for the caller to step over the value."""
-        self.take("{")
-        if self.peek() == "}":
-            self._at += 1
-            return
-        while True:
-            if self.peek() != '"':
-                self.take('"')
-            start, length = self.value()
-            name = self._text[start - self._first : start - self._first + length]
-            self.take(":")
-            yield json.loads(name)
-            if self.take(",}") == "}":
-                return
-
-    def _more(self, size: int) -> bool:
-        """Reads on; what has been stepped over is dropped."""
-        piece = b"" if self._ended else self.file.read(size)
-        self._ended = not piece
-        self._first += self._at
-        self._text, self._at = self._text[self._at :] + piece.decode("latin-1"), 0
-        return bool(piece)
-
-
-def _what(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"

@@ -47,7 +47,7 @@ def open_image(
         ImageError: If the image is missing, too large, truncated, broken, of another format or longer than 200 : 1.
     """
     name = _name(image, where)
-    opened = image if isinstance(image, Image.Image) else _read_header(_read_bytes(image, name), name)
+    opened = image if isinstance(image, Image.Image) else _read_header(read_bytes(image, name), name)
     _check_size(opened.size, max_pixels, name)
     try:
         opened.load()
@@ -85,7 +85,7 @@ def image_digest(image: ImageLike, *, where: str = "") -> str:
         ImageError: If the file is missing or too large, or the Pillow image cannot be read.
     """
     if not isinstance(image, Image.Image):
-        return hashlib.sha256(_read_bytes(image, _name(image, where))).hexdigest()
+        return hashlib.sha256(read_bytes(image, _name(image, where))).hexdigest()
     rgb = open_image(image, small_side=0, where=where)
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
     digest.update(rgb.tobytes())
@@ -109,7 +109,8 @@ def _name(image: ImageLike, where: str) -> str:
     return f"{where}: {shown}" if where else shown
 
 
-def _read_bytes(image: str | Path | bytes, name: str) -> bytes:
+def read_bytes(image: str | Path | bytes, name: str) -> bytes:
+    """The bytes of an image file, at most ``MAX_BYTES``; nothing says yet whether they are an image."""
     if isinstance(image, bytes):
         data = image
     elif not isinstance(image, (str, Path)):

@@ -73,7 +73,7 @@ def open_source(path: Path, columns: Columns) -> Source:
 def _folder(path: Path) -> Source:
     digest, total = hashlib.sha256(), 0
     try:
-        for name, entry in _image_files(path):
+        for name, entry in image_files(path):
             stat = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
             total += 1
@@ -85,19 +85,19 @@ def _folder(path: Path) -> Source:
     return Source(path, digest.hexdigest(), total, "", partial(_folder_rows, path))
 
 
-def _image_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+def image_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Relative names ("a/b.png") and entries in the order of the names, one folder's listing in memory at a time."""
     with os.scandir(folder) as scan:
         entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
     for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
         if name.endswith("/"):
-            yield from _image_files(Path(entry.path), prefix + name)
+            yield from image_files(Path(entry.path), prefix + name)
         elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not (entry.is_symlink() and entry.is_dir()):
             yield prefix + name, entry
 
 
 def _folder_rows(folder: Path, start: int) -> Iterator[Row]:
-    for number, (name, _) in islice(enumerate(_image_files(folder)), start, None):
+    for number, (name, _) in islice(enumerate(image_files(folder)), start, None):
         yield read_row(number, str(folder / name), {"image": name, "id": name}, COLUMNS, folder)
 
 

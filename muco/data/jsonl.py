@@ -383,9 +383,11 @@ def _turn_to_row(turn: Turn, folder: Path, place: str) -> dict[str, Any]:
 
 
 def _content_to_row(content: Content, folder: Path, place: str) -> str | dict[str, Any]:
-    if not content.images:
+    if not content.images and not content.caption:
         return content.text
-    return ({"text": content.text} if content.text else {}) | _images_to_row(content.images, folder, place)
+    texts = {"text": content.text, "caption": content.caption}
+    images = _images_to_row(content.images, folder, place)
+    return {key: text for key, text in texts.items() if text} | images
 
 
 def _images_to_row(images: tuple[ImageLike, ...], folder: Path, place: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@
         qry              list with a question per turn, each a string or a list of paraphrases
         pos_text         list with an answer per turn
         qry_image_path   path of the picture below the folder of images; another column may be named
+        kind             where there is one, as `muco synth` writes it: list with the kind of each turn
         …                anything else is not read
 
 The pictures are not published with it and have to be downloaded one by one, so that some are always missing. Which rows
@@ -49,7 +50,7 @@ class M3TData:
     and pictures that went are left out, after ``rescan=True``.
 
     The placeholder ``<|image_1|>`` is taken out of texts, for models put the picture in front by themselves. Rows of
-    exactly seven turns get the kinds of M3T by position, others none.
+    exactly seven turns get the kinds of M3T by position, others none, but where a column ``kind`` says them.
 
     Args:
         path: The Parquet file, or a folder with ``M3T_train/M3T.parquet``, ``M3T.parquet`` or one other Parquet file.
@@ -75,7 +76,8 @@ class M3TData:
         self.images, self.image_column = Path(images).absolute(), image_column
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold the images of {self.path.name}")
-        self._rows = Rows(self.path, choose_columns(self.path, ("qry", "pos_text", image_column)), cache=cache)
+        columns = choose_columns(self.path, ("qry", "pos_text", image_column), ("kind",))
+        self._rows = Rows(self.path, columns, cache=cache)
         # Packed, 0.6 MB for 5 million rows: this travels to every worker, the numbers of the rows are made there.
         self._present = np.packbits(_present(self._rows, self.images, image_column, rescan=rescan))
         self.missing = len(self._rows) - int(np.bitwise_count(self._present).sum())
@@ -142,7 +144,7 @@ class M3TData:
         if not row[self.image_column]:
             raise DataError(f"{self.image_column!r} is {row[self.image_column]!r}; every row needs its image")
         image = image_of(row, self.image_column, self.images, where)
-        kinds = KINDS if len(queries) == len(KINDS) else (None,) * len(queries)
+        kinds = _kinds(row, len(queries))
         turns = [
             Turn(_wordings(query, "qry", n, has_image=True), _wordings(target, "pos_text", n, has_image=False), kind)
             for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True))
@@ -169,6 +171,15 @@ def _turns(value: Any, column: str) -> list[Any]:
     if not value:
         raise DataError(f"{column!r} is an empty list; a row needs at least one turn")
     return value
+
+
+def _kinds(row: dict[str, Any], turns: int) -> Sequence[str | None]:
+    if row.get("kind") is None:
+        return KINDS if turns == len(KINDS) else (None,) * turns
+    kinds = _turns(row["kind"], "kind")
+    if len(kinds) != turns or not all(kind is None or isinstance(kind, str) for kind in kinds):
+        raise DataError(f"'kind' must have a word for each of the {turns} turns, not {kinds!r:.80}")
+    return kinds
 
 
 def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Content]:

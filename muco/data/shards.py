@@ -22,7 +22,7 @@ import logging
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
@@ -84,7 +84,7 @@ class ShardsData:
     ) -> None:
         if direction not in ("text-to-image", "image-to-text"):
             raise DataError(f"unknown direction {direction!r}; give 'text-to-image' or 'image-to-text'")
-        self.shards, self.direction, self.caption = _shard_files(path), direction, caption
+        self.shards, self.direction, self.caption = shard_files(path), direction, caption
         self.path = Path(path) if isinstance(path, str | Path) else self.shards[0].parent
         self.skipped: Counter[str] = Counter()
         self._states = [file_state(shard) for shard in self.shards]
@@ -178,7 +178,7 @@ def _decoded(text: bytes, where: str) -> str:
 # ── indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shard_files(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+def shard_files(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
     if not isinstance(given, str | Path):
         files = tuple(map(Path, given))
     elif Path(given).is_dir():
@@ -227,6 +227,23 @@ def _go_through(file: BinaryIO, shard: Path) -> tuple[Places, Counter[str]]:
     """Reads all headers of a shard; members are stepped over."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     skipped: Counter[str] = Counter()
+    for member in members(file, shard, skipped):
+        key, kind = key_and_kind(member.name)
+        if kind not in IMAGES and kind not in ("txt", "json"):
+            continue
+        parts = samples.setdefault(key, {})
+        if kind in parts:
+            raise DataError(f"{shard}: the member {member.name!r} is there twice; keep one")
+        parts[kind] = member.offset_data, member.size
+    return _as_arrays(samples, skipped), skipped
+
+
+def members(file: BinaryIO, shard: Path, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an archive that may be read, in its order; counts those that may not, by reason.
+
+    Raises:
+        DataError: If it is not a whole plain tar archive, when the place is reached that says so.
+    """
     try:
         with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
             for member in archive:
@@ -237,20 +254,13 @@ def _go_through(file: BinaryIO, shard: Path) -> tuple[Places, Counter[str]]:
                     continue
                 if reason := _reason_to_skip(member):
                     skipped[reason] += 1
-                    continue
-                key, kind = _key_and_kind(member.name)
-                if kind not in IMAGES and kind not in ("txt", "json"):
-                    continue
-                parts = samples.setdefault(key, {})
-                if kind in parts:
-                    raise DataError(f"{shard}: the member {member.name!r} is there twice; keep one")
-                parts[kind] = member.offset_data, member.size
+                else:
+                    yield member
             _check_end(file, archive.offset, shard)
     except (tarfile.TarError, EOFError, OverflowError, RecursionError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{shard}: not a whole plain tar archive ({error}); download it again") from error
-    return _as_arrays(samples, skipped), skipped
 
 
 def _reason_to_skip(member: tarfile.TarInfo) -> str | None:
@@ -259,13 +269,13 @@ def _reason_to_skip(member: tarfile.TarInfo) -> str | None:
         return "links, devices and other special members"
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or not member.name.isprintable():
         return "members with names outside of the archive or with control characters"
-    kind = _key_and_kind(member.name)[1]
+    kind = key_and_kind(member.name)[1]
     if member.size > (MAX_BYTES if kind in IMAGES else MAX_TEXT_BYTES) and (kind in IMAGES or kind in ("txt", "json")):
         return "members that are too large"
     return None
 
 
-def _key_and_kind(name: str) -> tuple[str, str]:
+def key_and_kind(name: str) -> tuple[str, str]:
     """ "a/b.jpg" is the jpg of "a/b"; the first dot of the last part counts, so "b.seg.png" is the "seg.png" of "b"."""
     folder, slash, last = name.removeprefix("./").rpartition("/")
     key, _, kind = last.partition(".")

@@ -21,6 +21,7 @@ import numpy as np
 from muco.data.items import Row
 from muco.embed import DECODERS, encode_rows, in_batches, opened_rows
 from muco.errors import MucoError
+from muco.runner import daft_on
 
 if TYPE_CHECKING:
     from muco.encoder import Model
@@ -60,17 +61,7 @@ def on_daft(
         fingerprint: Of the model that it must be.
         ray: Address of a Ray cluster whose machines see the same paths; None: this machine.
     """
-    try:
-        import daft
-    except ImportError as error:
-        raise MucoError("several workers need Daft: pip install 'muco[search]'") from error
-    if ray is None:
-        daft.set_runner_native()
-    else:
-        try:
-            daft.set_runner_ray(ray)
-        except ImportError as error:
-            raise MucoError("a Ray cluster needs Ray: pip install 'daft[ray]'") from error
+    daft = daft_on(ray, "search")
     result = daft.DataType.struct(
         {
             "number": daft.DataType.int64(),

@@ -96,7 +96,7 @@ def build(
     with closing(Notes()) as notes:
         found = _update(index, source.entries(), source.total, encode, notes, chunks=chunks, progress=progress)
         if delete_missing:
-            found["deleted"] = _delete_missing(index, notes)
+            found |= {"deleted": _delete_missing(index, notes), "total": len(index)}
         return found | {"errors": _list_failed(notes, found, errors)}
 
 

@@ -72,7 +72,7 @@ class Endpoint:
 
     Args:
         url: Base of the API; "/v1" is added where it has no path.
-        model: The model's name at that server.
+        model: The model's name at that server; "" until :meth:`check` takes the only one that it has.
         sampling: Further fields of every request (temperature, max_tokens, top_p …), passed on as they are.
         limits: Concurrency, pace, retries.
         budget: May be shared with other endpoints.
@@ -171,6 +171,8 @@ class Endpoint:
             BudgetSpent: If there is no budget for it.
         """
         names = await self._models()
+        if not self.model:
+            self.model = self._only(names)
         if names is not None and self.model not in names and f"{self.model}:latest" not in names:  # as Ollama has them
             near = difflib.get_close_matches(self.model, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -310,6 +312,12 @@ class Endpoint:
             return [str(model["id"]) for model in json.loads(raw)["data"]]
         except (ValueError, LookupError, TypeError):
             return None
+
+    def _only(self, names: list[str] | None) -> str:
+        if names is not None and len(names) == 1:
+            return names[0]
+        has = "has no list of its models" if names is None else f"serves {', '.join(names[:10]) or 'no model'}"
+        raise EndpointError(f"{self.url}: {has}; give the name of the one to ask")
 
     def _shown(self, text: str) -> str:
         """A piece of what a server said: in one line, without the key."""

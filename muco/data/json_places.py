@@ -1,0 +1,132 @@
+"""Where values stand in a JSON file of hundreds of megabytes, and the values one at a time."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from muco.errors import DataError
+from muco.evaluate.lines import Row
+
+PIECE = 1 << 20  # bytes read at once
+LONGEST_VALUE = 1 << 26  # bytes of one entry
+
+
+def checked_object(value: Any, name: str, where: str) -> Row:
+    """The value, if it is a JSON object; ``name`` says what it should be."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {name} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def value_at(file: BinaryIO, place: np.ndarray, where: str) -> Any:
+    """The JSON value at a place, (first byte, bytes)."""
+    start, length = map(int, place)
+    file.seek(start)
+    try:
+        return json.loads(file.read(length).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+
+
+class Scanner:
+    """Walks through one JSON value of any size, a piece of the file at a time.
+
+    Bytes are taken for Latin-1, so that characters are bytes; JSON's syntax is ASCII and what is in strings only has to
+    be stepped over. A value is parsed again, as UTF-8, when it is used.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self._decoder = json.JSONDecoder()
+        self._text, self._first, self._at, self._ended = "", 0, 0, False  # _first: the byte at which _text begins
+        if file.read(3) != b"\xef\xbb\xbf":
+            file.seek(0)
+        self._first = file.tell()
+
+    @property
+    def offset(self) -> int:
+        return self._first + self._at
+
+    def peek(self) -> str:
+        """The next character that is no blank, "" at the end of the file."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\r\n":
+                    return self._text[self._at]
+                self._at += 1
+            if not self._more(PIECE):
+                return ""
+
+    def take(self, wanted: str) -> str:
+        found = self.peek()
+        if not found or found not in wanted:
+            what = repr(found) if found else "the end of the file"
+            raise DataError(f"{self.path}: not JSON, {what} at byte {self.offset} where {' or '.join(wanted)} must be; "
+                            "download the file again")  # fmt: skip
+        self._at += 1
+        return found
+
+    def value(self) -> tuple[int, int]:
+        """Steps over the next value; its first byte and its bytes."""
+        self.peek()
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                left = len(self._text) - self._at
+                if isinstance(error, RecursionError) or left > LONGEST_VALUE or not self._more(max(PIECE, left)):
+                    raise DataError(f"{self.path}: not JSON at byte {self.offset} ({_what(error)}); download the file "
+                                    "again")  from error  # fmt: skip
+                continue
+            if len(self._text) - end < 3 and not self._ended:  # a number may go on, as with ".5" or "e+5"
+                self._more(PIECE)
+                continue
+            place = self.offset, end - self._at
+            self._at = end
+            return place
+
+    def elements(self) -> np.ndarray:
+        """Steps over an array; the places of its elements."""
+        places = array("q")
+        self.take("[")
+        if self.peek() == "]":
+            self._at += 1
+        else:
+            places.extend(self.value())
+            while self.take(",]") == ",":
+                places.extend(self.value())
+        return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+    def members(self) -> Iterator[str]:
+        """Steps over an object; stops after each name, for the caller to step over the value."""
+        self.take("{")
+        if self.peek() == "}":
+            self._at += 1
+            return
+        while True:
+            if self.peek() != '"':
+                self.take('"')
+            start, length = self.value()
+            name = self._text[start - self._first : start - self._first + length]
+            self.take(":")
+            yield json.loads(name)
+            if self.take(",}") == "}":
+                return
+
+    def _more(self, size: int) -> bool:
+        """Reads on; what has been stepped over is dropped."""
+        piece = b"" if self._ended else self.file.read(size)
+        self._ended = not piece
+        self._first += self._at
+        self._text, self._at = self._text[self._at :] + piece.decode("latin-1"), 0
+        return bool(piece)
+
+
+def _what(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"

@@ -1,0 +1,305 @@
+"""Which pictures there are and which of them are kept: an SQLite file that a kill at any moment leaves whole.
+
+Pictures come in the order of the source, some hundreds in one transaction, and each is decided on as if it came alone:
+a duplicate of one that is kept, a near duplicate of one that is kept, or kept itself. So the decisions do not depend on
+how many come together, nor on how often the run was stopped.
+
+Near duplicates are found exactly. Cut 64 bits into one band more than bits may differ: two hashes that are near are
+equal in at least one band. Per band, the pictures that are kept lie sorted in memory, 8 bytes for the hash and 4 for
+each band: 28 MB for a million of them with the default of 4 bits. The file has the hashes only; opening it reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muco.errors import MucoError, OutputError
+from muco.synth.near import HASH_BITS, Near
+from muco.synth.pictures import DUPLICATE, NEAR_DUPLICATE, UNREACHABLE, WORKERS, Filter, Look, look_at_all
+from muco.synth.sources import Source
+
+BLOCK = 256  # pictures compared with each other at once
+ADD = 256  # looks in one transaction of fill
+GONE = 100  # pictures in a row that cannot be reached stop the run
+
+_TABLES = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE pictures (
+    number INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    file TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    phash INTEGER NOT NULL, -- signed, as SQLite has no others
+    width INTEGER NOT NULL,
+    height INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    note TEXT NOT NULL,
+    place INTEGER -- among the kept ones; NULL if it is not kept
+);
+CREATE UNIQUE INDEX kept ON pictures (place) WHERE place IS NOT NULL;
+CREATE UNIQUE INDEX kept_digest ON pictures (digest) WHERE place IS NOT NULL;
+CREATE INDEX left_out ON pictures (reason) WHERE place IS NULL;
+"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A picture that is kept. ``place`` counts those from 0, ``number`` all pictures of the source."""
+
+    place: int
+    number: int
+    name: str
+    file: str
+    digest: str
+    width: int
+    height: int
+
+
+class Catalogue:
+    """What is known of the pictures of one source under one filter. One process at a time has it.
+
+    Args:
+        path: Of the file; made where it does not exist, with its folder.
+        source_fingerprint: Of the source whose pictures these are.
+        filter: By which they are kept.
+    Raises:
+        OutputError: If the file is of another source or filter, in use by another process, or not a catalogue.
+    """
+
+    def __init__(self, path: str | Path, source_fingerprint: str, filter: Filter) -> None:
+        self.path = Path(path)
+        self._database = _opened(self.path)
+        try:
+            self._check({"source": source_fingerprint, "filter": json.dumps(asdict(filter))})
+            (self._looked,) = self._one("SELECT ifnull(max(number) + 1, 0) FROM pictures")
+            phashes = [
+                h for (h,) in self._database.execute("SELECT phash FROM pictures WHERE place >= 0 ORDER BY place")
+            ]
+            self._near = Near(filter.near, np.array(phashes, dtype=np.int64).view(np.uint64))
+        except BaseException:
+            self._database.close()
+            raise
+
+    def __enter__(self) -> Catalogue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._database.close()
+
+    @property
+    def looked(self) -> int:
+        """How many pictures were looked at, which is the number of the next one."""
+        return self._looked
+
+    @property
+    def kept_count(self) -> int:
+        return len(self._near)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the source has no further pictures."""
+        return self._one("SELECT count(*) FROM about WHERE key = 'complete'") == (1,)
+
+    def finish(self) -> None:
+        """Notes that the source has no further pictures."""
+        self._database.execute("INSERT OR IGNORE INTO about VALUES ('complete', '')")
+
+    def add(self, looks: Sequence[Look]) -> list[str]:
+        """Decides on the next pictures and keeps what was found, all or nothing.
+
+        Returns:
+            The files of near duplicates: stored for nothing, if they were stored.
+        Raises:
+            ValueError: If they are not the next ones.
+            OutputError: If the file cannot be written.
+        """
+        if [look.number for look in looks] != [*range(self._looked, self._looked + len(looks))]:
+            raise ValueError(f"looks must be those of the pictures from {self._looked} on, in order")
+        before, unused = len(self._near), []
+        try:
+            with _transaction(self._database):
+                for start in range(0, len(looks), BLOCK):
+                    unused += self._add_block(looks[start : start + BLOCK])
+        except BaseException as error:
+            self._near.cut(before)
+            if isinstance(error, sqlite3.Error):
+                raise OutputError(f"{self.path}: cannot be written ({error})") from error
+            raise
+        self._looked += len(looks)
+        return unused
+
+    def counts(self) -> dict[str, int]:
+        """``pictures`` looked at, ``kept``, and how many were left out for each reason."""
+        rows = self._database.execute("SELECT reason, count(*) FROM pictures WHERE place IS NULL GROUP BY reason")
+        return {"pictures": self._looked, "kept": self.kept_count, **dict(rows)}
+
+    def kept(self, start: int, count: int) -> list[Kept]:
+        """The kept pictures from place ``start`` on, at most ``count``."""
+        columns = "place, number, name, file, lower(hex(digest)), width, height"
+        query = f"SELECT {columns} FROM pictures WHERE place >= ? ORDER BY place LIMIT ?"
+        return [Kept(*row) for row in self._database.execute(query, (start, count))]
+
+    def name_of(self, digest: str) -> str | None:
+        """The name of the kept picture whose file has this digest."""
+        query = "SELECT name FROM pictures WHERE digest = ? AND place IS NOT NULL"
+        found = self._database.execute(query, (bytes.fromhex(digest),)).fetchone()
+        return found[0] if found else None
+
+    def examples(self, reason: str, n: int) -> list[tuple[str, str]]:
+        """Name and note of the first ``n`` pictures that were left out for a reason."""
+        query = "SELECT name, note FROM pictures WHERE place IS NULL AND reason = ? ORDER BY number LIMIT ?"
+        return self._database.execute(query, (reason, n)).fetchall()
+
+    def _add_block(self, looks: Sequence[Look]) -> list[str]:
+        hashes = np.array([look.phash for look in looks], dtype=np.uint64)
+        nearest = self._near.first_near(hashes)
+        good = np.array([not look.reason for look in looks], dtype=bool)
+        near = self._near.are_near(hashes[:, None], hashes[None, :]) & good[:, None] & good[None, :]
+        pairs = np.argwhere(np.tril(near, -1)).tolist()
+        among = {i: [j for _, j in group] for i, group in groupby(pairs, key=itemgetter(0))}  # near ones before i
+        first, unused, rows = len(self._near), [], []
+        places: dict[int, int] = {}  # of those kept in this block
+        seen: dict[str, str] = {}  # digest -> name, of those kept in this block
+        for i, look in enumerate(looks):
+            reason, note, place = look.reason, look.note, None
+            if not reason and (same := seen.get(look.digest) or self.name_of(look.digest)):
+                reason, note = DUPLICATE, f"same file as {same}"
+            elif not reason and nearest[i] >= 0:
+                reason, note = NEAR_DUPLICATE, f"nearly the same as {self._name(int(nearest[i]))}"
+            elif not reason and (other := next((j for j in among.get(i, ()) if j in places), None)) is not None:
+                reason, note = NEAR_DUPLICATE, f"nearly the same as {looks[other].name}"
+            elif not reason:
+                place = places[i] = first + len(places)
+                seen[look.digest] = look.name
+            if reason == NEAR_DUPLICATE:
+                unused.append(look.file)
+            signed = look.phash - (1 << HASH_BITS) * (look.phash >> (HASH_BITS - 1))
+            size = (look.width, look.height)
+            digest = bytes.fromhex(look.digest)
+            rows.append((look.number, look.name, look.file, digest, signed, *size, reason, note, place))
+        self._database.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self._near.extend(hashes[list(places)])
+        return unused
+
+    def _name(self, place: int) -> str:
+        return self._one("SELECT name FROM pictures WHERE place = ?", (place,))[0]
+
+    def _one(self, query: str, values: tuple = ()) -> tuple[Any, ...]:
+        return self._database.execute(query, values).fetchone()
+
+    def _check(self, about: dict[str, str]) -> None:
+        found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
+        if not found:
+            with _transaction(self._database):
+                self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            return
+        for key, what in (("source", "other pictures, or their files have changed"), ("filter", "another filter")):
+            if found[key] != about[key]:
+                raise OutputError(f"{self.path}: made from {what}; name another output folder, or remove this one")
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    database = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")  # ends with the process, however that ends
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("PRAGMA wal_autocheckpoint = 16384")  # pages of 4 KiB: digests come in random order
+        database.execute("PRAGMA cache_size = -65536")  # KiB
+        with _transaction(database):
+            if database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+                for statement in _TABLES.split(";\n")[:-1]:
+                    database.execute(statement)
+            database.execute("SELECT key FROM about, pictures LIMIT 1")
+    except (sqlite3.Error, OSError) as error:
+        if database is not None:
+            database.close()
+        if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            what = "another process is writing to it; wait for it, or name another output folder"
+            raise OutputError(f"{path}: {what}") from error
+        raise OutputError(f"{path}: cannot be used ({error}); name another output folder") from error
+    return database
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if database.in_transaction:  # some errors of SQLite end it
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+# ── filling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fill(
+    catalogue: Catalogue,
+    source: Source,
+    filter: Filter,
+    store: Path | None,
+    *,
+    workers: int = WORKERS,
+    ray: str | None = None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> None:
+    """Looks at all pictures that the catalogue does not know yet, until the source has no more.
+
+    Args:
+        store, workers, ray: As for :func:`muco.synth.pictures.look_at_all`.
+        progress: Is told how many pictures are done, and of how many if that is known.
+    Raises:
+        MucoError: As ``look_at_all``; what was found so far is kept.
+    """
+    if catalogue.complete:
+        return
+    stored = store is not None and source.root is None  # otherwise the files are the user's own
+    looks = look_at_all(source, filter, store, start=catalogue.looked, workers=workers, ray=ray)
+    while chunk := list(islice(looks, ADD)):
+        _check_reached(chunk, catalogue.looked)
+        unused = catalogue.add(chunk)
+        for file in unused if stored else ():
+            (store / file).unlink(missing_ok=True)
+        progress(catalogue.looked, source.total)
+    if stored:
+        remove_unused(catalogue, store)
+    catalogue.finish()
+
+
+def _check_reached(chunk: Sequence[Look], before: int) -> None:
+    """Stops where no server answers: then the network is gone, which must not be held against the pictures."""
+    gone = all(look.reason == UNREACHABLE for look in chunk)
+    if gone and (len(chunk) >= GONE or not before):
+        raise MucoError(
+            f"none of {len(chunk)} pictures in a row could be fetched, the last: {chunk[-1].note}. Mend the connection "
+            "and give the same command again: it goes on where it stopped"
+        )
+
+
+def remove_unused(catalogue: Catalogue, store: Path) -> None:
+    """Removes what a killed run has left in the store: files of no kept picture, and unfinished ones."""
+    own = re.compile(r"\.*([0-9a-f]{64})\.")
+    for folder in sorted(store.glob("[0-9a-f][0-9a-f]")):
+        for file in folder.iterdir():
+            digest = own.match(file.name)
+            if digest and (file.name.startswith(".") or catalogue.name_of(digest[1]) is None):
+                file.unlink()

@@ -1,0 +1,281 @@
+"""``muco synth``: from pictures to multi-turn training data, in two passes that both go on where they were stopped.
+
+::
+
+    pictures ─▶ look at each once (pictures.py) ─▶ catalogue.py: which are kept            pass one, no model
+    kept pictures ─▶ caption ─▶ pairs (writing.py) ─▶ shards.py, as soon as one is whole   pass two, asks the models
+    shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              card.py
+
+    <output>/synth.json       what was asked for; another run into this folder has to ask for the same
+             pictures.db      pass one
+             images/          pictures that came by URL or in tar files
+             answers/         what the models said about unfinished shards
+             shards/          what is finished
+
+Between the passes the number of pictures is known, so that requests and tokens can be told before they are spent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import muco
+from muco.errors import DataError, OutputError
+from muco.evaluate.report import write_json
+from muco.synth.catalogue import Catalogue, Kept, fill
+from muco.synth.endpoint import Endpoint
+from muco.synth.flow import in_order
+from muco.synth.limits import KEY_VARIABLE, Budget, BudgetSpent, Limits
+from muco.synth.pictures import WORKERS, Filter
+from muco.synth.shards import shard_file, write_shard
+from muco.synth.sources import Source
+from muco.synth.writing import PAIRS_SCHEMA, Answers, Made, Setting, make_turns
+
+SHARD = 1000  # pictures
+FIXED = ("prompt", "captioner", "writer", "filter", "setting", "shard")  # of what was asked for
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model behind a URL and how it is asked; see :class:`muco.synth.endpoint.Endpoint`.
+
+    Args:
+        model: "" stands for the only one that the server has; :func:`check` finds out.
+        structured: Whether answers are held to a JSON schema; :func:`check` finds out.
+    """
+
+    url: str
+    model: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits = Limits()  # noqa: RUF009
+    key_variable: str = KEY_VARIABLE
+    structured: bool = True
+
+    def open(self, budget: Budget | None = None) -> Endpoint:
+        endpoint = Endpoint(
+            self.url,
+            self.model,
+            sampling=self.sampling,
+            limits=self.limits,
+            budget=budget,
+            key_variable=self.key_variable,
+        )
+        endpoint.structured = self.structured
+        return endpoint
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the turns depend on, and where they go.
+
+    Args:
+        captioner: A model that sees.
+        writer: A model that writes; may be the same one.
+        shard: Pictures in a shard.
+    """
+
+    source: Source
+    output: Path
+    captioner: Server
+    writer: Server
+    filter: Filter = Filter()  # noqa: RUF009
+    setting: Setting = Setting()  # noqa: RUF009
+    shard: int = SHARD
+
+    @property
+    def root(self) -> Path:
+        """The folder that the pictures' files are relative to."""
+        return self.source.root or self.output / "images"
+
+    @property
+    def shards(self) -> Path:
+        return self.output / "shards"
+
+    def facts(self) -> dict[str, Any]:
+        """What stands in ``synth.json`` and in the metadata of every shard."""
+        return {
+            "prompt": self.setting.prompts.name,
+            "captioner": {"model": self.captioner.model, "sampling": dict(self.captioner.sampling)},
+            "writer": {"model": self.writer.model, "sampling": dict(self.writer.sampling)},
+            "filter": asdict(self.filter),
+            "setting": {name: getattr(self.setting, name) for name in ("attempts", "min_turns", "max_pixels")},
+            "shard": self.shard,
+            "source": str(self.source.path),
+            "muco": muco.__version__,
+        }
+
+    def open_catalogue(self) -> Catalogue:
+        return Catalogue(self.output / "pictures.db", self.source.fingerprint, self.filter)
+
+
+async def check(job: Job) -> Job:
+    """Asks both servers a first question; returns the job with what was learnt of them.
+
+    Raises:
+        EndpointError: If a server cannot be reached, or lacks the model.
+    """
+    async with job.captioner.open() as captioner, job.writer.open() as writer:
+        await captioner.check(image=True)
+        await writer.check(schema=PAIRS_SCHEMA)
+        return replace(
+            job,
+            captioner=replace(job.captioner, model=captioner.model),
+            writer=replace(job.writer, model=writer.model, structured=writer.structured),
+        )
+
+
+def claim(job: Job) -> None:
+    """Notes in the output folder what is asked for.
+
+    Raises:
+        OutputError: If the folder holds something else, or the result of other models, prompts or settings.
+    """
+    file, facts = job.output / "synth.json", job.facts()
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        for key in FIXED:
+            if known.get(key) != facts[key]:
+                raise OutputError(
+                    f"{job.output}: was begun with {key} {known.get(key)!r}, not {facts[key]!r}; give the same again, "
+                    "or name another output folder"
+                )
+        return
+    if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
+        raise OutputError(f"{job.output}: is not empty and was not made by muco synth; name another output folder")
+    job.output.mkdir(parents=True, exist_ok=True)
+    write_json(file, facts)
+
+
+def look(
+    job: Job, *, workers: int = WORKERS, ray: str | None = None, progress: Callable[[int, int | None], None]
+) -> dict[str, int]:
+    """Pass one: looks at all pictures that the catalogue does not know; returns its counts.
+
+    Args:
+        workers, ray: See :func:`muco.synth.pictures.look_at_all`.
+        progress: Is told how many pictures are done, and of how many if that is known.
+    Raises:
+        DataError: If no picture is kept.
+    """
+    store = None if job.source.root else job.root
+    with job.open_catalogue() as catalogue:
+        fill(catalogue, job.source, job.filter, store, workers=workers, ray=ray, progress=progress)
+        counts = catalogue.counts()
+    if not counts["kept"]:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.items() if reason not in ("pictures", "kept"))
+        raise DataError(
+            f"{job.source.path}: none of the {counts['pictures']:,} pictures is kept ({reasons}); see --min-side, "
+            "--max-aspect and --near"
+        )
+    return counts
+
+
+# ── pass two ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def unfinished(job: Job, kept: int) -> list[range]:
+    """For each shard that is not there yet the places of its pictures among the ``kept`` ones."""
+    places = [range(start, min(kept, start + job.shard)) for start in range(0, kept, job.shard)]
+    return [part for number, part in enumerate(places) if not shard_file(job.shards, number).exists()]
+
+
+async def make(
+    job: Job,
+    pictures: Iterable[Kept],
+    sizes: Mapping[int, int],
+    captioner: Endpoint,
+    writer: Endpoint,
+    done: Callable[[bool], None] = lambda fresh: None,
+) -> int:
+    """Makes the turns of pictures and writes their shards.
+
+    Args:
+        pictures: In order, of whole shards.
+        sizes: How many pictures each of these shards has.
+        done: Called after each picture with whether a model was asked about it in this run.
+    Returns:
+        How many pictures a server did not answer for now; their shards are left for a later run.
+    Raises:
+        BudgetSpent: If there is no budget left; what was answered is kept.
+        EndpointError: If a server gives nothing of use.
+    """
+    writing = _Writing(job, sizes)
+
+    async def work(picture: Kept) -> Made:
+        answers = writing.answers(picture)
+        fresh = answers.find((picture.digest, "caption", 0)) is None
+        made = await make_turns(picture, job.root, captioner, writer, job.setting, answers)
+        done(fresh)
+        return made
+
+    ahead = 2 * (captioner.limits.concurrency + writer.limits.concurrency)
+    try:
+        async with aclosing(in_order(iter(pictures), work, ahead=ahead)) as results:
+            async for made in results:
+                await writing.take(made)
+    except BudgetSpent:
+        writing.settle()
+        raise
+    finally:
+        writing.close()
+    return writing.later
+
+
+class _Writing:
+    """Collects what becomes of pictures, and writes a shard when all of its pictures are through.
+
+    Pictures come in order, so that few shards are open at a time.
+    """
+
+    def __init__(self, job: Job, sizes: Mapping[int, int]) -> None:
+        self.job, self.sizes, self.facts = job, sizes, job.facts()
+        self.later = 0
+        self._answers: dict[int, Answers] = {}
+        self._made: dict[int, list[Made]] = {}
+
+    def answers(self, picture: Kept) -> Answers:
+        shard = picture.place // self.job.shard
+        if shard not in self._answers:
+            self._answers[shard] = Answers(self.job.output / "answers" / f"{shard:05}.jsonl")
+        return self._answers[shard]
+
+    async def take(self, made: Made) -> None:
+        shard = made.picture.place // self.job.shard
+        together = self._made.setdefault(shard, [])
+        together.append(made)
+        if len(together) == self.sizes[shard]:
+            await asyncio.to_thread(self._finish, shard)
+
+    def _finish(self, shard: int) -> None:
+        made, answers = self._made.pop(shard), self._answers.pop(shard)
+        if later := sum(one.later for one in made):
+            self.later += later
+            answers.settle()
+            answers.close()
+            return
+        write_shard(self.job.shards, shard, made, self.facts)
+        answers.delete()
+
+    def settle(self) -> None:
+        for answers in self._answers.values():
+            answers.settle()
+
+    def close(self) -> None:
+        for answers in self._answers.values():
+            answers.close()
+
+
+def shard_sizes(job: Job, parts: Sequence[range]) -> dict[int, int]:
+    return {part.start // job.shard: len(part) for part in parts}
+
+
+def kept_pictures(catalogue: Catalogue, parts: Iterable[range]) -> Iterator[Kept]:
+    """The pictures of shards, one shard in memory at a time."""
+    for part in parts:
+        yield from catalogue.kept(part.start, len(part))

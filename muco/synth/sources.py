@@ -1,0 +1,321 @@
+"""Where pictures come from: a folder, URLs in Parquet files, or webdataset shards. Numbered, and read one at a time.
+
+A source lists its pictures in an order that does not change, from any number on, and holds none of their bytes. It can
+be sent to another process, which then reads pictures by their ``ref``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+
+from muco.data.images import read_bytes
+from muco.data.items import IMAGE_SUFFIXES, image_files
+from muco.errors import DataError, ImageError
+from muco.fetch import FetchError, FetchLimits, fetch
+
+URL_COLUMNS = ("url", "URL")  # as published lists of pictures call it
+SHARD_KINDS = ("jpg", "jpeg", "png", "webp")
+BATCH_ROWS = 4096  # rows of URLs in memory
+LONGEST_NAME = 300  # characters
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a source.
+
+    Args:
+        number: From 0, in the order of the source.
+        name: For people: a relative path, a URL without its query, "shard.tar/0001.jpg", or as a column names it.
+        ref: By which the source reads it.
+    """
+
+    number: int
+    name: str
+    ref: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A list of pictures.
+
+    Args:
+        path: As it was given.
+        fingerprint: SHA-256 (hex) of names, sizes and times of the files; another one means other pictures.
+        total: How many there are; None where that would take going through everything.
+        root: The folder in which the pictures lie as files, named by their refs; None: they must be stored to be kept.
+    """
+
+    path: Path
+    fingerprint: str
+    total: int | None
+    root: Path | None
+
+    def pictures(self, start: int = 0) -> Iterator[Picture]:
+        """The pictures from number ``start`` on.
+
+        Raises:
+            DataError: If the list is broken at some place, which the message names.
+        """
+        raise NotImplementedError
+
+    def read(self, ref: str) -> bytes:
+        """The bytes of the picture's file; nothing says whether they are a picture.
+
+        Raises:
+            ImageError: If there is no such file, or it is empty or too large.
+            FetchError: If a URL could not be fetched.
+            DataError: If the list has changed since it was opened.
+        """
+        raise NotImplementedError
+
+
+def open_source(
+    path: str | Path,
+    *,
+    url_column: str | None = None,
+    name_column: str | None = None,
+    fetch: FetchLimits | None = None,
+) -> Source:
+    """The pictures of a folder, of Parquet files with URLs, or of webdataset shards.
+
+    Args:
+        path: A folder with images in it or in folders below; a ``.parquet`` file or a folder of them; a ``.tar`` shard
+            or a folder of them. A Parquet file beside a shard or a folder of the same name describes it, and is not
+            read: so a folder as a downloader leaves it is understood.
+        url_column: Of the Parquet files; None takes "url" or "URL".
+        name_column: Of the Parquet files, with names for people; None takes the URLs without their queries.
+        fetch: What may be fetched; None takes those of muco/fetch.py.
+    Raises:
+        DataError: If there is nothing, more than one kind, an unreadable file, or no such column.
+    """
+    path = Path(path)
+    tables, shards, image = _found(path)
+    kinds = [what for what, found in (("images", image), (".parquet files", tables), (".tar shards", shards)) if found]
+    if len(kinds) > 1:
+        raise DataError(f"{path}: both {' and '.join(kinds)}; name a folder or file that has one kind of them only")
+    if not kinds:
+        looked = f"images ({', '.join(sorted(IMAGE_SUFFIXES))}; also in folders below), .parquet files, .tar shards"
+        raise DataError(f"{path}: no pictures here; looked for {looked}")
+    if not tables and (url_column or name_column):
+        raise DataError(f"{path}: no .parquet files here, so there is no column {url_column or name_column!r}")
+    if tables:
+        return _open_urls(path, tables, url_column, name_column, fetch or FetchLimits())
+    return _open_shards(path, shards) if shards else _open_folder(path)
+
+
+def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
+    """Parquet files, shards, and whether there are images."""
+    if path.is_dir():
+        try:
+            files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+            image = next(image_files(path), None) is not None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed: {error}") from error
+        shards = [file for file in files if file.suffix == ".tar"]
+        tables = [file for file in files if file.suffix in (".parquet", ".pq")]
+        described = [file.with_suffix("") for file in shards] + [folder for folder in files if folder.is_dir()]
+        return [file for file in tables if file.with_suffix("") not in described], shards, image
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix not in (".parquet", ".pq", ".tar"):
+        raise DataError(f"{path}: give a folder of images, a .parquet file of URLs, or a plain .tar shard")
+    return ([path], [], False) if path.suffix != ".tar" else ([], [path], False)
+
+
+def _fingerprint(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _open_folder(path: Path) -> Source:
+    digest, total = hashlib.sha256(), 0
+    try:
+        for name, entry in image_files(path):
+            status = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            total += 1
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed: {error}") from error
+    return FolderSource(path, digest.hexdigest(), total, path)
+
+
+class FolderSource(Source):
+    """Images in a folder and those below, in the order of their names."""
+
+    def pictures(self, start: int = 0) -> Iterator[Picture]:
+        for number, (name, _) in islice(enumerate(image_files(self.path)), start, None):
+            shown = os.fsencode(name).decode("utf-8", "replace")  # what is no UTF-8 cannot be named in a data set
+            yield Picture(number, shown, shown)
+
+    def read(self, ref: str) -> bytes:
+        return read_bytes(self.path / ref, ref)
+
+
+# ── URLs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class UrlSource(Source):
+    """Pictures behind the URLs of Parquet files, row by row."""
+
+    files: tuple[Path, ...]
+    rows: tuple[int, ...]  # of each file
+    columns: tuple[str, ...]  # of the URL, and of the name if one was given
+    limits: FetchLimits
+
+    def pictures(self, start: int = 0) -> Iterator[Picture]:
+        first = 0
+        for file, rows in zip(self.files, self.rows, strict=True):
+            if start < first + rows:
+                yield from self._pictures_of(file, first, max(0, start - first))
+            first += rows
+
+    def read(self, ref: str) -> bytes:
+        if not ref:
+            raise FetchError("the row has no URL")
+        return fetch(ref, self.limits)
+
+    def _pictures_of(self, file: Path, first: int, start: int) -> Iterator[Picture]:
+        for row, values in _rows(file, self.columns, start):
+            url = (values[0] or "").strip()
+            name = str(values[1]) if len(values) > 1 and values[1] is not None else without_query(url)
+            yield Picture(first + row, name[:LONGEST_NAME] or f"{file.name} row {row}", url)
+
+
+def without_query(url: str) -> str:
+    """A URL as it may be shown: without query, which may hold a signature, and without a user's name."""
+    return re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
+
+
+def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None, limits: FetchLimits) -> Source:
+    from muco.data.rows import choose_columns, read_header
+    from muco.evaluate.lines import file_state
+
+    found = read_header(files[0])[0]
+    if url is None:
+        url = next((column for column in URL_COLUMNS if column in found), None)
+    if url is None:
+        wanted = " or ".join(map(repr, URL_COLUMNS))
+        raise DataError(f"{files[0]}: no column {wanted}; it has {', '.join(found)}; name the one that holds the URLs")
+    columns = tuple(column for column in (url, name) if column is not None)
+    for file in files:
+        choose_columns(file, columns)
+        _check_strings(file, url)
+    rows = tuple(read_header(file)[1] for file in files)
+    if not sum(rows):
+        raise DataError(f"{path}: no rows")
+    states = [[file.name, *file_state(file)] for file in files]
+    return UrlSource(path, _fingerprint(columns, states), sum(rows), None, tuple(files), rows, columns, limits)
+
+
+def _check_strings(file: Path, column: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pq.read_schema(file).field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"{file}: the column {column!r} must hold URLs as strings, not {kind}")
+
+
+def _rows(file: Path, columns: Sequence[str], start: int) -> Iterator[tuple[int, list]]:
+    """(Row, values in the order of the columns) from row ``start`` on; row groups before that stay unread."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as opened:
+            ends = [*accumulate(opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups))]
+            group = next((n for n, end in enumerate(ends) if end > start), len(ends))
+            row = ends[group - 1] if group else 0
+            for batch in opened.iter_batches(BATCH_ROWS, row_groups=range(group, len(ends)), columns=list(columns)):
+                values = [batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns]
+                for record in zip(*values, strict=True):
+                    if row >= start:
+                        yield row, [*record]
+                    row += 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: text that is not UTF-8 after row {row} ({error.reason}); repair the file") from error
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file}: broken after row {row} ({reason}); download it again") from error
+
+
+# ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class ShardSource(Source):
+    """Images in webdataset shards, in the order in which they lie there; all other members are passed over.
+
+    Going on in the middle reads the headers of the shards before it again.
+    """
+
+    files: tuple[Path, ...]
+    states: tuple[tuple[int, int], ...]
+
+    def pictures(self, start: int = 0) -> Iterator[Picture]:
+        first = 0
+        for shard, file in enumerate(self.files):
+            found = self._members(shard)  # of the whole shard: of one that is damaged no picture is taken
+            for at in range(max(0, start - first), len(found)):
+                name, place = found[at]
+                yield Picture(first + at, f"{file.name}/{name}"[:LONGEST_NAME], f"{shard}:{place}")
+            first += len(found)
+
+    def read(self, ref: str) -> bytes:
+        from muco.data.pairs import open_unchanged
+
+        shard, place, size = map(int, ref.split(":"))
+        with open_unchanged(self.files[shard], self.states[shard]) as file:
+            file.seek(place)
+            data = file.read(size)
+        if not data:
+            raise ImageError(f"{self.files[shard].name}: the image at byte {place} is empty (0 bytes)")
+        return data
+
+    def _members(self, shard: int) -> list[tuple[str, str]]:
+        """Name and "place:size" of every image of a shard."""
+        from muco.data.pairs import open_unchanged
+        from muco.data.shards import key_and_kind, members
+
+        with open_unchanged(self.files[shard], self.states[shard]) as file:
+            return [
+                (member.name.removeprefix("./"), f"{member.offset_data}:{member.size}")
+                for member in members(file, self.files[shard], Counter())
+                if key_and_kind(member.name)[1] in SHARD_KINDS
+            ]
+
+
+def _open_shards(path: Path, files: list[Path]) -> Source:
+    from muco.evaluate.lines import file_state
+
+    states = tuple(file_state(file) for file in files)
+    for file in files:
+        _check_end(file)
+    named = [[file.name, *state] for file, state in zip(files, states, strict=True)]
+    return ShardSource(path, _fingerprint(named), None, None, tuple(files), states)
+
+
+def _check_end(file: Path) -> None:
+    """A download that broke off is found now, and not after days: the last block of an archive is zeros."""
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            opened.seek(max(0, size - 512))
+            whole = opened.read() == bytes(512) and size % 512 == 0
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+    if not whole:
+        raise DataError(f"{file}: not a whole plain tar archive (no end); download it again")
