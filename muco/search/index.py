@@ -169,13 +169,24 @@ class Index:
             import muco
 
             given = muco.load(given)
-        if given.fingerprint != self.fingerprint:
+        self.check(given.fingerprint, name)
+        return given
+
+    def check(self, fingerprint: str, name: str) -> None:
+        """Whether vectors of a model may be searched for here.
+
+        Args:
+            fingerprint: The model's, see ``Model.fingerprint``.
+            name: For the message.
+        Raises:
+            MucoError: If another model made the index.
+        """
+        if fingerprint != self.fingerprint:
             raise MucoError(
                 f"{self.path}: the index was made with the model {self.model_path or '(no path)'} "
-                f"({self.fingerprint[:12]}), not with {name} ({given.fingerprint[:12]}), and vectors of two models do "
+                f"({self.fingerprint[:12]}), not with {name} ({fingerprint[:12]}), and vectors of two models do "
                 "not compare; use the former, or make another index"
             )
-        return given
 
     # ── searching ────────────────────────────────────────────────────────────────────────────────────────────────────
 

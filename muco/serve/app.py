@@ -28,6 +28,7 @@ from muco.serve.engine import Embedded, Engine, Item
 from muco.serve.guard import ClientGone, Guard, error_answer
 from muco.serve.images import Fetcher
 from muco.serve.metrics import Metrics
+from muco.serve.process import ModelProcess
 from muco.serve.schema import (
     EmbeddingsRequest,
     EmbedRequest,
@@ -64,7 +65,7 @@ class Served:
         token, hosts: See :class:`muco.serve.guard.Guard`.
     """
 
-    engine: Engine
+    engine: Engine | ModelProcess
     name: str
     limits: Limits = field(default_factory=Limits)
     batches: BatchLimits = field(default_factory=BatchLimits)

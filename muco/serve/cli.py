@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,9 @@ from muco.errors import MucoError
 from muco.options import Model, examples
 
 if TYPE_CHECKING:
-    from muco.encoder import Model as LoadedModel
     from muco.serve.app import Served
+    from muco.serve.images import ImageLimits
+    from muco.serve.process import ModelProcess
 
 TOKEN = "MUCO_SERVE_TOKEN"
 EXAMPLES = examples(
@@ -81,7 +83,6 @@ def serve(
     from muco.fetch import FetchLimits
     from muco.serve.app import Served
     from muco.serve.batcher import BatchLimits
-    from muco.serve.engine import Engine
     from muco.serve.guard import LOCAL_HOSTS
     from muco.serve.images import ImageLimits
     from muco.serve.schema import Limits
@@ -96,9 +97,10 @@ def serve(
     token, instructions = _token(token_file), dict(map(_instruction, instruction))
     with _bound(host, port) as listener:
         local = host in LOCAL_HOSTS
-        loaded, opened = _load(model, device, index)
+        gone = _Gone()
+        engine, opened = _load(model, device, index, image, max_tokens, gone)
         served = Served(
-            engine=Engine(loaded, image, max_tokens),
+            engine=engine,
             name=name or Path(model).name,
             limits=limits,
             batches=BatchLimits(batch_tokens, batch_milliseconds, queue),
@@ -108,7 +110,10 @@ def serve(
             token=token,
             hosts=frozenset((*LOCAL_HOSTS, *(n.lower() for n in allow_host))) if local or allow_host else None,
         )
-        _run(served, listener, lambda: _announce(served, listener, local))
+        with closing(engine):
+            _run(served, listener, lambda: _announce(served, listener, local))
+        if gone.code is not None:
+            raise MucoError(f"the model's process ended (exit code {gone.code}); what it last said is above")
 
 
 def _check_installed() -> None:
@@ -153,17 +158,31 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _load(path: str, device: str | None, index: str | None) -> tuple[LoadedModel, Any]:
-    from muco.encoder import load
+class _Gone:
+    """Ends the server when the model's process does."""
+
+    code: int | None = None
+
+    def __call__(self, code: int | None) -> None:
+        self.code = code
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _load(
+    path: str, device: str | None, index: str | None, image: ImageLimits, max_tokens: int, gone: _Gone
+) -> tuple[ModelProcess, Any]:
+    from muco.serve.process import ModelProcess
 
     if index is None:
-        return load(path, device=device), None
+        return ModelProcess(path, device, image, max_tokens, gone=gone), None
     from muco.search import Index
 
     if "://" not in index and not Path(index).is_dir():
         raise MucoError(f"{index}: no such index; make one with muco index")
-    model = load(path, device=device)
-    return model, Index.open(index, model=model)
+    engine = ModelProcess(path, device, image, max_tokens, fingerprint=True, gone=gone)
+    opened = Index.open(index)
+    opened.check(engine.facts.fingerprint, path)
+    return engine, opened
 
 
 def _trained_dimensions(path: str) -> tuple[int, ...]:
@@ -185,7 +204,7 @@ def _announce(served: Served, listener: socket.socket, local: bool) -> None:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     limits, batches, engine = served.limits, served.batches, served.engine
     lines = [
-        f"{address}  model {served.name}, vectors of {engine.dimension} numbers, on {engine.model.device}",
+        f"{address}  model {served.name}, vectors of {engine.dimension} numbers, on {engine.facts.device}",
         f"one request: {limits.items} items, {limits.images} images, {limits.body_bytes >> 20} MiB, "
         f"{limits.seconds:g} s; one item: {limits.tokens:,} tokens; one image: {limits.image.max_pixels:,} pixels",
         f"one pass: {batches.tokens:,} tokens, {batches.milliseconds:g} ms; queue: {batches.queue}",

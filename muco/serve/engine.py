@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from muco.batch import DialogueBatch, join
+from muco.batch import DialogueBatch, collate, join
 from muco.dialogue import Content, Dialogue
 from muco.errors import DataError
 from muco.processor import Processor
@@ -72,22 +72,49 @@ class BoundedProcessor(Processor):
         return super().text_ids(text) if len(text) <= CACHED_TEXT else self._tokenize(text)
 
 
-class Engine:
-    """A loaded model as the two functions that a batcher takes.
+@dataclass(frozen=True)
+class Facts:
+    """What there is to know of a model without having it.
 
     Args:
-        model: Its processor is replaced by one with a bounded cache.
+        dimension: Numbers of a vector.
+        device: As torch calls it.
+        fingerprint: See ``Model.fingerprint``; "" where nobody asked.
+    """
+
+    processor: Processor
+    padding_side: Literal["left", "right"]
+    dimension: int
+    device: str
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, model: Model, fingerprint: str = "") -> Facts:
+        encoder = model.encoder
+        return cls(
+            encoder.muco_processor,
+            encoder.padding_side,
+            model.get_embedding_dimension(),
+            str(model.device),
+            fingerprint,
+        )
+
+
+class Preparation:
+    """The first of the two functions that a batcher takes, which needs no model.
+
+    Args:
         max_tokens: Of one item, image tokens included.
     """
 
-    def __init__(self, model: Model, images: ImageLimits, max_tokens: int) -> None:
-        old = model.encoder.muco_processor
-        model.encoder.muco_processor = BoundedProcessor(
-            old.tokenizer, old.image_processor, old.template, stock=old.stock
-        )
-        self.model = model.eval()
-        self.image_limits, self.max_tokens = images, max_tokens
-        self.dimension: int = model.get_embedding_dimension()
+    def __init__(self, facts: Facts, images: ImageLimits, max_tokens: int) -> None:
+        old = facts.processor
+        self.processor = BoundedProcessor(old.tokenizer, old.image_processor, old.template, stock=old.stock)
+        self.facts, self.image_limits, self.max_tokens = facts, images, max_tokens
+
+    @property
+    def dimension(self) -> int:
+        return self.facts.dimension
 
     def prepare(self, item: Item) -> Prepared:
         """Opens the images and counts the tokens.
@@ -101,7 +128,7 @@ class Engine:
             batch = self._collated(item, texts, images)
             tokens = batch["input_ids"].shape[1]
             if tokens <= self.max_tokens:
-                image_tokens = int((batch["input_ids"] == self.model.encoder.muco_processor.image_id).sum())
+                image_tokens = int((batch["input_ids"] == self.processor.image_id).sum())
                 alone = item.mode is None
                 return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
             if item.truncate == "NONE" or item.mode is not None:
@@ -111,13 +138,22 @@ class Engine:
 
     def _collated(self, item: Item, texts: Sequence[str], images: tuple[Any, ...]) -> DialogueBatch:
         contents = tuple(Content(text) for text in texts)
-        return self.model.encoder.collate([Dialogue(images, contents, item.mode != "compounded", item.where)])
+        dialogue = Dialogue(images, contents, item.mode != "compounded", item.where)
+        return collate([dialogue], self.processor, padding_side=self.facts.padding_side)
 
     def _cut(self, text: str, excess: int, end: Literal["START", "END"]) -> str:
-        spans = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if excess >= len(spans):
             return ""
         return text[spans[excess - 1][1] :] if end == "START" else text[: spans[-excess][0]]
+
+
+class Engine(Preparation):
+    """A loaded model as the two functions that a batcher takes."""
+
+    def __init__(self, model: Model, images: ImageLimits, max_tokens: int) -> None:
+        super().__init__(Facts.of(model), images, max_tokens)
+        self.model = model.eval()
 
     @torch.inference_mode()
     def run(self, prepared: Sequence[Prepared]) -> list[Embedded]:

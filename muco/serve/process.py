@@ -1,0 +1,194 @@
+"""The model in a process of its own: answering requests and computing vectors do not share an interpreter's lock.
+
+::
+
+    this process    HTTP, images, tokens ─prepared items─▶ pipe ─▶ Engine.run    the other one
+                                         ◀────vectors──── pipe ◀─
+
+The other process ends with this one, however this one ends; and if it ends by itself, ``gone`` is called.
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any
+
+import torch
+
+from muco.errors import MucoError
+from muco.serve.engine import Embedded, Engine, Facts, Preparation, Prepared
+from muco.serve.images import ImageLimits
+
+JOIN = 30  # seconds that the process gets to end by itself
+SMALL = 1 << 20  # bytes of arrays that go through the pipe itself
+
+
+class ModelProcess(Preparation):
+    """What :class:`Engine` is, with the model elsewhere.
+
+    Args:
+        path, device: As for :func:`muco.load`.
+        fingerprint: Whether to find out the model's, for which all weights are read.
+        gone: Called once, from a thread, if the process ends although it was not asked to.
+    Raises:
+        MucoError: If the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: str | None,
+        images: ImageLimits,
+        max_tokens: int,
+        *,
+        fingerprint: bool = False,
+        gone: Callable[[int | None], None] = lambda code: None,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_main, args=(theirs, path, device, fingerprint), daemon=True)
+        self._closing, self._one_at_a_time = False, threading.Lock()
+        self._process.start()
+        theirs.close()
+        super().__init__(self._received(), images, max_tokens)
+        threading.Thread(target=self._watch, args=(gone,), name="muco-watch", daemon=True).start()
+
+    def run(self, prepared: Sequence[Prepared]) -> list[Embedded]:
+        """See :meth:`Engine.run`.
+
+        Raises:
+            Exception: What that raised, or a RuntimeError if the process is not there any more.
+        """
+        with self._one_at_a_time:
+            try:
+                send(self._pipe, [replace(one, batch=_as_numpy(one.batch)) for one in prepared])
+            except OSError as error:
+                raise RuntimeError("the model's process has ended") from error
+            return self._received()
+
+    def close(self) -> None:
+        """Ends the process; what it computes is finished first."""
+        with self._one_at_a_time:
+            self._closing = True
+            self._pipe.close()
+        self._process.join(JOIN)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _received(self) -> Any:
+        try:
+            ok, value = receive(self._pipe)
+        except (EOFError, OSError) as error:
+            self._process.join(JOIN)
+            raise RuntimeError(f"the model's process has ended (exit code {self._process.exitcode})") from error
+        if not ok:
+            raise value
+        return value
+
+    def _watch(self, gone: Callable[[int | None], None]) -> None:
+        self._process.join()
+        if not self._closing:
+            gone(self._process.exitcode)
+
+
+def _main(pipe: Connection, path: str, device: str | None, fingerprint: bool) -> None:
+    """The other process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the pipe says when to end
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        from muco.encoder import load
+
+        model = load(path, device=device)
+        engine = Engine(model, ImageLimits(), max_tokens=sys.maxsize)
+        send(pipe, (True, Facts.of(model, model.fingerprint if fingerprint else "")))
+    except Exception as error:
+        send(pipe, (False, _raised(error)))
+        return
+    while True:
+        try:
+            prepared = receive(pipe)
+        except EOFError:
+            return
+        try:
+            send(pipe, (True, engine.run([replace(one, batch=_as_tensors(one.batch)) for one in prepared])))
+        except Exception as error:
+            send(pipe, (False, _raised(error)))
+
+
+def _raised(error: Exception) -> Exception:
+    """What is raised in the first process: a user's error as it is; a defect leaves its traceback here."""
+    if isinstance(error, MucoError):
+        return error.with_traceback(None)
+    traceback.print_exception(error)
+    return RuntimeError(f"the model's process failed: {type(error).__name__}: {error}")
+
+
+# ── the pipe ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def send(pipe: Connection, value: Any) -> None:
+    """Sends anything that pickles; arrays that are large together go as memory, of which only the handle is sent.
+
+    That memory belongs to no file system, so that a small /dev/shm, as in containers, does not matter.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    parts = [array.raw() for array in arrays]
+    size = sum(part.nbytes for part in parts)
+    if size < SMALL or not hasattr(os, "memfd_create"):
+        pipe.send_bytes(pickle.dumps((0, [], pickle.dumps(value, protocol=5))))
+        return
+    memory = os.memfd_create("muco")
+    try:
+        os.ftruncate(memory, size)
+        with mmap.mmap(memory, size) as room:
+            for part in parts:
+                room.write(part)
+        pipe.send_bytes(pickle.dumps((size, [part.nbytes for part in parts], head)))
+        send_handle(pipe, memory, None)
+    finally:
+        os.close(memory)
+
+
+def receive(pipe: Connection) -> Any:
+    """What :func:`send` sent.
+
+    Raises:
+        EOFError: If the other side is gone.
+    """
+    size, lengths, head = pickle.loads(pipe.recv_bytes())
+    if not size:
+        return pickle.loads(head)
+    memory = recv_handle(pipe)
+    try:
+        room = memoryview(mmap.mmap(memory, size))  # lives as long as the arrays in it
+    finally:
+        os.close(memory)
+    ends = [*accumulate(lengths)]
+    return pickle.loads(head, buffers=[room[end - length : end] for end, length in zip(ends, lengths, strict=True)])
+
+
+# Torch would send every tensor through shared memory of its own, which costs more than a small one takes.
+def _as_numpy(batch: Any) -> Any:
+    return _each(batch, lambda value: value.numpy() if isinstance(value, torch.Tensor) else value)
+
+
+def _as_tensors(batch: Any) -> Any:
+    return _each(batch, lambda value: value if isinstance(value, torch.Tensor) else torch.from_numpy(value))
+
+
+def _each(batch: Mapping[str, Any] | None, change: Callable[[Any], Any]) -> Any:
+    return None if batch is None else {key: change(value) for key, value in batch.items()}
