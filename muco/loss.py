@@ -31,6 +31,7 @@ def multi_turn_info_nce(
     hard_negatives: Float[Tensor, "hard dim"] | None = None,
     hard_negative_turns: Int[Tensor, " hard"] | None = None,
     hard_negative_ids: Int[Tensor, " hard"] | None = None,
+    mask_same_image: bool = True,
 ) -> Float[Tensor, ""]:
     """Mean InfoNCE of each query turn against every target of other samples, in nats.
 
@@ -46,6 +47,8 @@ def multi_turn_info_nce(
         hard_negative_turns: The turn that each hard negative was given for. It is also a negative of every turn of
             other samples, but of no other turn of its own sample.
         hard_negative_ids: The ``target_ids`` of the hard negatives; needed where ``target_ids`` are given.
+        mask_same_image: False takes the targets of a sample's other turns for negatives; only to show what the mask is
+            for. Hard negatives are masked as before.
     Returns:
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
@@ -60,15 +63,15 @@ def multi_turn_info_nce(
         raise ValueError("hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given")
     candidates = target if hard_negatives is None else torch.cat([target, hard_negatives.to(target.dtype)])
 
+    def backward_negatives(rows: slice) -> Tensor:
+        return allowed_negatives(sample_ids, target_ids, rows, mask_same_image=mask_same_image)
+
     def forward_negatives(rows: slice) -> Tensor:
-        allowed = allowed_negatives(sample_ids, target_ids, rows)
+        allowed = backward_negatives(rows)
         if hard_negatives is None:
             return allowed
         hard = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids, rows)
         return torch.cat([allowed, hard], dim=1)
-
-    def backward_negatives(rows: slice) -> Tensor:
-        return allowed_negatives(sample_ids, target_ids, rows)
 
     loss = _info_nce(query, candidates, forward_negatives, temperature)
     if symmetric:
@@ -209,6 +212,7 @@ class MultiTurnLoss(nn.Module):
     Args:
         dimensions: The loss is the mean over vectors cut to their first so many numbers and normalised again
             (Matryoshka, arXiv 2205.13147); empty for whole vectors only.
+        mask_same_image: See :func:`multi_turn_info_nce`.
     """
 
     def __init__(
@@ -218,12 +222,14 @@ class MultiTurnLoss(nn.Module):
         temperature: float = 0.02,
         symmetric: bool = False,
         dimensions: Sequence[int] = (),
+        mask_same_image: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.symmetric = symmetric
         self.dimensions = tuple(dimensions)
+        self.mask_same_image = mask_same_image
 
     def forward(self, sides: list[dict[str, Tensor]], ids: dict[str, Tensor]) -> Tensor:
         query, target = (self.model(side)["sentence_embedding"] for side in sides)
@@ -280,6 +286,7 @@ class MultiTurnLoss(nn.Module):
             hard_negatives=hard if some else None,
             hard_negative_turns=hard_turns if some else None,
             hard_negative_ids=hard_ids if some else None,
+            mask_same_image=self.mask_same_image,
         )
 
 

@@ -11,14 +11,18 @@ def allowed_negatives(
     sample_ids: Int[Tensor, " turns"],
     target_ids: Int[Tensor, " turns"] | None = None,
     rows: slice = slice(None),
+    *,
+    mask_same_image: bool = True,
 ) -> Bool[Tensor, "rows turns"]:
     """True where the target of turn j is a negative of turn i.
 
     Not allowed are targets of the same sample (the paper's logit mask: they answer other questions about the same
     image, and may well fit this one) and, with ``target_ids``, targets identical to the turn's own: "Ring" of another
-    image is the right answer, not a wrong one. ``rows`` asks for some turns only.
+    image is the right answer, not a wrong one. ``rows`` asks for some turns only. Without
+    ``mask_same_image`` the other targets of the sample are allowed, only to show what the mask is for.
     """
-    allowed = sample_ids[rows, None] != sample_ids[None, :]
+    owners = sample_ids if mask_same_image else torch.arange(len(sample_ids), device=sample_ids.device)
+    allowed = owners[rows, None] != owners[None, :]
     if target_ids is not None:
         allowed = allowed & (target_ids[rows, None] != target_ids[None, :])
     return allowed

@@ -66,6 +66,35 @@ def test_value_equals_the_definition(batch, with_ids, with_hard):
 
 
 @settings(max_examples=20, deadline=None)
+@given(batches(), st.booleans())
+def test_without_the_mask_other_turns_of_the_image_are_negatives(batch, with_ids):
+    query, target, sample_ids, target_ids, *_ = batch
+    ids = target_ids if with_ids else None
+    value = multi_turn_info_nce(query, target, sample_ids, temperature=0.1, target_ids=ids, mask_same_image=False)
+    every_turn_a_sample = torch.arange(len(sample_ids))
+    assert value.item() == pytest.approx(slow_loss(query, target, every_turn_a_sample, 0.1, ids), abs=1e-5)
+
+
+def test_the_module_passes_the_mask_on():
+    torch.manual_seed(0)
+    query, target = (normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    none = torch.empty(0, dtype=torch.long)
+    ids = {"sample_ids": torch.arange(6) // 2, "target_rows": torch.arange(6)} | dict.fromkeys(
+        ("hard_negative_rows", "hard_negative_turns", "hard_negative_ids"), none
+    )
+    for symmetric in (False, True):
+        values = [
+            MultiTurnLoss(torch.nn.Identity(), symmetric=symmetric, mask_same_image=mask).of_vectors(query, target, ids)
+            for mask in (True, False)
+        ]
+        own = [
+            multi_turn_info_nce(query, target, ids["sample_ids"], symmetric=symmetric, mask_same_image=mask)
+            for mask in (True, False)
+        ]
+        assert values == own and values[1] > values[0] + 0.1  # more negatives, a higher loss
+
+
+@settings(max_examples=20, deadline=None)
 @given(batches())
 def test_symmetric_is_the_mean_of_both_directions(batch):
     query, target, sample_ids, target_ids, *_ = batch

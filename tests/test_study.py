@@ -5,22 +5,47 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import muco
 from muco import MucoError, OutputError
-from muco.study.design import Column, Run, Study, folder_of, recipe_of
-from muco.study.report import Estimate, differences, plot, table, table_as_json, write_report
+from muco.cli import main
+from muco.data import open_data
+from muco.evaluate.report import write_json
+from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
+from muco.study.one import run_job
+from muco.study.plots import plot
+from muco.study.probes import (
+    agreement,
+    alignment,
+    coherence,
+    cross_cosine,
+    dialogues_found,
+    leak,
+    modality_gap,
+    pair_cosine,
+    turns_found,
+    uniformity,
+)
+from muco.study.report import write_report
+from muco.study.results import Estimate, differences, point_values, table, table_as_json
 from muco.study.run import run_study
-from muco.study.studies import STUDIES, find_study
-from muco.train.recipe import from_dict
+from muco.study.studies import FLOPS, STUDIES, find_study, questions
+from muco.study.true_sizes import ASSUMPTIONS, run_flops, tokens_per_turn
+from muco.train.recipe import TurnsRecipe, from_dict
+from muco.train.trainer import make_loss
 
 SMALL = {"width": 32, "feed_forward": 64, "vision_width": 32, "vision_depth": 1, "vocabulary": 300}
 
@@ -41,6 +66,13 @@ def two_runs(scenes: Path) -> Study:
         prepare=lambda folder, scale: folder.symlink_to(scenes),
         compared=(("goes on", "first"),),
     )
+
+
+def made_up_costs(study: Study) -> dict[str, dict[str, float]]:
+    return {
+        name: {"pairs": 7.0 + place, "flops": 2e9 + place, "seconds": 0.5 + place, "spread": 0.1}
+        for place, name in enumerate(study.measured)
+    }
 
 
 def known(values: dict[str, list[float]]) -> dict:
@@ -84,7 +116,7 @@ def test_differences_are_paired_by_seed(scenes, tmp_path):
 def test_every_run_of_every_study_has_a_recipe_and_scores_that_exist(name, tmp_path):
     study = find_study(name)
     for run in study.runs:
-        values = recipe_of(study, run, 3, 0.1, tmp_path)
+        values = recipe_of(study, run, 3, 0.1, tmp_path, costs=made_up_costs(study))
         recipe = from_dict(values)
         assert recipe.seed == 3 and recipe.trainer["max_steps"] >= 1
         start = folder_of(tmp_path, run.start, 3) / "run" / "model" if run.start else None
@@ -92,15 +124,388 @@ def test_every_run_of_every_study_has_a_recipe_and_scores_that_exist(name, tmp_p
     assert find_study(name) is study
 
 
+def test_the_masks_of_the_study_reach_the_loss(tiny_model, tmp_path):
+    study = find_study("masks")
+    seen = {}
+    for name in ("isolated, masked", "compounded, not masked", "fine-tuned, masked", "fine-tuned, not masked"):
+        recipe = from_dict(recipe_of(study, study.run(name), 0, 1.0, tmp_path))
+        loss = make_loss(recipe, tiny_model)
+        seen[name] = recipe.turns.mode, loss.mask_same_image, getattr(loss, "mask_counterpart", None)
+    assert seen == {
+        "isolated, masked": ("isolated", True, None),
+        "compounded, not masked": ("compounded", False, None),
+        "fine-tuned, masked": ("reconstruction", True, True),
+        "fine-tuned, not masked": ("reconstruction", True, False),
+    }
+
+
 def test_what_cannot_be_studied_is_said(scenes, tmp_path):
-    with pytest.raises(MucoError, match="unknown study 'fine'; there are finetune"):
+    with pytest.raises(MucoError, match="unknown study 'fine'; there are turns, masks, .*flops"):
         find_study("fine")
+    for bad in ({"seeds": 0}, {"jobs": 0}, {"first_seed": -1}):
+        with pytest.raises(MucoError, match="--seeds is .* --first-seed .* --jobs"):
+            run_study(two_runs(scenes), tmp_path / "out", **bad)
     with pytest.raises(MucoError, match="--scale is 0"):
         run_study(two_runs(scenes), tmp_path / "out", scale=0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(OutputError, match="holds no study"):
         run_study(two_runs(scenes), tmp_path / "other")
+
+
+def made_in_this_process(study: Study, folder: Path, costs: dict) -> dict:
+    """All runs of a study with one seed, one step each of the smallest model; what a report reads.
+
+    Of runs that differ in numbers only, such as how many turns or steps, the first is made and stands for all.
+    """
+    small = replace(study, base={**study.base, "model": {"tiny": SMALL, "vision": "trained"}})
+    kinds: dict[str, str] = {}  # name of a run -> what it is, numbers left out
+    made: dict[str, tuple[Path, dict]] = {}
+    for run in study.runs:
+        kinds[run.name] = kind = re.sub(r"\d+", "#", repr((run.recipe, kinds.get(run.start))))
+        if kind in made:
+            continue
+        values = recipe_of(small, run, 0, 1e-6, folder, costs=costs)
+        values["trainer"] |= {"max_steps": 1, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no"}
+        values["batch"] = {"size": min(values["batch"]["size"], 8)}
+        if run.start:
+            values["model"]["path"] = str(made[kinds[run.start]][0] / "run" / "model")
+        else:
+            values["model"]["tiny"] = values["model"]["tiny"] | SMALL
+        here = folder_of(folder, run.name, 0)
+        job = {"recipe": values, "test": filled(run.test or study.test, folder), "probes": [*study.probes]}
+        write_json(here / "job.json", job)
+        made[kind] = here, run_job(here)
+    runs = [{"name": run.name, "seed": 0, "result": made[kinds[run.name]][1]} for run in study.runs]
+    return {"asked": {"study": study.name, "scale": 1.0, "seeds": 1}, "runs": runs, "costs": costs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_every_study_trains_is_scored_and_reported(name, scenes, tmp_path):
+    study = find_study(name)
+    if study.needs_scenes:
+        study.prepare(tmp_path / "data", 0.0001)
+    else:
+        (tmp_path / "data").symlink_to(scenes)
+    found = made_in_this_process(study, tmp_path, made_up_costs(study))
+    for entry in found["runs"]:
+        known = entry["result"]["scores"]
+        missing = [score for column in study.columns for score in column.scores if known.get(score) is None]
+        assert not missing, (entry["name"], missing)
+    page = write_report(study, found, tmp_path, f"muco study {name}").read_text()
+    assert all(f"| {run.name} |" in page for run in study.runs if run.shown) and "nan" not in page.lower()
+    assert all(line in page for line in (*study.registered, *study.notes))
+    drawn = ET.parse(tmp_path / "plot.svg")  # noqa: S314 - our own
+    said = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}title")]  # one at every mark
+    assert len(said) == 1 + (len(study.points) or sum(run.shown for run in study.runs) * len(study.columns))
+
+
+# ── equal compute ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COSTS = {
+    "seven": {"pairs": 224.0, "flops": 9e9, "seconds": 0.3, "spread": 0.1},
+    "one": {"pairs": 32.0, "flops": 6e9, "seconds": 0.125, "spread": 0.1},
+    "later": {"pairs": 32.0, "flops": 6e9, "seconds": 0.1, "spread": 0.1},
+}
+
+
+def equal_runs(scenes: Path, by: str, to: str = "seven") -> Study:
+    seven = {"trainer": {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1, "report_to": []}}
+    runs = (
+        Run("seven", seven),
+        Run("one", {"turns": {"limit": 1}}, equal=Equal("seven", by)),
+        Run("later", {"model": {"vision": "frozen"}, "turns": {"limit": 1}}, start="one", equal=Equal(to, by)),
+    )
+    points = (Point("all", "seven", "one", "here"),)
+    return replace(two_runs(scenes), runs=runs, compared=(), points=points, columns=two_runs(scenes).columns[:1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.0])
+@pytest.mark.parametrize("by", ["pairs", "flops", "seconds"])
+def test_runs_of_equal_cost_have_steps_in_inverse_proportion(by, scale, scenes, tmp_path):
+    study = replace(equal_runs(scenes, by), base={"trainer": {}, "model": {}})
+    study = replace(study, runs=(Run("seven", {"trainer": {"max_steps": 300, "warmup_steps": 15}}), *study.runs[1:]))
+    for run in study.runs:
+        steps, warm = steps_of(study, run, scale, COSTS)
+        spent, budget = steps * COSTS[run.name][by], round(300 * scale) * COSTS["seven"][by]
+        assert abs(spent - budget) <= COSTS[run.name][by] / 2 + 1e-9  # as near as whole steps come
+        assert warm / steps == pytest.approx(0.05, abs=0.01)
+        trainer = recipe_of(study, run, 0, scale, tmp_path, costs=COSTS)["trainer"]
+        assert (trainer["max_steps"], trainer["warmup_steps"]) == (steps, warm)
+    # what equals a run that equals another costs what both cost
+    chained = replace(study, runs=(*study.runs[:2], replace(study.runs[2], equal=Equal("one", by))))
+    one, later = (steps_of(chained, run, scale, COSTS)[0] for run in chained.runs[1:])
+    assert abs(later * COSTS["later"][by] - one * COSTS["one"][by]) <= COSTS["later"][by] / 2 + 1e-9
+
+
+def test_what_equals_another_run_makes_at_least_one_step(scenes):
+    study = equal_runs(scenes, "seconds")
+    assert steps_of(study, study.runs[1], 1e-6, COSTS) == (2, 0)  # of one step of 0.3 s, 2.4 of 0.125 s
+    dear = {**COSTS, "one": {**COSTS["one"], "seconds": 100.0}}
+    assert steps_of(study, study.runs[1], 1.0, dear) == (1, 0)
+
+
+@pytest.mark.slow
+def test_costs_are_taken_once_and_runs_follow_them(scenes, tmp_path):
+    study, output = equal_runs(scenes, "seconds"), tmp_path / "out"
+    found = run_study(study, output, seeds=1, first_seed=5, jobs=2)
+    costs = json.loads((output / "calibration.json").read_text())
+    assert found["costs"] == costs and [*costs] == ["seven", "one", "later"]
+    assert costs["seven"]["pairs"] == 7 * costs["one"]["pairs"] == 28  # four images of seven turns
+    assert costs["seven"]["flops"] > 1.5 * costs["one"]["flops"]
+    assert costs["one"]["flops"] > costs["later"]["flops"]  # no backward through a frozen tower, before it is trained
+    assert all(0.001 < cost["seconds"] < 10 and cost["spread"] >= 0 for cost in costs.values())
+    results = {entry["name"]: entry["result"] for entry in found["runs"]}
+    for run in study.runs:
+        assert results[run.name]["steps"] == steps_of(study, run, 1.0, costs)[0]
+        assert results[run.name]["job"]["recipe"]["seed"] == 5
+    page = write_report(study, found, output, "muco study two").read_text()
+    assert "1 seed, from 5 on" in page and "| seven | 28 |" in page and "Points of the plot" in page
+    before = (output / "calibration.json").stat().st_mtime_ns, (output / "study.json").read_text()
+    assert (
+        run_study(study, output, seeds=1, first_seed=5, jobs=2) == found
+    )  # the same costs, although a clock would differ
+    assert before == ((output / "calibration.json").stat().st_mtime_ns, (output / "study.json").read_text())
+
+
+def test_points_are_differences_over_ratios_of_seconds(scenes):
+    study = equal_runs(scenes, "seconds")
+    found = known({"seven": [0.5, 0.7], "one": [0.4, 0.5], "later": [0.0, 0.0]}) | {"costs": COSTS}
+    (point,) = point_values(study, found)
+    assert point["ratio"] == pytest.approx(2.4) and point["label"] == "here"
+    assert point["difference"].values == pytest.approx((10, 20))
+    drawn = ET.fromstring(plot(study, found))  # noqa: S314 - our own
+    assert "all, here: 15.0 ± 63.5" in [element.text for element in drawn.iter()]
+
+
+# ── data of a user ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_data_of_a_user_take_the_place_of_the_scenes(scenes, tmp_path):
+    sets = Sets("mine/train", "mine/test", "llava")
+    values = filled({"train": [{"path": "{train}", "weight": 2.0}, {"path": "{data}/x.jsonl"}]}, tmp_path, sets)
+    assert values["train"][0] == {"path": "mine/train", "weight": 2.0, "format": "llava"}
+    assert values["train"][1] == {"path": str(tmp_path / "data" / "x.jsonl")}
+    assert filled("{test}", tmp_path, sets) == "mine/test"
+    assert filled("{test}", tmp_path) == str(tmp_path / "data" / "test.jsonl")
+    assert [name for name, study in STUDIES.items() if study.needs_scenes] == ["masks", "negatives", "finetune"]
+
+
+def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scenes, tmp_path):
+    train, test = str(scenes / "train.jsonl"), str(scenes / "test.jsonl")
+    with pytest.raises(MucoError, match="the study finetune is made of the scenes' structure; leave out --data"):
+        run_study(find_study("finetune"), tmp_path / "out", sets=Sets(train, test))
+    with pytest.raises(MucoError, match=r"missing\.jsonl: no such file"):
+        run_study(find_study("turns"), tmp_path / "out", sets=Sets(train, str(tmp_path / "missing.jsonl")))
+    with pytest.raises(MucoError, match="unknown format 'jsnl'"):
+        run_study(find_study("turns"), tmp_path / "out", sets=Sets(train, test, "jsnl"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_study_of_other_data_needs_no_scenes_and_no_captions(scenes, tmp_path):
+    def no_captions(name: str) -> str:
+        rows = [json.loads(line) for line in (scenes / f"{name}.jsonl").read_text().splitlines()]
+        rows = [
+            row | {"image": str(scenes / row["image"]), "turns": [t for t in row["turns"] if t["kind"] != "retrieval"]}
+            for row in rows
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / f"{name}.jsonl")
+
+    base = {**two_runs(scenes).base, "data": {"train": [{"path": "{train}"}]}}
+    columns = (
+        Column("answer", ("answer",)),
+        Column("caption", ("image_to_caption",)),
+        Column("gap", ("coherence/gap",)),
+    )
+    study = replace(
+        two_runs(scenes), base=base, runs=(Run("only"),), compared=(), columns=columns, probes=("coherence",)
+    )
+    sets = Sets(no_captions("train"), no_captions("test"))
+    found = run_study(study, tmp_path / "out", seeds=1, jobs=2, sets=sets)
+    assert not (tmp_path / "out" / "data").exists()
+    page = write_report(study, found, tmp_path / "out", "muco study two").read_text()
+    assert re.search(r"\| only \| \d+\.\d \| – \| – \| 2 \|", page) and f"of `{sets.train}`" in page
+    with pytest.raises(OutputError, match="holds another study"):
+        run_study(study, tmp_path / "out", seeds=1)
+
+
+# ── probes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@st.composite
+def dialogues(draw):
+    """Query and target vectors of length 1, whose they are, and which targets are equal."""
+    counts = draw(st.lists(st.integers(1, 4), min_size=2, max_size=6))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    ids = np.repeat(rng.permutation(100)[: len(counts)], counts)
+    query, target = (
+        vectors / np.linalg.norm(vectors, axis=1)[:, None] for vectors in rng.normal(size=(2, len(ids), 5))
+    )
+    return query, target, ids, rng.integers(0, 4, len(ids))
+
+
+@settings(max_examples=40)
+@given(dialogues(), st.booleans())
+def test_turns_and_dialogues_found_equal_the_slow_way(batch, with_ids):
+    query, target, ids, equal = batch
+    hits = 0
+    for i in range(len(ids)):
+        rivals = [j for j in range(len(ids)) if ids[j] != ids[i] and not (with_ids and equal[i] == equal[j])]
+        hits += all(query[i] @ target[i] > query[i] @ target[j] for j in rivals)
+    assert turns_found(query, target, ids, equal if with_ids else None) == pytest.approx(hits / len(ids))
+    samples, hits = list(dict.fromkeys(ids)), 0
+    for a in samples:
+        sums = {}
+        for b in samples:
+            pairs = zip(query[ids == a], target[ids == b], strict=False)  # the turns that both have
+            sums[b] = sum(float(q @ t) for q, t in pairs)
+        hits += all(sums[a] > value for b, value in sums.items() if b != a)
+    assert dialogues_found(query, target, ids) == pytest.approx(hits / len(samples))
+
+
+def test_an_order_of_kinds_is_seen_by_the_sum_of_a_dialogue_and_by_no_single_turn():
+    kinds, ids = np.eye(7), np.repeat(np.arange(8), 7)
+    orders = np.concatenate([np.roll(np.arange(7), shift) for shift in range(7)] + [np.arange(7)[::-1]])
+    knows_the_kind = kinds[orders]
+    assert dialogues_found(knows_the_kind, knows_the_kind, ids) == 1
+    assert turns_found(knows_the_kind, knows_the_kind, ids) == 0  # eight equal targets: a tie is lost
+    shared = kinds[np.tile(np.arange(7), 8)]
+    assert dialogues_found(shared, shared, ids) == 0
+    # vectors that know the whole order, as a compounded turn may, are found turn by turn
+    leaking = np.eye(56)
+    assert turns_found(leaking, leaking, ids) == dialogues_found(leaking, leaking, ids) == 1
+
+
+@settings(max_examples=40)
+@given(dialogues())
+def test_measures_of_coherence_equal_the_slow_way(batch):
+    x, y, ids, _ = batch
+    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+    assert modality_gap(x, y) == pytest.approx(sum((x.mean(0) - y.mean(0)) ** 2) ** 0.5)
+    assert alignment(x, y) == pytest.approx(np.mean([sum((a - b) ** 2) for a, b in zip(x, y, strict=True)]))
+    spread = np.mean([math.exp(-2 * sum((x[i] - x[j]) ** 2)) for i, j in pairs])
+    assert uniformity(x) == pytest.approx(math.log(spread))
+    assert pair_cosine(x, y) == pytest.approx(1 - alignment(x, y) / 2)
+    assert cross_cosine(x, y) == pytest.approx(
+        np.mean([x[i] @ y[j] for i in range(len(x)) for j in range(len(x)) if i != j])
+    )
+    own = [[x[i] @ x[j] for i, j in pairs if ids[i] == ids[j] == owner] for owner in set(ids)]
+    assert agreement(x, ids) == pytest.approx(
+        np.mean([np.mean(v) for v in own if v]) if any(own) else math.nan, nan_ok=True
+    )
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]  # none depends on the axes
+    for measure in (modality_gap, alignment, cross_cosine):
+        assert measure(x @ turn, y @ turn) == pytest.approx(measure(x, y))
+    assert uniformity(x @ turn) == pytest.approx(uniformity(x))
+
+
+def test_coherence_of_known_vectors():
+    same, opposite = np.tile([1.0, 0.0], (4, 1)), np.tile([-1.0, 0.0], (4, 1))
+    assert modality_gap(same, same) == alignment(same, same) == uniformity(same) == 0
+    assert modality_gap(same, opposite) == 2 and alignment(same, opposite) == 4
+    assert uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]])) == -8
+    assert agreement(np.concatenate([same, opposite]), np.repeat([0, 1], 4)) == 1
+    assert cross_cosine(same, opposite) == -1 and math.isnan(agreement(same, np.arange(4)))
+
+
+@pytest.mark.parametrize("mode", ["isolated", "compounded"])
+def test_the_leak_probe_looks_at_no_image_where_it_says_so(mode, scenes, tiny_model):
+    rows = [open_data(scenes / "test.jsonl")[index] for index in range(12)]
+    recipe = from_dict({"output": "x", "model": {"tiny": {}, "vision": "trained"}, "data": {"train": [{"path": "x"}]}})
+    recipe = replace(recipe, turns=TurnsRecipe(mode=mode, limit=1))  # all turns are taken, whatever the training did
+    views = leak(tiny_model, rows, recipe)
+    assert [*views] == [
+        f"leak/{view}/{what}" for view in ("sighted", "blank", "swapped") for what in ("turns", "dialogues")
+    ]
+    assert all(0 <= value <= 1 for value in views.values())
+    other_images = [replace(row, image=rows[0].images) for row in rows]
+    alone = leak(tiny_model, other_images, recipe)
+    for what in ("turns", "dialogues"):
+        assert alone[f"leak/blank/{what}"] == views[f"leak/blank/{what}"]
+        assert alone[f"leak/swapped/{what}"] == alone[f"leak/sighted/{what}"]  # all images are the same one
+    assert leak(tiny_model, rows[:1], recipe) == {}
+    assert leak(tiny_model, [replace(row, image=()) for row in rows], recipe) == {}
+
+
+def test_the_coherence_probe_is_the_measures_of_the_models_vectors(scenes, tiny_model):
+    rows = [open_data(scenes / "test.jsonl")[index] for index in range(5)]
+    found = coherence(tiny_model, rows, None)
+    captions = tiny_model.encode([row.turns[-1].target[0] for row in rows])
+    images = tiny_model.encode([{"image": row.images[0], "text": row.turns[-1].query[0].text} for row in rows])
+    assert {turn.kind for turn in rows[0].turns[-1:]} == {"retrieval"}
+    assert found["coherence/gap"] == pytest.approx(modality_gap(images, captions), abs=1e-5)
+    assert found["coherence/caption"] == pytest.approx(pair_cosine(images, captions), abs=1e-5)
+    turns = [
+        tiny_model.encode([{"image": row.images[0], "text": turn.query[0].text} for turn in row.turns]) for row in rows
+    ]
+    cosines = [np.mean((own @ own.T)[~np.eye(7, dtype=bool)]) for own in turns]
+    assert found["coherence/turns"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    alone = tiny_model.encode([{"image": row.images[0]} for row in rows])
+    assert found["coherence/gap_alone"] == pytest.approx(modality_gap(alone, captions), abs=1e-5)
+    only_captions = [row.with_turns(row.turns[-1:]) for row in rows]
+    assert "coherence/turns" not in coherence(tiny_model, only_captions, None)
+    assert coherence(tiny_model, [row.with_turns(row.turns[:6]) for row in rows], None) == {}
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_bare_command_lists_the_studies(capsys):
+    assert main(["study"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name} " in listed and question in listed for name, question in questions().items())
+    assert main(["study", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == questions() and FLOPS in questions()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["turns"], 2, "--output"),
+        (["turns", "-o", "{out}", "--data", "train.jsonl"], 2, "--data and --test go together"),
+        (["nothing", "-o", "{out}"], 1, "unknown study 'nothing'"),
+        (["flops", "-o", "{out}", "--scale", "0.5"], 1, "counts and trains nothing"),
+        (["flops", "-o", "{out}", "--seeds", "3"], 1, "counts and trains nothing"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, code, says, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["study", *(word.replace("{out}", str(out)) for word in arguments)]) == code
+    page, mistake = capsys.readouterr()
+    assert says in mistake and not page and not out.exists()
+
+
+# ── operations of the true sizes ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+def test_the_study_of_operations_keeps_what_it_counted(tmp_path):
+    some = {"forward only": ASSUMPTIONS["forward only"]}
+    found = run_flops(tmp_path / "out", "muco study flops", sizes=("2B",), assumptions=some)
+    counts = found["flops"]["2B"]["forward only"]
+    assert counts["7"]["total"] > counts["4"]["total"] > counts["1"]["total"] == 1024 * (counts["1"]["total"] // 1024)
+    assert 8.1e15 < counts["1"]["total"] < 8.3e15  # as benchmarks/results/true-sizes.md
+    written = (tmp_path / "out" / "study.json").read_text()
+    edited = json.loads(written)
+    edited["flops"]["2B"]["forward only"]["1"]["total"] = 5 * 10**15
+    (tmp_path / "out" / "study.json").write_text(json.dumps(edited))
+    again = run_flops(tmp_path / "out", "muco study flops", sizes=("2B",), assumptions=some)
+    assert again["flops"]["2B"]["forward only"]["1"]["total"] == 5 * 10**15  # read, not counted again
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| *the paper, as published* | 17.5 |" in page and "| forward only | 5.00 |" in page
+    assert "the paper" in (tmp_path / "out" / "plot.svg").read_text()
+
+
+def test_how_many_tokens_the_published_increment_has_room_for():
+    counts = {run: {"total": total} for run, total in (("1", 10 * 10**15), ("7", 13 * 10**15))}
+    # 50 tokens per turn add 3.0, so 0.5 has room for a sixth of them
+    assert tokens_per_turn(counts, 50, {"1": 17.5, "7": 18.0}) == pytest.approx(50 / 6)
+
+
+# ── whole studies ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.slow

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from muco.errors import MucoError
+
+Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" and "seconds" of one of its steps
+
+
+@dataclass(frozen=True)
+class Equal:
+    """A run makes as many steps as cost what another run costs.
+
+    Args:
+        to: That run's name.
+        by: What is equal in the end: "pairs" trained, "flops" counted, or "seconds", taken before the runs.
+    """
+
+    to: str
+    by: Literal["pairs", "flops", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +33,12 @@ class Run:
 
     Args:
         name: As the table shows it.
-        recipe: What differs from the study's base recipe. ``{data}`` in a path is the study's data folder.
+        recipe: What differs from the study's base recipe. ``{data}`` in a path is the study's data folder, ``{train}``
+            and ``{test}`` are its sets, or those of a user.
         start: The run whose model this one goes on from; None: from what the recipe says.
         shown: Whether the table has a row for it.
         test: Its held-out set, where it is not the study's.
+        equal: Sets its steps, and its warm-up steps in proportion; what the recipe says of them is not used.
     """
 
     name: str
@@ -28,6 +46,7 @@ class Run:
     start: str | None = None
     shown: bool = True
     test: str | None = None
+    equal: Equal | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +54,30 @@ class Column:
     """A score of the table: the mean of some entries of a result.
 
     Args:
-        scores: Their names, see :func:`muco.study.one.flat_scores`.
+        scores: Their names, see :func:`muco.study.one.flat_scores` and :mod:`muco.study.probes`.
         percent: Whether they are shares, which are shown in %.
+        digits: After the point.
     """
 
     title: str
     scores: tuple[str, ...]
     percent: bool = True
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a plot: by how much run ``a`` is better than ``b``, over how many times its step costs.
+
+    Args:
+        series: Points of one series are joined by a line.
+        label: What makes this point, shown at it.
+    """
+
+    series: str
+    a: str
+    b: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,9 +88,13 @@ class Study:
         question: A sentence for the top of the page.
         base: The recipe that all runs share.
         prepare: Writes the data into a folder, given the scale: 1.0 for all of it.
-        test: The held-out set, ``{data}`` being that folder.
+        test: The held-out set.
         compared: Pairs of runs (a, b) of which the page gives a − b, paired by seed.
         notes: What a reader has to know to read the table.
+        probes: Names of :data:`muco.study.probes.PROBES`, whose scores every run gets besides.
+        seeds: How many there are unless more are asked for.
+        registered: What was expected, or what will decide, written down before the runs.
+        points: For a plot of differences of the first column over the ratio of seconds per step; empty: the usual plot.
     """
 
     name: str
@@ -63,40 +103,125 @@ class Study:
     runs: tuple[Run, ...]
     columns: tuple[Column, ...]
     prepare: Callable[[Path, float], None]
-    test: str = "{data}/test.jsonl"
+    test: str = "{test}"
     compared: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
+    seeds: int = 3
+    registered: tuple[str, ...] = ()
+    points: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
-        assert len(set(names)) == len(names), f"{self.name}: two runs of one name"
+        assert len({slug(name) for name in names}) == len(names), f"{self.name}: two runs of one name"
         for place, run in enumerate(self.runs):
             assert run.start is None or run.start in names[:place], f"{run.name} starts from a run that is not there"
-        assert all(name in names for pair in self.compared for name in pair), f"{self.name}: compares what is not run"
+            assert run.equal is None or run.equal.to in names[:place], f"{run.name} equals a run that is not there"
+        pairs = [*self.compared, *((point.a, point.b) for point in self.points)]
+        assert all(name in names for pair in pairs for name in pair), f"{self.name}: compares what is not run"
+
+    def run(self, name: str) -> Run:
+        return next(run for run in self.runs if run.name == name)
+
+    @property
+    def needs_scenes(self) -> bool:
+        """Whether it trains or scores on files that are made of the scenes, which no other data has."""
+        values = [self.base, self.test, *((run.recipe, run.test) for run in self.runs)]
+        return "{data}" in str(values)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Runs of which the cost of a step has to be known before the runs."""
+        names = {name for point in self.points for name in (point.a, point.b)}
+        for run in self.runs:
+            if run.equal is not None:
+                names |= {run.name, run.equal.to}
+        return tuple(run.name for run in self.runs if run.name in names)
 
 
-def recipe_of(study: Study, run: Run, seed: int, scale: float, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sets:
+    """A training and a held-out set of a user, in the place of the scenes; ``format`` as in recipes."""
+
+    train: str
+    test: str
+    format: str = "jsonl"
+
+
+def recipe_of(
+    study: Study,
+    run: Run,
+    seed: int,
+    scale: float,
+    folder: Path,
+    *,
+    costs: Costs | None = None,
+    sets: Sets | None = None,
+) -> dict[str, Any]:
     """The recipe of a run as plain values; the model that it starts from comes from :func:`folder_of` that run.
 
     Args:
-        scale: Of the number of steps and of warm-up steps; every run makes at least one step.
+        scale: Of the number of steps, of warm-up steps and of a language warm-up's; every run makes at least one step.
         folder: The study's.
+        costs: Of a step, where the run equals another one.
+        sets: A user's data; None: the study's own.
     """
-    values = _merged(study.base, run.recipe)
-    values = _filled(values, str(folder / "data"))
+    values = filled(_merged(study.base, run.recipe), folder, sets)
     values |= {"output": str(folder_of(folder, run.name, seed) / "run"), "seed": seed}
-    trainer = values["trainer"]
-    for key, least in (("max_steps", 1), ("warmup_steps", 0)):
-        trainer[key] = max(least, round(trainer.get(key, 0) * scale))
+    steps, warm = steps_of(study, run, scale, costs or {})
+    values["trainer"] |= {"max_steps": steps, "warmup_steps": warm}
+    if warm_up := values.get("warm_up", {}).get("steps"):
+        values["warm_up"]["steps"] = max(1, round(warm_up * scale))
     if run.start is not None:
         model = {key: value for key, value in values["model"].items() if key != "tiny"}
         values["model"] = model | {"path": str(folder_of(folder, run.start, seed) / "run" / "model")}
     return values
 
 
+def steps_of(study: Study, run: Run, scale: float, costs: Costs) -> tuple[int, int]:
+    """Steps and warm-up steps of a run; at least one step."""
+    if run.equal is None:
+        trainer = _merged(study.base, run.recipe)["trainer"]
+        return max(1, round(trainer.get("max_steps", 0) * scale)), round(trainer.get("warmup_steps", 0) * scale)
+    steps, warm = steps_of(study, study.run(run.equal.to), scale, costs)
+    ratio = costs[run.equal.to][run.equal.by] / costs[run.name][run.equal.by]
+    return max(1, round(steps * ratio)), round(warm * ratio)
+
+
+def root_of(study: Study, run: Run) -> Run:
+    """The run that a run's model comes from in the end, by way of all that it starts from."""
+    return run if run.start is None else root_of(study, study.run(run.start))
+
+
 def folder_of(folder: Path, name: str, seed: int) -> Path:
     """Where a run of a study lies."""
-    return folder / "runs" / f"{'-'.join(name.replace(',', '').replace('=', ' ').split())}-seed{seed}"
+    return folder / "runs" / f"{slug(name)}-seed{seed}"
+
+
+def slug(name: str) -> str:
+    """A run's name as that of a folder."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def filled(value: Any, folder: Path, sets: Sets | None = None) -> Any:
+    """Paths in the place of ``{data}``, ``{train}`` and ``{test}``; a training set gets its format with its path."""
+    if isinstance(value, Mapping):
+        inner = {key: filled(item, folder, sets) for key, item in value.items()}
+        foreign = sets is not None and value.get("path") == "{train}"
+        return inner | {"format": sets.format} if foreign else inner
+    if isinstance(value, (list, tuple)):
+        return [filled(item, folder, sets) for item in value]
+    if not isinstance(value, str):
+        return value
+    data = folder / "data"
+    places = {
+        "{data}": str(data),
+        "{train}": sets.train if sets else str(data / "train.jsonl"),
+        "{test}": sets.test if sets else str(data / "test.jsonl"),
+    }
+    for name, place in places.items():
+        value = value.replace(name, place)
+    return value
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,14 +230,6 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         inner = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = _merged(result[key], value) if inner else copy.deepcopy(value)
     return result
-
-
-def _filled(value: Any, data: str) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _filled(item, data) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_filled(item, data) for item in value]
-    return value.replace("{data}", data) if isinstance(value, str) else value
 
 
 def checked_scale(scale: float) -> float:

@@ -19,6 +19,7 @@ import muco
 from muco.data import open_data
 from muco.evaluate.report import versions, write_json
 from muco.evaluate.retrieval import evaluate_retrieval
+from muco.study.probes import PROBES
 from muco.train.flops import step_flops
 from muco.train.mixture import open_sources
 from muco.train.recipe import Recipe, from_dict
@@ -26,18 +27,25 @@ from muco.train.trainer import build_model, make_trainer
 
 
 def run_job(folder: Path) -> dict[str, Any]:
-    """Trains and scores what ``job.json`` says: ``recipe``, ``test``; returns and writes the result."""
+    """Trains and scores what ``job.json`` says; returns and writes the result.
+
+    The job holds ``recipe``; ``test`` and, where it is not jsonl, its ``format``; and names of ``probes``.
+    """
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     recipe = from_dict(job["recipe"])
     whole = not (folder / "run" / "checkpoints").exists()  # else some of the training was done, and timed, before
     begun = time.perf_counter()
     model_folder = muco.train(recipe)
     seconds = time.perf_counter() - begun
-    scores = evaluate_retrieval(muco.load(model_folder), open_data(job["test"]), recipe=recipe)
+    model, test = muco.load(model_folder), open_data(job["test"], job.get("format", "jsonl"))
+    scores = evaluate_retrieval(model, test, recipe=recipe)
+    probed = {
+        name: value for probe in job.get("probes", ()) for name, value in PROBES[probe](model, test, recipe).items()
+    }
     run = json.loads((model_folder / "run.json").read_text(encoding="utf-8"))
     result = {
         "job": job,
-        "scores": flat_scores(scores) | {"loss": run["loss"][-1][1] if run["loss"] else None},
+        "scores": flat_scores(scores) | {"loss": run["loss"][-1][1] if run["loss"] else None} | probed,
         "steps": run["steps"],
         "flops": flops_of(recipe),
         "loss": run["loss"],

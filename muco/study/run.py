@@ -3,10 +3,11 @@
 ::
 
     <output>/
-    ├── study.json     what was asked for; at the end every run with its scores
-    ├── data/          appears whole
+    ├── study.json         what was asked for; at the end every run with its scores
+    ├── data/              the scenes, appears whole; not there where a user gave data
+    ├── calibration.json   what a step of a run costs, where runs shall cost the same; taken once
     ├── runs/<run>-seed<n>/{job.json, run/, result.json, log.txt}
-    └── table.md, plot.svg, README.md      see report.py
+    └── plot.svg, README.md   see report.py
 """
 
 from __future__ import annotations
@@ -25,41 +26,75 @@ import muco
 from muco.errors import MucoError, OutputError
 from muco.evaluate.report import write_json
 from muco.progress import progress_bar
-from muco.study.design import Study, checked_scale, folder_of, recipe_of
+from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of, slug
 
 POLL = 0.2  # seconds
+UNSTEADY = 0.2  # of the median: the middle half of a quiet machine's step times lies closer together
 TAIL = 2000  # characters of a failed run's log that are shown
 
 
-def run_study(study: Study, output: Path, *, seeds: int = 3, scale: float = 1.0, jobs: int = 1) -> dict[str, Any]:
+def run_study(
+    study: Study,
+    output: Path,
+    *,
+    seeds: int = 3,
+    first_seed: int = 0,
+    scale: float = 1.0,
+    jobs: int = 1,
+    sets: Sets | None = None,
+) -> dict[str, Any]:
     """Trains and scores all runs of a study, but for those that are there.
 
     Args:
-        seeds: How many, from 0 on.
+        seeds: How many, from ``first_seed`` on.
         scale: Of data and steps; 0.1 is a tenth of both, to try it out.
         jobs: Runs at a time; they share the cores.
+        sets: A user's data instead of the scenes.
     Returns:
-        What ``study.json`` holds: ``asked`` and ``runs``, each with name, seed and result.
+        What ``study.json`` holds: ``asked``, ``runs``, each with name, seed and result, and ``costs`` of a step by run
+        where some runs equal others.
     Raises:
         OutputError: If the folder holds another study, or anything else.
-        MucoError: If a run fails; what it last said is in the message, and the whole in its ``log.txt``.
+        MucoError: If the study needs scenes and ``sets`` are given, or a run fails; what it last said is in the
+            message, and the whole in its ``log.txt``.
     """
-    if seeds < 1 or jobs < 1:
-        raise MucoError(f"--seeds is {seeds} and --jobs {jobs}; give at least 1 of both")
+    if seeds < 1 or jobs < 1 or first_seed < 0:
+        raise MucoError(
+            f"--seeds is {seeds}, --first-seed {first_seed} and --jobs {jobs}; give at least 1 seed, a first seed of 0 "
+            "or more, and at least 1 job"
+        )
     asked = {"study": study.name, "scale": checked_scale(scale), "muco": muco.__version__}
-    _claim(output, asked)
-    _make_data(study, output, scale)
-    todo = [(run.name, seed) for seed in range(seeds) for run in study.runs]
-    _make_runs(study, output, scale, todo, jobs)
+    asked |= {"data": sets.train, "test": sets.test, "format": sets.format} if sets else {"data": None}
+    if sets is None:
+        claim(output, asked)
+        _make_data(study, output, scale)
+    else:
+        _check_sets(study, sets)
+        claim(output, asked)
+    settings = {"scale": scale, "sets": sets}
+    costs = _costs(study, output, first_seed, jobs, **settings)
+    todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
+    _make_runs(study, output, todo, jobs, costs, **settings)
     results = [
         {"name": name, "seed": seed, "result": _result(folder_of(output, name, seed)) or {}} for name, seed in todo
     ]
-    found = {"asked": asked | {"seeds": seeds}, "runs": results}
+    found = {"asked": asked | {"seeds": seeds, "first_seed": first_seed}, "runs": results}
+    found |= {"costs": costs} if costs else {}
     write_json(output / "study.json", found)
     return found
 
 
-def _claim(output: Path, asked: dict[str, Any]) -> None:
+def _check_sets(study: Study, sets: Sets) -> None:
+    from muco.data import open_data
+
+    if study.needs_scenes:
+        raise MucoError(f"the study {study.name} is made of the scenes' structure; leave out --data and --test")
+    for path in (sets.train, sets.test):
+        open_data(path, sets.format)
+
+
+def claim(output: Path, asked: dict[str, Any]) -> None:
+    """Makes the folder of a study, or finds that it is the study's already; else an OutputError."""
     file = output / "study.json"
     if file.is_file():
         known = json.loads(file.read_text(encoding="utf-8"))["asked"]
@@ -82,9 +117,51 @@ def _make_data(study: Study, output: Path, scale: float) -> None:
     os.replace(part, final)
 
 
-def _make_runs(study: Study, output: Path, scale: float, todo: Sequence[tuple[str, int]], jobs: int) -> None:
+def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, sets: Sets | None) -> Costs:
+    """The cost of a step by run; what ``calibration.json`` lacks is measured, one run at a time, and kept there."""
+    file = output / "calibration.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    any_steps = {name: {"pairs": 1.0, "flops": 1.0, "seconds": 1.0} for name in study.measured}
+    with progress_bar(f"{study.name}, cost of a step") as progress:
+        for done, name in enumerate(study.measured):
+            progress(done, len(study.measured))
+            if name in known:
+                continue
+            run = study.run(name)
+            recipe, root = (
+                recipe_of(study, one, seed, scale, output, costs=any_steps, sets=sets)
+                for one in (run, root_of(study, run))
+            )
+            folder = output / "calibration" / slug(name)
+            process = _start(folder, {"recipe": recipe, "root": root}, "muco.study.calibrate", jobs)
+            try:
+                process.wait()
+            finally:
+                _stop([process])
+            _check(folder, process)
+            known[name] = _result(folder)
+            write_json(file, known)
+            if known[name]["spread"] > UNSTEADY:
+                print(
+                    f"{study.name}: the seconds of a step of {name!r} vary by {known[name]['spread']:.0%}; the machine "
+                    f"does something else, and equal seconds will not be equal. Stop, delete {file} and the folder "
+                    "runs beside it, and begin when nothing else runs.",
+                    file=sys.stderr,
+                )
+    return {name: known[name] for name in study.measured}
+
+
+def _make_runs(
+    study: Study,
+    output: Path,
+    todo: Sequence[tuple[str, int]],
+    jobs: int,
+    costs: Costs,
+    *,
+    scale: float,
+    sets: Sets | None,
+) -> None:
     """Starts a run as soon as the one it goes on from is done and there is room; the first that fails stops all."""
-    by_name = {run.name: run for run in study.runs}
     waiting, going = list(todo), dict[tuple[str, int], subprocess.Popen]()
     with progress_bar(study.name) as progress:
         try:
@@ -92,37 +169,48 @@ def _make_runs(study: Study, output: Path, scale: float, todo: Sequence[tuple[st
                 for key in [key for key, process in going.items() if process.poll() is not None]:
                     _check(folder_of(output, *key), going.pop(key))
                 undone = {*waiting, *going}
-                ready = [key for key in waiting if (by_name[key[0]].start, key[1]) not in undone]
+                ready = [key for key in waiting if (study.run(key[0]).start, key[1]) not in undone]
                 for name, seed in ready[: jobs - len(going)]:
                     waiting.remove((name, seed))
-                    run = by_name[name]
-                    test = (run.test or study.test).replace("{data}", str(output / "data"))
-                    job = {"recipe": recipe_of(study, run, seed, scale, output), "test": test}
-                    if process := _start(folder_of(output, name, seed), job, jobs):
-                        going[name, seed] = process
+                    run = study.run(name)
+                    job: dict[str, Any] = {
+                        "recipe": recipe_of(study, run, seed, scale, output, costs=costs, sets=sets),
+                        "test": filled(run.test or study.test, output, sets),
+                    }
+                    job |= {"format": sets.format} if sets else {}
+                    job |= {"probes": [*study.probes]} if study.probes else {}
+                    if not _is_done(folder_of(output, name, seed), job):
+                        going[name, seed] = _start(folder_of(output, name, seed), job, "muco.study.one", jobs)
                 progress(len(todo) - len(waiting) - len(going), len(todo))
                 time.sleep(POLL)
         finally:
-            for process in going.values():
-                process.terminate()
-            for process in going.values():
-                process.wait()
+            _stop([*going.values()])
 
 
-def _start(folder: Path, job: dict[str, Any], jobs: int) -> subprocess.Popen | None:
-    """The process of a run; None if its result is there."""
+def _is_done(folder: Path, job: dict[str, Any]) -> bool:
     known = _result(folder)
-    if known is not None and known["job"] == job:
-        return None
-    if known is not None:
+    if known is not None and known["job"] != job:
         raise OutputError(f"{folder} is a run of another recipe; choose another output folder, or delete it")
+    return known is not None
+
+
+def _start(folder: Path, job: dict[str, Any], module: str, jobs: int) -> subprocess.Popen:
+    """A process of its share of the cores that does what ``job.json`` in its folder says."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", job)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "muco.study.one", str(folder)]
+        command = [sys.executable, "-m", module, str(folder)]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        process.wait()
 
 
 def _result(folder: Path) -> dict[str, Any] | None:

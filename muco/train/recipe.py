@@ -122,6 +122,8 @@ class LossRecipe:
             each has its own (the released code).
         mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
             the mask is for.
+        mask_same_image: False takes the targets of an image's other turns for negatives; only to show what the mask is
+            for.
     """
 
     temperature: float = 0.02
@@ -130,6 +132,7 @@ class LossRecipe:
     dimensions: tuple[int, ...] = ()
     joint: bool = False
     mask_counterpart: bool = True
+    mask_same_image: bool = True
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,10 @@ class Recipe:
                 raise RecipeError("turns.image_turn: reconstruction trains single pairs; leave it out")
             if self.loss.symmetric:
                 raise RecipeError("loss.symmetric: reconstruction has no symmetric form; leave it out")
+            if not self.loss.mask_same_image:
+                raise RecipeError(
+                    "loss.mask_same_image: reconstruction has a mask of its own; see loss.mask_counterpart"
+                )
         elif self.loss.joint or not self.loss.mask_counterpart:
             raise RecipeError("loss.joint and loss.mask_counterpart need 'turns: {mode: reconstruction}'")
         if not self.loss.mask_counterpart and not self.loss.joint:

@@ -206,7 +206,8 @@ def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
     if recipe.turns.mode == "reconstruction":
         own = {"joint": settings.joint, "mask_counterpart": settings.mask_counterpart}
         return ReconstructionLoss(model, **own, **shared)
-    return MultiTurnLoss(model, symmetric=settings.symmetric, **shared)
+    masks = {"mask_same_image": settings.mask_same_image}
+    return MultiTurnLoss(model, symmetric=settings.symmetric, **masks, **shared)
 
 
 def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTrainingArguments:

@@ -1,0 +1,243 @@
+"""What a retrieval score does not show: whether dialogues are matched without their images, and how vectors lie.
+
+The measures are functions of vectors; :func:`leak` and :func:`coherence` embed held-out samples and give their values
+by name, as a study's columns ask for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from muco.dialogue import Content, Sample
+from muco.train.batches import TrainingBatches
+from muco.train.mixture import Mixture
+from muco.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from muco.data import Data
+    from muco.encoder import Model
+
+SAMPLES, BATCHES = 32, 4  # dialogues among which one is looked for, and how often
+DESCRIBED = 200  # samples of which the coherence is taken
+CAPTION = "retrieval"  # the kind of turn whose target says what is on the image
+
+# ── measures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def turns_found(
+    query: np.ndarray, target: np.ndarray, sample_ids: np.ndarray, target_ids: np.ndarray | None = None
+) -> float:
+    """Share of turns whose target scores above the targets of all other samples; a tie is lost.
+
+    This is what the training loss asks for. By the kind of its question alone a turn finds its target once in as many
+    times as there are samples.
+
+    Args:
+        query, target: float [turns, dim], row i of one belongs to row i of the other.
+        sample_ids: [turns]; turns of the own sample are no rivals.
+        target_ids: [turns]; equal ones are no rivals either.
+    """
+    scores = query @ target.T
+    rivals = sample_ids[:, None] != sample_ids[None, :]
+    if target_ids is not None:
+        rivals &= target_ids[:, None] != target_ids[None, :]
+    best = np.where(rivals, scores, -np.inf).max(axis=1)
+    return float(np.mean(np.diagonal(scores) > best))
+
+
+def dialogues_found(query: np.ndarray, target: np.ndarray, sample_ids: np.ndarray) -> float:
+    """Share of samples whose query dialogue scores highest with their own target dialogue; a tie is lost.
+
+    The score of two dialogues is the sum over the turns that both have, the first with the first, and so on. So two
+    orders of questions that differ show here, even where no single turn knows of the order.
+
+    Args:
+        query, target: float [turns, dim], the turns of a sample one after another.
+        sample_ids: [turns], whose they are.
+    """
+    _, first, owner = np.unique(sample_ids, return_index=True, return_inverse=True)
+    place = np.arange(len(sample_ids)) - first[owner]
+    shape = (len(first), place.max() + 1, query.shape[1])
+    asked, answered = np.zeros(shape), np.zeros(shape)
+    asked[owner, place], answered[owner, place] = query, target
+    scores = np.einsum("akd,bkd->ab", asked, answered)
+    own = np.diagonal(scores).copy()
+    np.fill_diagonal(scores, -np.inf)
+    return float(np.mean(own > scores.max(axis=1)))
+
+
+def modality_gap(x: np.ndarray, y: np.ndarray) -> float:
+    """Distance between the centroids of two sets of vectors, [n, dim] and [m, dim] (Liang et al. 2022)."""
+    return float(np.linalg.norm(x.mean(axis=0) - y.mean(axis=0)))
+
+
+def alignment(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean over pairs of ‖x_i − y_i‖²; smaller is better aligned. Both [n, dim] (Wang & Isola 2020, α = 2)."""
+    return float(np.mean(np.sum((x - y) ** 2, axis=1)))
+
+
+def uniformity(x: np.ndarray) -> float:
+    """log of the mean over i < j of exp(−2 ‖x_i − x_j‖²), [n, dim]; lower is more uniform, 0 where all are equal.
+
+    On the unit sphere the least there can be is a little above −4 (Wang & Isola 2020, t = 2).
+    """
+    squares = np.sum(x**2, axis=1)
+    distances = np.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)[np.triu_indices(len(x), 1)]
+    return float(np.log(np.mean(np.exp(-2 * distances))))
+
+
+def pair_cosine(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean over pairs of x_i · y_i, both [n, dim] of length 1."""
+    return float(np.mean(np.sum(x * y, axis=1)))
+
+
+def cross_cosine(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean of x_i · y_j over i ≠ j, both [n, dim] of length 1: what :func:`pair_cosine` is where nothing is known."""
+    count = len(x)
+    return float((np.sum(x.sum(axis=0) * y.sum(axis=0)) - count * pair_cosine(x, y)) / (count * (count - 1)))
+
+
+def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
+    """Mean cosine of two different vectors of one owner, over owners of two or more; NaN if there is none.
+
+    Args:
+        vectors: [n, dim] of length 1.
+        owners: [n], whose each is.
+    """
+    means = []
+    for owner in np.unique(owners):
+        own = vectors[owners == owner]
+        if len(own) > 1:
+            means.append((np.sum(own.sum(axis=0) ** 2) - np.sum(own**2)) / (len(own) * (len(own) - 1)))
+    return float(np.mean(means)) if means else float("nan")
+
+
+# ── on a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Rows:
+    """Samples in memory, as batches take them."""
+
+    fingerprint = ""  # nothing is stored under it
+
+    def __init__(self, rows: Sequence[Sample]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.rows[index]
+
+
+def _pictured(data: Data, limit: int) -> list[Sample]:
+    rows: list[Sample] = []
+    for index in range(len(data)):
+        if len(rows) == limit:
+            break
+        sample = data[index]
+        if sample.images:
+            rows.append(sample)
+    return rows
+
+
+def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
+    """How well query and target dialogues are matched with the images as they are, black, and another sample's.
+
+    All turns of a sample, in an order drawn as in the training of ``recipe``; among ``SAMPLES`` samples, mean over
+    ``BATCHES`` draws.
+
+    Returns:
+        ``leak/{sighted,blank,swapped}/{turns,dialogues}``: shares by :func:`turns_found` and :func:`dialogues_found`.
+        Swapped: the image is that of another sample, the target that of the question. Nothing if the data has fewer
+        than two samples with an image.
+    """
+    rows = _pictured(data, SAMPLES * BATCHES)
+    if len(rows) < 2:
+        return {}
+    swapped = [replace(row, image=other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    scores: dict[str, float] = {}
+    for view, own, blind in (("sighted", rows, False), ("blank", rows, True), ("swapped", swapped, False)):
+        found = [_matched(*batch) for batch in _dialogues(model, own, recipe, blind=blind)]
+        scores |= {f"leak/{view}/{what}": float(np.mean([batch[what] for batch in found])) for what in found[0]}
+    return scores
+
+
+def _matched(query: np.ndarray, target: np.ndarray, ids: dict[str, np.ndarray]) -> dict[str, float]:
+    return {
+        "turns": turns_found(query, target, ids["sample_ids"], ids["target_ids"]),
+        "dialogues": dialogues_found(query, target, ids["sample_ids"]),
+    }
+
+
+@torch.inference_mode()
+def _dialogues(
+    model: Model, rows: Sequence[Sample], recipe: Recipe, *, blind: bool
+) -> list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """Query vectors, target vectors and ids of batches of whole samples, as training makes them."""
+    size = min(SAMPLES, len(rows))
+    turns = replace(recipe.turns, limit=None, image_turn=None)
+    if turns.mode == "reconstruction":
+        turns = replace(turns, mode="isolated")
+    mixture = Mixture([len(rows)], [1.0], size, recipe.seed)
+    processor = model.encoder.muco_processor
+    batches = TrainingBatches([_Rows(rows)], mixture, processor, turns, seed=recipe.seed, blind=blind)
+    model.eval()
+    made = []
+    for step in range(len(rows) // size):
+        batch: Any = batches[step]
+        sides = [{k: v.to(model.device) for k, v in batch[side].items()} for side in ("query", "target")]
+        query, target = (model.embed(side).float().cpu().numpy() for side in sides)
+        ids = {name: tensor.numpy() for name, tensor in batch["ids"].items()}
+        made.append((query, target[ids["target_rows"]], ids))
+    return made
+
+
+def coherence(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
+    """How the vectors of images, of their turns and of their captions lie to one another.
+
+    Of the first ``DESCRIBED`` samples with an image and a turn of kind "retrieval". "Image" is the image with the
+    question of that turn, as it is trained, or "alone"; every turn is embedded by itself.
+
+    Returns:
+        ``coherence/…``: ``gap`` and ``gap_alone`` (:func:`modality_gap` of images and captions), ``alignment`` of image
+        and caption, ``uniformity_images`` and ``uniformity_captions``, ``caption`` and ``other_caption`` (mean cosine
+        of an image with its own caption and with those of others) and ``turns`` (:func:`agreement` of an image's
+        questions with each other, left out where no sample has two). Nothing if there are fewer than two such samples.
+    """
+    rows = [row for row in _pictured(data, DESCRIBED) if any(turn.kind == CAPTION for turn in row.turns)]
+    if len(rows) < 2:
+        return {}
+    described = [next(turn for turn in row.turns if turn.kind == CAPTION) for row in rows]
+    captions = _encoded(model, [turn.target[0] for turn in described])
+    alone = _encoded(model, [Content(images=row.images) for row in rows])
+    asked = [(owner, turn) for owner, row in enumerate(rows) for turn in row.turns]
+    questions = _encoded(model, [_asked(rows[owner], turn.query[0]) for owner, turn in asked])
+    images = questions[[place for place, (owner, turn) in enumerate(asked) if turn is described[owner]]]
+    values = {
+        "gap": modality_gap(images, captions),
+        "gap_alone": modality_gap(alone, captions),
+        "alignment": alignment(images, captions),
+        "uniformity_images": uniformity(images),
+        "uniformity_captions": uniformity(captions),
+        "caption": pair_cosine(images, captions),
+        "other_caption": cross_cosine(images, captions),
+        "turns": agreement(questions, np.array([owner for owner, _ in asked])),
+    }
+    return {f"coherence/{name}": value for name, value in values.items() if value == value}
+
+
+def _asked(sample: Sample, query: Content) -> Content:
+    return Content(query.text, (*sample.images, *query.images))
+
+
+def _encoded(model: Model, contents: Sequence[Content]) -> np.ndarray:
+    return np.asarray(model.encode(list(contents), batch_size=64, show_progress_bar=False), dtype=np.float64)
+
+
+PROBES: dict[str, Callable[[Model, Data, Recipe], dict[str, float]]] = {"leak": leak, "coherence": coherence}

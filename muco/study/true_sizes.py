@@ -1,0 +1,178 @@
+"""The study of operations: what a step of the true Qwen2-VL-2B and 7B takes by turns per image, beside the paper's.
+
+Nothing is trained, and there are no weights: :mod:`muco.train.flops` counts on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from muco.progress import progress_bar
+from muco.sizes import Adapter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+QUESTION = "What does a step of the true 2B and 7B model take, by turns per image, beside the paper's figures?"
+IMAGES, VISUAL, QUERY, TARGET = 1024, 782, 30, 20  # images per step; tokens of an image, and of a turn on either side
+TURNS = (1, 2, 4, 7)
+MANY = "as many pairs"  # one turn of seven times the images
+RUNS = {**{str(k): (IMAGES, k) for k in TURNS}, MANY: (7 * IMAGES, 1)}
+PAPER = {"1": 17.5, "2": 17.6, "4": 17.7, "7": 18.0, MANY: 122.7}  # arXiv 2602.06393, Table 5, PFLOPs per step
+SIZES = ("2B", "7B")
+CLOSEST = "all weights, 1024 visual tokens, 5 + 5 tokens per turn"
+ASSUMPTIONS: dict[str, dict[str, Any]] = {
+    "forward only": {"backward": False},
+    "LoRA r = 64": {"adapter": Adapter()},
+    "all weights": {},
+    "all weights, 1024 visual tokens": {"visual_tokens": 1024},
+    CLOSEST: {"visual_tokens": 1024, "query_tokens": 5, "target_tokens": 5},
+}
+
+
+def run_flops(
+    output: Path,
+    command: str,
+    *,
+    sizes: Sequence[str] = SIZES,
+    assumptions: Mapping[str, Mapping[str, Any]] = ASSUMPTIONS,
+) -> dict[str, Any]:
+    """Counts what ``study.json`` in the folder does not hold yet, and writes it, ``plot.svg`` and ``README.md``.
+
+    Returns:
+        ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of one step, as
+        :class:`muco.train.flops.Flops` and in all (``total``).
+    Raises:
+        OutputError: If the folder holds another study, or anything else.
+    """
+    import muco
+    from muco.evaluate.report import versions, write_json
+    from muco.study.run import claim
+    from muco.train.flops import meta_step_flops, qwen2_vl_config
+
+    asked = {"study": "flops", "muco": muco.__version__}
+    claim(output, asked)
+    file = output / "study.json"
+    flops: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("flops", {})
+    todo = [(size, name) for size in sizes for name in assumptions if name not in flops.get(size, {})]
+    found = {"asked": asked, "runs": [], "versions": versions(), "flops": flops}
+    with progress_bar("flops") as progress:
+        for done, (size, name) in enumerate(todo):
+            progress(done, len(todo))
+            config = qwen2_vl_config(size)  # type: ignore[arg-type]
+            given = {"visual_tokens": VISUAL, "query_tokens": QUERY, "target_tokens": TARGET, **assumptions[name]}
+            counts = {
+                run: meta_step_flops(config, images=images, turns=turns, **given)
+                for run, (images, turns) in RUNS.items()
+            }
+            flops.setdefault(size, {})[name] = {run: asdict(c) | {"total": c.total} for run, c in counts.items()}
+            write_json(file, found)
+    (output / "plot.svg").write_text(_plot(flops), encoding="utf-8")
+    (output / "README.md").write_text(_page(found, command), encoding="utf-8")
+    return found
+
+
+def print_flops(found: Mapping[str, Any], console: Console) -> None:
+    for size, counts in found["flops"].items():
+        console.print("\n".join(_table(size, counts)), markup=False, highlight=False, soft_wrap=True)
+
+
+def pflops(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """10¹⁵ operations by run."""
+    return {run: flops["total"] / 1e15 for run, flops in counts.items()}
+
+
+def tokens_per_turn(counts: Mapping[str, Mapping[str, int]], tokens: int, published: Mapping[str, float]) -> float:
+    """How many text tokens a turn may have so that six more of them add what is published.
+
+    Args:
+        counts: With so many ``tokens`` per turn, both sides together; cost per token is taken for constant.
+        published: PFLOPs per step at k = 1 and 7.
+    """
+    ours = pflops(counts)
+    return tokens * (published["7"] - published["1"]) / (ours["7"] - ours["1"])
+
+
+def _page(found: Mapping[str, Any], command: str) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
+    lines = [f"# {QUESTION}", "", f"Made by `{command}`. {versions}.", ""]
+    lines += [f"PFLOP (10¹⁵ operations) per training step of {IMAGES} images, but for the last column.", ""]
+    for size, counts in found["flops"].items():
+        lines += [f"## Qwen2-VL-{size}", "", *_table(size, counts), ""]
+    lines += ["![Operations over turns](plot.svg)", "", "## What is assumed", "", *_ASSUMED, ""]
+    if "2B" in found["flops"]:
+        lines += ["## Why this is not the paper's column", "", *_explained(found["flops"]["2B"])]
+    return "\n".join(lines) + "\n"
+
+
+_ASSUMED = (
+    f"- An image has {VISUAL} visual tokens (952 × 644 px, a photograph of 1000 × 667) unless the row says 1024. A "
+    f"turn adds {QUERY} text tokens to the query side and {TARGET} to the target side, its share of the prompt "
+    "included, unless the row says other numbers; the prompt itself has 14, and 3 more around an image.",
+    "- The vision tower is frozen and runs forward once per image. The language model runs forward and backward on "
+    "both sides; 'LoRA': its own weights get no gradient, only adapters of rank 64; 'all weights': they do.",
+    "- Counted are multiplications and additions of matrix products, convolutions and attention, and the scores of the "
+    "loss among all pairs of the step. Not counted: norms, activations, softmax, the optimizer, and a second forward "
+    "pass where a gradient cache makes one.",
+    "- Isolated and compounded turns count alike: attention is counted as full products, whatever the mask.",
+)
+
+
+def _explained(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+    lines = [
+        "How long the paper's images and texts are, and what it counts, is not known here; this is reckoned back.",
+        "",
+    ]
+    all_weights, many = counts.get("all weights"), counts.get("all weights, 1024 visual tokens")
+    if many:
+        lines.append(
+            f"- At k = 1 the paper's {PAPER['1']} is met with 1024 visual tokens per image and gradients of all "
+            f"weights ({pflops(many)['1']:.1f}), although LoRA needs none of them."
+        )
+    if all_weights:
+        fits = tokens_per_turn(all_weights, QUERY + TARGET, PAPER)
+        lines.append(
+            f"- From k = 1 to 7 the paper adds {PAPER['7'] - PAPER['1']:.1f}; {QUERY} + {TARGET} tokens per turn add "
+            f"{pflops(all_weights)['7'] - pflops(all_weights)['1']:.1f}. The paper's increment has room for about "
+            f"{fits:.0f} tokens per turn, both sides and their share of the prompt included: less than a short "
+            "question and its answer, and one of the seven answers is a dense caption."
+        )
+    lines.append(
+        f"- One turn of seven times the images takes {PAPER[MANY] / PAPER['1']:.2f} times as much in the paper and "
+        "7.00 times as much here, but for the loss. So the paper's conclusion stands under every row: more turns are "
+        "far cheaper than more images; by how much depends on the texts."
+    )
+    return lines
+
+
+def _table(size: str, counts: Mapping[str, Any]) -> list[str]:
+    from muco.study.report import markdown
+
+    rows = [_row(name, pflops(runs), 2) for name, runs in counts.items()]
+    if size == "2B":  # the size that the paper's table belongs to
+        rows.insert(0, _row("*the paper, as published*", PAPER, 1))
+    ratio = "7 : 1"
+    return markdown(["", *(f"k = {k}" for k in TURNS), ratio, f"k = 1 at {7 * IMAGES} images"], rows)
+
+
+def _row(name: str, values: Mapping[str, float], digits: int) -> list[str]:
+    by_turns = [f"{values[str(k)]:.{digits}f}" for k in TURNS]
+    return [name, *by_turns, f"{values['7'] / values['1']:.3f}", f"{values[MANY]:.1f}"]
+
+
+def _plot(flops: Mapping[str, Any]) -> str:
+    from muco.study.plots import Mark, chart
+
+    size = next(iter(flops))
+    lines = {"the paper": PAPER} if size == "2B" else {}
+    lines |= {name: pflops(runs) for name, runs in flops[size].items()}
+    return chart(
+        QUESTION,
+        {name: [Mark(k, values[str(k)]) for k in TURNS] for name, values in lines.items()},
+        across="turns per image, k",
+        upwards=f"PFLOP per step of {IMAGES} images, Qwen2-VL-{size}",
+    )
