@@ -2,7 +2,7 @@
 
 PYTHON    ?= python3
 DEMO_ARGS ?=
-TEST_ARGS ?=
+TEST_ARGS ?= -n 2 --dist loadfile
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -19,7 +19,7 @@ help: ## list the targets
 demo: $(READY) ## train, evaluate and search the built-in scenes; writes runs/demo/report.html (DEMO_ARGS="--steps 100")
 	$(BIN)/muco demo --output runs/demo $(DEMO_ARGS)
 
-test: $(READY) $(STOCK) ## the whole test suite, slow tests too (TEST_ARGS="-m 'not slow'" leaves them out, "-n 2" uses two processes)
+test: $(READY) $(STOCK) ## the whole test suite, slow tests too, in two processes (TEST_ARGS="-m 'not slow'": the quick ones, in one)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 check: $(READY) ## lint, formatting, and that the installed packages fit together

@@ -13,6 +13,8 @@ from jaxtyping import install_import_hook
 install_import_hook(["muco.loss", "muco.negatives", "muco.pooling"], "beartype.beartype")
 settings.register_profile("muco", deadline=None)  # a busy machine is no wrong result
 settings.load_profile("muco")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: each takes its own core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

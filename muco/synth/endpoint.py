@@ -294,7 +294,7 @@ class Endpoint:
             api_key=self._key or "none",
             max_retries=0,
             timeout=self.limits.timeout,
-            http_client=openai.DefaultAioHttpClient(timeout=self.limits.timeout),  # half the processor time of the other
+            http_client=openai.DefaultAioHttpClient(timeout=self.limits.timeout),  # half the time of the other
         )
 
     async def _models(self) -> list[str] | None:
