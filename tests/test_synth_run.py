@@ -457,6 +457,17 @@ def test_a_server_with_one_model_needs_no_name(scenes, pictures, tmp_path, capsy
         assert code == 1 and "serves seer, scribe; give the name of the one to ask" in errors
 
 
+def test_what_people_read(scenes, pictures, tmp_path, capsys):
+    with ChatServer(scenes, faults=[Fault("invalid", every=3, to="pairs")]) as server:
+        line = [part for part in command(server, pictures, tmp_path / "out")[3:] if part != "--json"]
+        code, out, errors = said([*line, "--max-requests", "12"], capsys)
+        assert code == 0 and "stopped" in out and "the budget of 12 requests is spent" in out
+        assert "muco synth: 32 of 32 pictures are kept" in errors
+        code, out, _ = said(line, capsys)
+    assert code == 0 and "looked at 32, kept 32" in out and "rows" in out and "shards" in out and "4 of 4" in out
+    assert "answer, not JSON" in out and "stopped" not in out and "{" not in out
+
+
 def test_other_models_or_prompts_need_another_folder(scenes, pictures, whole):
     with ChatServer(scenes, models=["seer", "scribe", "poet"]) as server:
         mine = job(server, pictures, whole)

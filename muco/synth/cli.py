@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,7 +157,30 @@ def synth(
         dry_run=dry_run,
         say=lambda sentence: print(f"muco synth: {sentence}", file=sys.stderr),
     )
-    finish(result, as_json, print_pairs)
+    finish(result, as_json, lambda value, console: print_pairs(_readable(value), console))
+
+
+def _readable(result: Mapping[str, Any]) -> dict[str, str]:
+    """A run's result in lines for people."""
+
+    def counts(values: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in values.items())
+
+    looked = {"looked at": result["pictures"]["pictures"], **result["pictures"]}
+    shown = {"pictures": counts({name: n for name, n in looked.items() if name != "pictures"})}
+    shown |= {f"estimate, {role}": counts(need) for role, need in result["estimate"].items()}
+    if "rows" not in result:
+        return shown
+    down = {f"{line['what']}, {line['reason']}": line["count"] for line in result["rejected"]}
+    shown |= {
+        "shards": f"{result['finished']:,} of {result['shards']:,}",
+        "rows": f"{result['rows']:,} with {result['pairs']:,} pairs: {counts(result['kinds'])}",
+        "turned down": counts(down) or "nothing",
+        "unanswered": f"{result['unanswered']:,} pictures; give the same command again" if result["unanswered"] else "",
+        "stopped": result["stopped"] or "",
+    }
+    shown |= {f"used, {role}": counts(used) for role, used in result["usage"].items()}
+    return {name: line for name, line in shown.items() if line} | {"output": result["output"]}
 
 
 def _price(text: str) -> Any:
