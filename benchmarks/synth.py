@@ -1,8 +1,9 @@
 """muco synth: how much of a model server's rate it uses, and whether its memory stays flat over many pictures.
 
-    PYTHONPATH=. python benchmarks/synth.py --output benchmarks/results
+    PYTHONPATH=. python benchmarks/synth.py --output benchmarks/results                      the rate, 3 minutes
+    PYTHONPATH=. python benchmarks/synth.py --output benchmarks/results --pictures 100000 --name synth-memory-cpu
 
-Writes synth-cpu.json and .md. The server is a process of its own that answers every request after a fixed time with
+Writes NAME.json and .md. The server is a process of its own that answers every request after a fixed time with
 the same good caption or pairs; ideal is what its answers allow with so many requests in flight, (in flight) / latency.
 Server and client share the machine's cores. Pictures are small PNG files, drawn here, each different from the others.
 """
@@ -27,6 +28,7 @@ from PIL import Image
 from serve import resident
 from turns import heading, say, write
 
+SHARD = 500  # pictures
 CAPTION = "A silver ring with a square-cut stone lies on a dark wooden table beside a folded letter in soft light."
 PAIRS = {
     "query_cls": "What is the main subject?",
@@ -90,33 +92,39 @@ def draw(folder: Path, count: int) -> None:
         Image.fromarray(noise).resize((64, 64), Image.Resampling.BILINEAR).save(place, compress_level=1)
 
 
+def watched(command: Sequence[str], shards: Path) -> tuple[dict[str, Any], list[int], list[int]]:
+    """What a command prints as JSON; and each second its resident bytes, and how many shards are finished."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    memory, finished = [], []
+    while process.poll() is None:
+        memory.append(resident(process.pid))
+        finished.append(len(list(shards.glob("*.parquet"))))
+        time.sleep(1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return json.loads(process.stdout.read()), memory, finished
+
+
 def run(pictures: Path, output: Path, port: int, in_flight: int, workers: int) -> dict[str, Any]:
-    """One run of the command: requests per second of pass two, resident bytes each second, what it printed."""
+    """Both passes of the command, one after the other."""
     url = f"http://127.0.0.1:{port}/v1"
     command = [sys.executable, "-m", "muco", "synth", str(pictures), "--captioner", url, "--writer", url, "--json"]
     command += ["--min-side", "64", "--near", "-1", "--concurrency", str(in_flight // 2), "--output", str(output)]
-    command += ["--workers", str(workers), "--shard-size", "500"]
-    looked = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
+    command += ["--workers", str(workers), "--shard-size", str(SHARD)]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    memory, times = [], []
-    while process.poll() is None:
-        memory.append(resident(process.pid))
-        times.append(len(list((output / "shards").glob("*.parquet"))) if output.exists() else 0)
-        time.sleep(1)
-    assert process.returncode == 0, process.stdout and process.stdout.read()
-    found = json.loads(process.stdout.read())
-    first = next(second for second, shards in enumerate(times) if shards)
-    last = next(second for second, shards in enumerate(times) if shards == times[-1])
-    steady = (times[-1] - times[first]) * 500 * 2 / max(1, last - first)
+    looked, memory_of_looking, _ = watched([*command, "--dry-run"], output / "shards")
+    looking = time.perf_counter() - begun
+    found, memory, finished = watched(command, output / "shards")
+    first = next(second for second, count in enumerate(finished) if count)
+    last = next(second for second, count in enumerate(finished) if count == finished[-1])
     return {
         "workers": workers,
+        "pictures": looked["pictures"],
         "rows": found["rows"],
-        "seconds": time.perf_counter() - begun,
-        "requests_per_second": steady,
+        "seconds": {"pass one": looking, "both": time.perf_counter() - begun},
+        "requests_per_second": (finished[-1] - finished[first]) * SHARD * 2 / max(1, last - first),
         "usage": found["usage"],
-        "memory": memory,
-        "looked": json.loads(looked.stdout)["pictures"],
+        "memory": {"pass one": memory_of_looking, "pass two": memory},
     }
 
 
@@ -130,24 +138,31 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{result['date']}; {on['cpu']}, {on['cores']} cores, server and client on the same ones. "
         f"{1000 * settings['latency']:.0f} ms per answer, {settings['in_flight']} requests in flight, two per picture; "
-        f"the rate between the first and the last finished shard. Ideal: {ideal:,.0f} per second.",
+        f"the rate between the first and the last finished shard. Ideal: {ideal:,.0f} per second. Memory is of the "
+        "first process, medians of the second and of the last tenth of each pass.",
         "",
-        "| processes that ask | pictures | requests / s | of the ideal | memory, first and last tenth |",
-        "|---:|---:|---:|---:|---:|",
+        "| processes that ask | pictures | requests / s | of the ideal | MiB, pass one | MiB, pass two |",
+        "|---:|---:|---:|---:|---:|---:|",
     ]
     for one in result["runs"]:
-        part = max(1, len(one["memory"]) // 10)
-        early, late = (median(values) / 2**20 for values in (one["memory"][part : 2 * part], one["memory"][-part:]))
-        rate = one["requests_per_second"]
-        memory = f"{early:.0f} and {late:.0f} MiB" if one["workers"] == 1 else "-"
-        lines.append(f"| {one['workers']} | {one['rows']:,} | {rate:,.0f} | {rate / ideal:.0%} | {memory} |")
+        rate, memory = one["requests_per_second"], [_two(one["memory"][name]) for name in ("pass one", "pass two")]
+        lines.append(
+            f"| {one['workers']} | {one['rows']:,} | {rate:,.0f} | {rate / ideal:.0%} | {memory[0]} | {memory[1]} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _two(memory: Sequence[int]) -> str:
+    part = max(1, len(memory) // 10)
+    early, late = (median(values) / 2**20 for values in (memory[part : 2 * part] or memory, memory[-part:]))
+    return f"{early:.0f}, {late:.0f}"
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--pictures", type=int, nargs="+", default=[100_000, 20_000], help="with 1, 2 … processes")
+    parser.add_argument("--pictures", type=int, nargs="+", default=[6000, 6000], help="with 1, 2 … processes")
+    parser.add_argument("--name", default="synth-cpu", help="of the result")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds of an answer")
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -158,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
     if args.output is None:
         parser.error("--output is missing")
     result = heading("synth.py", argv, "cpu")
-    result["settings"] = {k: v for k, v in vars(args).items() if k not in ("output", "serve")}
+    result["settings"] = {k: v for k, v in vars(args).items() if k not in ("output", "serve", "name")}
     command = [sys.executable, __file__, "--serve", "--latency", str(args.latency)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
     result["runs"] = []
@@ -171,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
             result["runs"].append(found)
             say(f"{workers} process(es): {found['requests_per_second']:.0f} requests per second")
     server.terminate()
-    write(args.output, "synth-cpu", result, table(result))
+    write(args.output, args.name, result, table(result))
 
 
 if __name__ == "__main__":
