@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 # Packages that MuCo runs without, and what each of them would give.
 OPTIONAL = {
     "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
+    "lancedb": "muco index, muco search",
+    "fastapi": "muco serve",
+    "openai": "muco synth, muco data caption",
+    "daft": "muco synth; muco index in several processes",
+    "ray": "the same on many machines",
     "mteb": "its tasks, with muco.evaluate.mteb; the test suite",
     "pytest": "the test suite",
     "hypothesis": "the test suite",

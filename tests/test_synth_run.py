@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from chat_server import REFUSAL, ChatServer, Fault
+from ray_cluster import on_ray
 
 import muco
 from muco.cli import main
@@ -388,16 +389,8 @@ def test_a_worker_that_fails_says_why_and_the_rest_is_kept(scenes, pictures, who
 
 @pytest.mark.slow
 def test_a_ray_cluster_comes_to_the_same(scenes, pictures, whole, tmp_path):
-    ray = pytest.importorskip("ray", reason="the package ray is not installed")
-    code = (
-        "import sys, ray; ray.init(num_cpus=2, include_dashboard=False); "
-        "from muco.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    assert ray
     with ChatServer(scenes) as server:
-        line = command(server, pictures, tmp_path / "out", "--ray", "auto", "--workers", "2")
-        done = run_command([sys.executable, "-c", code, *line[3:]], timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        on_ray([*command(server, pictures, tmp_path / "out", "--workers", "2")[3:]])
         assert server.asked("caption") == PICTURES
     assert turns_written(tmp_path / "out") == turns_written(whole)
 

@@ -1,0 +1,25 @@
+"""Commands on a Ray cluster, which here is this machine alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+MAIN = (
+    "import sys, ray; ray.init(num_cpus=2, include_dashboard=False); "
+    "from muco.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def on_ray(arguments: Sequence[str]) -> str:
+    """What ``muco ARGUMENTS --ray auto`` prints; a cluster begins and ends with it."""
+    pytest.importorskip("ray", reason="the package ray is not installed")
+    line = [sys.executable, "-c", MAIN, *arguments, "--ray", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
