@@ -19,7 +19,7 @@ def on_ray(arguments: Sequence[str]) -> str:
     """What ``muco ARGUMENTS --ray auto`` prints; a cluster begins and ends with it."""
     pytest.importorskip("ray", reason="the package ray is not installed")
     line = [sys.executable, "-c", MAIN, *arguments, "--ray", "auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

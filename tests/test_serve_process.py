@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import httpx
 import numpy as np
 import pytest
@@ -60,6 +61,17 @@ def test_the_same_vectors(engine, process):
         assert np.array_equal(found.vectors, expected.vectors) and found.vectors.dtype == np.float32
         assert (found.tokens, found.image_tokens) == (expected.tokens, expected.image_tokens)
     assert [one.vectors.shape[0] for one in process.run(prepared)] == [1, 1, 1, 3, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["idefics3", "qwen3_vl"])
+def test_the_same_vectors_of_other_families(family, tmp_path):
+    families.model(family).save(str(tmp_path / family))
+    process = ModelProcess(str(tmp_path / family), "cpu", ImageLimits(), 4096)
+    here = Engine(load(tmp_path / family, device="cpu"), ImageLimits(), 4096)
+    found, expected = (one.run([*map(one.prepare, ITEMS[:4])]) for one in (process, here))
+    process.close()
+    assert all(np.array_equal(a.vectors, b.vectors) for a, b in zip(found, expected, strict=True))
 
 
 def test_pictures_that_are_large_together(engine, process, monkeypatch):
