@@ -286,12 +286,24 @@ def test_a_dry_run_asks_one_question_of_each_and_tells_the_cost(scenes, pictures
         assert server.asked() == server.asked("trial") == 2
     assert found["pictures"] == {"pictures": 32, "kept": 32}
     need = estimate(Prompts(), 32, 84 * 84, prices)
+    assert found["estimate"].pop("seconds") < 60
     assert found["estimate"] == {role: need[role].as_dict() for role in need}
     assert need["captioner"].cost == pytest.approx(
         (need["captioner"].read * 1.0 + need["captioner"].written * 2.0) / 1e6
     )
     assert said[0].startswith("32 of 32 pictures are kept, 32 of them not finished: about 64 requests, ")
+    assert re.search(r"; at least \d+ s at the pace of a first question$", said[0])
     assert not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_the_time_told_beforehand(scenes, pictures, tmp_path):
+    """From how long a first question takes, or from the pace that is asked for."""
+    with ChatServer(scenes, latency=0.8) as server:
+        found = synth(job(server, pictures, tmp_path / "out"), dry_run=True)
+        assert 0.8 * PICTURES / 8 <= found["estimate"]["seconds"] < 4 * 0.8 * PICTURES / 8
+        mine = job(server, pictures, tmp_path / "out")
+        slow = replace(mine, writer=replace(mine.writer, limits=replace(QUICK, requests_per_minute=2)))
+        assert synth(slow, dry_run=True)["estimate"]["seconds"] == pytest.approx(30 * PICTURES)
 
 
 def test_a_run_says_how_long_the_rest_takes(scenes, pictures, tmp_path, monkeypatch):

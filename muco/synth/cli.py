@@ -168,7 +168,7 @@ def _readable(result: Mapping[str, Any]) -> dict[str, str]:
 
     looked = {"looked at": result["pictures"]["pictures"], **result["pictures"]}
     shown = {"pictures": counts({name: n for name, n in looked.items() if name != "pictures"})}
-    shown |= {f"estimate, {role}": counts(need) for role, need in result["estimate"].items()}
+    shown |= {f"estimate, {role}": counts(result["estimate"][role]) for role in ("captioner", "writer")}
     if "rows" not in result:
         return shown
     down = {f"{line['what']}, {line['reason']}": line["count"] for line in result["rejected"]}

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
@@ -114,20 +115,35 @@ class Job:
         return Catalogue(self.output / "pictures.db", self.source.fingerprint, self.filter)
 
 
-async def check(job: Job) -> Job:
-    """Asks both servers a first question; returns the job with what was learnt of them.
+async def check(job: Job) -> tuple[Job, float]:
+    """Asks both servers a first question.
 
+    Returns:
+        The job with what was learnt of them, and seconds per picture that the slower one takes if it answers all
+        questions as quickly as this one, as many at once and per minute as may be.
     Raises:
         EndpointError: If a server cannot be reached, or lacks the model.
     """
     async with job.captioner.open() as captioner, job.writer.open() as writer:
+        begun = time.monotonic()
         await captioner.check(image=True)
+        seen = time.monotonic()
         await writer.check(schema=PAIRS_SCHEMA)
-        return replace(
+        paces = (
+            _pace(job.captioner.limits, seen - begun),
+            _pace(job.writer.limits, time.monotonic() - seen),
+        )
+        learnt = replace(
             job,
             captioner=replace(job.captioner, model=captioner.model),
             writer=replace(job.writer, model=writer.model, structured=writer.structured),
         )
+        return learnt, max(paces)
+
+
+def _pace(limits: Limits, seconds: float) -> float:
+    """Seconds between two answers, if one takes so many."""
+    return max(seconds / limits.concurrency, 60 / (limits.requests_per_minute or float("inf")))
 
 
 def claim(job: Job) -> None:

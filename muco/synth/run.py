@@ -92,13 +92,13 @@ def synth(
         dry_run: Stop before pass two.
         say: Gets sentences for the user while the run is under way.
     Returns:
-        ``pictures`` by what became of them, ``estimate``, and after pass two ``shards``, ``finished`` of them,
-        ``rows``, ``pairs``, ``kinds``, ``rejected``, ``unanswered`` pictures, ``stopped`` (why it ended early, or
-        None), ``usage`` of both servers in this run, ``output``.
+        ``pictures`` by what became of them, ``estimate`` (of each model, and ``seconds``), and after pass two
+        ``shards``, ``finished`` of them, ``rows``, ``pairs``, ``kinds``, ``rejected``, ``unanswered`` pictures,
+        ``stopped`` (why it ended early, or None), ``usage`` of both servers in this run, ``output``.
     Raises:
         MucoError: See pipeline.py; everything that was finished is kept.
     """
-    job = asyncio.run(check(job))
+    job, pace = asyncio.run(check(job))
     claim(job)
     with progress_bar("pictures") as progress:
         looked = look(job, workers=threads, ray=ray, progress=progress)
@@ -110,7 +110,8 @@ def synth(
             "pictures": looked,
             "estimate": {role: need.as_dict() for role, need in needs.items()},
         }
-        say(_told(looked, left, needs))
+        result["estimate"]["seconds"] = round(pace * left, 1)
+        say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
         if dry_run:
             return result
         making = _Making(left, say)
