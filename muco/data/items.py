@@ -71,18 +71,28 @@ def open_source(path: Path, columns: Columns) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    digest, total = hashlib.sha256(), 0
-    try:
-        for name, entry in image_files(path):
-            stat = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-            total += 1
-    except OSError as error:
-        raise DataError(f"{path}: cannot be listed: {error}") from error
+    digest, total = state_of_images(path)
     if not total:
         hint = next((f"; did you mean {p}?" for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")), "")
         raise DataError(f"{path}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
-    return Source(path, digest.hexdigest(), total, "", partial(_folder_rows, path))
+    return Source(path, digest, total, "", partial(_folder_rows, path))
+
+
+def state_of_images(folder: Path) -> tuple[str, int]:
+    """SHA-256 (hex) of names, sizes and times of the images in a folder and those below; and how many there are.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
+    digest, total = hashlib.sha256(), 0
+    try:
+        for name, entry in image_files(folder):
+            status = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            total += 1
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error}") from error
+    return digest.hexdigest(), total
 
 
 def image_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:

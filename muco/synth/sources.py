@@ -17,7 +17,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 from muco.data.images import read_bytes
-from muco.data.items import IMAGE_SUFFIXES, image_files
+from muco.data.items import IMAGE_SUFFIXES, image_files, state_of_images
 from muco.errors import DataError, ImageError
 from muco.fetch import FetchError, FetchLimits, fetch
 
@@ -138,15 +138,8 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _open_folder(path: Path) -> Source:
-    digest, total = hashlib.sha256(), 0
-    try:
-        for name, entry in image_files(path):
-            status = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-            total += 1
-    except OSError as error:
-        raise DataError(f"{path}: cannot be listed: {error}") from error
-    return FolderSource(path, digest.hexdigest(), total, path)
+    digest, total = state_of_images(path)
+    return FolderSource(path, digest, total, path)
 
 
 class FolderSource(Source):
