@@ -149,7 +149,7 @@ def send(pipe: Connection, value: Any) -> None:
     parts = [array.raw() for array in arrays]
     size = sum(part.nbytes for part in parts)
     if size < SMALL or not hasattr(os, "memfd_create"):
-        pipe.send_bytes(pickle.dumps((0, [], pickle.dumps(value, protocol=5))))
+        pipe.send_bytes(pickle.dumps((0, [bytearray(part) for part in parts], head), protocol=5))
         return
     memory = os.memfd_create("muco")
     try:
@@ -169,16 +169,16 @@ def receive(pipe: Connection) -> Any:
     Raises:
         EOFError: If the other side is gone.
     """
-    size, lengths, head = pickle.loads(pipe.recv_bytes())
+    size, parts, head = pickle.loads(pipe.recv_bytes())
     if not size:
-        return pickle.loads(head)
+        return pickle.loads(head, buffers=parts)
     memory = recv_handle(pipe)
     try:
         room = memoryview(mmap.mmap(memory, size))  # lives as long as the arrays in it
     finally:
         os.close(memory)
-    ends = [*accumulate(lengths)]
-    return pickle.loads(head, buffers=[room[end - length : end] for end, length in zip(ends, lengths, strict=True)])
+    ends = [*accumulate(parts)]  # here the lengths of the arrays
+    return pickle.loads(head, buffers=[room[end - length : end] for end, length in zip(ends, parts, strict=True)])
 
 
 # Torch would send every tensor through shared memory of its own, which costs more than a small one takes.

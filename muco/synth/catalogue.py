@@ -4,9 +4,7 @@ Pictures come in the order of the source, some hundreds in one transaction, and 
 a duplicate of one that is kept, a near duplicate of one that is kept, or kept itself. So the decisions do not depend on
 how many come together, nor on how often the run was stopped.
 
-Near duplicates are found exactly. Cut 64 bits into one band more than bits may differ: two hashes that are near are
-equal in at least one band. Per band, the pictures that are kept lie sorted in memory, 8 bytes for the hash and 4 for
-each band: 28 MB for a million of them with the default of 4 bits. The file has the hashes only; opening it reads them.
+The file has the perceptual hashes of the kept pictures; opening it reads them into memory (near.py).
 """
 
 from __future__ import annotations

@@ -294,7 +294,9 @@ class Endpoint:
             api_key=self._key or "none",
             max_retries=0,
             timeout=self.limits.timeout,
-            http_client=openai.DefaultAioHttpClient(timeout=self.limits.timeout),  # half the time of the other
+            http_client=openai.DefaultAioHttpClient(
+                timeout=self.limits.timeout
+            ),  # quicker than httpx, which is the default
         )
 
     async def _models(self) -> list[str] | None:

@@ -1,4 +1,9 @@
-"""Perceptual hashes of kept pictures, and which of them is the first one near to another hash; exact, in memory."""
+"""Perceptual hashes of kept pictures, and which of them is the first one near to another hash.
+
+It is found exactly. Cut 64 bits into one band more than bits may differ: two hashes that are near are equal in at least
+one band. Per band the pictures lie sorted in memory, 8 bytes for the hash and 4 for each band: 28 MB for a million of
+them with the default of 4 bits.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def make_in_workers(
     makes = daft.cls(Make, use_process=True, max_concurrency=workers)(share)
     later, failed, stop = 0, "", _stop_file(job)
     stop.unlink(missing_ok=True)
-    for group in _groups(shards, 4 * workers):
+    while group := list(islice(shards, 4 * workers)):
         frame = daft.from_pydict({"pictures": [json.dumps([asdict(kept) for kept in shard]) for shard in group]})
         if ray is not None:  # the native runner gives single rows to its processes by itself
             frame = frame.into_partitions(len(group))
@@ -101,14 +102,3 @@ def _share(server: Server, workers: int) -> Server:
     pace = limits.requests_per_minute and limits.requests_per_minute / workers
     at_once = max(1, limits.concurrency // workers)
     return replace(server, limits=replace(limits, concurrency=at_once, requests_per_minute=pace))
-
-
-def _groups(shards: Iterator[list[Kept]], size: int) -> Iterator[list[list[Kept]]]:
-    group: list[list[Kept]] = []
-    for shard in shards:
-        group.append(shard)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
