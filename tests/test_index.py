@@ -314,8 +314,10 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path: Path, model_path: Path
     )
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "index"), str(model_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    versions, limit = tmp_path / "index/rows.lance/_versions", time.monotonic() + 60
-    while len([*versions.glob("*")]) < 4:
+    limit = time.monotonic() + 120
+    while not [*(tmp_path / "index/rows.lance/_versions").glob("*.manifest")] or not len(
+        Index.open(tmp_path / "index")
+    ):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)

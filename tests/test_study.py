@@ -24,6 +24,7 @@ from muco import MucoError, OutputError
 from muco.cli import main
 from muco.data import open_data
 from muco.evaluate.report import write_json
+from muco.study.calibrate import seconds_of
 from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
 from muco.study.one import run_job
 from muco.study.plots import plot
@@ -267,6 +268,12 @@ def test_costs_are_taken_once_and_runs_follow_them(scenes, tmp_path):
         run_study(study, output, seeds=1, first_seed=5, jobs=2) == found
     )  # the same costs, although a clock would differ
     assert before == ((output / "calibration.json").stat().st_mtime_ns, (output / "study.json").read_text())
+
+
+def test_the_quickest_try_of_each_step_counts():
+    cost = seconds_of([[0.1, 0.4, 0.3], [0.2, 0.2, 0.3], [0.3, 0.3, 0.6]])
+    assert cost["seconds"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)
+    assert cost["spread"] == pytest.approx(1.2 / 0.7 - 1)  # the sums of the third and the second round
 
 
 def test_points_are_differences_over_ratios_of_seconds(scenes):

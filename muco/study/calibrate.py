@@ -1,7 +1,9 @@
-"""What a step of a run costs: ``python -m muco.study.calibrate FOLDER``, which holds a ``job.json``.
+"""What a step of each run costs: ``python -m muco.study.calibrate FOLDER``, which holds a ``job.json``.
 
 Runs that shall cost the same need to know it before they begin. So the study makes a few true steps of each of them,
-one run after the other with nothing beside, and keeps the numbers: a study that goes on uses those it began with.
+with nothing beside, and keeps the numbers: a study that goes on uses those it began with. What else a machine does only
+ever adds to a step's time, and comes and goes; so the runs take turns, several times over, and of the tries of a step
+the quickest counts.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from muco.evaluate.report import write_json
 from muco.train.flops import step_flops
 from muco.train.mixture import open_sources
 from muco.train.recipe import Recipe, from_dict
-from muco.train.trainer import build_model, make_trainer
+from muco.train.trainer import MuCoTrainer, build_model, make_trainer
 
-UNTIMED, TIMED = 4, 16  # steps
+UNTIMED, TIMED = 3, 12  # steps of a round
 
 
 class _Clock(TrainerCallback):
@@ -40,40 +42,68 @@ class _Clock(TrainerCallback):
 
 
 def calibrate(folder: Path) -> dict[str, Any]:
-    """Takes the cost of a step of what ``job.json`` says: ``recipe``, and ``root``, whose model it has the shape of.
+    """Takes the cost of a step of every run.
 
-    Returns and writes (``result.json``):
-        ``pairs`` of a step, the mean over the steps; ``flops`` of the first one, forward and backward; ``seconds``, the
-        median over ``TIMED`` steps, from the end of one to the end of the next, so that making the batch and the
-        optimizer count; ``spread``, the range of the middle half of them over the median; ``threads`` of torch.
+    ``job.json`` holds ``rounds``, and by name the ``runs``: the ``recipe``, and that of the ``root`` whose model's shape
+    it has. ``steps.json`` gets the seconds of all steps by run and round as they come, ``result.json`` what is returned.
+
+    Returns:
+        By run: ``pairs`` of a step, the mean over the steps; ``flops`` of the first one, forward and backward;
+        ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of a step to the end of the next, so that
+        making the batch and the optimizer count; ``threads`` of torch.
     """
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    recipe = from_dict(_short(job["recipe"], folder))
-    sources = open_sources(recipe)
-    set_seed(recipe.seed)
-    trainer = make_trainer(recipe, _model_of(recipe, from_dict(job["root"])), sources)
-    batches = trainer.batches
-    clock = _Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    ends = clock.ends[UNTIMED:]
-    taken = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    low, middle, high = statistics.quantiles(taken, n=4)
-    result = {
-        "pairs": statistics.mean(len(batches[step]["ids"]["sample_ids"]) for step in range(UNTIMED)),
-        "flops": step_flops(trainer.model, batches[0], temperature=recipe.loss.temperature).total,
-        "seconds": middle,
-        "spread": (high - low) / middle,
-        "threads": torch.get_num_threads(),
-    }
+    runs = job["runs"]
+    trainers = {name: _trainer(run, folder) for name, run in runs.items()}
+    taken: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for _ in range(job["rounds"]):
+        for name, trainer in trainers.items():
+            taken[name].append(_seconds(trainer))
+            write_json(folder / "steps.json", taken)
+    result = {name: _pairs_and_flops(trainers[name], run) | seconds_of(taken[name]) for name, run in runs.items()}
     shutil.rmtree(folder / "run", ignore_errors=True)
     write_json(folder / "result.json", result)
     return result
 
 
+def seconds_of(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """A step's ``seconds``: the mean over the steps of the quickest of a step's tries; every round has the same steps.
+
+    ``spread`` is how much longer the slowest round took than the quickest, as a share of that: near 0 on a machine that
+    does nothing else.
+    """
+    quickest, means = [min(tries) for tries in zip(*rounds, strict=True)], [statistics.mean(each) for each in rounds]
+    return {"seconds": statistics.mean(quickest), "spread": max(means) / min(means) - 1}
+
+
+def _trainer(run: Mapping[str, Any], folder: Path) -> MuCoTrainer:
+    recipe = from_dict(_short(run["recipe"], folder))
+    set_seed(recipe.seed)
+    return make_trainer(recipe, _model_of(recipe, from_dict(run["root"])), open_sources(recipe))
+
+
+def _seconds(trainer: MuCoTrainer) -> list[float]:
+    """Of each timed step of a training from its beginning."""
+    clock = _Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.remove_callback(clock)
+    ends = clock.ends[UNTIMED - 1 :]
+    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _pairs_and_flops(trainer: MuCoTrainer, run: Mapping[str, Any]) -> dict[str, Any]:
+    batches, temperature = trainer.batches, from_dict(run["recipe"]).loss.temperature
+    return {
+        "pairs": statistics.mean(len(batches[step]["ids"]["sample_ids"]) for step in range(UNTIMED)),
+        "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _short(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe for a few steps that leave nothing behind."""
-    steps = {"max_steps": UNTIMED + TIMED + 1, "warmup_steps": UNTIMED, "save_strategy": "no"}
+    steps = {"max_steps": UNTIMED + TIMED, "warmup_steps": UNTIMED, "save_strategy": "no"}
     return {**values, "output": str(folder / "run"), "trainer": {**values["trainer"], **steps}}
 
 

@@ -66,6 +66,6 @@ IMAGE_SHARE = Study(
         "learns no more, and its backward pass is saved. Starts are shared by both runs of a pair and not counted.",
         "The dearer the image, the fewer steps fit in a time; near chance on both sides a difference says nothing, so "
         "look at the table beside the plot. More steps: --scale 3.",
-        "A step's seconds are the median of steps taken alone, batch and optimizer included.",
+        "A step's seconds are taken alone, batch and optimizer included.",
     ),
 )

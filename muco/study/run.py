@@ -26,10 +26,11 @@ import muco
 from muco.errors import MucoError, OutputError
 from muco.evaluate.report import write_json
 from muco.progress import progress_bar
-from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of, slug
+from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
 
 POLL = 0.2  # seconds
-UNSTEADY = 0.2  # of the median: the middle half of a quiet machine's step times lies closer together
+ROUNDS = 3  # in which the runs take turns to have their steps timed
+UNSTEADY = 0.2  # the rounds of a quiet machine lie closer together
 TAIL = 2000  # characters of a failed run's log that are shown
 
 
@@ -118,37 +119,45 @@ def _make_data(study: Study, output: Path, scale: float) -> None:
 
 
 def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, sets: Sets | None) -> Costs:
-    """The cost of a step by run; what ``calibration.json`` lacks is measured, one run at a time, and kept there."""
-    file = output / "calibration.json"
+    """The cost of a step by run; what ``calibration.json`` lacks is measured, with nothing beside, and kept there."""
+    file, folder = output / "calibration.json", output / "calibration"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    any_steps = {name: {"pairs": 1.0, "flops": 1.0, "seconds": 1.0} for name in study.measured}
-    with progress_bar(f"{study.name}, cost of a step") as progress:
-        for done, name in enumerate(study.measured):
-            progress(done, len(study.measured))
-            if name in known:
-                continue
-            run = study.run(name)
-            recipe, root = (
-                recipe_of(study, one, seed, scale, output, costs=any_steps, sets=sets)
-                for one in (run, root_of(study, run))
-            )
-            folder = output / "calibration" / slug(name)
-            process = _start(folder, {"recipe": recipe, "root": root}, "muco.study.calibrate", jobs)
-            try:
-                process.wait()
-            finally:
-                _stop([process])
-            _check(folder, process)
-            known[name] = _result(folder)
-            write_json(file, known)
-            if known[name]["spread"] > UNSTEADY:
-                print(
-                    f"{study.name}: the seconds of a step of {name!r} vary by {known[name]['spread']:.0%}; the machine "
-                    f"does something else, and equal seconds will not be equal. Stop, delete {file} and the folder "
-                    "runs beside it, and begin when nothing else runs.",
-                    file=sys.stderr,
-                )
+    if missing := [name for name in study.measured if name not in known]:
+        any_steps = {name: {"pairs": 1.0, "flops": 1.0, "seconds": 1.0} for name in study.measured}
+        settings = {"costs": any_steps, "sets": sets}
+        runs = {
+            name: {
+                "recipe": recipe_of(study, study.run(name), seed, scale, output, **settings),
+                "root": recipe_of(study, root_of(study, study.run(name)), seed, scale, output, **settings),
+            }
+            for name in missing
+        }
+        known |= _measured(study, folder, runs, jobs)
+        write_json(file, known)
     return {name: known[name] for name in study.measured}
+
+
+def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> dict[str, Any]:
+    process = _start(folder, {"rounds": ROUNDS, "runs": runs}, "muco.study.calibrate", jobs)
+    with progress_bar(f"{study.name}, cost of a step") as progress:
+        try:
+            while process.poll() is None:
+                rounds = json.loads(steps.read_text()) if (steps := folder / "steps.json").is_file() else {}
+                progress(sum(map(len, rounds.values())), len(runs) * ROUNDS)
+                time.sleep(POLL)
+        finally:
+            _stop([process])
+    _check(folder, process)
+    found = _result(folder) or {}
+    unsteady = {name: cost["spread"] for name, cost in found.items() if cost["spread"] > UNSTEADY}
+    if unsteady:
+        print(
+            f"{study.name}: the same steps took up to {max(unsteady.values()):.0%} longer in one round than in another "
+            f"({', '.join(unsteady)}); the machine does something else. Each step's quickest try counts; to measure "
+            f"again, stop, delete {folder}.json and the folder runs beside it, and begin when nothing else runs.",
+            file=sys.stderr,
+        )
+    return found
 
 
 def _make_runs(

@@ -156,7 +156,7 @@ class Endpoint:
         self._useless += 1
         if self._useless >= self.limits.max_failures:
             raise EndpointError(
-                f"{self.url}: {self._useless} answers of {self.model!r} in a row were of no use; the last: "
+                f"{self.url}: {self.limits.max_failures} answers of {self.model!r} in a row were of no use; the last: "
                 f"{self._shown(example)}. Mend it and give the same command again: it goes on where it stopped"
             )
 
