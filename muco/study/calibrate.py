@@ -44,8 +44,9 @@ class _Clock(TrainerCallback):
 def calibrate(folder: Path) -> dict[str, Any]:
     """Takes the cost of a step of every run.
 
-    ``job.json`` holds ``rounds``, and by name the ``runs``: the ``recipe``, and that of the ``root`` whose model's shape
-    it has. ``steps.json`` gets the seconds of all steps by run and round as they come, ``result.json`` what is returned.
+    ``job.json`` holds ``rounds``, and by name the ``runs``: the ``recipe``, and that of the ``root`` whose model's
+    shape it has. ``steps.json`` gets the seconds of all steps by run and round as they come, ``result.json`` what is
+    returned.
 
     Returns:
         By run: ``pairs`` of a step, the mean over the steps; ``flops`` of the first one, forward and backward;
