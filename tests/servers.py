@@ -24,7 +24,7 @@ from PIL import Image
 from muco.serve.app import Served, build_app
 from muco.serve.cli import TOKEN, _bound
 
-SOON = 30  # seconds in which anything that is going to happen has happened
+SOON = 120  # seconds in which anything that is going to happen has happened
 
 
 @contextmanager

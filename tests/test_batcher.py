@@ -21,7 +21,7 @@ from muco.serve.engine import Engine, Item
 from muco.serve.images import ImageLimits
 from muco.template import QWEN_VL
 
-SOON = 30  # seconds in which anything that is going to happen has happened
+SOON = 120  # seconds in which anything that is going to happen has happened
 
 
 @dataclass(frozen=True)

@@ -377,7 +377,7 @@ def test_a_killed_process_loses_at_most_one_part(tmp_path: Path) -> None:
     source, output = write_jsonl(tmp_path / "items.jsonl", lines), tmp_path / "out.parquet"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_embed import Hashed, embed; "
-        "embed(sys.argv[2], Hashed(seconds=0.02), sys.argv[3], batch_size=4, shard_rows=8, progress=False)"
+        "embed(sys.argv[2], Hashed(seconds=0.1), sys.argv[3], batch_size=4, shard_rows=8, progress=False)"
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(output)]
     process = subprocess.Popen(arguments, cwd=Path(__file__).parent.parent)

@@ -141,13 +141,13 @@ def test_tokens_that_the_server_does_not_count_are_estimated():
 
 @pytest.mark.parametrize("kind", ["429", "500", "cut", "html", "slow"])
 def test_what_passes_is_asked_again(kind):
-    with ChatServer(faults=[Fault(kind, times=2, seconds=0.5 if kind == "slow" else 0)]) as server:
+    with ChatServer(faults=[Fault(kind, times=2, seconds=2 if kind == "slow" else 0)]) as server:
 
         async def go(endpoint: Endpoint) -> None:
             assert (await endpoint.ask([user("hello")])).text == "Yes."
             assert (endpoint.usage.requests, endpoint.usage.retries, endpoint.usage.unanswered) == (3, 2, 0)
 
-        with_endpoint(server, go, limits=Limits(backoff=0.01, timeout=0.25))
+        with_endpoint(server, go, limits=Limits(backoff=0.01, timeout=1 if kind == "slow" else 10))
 
 
 @pytest.mark.parametrize(

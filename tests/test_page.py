@@ -327,11 +327,11 @@ def test_the_page_opens_in_a_browser(tmp_path):
     shot = tmp_path / "shot.png"
     where = [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", f"--screenshot={shot}"]
     address = (tmp_path / "mmeb.html").as_uri()
-    subprocess.run([browser, *flags, *where, address], check=True, capture_output=True, timeout=60)
+    subprocess.run([browser, *flags, *where, address], check=True, capture_output=True, timeout=300)
     with Image.open(shot) as image:
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50, "the page is blank"
     dom = subprocess.run(
-        [browser, *flags, where[0], "--dump-dom", address], check=True, capture_output=True, timeout=60
+        [browser, *flags, where[0], "--dump-dom", address], check=True, capture_output=True, timeout=300
     )
     text = dom.stdout.decode()
     assert "Worst failures" in text and "alert(1)" in text and "<script" not in text

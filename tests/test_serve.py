@@ -656,7 +656,7 @@ def test_it_says_what_it_offers(folder):
         assert running.facts == {"address": running.address, "model": "mine", "dimension": 64}
         assert httpx.get(f"{running.address}/v1/models").status_code == 401
         running.process.terminate()
-        out, err = running.process.communicate(timeout=60)
+        out, err = running.process.communicate(timeout=120)
     assert out == "" and running.process.returncode == 0
     assert "vectors of 64 numbers" in err and "7 items" in err and running.address in err
     assert "secret" not in err and "Traceback" not in err

@@ -196,7 +196,7 @@ def test_a_server_ends_with_its_model(folder):
     with command(folder) as running:
         [child] = children(running.process.pid)
         os.kill(child, signal.SIGKILL)
-        out, err = running.process.communicate(timeout=60)
+        out, err = running.process.communicate(timeout=120)
     assert running.process.returncode == 1 and not out
     assert "muco: the model's process ended (exit code -9)" in err and "Traceback" not in err
 
