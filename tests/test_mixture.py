@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -28,7 +28,7 @@ class Rows(list):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.floats(0.2, 3)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.5, 3)), min_size=1, max_size=3),
     st.integers(16, 40),
     st.integers(0, 5),
 )
@@ -48,6 +48,7 @@ def test_every_batch_is_full_and_every_epoch_a_permutation(sources, size, seed):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 3)), min_size=1, max_size=3), st.integers(1, 9))
+@example([(1, 1.0), (1, 0.01), (1, 1.0)], 1)  # a share that is less than a step of a round
 def test_batches_of_one_source_have_its_share_and_skip_nothing(sources, size):
     lengths, weights = zip(*sources, strict=True)
     with pytest.MonkeyPatch.context() as patched:
@@ -115,6 +116,22 @@ def batches(scenes, tiny_model):
     sources = [open_data(scenes / "train.jsonl"), open_data(scenes / "train_pairs.jsonl")]
     mixture = Mixture([len(s) for s in sources], [2, 1], 6, 0)
     return TrainingBatches(sources, mixture, tiny_model.encoder.muco_processor, TurnsRecipe(image_turn="retrieval"))
+
+
+@pytest.mark.parametrize(("mode", "other"), [("isolated", "run_on"), ("compounded", "restart")])
+def test_positions_are_the_recipes_on_both_sides(mode, other, scenes, tiny_model):
+    sources, mixture = [open_data(scenes / "train.jsonl")], Mixture([7], [1.0], 4, 0)
+    made = [
+        TrainingBatches(
+            sources, mixture, tiny_model.encoder.muco_processor, TurnsRecipe(mode=mode, positions=positions)
+        )
+        for positions in (None, other)
+    ]
+    usual, changed = (batches[0] for batches in made)
+    for side in ("query", "target"):
+        assert torch.equal(usual[side]["input_ids"], changed[side]["input_ids"])
+        assert not torch.equal(usual[side]["position_ids"], changed[side]["position_ids"])
+    assert same(usual["ids"], changed["ids"])
 
 
 def loader(batches, steps: int, workers: int = 0, first: int = 0) -> StepLoader:

@@ -95,10 +95,22 @@ class Mixture:
         ends = [int(np.floor(count * share + 1e-9)) for share in self._shares]
         return [end - start for end, start in zip(ends, [0, *ends[:-1]], strict=True)]
 
+    def _steps(self, count: int) -> np.ndarray:
+        """So many steps shared among the sources; what is left of rounding goes to the one of the largest share.
+
+        Between multiples of a round no number falls: others get at most one step more than their share
+        of it, and the largest share of so many steps is above their number.
+        """
+        shares = np.diff(self._shares, prepend=0.0)
+        steps = np.floor(count * shares + 1e-9).astype(int)
+        steps[shares.argmax()] += count - steps.sum()
+        return steps
+
     def _of_one_source(self, step: int) -> tuple[list[int], list[int]]:
         """Samples of each source before and after a step, if a step has one source: steps are shuffled by rounds."""
-        number, place = divmod(step, ROUND)
-        before, after = (np.array(self._shared(n * ROUND)) for n in (number, number + 1))
+        length = max(ROUND, len(self.lengths) ** 2)
+        number, place = divmod(step, length)
+        before, after = (self._steps(n * length) for n in (number, number + 1))
         order = np.random.default_rng([self.seed, 6, number]).permutation(
             np.repeat(np.arange(len(before)), after - before)
         )
