@@ -3,8 +3,8 @@
 Letters: B rows (one per dialogue) · L tokens · T turns of all rows · I images · P patches (or tiles) of all images.
 
 An isolated dialogue of several turns is a *tree* in one row: the trunk, then each turn's branch. A token attends to
-the trunk and to its own branch only, and every branch's positions begin where the trunk's end, so that each turn's
-vector is the one of a single-turn pass::
+the trunk and to its own branch only, and every branch's positions begin where the trunk's end (unless the dialogue says
+otherwise), so that each turn's vector is the one of a single-turn pass::
 
     tokens      [ system · image | query 1 <|emb|> | query 2 <|emb|> | … ]
     branch_ids    0 … … … … … 0    1 … … … … … 1     2 … … … … … 2
@@ -14,7 +14,7 @@ vector is the one of a single-turn pass::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
@@ -119,14 +119,23 @@ def _row(dialogue: Dialogue, processor: Processor) -> _Row:
     processor.check(dialogue)
     prompt = processor.template.prompt(dialogue)
     row = _Row(images=processor.encode_images(dialogue.images, dialogue.where))
-    end = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
-    position = end
+    position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
+    begin = None  # of the positions of all turns after the first; None: where the turn before ended
+    if dialogue.restarts:
+        begin = position if prompt.isolated else _shared_end(dialogue, row.images, processor)
     for number, branch in enumerate(prompt.branches, start=1):
-        position = row.append(_part(branch, row.images, processor), end if prompt.isolated else position, number)
+        start = position if number == 1 or begin is None else begin
+        position = row.append(_part(branch, row.images, processor), start, number)
         row.turns.append(len(row.ids) - 1)
     if not prompt.isolated:
         row.branches = [0] * len(row.ids)
     return row
+
+
+def _shared_end(dialogue: Dialogue, images: Sequence[EncodedImage], processor: Processor) -> int:
+    """The position that follows what isolated turns of this dialogue share."""
+    trunk = _part(processor.template.prompt(replace(dialogue, isolated=True)).trunk, images, processor)
+    return int(trunk.positions(0).max()) + 1 if trunk.ids else 0
 
 
 def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> _Part:

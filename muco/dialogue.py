@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from muco.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Positions = Literal["restart", "run_on"]
 ImageLike = Union[str, Path, bytes, "Image"]  # a path, the bytes of an image file, or an opened Pillow image
 
 
@@ -165,6 +166,8 @@ class Dialogue:
         turns: The user's messages in order; each yields one embedding.
         isolated: If true, a turn sees the context and itself only; otherwise also every turn before it.
         reconstructs: Whether turns after the first hold the mask token, which no text of data may hold.
+        positions: Where a turn's positions begin: "restart" after what isolated turns share, "run_on" after the turn
+            before. None: as the turns see, restarting if isolated, so that they are single turns, else running on.
         where: Names the row in error messages.
     """
 
@@ -173,6 +176,12 @@ class Dialogue:
     isolated: bool = True
     where: str = field(default="", compare=False)
     reconstructs: bool = False
+    positions: Positions | None = None
+
+    @property
+    def restarts(self) -> bool:
+        """Whether every turn's positions begin at the same place."""
+        return self.isolated if self.positions is None else self.positions == "restart"
 
     @property
     def images(self) -> tuple[ImageLike, ...]:
@@ -180,14 +189,18 @@ class Dialogue:
         return self.context + tuple(image for turn in self.turns for image in turn.images)
 
 
-def query_dialogue(sample: Sample, contents: Sequence[Content], *, isolated: bool) -> Dialogue:
+def query_dialogue(
+    sample: Sample, contents: Sequence[Content], *, isolated: bool, positions: Positions | None = None
+) -> Dialogue:
     """The dialogue that asks: the sample's images once, then the chosen queries in order."""
-    return Dialogue(sample.images, tuple(contents), isolated, sample.place)
+    return Dialogue(sample.images, tuple(contents), isolated, sample.place, positions=positions)
 
 
-def target_dialogue(sample: Sample, contents: Sequence[Content], *, isolated: bool) -> Dialogue:
+def target_dialogue(
+    sample: Sample, contents: Sequence[Content], *, isolated: bool, positions: Positions | None = None
+) -> Dialogue:
     """The dialogue that answers: the chosen targets in the order of the queries, without the sample's images."""
-    return Dialogue((), tuple(contents), isolated, sample.place)
+    return Dialogue((), tuple(contents), isolated, sample.place, positions=positions)
 
 
 def single_turn(value: Any, where: str = "") -> Dialogue:

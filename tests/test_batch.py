@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +94,40 @@ def test_branches_start_where_the_trunk_ends(family):
     for number in range(1, 6):
         own = positions[:, branches == number]
         assert torch.equal(own, (after + torch.arange(own.shape[1])).expand_as(own))
+
+
+@both_kinds
+def test_isolated_turns_can_run_on(family):
+    usual, other = (batch_of(family, [replace(d, positions=p) for d in ragged()[:2]]) for p in (None, "run_on"))
+    assert all(torch.equal(usual[key], other[key]) for key in usual if key != "position_ids")
+    positions, branches = other["position_ids"][:, 0], other["branch_ids"][0]
+    after = positions[:, branches == 0].max() + 1
+    own = positions[:, branches > 0]
+    assert torch.equal(own, (after + torch.arange(own.shape[1])).expand_as(own))
+
+
+@both_kinds
+def test_compounded_turns_can_restart_where_isolated_ones_do(family):
+    (dialogue,) = ragged(isolated=False)[1:2]
+    usual, other = (batch_of(family, [replace(dialogue, positions=p)]) for p in (None, "restart"))
+    assert all(torch.equal(usual[key], other[key]) for key in usual if key != "position_ids")
+    tree = batch_of(family, ragged()[1:2])
+    after = int(tree["position_ids"][:, 0][:, tree["branch_ids"][0] == 0].max()) + 1
+    ends = (other["turn_columns"] + 1).tolist()
+    assert torch.equal(other["position_ids"][..., : ends[0]], usual["position_ids"][..., : ends[0]])
+    for begin, end in itertools.pairwise(ends):
+        own = other["position_ids"][:, 0, begin:end]
+        assert torch.equal(own, (after + torch.arange(end - begin)).expand_as(own))
+
+
+@both_kinds
+def test_compounded_turns_that_restart_still_see_the_turns_before(family):
+    """A library might take positions that begin anew for another sequence packed into the row."""
+    dialogues = [
+        Dialogue((), tuple(map(Content, turns)), False, positions="restart") for turns in (("a", "c"), ("b", "c"))
+    ]
+    first, second = embed(family, batch_of(family, dialogues)).reshape(2, 2, -1)
+    assert np.abs(first[1] - second[1]).max() > 1e-3
 
 
 @both_kinds

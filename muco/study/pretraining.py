@@ -54,6 +54,10 @@ TURNS = Study(
 
 _STARTS = {"from scratch": None, "pre-trained start": "single turns"}
 _MODES = {"isolated": {}, "compounded": COMPOUNDED}
+_POSITIONS = {
+    "isolated, positions run on": {"turns": {"positions": "run_on"}},
+    "compounded, positions restart": {"turns": {"mode": "compounded", "positions": "restart"}},
+}
 _TUNED = steps(150, learning_rate=5e-4) | SINGLE | {"batch": {"size": 64}}
 
 COMPOUNDING = Study(
@@ -65,20 +69,25 @@ COMPOUNDING = Study(
         *(
             Run(f"{mode}, {name}", steps(400, learning_rate=1e-3 if start is None else 5e-4) | turns, start=start)
             for name, start in _STARTS.items()
-            for mode, turns in _MODES.items()
+            for mode, turns in (_MODES | _POSITIONS).items()
         ),
         *(Run(f"{mode}, {name}, fine-tuned", _TUNED, start=f"{mode}, {name}") for name in _STARTS for mode in _MODES),
     ),
     columns=(TO_CAPTION, ANSWER, WITHIN),
     prepare=plain_scenes,
-    compared=tuple(
-        (f"compounded, {name}{stage}", f"isolated, {name}{stage}") for name in _STARTS for stage in ("", ", fine-tuned")
+    compared=(
+        *(
+            (f"compounded, {name}{stage}", f"isolated, {name}{stage}")
+            for name in _STARTS
+            for stage in ("", ", fine-tuned")
+        ),
+        *((f"{mode}, {name}", f"{mode.split(',')[0]}, {name}") for name in _STARTS for mode in _POSITIONS),
     ),
     notes=(
         "400 steps of 32 images with seven turns, in an order drawn per sample (the paper's). The pre-trained start is "
         "800 steps of one turn per image, which favours neither side. Fine-tuned: 150 more steps of 64 single turns.",
-        "Positions: an isolated turn's begin anew after the image, a compounded turn's run on. Training has no other "
-        "choice of them, so that mask and positions were not told apart.",
+        "Positions: an isolated turn's begin anew after the image, a compounded turn's run on; the rows that say so have "
+        "it the other way round, which tells apart what a turn sees and where it stands.",
         EVALUATED,
     ),
 )

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from muco.batch import collate
 from muco.data import Data
-from muco.dialogue import Content, ImageLike, Sample, Turn, query_dialogue, target_dialogue
+from muco.dialogue import Content, ImageLike, Positions, Sample, Turn, query_dialogue, target_dialogue
 from muco.errors import DataError, ImageError
 from muco.processor import Processor
 from muco.reconstruction import reconstruction_dialogues
@@ -138,7 +138,10 @@ class TrainingBatches(Dataset):
         masked = self.mask_identical_targets
         if self.turns.mode != "reconstruction":
             isolated, pairs = self.turns.mode == "isolated", [pair for pair, _ in chosen]
-            return training_batch(pairs, keys, self.processor, isolated=isolated, target_ids=masked)
+            positions = self.turns.positions
+            return training_batch(
+                pairs, keys, self.processor, isolated=isolated, positions=positions, target_ids=masked
+            )
         pairs = [
             (sample, turns[0], np.random.default_rng([self.seed, 5, draw.source, draw.position]))
             for (sample, turns), draw in chosen
@@ -200,12 +203,14 @@ def training_batch(
     processor: Processor,
     *,
     isolated: bool,
+    positions: Positions | None = None,
     target_ids: bool,
 ) -> dict[str, Any]:
     """Both sides of some samples as batches, and the index tensors of the loss.
 
     Args:
         keys: One per sample; samples with equal keys are the same image and no negatives of one another.
+        positions: See :class:`muco.dialogue.Dialogue`.
         target_ids: Whether identical targets are marked.
     Returns:
         ``query`` and ``target``: DialogueBatch. Isolated targets that stand twice in a sample are embedded once; hard
@@ -224,8 +229,9 @@ def training_batch(
         places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
         own_rows = [places.setdefault(_exactly(c) if isolated else j, len(places)) for j, c in enumerate(own)]
         unique = [own[own_rows.index(place)] for place in range(len(places))]
-        queries.append(query_dialogue(sample, [turn.query for turn in turns], isolated=isolated))
-        targets.append(target_dialogue(sample, unique, isolated=isolated))
+        seen = {"isolated": isolated, "positions": positions}
+        queries.append(query_dialogue(sample, [turn.query for turn in turns], **seen))
+        targets.append(target_dialogue(sample, unique, **seen))
         target_rows += [embedded + row for row in own_rows]
         embedded += len(unique)
         contents += own

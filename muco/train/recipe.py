@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.sizes import Adapter, TinyConfig
 
@@ -103,12 +104,16 @@ class TurnsRecipe:
         limit: At most so many turns per sample and step, drawn anew each time; None for all.
         image_turn: The kind of turn whose target describes the whole image ("retrieval"). Its samples get one more
             turn, the image alone with that target, so that an image by itself is embedded too; None for none.
+        positions: Where a turn's positions begin: "restart" after the image, "run_on" after the turn before. None:
+            isolated turns restart, which makes them equal to single turns, and compounded ones run on (the paper).
+            The other way round only shows what positions do beside what a turn sees.
     """
 
     mode: Literal["isolated", "compounded", "reconstruction"] = "isolated"
     order: Literal["sample", "batch"] | int = "sample"
     limit: int | None = None
     image_turn: str | None = None
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,8 @@ class Recipe:
         if self.turns.mode == "reconstruction":
             if self.turns.image_turn is not None:
                 raise RecipeError("turns.image_turn: reconstruction trains single pairs; leave it out")
+            if self.turns.positions is not None:
+                raise RecipeError("turns.positions: reconstruction has its own; leave it out")
             if self.loss.symmetric:
                 raise RecipeError("loss.symmetric: reconstruction has no symmetric form; leave it out")
             if not self.loss.mask_same_image:
