@@ -86,8 +86,8 @@ COMPOUNDING = Study(
     notes=(
         "400 steps of 32 images with seven turns, in an order drawn per sample (the paper's). The pre-trained start is "
         "800 steps of one turn per image, which favours neither side. Fine-tuned: 150 more steps of 64 single turns.",
-        "Positions: an isolated turn's begin anew after the image, a compounded turn's run on; the rows that say so have "
-        "it the other way round, which tells apart what a turn sees and where it stands.",
+        "Positions: an isolated turn's begin anew after the image, a compounded turn's run on; the rows that say so "
+        "have it the other way round, which tells apart what a turn sees and where it stands.",
         EVALUATED,
     ),
 )
