@@ -69,8 +69,9 @@ COMPOUNDING = Study(
         *(
             Run(f"{mode}, {name}", steps(400, learning_rate=1e-3 if start is None else 5e-4) | turns, start=start)
             for name, start in _STARTS.items()
-            for mode, turns in (_MODES | _POSITIONS).items()
+            for mode, turns in _MODES.items()
         ),
+        *(Run(f"{mode}, from scratch", steps(400) | turns) for mode, turns in _POSITIONS.items()),
         *(Run(f"{mode}, {name}, fine-tuned", _TUNED, start=f"{mode}, {name}") for name in _STARTS for mode in _MODES),
     ),
     columns=(TO_CAPTION, ANSWER, WITHIN),
@@ -81,7 +82,7 @@ COMPOUNDING = Study(
             for name in _STARTS
             for stage in ("", ", fine-tuned")
         ),
-        *((f"{mode}, {name}", f"{mode.split(',')[0]}, {name}") for name in _STARTS for mode in _POSITIONS),
+        *((f"{mode}, from scratch", f"{mode.split(',')[0]}, from scratch") for mode in _POSITIONS),
     ),
     notes=(
         "400 steps of 32 images with seven turns, in an order drawn per sample (the paper's). The pre-trained start is "
