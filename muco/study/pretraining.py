@@ -13,7 +13,8 @@ ANSWER = Column("answer", ("answer",))
 WITHIN = Column("within", ("within",))
 BACK = Column("caption to image", ("caption_to_image",))
 EVALUATED = (
-    "Every model is scored with one question at a time, whatever its training; hit@1, chance is 0.2 % for captions."
+    "Every model is scored with one question at a time, whatever its training; hit@1. There are 500 held-out scenes at "
+    "scale 1 or more, fewer below, and chance for a caption is one in their number."
 )
 
 # ── turns per image (the paper, Table 5) ─────────────────────────────────────────────────────────────────────────────
@@ -255,7 +256,7 @@ BEAT = Study(
     ),
     seeds=5,
     registered=(
-        "The measure is image to caption, hit@1 among 500 held-out scenes, at equal seconds of training.",
+        "The measure is image to caption, hit@1 among held-out scenes, at equal seconds of training.",
         f"The candidate is '{_CANDIDATE}'; the rows before it show which part of it counts. It is better if the 95 % "
         "interval of its difference to the paper's recipe, paired by seed, lies above 0, from random weights and from "
         "the pre-trained start.",

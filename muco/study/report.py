@@ -93,9 +93,10 @@ def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
         for name, cost in costs.items()
     ]
     said = (
-        "A step of each, taken before the runs, one after the other; it sets the steps of runs that equal others. "
-        "Seconds are the median, the spread is the range of the middle half of the steps; where it is large, equal "
-        "seconds are not to be trusted:"
+        "A step of each, taken before the runs with nothing beside; it sets the steps of runs that equal others. The "
+        "runs had three rounds of the same steps, and of each step the quickest try counts. The spread is how much "
+        "longer the slowest round took than the quickest: what else the machine did. The seconds of the table above "
+        "show how equal the trainings became:"
     )
     return [said, "", *markdown(["run", "pairs", "GFLOP", "seconds", "spread"], rows)]
 
