@@ -64,6 +64,14 @@ def test_batches_of_one_source_have_its_share_and_skip_nothing(sources, size):
         assert all(abs(n - 50 * weights[source] / sum(weights)) <= 2 for n in rounds)
 
 
+def test_rounds_grow_with_the_number_of_sources(monkeypatch):
+    monkeypatch.setattr(mixture_module, "ROUND", 50)
+    sources = 40  # in rounds of 50 steps, 39 of them could want two each
+    mixture = Mixture([1] * sources, [1.0] * sources, 1, seed=3, one_source=True)
+    seen = Counter(draw.source for step in range(3 * sources**2) for draw in mixture.draws(step))
+    assert set(seen) == set(range(sources)) and all(abs(n - 3 * sources) <= 1 for n in seen.values())
+
+
 def test_samples_of_one_image_are_no_negatives_of_one_another(tiny_model, scenes):
     images = sorted((scenes / "images" / "train").glob("*.png"))
     rows = Rows(Sample(image=images[n // 2], turns=[Turn("what?", f"answer {n}")]) for n in range(4))

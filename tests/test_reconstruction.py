@@ -237,6 +237,7 @@ def test_a_run_learns_pairs_and_resumes_exactly(scenes, tmp_path, joint):
     ("values", "word"),
     [
         ({"turns": {"mode": "reconstruction", "image_turn": "retrieval"}}, "turns.image_turn"),
+        ({"turns": {"mode": "reconstruction", "positions": "restart"}}, "turns.positions"),
         ({"turns": {"mode": "reconstruction"}, "loss": {"symmetric": True}}, "loss.symmetric"),
         ({"turns": {"mode": "reconstruction"}, "loss": {"mask_same_image": False}}, "loss.mask_same_image"),
         ({"loss": {"joint": True}}, "loss.joint"),
