@@ -22,7 +22,7 @@ from muco.data.scenes import Scene, SceneObject, caption, describe, render, spli
 from muco.errors import DataError, OutputError
 
 KINDS = ["classification", "global", "global", "local", "local", "creative", "retrieval"]
-any_scene = st.builds(describe, st.integers(0, 3), st.integers(0, 10**9))
+any_scene = st.builds(describe, st.integers(0, 3), st.integers(0, 10**9), st.sampled_from((scenes.USUAL, (4, 5, 6))))
 
 
 def queries(turn) -> list[str]:
@@ -64,7 +64,7 @@ def test_a_scene_depends_on_its_two_numbers_only():
 @given(any_scene)
 def test_nothing_in_a_scene_is_ambiguous(scene):
     n = len(scene.objects)
-    assert n in (2, 3)
+    assert n in scenes.NUMBERS
     for field in ("color", "shape", "cell"):
         assert len({getattr(thing, field) for thing in scene.objects}) == n
     assert [thing.cell for thing in scene.objects] == sorted(thing.cell for thing in scene.objects)
@@ -81,6 +81,18 @@ def test_the_number_of_scenes_is_that_of_counting_them_one_by_one():
         total += 5 * 6 * cells * named[0] * named[1] * sum(chosen[0] > chosen[1] for chosen in ranks)
     assert scenes.number_of_scenes() == total == 1_534_982_400
     assert f"{total:,}".replace(",", " ") in scenes.__doc__
+
+
+def test_scenes_have_as_many_objects_as_asked_for(tmp_path):
+    counts = Counter(len(describe(0, index, (4, 6, 6)).objects) for index in range(600))
+    assert counts.keys() == {4, 6} and 340 < counts[6] < 460
+    folder = write_scenes(tmp_path / "set", train=10, dev=0, test=5, objects=(5,), size=168)
+    assert all(turn["target"].startswith("five ") for turn in (row["turns"][1] for row in rows(folder / "train.jsonl")))
+    with Image.open(folder / "images/test/00000.png") as picture:
+        assert picture.size == (168, 168)
+    for wrong in ((), (1,), (2, 7)):
+        with pytest.raises(DataError, match=r"objects is .*; give numbers from 2 to 6"):
+            write_scenes(tmp_path / "other", objects=wrong)
 
 
 # Texts ---------------------------------------------------------------------------------------------------------------
@@ -101,7 +113,7 @@ def test_a_caption_tells_the_whole_scene(scene):
         for thing in things
     )
     assert Scene(objects, background, texture) == scene
-    assert len(caption(scene).split()) <= 35
+    assert len(caption(scene).split()) <= (35 if len(things) <= 3 else 60)
 
 
 @given(any_scene)
@@ -111,9 +123,9 @@ def test_every_answer_follows_from_the_caption_and_the_question(scene):
     main, shapes, colors, here, there, story, full = turns(scene)
 
     assert target(main) == f"{largest['color']} {largest['shape']} on {texture} {background}"
-    count, rest = re.fullmatch(r"(two|three) shapes on (.*)", target(shapes)).groups()
+    count, rest = re.fullmatch(r"(\w+) shapes on (.*)", target(shapes)).groups()
     ground, named = rest.split(": ")
-    assert {"two": 2, "three": 3}[count] == len(things)
+    assert ["two", "three", "four", "five", "six"][len(things) - 2] == count
     assert ground == f"{texture} {background}"
     assert sorted(re.split(", | and ", named)) == sorted(thing["shape"] for thing in things)
     named, ground = target(colors).split(" on ")
@@ -139,7 +151,7 @@ def test_kinds_order_and_lengths(scene):
     assert [turn.kind for turn in turns(scene)] == KINDS
     for turn in turns(scene):
         assert 2 <= len(turn.query) == len(set(turn.query)) <= 4
-        assert turn.kind == "retrieval" or 3 <= len(target(turn).split()) <= 10
+        assert turn.kind == "retrieval" or 3 <= len(target(turn).split()) <= 12
     assert len({target(turn) for turn in turns(scene)}) == 7
 
 

@@ -220,22 +220,32 @@ def data_mine(
 
 @app.command(
     "scenes",
-    epilog=examples("muco data scenes data/scenes", "muco data scenes small --train 500 --dev 100 --test 100"),
+    epilog=examples(
+        "muco data scenes data/scenes",
+        "muco data scenes small --train 500 --dev 100 --test 100",
+        "muco data scenes rich --size 168 --objects 4 --objects 5 --objects 6",
+    ),
 )
 def data_scenes(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
     train: Annotated[int, typer.Option(min=1, help="Training scenes.")] = 20_000,
     dev: Annotated[int, typer.Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
     test: Annotated[int, typer.Option(min=1, help="Held-out scenes for the final scores.")] = 500,
-    seed: Annotated[int, typer.Option(help="The same seed and sizes give the same data.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and numbers give the same data.")] = 0,
+    size: Annotated[int, typer.Option(metavar="PX", help="Width and height of the images.")] = 84,
+    objects: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="How many objects, 2 to 6; repeated: one of them is drawn. By default 2, 3, 3."),
+    ] = None,
 ) -> None:
     """Draw the built-in data set.
 
     Scenes are images of coloured shapes on patterned grounds, each with seven turns; see train.jsonl for their form.
     """
-    from muco.data.scenes import write_scenes
+    from muco.data.scenes import USUAL, write_scenes
 
-    print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed))
+    numbers = objects or USUAL
+    print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed, size=size, objects=numbers))
 
 
 @convert.command(

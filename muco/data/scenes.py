@@ -1,11 +1,11 @@
 """The built-in data set: small pictures of shapes, each with seven questions of the kinds that M3T has.
 
-A scene is two or three objects in a 3 x 3 grid on a coloured, textured background. The objects of one scene differ in
-colour *and* in shape, and exactly one of them is the largest, so that "the red object" or "the largest object" always
-means one object. Picture, questions and answers all follow from the :class:`Scene`, and the caption says everything
-that the picture shows: two scenes with the same caption are the same picture.
+A scene is two or three objects (up to six on request) in a 3 x 3 grid on a coloured, textured background. The objects
+of one scene differ in colour *and* in shape, and exactly one of them is the largest, so that "the red object" or "the
+largest object" always means one object. Picture, questions and answers all follow from the :class:`Scene`, and the
+caption says everything that the picture shows: two scenes with the same caption are the same picture.
 
-How many scenes there are (``number_of_scenes``)::
+How many scenes of two or three objects there are (``number_of_scenes``)::
 
     backgrounds x textures   6 * 5 = 30
     two objects              36 cells *  56 colours *  30 shapes *  6 sizes =     362 880
@@ -22,12 +22,13 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, count, permutations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -77,6 +78,8 @@ PLACES = {
 SPLITS = ("train", "dev", "test")
 SUPERSAMPLING = 4  # masks are drawn this many times larger, then averaged down for smooth edges
 MIN_SIZE = 24  # px; below it a small object has no shape any more
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # objects of a scene; no more, for all differ in shape
+USUAL = (2, 3, 3)  # numbers of objects, one of which is drawn: two of three scenes have three
 
 
 @dataclass(frozen=True)
@@ -112,40 +115,44 @@ def _size_patterns(n: int) -> list[tuple[str, ...]]:
     return [p for p in patterns if p.count(max(p, key=SIZES.__getitem__)) == 1]
 
 
-_CHOICES = {
-    n: (
+@cache
+def _choices(n: int) -> tuple[list[tuple[Any, ...]], ...]:
+    """All cells, colours, shapes and sizes that n objects can have."""
+    return (
         list(combinations(range(len(CELLS)), n)),
         list(permutations(COLORS, n)),
         list(permutations(SHAPES, n)),
         _size_patterns(n),
     )
-    for n in (2, 3)
-}
 
 
-def number_of_scenes() -> int:
-    """How many different scenes, and so captions, exist."""
-    arrangements = sum(math.prod(map(len, choices)) for choices in _CHOICES.values())
+def number_of_scenes(objects: Sequence[int] = USUAL) -> int:
+    """How many different scenes of these numbers of objects, and so captions, exist."""
+    arrangements = sum(math.prod(map(len, _choices(n))) for n in set(objects))
     return len(BACKGROUNDS) * len(TEXTURES) * arrangements
 
 
-def describe(seed: int, index: int) -> Scene:
-    """The scene with this number; the same arguments always give the same scene. Two of three have three objects."""
+def describe(seed: int, index: int, objects: Sequence[int] = USUAL) -> Scene:
+    """The scene with this number; the same arguments always give the same scene.
+
+    Args:
+        objects: Numbers of objects, 2 to 6, each as often as it shall be drawn.
+    """
     rng = np.random.default_rng([seed, index])
 
     def pick(options):
         return options[int(rng.integers(len(options)))]
 
-    cells, colors, shapes, sizes = map(pick, _CHOICES[pick((2, 3, 3))])
-    objects = tuple(map(SceneObject, colors, shapes, sizes, cells))
-    return Scene(objects, background=pick(tuple(BACKGROUNDS)), texture=pick(TEXTURES))
+    cells, colors, shapes, sizes = map(pick, _choices(pick(objects)))
+    things = tuple(map(SceneObject, colors, shapes, sizes, cells))
+    return Scene(things, background=pick(tuple(BACKGROUNDS)), texture=pick(TEXTURES))
 
 
 # Texts ---------------------------------------------------------------------------------------------------------------
 
 
 def caption(scene: Scene) -> str:
-    """One sentence with everything the picture shows; different for every scene. At most 29 words."""
+    """One sentence with everything the picture shows; different for every scene. At most 29 words for three objects."""
     objects = [f"a {thing.size} {thing.color} {thing.shape} at {thing.place}" for thing in scene.objects]
     return f"{_listed(objects)}, on a {scene.texture} {scene.background} background.".capitalize()
 
@@ -173,7 +180,7 @@ def turns(scene: Scene) -> list[Turn]:
                 "Count and name the shapes.",
                 "Which shapes are shown?",
             ],
-            f"{'two' if n == 2 else 'three'} shapes on {scene.texture} {scene.background}: {shapes}",
+            f"{NUMBERS[n]} shapes on {scene.texture} {scene.background}: {shapes}",
             "global",
         ),
         Turn(
@@ -313,6 +320,7 @@ def write_scenes(
     dev: int = 500,
     seed: int = 0,
     size: int = 84,
+    objects: Sequence[int] = USUAL,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes images and ``train.jsonl``, ``train_pairs.jsonl`` (caption to image), ``dev.jsonl``, ``test.jsonl``.
@@ -324,10 +332,11 @@ def write_scenes(
         folder: Must not exist, or be empty.
         train, test, dev: Numbers of scenes.
         size: Width and height of the pictures in px.
+        objects: Numbers of objects, 2 to 6, each as often as it shall be drawn.
         progress: Called with (images written, images in all) after every image.
     Raises:
         OutputError: If the folder holds anything, or is a file.
-        DataError: If a number is negative or the size is too small.
+        DataError: If a number is negative, the size is too small, or a scene cannot have so many objects.
     """
     wanted = {"train": train, "dev": dev, "test": test}
     for name, value in (*wanted.items(), ("seed", seed)):
@@ -335,12 +344,14 @@ def write_scenes(
             raise DataError(f"scenes: {name} is {value}; give 0 or more")
     if size < MIN_SIZE:
         raise DataError(f"scenes: size is {size} px; give at least {MIN_SIZE} px")
+    if not objects or not set(objects) <= set(NUMBERS):
+        raise DataError(f"scenes: objects is {list(objects)}; give numbers from 2 to 6")
     final = Path(folder).resolve()
     _refuse_used(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as partial:
         made = Path(partial) / "scenes"  # a level below, for the permissions that the user's umask gives
-        _write(made, wanted, seed, size, progress)
+        _write(made, _drawn(wanted, seed, objects), size, progress, total=sum(wanted.values()))
         _refuse_used(final)
         made.replace(final)
     return Path(folder)
@@ -354,16 +365,20 @@ def _refuse_used(folder: Path) -> None:
 
 
 def _write(
-    folder: Path, wanted: dict[str, int], seed: int, size: int, progress: Callable[[int, int], None] | None
+    folder: Path,
+    drawn: Iterable[tuple[str, int, Scene]],
+    size: int,
+    progress: Callable[[int, int], None] | None,
+    *,
+    total: int,
 ) -> None:
-    total = sum(wanted.values())
     with ExitStack() as stack:
         files = {}
         for name in (*SPLITS, "train_pairs"):
             if name in SPLITS:
                 (folder / "images" / name).mkdir(parents=True)
             files[name] = stack.enter_context(open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n"))
-        for done, (split, number, scene) in enumerate(_drawn(wanted, seed), start=1):
+        for done, (split, number, scene) in enumerate(drawn, start=1):
             image = f"images/{split}/{number:05d}.png"
             render(scene, size).save(folder / image, compress_level=1)
             row = {"image": image, "turns": [_as_json(turn) for turn in turns(scene)], "id": f"{split}-{number:05d}"}
@@ -379,13 +394,13 @@ def _as_json(turn: Turn) -> dict[str, object]:
     return {"query": [content.text for content in turn.query], "target": turn.target[0].text, "kind": turn.kind}
 
 
-def _drawn(wanted: dict[str, int], seed: int) -> Iterator[tuple[str, int, Scene]]:
+def _drawn(wanted: dict[str, int], seed: int, objects: Sequence[int]) -> Iterator[tuple[str, int, Scene]]:
     """Distinct scenes as (split, number within it, scene), until every split has what it wants."""
     seen: dict[str, set[Scene]] = {split: set() for split in SPLITS}
     for index in count():
         if all(len(seen[split]) == wanted[split] for split in SPLITS):
             return
-        scene = describe(seed, index)
+        scene = describe(seed, index, objects)
         split = split_of(scene)
         if len(seen[split]) == wanted[split] or scene in seen[split]:
             continue

@@ -41,17 +41,18 @@ def steps(count: int, **trainer: Any) -> dict[str, Any]:
 
 def plain_scenes(folder: Path, scale: float) -> None:
     """``train.jsonl`` and ``test.jsonl``; the test set does not grow beyond scale 1, so that its scores compare."""
-    _write(folder, scale, SEED)
+    write_sets(folder, scale, SEED)
 
 
 def fresh_scenes(folder: Path, scale: float) -> None:
     """The same, of scenes that no other study has."""
-    _write(folder, scale, FRESH)
+    write_sets(folder, scale, FRESH)
 
 
-def _write(folder: Path, scale: float, seed: int) -> None:
+def write_sets(folder: Path, scale: float, seed: int, train: int = SCENES, **drawing: Any) -> None:
+    """Both sets, ``train`` at scale 1; ``drawing`` is passed on to :func:`muco.data.scenes.write_scenes`."""
     test = min(TEST, max(32, round(TEST * scale)))
-    write_scenes(folder, train=max(64, round(SCENES * scale)), dev=0, test=test, seed=seed)
+    write_scenes(folder, train=max(64, round(train * scale)), dev=0, test=test, seed=seed, **drawing)
 
 
 def scenes_in_two_stages(folder: Path, scale: float) -> None:

@@ -38,6 +38,8 @@ class _Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():  # which has the step's work queued only
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 

@@ -6,12 +6,12 @@ from muco.errors import MucoError
 from muco.study.design import Study
 from muco.study.finetuning import FINETUNE, NEGATIVES
 from muco.study.image_share import IMAGE_SHARE
+from muco.study.larger import ORDER_LARGER, TURNS_LARGER
 from muco.study.pretraining import BEAT, COHERENCE, COMPOUNDING, MASKS, ORDER, TURNS
 from muco.study.true_sizes import QUESTION
 
-STUDIES = {
-    study.name: study for study in (TURNS, MASKS, COMPOUNDING, IMAGE_SHARE, ORDER, NEGATIVES, FINETUNE, COHERENCE, BEAT)
-}
+_ALL = (TURNS, MASKS, COMPOUNDING, IMAGE_SHARE, ORDER, NEGATIVES, FINETUNE, COHERENCE, BEAT, TURNS_LARGER, ORDER_LARGER)
+STUDIES = {study.name: study for study in _ALL}
 FLOPS = "flops"  # counts and trains nothing, so it is none of the above
 
 
