@@ -126,9 +126,9 @@ def _choices(n: int) -> tuple[list[tuple[Any, ...]], ...]:
     )
 
 
-def number_of_scenes(objects: Sequence[int] = USUAL) -> int:
-    """How many different scenes of these numbers of objects, and so captions, exist."""
-    arrangements = sum(math.prod(map(len, _choices(n))) for n in set(objects))
+def number_of_scenes() -> int:
+    """How many different scenes of two or three objects, and so captions, exist."""
+    arrangements = sum(math.prod(map(len, _choices(n))) for n in set(USUAL))
     return len(BACKGROUNDS) * len(TEXTURES) * arrangements
 
 
