@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -547,14 +548,17 @@ def test_a_run_that_fails_stops_the_study_with_its_last_words(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_can_be_interrupted(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_can_be_interrupted_and_leaves_no_training_behind(number, code, tmp_path):
     command = [sys.executable, "-m", "muco", "study", "finetune", "--output", str(tmp_path / "out"), "--scale", "0.01"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("out/runs/*/job.json")):
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, _ = running.communicate(timeout=120)
-    assert running.returncode == 130 and not out
+    assert running.returncode == code and not out
+    left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in left if str(tmp_path) in " ".join(line)]
     assert json.loads((tmp_path / "out" / "study.json").read_text())["asked"]["study"] == "finetune"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +57,8 @@ def study(
 
     chosen = find_study(name)
     sets = Sets(data, test, format) if data is not None and test is not None else None
+    # Else it would end at once and leave the trainings that it has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     found = run_study(
         chosen, output, seeds=seeds or chosen.seeds, first_seed=first_seed, scale=scale, jobs=jobs, sets=sets
     )
