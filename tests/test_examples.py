@@ -363,7 +363,7 @@ def easy(scenes: Path, tiny_model, tmp_path_factory) -> Path:
 
 
 def hit_at_1(stdout: str, task: str) -> list[float]:
-    return [float(cell) for cell in re.findall(rf"│ {task} +│ +\d+ │ +\d+ │ +(\S+) │", stdout)]
+    return [float(cell) for cell in re.findall(rf"(?m)^ {task} +\d+ +\d+ +(\S+) ", stdout)]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from muco.evaluate import thumbnails
 from muco.evaluate.benchmark import Failure, Shown, TaskResult, benchmark_result
 from muco.evaluate.page import page, print_benchmark, write_reports
 from muco.evaluate.published import MBEIR, MBEIR_GROUPS, MMEB, MMEB_GROUPS, NOTICE, published
-from muco.evaluate.tables import as_csv, as_markdown, markdown
+from muco.evaluate.tables import as_csv, as_markdown, markdown, print_whole, table_of_numbers
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
 MODEL = {"path": "models/<i>tiny</i>", "fingerprint": "f" * 64}
@@ -196,6 +196,25 @@ def test_a_missing_overall_is_said_everywhere():
     assert rows_of(as_csv(result))[-1]["score"] == ""
     for text in (as_csv(result), as_markdown(result), page(result, []), stream.getvalue()):
         assert "not all tasks were scored" in text
+
+
+@pytest.mark.parametrize("width", [20, 50, 80])
+def test_a_narrow_terminal_cuts_no_word_and_no_number(width):
+    rows = [("image to caption", "1,000", "-1.00 to +3.40"), ("VisualNews_t2i", "12", "0.0")]
+    table, stream = table_of_numbers("Shares, %", ("task", "queries", "interval")), io.StringIO()
+    for cells in rows:
+        table.add_row(*cells)
+    print_whole(table, Console(file=stream, width=width))
+    lines = [re.split(r" {2,}", line.strip()) for line in stream.getvalue().splitlines()]
+    assert {"…"}.isdisjoint(stream.getvalue()) and ["task", "queries", "interval"] in lines
+    for name, *numbers in rows:
+        first = next(i for i, cells in enumerate(lines) if cells[1:] == numbers)
+        names = [lines[first][0]]
+        for cells in lines[first + 1 :]:
+            if len(cells) > 1 or not cells[0]:
+                break
+            names += cells
+        assert " ".join(names) == name
 
 
 def test_the_terminal_shows_names_and_warnings_as_text():

@@ -398,7 +398,7 @@ def test_reports_hold_every_task(capsys):
     told = ["image_to_caption", "within", "blind", "(mean of kinds)", "(none)", "collapsed", "first 10"]
     for name in [*told, "skipped answer/lonely"]:
         assert name in text and name in markdown
-    assert "a|[bold]b" in text and "a\\|[bold]b" in markdown
+    assert "a|[bold]b" in text and "a\\|\\[bold\\]b" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {9}
 

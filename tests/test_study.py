@@ -22,11 +22,14 @@ from hypothesis import strategies as st
 
 import muco
 from muco import MucoError, OutputError
+from muco.backbone import tiny_qwen2_vl
 from muco.cli import main
 from muco.data import open_data
 from muco.evaluate.report import write_json
+from muco.sizes import TinyConfig
 from muco.study.calibrate import seconds_of
 from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
+from muco.study.larger import LARGER
 from muco.study.one import run_job
 from muco.study.plots import plot
 from muco.study.probes import (
@@ -300,6 +303,15 @@ def test_data_of_a_user_take_the_place_of_the_scenes(scenes, tmp_path):
     assert [name for name, study in STUDIES.items() if study.needs_scenes] == ["masks", "negatives", "finetune"]
 
 
+def test_the_larger_studies_have_a_model_of_the_size_that_their_pages_say():
+    sizes = TinyConfig(**LARGER["model"]["tiny"])
+    model, _ = tiny_qwen2_vl(["a red star left of a blue ring"], sizes)
+    count = sum(weight.numel() for name, weight in model.named_parameters() if "embed_tokens" not in name)
+    assert 26e6 < count + sizes.vocabulary * sizes.width < 28e6
+    for name in ("turns-larger", "order-larger"):
+        assert "27 million parameters" in STUDIES[name].notes[0]
+
+
 def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scenes, tmp_path):
     train, test = str(scenes / "train.jsonl"), str(scenes / "test.jsonl")
     with pytest.raises(MucoError, match="the study finetune is made of the scenes' structure; leave out --data"):
@@ -503,7 +515,7 @@ def test_the_study_of_operations_keeps_what_it_counted(tmp_path):
     again = run_flops(tmp_path / "out", "muco study flops", sizes=("2B",), assumptions=some)
     assert again["flops"]["2B"]["forward only"]["1"]["total"] == 5 * 10**15  # read, not counted again
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "| *the paper, as published* | 17.5 |" in page and "| forward only | 5.00 |" in page
+    assert "| the paper, as published | 17.5 |" in page and "| forward only | 5.00 |" in page
     assert "the paper" in (tmp_path / "out" / "plot.svg").read_text()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
-from muco.evaluate.tables import markdown, markdown_table
+from muco.evaluate.tables import markdown, markdown_table, print_whole, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,17 +232,14 @@ def _differing(
 
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     """Prints the differences in points of a per cent; rows whose interval excludes 0 are bold."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(COLUMNS[0], title="B - A, %", title_justify="left")
-    for column in COLUMNS[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = table_of_numbers("B - A, %", COLUMNS)
     for number, (cells, sure) in enumerate(_rows(result)):
         if number == len(result["tasks"]):
             table.add_section()
         table.add_row(*map(Text, cells), style="bold" if sure else None)
-    console.print(table)
+    print_whole(table, console)
     for line in result["warnings"]:
         console.print(Text(f"Warning: {line}", style="bold red"))
     console.print(Text("\n".join(_notes(result)), style="dim"))

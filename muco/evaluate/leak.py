@@ -35,7 +35,7 @@ from muco.dialogue import ImageLike
 from muco.errors import DataError, OutputError
 from muco.evaluate.identity import MIN_WORDS, ImageKeys, Keys, Source, image_keys, keys_of
 from muco.evaluate.report import versions, write_json
-from muco.evaluate.tables import clean
+from muco.evaluate.tables import clean, print_whole, table_of_numbers
 from muco.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -232,16 +232,14 @@ def _origin(source: Source) -> dict[str, str]:
 
 def print_overlap(result: dict[str, Any], console: Console) -> None:
     """Prints how many evaluation samples are affected, the first pairs, and every warning."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table("evaluation data", title="Also in the training data", title_justify="left")
-    for column in ("samples", "by image", "by text", "by either"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("evaluation data", "samples", "by image", "by text", "by either")
+    table = table_of_numbers("Also in the training data", columns)
     for source in [*result["sources"], {"source": "together", **result}]:
         cells = (f"{source['affected'][n]:,} ({source['shares'][n]:.1%})" for n in ("image", "text", "either"))
         table.add_row(*map(Text, (source["source"], f"{source['samples']:,}", *cells)))
-    console.print(table)
+    print_whole(table, console)
     for pair in result["listed"]:
         shared = " · ".join(pair[key] for key in ("image", "text") if key in pair)
         console.print(Text(f"{pair['train']} and {pair['evaluation']} share {', '.join(pair['by'])}: {shared}"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.errors import OutputError
+from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,15 +21,12 @@ COLUMNS = ("task", "queries", "candidates", "hit@1", "hit@5", "hit@10", "MRR", "
 
 def print_results(result: Mapping[str, Any], console: Console) -> None:
     """Prints the scores of ``evaluate_retrieval`` in per cent, what was skipped, and every warning."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(*COLUMNS[:1], title="Retrieval, %", title_justify="left")
-    for column in COLUMNS[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = table_of_numbers("Retrieval, %", COLUMNS)
     for cells, control in _rows(result):
         table.add_row(*(Text(cell) for cell in cells), style="dim" if control else None)
-    console.print(table)
+    print_whole(table, console)
     for line in result["warnings"]:
         console.print(Text(f"Warning: {line}", style="bold red"))
     console.print(Text("\n".join(_notes(result)), style="dim"))
@@ -36,15 +34,10 @@ def print_results(result: Mapping[str, Any], console: Console) -> None:
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The same table and notes as GitHub Markdown, ending in a newline."""
-    lines = [_line(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += [_line(cells) for cells, _ in _rows(result)]
+    lines = markdown_table(COLUMNS, (cells for cells, _ in _rows(result)))
     lines += ["", "In per cent.", *(f"- **Warning:** {line}" for line in result["warnings"])]
     lines += [f"- {note}" for note in _notes(result)]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:

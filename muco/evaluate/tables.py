@@ -9,11 +9,13 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 COLUMNS = ("task", "metric", "score", "chance", "queries", "candidates")
 CSV_COLUMNS = (
@@ -32,22 +34,45 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     Args:
         result: Of :func:`muco.evaluate.benchmark.benchmark_result`.
     """
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(COLUMNS[0], title=Text(f"{title_of(result)}, %"), title_justify="left")
-    for column in COLUMNS[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = table_of_numbers(f"{title_of(result)}, %", COLUMNS)
     for cells in task_rows(result):
         table.add_row(*map(Text, cells))
     for i, (name, score) in enumerate(group_rows(result)):
         if i == 0:
             table.add_section()
         table.add_row(Text(name), "", Text(score), "", "", "", style="bold")
-    console.print(table)
+    print_whole(table, console)
     for line in warnings_of(result):
         console.print(Text(f"Warning: {line}", style="bold red"))
     console.print(Text("\n".join(f"{name} {value}" for name, value in origin(result).items()), style="dim"))
+
+
+def table_of_numbers(title: str, columns: Sequence[str]) -> Table:
+    """An empty table for the terminal: the first column, of names, to the left, the others to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    # no frame, which would leave too little of 80 columns to the names
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def print_whole(table: Table, console: Console) -> None:
+    """Prints a table and cuts no word and no number: where the terminal is too narrow, lines run on."""
+    from rich.cells import cell_len
+
+    for column in table.columns[1:]:
+        column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+    least = console.measure(table, options=console.options.update_width(sys.maxsize)).minimum
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
 
 
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -66,7 +91,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
 
 
-def markdown_table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right; cells are escaped."""
     lines = ["| " + " | ".join(map(markdown, cells)) + " |" for cells in (columns, *rows)]
     return [lines[0], "|---|" + "---:|" * (len(columns) - 1), *lines[1:]]

@@ -301,12 +301,11 @@ def _add_errors(api: FastAPI) -> None:
     async def defect(_: Request, error: Exception) -> Response:
         return error_answer(RequestError("the server failed at this request; its log says why", status=500))
 
-    api.add_exception_handler(RequestValidationError, invalid)
-    api.add_exception_handler(HTTPException, http)
-
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; it is counted
 
+    api.add_exception_handler(RequestValidationError, invalid)
+    api.add_exception_handler(HTTPException, http)
     api.add_exception_handler(MucoError, refused)
     api.add_exception_handler(ClientGone, gone)
     api.add_exception_handler(Exception, defect)

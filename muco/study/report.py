@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Study
 from muco.study.plots import plot
 from muco.study.results import Estimate, differences, point_values, table
@@ -23,15 +24,10 @@ def write_report(study: Study, found: Mapping[str, Any], output: Path, command: 
 
 
 def print_study(study: Study, found: Mapping[str, Any], console: Console) -> None:
-    from rich.table import Table
-
-    shown = Table(title=study.question, title_justify="left")
-    shown.add_column("run")
-    for column in study.columns:
-        shown.add_column(column.title, justify="right")
+    shown = table_of_numbers(study.question, ["run", *(column.title for column in study.columns)])
     for row in table(study, found):
         shown.add_row(row["name"], *_cells(study, row["columns"]))
-    console.print(shown)
+    print_whole(shown, console)
 
 
 def _cells(study: Study, estimates: Mapping[str, Estimate]) -> list[str]:
@@ -50,7 +46,7 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
     lines += [
         "hit@1 in % on held-out images, mean over seeds ± half of the 95 % interval (Student's t).",
         "",
-        *markdown(["run", *titles, "steps", "TFLOP", "seconds"], rows),
+        *markdown_table(["run", *titles, "steps", "TFLOP", "seconds"], rows),
         "",
         "![The table as a plot](plot.svg)",
         "",
@@ -59,7 +55,7 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
         lines += [*_points(study, found), ""]
     if study.compared:
         rows = [[f"{d['a']} − {d['b']}", *_cells(study, d["columns"])] for d in differences(study, found)]
-        lines += ["Differences in points, paired by seed:", "", *markdown(["difference", *titles], rows), ""]
+        lines += ["Differences in points, paired by seed:", "", *markdown_table(["difference", *titles], rows), ""]
     if found.get("costs"):
         lines += [*_costs(found["costs"]), ""]
     lines += [f"- {note}" for note in study.notes]
@@ -84,7 +80,7 @@ def _points(study: Study, found: Mapping[str, Any]) -> list[str]:
         for point in point_values(study, found)
     ]
     head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
-    return ["Points of the plot:", "", *markdown(head, rows)]
+    return ["Points of the plot:", "", *markdown_table(head, rows)]
 
 
 def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -98,13 +94,4 @@ def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
         "longer the slowest round took than the quickest: what else the machine did. The seconds of the table above "
         "show how equal the trainings became:"
     )
-    return [said, "", *markdown(["run", "pairs", "GFLOP", "seconds", "spread"], rows)]
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, all columns but the first to the right."""
-    return [
-        f"| {' | '.join(head)} |",
-        f"|---|{'---:|' * (len(head) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    return [said, "", *markdown_table(["run", "pairs", "GFLOP", "seconds", "spread"], rows)]

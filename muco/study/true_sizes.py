@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.evaluate.tables import markdown_table
 from muco.progress import progress_bar
 from muco.sizes import Adapter
 
@@ -150,13 +151,11 @@ def _explained(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[st
 
 
 def _table(size: str, counts: Mapping[str, Any]) -> list[str]:
-    from muco.study.report import markdown
-
     rows = [_row(name, pflops(runs), 2) for name, runs in counts.items()]
     if size == "2B":  # the size that the paper's table belongs to
-        rows.insert(0, _row("*the paper, as published*", PAPER, 1))
+        rows.insert(0, _row("the paper, as published", PAPER, 1))
     ratio = "7 : 1"
-    return markdown(["", *(f"k = {k}" for k in TURNS), ratio, f"k = 1 at {7 * IMAGES} images"], rows)
+    return markdown_table(["", *(f"k = {k}" for k in TURNS), ratio, f"k = 1 at {7 * IMAGES} images"], rows)
 
 
 def _row(name: str, values: Mapping[str, float], digits: int) -> list[str]:
