@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,3 +136,18 @@ def test_a_cell_that_cannot_be_measured_says_why():
     step.step.token_budget -= 1  # as if memory had run out
     with pytest.raises(torch.OutOfMemoryError, match="another measurement"):
         step()
+
+
+def test_the_floor_of_order_is_what_a_simulation_gives(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims = import_module("claims")
+    kinds, images, rng = ("a", "b", "b"), 5, np.random.default_rng(0)
+    losses = []
+    for _ in range(4000):
+        orders = ["".join(rng.permutation(kinds)) for _ in range(images)]
+        losses += [
+            math.log(sum(order[:turns] == own[:turns] for order in orders))
+            for own in orders
+            for turns in range(1, len(kinds) + 1)
+        ]
+    assert claims.floor_of_order(images, kinds) == pytest.approx(np.mean(losses), abs=0.01)
