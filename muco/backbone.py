@@ -199,9 +199,43 @@ def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -
         return get_peft_model(model, config)
 
 
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """The plain model with adapters and trained token embeddings folded into its weights (in place)."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def hold_trained_in_float32(model: nn.Module) -> None:
+    """Casts what is trained to float32, in place; what is frozen keeps its precision.
+
+    In half precision an update smaller than the last bit of its weight is lost, which at usual learning rates is every
+    second one.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts all weights in place; not the buffers: rotary frequencies stay float32, as when loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The plain model with adapters and trained token embeddings folded into its weights (in place).
+
+    They are folded in float32 and rounded once: added in half precision, a small change would be lost.
+
+    Args:
+        dtype: Of all weights afterwards; each one's own if None.
+    """
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        # one layer at a time, for a device may not hold the whole model in float32
+        for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+            weight_dtype = layer.get_base_layer().weight.dtype
+            layer.float().merge()
+            layer.get_base_layer().to(dtype or weight_dtype)
+        model = model.unload()
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return model
 
 
 def language_linears(model: nn.Module) -> list[str]:

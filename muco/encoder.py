@@ -120,7 +120,7 @@ class Encoder(InputModule):
     def _computes_in(self) -> torch.dtype:
         device = self.model.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.model.dtype
+        return torch.get_autocast_dtype(device) if autocast else self.model.get_input_embeddings().weight.dtype
 
     def get_embedding_dimension(self) -> int:
         config = self.model.config
@@ -186,7 +186,7 @@ class Model(SentenceTransformer):
         return self[0]
 
     def embed(self, batch: DialogueBatch) -> Tensor:
-        """One vector per turn, [turns, dim], L2-normalised, of a batch on the model's device; with its graph."""
+        """One vector per turn, float32 [turns, dim], L2-normalised, of a batch on the model's device; with its graph."""
         features: dict[str, Any] = dict(batch)
         for module in self:
             features = module(features)
@@ -283,7 +283,7 @@ class Model(SentenceTransformer):
         vectors: list[Tensor] = []
         for start in range(0, len(dialogues), size):
             vectors += embed_turns(self, dialogues[start : start + size], budget)
-        return [shortened(some, self.truncate_dim).float().cpu().numpy() for some in vectors]
+        return [shortened(some, self.truncate_dim).cpu().numpy() for some in vectors]
 
     @property
     def fingerprint(self) -> str:

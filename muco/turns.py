@@ -51,7 +51,7 @@ def sharing(model: Model, longest: int) -> Literal["cache", "tree", "none"]:
 
 
 def embed_turns(model: Model, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
-    """The vectors of every dialogue, [turns, dim], L2-normalised, on the model's device.
+    """The vectors of every dialogue, float32 [turns, dim], L2-normalised, on the model's device.
 
     Args:
         model: In eval mode.

@@ -172,4 +172,4 @@ class Engine(Preparation):
             return self.model.encode_turns_batch(images, texts, mode=mode)
         batch = join([one.batch for one in prepared if one.batch is not None])
         found = self.model.embed({key: value.to(self.model.device) for key, value in batch.items()})  # type: ignore[arg-type]
-        return [*found.float().cpu().numpy()[:, None]]
+        return [*found.cpu().numpy()[:, None]]
