@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from muco.errors import CheckpointError
-from muco.processor import Processor, first_line, load_processor
+from muco.processor import Processor, context_of, first_line, load_processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import QWEN_MODEL_TYPES, QWEN_VL, SPECIAL_TOKENS
 
@@ -312,16 +312,20 @@ def tiny_qwen2_vl(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLModel._from_config(model_config, attn_implementation="sdpa")
-    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL)
+    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL, max_tokens=context_of(model_config))
 
 
-def stand_in_processor(texts: Iterable[str], vocabulary: int = 32768) -> Processor:
-    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``."""
+def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 32768) -> Processor:
+    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``.
+
+    Args:
+        config: The model's configuration, which states its context.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
     tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
-    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL)
+    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL, max_tokens=context_of(config))
 
 
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")

@@ -440,12 +440,13 @@ def test_adapters_are_merged_in_float32_and_rounded_once(family, kind):
         wrapped = add_adapters(backbone, Adapter(kind, rank=4, alpha=8), [processor.emb_id])
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
+            for parameter in wrapped.parameters():
                 if parameter.requires_grad:
                     parameter += 0.003 * torch.randn(parameter.shape, generator=generator)
         merged.append(wrapped)
-    (kept, rounded), expected = (merge_adapters(copy.deepcopy(merged[0]), dtype) for dtype in (torch.float32, None)), (
-        merge_adapters(merged[1])
+    (kept, rounded), expected = (
+        (merge_adapters(copy.deepcopy(merged[0]), dtype) for dtype in (torch.float32, None)),
+        (merge_adapters(merged[1])),
     )
     weights, start = dict(kept.named_parameters()), dict(load(checkpoint(family)).encoder.model.named_parameters())
     for name, weight in expected.named_parameters():

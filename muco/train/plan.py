@@ -208,7 +208,7 @@ def _found(recipe: Recipe, sources: list[Data], notes: list[str]) -> tuple[Any, 
         notes.append(
             f"{path} is not in the local cache: sizes as published; texts are counted with a tokenizer made from them"
         )
-        return config, stand_in_processor(texts_of(sources))
+        return config, stand_in_processor(texts_of(sources), config)
 
 
 def _model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:

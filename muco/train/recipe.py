@@ -32,9 +32,9 @@ class ModelRecipe:
         tiny: A small model made from its config and trained from scratch.
         adapter: None trains all weights.
         vision: Whether the vision tower is trained.
-        dtype: "auto" (as the checkpoint), "float32", "bfloat16" or "float16"; how weights that are not trained are held.
-            What is trained is always held in float32; without an adapter a model of half precision is computed by
-            autocast in bfloat16.
+        dtype: "auto" (as the checkpoint), "float32", "bfloat16" or "float16": how weights that are not trained are
+            held. What is trained is held in float32; without an adapter, a model of half precision then computes in
+            bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
         save_dtype: Of the finished model's weights, into which adapters are folded in float32: "auto" (as ``dtype``),
             "float32", "bfloat16" or "float16".
         min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
