@@ -83,6 +83,15 @@ def test_a_finished_run_is_not_run_again(finished):
         muco.train(recipe, resume=False)
 
 
+def test_a_run_from_before_a_key_existed_is_the_same_run(finished, scenes, tmp_path):
+    recipe, folder = finished
+    facts = json.loads((folder.parent / "run.json").read_text())
+    del facts["recipe"]["model"]["save_dtype"]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    shutil.copytree(folder, tmp_path / "model")
+    assert muco.train(recipe_of(scenes, tmp_path)) == tmp_path / "model"
+
+
 def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
     recipe, _ = finished
     with pytest.raises(muco.OutputError, match=r"loss\.temperature"):
