@@ -154,8 +154,9 @@ class Encoder(InputModule):
 
     def _computes_in(self) -> torch.dtype:
         device = self.model.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.model.get_input_embeddings().weight.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return next(self.model.get_input_embeddings().parameters()).dtype  # a frozen vision tower may have another
 
     def get_embedding_dimension(self) -> int:
         config = self.model.config

@@ -506,20 +506,16 @@ def test_merged_and_saved_adapters_give_the_same_vectors(family, kind, tmp_path)
 def test_adapters_are_merged_in_float32_and_rounded_once(family, kind):
     """Changes of a tenth of the last bit of a bfloat16 weight: none is lost in float32, and none is rounded twice."""
     half, processor = load_backbone(checkpoint(family), dtype="bfloat16", local_files_only=True)
-    exact = copy.deepcopy(half).float()
-    merged = []
-    for backbone in (half, exact):
-        wrapped = add_adapters(backbone, Adapter(kind, rank=4, alpha=8), [processor.emb_id])
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in wrapped.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.003 * torch.randn(parameter.shape, generator=generator)
-        merged.append(wrapped)
-    (kept, rounded), expected = (
-        (merge_adapters(copy.deepcopy(merged[0]), dtype) for dtype in (torch.float32, None)),
-        (merge_adapters(merged[1])),
-    )
+    plain = copy.deepcopy(half).float()
+    half, exact = (add_adapters(b, Adapter(kind, rank=4, alpha=8), [processor.emb_id]) for b in (half, plain))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter, same in zip(half.parameters(), exact.parameters(), strict=True):
+            if parameter.requires_grad:
+                parameter += 0.003 * torch.randn(parameter.shape, generator=generator)
+                same.copy_(parameter)
+    kept, rounded = (merge_adapters(copy.deepcopy(half), dtype) for dtype in (torch.float32, None))
+    expected = merge_adapters(exact)
     weights, start = dict(kept.named_parameters()), dict(load(checkpoint(family)).encoder.model.named_parameters())
     for name, weight in expected.named_parameters():
         assert torch.equal(weights[name], weight), name
