@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from muco.errors import CheckpointError
-from muco.processor import Processor, first_line, load_processor
+from muco.processor import Processor, context_of, first_line, load_processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import QWEN_MODEL_TYPES, QWEN_VL, SPECIAL_TOKENS
 
@@ -199,9 +199,43 @@ def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -
         return get_peft_model(model, config)
 
 
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """The plain model with adapters and trained token embeddings folded into its weights (in place)."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def hold_trained_in_float32(model: nn.Module) -> None:
+    """Casts what is trained to float32, in place; what is frozen keeps its precision.
+
+    In half precision an update smaller than the last bit of its weight is lost, which at usual learning rates is every
+    second one.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts all weights in place; not the buffers: rotary frequencies stay float32, as when loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The plain model with adapters and trained token embeddings folded into its weights (in place).
+
+    They are folded in float32 and rounded once: added in half precision, a small change would be lost.
+
+    Args:
+        dtype: Of all weights afterwards; each one's own if None.
+    """
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        # one layer at a time, for a device may not hold the whole model in float32
+        for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+            weight_dtype = layer.get_base_layer().weight.dtype
+            layer.float().merge()
+            layer.get_base_layer().to(dtype or weight_dtype)
+        model = model.unload()
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return model
 
 
 def language_linears(model: nn.Module) -> list[str]:
@@ -278,16 +312,20 @@ def tiny_qwen2_vl(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLModel._from_config(model_config, attn_implementation="sdpa")
-    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL)
+    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL, max_tokens=context_of(model_config))
 
 
-def stand_in_processor(texts: Iterable[str], vocabulary: int = 32768) -> Processor:
-    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``."""
+def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 32768) -> Processor:
+    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``.
+
+    Args:
+        config: The model's configuration, which states its context.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
     tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
-    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL)
+    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL, max_tokens=context_of(config))
 
 
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")

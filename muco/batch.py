@@ -13,9 +13,10 @@ otherwise), so that each turn's vector is the one of a single-turn pass::
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from muco.dialogue import Dialogue
+from muco.errors import DataError
 from muco.processor import EncodedImage, Processor, rotary_positions
 from muco.template import ImageSlot, Pieces
 
@@ -46,6 +48,7 @@ class DialogueBatch(TypedDict):
     image_rows: NotRequired[Int[Tensor, " I"]]  # which row an image belongs to
     image_patches: NotRequired[Int[Tensor, " I"]]  # how many of the P it owns
     image_features: NotRequired[list[tuple[Tensor, ...]]]  # I of them, in place of the patches: see Encoder.see
+    cut_turns: NotRequired[Int[Tensor, " C"]]  # which turns had their text cut, where that is asked for
 
 
 PATCH_KEYS = ("pixel_values", "pixel_attention_mask")
@@ -60,7 +63,9 @@ class _Row:
     positions: list[np.ndarray] = field(default_factory=list)  # each [A, tokens]
     branches: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)  # columns of <|emb|>
+    lengths: list[int] = field(default_factory=list)  # of what each turn reads, itself included
     images: list[EncodedImage] = field(default_factory=list)
+    cut: tuple[int, ...] = ()  # numbers of the turns whose text was cut
 
     def append(self, part: _Part, start: int, branch: int) -> int:
         """Adds a part whose positions begin at ``start``; returns the position that follows it."""
@@ -83,17 +88,33 @@ class _Part:
         return np.arange(start, start + len(self.ids))[None]
 
 
-def collate(dialogues: Sequence[Dialogue], processor: Processor, *, padding_side: str = "right") -> DialogueBatch:
+Truncate = Literal["NONE", "START", "END"]
+CUTS = 8  # what is left of a text that is cut between two tokens may be read as other tokens than before
+
+
+def collate(
+    dialogues: Sequence[Dialogue],
+    processor: Processor,
+    *,
+    padding_side: str = "right",
+    truncate: Truncate = "NONE",
+    max_tokens: int | None = None,
+) -> DialogueBatch:
     """Tokenises, opens the images and pads.
 
     Args:
         dialogues: At least one; any number of turns and images each, mixed.
         padding_side: Changes where padding stands, never a vector.
+        truncate: Which end of a text is cut where its turn has too many tokens. Only text is ever cut, and only of
+            turns that see no other turn's text.
+        max_tokens: Most tokens that a turn may read, its images and the prompt included; None, or more than the
+            processor's: that of the processor.
     Raises:
-        DataError: If a text holds a special token; names the row.
+        DataError: If a text holds a special token, or a turn has too many tokens; names the row.
         ImageError: If an image cannot be used; names the file.
     """
-    rows = [_row(dialogue, processor) for dialogue in dialogues]
+    limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
+    rows = [_row(dialogue, processor, limit, truncate) for dialogue in dialogues]
     length = max(len(row.ids) for row in rows)
     starts = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
 
@@ -112,21 +133,55 @@ def collate(dialogues: Sequence[Dialogue], processor: Processor, *, padding_side
     }
     if any(d.isolated and len(d.turns) > 1 for d in dialogues):
         batch["branch_ids"] = padded(lambda row: row.branches, 0)
+    if any(row.cut for row in rows):
+        first = np.cumsum([0, *(len(row.turns) for row in rows)]).tolist()
+        batch["cut_turns"] = torch.tensor([first[b] + turn for b, row in enumerate(rows) for turn in row.cut])
     return batch | _image_tensors(rows)
 
 
-def _row(dialogue: Dialogue, processor: Processor) -> _Row:
+def _row(dialogue: Dialogue, processor: Processor, limit: int, truncate: Truncate) -> _Row:
+    """A dialogue laid out; where its turns have more tokens than the limit, with their texts cut or a DataError."""
     processor.check(dialogue)
+    images = processor.encode_images(dialogue.images, dialogue.where)
+    row = whole = _laid_out(dialogue, images, processor)
+    alone = dialogue.isolated or len(dialogue.turns) == 1
+    for _ in range(CUTS if alone and truncate != "NONE" else 0):
+        if max(row.lengths) <= limit:
+            break
+        dialogue = _cut(dialogue, [length - limit for length in row.lengths], processor, truncate)
+        row = _laid_out(dialogue, images, processor)
+    row.cut = tuple(turn for turn, length in enumerate(whole.lengths) if length > limit)
+    for turn in row.cut:
+        if row.lengths[turn] > limit:
+            raise DataError(
+                f"{dialogue.where or 'input'} turn {turn + 1}: {whole.lengths[turn]:,} tokens with its images and the "
+                f"prompt, but the model reads at most {limit:,}; shorten the text, or give fewer or smaller images"
+            )
+    return row
+
+
+def _cut(dialogue: Dialogue, excess: Sequence[int], processor: Processor, end: Literal["START", "END"]) -> Dialogue:
+    """The dialogue without so many tokens of each turn's text; fewer than one: the turn as it is."""
+    turns = zip(dialogue.turns, excess, strict=True)
+    cut = [replace(turn, text=processor.shortened(turn.text, n, end)) if n > 0 else turn for turn, n in turns]
+    return replace(dialogue, turns=tuple(cut))
+
+
+def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> _Row:
     prompt = processor.template.prompt(dialogue)
-    row = _Row(images=processor.encode_images(dialogue.images, dialogue.where))
+    row = _Row(images=images)
     position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
+    trunk = len(row.ids)
     begin = None  # of the positions of all turns after the first; None: where the turn before ended
     if dialogue.restarts:
         begin = position if prompt.isolated else _shared_end(dialogue, row.images, processor)
     for number, branch in enumerate(prompt.branches, start=1):
         start = position if number == 1 or begin is None else begin
-        position = row.append(_part(branch, row.images, processor), start, number)
+        before = trunk if prompt.isolated else len(row.ids)
+        part = _part(branch, row.images, processor)
+        position = row.append(part, start, number)
         row.turns.append(len(row.ids) - 1)
+        row.lengths.append(before + len(part.ids))
     if not prompt.isolated:
         row.branches = [0] * len(row.ids)
     return row

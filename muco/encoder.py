@@ -9,7 +9,11 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
 from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, merge_adapters, reads_all_before
-from muco.batch import PATCH_KEYS, DialogueBatch, attention_bias, collate, tree_block_mask, tree_mask
+from muco.batch import PATCH_KEYS, DialogueBatch, Truncate, attention_bias, collate, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
@@ -55,6 +59,8 @@ class Encoder(InputModule):
         self.model = model
         self.muco_processor = processor
         self.padding_side = padding_side
+        self._cut_to: int | None = None
+        self.cut = 0  # texts that were cut and that nobody was told of
 
     @property
     def processor(self) -> Any:
@@ -68,18 +74,47 @@ class Encoder(InputModule):
     def modalities(self) -> list[Any]:
         return ["text", "image", ("image", "text")]
 
+    @property
+    def max_seq_length(self) -> int | None:
+        """Most tokens of an input, its images and the prompt included. More are an error where this is the model's
+        context, as it is unless it is set; once it is set, longer texts are cut at their end, with a warning.
+        """
+        return self._cut_to or self.muco_processor.max_tokens
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int | None) -> None:
+        if tokens is not None:
+            context = self.muco_processor.max_tokens or sys.maxsize
+            prompt = collate([Dialogue((), (Content(""),))], self.muco_processor)["input_ids"].shape[1]
+            if isinstance(tokens, bool) or not isinstance(tokens, Integral) or not prompt < tokens <= context:
+                raise MucoError(
+                    f"max_seq_length must be a number of tokens from {prompt + 1} (the prompt has {prompt}) to the "
+                    f"model's context, {context:,}; not {tokens!r}"
+                )
+        self._cut_to = tokens
+
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
         """Single-turn prompts of text, images or both.
 
         Raises:
-            DataError: If an input is empty or a text holds a special token; the message gives its place in the list.
+            DataError: If an input is empty, its text holds a special token, or it has more tokens than the model
+                reads; the message gives its place in the list.
         """
         if prompt:
             raise MucoError("this model takes no prompt; write the instruction into the text")
-        return self.collate([_dialogue(value, i) for i, value in enumerate(inputs)])
+        batch = self.collate([_dialogue(value, i) for i, value in enumerate(inputs)])
+        self.cut += len(batch.get("cut_turns", ()))
+        return batch
 
     def collate(self, dialogues: Sequence[Dialogue]) -> DialogueBatch:
-        return collate(dialogues, self.muco_processor, padding_side=self.padding_side)
+        truncate: Truncate = "END" if self._cut_to else "NONE"
+        return collate(
+            dialogues,
+            self.muco_processor,
+            padding_side=self.padding_side,
+            truncate=truncate,
+            max_tokens=self._cut_to,
+        )
 
     @property
     def uses_flex_attention(self) -> bool:
@@ -119,8 +154,9 @@ class Encoder(InputModule):
 
     def _computes_in(self) -> torch.dtype:
         device = self.model.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.model.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return next(self.model.get_input_embeddings().parameters()).dtype  # a frozen vision tower may have another
 
     def get_embedding_dimension(self) -> int:
         config = self.model.config
@@ -186,7 +222,7 @@ class Model(SentenceTransformer):
         return self[0]
 
     def embed(self, batch: DialogueBatch) -> Tensor:
-        """One vector per turn, [turns, dim], L2-normalised, of a batch on the model's device; with its graph."""
+        """One vector per turn of a batch on the model's device: float32 [turns, dim], L2-normalised, with its graph."""
         features: dict[str, Any] = dict(batch)
         for module in self:
             features = module(features)
@@ -196,31 +232,49 @@ class Model(SentenceTransformer):
         return self.encoder.preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
 
     def is_singular_input(self, inputs: Any) -> bool:
-        return isinstance(inputs, (str, bytes, Path, dict, Content)) or super().is_singular_input(inputs)
+        return isinstance(inputs, (str, bytes, Mapping, Content)) or not isinstance(inputs, Iterable)
 
     def encode(self, inputs: Any, **kwargs: Any) -> Any:
         """Embeds strings, images (path, bytes, Pillow), mappings with ``text`` and/or ``image``, mixed in one call.
 
-        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``.
+        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``. An input that has
+        more tokens than the model's context is an error; set ``model.max_seq_length`` to have long texts cut.
 
         Args:
-            inputs: One input or a list.
+            inputs: One input, or several: a list, a column of a table, a generator, …
             kwargs: Those of ``SentenceTransformer.encode``: ``batch_size``, ``show_progress_bar``; ``truncate_dim`` for
                 shorter vectors (Matryoshka), ``precision`` for quantised ones, …
         Returns:
             float32 [n, dim] in the order of the inputs, L2-normalised, shortened ones too ([dim] for one input).
         Raises:
-            DataError: If an input is empty or its text holds a special token.
+            DataError: If an input is none of these, is empty, is too long, or its text holds a special token.
             ImageError: If an image cannot be used.
+            MucoError: If the model's vectors are shorter than ``truncate_dim``.
         """
         if self.is_singular_input(inputs):
             return self.encode([inputs], **kwargs)[0]
-        if kwargs.setdefault("truncate_dim", self.truncate_dim) is not None:
+        asked, whole = kwargs.setdefault("truncate_dim", self.truncate_dim), self.get_embedding_dimension()
+        dimension = checked_dimension(asked, whole)
+        if asked is not None:
             kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
-        values = [_as_mapping(value, i) for i, value in enumerate(inputs)]
+        values = [_as_mapping(value, i) for i, value in enumerate(_listed(inputs))]
         if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
-            return np.zeros((0, self.get_embedding_dimension()), dtype=np.float32)
-        return super().encode(values, **kwargs)
+            return np.zeros((0, dimension), dtype=np.float32)
+        with self._telling_cuts():
+            return super().encode(values, **kwargs)
+
+    @contextmanager
+    def _telling_cuts(self) -> Iterator[None]:
+        """Warns of the texts that were cut within, if any."""
+        before = self.encoder.cut
+        yield
+        cut, self.encoder.cut = self.encoder.cut - before, before
+        if cut:
+            warnings.warn(
+                f"{cut} {'text was' if cut == 1 else 'texts were'} cut at the end, to max_seq_length = "
+                f"{self.max_seq_length} tokens with images and prompt",
+                stacklevel=4,
+            )
 
     def encode_turns(
         self, image: Any, queries: Sequence[Any], *, mode: Literal["isolated", "compounded"] = "isolated"
@@ -277,18 +331,23 @@ class Model(SentenceTransformer):
     ) -> list[np.ndarray]:
         if mode not in ("isolated", "compounded"):
             raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
+        dimension = checked_dimension(self.truncate_dim, self.get_embedding_dimension())
         rows = zip(images, queries, places, strict=True)
         dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]
         self.eval()
         vectors: list[Tensor] = []
-        for start in range(0, len(dialogues), size):
-            vectors += embed_turns(self, dialogues[start : start + size], budget)
-        return [shortened(some, self.truncate_dim).float().cpu().numpy() for some in vectors]
+        with self._telling_cuts():
+            for start in range(0, len(dialogues), size):
+                vectors += embed_turns(self, dialogues[start : start + size], budget)
+        return [shortened(some, dimension).cpu().numpy() for some in vectors]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of weights, prompt and pixel budget: whatever changes a vector changes it."""
-        digest = hashlib.sha256(json.dumps(self.encoder.muco_processor.settings(), sort_keys=True).encode())
+        """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a vector changes it."""
+        settings = self.encoder.muco_processor.settings()
+        if self.max_seq_length != self.encoder.muco_processor.max_tokens:
+            settings["max_seq_length"] = self.max_seq_length
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -326,15 +385,37 @@ def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _listed(inputs: Iterable[Any]) -> list[Any]:
+    shape = getattr(inputs, "shape", (0,))
+    if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
+        raise DataError(
+            f"encode takes one input or a list of them, not a {type(inputs).__name__}; give one column of a table, "
+            "pixels as a Pillow image, and inputs in an order"
+        )
+    return list(inputs)
+
+
 def _as_mapping(value: Any, number: int) -> dict[str, Any]:
     # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
     # the caller's, so each input takes along the number by which an error names it.
     where = f"input {number}"
-    try:
-        content = as_content(value)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+    content = _content(value, where)
     return {"text": content.text, "images": list[ImageLike](content.images), "where": where}
+
+
+def _content(value: Any, where: str) -> Content:
+    """What one vector is of; a list or tuple may hold images, but texts in it are no file names."""
+    pair = isinstance(value, (list, tuple)) and any(isinstance(part, str) for part in value)
+    try:
+        if not pair:
+            return as_content(value)
+    except DataError as error:
+        if isinstance(value, (bytes, Mapping, list, tuple)):
+            raise DataError(f"{where}: {error}") from None
+    raise DataError(
+        f"{where} is of type {type(value).__name__}{', of texts' if pair else ''}; for each vector give a text, an "
+        "image (a path, bytes or a Pillow image), or a mapping with 'text' and 'image' or 'images'"
+    )
 
 
 def _dialogue(value: Any, number: int) -> Dialogue:
@@ -346,7 +427,7 @@ def _dialogue(value: Any, number: int) -> Dialogue:
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:
     if isinstance(queries, (str, bytes)):
         raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
-    images, contents = as_images(image), tuple(as_content(query) for query in queries)
+    images, contents = as_images(image), tuple(_content(query, place) for query in queries)
     if not contents or (not images and any(content.empty for content in contents)):
         raise DataError(f"{place}: give at least one query, and an image where a query is empty")
     return Dialogue(images, contents, isolated, place)

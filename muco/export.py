@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from muco.backbone import merge_adapters
+from muco.backbone import cast_weights, merge_adapters
 from muco.encoder import Model, from_backbone, load
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.parity import TOLERANCES, Parity, compare, examples, stock_vectors
@@ -54,7 +54,8 @@ def export(
             stays beside it as ``NAME.part``.
         format: "sentence-transformers" for the stock library, "vllm" for vLLM's server.
         adapters: "merged" into the weights, or "separate" in the folder ``adapter``, in PEFT's form.
-        dtype: "float32", "bfloat16" or "float16"; as the source is if None.
+        dtype: "float32", "bfloat16" or "float16"; as the source is if None, for a checkpoint as its run saves
+            (``model.save_dtype``). Adapters are folded in float32, then all is rounded once; separate ones are float32.
         push: A repository on the Hugging Face hub, NAMESPACE/NAME, made private if it is new.
     Returns:
         ``ok`` and what was measured; ``output`` or, where the check failed, ``part``; ``url`` if pushed.
@@ -70,11 +71,11 @@ def export(
         raise OutputError(f"{output} already exists; choose another folder or delete it")
     if push is not None:
         _check_push(push)
-    model, recipe = _load(source)
+    model, recipe, own_dtype = _load(source)
     if adapters == "separate":
         _check_separable(source, model, format)
     before = _vectors(model)
-    changed = _cast(model, dtype)
+    changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=adapters == "separate")
     expected = _vectors(model) if changed else before
     part = output.with_name(f"{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -96,16 +97,16 @@ def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]
         raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
 
 
-def _load(source: str) -> tuple[Model, Recipe | None]:
-    """The model and, where a run made it, its recipe."""
+def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
+    """The model, the recipe where a run made it, and the precision in which it is saved if no other is asked for."""
     from muco.train.recipe import from_dict, load_recipe
 
     folder = Path(source)
     if not (folder / WEIGHTS_FILE).is_file():
-        recipe = folder / "recipe.yaml"
-        return load(source, device="cpu"), load_recipe(recipe) if recipe.is_file() else None
+        recipe, model = folder / "recipe.yaml", load(source, device="cpu")
+        return model, load_recipe(recipe) if recipe.is_file() else None, model.encoder.model.dtype
     from muco.data import open_data
-    from muco.train.trainer import build_model
+    from muco.train.trainer import build_model, saved_dtype
 
     run = folder.parent.parent / RUN_FILE
     if not run.is_file():
@@ -115,7 +116,10 @@ def _load(source: str) -> tuple[Model, Recipe | None]:
     trained_on = made_by.data.train if made_by.model.tiny else ()  # a tiny model's tokenizer is made from its data
     model = build_model(made_by, [open_data(data.path, data.format, data.options) for data in trained_on])
     load_trained(model, folder)
-    return model.to("cpu").eval(), made_by
+    own_dtype = saved_dtype(made_by, model.encoder.model)
+    if made_by.model.adapter is None:  # trained weights are held in float32, and frozen ones as they were
+        cast_weights(model.encoder.model, own_dtype)
+    return model.to("cpu").eval(), made_by, own_dtype
 
 
 def _check_separable(source: str, model: Model, format: Format) -> None:
@@ -129,14 +133,19 @@ def _check_separable(source: str, model: Model, format: Format) -> None:
         raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
 
 
-def _cast(model: Model, dtype: str | None) -> bool:
-    """Casts all weights; not the buffers: rotary frequencies stay float32, as when loaded. Tells if any changed."""
-    wanted = getattr(torch, dtype) if dtype else model.encoder.model.dtype
-    changed = False
-    for parameter in model.parameters():
-        changed |= parameter.dtype != wanted
-        parameter.data = parameter.data.to(wanted)
-    return changed
+def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
+    """Casts all weights, adapters folded in before; those that stay separate remain float32. Tells if any changed."""
+    backbone = model.encoder.model
+    adapted = hasattr(backbone, "peft_config")
+    weights = [p for p in backbone.parameters() if not (adapted and p.requires_grad)]  # without those of adapters
+    if all(weight.dtype == dtype for weight in weights):
+        return False
+    if not separate:
+        model.encoder.model = merge_adapters(backbone, dtype)
+        return True
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    return True
 
 
 def _vectors(model: Model) -> dict[str, Any]:

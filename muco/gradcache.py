@@ -222,7 +222,7 @@ class TrainingStep:
 
     def _embed(self, chunk: _Chunk) -> Tensor:
         with self.autocast():  # one per pass: autocast keeps cast weights, which without a graph are of no use with one
-            return self.model.embed(self._on_device(chunk.batch)).float()
+            return self.model.embed(self._on_device(chunk.batch))
 
     def _on_device(self, batch: Mapping[str, Any]) -> Any:
         device = self.model.device

@@ -15,8 +15,11 @@ def pool_turns(
     turn_rows: Int[Tensor, " turns"],
     turn_columns: Int[Tensor, " turns"],
 ) -> Float[Tensor, "turns dim"]:
-    """The hidden state at each turn's ``<|emb|>``, in the order of the turns. Positions, not padding, decide."""
-    return hidden[turn_rows, turn_columns]
+    """The hidden state at each turn's ``<|emb|>``, in the order of the turns. Positions, not padding, decide.
+
+    Float32, whatever the model computes in: normalised in bfloat16, vectors would be of lengths 0.997 to 1.003.
+    """
+    return hidden[turn_rows, turn_columns].float()
 
 
 def shortened(vectors: Float[Tensor, "rows dim"], dimension: int | None) -> Float[Tensor, "rows shorter"]:
@@ -35,7 +38,7 @@ def shortened(vectors: Float[Tensor, "rows dim"], dimension: int | None) -> Floa
 
 
 class TurnPooling(Pooling):
-    """The library's last-token pooling, extended to several turns per row.
+    """The library's last-token pooling, extended to several turns per row; its vectors are float32.
 
     It saves itself as the library's own ``Pooling("lasttoken")``: at inference a prompt ends at ``<|emb|>``, so both
     read the same position.
@@ -45,8 +48,6 @@ class TurnPooling(Pooling):
         super().__init__(embedding_dimension, pooling_mode="lasttoken")
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if "turn_rows" not in features:
-            return super().forward(features, **kwargs)
         features["sentence_embedding"] = pool_turns(
             features["token_embeddings"], features["turn_rows"], features["turn_columns"]
         )

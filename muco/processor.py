@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "muco.json"
 SETTINGS_NOTE = re.compile(r"\{#- muco (.*?) -#\}")  # the same, at the head of the chat template
+UNSTATED = 1 << 40  # tokenizers whose configuration has no length have an astronomical one
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 
@@ -61,10 +62,20 @@ class Processor:
 
     Args:
         stock: For families other than Qwen, their own processor, which expands the image placeholder.
+        max_tokens: The model's context: most tokens that a turn may read, itself included; None if nothing states it.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any, template: Template, *, stock: Any = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        template: Template,
+        *,
+        stock: Any = None,
+        max_tokens: int | None = None,
+    ) -> None:
         self.tokenizer, self.image_processor, self.template, self.stock = tokenizer, image_processor, template, stock
+        self.max_tokens = max_tokens
         self.emb_id = tokenizer.convert_tokens_to_ids(EMB)
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.guard = SpecialTokenGuard(special)
@@ -96,6 +107,13 @@ class Processor:
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def shortened(self, text: str, tokens: int, end: Literal["START", "END"]) -> str:
+        """The text without so many tokens at one end of it, cut between characters; whole if nothing would be left."""
+        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if tokens >= len(spans):
+            return text
+        return (text[spans[tokens - 1][1] :] if end == "START" else text[: spans[-tokens][0]]) or text
 
     def check(self, dialogue: Dialogue) -> None:
         """Raises DataError if a text holds a special token."""
@@ -218,8 +236,18 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         stock = _with_tokenizer(read(AutoProcessor, backend="pil"), tokenizer, path)
         template = template or _derived_template(stock)
         processor = Processor(tokenizer, stock.image_processor, template, stock=stock)
+    processor.max_tokens = context_of(config, tokenizer)
     _check_tokens(processor, config, path)
     return processor, not released
+
+
+def context_of(config: Any, tokenizer: Any = None) -> int | None:
+    """Most tokens that a model reads, as its configuration and its tokenizer state it; None if neither does."""
+    stated = (
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    )
+    return min((tokens for tokens in stated if tokens and tokens < UNSTATED), default=None)
 
 
 def _with_tokenizer(stock: Any, tokenizer: Any, path: str) -> Any:

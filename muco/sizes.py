@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from muco.errors import MucoError
@@ -16,7 +17,7 @@ def checked_dimension(dimension: int | None, whole: int) -> int:
     """
     if dimension is None:
         return whole
-    if not 0 < dimension <= whole:
+    if isinstance(dimension, bool) or not isinstance(dimension, Integral) or not 0 < dimension <= whole:
         raise MucoError(f"vectors of {whole} numbers cannot be shortened to {dimension}; give 1 to {whole}")
     return dimension
 

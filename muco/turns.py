@@ -51,7 +51,7 @@ def sharing(model: Model, longest: int) -> Literal["cache", "tree", "none"]:
 
 
 def embed_turns(model: Model, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
-    """The vectors of every dialogue, [turns, dim], L2-normalised, on the model's device.
+    """The vectors of every dialogue, float32 [turns, dim], L2-normalised, on the model's device.
 
     Args:
         model: In eval mode.
@@ -64,6 +64,8 @@ def embed_turns(model: Model, dialogues: Sequence[Dialogue], token_budget: int) 
     if "branch_ids" in batch and all(dialogue.isolated for dialogue in dialogues):
         forest = _Forest(batch, dialogues)
         way = sharing(model, forest.longest) if forest.trunks else "none"
+    if way != "none":
+        model.encoder.cut += len(batch.get("cut_turns", ()))
     if way == "cache":
         vectors = _with_cache(model, forest, token_budget)
     elif way == "tree":

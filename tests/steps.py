@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from muco import distributed
-from muco.backbone import add_adapters, freeze_vision
+from muco.backbone import add_adapters, freeze_vision, hold_trained_in_float32
 from muco.data import open_data
 from muco.dialogue import Sample, Turn
 from muco.encoder import Model, from_backbone, load
@@ -44,6 +44,8 @@ CASES = {
     "sharded": ("even", "isolated", "adapters", 200, "fsdp"),
     "sharded, ragged": ("ragged", "isolated", "language", 97, "fsdp"),
     "sharded, text only": ("text", "compounded", "adapters", None, "fsdp"),
+    "sharded, half": ("even", "isolated", "half", 200, "fsdp"),
+    "sharded, adapters on half": ("even", "isolated", "adapters on half", 200, "fsdp"),
 }
 
 
@@ -71,18 +73,21 @@ def ragged_samples(scenes: Path) -> Rows:
 
 
 def to_train(model: Model, trained: str, dropout: float = 0.0) -> Model:
-    """A copy whose adapters, language model or whole self is trained."""
+    """A copy whose adapters, language model or whole self is trained; "half": the language model of a bfloat16 one."""
     processor, backbone = model.encoder.muco_processor, copy.deepcopy(model.encoder.model)
     backbone.requires_grad_(True)
-    if trained == "adapters":
+    if "half" in trained:
+        backbone.bfloat16()
+    if "adapters" in trained:
         tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
         torch.manual_seed(0)
         backbone = add_adapters(backbone, Adapter(rank=4, alpha=4, dropout=dropout), tokens)
         for name, parameter in backbone.named_parameters():
             if "lora_B" in name:  # zero at the start, which would leave lora_A without gradient
                 torch.nn.init.normal_(parameter, std=0.05)
-    if trained == "language":
+    if trained in ("language", "half"):
         freeze_vision(backbone)
+    hold_trained_in_float32(backbone)
     return from_backbone(backbone, processor, device="cpu").train()
 
 

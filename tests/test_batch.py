@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import QWEN, image, model, ragged, vectors
+from families import QWEN, alone, image, model, ragged, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
@@ -29,7 +29,7 @@ from muco.batch import (
     tree_mask,
 )
 from muco.dialogue import Content, Dialogue
-from muco.errors import ImageError
+from muco.errors import DataError, ImageError
 from muco.processor import EncodedImage, rotary_positions
 
 BOTH_KINDS = ("qwen2_vl", "idefics3")  # flattened patches with a grid; tiles with a mask
@@ -83,6 +83,47 @@ def test_images_stand_in_the_order_of_their_placeholders(family):
 def test_text_only_batches_have_no_image_tensors(family):
     batch = batch_of(family, [Dialogue((), (Content("a"),)), Dialogue((), (Content("b c d"),))])
     assert set(batch) == {"input_ids", "attention_mask", "position_ids", "turn_rows", "turn_columns"}
+
+
+@both_kinds
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_turn_reads_as_many_tokens_as_the_context_has_and_no_more(family, isolated):
+    """Isolated turns read what they share and themselves, others all before; padding and other rows do not count."""
+    (dialogue,) = (replace(d, where="rows.jsonl:7") for d in ragged(isolated=isolated)[:1])
+    processor = copy.copy(model(family).encoder.muco_processor)
+    batch = collate(alone([dialogue]) if isolated else [dialogue], processor)
+    lengths = batch["attention_mask"].sum(dim=1) if isolated else batch["turn_columns"] + 1
+    longest, turn = int(lengths.max()), int(lengths.argmax()) + 1
+    processor.max_tokens = longest
+    whole = collate([*ragged()[4:5], dialogue], processor)
+    assert torch.equal(whole["input_ids"], batch_of(family, [*ragged()[4:5], dialogue])["input_ids"])
+    processor.max_tokens = longest - 1
+    said = rf"^rows\.jsonl:7 turn {turn}: {longest} tokens .* reads at most {longest - 1}; shorten the text"
+    with pytest.raises(DataError, match=said):
+        collate([*ragged()[4:5], dialogue], processor)
+    with pytest.raises(DataError, match=said):
+        collate([dialogue], model(family).encoder.muco_processor, max_tokens=longest - 1)
+
+
+@both_kinds
+@both_sides
+def test_texts_are_cut_turn_by_turn_and_images_and_endings_never(family, side):
+    processor = model(family).encoder.muco_processor
+    dialogue = replace(ragged()[0], turns=(*ragged()[0].turns, Content("one two three four five six seven eight")))
+    bare = collate([replace(dialogue, turns=(Content(""),))], processor)["input_ids"].shape[1]
+    settings = {"truncate": "END", "max_tokens": bare + 4, "padding_side": side}
+    tree, singles = (collate(dialogues, processor, **settings) for dialogues in ([dialogue], alone([dialogue])))
+    assert tree["cut_turns"].tolist() == singles["cut_turns"].tolist() != []
+    assert int(singles["attention_mask"].sum(dim=1).max()) == bare + 4
+    assert (tree["input_ids"][tree["turn_rows"], tree["turn_columns"]] == processor.emb_id).all()
+    whole = collate([dialogue], processor)
+    assert (tree["input_ids"] == processor.image_id).sum() == (whole["input_ids"] == processor.image_id).sum()
+    assert np.abs(embed(family, tree) - embed(family, singles)).max() < 1e-5
+    assert "cut_turns" not in collate([dialogue], processor, truncate="END")
+    with pytest.raises(DataError, match=r"turn 1: \d+ tokens"):
+        collate([dialogue], processor, truncate="END", max_tokens=bare - 1)
+    with pytest.raises(DataError, match=r"turn \d: \d+ tokens"):  # where a turn sees others, which text to cut is open
+        collate([replace(dialogue, isolated=False)], processor, **settings)
 
 
 @both_kinds

@@ -140,6 +140,25 @@ def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, shardi
 
 
 @pytest.mark.slow
+def test_all_weights_of_a_bfloat16_model_are_trained_sharded_as_on_one_process(base, scenes, tmp_path):
+    muco.load(base, device="cpu").bfloat16().save(str(tmp_path / "half"))
+    changes = (f"model.path={tmp_path / 'half'}", "model.adapter=null", "model.save_dtype=float32")
+    changes += ("trainer.learning_rate=5e-5", "trainer.warmup_steps=0")
+    alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone"), changes))
+    recipe = write_recipe(base, scenes, tmp_path / "both", sharding="fsdp")
+    finished(train(recipe, *(word for change in changes for word in ("--set", change))))
+    both = tmp_path / "both" / "model"
+    assert losses(both) == pytest.approx(losses(alone), abs=0.02)
+    one, other, start = (load_file(folder / "model.safetensors") for folder in (alone, both, tmp_path / "half"))
+    language = [name for name in start if "visual" not in name and "embed_tokens" not in name]  # not all words occur
+    for weights in (one, other):
+        still = sum(int((weights[name] == start[name].float()).sum()) for name in language)
+        assert still < 0.01 * sum(start[name].numel() for name in language)
+    moved = [torch.cat([(run[name] - start[name].float()).flatten() for name in language]) for run in (one, other)]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, sharding):
     """SIGKILL in the middle of an epoch, with dropout, workers and the gradient cache: the same losses and weights."""

@@ -582,6 +582,17 @@ def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
     assert errors(tmp_path / "out.errors.jsonl")[0]["row"] == 1
 
 
+def test_a_row_beyond_the_models_context_fails_by_name(tmp_path: Path, real_model, monkeypatch) -> None:
+    monkeypatch.setattr(real_model.encoder.muco_processor, "max_tokens", 50)
+    rows = [{"id": f"row {number}", "text": "x y " * (200 if number == 2 else 2)} for number in range(4)]
+    summary = run(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.parquet", real_model)
+    assert (summary["embedded"], summary["failed"]) == (3, 1)
+    (failed,) = errors(tmp_path / "out.errors.jsonl")
+    assert failed["id"] == "row 2" and failed["reason"].endswith(
+        "but the model reads at most 50; shorten the text, or give fewer or smaller images"
+    )
+
+
 def test_one_bad_row_costs_its_own_batch_only_the_speed(tmp_path: Path) -> None:
     class Counting(Hashed):
         calls: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from families import FAMILIES, build, checkpoint, image, model, ragged, vectors
@@ -18,6 +20,7 @@ from torch import nn
 
 import muco
 from muco.backbone import add_adapters, freeze_vision, language_linears, load_backbone, merge_adapters
+from muco.dialogue import Content, Dialogue
 from muco.encoder import Model, from_backbone
 from muco.errors import CheckpointError
 from muco.processor import EVALUATION_PIXELS, SETTINGS_FILE
@@ -91,6 +94,76 @@ def test_shorter_vectors_are_unit_vectors_wherever_they_are_asked_for(family, tm
     assert close(load(tmp_path / "saved").encode(inputs()), whole.encode(inputs())), "weights are saved whole"
     with pytest.raises(muco.MucoError, match=r"cannot be shortened to 4096; give 1 to \d+"):
         load(checkpoint(family), truncate_dim=4096)
+
+
+@every_family
+def test_the_context_is_that_of_the_configuration_or_of_the_tokenizer_if_smaller(family, copied):
+    folder = copied(family)
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    values["text_config"]["max_position_embeddings"] = 300
+    config.write_text(json.dumps(values))
+    assert load(folder).max_seq_length == 300
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "model_max_length": 200}))
+    short, long = load(folder), "ring " * 400
+    assert short.max_seq_length == 200
+    for encode in (lambda: short.encode(["a", {"text": long}]), lambda: short.encode_turns(None, ["a", long])):
+        with pytest.raises(muco.DataError, match=r"^(input 1 turn 1|encode_turns turn 2): \d+ tokens.*at most 200"):
+            encode()
+
+
+@every_family
+def test_max_seq_length_cuts_texts_with_a_warning_that_counts(family):
+    fresh, long, picture = load(checkpoint(family)), "a narrow silver ring " * 30, image(60, 90, 2)
+    context, whole, fingerprint = fresh.max_seq_length, fresh.encode(["a ring"]), fresh.fingerprint
+    fresh.max_seq_length = fresh.encoder.collate([Dialogue((picture,), (Content("a ring"),))])["input_ids"].shape[1]
+    assert fresh.fingerprint != fingerprint
+    with pytest.warns(UserWarning, match=r"^2 texts were cut at the end, to max_seq_length = \d+ tokens") as told:
+        one, short, both = fresh.encode([long + "one", "a ring", {"text": long, "image": picture}], batch_size=1)
+    assert len(told) == 1 and close(short, whole[0])
+    with pytest.warns(UserWarning, match="^1 text was cut"):
+        assert close(fresh.encode(long + "two"), one)
+    with pytest.warns(UserWarning, match="^2 texts were cut"):
+        assert np.abs(fresh.encode_turns([picture], [long, "a", long + "two"])[::2] - both).max() < 1e-5
+    with pytest.raises(muco.DataError, match=r"encode_turns turn 1: \d+ tokens"):
+        fresh.encode_turns(picture, [long, "a"], mode="compounded")
+    fresh.max_seq_length = None
+    assert fresh.max_seq_length == context and fresh.fingerprint == fingerprint
+    for wrong in (0, 3, True, 8.5, context + 1):
+        with pytest.raises(muco.MucoError, match=r"from \d+ \(the prompt has \d+\) to the model's context"):
+            fresh.max_seq_length = wrong
+
+
+def test_encode_says_what_it_takes():
+    qwen, expected = model("qwen2_vl"), model("qwen2_vl").encode(["a", "b"])
+    column = pandas.DataFrame({"text": ["a", "b"]}).text
+    for inputs in (column, (text for text in "ab"), ("a", "b"), np.array(["a", "b"]), {"a": 1, "b": 2}.keys()):
+        assert close(qwen.encode(inputs), expected)
+    for inputs, said in (
+        ([("a", "b")], "input 0 is of type tuple, of texts; for each vector give a text, an image"),
+        (["a", ["a.png"]], "input 1 is of type list, of texts"),
+        (["a", float("nan")], "input 1 is of type float; for each vector"),
+        (3, "input 0 is of type int"),
+        (column.to_frame(), "not a DataFrame; give one column"),
+        (np.zeros((8, 8, 3)), "not a ndarray.*pixels as a Pillow image"),
+        ({"a", "b"}, "not a set.*in an order"),
+    ):
+        with pytest.raises(muco.DataError, match=said):
+            qwen.encode(inputs)
+    with pytest.raises(muco.DataError, match="encode_turns is of type tuple, of texts"):
+        qwen.encode_turns(image(90, 60), [("a", "b")])
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 65, 8.0, True])
+def test_a_length_that_vectors_cannot_have_is_refused(dimension):
+    qwen = load(checkpoint("qwen2_vl"))
+    with pytest.raises(muco.MucoError, match="cannot be shortened to"):
+        qwen.encode(["a"], truncate_dim=dimension)
+    qwen.truncate_dim = dimension
+    for encode in (lambda: qwen.encode([]), lambda: qwen.encode_turns(None, ["a"])):
+        with pytest.raises(muco.MucoError, match="cannot be shortened to"):
+            encode()
+    assert qwen.encode([], truncate_dim=np.int64(8)).shape == (0, 8)
 
 
 @every_family
@@ -426,6 +499,48 @@ def test_merged_and_saved_adapters_give_the_same_vectors(family, kind, tmp_path)
     plain = from_backbone(merged, trained.encoder.muco_processor, device="cpu")
     assert np.abs(vectors(plain, ragged()) - changed).max() < 1e-5
     assert merge_adapters(merged) is merged
+
+
+@adapted_families
+@kinds
+def test_adapters_are_merged_in_float32_and_rounded_once(family, kind):
+    """Changes of a tenth of the last bit of a bfloat16 weight: none is lost in float32, and none is rounded twice."""
+    half, processor = load_backbone(checkpoint(family), dtype="bfloat16", local_files_only=True)
+    plain = copy.deepcopy(half).float()
+    half, exact = (add_adapters(b, Adapter(kind, rank=4, alpha=8), [processor.emb_id]) for b in (half, plain))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter, same in zip(half.parameters(), exact.parameters(), strict=True):
+            if parameter.requires_grad:
+                parameter += 0.003 * torch.randn(parameter.shape, generator=generator)
+                same.copy_(parameter)
+    kept, rounded = (merge_adapters(copy.deepcopy(half), dtype) for dtype in (torch.float32, None))
+    expected = merge_adapters(exact)
+    weights, start = dict(kept.named_parameters()), dict(load(checkpoint(family)).encoder.model.named_parameters())
+    for name, weight in expected.named_parameters():
+        assert torch.equal(weights[name], weight), name
+        assert torch.equal(rounded.get_parameter(name), weight.bfloat16()), name
+    changed = [name for name in weights if not torch.equal(weights[name], start[name].bfloat16().float())]
+    assert len(changed) == 2 * 7 + 1, "linear layers of the language model and its embeddings"
+
+
+@every_family
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_vectors_of_half_precision_are_float32_of_length_1_wherever_they_leave(family, dtype):
+    half = load(checkpoint(family), dtype=dtype)
+    assert half.encoder.model.dtype == getattr(torch, dtype)
+    pictures, queries = [image(90, 60, 1), None], [["", "a", "what is it?"], ["b"]]
+    found = {
+        "encode": half.encode(inputs() * 3),
+        "tensors": half.encode(inputs(), convert_to_tensor=True).numpy(),
+        "shorter": half.encode(inputs(), truncate_dim=8),
+        "batch": half.embed(half.encoder.collate(ragged())).detach().numpy(),
+        "isolated": np.concatenate(half.encode_turns_batch(pictures, queries)),
+        "compounded": half.encode_turns(*pictures[:1], queries[0], mode="compounded"),
+    }
+    for name, some in found.items():
+        assert some.dtype == np.float32, name
+        assert np.abs(np.linalg.norm(some.astype(np.float64), axis=1) - 1).max() < 1e-6, name
 
 
 @every_family

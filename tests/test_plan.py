@@ -134,6 +134,36 @@ def test_contradictions_are_errors(scenes, tmp_path, changes, devices, sentence)
         plan(recipe_of(scenes, tmp_path / "run", **changes), devices=devices)
 
 
+def test_a_row_beyond_the_context_is_a_problem_here_and_an_error_there_and_named(tmp_path):
+    config = families.build("qwen2_vl", tmp_path / "model") / "config.json"
+    values = json.loads(config.read_text())
+    values["text_config"]["max_position_embeddings"] = 200
+    config.write_text(json.dumps(values))
+    rows = [{"turns": [{"query": f"question {i}", "target": "word " * (900 if i == 5 else 9)}]} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "train.jsonl")}
+    settings = {"model": {"path": str(tmp_path / "model")}, "data": {"train": [source]}}
+    recipe = recipe_of(tmp_path, tmp_path / "run", **settings)
+    said = r"train\.jsonl:6 turn 1: \d,?\d\d\d tokens.*at most 200; shorten the text"
+    (problem,) = plan(recipe)["problems"]
+    assert re.search(said, problem)
+    with pytest.raises(muco.DataError, match=said):
+        muco.train(recipe)
+
+
+def test_what_is_trained_is_counted_in_float32_and_computed_in_bfloat16(scenes, tmp_path):
+    """All weights of a bfloat16 model: float32 weights, gradients and moments, and the copies of autocast."""
+    model = {"path": "Qwen/Qwen2-VL-2B-Instruct", "vision": "frozen", "dtype": "bfloat16"}
+    found = plan(recipe_of(scenes, tmp_path, model=model, trainer={"report_to": []}))
+    trained, frozen = found["model"]["trained"], found["model"]["frozen"]
+    assert found["run"]["precision"] == "bfloat16 autocast"
+    expected = {"weights": (4 + 2) * trained + 2 * frozen, "gradients": 4 * trained, "optimizer": 8 * trained}
+    for part, size in expected.items():
+        assert found["memory"][part] == pytest.approx(size / 2**30, rel=0.01)
+    with pytest.raises(muco.RecipeError, match=r"trainer\.bf16: false"):
+        plan(recipe_of(scenes, tmp_path, model=model, trainer={"report_to": [], "bf16": False}))
+
+
 def test_sharding_spreads_weights_and_optimizer(scenes, tmp_path):
     model = {"path": "Qwen/Qwen2-VL-2B-Instruct", "vision": "frozen", "dtype": "bfloat16"}
     alone, spread = (

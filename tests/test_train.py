@@ -83,6 +83,15 @@ def test_a_finished_run_is_not_run_again(finished):
         muco.train(recipe, resume=False)
 
 
+def test_a_run_from_before_a_key_existed_is_the_same_run(finished, scenes, tmp_path):
+    recipe, folder = finished
+    facts = json.loads((folder.parent / "run.json").read_text())
+    del facts["recipe"]["model"]["save_dtype"]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    shutil.copytree(folder, tmp_path / "model")
+    assert muco.train(recipe_of(scenes, tmp_path)) == tmp_path / "model"
+
+
 def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
     recipe, _ = finished
     with pytest.raises(muco.OutputError, match=r"loss\.temperature"):
@@ -143,6 +152,50 @@ def test_adapters_with_dropout_resume_exactly_and_are_merged(finished, scenes, t
 class StopAtFirstSave(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         control.should_training_stop = True
+
+
+@pytest.fixture(scope="module")
+def half(finished, tmp_path_factory) -> Path:
+    """The finished model in bfloat16, as large models are published."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    muco.load(finished[1], device="cpu").bfloat16().save(str(folder))
+    return folder
+
+
+def of_half(half: Path, scenes: Path, output: Path, trainer: dict | None = None, **model) -> muco.Recipe:
+    steps = {"max_steps": 12, "learning_rate": 5e-5, "warmup_steps": 0, "save_strategy": "no", "report_to": []}
+    return recipe_of(scenes, output, model={"path": str(half), **model}, trainer=steps | (trainer or {}))
+
+
+def test_all_weights_of_a_bfloat16_checkpoint_are_trained_as_those_of_a_float32_one(half, scenes, tmp_path):
+    """Held in bfloat16, half of them would not move at this learning rate, and the loss would fall less."""
+    runs = {
+        name: muco.train(of_half(half, scenes, tmp_path / name, save_dtype="float32", **model))
+        for name, model in (("auto", {}), ("exact", {"dtype": "float32"}))
+    }
+    start, auto, exact = (load_file(folder / "model.safetensors") for folder in (half, *runs.values()))
+    language = [name for name in start if "visual" not in name and "embed_tokens" not in name]  # not all words occur
+    still = sum(int((auto[name] == start[name].float()).sum()) for name in language)
+    assert still < 0.01 * sum(start[name].numel() for name in language)
+    moved = [torch.cat([(run[name] - start[name].float()).flatten() for name in language]) for run in (auto, exact)]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.9
+    one, other = (losses(folder) for folder in runs.values())
+    assert one == pytest.approx(other, abs=0.02) and other[0] - other[-1] > 0.05
+    assert {weight.dtype for weight in (*auto.values(), *exact.values())} == {torch.float32}
+    assert all(torch.equal(auto[name], start[name].float()) for name in start if "visual" in name)
+
+
+def test_a_model_is_saved_in_the_precision_it_came_in_unless_asked_otherwise(half, scenes, tmp_path):
+    short = {"max_steps": 1}
+    for name, model in (("whole", {}), ("adapters", {"adapter": {"rank": 4, "alpha": 4}})):
+        folder = muco.train(of_half(half, scenes, tmp_path / name, short, **model))
+        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+        assert muco.load(folder, device="cpu").encoder.model.dtype == torch.bfloat16
+
+
+def test_two_precisions_without_autocast_are_refused(half, scenes, tmp_path):
+    with pytest.raises(muco.RecipeError, match=r"trainer\.bf16: false.*held in bfloat16.*set model\.dtype: float32"):
+        muco.train(of_half(half, scenes, tmp_path / "run", {"bf16": False}))
 
 
 def test_workers_do_not_change_a_run(finished, scenes, tmp_path):

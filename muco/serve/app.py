@@ -244,7 +244,7 @@ def _add_routes(api: FastAPI, service: _Service) -> None:
             "dimension": served.engine.dimension,
             "dimensions": sorted({*served.dimensions, served.engine.dimension}),
             "input_types": sorted(served.instructions),
-            "max_tokens": served.limits.tokens,
+            "max_tokens": served.engine.max_tokens,
             "max_items": served.limits.items,
         }
         return _json({"object": "list", "data": [model]})

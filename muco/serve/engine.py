@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from muco.batch import DialogueBatch, collate, join
+from muco.batch import DialogueBatch, Truncate, collate, join
 from muco.dialogue import Content, Dialogue
 from muco.errors import DataError
 from muco.processor import Processor
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from muco.encoder import Model
 
 CACHED_TEXT = 128  # characters; of longer texts of strangers a cache may fill the memory
-CUTS = 8  # what is left of a text that is cut between two tokens may be read as other tokens than before
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Item:
     texts: tuple[str, ...]
     images: tuple[str | bytes, ...] = ()
     mode: Literal["isolated", "compounded"] | None = None
-    truncate: Literal["NONE", "START", "END"] = "NONE"
+    truncate: Truncate = "NONE"
     where: str = "input 0"
 
     @property
@@ -104,13 +103,16 @@ class Preparation:
     """The first of the two functions that a batcher takes, which needs no model.
 
     Args:
-        max_tokens: Of one item, image tokens included.
+        max_tokens: Of one item, image tokens included; at most the model's context.
     """
 
     def __init__(self, facts: Facts, images: ImageLimits, max_tokens: int) -> None:
         old = facts.processor
-        self.processor = BoundedProcessor(old.tokenizer, old.image_processor, old.template, stock=old.stock)
-        self.facts, self.image_limits, self.max_tokens = facts, images, max_tokens
+        self.processor = BoundedProcessor(
+            old.tokenizer, old.image_processor, old.template, stock=old.stock, max_tokens=old.max_tokens
+        )
+        self.facts, self.image_limits = facts, images
+        self.max_tokens = min(max_tokens, old.max_tokens or max_tokens)
 
     @property
     def dimension(self) -> int:
@@ -123,29 +125,21 @@ class Preparation:
             DataError: If a text holds a special token, an image is not sound, or the item is too long.
         """
         images = tuple(decode(image, self.image_limits, item.where) for image in item.images)
-        texts = item.texts
-        for _ in range(CUTS):
-            batch = self._collated(item, texts, images)
-            tokens = batch["input_ids"].shape[1]
-            if tokens <= self.max_tokens:
-                image_tokens = int((batch["input_ids"] == self.processor.image_id).sum())
-                alone = item.mode is None
-                return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
-            if item.truncate == "NONE" or item.mode is not None:
-                break
-            texts = (self._cut(texts[0], tokens - self.max_tokens, item.truncate),)
-        raise DataError(f"{item.where}: {tokens:,} tokens; this server takes at most {self.max_tokens:,} of one item")
+        batch = self._collated(item, images)
+        tokens = batch["input_ids"].shape[1]
+        if tokens > self.max_tokens:
+            raise DataError(
+                f"{item.where}: {tokens:,} tokens; this server takes at most {self.max_tokens:,} of one item"
+            )
+        image_tokens = int((batch["input_ids"] == self.processor.image_id).sum())
+        alone = item.mode is None
+        return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
 
-    def _collated(self, item: Item, texts: Sequence[str], images: tuple[Any, ...]) -> DialogueBatch:
-        contents = tuple(Content(text) for text in texts)
-        dialogue = Dialogue(images, contents, item.mode != "compounded", item.where)
-        return collate([dialogue], self.processor, padding_side=self.facts.padding_side)
-
-    def _cut(self, text: str, excess: int, end: Literal["START", "END"]) -> str:
-        spans = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if excess >= len(spans):
-            return ""
-        return text[spans[excess - 1][1] :] if end == "START" else text[: spans[-excess][0]]
+    def _collated(self, item: Item, images: tuple[Any, ...]) -> DialogueBatch:
+        dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
+        cut = item.truncate if item.mode is None else "NONE"
+        most = None if cut == "NONE" else self.max_tokens
+        return collate([dialogue], self.processor, padding_side=self.facts.padding_side, truncate=cut, max_tokens=most)
 
 
 class Engine(Preparation):
@@ -172,4 +166,4 @@ class Engine(Preparation):
             return self.model.encode_turns_batch(images, texts, mode=mode)
         batch = join([one.batch for one in prepared if one.batch is not None])
         found = self.model.embed({key: value.to(self.model.device) for key, value in batch.items()})  # type: ignore[arg-type]
-        return [*found.float().cpu().numpy()[:, None]]
+        return [*found.cpu().numpy()[:, None]]

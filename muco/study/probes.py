@@ -192,7 +192,7 @@ def _dialogues(
     for step in range(len(rows) // size):
         batch: Any = batches[step]
         sides = [{k: v.to(model.device) for k, v in batch[side].items()} for side in ("query", "target")]
-        query, target = (model.embed(side).float().cpu().numpy() for side in sides)
+        query, target = (model.embed(side).cpu().numpy() for side in sides)
         ids = {name: tensor.numpy() for name, tensor in batch["ids"].items()}
         made.append((query, target[ids["target_rows"]], ids))
     return made

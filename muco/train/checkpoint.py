@@ -24,7 +24,7 @@ from torch import Tensor
 from muco import distributed
 from muco.errors import CheckpointError, OutputError
 from muco.evaluate.report import versions, write_json
-from muco.train.recipe import Recipe, dump_recipe, to_dict
+from muco.train.recipe import Recipe, dump_recipe, from_dict, to_dict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,8 +95,9 @@ def _begun(output: Path) -> bool:
 
 
 def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
+    before = to_dict(from_dict(known["recipe"] | {"output": ""}))  # with the defaults of what it could not say yet
     for group, value in facts["recipe"].items():
-        other = known["recipe"].get(group)
+        other = before.get(group)
         if other == value:
             continue
         if isinstance(value, dict) and isinstance(other, dict):

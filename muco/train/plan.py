@@ -18,7 +18,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from muco.backbone import VISION_NAMES, add_adapters, freeze_vision, meta_backbone, stand_in_processor
+from muco.backbone import (
+    VISION_NAMES,
+    add_adapters,
+    freeze_vision,
+    hold_trained_in_float32,
+    meta_backbone,
+    stand_in_processor,
+)
 from muco.batch import chunks_of
 from muco.data import Data, open_data
 from muco.dialogue import Sample, Turn
@@ -31,7 +38,7 @@ from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops, qwen2_
 from muco.train.memory import Memory, activation_bytes, computing
 from muco.train.mixture import Mixture
 from muco.train.recipe import Recipe
-from muco.train.trainer import build_model, texts_of, training_arguments
+from muco.train.trainer import build_model, texts_of, training_arguments, uses_autocast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +96,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         "model": _model_facts(model, recipe),
         "step": step,
         "memory": None,
-        "run": _run_facts(recipe, sources),
+        "run": _run_facts(recipe, sources, uses_autocast(recipe, model)),
         "problems": problems,
         "notes": notes,
     }
@@ -178,6 +185,7 @@ def _model(recipe: Recipe, sources: list[Data], notes: list[str]) -> tuple[nn.Mo
     if recipe.model.adapter is not None:
         with torch.device("meta"):
             model = add_adapters(model, recipe.model.adapter, list(range(len(SPECIAL_TOKENS))))
+    hold_trained_in_float32(model)
     return model, processor
 
 
@@ -200,7 +208,7 @@ def _found(recipe: Recipe, sources: list[Data], notes: list[str]) -> tuple[Any, 
         notes.append(
             f"{path} is not in the local cache: sizes as published; texts are counted with a tokenizer made from them"
         )
-        return config, stand_in_processor(texts_of(sources))
+        return config, stand_in_processor(texts_of(sources), config)
 
 
 def _model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
@@ -289,7 +297,7 @@ def _memory(recipe: Recipe, model: nn.Module, lengths: Lengths, step: dict[str, 
     towers = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if _part_of(n) == "vision")
     language = model.get_submodule(_name_of_language(model))
     weights_dtype = next(language.parameters()).dtype
-    half = torch.bfloat16 if recipe.trainer.get("bf16") else weights_dtype
+    half = torch.bfloat16 if uses_autocast(recipe, model) else weights_dtype
     copies = sum(p.numel() for p in language.parameters()) * half.itemsize if half != weights_dtype else 0
     width, turns = model.config.get_text_config().hidden_size, step["turns"]
     features = round(step["samples_per_device"] * float(lengths.visual.mean())) * width * half.itemsize
@@ -350,11 +358,11 @@ def _data_facts(recipe: Recipe, sources: Sequence[Data | None], lengths: Lengths
     }
 
 
-def _run_facts(recipe: Recipe, sources: Sequence[Data | None]) -> dict[str, Any]:
+def _run_facts(recipe: Recipe, sources: Sequence[Data | None], bf16: bool) -> dict[str, Any]:
     known = None not in sources
     cpu = {} if torch.cuda.is_available() else {"use_cpu": True}  # else the arguments refuse bf16 here
     trained = replace(recipe, trainer={**recipe.trainer, **cpu})
-    arguments = training_arguments(trained, recipe.data.validation is not None)
+    arguments = training_arguments(trained, recipe.data.validation is not None, bf16=bf16)
     epoch = math.ceil(sum(map(len, sources)) / recipe.batch.size) if known else None
     steps = arguments.max_steps if arguments.max_steps > 0 else epoch and int(arguments.num_train_epochs * epoch)
     return {

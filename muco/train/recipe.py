@@ -32,7 +32,11 @@ class ModelRecipe:
         tiny: A small model made from its config and trained from scratch.
         adapter: None trains all weights.
         vision: Whether the vision tower is trained.
-        dtype: "auto", "float32", "bfloat16" or "float16"; how the weights are held.
+        dtype: "auto" (as the checkpoint), "float32", "bfloat16" or "float16": how weights that are not trained are
+            held. What is trained is held in float32; without an adapter, a model of half precision then computes in
+            bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
+        save_dtype: Of the finished model's weights, into which adapters are folded in float32: "auto" (as ``dtype``),
+            "float32", "bfloat16" or "float16".
         min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
         attention: "sdpa" takes the mask of isolated turns as a matrix, [rows, 1, tokens, tokens]. "flex"
             (FlexAttention, CUDA only) takes it as a rule and skips what it hides.
@@ -44,6 +48,7 @@ class ModelRecipe:
     adapter: Adapter | None = None
     vision: Literal["frozen", "trained"] = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     min_pixels: int | None = None
     max_pixels: int | None = None
     attention: Literal["sdpa", "flex"] = "sdpa"

@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from muco.backbone import (
     VISION_NAMES,
     add_adapters,
     freeze_vision,
+    hold_trained_in_float32,
     load_backbone,
     merge_adapters,
     tiny_qwen2_vl,
@@ -115,7 +117,7 @@ def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: di
     def save() -> Path:
         if weights is not None:
             checkpoint.assign_trained(model, weights)
-        model.encoder.model = merge_adapters(model.encoder.model)
+        model.encoder.model = merge_adapters(model.encoder.model, saved_dtype(recipe, model.encoder.model))
         return checkpoint.save_final(Path(recipe.output), model, recipe, facts | {"record": record}, trainer.state)
 
     return distributed.first_only(save)
@@ -141,10 +143,37 @@ def build_model(recipe: Recipe, sources: list[Data]) -> Model:
 def _trainable(backbone: nn.Module, settings: ModelRecipe, processor: Any) -> nn.Module:
     if settings.vision == "frozen":
         freeze_vision(backbone)
-    if settings.adapter is None:
-        return backbone
-    tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
-    return add_adapters(backbone, settings.adapter, tokens)
+    if settings.adapter is not None:
+        tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
+        backbone = add_adapters(backbone, settings.adapter, tokens)
+    hold_trained_in_float32(backbone)
+    return backbone
+
+
+def saved_dtype(recipe: Recipe, backbone: nn.Module) -> torch.dtype:
+    """The precision of the finished model; ``backbone.config`` remembers that in which it was loaded."""
+    asked = recipe.model.save_dtype
+    return (backbone.config.dtype or torch.float32) if asked == "auto" else getattr(torch, asked)
+
+
+def uses_autocast(recipe: Recipe, backbone: nn.Module) -> bool:
+    """Whether a step is computed in bfloat16 by autocast: where asked for, and where whole weights of half precision
+    are trained, which are held in float32 for the optimizer only.
+
+    Raises:
+        RecipeError: If autocast is refused and trained weights are held in another precision than frozen ones.
+    """
+    asked = recipe.trainer.get("bf16")
+    half = recipe.model.adapter is None and backbone.config.dtype in (torch.bfloat16, torch.float16)
+    if asked is None:
+        return half
+    if not asked and half and recipe.model.vision == "frozen":
+        dtype = str(backbone.config.dtype).removeprefix("torch.")
+        raise RecipeError(
+            f"trainer.bf16: false: frozen weights are held in {dtype} and trained ones in float32, which only autocast "
+            "brings together; leave it out, or set model.dtype: float32"
+        )
+    return bool(asked)
 
 
 def texts_of(sources: list[Data], limit: int = 5000, *, skip_broken: bool = False) -> Iterator[str]:
@@ -163,7 +192,7 @@ def texts_of(sources: list[Data], limit: int = 5000, *, skip_broken: bool = Fals
 
 def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: Data | None = None) -> MuCoTrainer:
     """The trainer of a recipe; its batches, loss and arguments."""
-    arguments = training_arguments(recipe, validation is not None)
+    arguments = training_arguments(recipe, validation is not None, bf16=uses_autocast(recipe, model.encoder.model))
     mixture = Mixture(
         [len(source) for source in sources],
         [source.weight for source in recipe.data.train],
@@ -210,9 +239,13 @@ def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
     return MultiTurnLoss(model, symmetric=settings.symmetric, **masks, **shared)
 
 
-def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTrainingArguments:
-    """The recipe's ``trainer`` group over our defaults; unknown names are a RecipeError."""
-    values = {**DEFAULTS, **recipe.trainer}
+def training_arguments(recipe: Recipe, evaluates: bool, *, bf16: bool) -> SentenceTransformerTrainingArguments:
+    """The recipe's ``trainer`` group over our defaults; unknown names are a RecipeError.
+
+    Args:
+        bf16: From :func:`uses_autocast`.
+    """
+    values = {**DEFAULTS, **recipe.trainer, "bf16": bf16}
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
@@ -222,7 +255,7 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTr
             output_dir=str(Path(recipe.output) / "checkpoints"),
             seed=recipe.seed,
             per_device_train_batch_size=-(-recipe.batch.size // distributed.world_size()),
-            use_cpu=values.pop("use_cpu", distributed.on_cpu()),
+            use_cpu=values.pop("use_cpu", distributed.on_cpu() or not torch.accelerator.is_available()),
             ignore_data_skip=True,  # our loader begins at the step that is asked for
             dataloader_drop_last=True,  # only to quiet a warning: our loader has whole steps
             **values,
@@ -322,6 +355,11 @@ class MuCoTrainer(SentenceTransformerTrainer):
     def _last_good(self) -> str:
         last = checkpoint.last_complete(Path(self.args.output_dir).parent, distributed.world_size())
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        two_precisions = len({parameter.dtype for parameter in self.model.parameters()}) > 1
+        with self.accelerator.autocast() if two_precisions else nullcontext():
+            return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.report is not None and "loss" in logs:
