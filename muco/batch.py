@@ -53,14 +53,15 @@ IMAGE_KEYS = ("image_grid_thw", "image_patches")
 
 
 @dataclass
-class _Row:
-    """One dialogue's tokens before padding."""
+class Row:
+    """One dialogue's tokens and images before padding."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)  # each [A, tokens]
     branches: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)  # columns of <|emb|>
     images: list[EncodedImage] = field(default_factory=list)
+    tree: bool = False  # whether it has branches that do not see one another
 
     def append(self, part: _Part, start: int, branch: int) -> int:
         """Adds a part whose positions begin at ``start``; returns the position that follows it."""
@@ -93,11 +94,15 @@ def collate(dialogues: Sequence[Dialogue], processor: Processor, *, padding_side
         DataError: If a text holds a special token; names the row.
         ImageError: If an image cannot be used; names the file.
     """
-    rows = [_row(dialogue, processor) for dialogue in dialogues]
+    return stack([prepare(dialogue, processor) for dialogue in dialogues], processor, padding_side=padding_side)
+
+
+def stack(rows: Sequence[Row], processor: Processor, *, padding_side: str = "right") -> DialogueBatch:
+    """The batch of dialogues that are prepared one by one; at least one."""
     length = max(len(row.ids) for row in rows)
     starts = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
 
-    def padded(values: Callable[[_Row], Any], fill: int, *axes: int) -> Tensor:
+    def padded(values: Callable[[Row], Any], fill: int, *axes: int) -> Tensor:
         table = np.full((*axes, len(rows), length), fill, dtype=np.int64)
         for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
             table[..., b, start : start + len(row.ids)] = values(row)
@@ -110,15 +115,22 @@ def collate(dialogues: Sequence[Dialogue], processor: Processor, *, padding_side
         "turn_rows": torch.tensor([b for b, row in enumerate(rows) for _ in row.turns]),
         "turn_columns": torch.tensor([starts[b] + column for b, row in enumerate(rows) for column in row.turns]),
     }
-    if any(d.isolated and len(d.turns) > 1 for d in dialogues):
+    if any(row.tree for row in rows):
         batch["branch_ids"] = padded(lambda row: row.branches, 0)
     return batch | _image_tensors(rows)
 
 
-def _row(dialogue: Dialogue, processor: Processor) -> _Row:
+def prepare(dialogue: Dialogue, processor: Processor) -> Row:
+    """Tokenises a dialogue and opens its images.
+
+    Raises:
+        DataError: If a text holds a special token; names the row.
+        ImageError: If an image cannot be used; names the file.
+    """
     processor.check(dialogue)
     prompt = processor.template.prompt(dialogue)
-    row = _Row(images=processor.encode_images(dialogue.images, dialogue.where))
+    row = Row(images=processor.encode_images(dialogue.images, dialogue.where))
+    row.tree = dialogue.isolated and len(dialogue.turns) > 1
     position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
     begin = None  # of the positions of all turns after the first; None: where the turn before ended
     if dialogue.restarts:
@@ -148,7 +160,7 @@ def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) 
     return part
 
 
-def _image_tensors(rows: Sequence[_Row]) -> dict[str, Tensor]:
+def _image_tensors(rows: Sequence[Row]) -> dict[str, Tensor]:
     images = [(b, image) for b, row in enumerate(rows) for image in row.images]
     if not images:
         return {}
