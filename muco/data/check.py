@@ -19,8 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muco.data import Data, open_data
-from muco.data.images import image_digest, open_image
-from muco.data.jsonl import sample_images
+from muco.data.images import image_digest, open_image, sample_images
 from muco.dialogue import Content, ImageLike, Sample
 from muco.errors import CheckpointError, DataError, ImageError
 

@@ -15,13 +15,14 @@ import stat
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from muco.dialogue import ImageLike
+from muco.dialogue import ImageLike, Sample
 from muco.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # raster formats only: none that runs or reads others
@@ -137,6 +138,14 @@ class SameImage:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SameImage) and self._size == other._size and self._digest == other._digest
+
+
+def sample_images(sample: Sample) -> Iterator[ImageLike]:
+    """Every image a sample mentions: its own, then those of its turns (query, target, negatives)."""
+    yield from sample.images
+    for turn in sample.turns:
+        for content in (*turn.query, *turn.target, *turn.negatives):
+            yield from content.images
 
 
 def is_url(path: str) -> bool:

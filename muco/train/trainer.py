@@ -41,6 +41,7 @@ from muco.backbone import (
     use_flex_attention,
 )
 from muco.data import Data, open_data
+from muco.data.fingerprint import recall, remember
 from muco.encoder import Model, from_backbone
 from muco.errors import DataError, RecipeError, TrainingError
 from muco.gradcache import GIB, TrainingStep
@@ -83,10 +84,12 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     """
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    distributed.start()
     sources = open_sources(recipe)
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
-    facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
+    recall(Path(recipe.output) / checkpoint.DIGESTS_FILE)
+    facts = checkpoint.run_facts(recipe, sources)  # by each process: in a group, others would wait for this one
+    distributed.start()
+    finished = distributed.first_only(lambda: _claim(recipe, facts, resume))
     if finished:
         return finished
 
@@ -106,9 +109,11 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     return _finish(recipe, trainer, sources, facts)
 
 
-def _claim(recipe: Recipe, sources: list[Data], resume: bool) -> tuple[dict[str, Any], Path | None]:
-    facts = checkpoint.run_facts(recipe, sources)
-    return facts, checkpoint.claim_output(Path(recipe.output), facts, resume=resume)
+def _claim(recipe: Recipe, facts: dict[str, Any], resume: bool) -> Path | None:
+    output = Path(recipe.output)
+    finished = checkpoint.claim_output(output, facts, resume=resume)
+    remember(output / checkpoint.DIGESTS_FILE)
+    return finished
 
 
 def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: dict[str, Any]) -> Path:

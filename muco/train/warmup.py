@@ -66,19 +66,14 @@ def _texts(
         dialogues += own
         barren = 0 if own else barren + 1
         if barren == BARREN:
-            raise DataError(
-                f"warm_up: {BARREN} samples in a row have no text that can be used{_last(error)}"
-            ) from error
+            reason = f"the last one: {error}" if error else "leave warm_up out"
+            raise DataError(f"warm_up: {BARREN} samples in a row have no usable text; {reason}") from error
     return dialogues[:count]
 
 
 def _texts_of(sample: Sample, rng: np.random.Generator) -> list[Dialogue]:
     contents = [c for turn in sample.turns for c in (turn.query[rng.integers(len(turn.query))], turn.target[0])]
     return [Dialogue((), (content,), True, sample.place) for content in contents if content.text and not content.images]
-
-
-def _last(error: DataError | None) -> str:
-    return f", the last one: {error}" if error else "; leave warm_up out"
 
 
 def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tensor:
