@@ -95,6 +95,27 @@ def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_pat
     assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_a_run_that_was_begun_with_other_fingerprints_resumes_and_says_so(scenes, tmp_path, caplog):
+    recipe, output = recipe_of(scenes, tmp_path / "run"), tmp_path / "run"
+    facts = checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")])
+    assert checkpoint.claim_output(output, facts, resume=True) is None
+    (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+
+    def began(**changes) -> None:
+        old = {key: value for key, value in facts.items() if key != "fingerprint_rule"}
+        old["data"] = [facts["data"][0] | {"fingerprint": "of all images"} | changes]
+        (output / "run.json").write_text(json.dumps(old))
+
+    began()
+    for said in (True, False):
+        caplog.clear()
+        assert checkpoint.claim_output(output, facts, resume=True) is None
+        assert ("begun by another version" in caplog.text) == said
+    began(samples=63)
+    with pytest.raises(muco.OutputError, match="the training data differs"):
+        checkpoint.claim_output(output, facts, resume=True)
+
+
 def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finished, scenes, tmp_path):
     _, whole = finished
     recipe = recipe_of(scenes, tmp_path / "run")
@@ -371,10 +392,8 @@ def test_a_step_in_which_nothing_can_be_used_is_left_out_and_said(scenes, tmp_pa
     assert losses(again) == losses(model)
 
 
-ROW = {
-    "image": "images/train/00000.png",
-    "turns": [{"query": "What?", "target": "a ring"}, {"query": "", "target": "b"}],
-}
+TURNS = [{"query": "What?", "target": "a ring"}, {"query": "Why?", "target": "a gift"}]
+ROW = {"image": "images/train/00000.png", "turns": TURNS}
 
 
 @pytest.mark.parametrize(
