@@ -71,9 +71,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"{result['date']}; {on['cpu']}, {on['cores']} cores. {result['rows']:,} rows with a tiny PNG file "
-        f"each, in the system's cache. The rule reads the file and the images of {fingerprint.LOOKED:,} rows, however many "
-        "there are; real images are some thousand times larger, which only *every image* pays in full.",
+        f"{result['date']}; {on['cpu']}, {on['cores']} cores. {result['rows']:,} rows with a tiny PNG file each, in "
+        f"the system's cache. The rule reads the file and the images of {fingerprint.LOOKED:,} rows of however many; "
+        "real images are some thousand times larger, which only *every image* pays in full.",
         "",
         "| part | s |",
         "|---|---|",

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import time
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.data.images import SETTLED, image_digest, sample_images
-from muco.dialogue import ImageLike, Sample
+from muco.dialogue import ImageLike
 from muco.errors import DataError, ImageError
 
 RULE = 2  # raise when equal data gets another fingerprint than before
@@ -31,17 +30,11 @@ _known: dict[str, list[Any]] = {}  # absolute path -> size, modification time in
 
 
 class Fingerprinted:
-    """Data with fingerprints; found when first asked for, then kept."""
+    """Gives data its fingerprints, which are found when first asked for and then kept."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Sample:
-        raise NotImplementedError
-
-    @abstractmethod
     def _read_from(self) -> tuple[Sequence[Path], Any]:
         """The files that hold the rows, and the options by which they are read, as JSON can hold them."""
+        raise NotImplementedError
 
     @cached_property
     def fingerprint(self) -> str:

@@ -112,7 +112,8 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
 def _claim(recipe: Recipe, facts: dict[str, Any], resume: bool) -> Path | None:
     output = Path(recipe.output)
     finished = checkpoint.claim_output(output, facts, resume=resume)
-    remember(output / checkpoint.DIGESTS_FILE)
+    if not finished:
+        remember(output / checkpoint.DIGESTS_FILE)
     return finished
 
 
