@@ -56,8 +56,8 @@ IMAGE_KEYS = ("image_grid_thw", "image_patches")
 
 
 @dataclass
-class _Row:
-    """One dialogue's tokens before padding."""
+class Row:
+    """One dialogue's tokens and images before padding."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)  # each [A, tokens]
@@ -66,6 +66,7 @@ class _Row:
     lengths: list[int] = field(default_factory=list)  # of what each turn reads, itself included
     images: list[EncodedImage] = field(default_factory=list)
     cut: tuple[int, ...] = ()  # numbers of the turns whose text was cut
+    tree: bool = False  # whether it has branches that do not see one another
 
     def append(self, part: _Part, start: int, branch: int) -> int:
         """Adds a part whose positions begin at ``start``; returns the position that follows it."""
@@ -113,12 +114,16 @@ def collate(
         DataError: If a text holds a special token, or a turn has too many tokens; names the row.
         ImageError: If an image cannot be used; names the file.
     """
-    limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
-    rows = [_row(dialogue, processor, limit, truncate) for dialogue in dialogues]
+    rows = [prepare(dialogue, processor, truncate=truncate, max_tokens=max_tokens) for dialogue in dialogues]
+    return stack(rows, processor, padding_side=padding_side)
+
+
+def stack(rows: Sequence[Row], processor: Processor, *, padding_side: str = "right") -> DialogueBatch:
+    """The batch of dialogues that are prepared one by one; at least one."""
     length = max(len(row.ids) for row in rows)
     starts = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
 
-    def padded(values: Callable[[_Row], Any], fill: int, *axes: int) -> Tensor:
+    def padded(values: Callable[[Row], Any], fill: int, *axes: int) -> Tensor:
         table = np.full((*axes, len(rows), length), fill, dtype=np.int64)
         for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
             table[..., b, start : start + len(row.ids)] = values(row)
@@ -131,7 +136,7 @@ def collate(
         "turn_rows": torch.tensor([b for b, row in enumerate(rows) for _ in row.turns]),
         "turn_columns": torch.tensor([starts[b] + column for b, row in enumerate(rows) for column in row.turns]),
     }
-    if any(d.isolated and len(d.turns) > 1 for d in dialogues):
+    if any(row.tree for row in rows):
         batch["branch_ids"] = padded(lambda row: row.branches, 0)
     if any(row.cut for row in rows):
         first = np.cumsum([0, *(len(row.turns) for row in rows)]).tolist()
@@ -139,8 +144,11 @@ def collate(
     return batch | _image_tensors(rows)
 
 
-def _row(dialogue: Dialogue, processor: Processor, limit: int, truncate: Truncate) -> _Row:
-    """A dialogue laid out; where its turns have more tokens than the limit, with their texts cut or a DataError."""
+def prepare(
+    dialogue: Dialogue, processor: Processor, *, truncate: Truncate = "NONE", max_tokens: int | None = None
+) -> Row:
+    """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
+    limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
     processor.check(dialogue)
     images = processor.encode_images(dialogue.images, dialogue.where)
     row = whole = _laid_out(dialogue, images, processor)
@@ -167,9 +175,10 @@ def _cut(dialogue: Dialogue, excess: Sequence[int], processor: Processor, end: L
     return replace(dialogue, turns=tuple(cut))
 
 
-def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> _Row:
+def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> Row:
     prompt = processor.template.prompt(dialogue)
-    row = _Row(images=images)
+    row = Row(images=images)
+    row.tree = dialogue.isolated and len(dialogue.turns) > 1
     position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
     trunk = len(row.ids)
     begin = None  # of the positions of all turns after the first; None: where the turn before ended
@@ -203,7 +212,7 @@ def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) 
     return part
 
 
-def _image_tensors(rows: Sequence[_Row]) -> dict[str, Tensor]:
+def _image_tensors(rows: Sequence[Row]) -> dict[str, Tensor]:
     images = [(b, image) for b, row in enumerate(rows) for image in row.images]
     if not images:
         return {}

@@ -29,10 +29,12 @@ from sentence_transformers.base.losses.gradcache import RandContext
 from torch import Tensor
 
 from muco import distributed
-from muco.batch import PATCH_KEYS, DialogueBatch, images_of, join, join_ids, rows_of, split
+from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, join_ids, rows_of, split
+from muco.dialogue import single_turn
 from muco.encoder import Model
 from muco.errors import TrainingError
 from muco.loss import MultiTurnLoss
+from muco.negatives import Variety
 
 logger = logging.getLogger(__name__)
 SIDES = ("query", "target")
@@ -49,12 +51,14 @@ class StepReport:
         tokens: Of all dialogues, padding left out.
         padding: Share of padding in what passed through the model.
         chunks: Forward passes with gradient.
+        no_negative: Why no turn of the step has a negative, over all processes; "" where one has.
     """
 
     loss: Tensor
     tokens: int
     padding: float
     chunks: int
+    no_negative: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,15 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A whole step's share of this process. Dialogues lie on the CPU, ``ids`` on the device."""
+    """A whole step's share of this process. Dialogues lie on the CPU, ``ids`` on the device.
+
+    A share without a turn has a dialogue per side all the same, so that this process makes passes as the others do.
+    """
 
     sides: dict[str, DialogueBatch]
     ids: dict[str, Tensor]
     places: list[str]
+    variety: Variety
 
 
 class TrainingStep:
@@ -106,15 +114,20 @@ class TrainingStep:
         self.keeps_features = model.encoder.vision_is_frozen
         self.sharded = distributed.is_sharded(model)
 
-    def __call__(self, parts: Iterable[Mapping[str, Any]]) -> StepReport:
+    def __call__(self, parts: Iterable[Mapping[str, Any]]) -> StepReport | None:
         """Makes one step.
 
         Args:
-            parts: From :func:`muco.train.batches.training_batch`, on the CPU; taken one at a time.
+            parts: From :func:`muco.train.batches.batch_of`, on the CPU; at least one, taken one at a time.
+        Returns:
+            None, and no gradients, if no process has a turn.
         Raises:
             TrainingError: If the loss is not finite, or one dialogue alone is more than memory holds.
         """
         batch = self._receive(parts)
+        varieties = distributed.gather_objects(batch.variety)
+        if not any(variety.turns for variety in varieties):
+            return None
         while True:
             self.token_budget = distributed.smallest(self.token_budget)
             chunks = [_Chunk(side, *cut) for side in SIDES for cut in split(batch.sides[side], self.token_budget)]
@@ -127,24 +140,27 @@ class TrainingStep:
         distributed.sum_gradients(self.model.parameters())
         tokens = sum(int(side["attention_mask"].sum()) for side in batch.sides.values())
         passed = sum(chunk.tokens for chunk in chunks)
-        return StepReport(loss, tokens, 1 - tokens / passed, len(chunks))
+        return StepReport(loss, tokens, 1 - tokens / passed, len(chunks), self.loss.why_no_negative(varieties))
 
     def _receive(self, parts: Iterable[Mapping[str, Any]]) -> _Batch:
         """Puts the parts together; as they come, images are replaced by their features where these cannot change."""
         sides: dict[str, list[DialogueBatch]] = {side: [] for side in SIDES}
-        ids, places = [], []
+        ids, vectors, places = [], [], []
         room = self.feature_memory * GIB
         for part in parts:
-            for side in SIDES:
+            for side in SIDES if part["places"] else ():
                 batch, room = self._see(part[side], room)
                 sides[side].append(batch)
             ids.append(part["ids"])
+            vectors.append(len(part["target"]["turn_rows"]) if part["places"] else 0)
             places += part["places"]
-        joined = join_ids(ids, [len(batch["turn_rows"]) for batch in sides["target"]])
+        joined = join_ids(ids, vectors)
+        idle = [] if places else [collate([single_turn("nothing")], self.model.encoder.muco_processor)]
         return _Batch(
-            {side: join(batches) for side, batches in sides.items()},
+            {side: join(batches or idle) for side, batches in sides.items()},
             {key: values.to(self.model.device) for key, values in joined.items()},
             places,
+            Variety.of(joined),
         )
 
     def _see(self, batch: DialogueBatch, room: float) -> tuple[DialogueBatch, float]:
@@ -236,11 +252,12 @@ class TrainingStep:
         return next(self.model.parameters())
 
     def _loss(self, query: Tensor, vectors: Tensor, batch: _Batch) -> Tensor:
+        query = query[: len(batch.ids["sample_ids"])]  # none of a share without a turn
         loss = self.loss.of_vectors(query, vectors, batch.ids)
         if torch.isfinite(loss):
             return loss
         bad = ~(torch.isfinite(query).all(dim=1) & torch.isfinite(vectors[batch.ids["target_rows"]]).all(dim=1))
-        rows = batch.sides["query"]["turn_rows"][bad.cpu()].unique().tolist()
+        rows = batch.sides["query"]["turn_rows"][: len(bad)][bad.cpu()].unique().tolist()
         places = [place for own in distributed.gather_objects([batch.places[row] for row in rows]) for place in own]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
         where = f"vectors are not finite for {shown}" if places else "all vectors are finite"

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from muco.distributed import gather, rank
-from muco.negatives import allowed_hard_negatives, allowed_negatives
+from muco.negatives import Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 from muco.pooling import shortened
 
 
@@ -264,6 +264,10 @@ class MultiTurnLoss(nn.Module):
         ]
         return torch.stack(losses).mean()
 
+    def why_no_negative(self, parts: Sequence[Variety]) -> str:
+        """Why this loss is 0 for a batch of these parts, whatever the model; "" where it is not."""
+        return why_no_negative(parts, mask_same_image=self.mask_same_image)
+
     def _value(
         self,
         query: Tensor,
@@ -302,6 +306,9 @@ class ReconstructionLoss(MultiTurnLoss):
     def __init__(self, model: nn.Module, *, joint: bool = False, mask_counterpart: bool = True, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.joint, self.mask_counterpart = joint, mask_counterpart
+
+    def why_no_negative(self, parts: Sequence[Variety]) -> str:
+        return "" if self.joint and not self.mask_counterpart else super().why_no_negative(parts)
 
     def _value(
         self,

@@ -29,8 +29,13 @@ from muco.train.batches import Chosen, reconstruction_batch, training_batch
 from muco.train.trainer import shard_model
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
-# how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one
-SHARES = {"even": ([0, 2, 4], [1, 3, 5]), "ragged": ([0, 1, 2, 3, 4], [5]), "text": ([0, 2, 4, 5, 3], [1, 6])}
+# how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one, all on one
+SHARES = {
+    "even": ([0, 2, 4], [1, 3, 5]),
+    "ragged": ([0, 1, 2, 3, 4], [5]),
+    "text": ([0, 2, 4, 5, 3], [1, 6]),
+    "alone": ([0, 1, 2], []),
+}
 # share, mode, trained, budget, sharding
 CASES = {
     "plain": ("even", "isolated", "adapters", None, "none"),
@@ -41,7 +46,10 @@ CASES = {
     "text only, vision trained": ("text", "isolated", "all", 97, "none"),
     "text only, plain": ("text", "compounded", "all", None, "none"),
     "reconstruction": ("ragged", "reconstruction", "adapters", 150, "none"),
+    "alone, plain": ("alone", "isolated", "all", None, "none"),
+    "alone, cached": ("alone", "reconstruction", "adapters", 97, "none"),
     "sharded": ("even", "isolated", "adapters", 200, "fsdp"),
+    "sharded, alone": ("alone", "compounded", "adapters", 97, "fsdp"),
     "sharded, ragged": ("ragged", "isolated", "language", 97, "fsdp"),
     "sharded, text only": ("text", "compounded", "adapters", None, "fsdp"),
     "sharded, half": ("even", "isolated", "half", 200, "fsdp"),

@@ -101,6 +101,16 @@ def test_every_image_is_opened_once_and_in_row_order(tmp_path, monkeypatch):
     assert [re.search(r"jsonl:(\d+)", m)[1] for m in report.broken_images.listed] == [str(i) for i in range(1, 41, 3)]
 
 
+def test_copies_of_an_image_are_one_target(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    rows = [{"turns": [{"query": "q", "target": {"image": name}}]} for name in ("a.png", "b.png")]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    repeats = check(tmp_path / "a.jsonl").kinds[NO_KIND]
+    assert repeats.share == 1 and repeats.most_frequent == [(f"[image {tmp_path / 'a.png'}]", 2)]
+    assert check(tmp_path / "a.jsonl", images=False).kinds[NO_KIND].share == 0, "nothing was read"
+
+
 def test_lists_are_capped_and_totals_are_not(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [row(f"{i}.png") for i in range(75)])
     missing = check(tmp_path / "a.jsonl").missing_images

@@ -246,3 +246,10 @@ def test_bfloat16_autocast_keeps_every_gradient(tiny_model, samples):
     assert other == pytest.approx(value, rel=0.02) and grads.keys() == others.keys()
     for name, gradient in grads.items():
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), others[name].flatten(), dim=0) > 0.98, name
+
+
+def test_a_step_without_a_turn_is_not_made(tiny_model):
+    model = steps.to_train(tiny_model, "adapters")
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS))
+    assert step([steps.share(model, [], "isolated")] * 2) is None
+    assert not steps.gradients(model)

@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from muco.data import images
-from muco.data.images import FORMATS, image_digest, open_image, resize_to_budget
+from muco.data.images import FORMATS, SameImage, image_digest, open_image, resize_to_budget
 from muco.errors import DataError, ImageError
 
 
@@ -355,3 +356,29 @@ def test_digest_of_a_pillow_image_is_that_of_what_is_seen():
     two.putpalette([9, 9, 9])
     assert image_digest(one) != image_digest(two)
     assert image_digest(ImageOps.exif_transpose(image)) == image_digest(image)
+
+
+def test_the_same_image_is_known_again_and_read_only_where_it_must_be(tmp_path, monkeypatch):
+    a = encoded(noise())
+    for name, data in (("a.png", a), ("b.png", a), ("d.png", a + b"x")):
+        (tmp_path / name).write_bytes(data)
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or path.open("rb").read())
+    one, copy, longer = (SameImage(tmp_path / name) for name in ("a.png", "b.png", "d.png"))
+    assert len({one, longer}) == 2 and not read
+    assert len({one, copy, SameImage(a), SameImage(str(tmp_path / "a.png"))}) == 1 and {*read} == {"a.png", "b.png"}
+    assert SameImage(noise()) == SameImage(noise()) != one
+    with pytest.raises(ImageError, match=r"row 3: .*none\.png: no such image file"):
+        SameImage(tmp_path / "none.png", where="row 3")
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    path, read = tmp_path / "a.png", []
+    path.write_bytes(b"one")
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(1) or path.open("rb").read())
+    assert image_digest(path) == image_digest(path) and len(read) == 2, "written just now"
+    os.utime(path, ns=(10**18, 10**18))
+    first = image_digest(path)
+    assert image_digest(path) == image_digest(str(path)) == first and len(read) == 3
+    path.write_bytes(b"two")
+    assert image_digest(path) == image_digest(b"two") != first

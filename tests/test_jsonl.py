@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.data import jsonl, open_data
+from muco.data import fingerprint, jsonl, open_data
 from muco.data.jsonl import JsonlData, sample_from_row, sample_to_row, write_jsonl
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError
@@ -217,6 +219,47 @@ def test_fingerprint_changes_when_images_are_swapped(dataset):
     one.write_bytes(second)
     two.write_bytes(first)
     assert JsonlData(dataset).fingerprint != before
+
+
+def test_of_much_data_the_fingerprint_reads_every_row_and_some_images(tmp_path, monkeypatch):
+    """All rows by the bytes of the file; images of rows from the first to the last, in the same way for a copy."""
+    monkeypatch.setattr(fingerprint, "LOOKED", 4)
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(bytes([number]))
+    row = {"turns": [{"query": "q", "target": "t"}]}
+    write_jsonl(tmp_path / "a.jsonl", [row | {"image": f"{number}.png"} for number in range(10)])
+    first, changed = JsonlData(tmp_path / "a.jsonl").fingerprint, []
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(b"other")
+        changed.append(JsonlData(tmp_path / "a.jsonl").fingerprint != first)
+        (tmp_path / f"{number}.png").write_bytes(bytes([number]))
+    assert [number for number, other in enumerate(changed) if other] == [0, 2, 5, 7]
+    lines = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(lines.replace("9.png", "8.png"))
+    assert JsonlData(tmp_path / "a.jsonl").fingerprint != first
+
+
+def test_a_file_that_stays_as_it_is_is_read_once_also_by_the_next_process(tmp_path, monkeypatch):
+    file, memory = tmp_path / "rows.jsonl", tmp_path / "digests.json"
+    monkeypatch.setattr(fingerprint, "_known", {})
+    read, real = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(1) or real(*given))
+    file.write_bytes(b"one")
+    one = fingerprint.file_digest(file)
+    assert fingerprint.file_digest(file) == one == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 2, "written just now: it may be written again within the same tick of the clock"
+    os.utime(file, ns=(10**18, 10**18))
+    assert fingerprint.file_digest(file) == fingerprint.file_digest(file) == one and len(read) == 3
+    fingerprint.remember(memory)
+    fingerprint._known.clear()
+    for damaged in (b"{", b"[]", b'{"a": 1}'):
+        (tmp_path / "damaged.json").write_bytes(damaged)
+        fingerprint.recall(tmp_path / "damaged.json")
+    fingerprint.recall(memory)
+    assert fingerprint.file_digest(file) == one and len(read) == 3
+    file.write_bytes(b"two")
+    os.utime(file, ns=(10**18 + 1, 10**18 + 1))
+    assert fingerprint.file_digest(file) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_fingerprint_is_cached_and_names_missing_images(dataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -123,6 +124,20 @@ def test_images_are_mined_given_negatives_stay_and_paraphrases_are_no_negatives(
     assert [str(i) for i in images] == [str(pairs[2 + int(n)].turns[0].target[0].images[0]) for n in nearest]
     made = json.loads((tmp_path / "mined.jsonl.json").read_text())
     assert made["model"] == tiny_model.fingerprint and made["mining"]["negatives"] == 2
+
+
+def test_targets_of_a_copy_of_the_image_are_no_negatives(scenes, tiny_model, tmp_path):
+    image, other = sorted((scenes / "images" / "train").glob("*.png"))[:2]
+    copy = shutil.copy(image, tmp_path / "copy.png")
+    seen = [
+        (image, "one", "a"),
+        (copy, "two", "b"),
+        (other, "three", "a"),
+    ]  # an id says nothing where there is an image
+    rows = Rows([Sample(file, [Turn("what?", target)], id=id) for file, target, id in seen])
+    mine(rows, tiny_model, tmp_path / "mined.jsonl", Mining(2, depth=4))
+    mined = [{content.text for content in sample.turns[0].negatives} for sample in open_data(tmp_path / "mined.jsonl")]
+    assert mined == [{"three"}, {"three"}, {"one", "two"}]
 
 
 def test_what_cannot_be_mined_is_said(tmp_path, scenes):

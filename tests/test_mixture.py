@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from muco import Content, DataError, ImageError, RecipeError, Sample, Turn
+from muco import processor as processor_module
 from muco.batch import join, join_ids, split, tree_mask
 from muco.data import open_data
+from muco.data.images import image_digest, open_image
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
 from muco.train import batches as batches_module
 from muco.train import mixture as mixture_module
@@ -72,15 +76,28 @@ def test_rounds_grow_with_the_number_of_sources(monkeypatch):
     assert set(seen) == set(range(sources)) and all(abs(n - 3 * sources) <= 1 for n in seen.values())
 
 
-def test_samples_of_one_image_are_no_negatives_of_one_another(tiny_model, scenes):
-    images = sorted((scenes / "images" / "train").glob("*.png"))
-    rows = Rows(Sample(image=images[n // 2], turns=[Turn("what?", f"answer {n}")]) for n in range(4))
-    rows.append(Sample(image=images[0], turns=[Turn("what?", "own id")], id="own"))
-    rows += [Sample(turns=[Turn(f"text {n}", f"target {n}")]) for n in range(2)]
-    batches = TrainingBatches([rows], Mixture([7], [1.0], 7, 0), tiny_model.encoder.muco_processor, TurnsRecipe())
-    draws = [draw.index for draw in batches.mixture.draws(0)]
-    found = dict(zip(draws, batches[0]["ids"]["sample_ids"].tolist(), strict=True))
-    assert found[0] == found[1] and found[2] == found[3] and len(set(found.values())) == 5
+def test_samples_are_one_by_their_image_else_by_id_and_source(tiny_model, scenes, tmp_path):
+    """A copy of a file, and its bytes, are the same image in every source; an id means something in its source only."""
+    first, second = sorted((scenes / "images" / "train").glob("*.png"))[:2]
+    copy = shutil.copy(first, tmp_path / "copy.png")
+
+    def source(number: int, image: Path | bytes | str) -> Rows:
+        seen = [Sample(image, [Turn("what?", f"{number} seen")], id=f"{number} own"), Sample(image, [Turn("a", "b")])]
+        named = [Sample(turns=[Turn("what?", f"{number}.{n}")], id="0001") for n in range(2)]
+        return Rows([*seen, Sample(second, [Turn("c", "d")], id="0001"), *named, Sample(turns=[Turn("e", "f")])])
+
+    sources = [source(n, image) for n, image in enumerate((first, copy, first.read_bytes()))]
+    processor, mixture = tiny_model.encoder.muco_processor, Mixture([6] * 3, [1.0] * 3, 18, 0)
+    one = TrainingBatches(sources, mixture, processor, TurnsRecipe())[0]
+    kinds = ["first", "first", "second", "named", "named", "alone"]
+    expected = [kinds[d.index] if d.index < 3 else (kinds[d.index], d.source) for d in mixture.draws(0)]
+    ids = one["ids"]["sample_ids"].tolist()
+    assert [[a == b for b in ids] for a in ids] == [[a == b for b in expected] for a in expected]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(batches_module, "SameImage", image_digest)  # slower, and the same
+        slow = TrainingBatches(sources, mixture, processor, TurnsRecipe(), leave_out_duplicates=True)[0]
+    kept = TrainingBatches(sources, mixture, processor, TurnsRecipe(), leave_out_duplicates=True)[0]
+    assert same(kept, slow) and len(kept["places"]) == len(set(expected)) - 2, "e and f is one turn, not three"
 
 
 def test_a_source_without_a_place_in_a_batch_or_without_samples_is_an_error():
@@ -270,6 +287,47 @@ def test_broken_images_stop_a_run_or_are_skipped_and_counted(scenes, tiny_model,
         TrainingBatches(*arguments)[0]
     batch = TrainingBatches(*arguments, skip_broken=True)[0]
     assert sorted(row["row"] for row in batch["skipped"]) == [1, 2] and len(batch["ids"]["sample_ids"]) == 1
+
+
+@pytest.mark.parametrize(("mode", "duplicates"), [("isolated", True), ("compounded", False), ("reconstruction", False)])
+def test_what_is_wrong_with_a_sample_concerns_no_other(scenes, tiny_model, tmp_path, monkeypatch, mode, duplicates):
+    """Whatever it is and wherever it shows: the rest of the step is what it is without the sample, part by part."""
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    good = sorted((scenes / "images" / "train").glob("*.png"))[:4]
+    faults = [
+        Sample(tmp_path / "broken.png", [Turn("q", "p")]),
+        Sample(turns=[Turn("q", "an <|emb|> here")]),
+        Sample(turns=[Turn("half \ud83d", "r")]),
+        Sample(turns=[Turn("q", "s", negatives=[{"image": tmp_path / "none.png"}])]),
+        Sample(turns=[Turn("q", {"image": tmp_path / "none.png"})]),
+    ]
+    rows = Rows([*(Sample(image, [Turn("", f"answer {n}")]) for n, image in enumerate(good)), *faults])
+    mixture = Mixture([9], [1.0], 9, 0)
+    monkeypatch.setattr(batches_module, "PART", 2)
+    opened = []
+    monkeypatch.setattr(processor_module, "open_image", lambda image, **more: opened.append(image) or open_image(image))
+    batches = TrainingBatches(
+        [rows],
+        mixture,
+        tiny_model.encoder.muco_processor,
+        TurnsRecipe(mode=mode),
+        skip_broken=True,
+        leave_out_duplicates=duplicates,
+    )
+    parts = [batches[0, part] for part in range(batches.parts)]
+    assert sorted(line["row"] for part in parts for line in part["skipped"]) == [4, 5, 6, 7, 8]
+    assert [len(part["places"]) + len(part["skipped"]) for part in parts] == [2, 2, 2, 2, 1]
+    made = [part for part in parts if part["places"]]
+    assert len(made) < len(parts)
+    assert all(("query" in part) == ("target" in part) == bool(part["places"]) for part in parts)
+    order = [draw.index for draw in mixture.draws(0) if draw.index < 4]
+    assert [image for image in opened if image in good] == [good[i] for i in order], "each is opened once"
+    clean = TrainingBatches([Rows(rows[:4])], Mixture([4], [1.0], 4, 0), batches.processor, batches.turns)[0]
+    vectors = [len(part["target"]["turn_rows"]) if part["places"] else 0 for part in parts]
+    ids = join_ids([part["ids"] for part in parts], vectors)
+    for key in ("sample_ids", "target_ids"):
+        assert sorted(ids[key].tolist()) == sorted(clean["ids"][key].tolist())
+    assert join([part["query"] for part in made])["image_patches"].sum() == clean["query"]["image_patches"].sum()
 
 
 def test_blind_pixels_are_all_equal(batches):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from muco.negatives import allowed_hard_negatives, allowed_negatives
+from muco.negatives import Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 
 
 def test_turns_of_one_sample_are_no_negatives():
@@ -33,3 +35,30 @@ def test_a_hard_negative_serves_its_own_turn_and_other_samples_only():
     # the third turn's own target is identical to the hard negative
     ids = {"target_ids": torch.tensor([1, 2, 9]), "hard_negative_ids": torch.tensor([9])}
     assert allowed_hard_negatives(sample_ids, turns, **ids).tolist() == [[True], [False], [False]]
+
+
+small = st.integers(0, 2)
+
+
+@given(
+    st.lists(st.tuples(small, small), max_size=5),
+    st.lists(st.tuples(st.integers(0, 9), small), max_size=2),
+    st.integers(0, 5),
+    st.booleans(),
+    st.booleans(),
+)
+def test_why_no_turn_has_a_negative_is_what_the_masks_say(turns, hard, cut, marked, mask_same_image):
+    samples, targets = (torch.tensor([turn[i] for turn in turns], dtype=torch.long) for i in (0, 1))
+    hard = [(turn, target) for turn, target in hard if turn < len(turns)]
+    owners, hard_ids = (torch.tensor([each[i] for each in hard], dtype=torch.long) for i in (0, 1))
+    kinds = (targets, hard_ids) if marked else (None, None)
+    allowed = allowed_negatives(samples, kinds[0], mask_same_image=mask_same_image).any()
+    allowed |= allowed_hard_negatives(samples, owners, *kinds).any()
+
+    def variety(own: slice) -> Variety:
+        of_turns = {"sample_ids": samples[own]} | ({"target_ids": targets[own]} if marked else {})
+        first, mine = own.start or 0, [i for i, (turn, _) in enumerate(hard) if turn in range(len(turns))[own]]
+        return Variety.of(of_turns | {"hard_negative_turns": owners[mine] - first, "hard_negative_ids": hard_ids[mine]})
+
+    reason = why_no_negative([variety(slice(0, cut)), variety(slice(cut, None))], mask_same_image=mask_same_image)
+    assert bool(reason) == (len(turns) > 0 and not allowed)

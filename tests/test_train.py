@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import muco
 from muco.data import open_data
 from muco.evaluate.blind import blind_loss
 from muco.train import checkpoint
+from muco.train.plan import plan
 from muco.train.recipe import dump_recipe, from_dict, load_recipe
 from muco.train.trainer import build_model, make_trainer
 from muco.train.warmup import language_loss, warm_up
@@ -100,6 +102,27 @@ def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_pat
     with pytest.raises(muco.OutputError, match="not empty"):
         muco.train(recipe_of(scenes, tmp_path))
     assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_run_that_was_begun_with_other_fingerprints_resumes_and_says_so(scenes, tmp_path, caplog):
+    recipe, output = recipe_of(scenes, tmp_path / "run"), tmp_path / "run"
+    facts = checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")])
+    assert checkpoint.claim_output(output, facts, resume=True) is None
+    (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+
+    def began(**changes) -> None:
+        old = {key: value for key, value in facts.items() if key != "fingerprint_rule"}
+        old["data"] = [facts["data"][0] | {"fingerprint": "of all images"} | changes]
+        (output / "run.json").write_text(json.dumps(old))
+
+    began()
+    for said in (True, False):
+        caplog.clear()
+        assert checkpoint.claim_output(output, facts, resume=True) is None
+        assert ("begun by another version" in caplog.text) == said
+    began(samples=63)
+    with pytest.raises(muco.OutputError, match="the training data differs"):
+        checkpoint.claim_output(output, facts, resume=True)
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finished, scenes, tmp_path):
@@ -366,14 +389,15 @@ def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path
 
 
 def broken_scenes(scenes: Path, folder: Path, broken: int) -> Path:
-    """The scenes, of which so many rows have a missing image, no image, or no sense, one after another."""
+    """The scenes, of which so many rows have a missing image, no image, no sense, or a special token, one by one."""
     lines = (scenes / "train.jsonl").read_text().splitlines()
     folder.mkdir()
     (folder / "images").symlink_to(scenes / "images")
     (folder / "text.png").write_text("no image")
     for row in range(broken):
-        path = ("text.png", "none.png")[row % 3] if row % 3 < 2 else None
-        lines[row] = json.dumps({**json.loads(lines[row]), "image": path}) if path else '{"turns": "none"}'
+        special = {"turns": [{"query": "what?", "target": "an <|emb|> here"}]}
+        change = ({"image": "text.png"}, {"image": "none.png"}, {"turns": "none"}, special)[row % 4]
+        lines[row] = json.dumps(json.loads(lines[row]) | change)
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -403,6 +427,51 @@ def test_rows_that_cannot_be_used_are_named_counted_and_kept_count_of_when_resum
         "skipped": before,
         "left_out_turns": 0,
     }
+
+
+def test_a_step_in_which_nothing_can_be_used_is_left_out_and_said(scenes, tmp_path, caplog):
+    lines = (broken_scenes(scenes, tmp_path / "data", 5) / "train.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines) + "\n")
+    data = {"train": [{"path": str(tmp_path / "data" / "train.jsonl")}], "broken_images": "skip"}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data, batch={"size": 2}, warm_up={"steps": 1})
+    model = muco.train(recipe)
+    said = [record.message for record in caplog.records if "the step is left out" in record.message]
+    logged = [step for step, _ in json.loads((model / "run.json").read_text())["loss"]]
+    assert said and len(said) == 6 - len(logged) and logged
+    assert not any(message.startswith(tuple(f"step {step}:" for step in logged)) for message in said)
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    again = muco.train(recipe)
+    assert losses(again) == losses(model)
+
+
+TURNS = [{"query": "What?", "target": "a ring"}, {"query": "Why?", "target": "a gift"}]
+ROW = {"image": "images/train/00000.png", "turns": TURNS}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([ROW], "its only sample gives no turn a negative .all turns belong to one sample or one image"),
+        ([{"turns": TURNS[:1]}] * 8, "step 1: no turn has a negative .all turns have the same target"),
+        ([ROW] * 8, "step 1: no turn has a negative .all turns belong to one sample or one image"),
+        ([{"turns": [TURNS[0] | {"negatives": ["a pin"]}]}], None),
+    ],
+)
+def test_a_run_that_can_learn_nothing_says_why(scenes, tmp_path, caplog, rows, said):
+    (tmp_path / "images").symlink_to(scenes / "images")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": [{"path": str(tmp_path / "train.jsonl")}]}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data, turns={}, trainer={"max_steps": 2, "save_strategy": "no"})
+    problems = [line for line in plan(recipe)["problems"] if "negative" in line]
+    assert bool(problems) == bool(said)
+    if len(rows) == 1 and said:
+        with pytest.raises(muco.DataError, match=said):
+            muco.train(recipe)
+        return
+    values = losses(muco.train(recipe))
+    told = [record.message for record in caplog.records if "negative" in record.message]
+    assert len(told) == bool(said) and (not said or re.search(said, told[0]) and values == [0.0, 0.0])
 
 
 def test_a_run_stops_when_more_than_the_stated_share_is_broken(scenes, tmp_path):

@@ -24,7 +24,7 @@ class Data(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that matters: the rows and the contents of the image files."""
+        """SHA-256 (hex) that tells one state of the data from another, see :mod:`muco.data.fingerprint`."""
         ...
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.data.fingerprint import file_digest
 from muco.data.images import image_digest
 from muco.dialogue import Content, ImageLike, Sample
 from muco.errors import DataError, ImageError
@@ -225,8 +226,7 @@ class Captions:
 
     @property
     def fingerprint(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
 
 class CaptionedData:

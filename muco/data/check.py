@@ -19,8 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muco.data import Data, open_data
-from muco.data.images import image_digest, open_image
-from muco.data.jsonl import sample_images
+from muco.data.images import image_digest, open_image, sample_images
 from muco.dialogue import Content, ImageLike, Sample
 from muco.errors import CheckpointError, DataError, ImageError
 
@@ -78,7 +77,7 @@ class Report:
     samples: int = 0  # rows that can be read
     turns: int = 0
     turns_per_sample: dict[int, int] = field(default_factory=dict)  # number of turns -> samples
-    images: int = 0  # distinct ones
+    images: int = 0  # distinct files
     images_opened: bool = True
     bad_rows: Findings = field(default_factory=Findings)
     missing_images: Findings = field(default_factory=Findings)
@@ -115,7 +114,8 @@ def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: An
 
     Args:
         data_or_path: A path for :func:`muco.data.open_data`, or any data.
-        images: False counts the images without opening them; missing files are still found.
+        images: False counts the images without opening them; missing files are still found. Targets that are copies
+            of one image file are then counted apart.
         tokenizer: A tokenizer, or the path or hub id of a model: lengths are then given in tokens too, and its
             special tokens are looked for besides everything of the form ``<|…|>``.
     Raises:
@@ -126,7 +126,7 @@ def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: An
     tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
     data = open_data(data_or_path) if isinstance(data_or_path, (str, Path)) else data_or_path
     report = Report(path=str(getattr(data, "path", type(data).__name__)), rows=len(data), images_opened=images)
-    texts, targets = _Texts(report.special_tokens, tokenizer), _Targets()
+    texts, targets = _Texts(report.special_tokens, tokenizer), _Targets(read_images=images)
     turns_per_sample: Counter[int] = Counter()
     with _progress(len(data)) as rows, _ImageChecks(report) as image_checks:
         for i in rows:
@@ -186,7 +186,7 @@ class _ImageChecks:
 
     def add(self, sample: Sample) -> None:
         for image in sample_images(sample):
-            key = _image_key(image)
+            key = _file_name(image)
             if key in self._seen:
                 continue
             self._seen.add(key)
@@ -213,9 +213,11 @@ def _image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, st
     return None
 
 
-def _image_key(image: ImageLike) -> str:
-    if isinstance(image, (str, Path)):
-        return str(image)
+def _file_name(image: ImageLike) -> str:
+    return str(image) if isinstance(image, (str, Path)) else _digest(image)
+
+
+def _digest(image: ImageLike) -> str:
     try:
         return image_digest(image)
     except ImageError as error:  # only a name is wanted here; opening the image reports it
@@ -281,9 +283,15 @@ def _percentile(counts: Counter[int], share: float) -> int:
 
 
 class _Targets:
-    """How often each target occurs, by kind: in turns, and in distinct samples."""
+    """How often each target occurs, by kind: in turns, and in distinct samples.
 
-    def __init__(self) -> None:
+    Args:
+        read_images: Whether copies of an image file are known for the same image; without reading, names tell.
+    """
+
+    def __init__(self, *, read_images: bool) -> None:
+        self._read_images = read_images
+        self._shown: dict[str, str] = {}  # digest of an image -> the name of the first such file
         self._turns: Counter[str] = Counter()
         self._uses: dict[str, Counter[str]] = {}
         self._samples: dict[str, Counter[str]] = {}
@@ -292,12 +300,20 @@ class _Targets:
         in_sample: dict[str, set[str]] = {}
         for turn in sample.turns:
             kind = turn.kind or NO_KIND
-            names = {_target_name(content) for content in turn.target}
+            names = {self._name(content) for content in turn.target}
             self._turns[kind] += 1
             self._uses.setdefault(kind, Counter()).update(names)
             in_sample.setdefault(kind, set()).update(names)
         for kind, names in in_sample.items():
             self._samples.setdefault(kind, Counter()).update(names)
+
+    def _name(self, content: Content) -> str:
+        """Text, and the images as "[image path]": equal for equal targets, and readable in the report."""
+        return " ".join([*(f"[image {self._image(image)}]" for image in content.images), content.text]).strip()
+
+    def _image(self, image: ImageLike) -> str:
+        name = _file_name(image)
+        return self._shown.setdefault(_digest(image), name) if self._read_images else name
 
     def kinds(self) -> dict[str, Repeats]:
         """By number of turns, largest first."""
@@ -307,11 +323,6 @@ class _Targets:
         uses, samples = self._uses[kind], self._samples[kind]
         repeated = Counter({name: count for name, count in uses.items() if samples[name] > 1})
         return Repeats(turns, len(uses), repeated.total() / uses.total(), repeated.most_common(MOST_FREQUENT))
-
-
-def _target_name(content: Content) -> str:
-    """Text, and the images as "[image path]": equal for equal targets, and readable in the report."""
-    return " ".join([*(f"[image {_image_key(image)}]" for image in content.images), content.text]).strip()
 
 
 def _load_tokenizer(path: str | Path) -> Any:

@@ -23,9 +23,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from muco.data.fingerprint import Fingerprinted
 from muco.data.images import is_url
 from muco.data.json_places import Scanner, checked_object, value_at
-from muco.data.pairs import fingerprint_of, open_unchanged, position
+from muco.data.pairs import open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
 from muco.evaluate.lines import Row, file_state, image_of, raw_lines, text_of
@@ -41,7 +42,7 @@ _PLACEHOLDER = re.compile(r"\A\s*<image>[\n ]?|[\n ]<image>|<image>[\n ]?")
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 
 
-class LlavaData:
+class LlavaData(Fingerprinted):
     """Conversations about an image, one sample each; read from disk when asked for.
 
     The placeholder ``<image>`` is taken out of the questions; a question that was nothing else asks for the image
@@ -66,7 +67,6 @@ class LlavaData:
             raise DataError(f"{self.path}: unknown kind of conversations; give a .json or .jsonl file")
         if not len(self):
             raise DataError(f"{self.path}: the file holds no conversation")
-        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -81,12 +81,8 @@ class LlavaData:
         images = self._image_paths(entry, where)
         return Sample(images, _exchanges(entry, bool(images), where), id=_entry_id(entry, where), where=where)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file and the images, see :func:`muco.data.pairs.fingerprint_of`."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint_of(self, [self.path], "LLaVA 1")
-        return self._fingerprint
+    def _read_from(self) -> tuple[list[Path], Any]:
+        return [self.path], "LLaVA 1"
 
     def _image_paths(self, entry: Row, where: str) -> list[str]:
         given = entry.get("image")
@@ -96,7 +92,7 @@ class LlavaData:
         return [path for path in found if path is not None]
 
 
-class VisDialData:
+class VisDialData(Fingerprinted):
     """Dialogues of VisDial 1.0, one sample each; read from disk when asked for. Texts are as they stand in the file.
 
     Args:
@@ -133,7 +129,6 @@ class VisDialData:
             raise DataError(f"{self.path}: the file holds no dialogue")
         for given in self.patterns:
             self._file_name(given, 0)
-        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._places["dialogs"])
@@ -155,12 +150,8 @@ class VisDialData:
             raise DataError(f"{where}: 'image_id' must be a number, not {image_id!r:.60}")
         return Sample(self._image_file(image_id, where), turns, id=str(image_id), where=where)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file and the images, see :func:`muco.data.pairs.fingerprint_of`."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint_of(self, [self.path], ["VisDial 1", self.caption])
-        return self._fingerprint
+    def _read_from(self) -> tuple[list[Path], Any]:
+        return [self.path], ["VisDial 1", self.caption]
 
     def _turn(self, file: BinaryIO, item: Any, where: str) -> Turn:
         item = checked_object(item, "the turn", where)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import re
 import stat
 import threading
+import time
 import warnings
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from muco.dialogue import ImageLike
+from muco.dialogue import ImageLike, Sample
 from muco.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # raster formats only: none that runs or reads others
@@ -27,6 +31,7 @@ MAX_BYTES = 256 * 2**20
 MAX_ASPECT = 200  # the limit of Qwen2-VL's image processor
 SMALL_SIDE = 28  # one visual token of Qwen2-VL; an image with a shorter side becomes SMALL_SIZE (docs/paper.md, prompt)
 SMALL_SIZE = (56, 56)
+SETTLED = 2 * 10**9  # nanoseconds; the times of a file that was written just now may be those of its next version too
 
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+://|(http|https|data|file):)", re.IGNORECASE)  # "C:\x.png" is none
 _warning_filters = threading.Lock()  # the filters belong to the process; two threads must not swap them at once
@@ -79,17 +84,68 @@ def resize_to_budget(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def image_digest(image: ImageLike, *, where: str = "") -> str:
-    """SHA-256 (hex) of the file's bytes, or of size and RGB pixels for a Pillow image.
+    """What makes an image the same image, everywhere in MuCo: SHA-256 (hex), 64 characters.
+
+    Of a file, or the bytes of one: of these bytes, so a copy under another name is the same image. Of a Pillow image:
+    of its size and RGB pixels as :func:`open_image` gives them; it has no file, and never equals one. Digests of files
+    are remembered as long as size and time of the file stay as they are.
 
     Raises:
         ImageError: If the file is missing or too large, or the Pillow image cannot be read.
     """
-    if not isinstance(image, Image.Image):
-        return hashlib.sha256(read_bytes(image, _name(image, where))).hexdigest()
-    rgb = open_image(image, small_side=0, where=where)
-    digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
-    digest.update(rgb.tobytes())
-    return digest.hexdigest()
+    if isinstance(image, Image.Image):
+        rgb = open_image(image, small_side=0, where=where)
+        digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
+        digest.update(rgb.tobytes())
+        return digest.hexdigest()
+    name = _name(image, where)
+    if isinstance(image, bytes):
+        return hashlib.sha256(read_bytes(image, name)).hexdigest()
+    status = _status(image, name)
+    if time.time_ns() - status.st_mtime_ns < SETTLED:
+        return hashlib.sha256(read_bytes(image, name)).hexdigest()
+    try:
+        return _file_digest(str(image), status.st_ino, status.st_size, status.st_mtime_ns)
+    except ImageError as error:
+        raise ImageError(f"{where}: {error}" if where else str(error)) from error
+
+
+@lru_cache(1 << 14)
+def _file_digest(path: str, *state: int) -> str:
+    return hashlib.sha256(read_bytes(path, path)).hexdigest()
+
+
+class SameImage:
+    """Equal for the same image (:func:`image_digest`); a file is only read where another one has as many bytes.
+
+    Raises:
+        ImageError: If the file is missing or too large; when it is compared, also if it cannot be read.
+    """
+
+    def __init__(self, image: ImageLike, *, where: str = "") -> None:
+        self._image, self._where = image, where
+        if isinstance(image, Image.Image):
+            self._size = image.width * image.height * 3
+        else:
+            self._size = len(image) if isinstance(image, bytes) else _status(image, _name(image, where)).st_size
+
+    @cached_property
+    def _digest(self) -> str:
+        return image_digest(self._image, where=self._where)
+
+    def __hash__(self) -> int:
+        return hash(self._size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameImage) and self._size == other._size and self._digest == other._digest
+
+
+def sample_images(sample: Sample) -> Iterator[ImageLike]:
+    """Every image a sample mentions: its own, then those of its turns (query, target, negatives)."""
+    yield from sample.images
+    for turn in sample.turns:
+        for content in (*turn.query, *turn.target, *turn.negatives):
+            yield from content.images
 
 
 def is_url(path: str) -> bool:
@@ -111,14 +167,7 @@ def _name(image: ImageLike, where: str) -> str:
 
 def read_bytes(image: str | Path | bytes, name: str) -> bytes:
     """The bytes of an image file, at most ``MAX_BYTES``; nothing says yet whether they are an image."""
-    if isinstance(image, bytes):
-        data = image
-    elif not isinstance(image, (str, Path)):
-        raise ImageError(f"{name}: an image must be a path, bytes or a Pillow image, not {type(image).__name__}")
-    elif isinstance(image, str) and is_url(image):
-        raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
-    else:
-        data = _read_file(Path(image), name)
+    data = image if isinstance(image, bytes) else _read_file(image, name)
     if not data:
         raise ImageError(f"{name}: the image is empty (0 bytes)")
     if len(data) > MAX_BYTES:
@@ -126,9 +175,22 @@ def read_bytes(image: str | Path | bytes, name: str) -> bytes:
     return data
 
 
-def _read_file(path: Path, name: str) -> bytes:
+def _read_file(path: str | Path, name: str) -> bytes:
+    _status(path, name)
     try:
-        status = path.stat()
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _status(path: str | Path, name: str) -> os.stat_result:
+    """Of a file that may be read: no URL, folder or pipe, and not too large."""
+    if not isinstance(path, (str, Path)):
+        raise ImageError(f"{name}: an image must be a path, bytes or a Pillow image, not {type(path).__name__}")
+    if isinstance(path, str) and is_url(path):
+        raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
+    try:
+        status = Path(path).stat()
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such image file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL byte or a lone surrogate in the path
@@ -137,10 +199,7 @@ def _read_file(path: Path, name: str) -> bytes:
         raise ImageError(f"{name}: not a file")
     if status.st_size > MAX_BYTES:
         raise ImageError(f"{name}: {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
+    return status
 
 
 def _read_header(data: bytes, name: str) -> Image.Image:

@@ -13,7 +13,6 @@ relative to the file's folder; absolute ones and ``..`` are allowed, since the f
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import operator
 import os
@@ -25,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from muco.data.images import image_digest, is_url
+from muco.data.fingerprint import Fingerprinted
+from muco.data.images import is_url
 from muco.dialogue import Content, ImageLike, Sample, Turn
-from muco.errors import DataError, ImageError
+from muco.errors import DataError
 
 MAX_LINE_BYTES = 64 * 2**20  # a file of one huge line is no JSONL; it must not be read whole to find that out
 
@@ -40,7 +40,7 @@ _JSON_NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a
 }
 
 
-class JsonlData:
+class JsonlData(Fingerprinted):
     """The samples of a JSONL file, parsed when asked for; only the offsets of the lines are kept in memory.
 
     The file is opened anew for every row, so that threads, forked workers and pickled copies share no handle.
@@ -55,7 +55,6 @@ class JsonlData:
         self.path = Path(path).absolute()
         self.folder = self.path.parent
         self._shown = str(path)  # errors name the file as the user did
-        self._fingerprint: str | None = None
         try:
             self._state = _file_state(self.path)
             self._starts, self._lines = _index(self.path, self._shown)  # int64 [n]: byte offset, line number from 1
@@ -81,23 +80,9 @@ class JsonlData:
         """ "file:line" of a row, also of one that cannot be read."""
         return f"{self._shown}:{self._lines[self._position(index)]}"
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the bytes of the file and of every image file it names, in order of first mention.
-
-        Reads everything once, then is cached. Moving the folder does not change it.
-
-        Raises:
-            DataError: If a row is bad or an image file missing.
-        """
-        if self._fingerprint is None:
-            self._fingerprint = self._compute_fingerprint(strict=True)
-        return self._fingerprint
-
-    @property
-    def readable_fingerprint(self) -> str:
-        """The same where nothing is wrong; what cannot be read counts as missing, for runs that skip it."""
-        return self._fingerprint or self._compute_fingerprint(strict=False)
+    def _read_from(self) -> tuple[list[Path], str]:
+        self._open().close()  # refuses a file that has changed
+        return [self.path], "jsonl"
 
     def _position(self, index: int) -> int:
         i = operator.index(index)
@@ -120,40 +105,6 @@ class JsonlData:
             file.close()
             raise DataError(f"{self._shown}: the file changed since it was opened; open it again")
         return file
-
-    def _compute_fingerprint(self, strict: bool) -> str:
-        with self._open() as file:
-            digest = hashlib.file_digest(file, "sha256")
-        seen: set[ImageLike] = set()
-        for i in range(len(self)):
-            try:
-                sample = self[i]
-            except DataError:
-                if strict:
-                    raise
-                continue  # its bytes are in the digest of the file
-            for image in sample_images(sample):
-                if image not in seen:
-                    seen.add(image)
-                    digest.update(_image_digest(image, sample.where, strict))
-        return digest.hexdigest()
-
-
-def _image_digest(image: ImageLike, where: str, strict: bool) -> bytes:
-    try:
-        return bytes.fromhex(image_digest(image, where=where))
-    except ImageError:
-        if strict:
-            raise
-        return b"missing"
-
-
-def sample_images(sample: Sample) -> Iterable[ImageLike]:
-    """Every image a sample mentions: its own, then those of its turns (query, target, negatives)."""
-    yield from sample.images
-    for turn in sample.turns:
-        for content in (*turn.query, *turn.target, *turn.negatives):
-            yield from content.images
 
 
 def sample_from_row(row: Any, folder: Path, where: str) -> Sample:

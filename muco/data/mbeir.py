@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from muco.data.fingerprint import file_digest
 from muco.data.pairs import open_unchanged, position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
@@ -136,8 +137,7 @@ class MBEIRTrainData:
             digest = hashlib.sha256(f"M-BEIR train 1 {self.sets} {self.max_negatives}\n".encode())
             for file in (*self.files, *self.pool.files, instructions_file(self.data)):
                 digest.update(f"{file.relative_to(self.data).as_posix()} {file_state(file)[0]}\n".encode())
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+                digest.update(bytes.fromhex(file_digest(file)))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

@@ -9,7 +9,7 @@ a target of the same image, which answers another question about it, nor one tha
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_co
 
 from muco.data import Data
 from muco.data.jsonl import sample_to_row, write_jsonl
+from muco.data.same import sample_key, target_key
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
@@ -137,38 +138,29 @@ class _Pairs:
         self.book = Book()
         self.candidates: dict[str, None] = {}  # in order of first mention
         self.right: dict[str, dict[str, None]] = {}  # query -> its targets
-        self.barred: dict[str, set[tuple[str, ...]]] = {}  # query -> identities: its targets, the targets of its images
+        self.barred: dict[str, set[Hashable]] = {}  # query -> identities: its targets, the targets of its images
         self._turns: list[list[str]] = []  # per sample, the query of each turn
-        self._identities: dict[str, tuple[str, ...]] = {}
-        groups: dict[Any, list[str]] = {}  # queries of one image
-        answers: dict[Any, set[tuple[str, ...]]] = {}  # targets of one image
+        self._identities: dict[str, Hashable] = {}
+        groups: dict[Hashable, list[str]] = {}  # queries of one image
+        answers: dict[Hashable, set[Hashable]] = {}  # targets of one image
         for index in range(len(data)):
             sample = data[index]
-            group = self._group(sample, index)
+            group = sample_key(sample, 0, index)
             self._turns.append([self._add(sample, turn, groups, answers, group) for turn in sample.turns])
         for group, queries in groups.items():
             for query in queries:
                 self.barred.setdefault(query, set()).update(answers[group])
 
-    def _group(self, sample: Sample, index: int) -> Any:
-        if sample.id is not None:
-            return "id", sample.id
-        return self.book.add(Content(images=sample.images), sample.place) if sample.images else index
-
-    def _add(self, sample: Sample, turn: Turn, groups: dict, answers: dict, group: Any) -> str:
+    def _add(self, sample: Sample, turn: Turn, groups: dict, answers: dict, group: Hashable) -> str:
         asked = turn.query[0]
         query = self.book.add(Content(asked.text, (*sample.images, *asked.images)), sample.place)
         target = self.book.add(turn.target[0], sample.place)
         self.candidates[target] = None
         self.right.setdefault(query, {})[target] = None
         groups.setdefault(group, []).append(query)
-        answers.setdefault(group, set()).update(self._identity(content, sample.place) for content in turn.target)
-        self._identities[target] = self._identity(turn.target[0], sample.place)
+        answers.setdefault(group, set()).update(target_key(content, sample.place) for content in turn.target)
+        self._identities[target] = target_key(turn.target[0], sample.place)
         return query
-
-    def _identity(self, content: Content, where: str) -> tuple[str, ...]:
-        pictured = self.book.add(Content(images=content.images), where) if content.images else ""
-        return content.text.strip(), pictured
 
     def queries(self) -> Iterator[str]:
         """The query of every turn, in the order of the data."""

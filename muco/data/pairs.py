@@ -16,8 +16,6 @@ from __future__ import annotations
 import ast
 import csv
 import difflib
-import hashlib
-import json
 import operator
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +26,12 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from muco.data.images import image_digest, is_url
-from muco.data.jsonl import sample_images
+from muco.data.fingerprint import Fingerprinted
+from muco.data.images import is_url
 from muco.data.rows import Rows, read_header
-from muco.dialogue import Content, ImageLike, Sample, Turn
-from muco.errors import DataError, ImageError
-from muco.evaluate.lines import HASHED, LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
+from muco.dialogue import Content, Sample, Turn
+from muco.errors import DataError
+from muco.evaluate.lines import LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
 from muco.evaluate.mmeb_data import without_token
 
 LOOKED_AT = 1000  # rows of a JSONL file whose keys are its columns
@@ -62,7 +60,7 @@ class Columns:
         return list(dict.fromkeys(name for name in asdict(self).values() if name is not None))
 
 
-class PairsData:
+class PairsData(Fingerprinted):
     """The pairs of a file, one sample of one turn each; rows are read from disk when asked for.
 
     Cells that are null, empty or blank say nothing; each side must have something. An image is a path, or in Parquet
@@ -113,7 +111,6 @@ class PairsData:
         self._table.prepare(self.columns.used)
         if not len(self._table):
             raise DataError(f"{self.path}: the file has no rows")
-        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._table)
@@ -131,12 +128,8 @@ class PairsData:
                 raise DataError(f"{where}: no {side}, {' and '.join(map(repr, names))} says nothing; mend the row")
         return Sample(turns=[Turn(query, target, negatives=self._negatives(row, where))], where=where)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file, the columns that are used, and the images, see :func:`fingerprint_of`."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint_of(self, [self.path], asdict(self.columns))
-        return self._fingerprint
+    def _read_from(self) -> tuple[list[Path], Any]:
+        return [self.path], asdict(self.columns)
 
     def _content(self, row: Row, text_column: str | None, image_column: str | None, where: str) -> Content:
         image = image_cell(row, image_column, self.images, where) if image_column else None
@@ -170,43 +163,6 @@ def position(index: int, length: int, path: Path) -> int:
     if not -length <= i < length:
         raise IndexError(f"row {i} of {length} in {path}")
     return i % length
-
-
-def fingerprint_of(data: Any, files: Sequence[Path], options: Any) -> str:
-    """SHA-256 (hex) of options, the bytes of files, and the images that the samples of ``data`` name.
-
-    Of at most ``HASHED`` samples the bytes of every image count; of more, their sizes and modification times, for
-    reading millions of images would take hours.
-
-    Raises:
-        DataError: If a row is not as it must be or an image is missing.
-    """
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    seen: set[ImageLike] = set()
-    for i in range(len(data)):
-        sample = data[i]
-        for image in sample_images(sample):
-            if isinstance(image, bytes) or image in seen:  # bytes come out of the files
-                continue
-            seen.add(image)
-            if len(data) <= HASHED:
-                digest.update(image_digest(image, where=sample.where).encode())
-            else:
-                digest.update(_size_and_time(image, sample.where).encode())
-    return digest.hexdigest()
-
-
-def _size_and_time(image: ImageLike, where: str) -> str:
-    try:
-        return "{} {}\n".format(*file_state(Path(str(image))))
-    except DataError as error:
-        raise ImageError(f"{where}: image {error}") from error
 
 
 def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:

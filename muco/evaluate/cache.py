@@ -19,8 +19,9 @@ from typing import Protocol
 import numpy as np
 
 from muco import distributed
+from muco.data.images import image_digest
 from muco.dialogue import Content, ImageLike
-from muco.errors import DataError, ImageError, OutputError
+from muco.errors import DataError, OutputError
 
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
 LAYOUT = 1  # raise when the meaning of a row changes
@@ -62,21 +63,11 @@ class Book:
         return sorted(keys, key=self._order.__getitem__)
 
     def _digest(self, image: ImageLike, where: str) -> str:
-        if isinstance(image, bytes):
-            return hashlib.sha256(image).hexdigest()
         if not isinstance(image, (str, Path)):
-            from muco.data.images import open_image
-
-            pixels = open_image(image, small_side=0, where=where)
-            return hashlib.sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
+            return image_digest(image, where=where)
         path = str(image)
         if path not in self._files:
-            try:
-                self._files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            except OSError as error:
-                raise ImageError(
-                    f"{where}: image {path} cannot be read ({error.strerror or error}); mend the row"
-                ) from error
+            self._files[path] = image_digest(path, where=where)
         return self._files[path]
 
 

@@ -6,7 +6,6 @@ Only the small results come back, in the order of the source.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections import deque
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from muco.data.images import FORMATS, MAX_PIXELS, open_image
+from muco.data.images import FORMATS, MAX_PIXELS, image_digest, open_image
 from muco.data.rows import whole_file
 from muco.errors import ImageError, MucoError, OutputError
 from muco.fetch import FetchError, UnreachableError
@@ -105,8 +104,8 @@ def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -
     except (ImageError, FetchError) as error:
         reason = _why_not_read(error)
         return Look(**own, reason=reason, note=str(error)[:MAX_NOTE])
-    own["digest"] = hashlib.sha256(data).hexdigest()
     try:
+        own["digest"] = image_digest(data)
         image = open_image(data, max_pixels=filter.max_pixels, small_side=0, where=picture.name)
     except ImageError as error:
         return Look(**own, reason=UNREADABLE, note=str(error)[:MAX_NOTE])

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from muco.batch import collate
+from muco.batch import Row, prepare, stack
 from muco.data import Data
-from muco.dialogue import Content, ImageLike, Positions, Sample, Turn, query_dialogue, target_dialogue
-from muco.errors import DataError, ImageError
+from muco.data.images import SameImage
+from muco.data.same import content_key, sample_key, target_key
+from muco.dialogue import Content, Positions, Sample, Turn, query_dialogue, target_dialogue
+from muco.errors import DataError
 from muco.processor import Processor
 from muco.reconstruction import reconstruction_dialogues
 from muco.train.mixture import Draw, Mixture, turn_order
@@ -27,11 +29,13 @@ PART = 32  # samples that are prepared and sent to training together
 class TrainingBatches(Dataset):
     """Item n is this process's share of the batch of step n; item (n, p) is part p of it.
 
-    An item holds ``query`` and ``target`` dialogues and the index tensors of the loss, see :func:`training_batch`. A
-    step comes in parts so that the images of a large batch never are in memory together.
+    An item is that of :func:`batch_of`, and has ``skipped``, a dictionary for every sample that cannot be used, and
+    ``left_out``, how many turns are left out as duplicates. A step comes in parts so that the images of a large batch
+    never are in memory together.
 
     Args:
-        skip_broken: Leave out rows and images that cannot be used, and say so in the item.
+        skip_broken: Leave out samples that cannot be used, whatever is wrong with them, and say so in the item; one
+            that is left with nothing has no dialogues.
         leave_out_duplicates: Train a target, or an image, that several samples of a step have with the first only.
         rank, world_size: Of several processes each takes every ``world_size``-th sample.
     """
@@ -63,7 +67,7 @@ class TrainingBatches(Dataset):
         return -(-len(range(self.rank, self.mixture.batch_size, self.world_size)) // PART)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | None:
-        """The item; None for a part that is left with nothing where duplicates are left out."""
+        """The item; None for a part that duplicates leave with no sample at all."""
         step, part = key if isinstance(key, tuple) else (key, None)
         numbered = list(enumerate(self.mixture.draws(step)))
         kept, left_out = self._distinct_of(numbered, step) if self.leave_out_duplicates else (None, 0)
@@ -75,24 +79,18 @@ class TrainingBatches(Dataset):
             own = own[part * PART : (part + 1) * PART]
         if not own:
             return None
-        chosen, skipped = [], []
+        prepared, skipped = [], []
         for number, draw in own:
             try:
-                sample, turns = self._chosen(draw, number, step)
-                if self.skip_broken:
-                    self._decode_images(sample)
+                prepared.append(self._prepared(draw, number, step, None if kept is None else kept[number]))
             except DataError as error:
                 if not self.skip_broken:
                     raise
                 skipped.append({"step": step, "source": draw.source, "row": draw.index, "reason": str(error)})
-                continue
-            chosen.append(((sample, turns if kept is None else [turns[turn] for turn in kept[number]]), draw))
-        if not chosen:
-            raise ImageError(f"step {step}: none of {len(own)} samples can be used, e.g. {skipped[0]['reason']}")
-        batch = self._batch(chosen)
+        batch = batch_of(prepared, self.processor, target_ids=self.mask_identical_targets)
         if self.blind:
             for side in ("query", "target"):
-                if "pixel_values" in batch[side]:
+                if "pixel_values" in batch.get(side, ()):
                     batch[side]["pixel_values"].fill_(-1.0)  # zero could mean padding to a family
         counted = self.rank == 0 and not part  # the same on every process and in every part
         return batch | {"skipped": skipped, "left_out": left_out if counted else 0}
@@ -106,7 +104,8 @@ class TrainingBatches(Dataset):
     def _distinct(self, numbered: Sequence[tuple[int, Draw]], step: int) -> tuple[dict[int, list[int]], int]:
         """Which turns of every sample of a step are trained if no image and no target is there twice.
 
-        Every process finds the same; it reads the rows of the whole step, but no image.
+        Every process finds the same; it reads the rows of the whole step, and images only where two have equally many
+        bytes.
 
         Returns:
             Number of the sample -> its turns; and how many turns are left out.
@@ -116,11 +115,12 @@ class TrainingBatches(Dataset):
         for number, draw in numbered:
             try:
                 sample, turns = self._chosen(draw, number, step)
+                key = sample_key(sample, draw.source, draw.index, image_key=SameImage)
+                own = [target_key(turn.target, sample.place, image_key=SameImage) for turn in turns]
+                kept[number] = [] if key in keys else [turn for turn, target in enumerate(own) if target not in targets]
             except DataError:
                 kept[number] = [0]  # whose it is finds the error, and raises or counts it
                 continue
-            key, own = _key(sample, draw), [_identity(turn.target) for turn in turns]
-            kept[number] = [] if key in keys else [turn for turn, target in enumerate(own) if target not in targets]
             left_out += len(turns) - len(kept[number])
             keys.add(key)
             targets.update(own[turn] for turn in kept[number])
@@ -133,31 +133,20 @@ class TrainingBatches(Dataset):
                 "are processes; set data.duplicates: mask"
             )
 
-    def _batch(self, chosen: Sequence[tuple[tuple[Sample, list[Chosen]], Draw]]) -> dict[str, Any]:
-        keys = [_key(sample, draw) for (sample, _), draw in chosen]
-        masked = self.mask_identical_targets
-        if self.turns.mode != "reconstruction":
-            isolated, pairs = self.turns.mode == "isolated", [pair for pair, _ in chosen]
-            positions = self.turns.positions
-            return training_batch(
-                pairs, keys, self.processor, isolated=isolated, positions=positions, target_ids=masked
-            )
-        pairs = [
-            (sample, turns[0], np.random.default_rng([self.seed, 5, draw.source, draw.position]))
-            for (sample, turns), draw in chosen
-        ]
-        return reconstruction_batch(pairs, keys, self.processor, target_ids=masked)
+    def _prepared(self, draw: Draw, number: int, step: int, kept: Sequence[int] | None) -> Prepared:
+        """A sample by itself, so that what is wrong with it concerns no other."""
+        sample, turns = self._chosen(draw, number, step)
+        turns = turns if kept is None else [turns[turn] for turn in kept]
+        key = sample_key(sample, draw.source, draw.index)
+        if self.turns.mode == "reconstruction":
+            rng = np.random.default_rng([self.seed, 5, draw.source, draw.position])
+            return prepare_pair(sample, turns[0], rng, key, self.processor)
+        isolated = self.turns.mode == "isolated"
+        return prepare_turns(sample, turns, key, self.processor, isolated=isolated, positions=self.turns.positions)
 
     def _sample(self, draw: Draw) -> Sample:
         sample = self.sources[draw.source][draw.index]
         return with_image_turn(sample, self.turns.image_turn) if self.turns.image_turn else sample
-
-    def _decode_images(self, sample: Sample) -> None:
-        images = [
-            *sample.images,
-            *(i for t in sample.turns for c in (*t.query, *t.target, *t.negatives) for i in c.images),
-        ]
-        self.processor.encode_images(images, sample.place)
 
     def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
         sample = self._sample(draw)
@@ -166,13 +155,6 @@ class TrainingBatches(Dataset):
             order = order[:1]
         rng = np.random.default_rng([self.seed, 4, draw.source, draw.position])
         return sample, [Chosen.of(sample.turns[turn], rng) for turn in order]
-
-
-def _key(sample: Sample, draw: Draw) -> Any:
-    """Equal for samples that are no negatives of one another: of one id, or without ids of the same image."""
-    if sample.id is not None:
-        return sample.id
-    return _exactly(Content(images=sample.images)) if sample.images else (draw.source, draw.index)
 
 
 def with_image_turn(sample: Sample, kind: str) -> Sample:
@@ -197,6 +179,129 @@ class Chosen:
         return cls(query, turn.target[rng.integers(len(turn.target))], turn.negatives)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A sample as rows of tokens and pixels, and what the loss has to know of its turns.
+
+    Args:
+        key: Equal for samples whose targets are no negatives of one another.
+        target: One dialogue; isolated targets that occur twice in it are embedded once.
+        hard: A dialogue per hard negative.
+        target_rows: Which vector of ``target`` belongs to each turn.
+        target_ids, hard_ids: Of each turn and each hard negative; equal for identical targets.
+        hard_turns: The turn of each hard negative.
+    """
+
+    place: str
+    key: int
+    query: Row
+    target: Row
+    hard: list[Row]
+    target_rows: list[int]
+    target_ids: list[int]
+    hard_turns: list[int]
+    hard_ids: list[int]
+
+
+def prepare_turns(
+    sample: Sample,
+    turns: Sequence[Chosen],
+    key: Any,
+    processor: Processor,
+    *,
+    isolated: bool,
+    positions: Positions | None = None,
+) -> Prepared:
+    """A sample with these turns.
+
+    Args:
+        key: Of any kind; see :func:`muco.data.same.sample_key`.
+        positions: See :class:`muco.dialogue.Dialogue`.
+    Raises:
+        DataError: If a text or an image cannot be used.
+    """
+    own = [turn.target for turn in turns]
+    places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
+    keys = [content_key(content, sample.place) if isolated else turn for turn, content in enumerate(own)]
+    rows = [places.setdefault(content, len(places)) for content in keys]
+    unique = [own[rows.index(place)] for place in range(len(places))]
+    seen = {"isolated": isolated, "positions": positions}
+    return Prepared(
+        sample.place,
+        _hash(key),
+        prepare(query_dialogue(sample, [turn.query for turn in turns], **seen), processor),
+        prepare(target_dialogue(sample, unique, **seen), processor),
+        target_rows=rows,
+        target_ids=[_target_id(content, sample) for content in own],
+        **_hard_negatives(sample, turns, processor, isolated=isolated),
+    )
+
+
+def prepare_pair(sample: Sample, turn: Chosen, rng: np.random.Generator, key: Any, processor: Processor) -> Prepared:
+    """A pair as dialogues of two turns, itself and its reconstruction, see :mod:`muco.reconstruction`.
+
+    Args:
+        rng: Decides on the masks.
+    """
+    query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng)
+    return Prepared(
+        sample.place,
+        _hash(key),
+        prepare(query, processor),
+        prepare(target, processor),
+        target_rows=[0, 1],
+        target_ids=[_target_id(turn.target, sample)] * 2,
+        **_hard_negatives(sample, [turn], processor, isolated=True),
+    )
+
+
+def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processor, *, isolated: bool) -> dict[str, Any]:
+    given = [(number, content) for number, turn in enumerate(turns) for content in turn.negatives]
+    return {
+        "hard": [prepare(target_dialogue(sample, [content], isolated=isolated), processor) for _, content in given],
+        "hard_turns": [number for number, _ in given],
+        "hard_ids": [_target_id(content, sample) for _, content in given],
+    }
+
+
+def batch_of(samples: Sequence[Prepared], processor: Processor, *, target_ids: bool) -> dict[str, Any]:
+    """Both sides of some samples as batches, and the index tensors of the loss.
+
+    Args:
+        target_ids: Whether identical targets are marked.
+    Returns:
+        ``query`` and ``target``: DialogueBatch, not there without a sample. Hard negatives are behind the targets, one
+        dialogue each.
+        ``ids``: int64 tensors. ``sample_ids`` [T]; ``target_rows`` [T], which vector of the target side belongs to a
+        turn; ``hard_negative_rows`` [H], which ones are hard negatives, ``hard_negative_turns`` [H] of which turn,
+        and ``hard_negative_ids`` [H]; ``target_ids`` [T] if asked for. The ids of samples and contents are hashes, so
+        that batches of several processes can be put together.
+        ``places``: where the samples come from.
+    """
+    names = ("sample_ids", "target_rows", "hard_negative_turns", "hard_negative_ids")
+    ids: dict[str, list[int]] = {name: [] for name in names}
+    targets, embedded = [], 0
+    for sample in samples:
+        ids["target_rows"] += [embedded + row for row in sample.target_rows]
+        ids["hard_negative_turns"] += [len(ids["sample_ids"]) + turn for turn in sample.hard_turns]
+        ids["hard_negative_ids"] += sample.hard_ids
+        ids["sample_ids"] += [sample.key] * len(sample.target_ids)
+        targets += sample.target_ids
+        embedded += len(sample.target.turns)
+    hard = [row for sample in samples for row in sample.hard]
+    ids["hard_negative_rows"] = [embedded + number for number in range(len(hard))]
+    if target_ids:
+        ids["target_ids"] = targets
+    batch: dict[str, Any] = {
+        "ids": {key: torch.tensor(values, dtype=torch.long) for key, values in ids.items()},
+        "places": [sample.place for sample in samples],
+    }
+    if samples:
+        batch["query"] = stack([sample.query for sample in samples], processor)
+        batch["target"] = stack([*(sample.target for sample in samples), *hard], processor)
+    return batch
+
+
 def training_batch(
     pairs: Sequence[tuple[Sample, Sequence[Chosen]]],
     keys: Sequence[Any],
@@ -206,54 +311,10 @@ def training_batch(
     positions: Positions | None = None,
     target_ids: bool,
 ) -> dict[str, Any]:
-    """Both sides of some samples as batches, and the index tensors of the loss.
-
-    Args:
-        keys: One per sample; samples with equal keys are the same image and no negatives of one another.
-        positions: See :class:`muco.dialogue.Dialogue`.
-        target_ids: Whether identical targets are marked.
-    Returns:
-        ``query`` and ``target``: DialogueBatch. Isolated targets that stand twice in a sample are embedded once; hard
-        negatives stand behind the targets, one dialogue each.
-        ``ids``: int64 tensors. ``sample_ids`` [T]; ``target_rows`` [T], which vector of the target side belongs to a
-        turn; ``hard_negative_rows`` [H], which ones are hard negatives, ``hard_negative_turns`` [H] of which turn,
-        and ``hard_negative_ids`` [H]; ``target_ids`` [T] if asked for. The ids of samples and contents are hashes, so
-        that batches of several processes can be put together.
-        ``places``: where the samples come from.
-    """
-    queries, targets, hard = [], [], []
-    sample_ids, contents, target_rows, hard_turns = [], [], [], []
-    embedded = 0
-    for (sample, turns), key in zip(pairs, keys, strict=True):
-        own = [turn.target for turn in turns]
-        places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
-        own_rows = [places.setdefault(_exactly(c) if isolated else j, len(places)) for j, c in enumerate(own)]
-        unique = [own[own_rows.index(place)] for place in range(len(places))]
-        seen = {"isolated": isolated, "positions": positions}
-        queries.append(query_dialogue(sample, [turn.query for turn in turns], **seen))
-        targets.append(target_dialogue(sample, unique, **seen))
-        target_rows += [embedded + row for row in own_rows]
-        embedded += len(unique)
-        contents += own
-        for turn in turns:
-            hard += [target_dialogue(sample, [content], isolated=isolated) for content in turn.negatives]
-            hard_turns += [len(sample_ids)] * len(turn.negatives)
-            sample_ids.append(_hash(key))
-    ids = {
-        "sample_ids": sample_ids,
-        "target_rows": target_rows,
-        "hard_negative_rows": [embedded + row for row in range(len(hard))],
-        "hard_negative_turns": hard_turns,
-        "hard_negative_ids": [_hash(_identity(dialogue.turns[0])) for dialogue in hard],
-    }
-    if target_ids:
-        ids["target_ids"] = [_hash(_identity(content)) for content in contents]
-    return {
-        "query": collate(queries, processor),
-        "target": collate([*targets, *hard], processor),
-        "ids": {key: torch.tensor(values, dtype=torch.long) for key, values in ids.items()},
-        "places": [sample.place for sample, _ in pairs],
-    }
+    """:func:`batch_of` of samples with their turns, and keys; arguments are those of :func:`prepare_turns`."""
+    seen = {"isolated": isolated, "positions": positions}
+    prepared = [prepare_turns(*pair, key, processor, **seen) for pair, key in zip(pairs, keys, strict=True)]
+    return batch_of(prepared, processor, target_ids=target_ids)
 
 
 def reconstruction_batch(
@@ -263,56 +324,18 @@ def reconstruction_batch(
     *,
     target_ids: bool,
 ) -> dict[str, Any]:
-    """Pairs as dialogues of two turns each, see :mod:`muco.reconstruction`; otherwise as :func:`training_batch`.
+    """:func:`batch_of` of pairs, see :func:`prepare_pair`: two turns each, hard negatives belong to the first."""
+    prepared = [prepare_pair(*pair, key, processor) for pair, key in zip(pairs, keys, strict=True)]
+    return batch_of(prepared, processor, target_ids=target_ids)
 
-    Args:
-        pairs: Each with what decides on its masks.
-    Returns:
-        Two turns per pair in ``query``, ``target`` and ``ids``: the pair itself and its reconstruction. Hard negatives
-        belong to the first.
-    """
-    made = [reconstruction_dialogues(sample, turn.query, turn.target, rng) for sample, turn, rng in pairs]
-    hard = [
-        (2 * number, target_dialogue(sample, [content], isolated=True))
-        for number, (sample, turn, _) in enumerate(pairs)
-        for content in turn.negatives
-    ]
-    turns = range(2 * len(pairs))
-    ids = {
-        "sample_ids": [_hash(keys[turn // 2]) for turn in turns],
-        "target_rows": [*turns],
-        "hard_negative_rows": [len(turns) + row for row in range(len(hard))],
-        "hard_negative_turns": [turn for turn, _ in hard],
-        "hard_negative_ids": [_hash(_identity(dialogue.turns[0])) for _, dialogue in hard],
-    }
-    if target_ids:
-        ids["target_ids"] = [_hash(_identity(pairs[turn // 2][1].target)) for turn in turns]
-    return {
-        "query": collate([query for query, _ in made], processor),
-        "target": collate([*(target for _, target in made), *(dialogue for _, dialogue in hard)], processor),
-        "ids": {key: torch.tensor(values, dtype=torch.long) for key, values in ids.items()},
-        "places": [sample.place for sample, _, _ in pairs],
-    }
+
+def _target_id(content: Content, sample: Sample) -> int:
+    return _hash(target_key(content, sample.place))
 
 
 def _hash(value: Any) -> int:
     """63 bits that are the same for equal values in every process."""
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest()) >> 1
-
-
-def _exactly(content: Content) -> Any:
-    return content.text, tuple(map(_image_key, content.images))
-
-
-def _image_key(image: ImageLike) -> Any:
-    if hasattr(image, "tobytes"):  # a Pillow image has no name; its pixels are what it is
-        return image.mode, image.size, blake2b(image.tobytes()).hexdigest()
-    return blake2b(image).hexdigest() if isinstance(image, bytes) else str(image)
-
-
-def _identity(content: Content) -> Any:
-    text, images = _exactly(content)
-    return text.strip(), images
 
 
 class PartSampler(Sampler[list[tuple[int, int]]]):

@@ -4,6 +4,7 @@
 
     <output>/
     ├── run.json          the recipe, versions, data fingerprints: what the run is
+    ├── digests.json      of the data's files, so that a resumed run need not read them again
     ├── checkpoints/      checkpoint-N: trained weights, optimizer, schedule, random states
     ├── logs/             TensorBoard
     └── model/            the finished model; appears whole or not at all
@@ -12,9 +13,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muco import distributed
+from muco.data.fingerprint import RULE
 from muco.errors import CheckpointError, OutputError
 from muco.evaluate.report import versions, write_json
 from muco.train.recipe import Recipe, dump_recipe, from_dict, to_dict
@@ -34,16 +39,24 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "trained.safetensors"
+DIGESTS_FILE = "digests.json"
+OTHER_RULE = (
+    "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
+    "changed since is taken from its paths and numbers of samples alone"
+)
+logger = logging.getLogger(__name__)
 
 
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     """What makes a run the same run: its recipe (but for the folder) and its data; and the versions it began with."""
     settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
+    with ThreadPoolExecutor() as threads:
+        fingerprints = [*threads.map(partial(_fingerprint, recipe=recipe), sources)]
     data = [
-        {"path": source.path, "samples": len(data), "fingerprint": _fingerprint(data, recipe)} | _missing(data)
-        for source, data in zip(recipe.data.train, sources, strict=True)
+        {"path": source.path, "samples": len(data), "fingerprint": fingerprint} | _missing(data)
+        for source, data, fingerprint in zip(recipe.data.train, sources, fingerprints, strict=True)
     ]
-    return {"recipe": settings, "data": data, "versions": versions()}
+    return {"recipe": settings, "data": data, "fingerprint_rule": RULE, "versions": versions()}
 
 
 def _fingerprint(data: Data, recipe: Recipe) -> str:
@@ -87,7 +100,12 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
     if not resume:
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
     model = output / "model"
-    return model if (model / "modules.json").is_file() else None
+    if (model / "modules.json").is_file():
+        return model
+    if known.get("fingerprint_rule") != RULE:
+        logger.warning(OTHER_RULE.format(output=output))
+        write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
+    return None
 
 
 def _begun(output: Path) -> bool:
@@ -104,7 +122,8 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
             key = next(k for k in {**value, **other} if value.get(k) != other.get(k))
             return f"{group}.{key}"
         return group
-    same = [d["fingerprint"] for d in known["data"]] == [d["fingerprint"] for d in facts["data"]]
+    told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
+    same = [d[told_by] for d in known["data"]] == [d[told_by] for d in facts["data"]]
     return "" if same else "the training data"
 
 

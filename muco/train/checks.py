@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from muco.errors import RecipeError
+from muco.data import Data
+from muco.errors import DataError, RecipeError
 from muco.gradcache import SIDES
+from muco.loss import MultiTurnLoss
+from muco.negatives import Variety
 from muco.train.recipe import Recipe
+
+NO_NEGATIVE = (
+    "data.train: {samples} gives no turn a negative ({reason}), so the loss would be 0 and nothing learnt; add samples "
+    "of other images with other targets, or hard negatives"
+)
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -42,12 +50,12 @@ def check_budget(recipe: Recipe, batch: Mapping[str, Any]) -> None:
     """Refuses a token budget that is less than a single dialogue of a batch needs.
 
     Args:
-        batch: From :func:`muco.train.batches.training_batch`.
+        batch: From :func:`muco.train.batches.batch_of`.
     Raises:
         RecipeError: With the numbers and the sample.
     """
     budget = recipe.batch.token_budget
-    if budget is None:
+    if budget is None or not batch["places"]:
         return
     lengths = {side: batch[side]["attention_mask"].sum(dim=1) for side in SIDES}
     side = max(SIDES, key=lambda side: int(lengths[side].max()))
@@ -59,3 +67,16 @@ def check_budget(recipe: Recipe, batch: Mapping[str, Any]) -> None:
             f"batch.token_budget: {budget} tokens are fewer than the {longest} of the {side} side{place}; raise it to "
             f"at least {longest}, or lower {lower}"
         )
+
+
+def check_negatives(loss: MultiTurnLoss, batch: Mapping[str, Any], sources: Sequence[Data]) -> None:
+    """Refuses data of a single sample that gives none of its turns a negative; where more can be drawn, a step tells.
+
+    Args:
+        batch: Of this sample, from :func:`muco.train.batches.batch_of`.
+    Raises:
+        DataError: With the reason.
+    """
+    reason = loss.why_no_negative([Variety.of(batch["ids"])])
+    if reason and sum(map(len, sources)) == 1:
+        raise DataError(NO_NEGATIVE.format(samples="its only sample", reason=reason))

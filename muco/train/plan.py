@@ -30,15 +30,17 @@ from muco.batch import chunks_of
 from muco.data import Data, open_data
 from muco.dialogue import Sample, Turn
 from muco.errors import CheckpointError, DataError, RecipeError
+from muco.loss import MultiTurnLoss
+from muco.negatives import Variety
 from muco.processor import Processor, load_processor
 from muco.template import SPECIAL_TOKENS
 from muco.train.batches import TrainingBatches
-from muco.train.checks import check_budget, check_recipe
+from muco.train.checks import NO_NEGATIVE, check_budget, check_recipe
 from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops, qwen2_vl_config
 from muco.train.memory import Memory, activation_bytes, computing
 from muco.train.mixture import Mixture
 from muco.train.recipe import Recipe
-from muco.train.trainer import build_model, texts_of, training_arguments, uses_autocast
+from muco.train.trainer import build_model, make_loss, texts_of, training_arguments, uses_autocast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +90,8 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         notes.append("no sample could be read: 952 × 644 px and 7 turns of 24 and 14 words are assumed")
     readable = [looked] if problems else [source for source in sources if source is not None]
     model, processor = _model(recipe, readable, notes)
-    lengths = _lengths(recipe, looked, processor, problems)
+    lengths, varieties = _lengths(recipe, looked, processor, problems)
+    _look_for_negatives(make_loss(recipe, model), recipe, sources, varieties, problems=problems, notes=notes)
     step = _step(recipe, lengths, devices)
     result = {
         "recipe": _recipe_facts(recipe, devices),
@@ -144,9 +147,12 @@ def _look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Ite
                 problems.append(str(error))
 
 
-def _lengths(recipe: Recipe, looked: _Looked, processor: Processor, problems: list[str]) -> Lengths:
+def _lengths(
+    recipe: Recipe, looked: _Looked, processor: Processor, problems: list[str]
+) -> tuple[Lengths, list[Variety]]:
     batches = TrainingBatches([looked], Mixture([len(looked)], [1.0], 1, 0), processor, recipe.turns, seed=recipe.seed)
     found: dict[str, list[int]] = {"query": [], "target": [], "visual": [], "turns": [], "images": []}
+    varieties = []
     for number in range(len(looked)):
         try:
             batch = batches[number]
@@ -162,9 +168,31 @@ def _lengths(recipe: Recipe, looked: _Looked, processor: Processor, problems: li
         found["visual"].append(int((batch["query"]["input_ids"] == processor.image_id).sum()))
         found["turns"].append(len(batch["ids"]["sample_ids"]))
         found["images"].append(len(batch["query"].get("image_rows", ())))
+        varieties.append(Variety.of(batch["ids"]))
     if not found["query"]:
         raise DataError(f"none of {len(looked)} samples can be used; the first: {problems[0]}")
-    return Lengths(**{name: np.array(values) for name, values in found.items()})
+    return Lengths(**{name: np.array(values) for name, values in found.items()}), varieties
+
+
+def _look_for_negatives(
+    loss: MultiTurnLoss,
+    recipe: Recipe,
+    sources: Sequence[Data | None],
+    varieties: Sequence[Variety],
+    *,
+    problems: list[str],
+    notes: list[str],
+) -> None:
+    """Says so where no turn that was looked at can have a negative: a problem if that is all there is, else a note."""
+    if problems:
+        return  # what was looked at is not the data, or not all of it
+    reason = loss.why_no_negative(varieties)
+    if reason:
+        whole = sum(map(len, sources)) == len(varieties)
+        samples = "the data" if whole else f"what was read of the data ({len(varieties)} samples)"
+        (problems if whole else notes).append(NO_NEGATIVE.format(samples=samples, reason=reason))
+    elif recipe.batch.size == 1 and all(loss.why_no_negative([own]) for own in varieties):
+        notes.append("batch.size: 1 gives no turn a negative but for hard negatives, and none were found; raise it")
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ The loop, optimizer, schedule and checkpoints are those of sentence-transformers
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -42,19 +43,22 @@ from muco.backbone import (
     use_flex_attention,
 )
 from muco.data import Data, open_data
+from muco.data.fingerprint import recall, remember
 from muco.encoder import Model, from_backbone
 from muco.errors import DataError, RecipeError, TrainingError
-from muco.gradcache import GIB, StepReport, TrainingStep
+from muco.gradcache import GIB, TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.template import SPECIAL_TOKENS
 from muco.train import checkpoint
 from muco.train.batches import PartSampler, StepLoader, TrainingBatches
-from muco.train.checks import check_budget, check_machine, check_recipe
+from muco.train.checks import check_budget, check_machine, check_negatives, check_recipe
 from muco.train.mixture import Mixture, open_sources
 from muco.train.progress import ScreenProgress
 from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
 from muco.train.record import Record
 from muco.train.warmup import warm_up
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {  # of the training arguments, where a recipe says nothing
     "learning_rate": 5e-5,
@@ -82,10 +86,12 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     """
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    distributed.start()
     sources = open_sources(recipe)
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
-    facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
+    recall(Path(recipe.output) / checkpoint.DIGESTS_FILE)
+    facts = checkpoint.run_facts(recipe, sources)  # by each process: in a group, others would wait for this one
+    distributed.start()
+    finished = distributed.first_only(lambda: _claim(recipe, facts, resume))
     if finished:
         return finished
 
@@ -93,18 +99,24 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     model = build_model(recipe, sources)
     last = distributed.first_only(lambda: checkpoint.last_complete(Path(recipe.output), distributed.world_size()))
     if last is None and recipe.warm_up.steps:
-        warm_up(model.encoder, sources, recipe.warm_up, seed=recipe.seed)
+        skip = recipe.data.broken_images == "skip"
+        warm_up(model.encoder, sources, recipe.warm_up, seed=recipe.seed, skip_broken=skip)
     distributed.make_equal(p for p in model.parameters() if p.requires_grad)
     trainer = make_trainer(recipe, model, sources, validation)
-    check_budget(recipe, trainer.batches[0, 0])
+    first = trainer.batches[0, 0]
+    check_budget(recipe, first)
+    check_negatives(trainer.loss, first, sources)
     set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     return _finish(recipe, trainer, sources, facts)
 
 
-def _claim(recipe: Recipe, sources: list[Data], resume: bool) -> tuple[dict[str, Any], Path | None]:
-    facts = checkpoint.run_facts(recipe, sources)
-    return facts, checkpoint.claim_output(Path(recipe.output), facts, resume=resume)
+def _claim(recipe: Recipe, facts: dict[str, Any], resume: bool) -> Path | None:
+    output = Path(recipe.output)
+    finished = checkpoint.claim_output(output, facts, resume=resume)
+    if not finished:
+        remember(output / checkpoint.DIGESTS_FILE)
+    return finished
 
 
 def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: dict[str, Any]) -> Path:
@@ -298,7 +310,8 @@ class MuCoTrainer(SentenceTransformerTrainer):
         # The trainer must not wrap the model in DistributedDataParallel, see muco.distributed. By this it takes the
         # model as it is, sharded or not.
         self.is_distributed_loading_by_transformers = True
-        self.report: StepReport | None = None
+        self.made, self.padding = 0, 0.0  # steps since the last log, and the padding of the last one
+        self.warned = False  # that a step had no negative
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Nothing: gradients are summed by the step itself."""
@@ -334,11 +347,26 @@ class MuCoTrainer(SentenceTransformerTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         model.train()
         try:
-            self.report = self.step(self._counted(inputs["parts"]))
+            report = self.step(self._counted(inputs["parts"]))
         except TrainingError as error:
             raise TrainingError(f"step {self.state.global_step + 1}: {error}; {self._last_good()}") from error
         self.budget.tokens = self.step.token_budget
-        return self.report.loss
+        if report is None:
+            self._warn(f"step {self.state.global_step + 1}: none of its samples can be used; the step is left out")
+            return torch.tensor(math.nan, device=self.args.device)  # the log leaves it out
+        if report.no_negative and not self.warned:
+            self.warned = True
+            self._warn(
+                f"step {self.state.global_step + 1}: no turn has a negative ({report.no_negative}), so the loss is "
+                "0 and nothing is learnt; a batch needs samples of different images with different targets, or hard "
+                "negatives (later steps of this kind are not reported)"
+            )
+        self.made, self.padding = self.made + 1, report.padding
+        return report.loss
+
+    def _warn(self, sentence: str) -> None:
+        if distributed.rank() == 0:
+            logger.warning(sentence)
 
     def _counted(self, parts: Iterable[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
         for part in parts:
@@ -362,8 +390,11 @@ class MuCoTrainer(SentenceTransformerTrainer):
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.report is not None and "loss" in logs:
-            logs |= {"padding": round(self.report.padding, 4), "peak_memory_gib": round(peak_memory() / GIB, 3)}
+        if "loss" in logs and not self.made:  # all steps since the last time were left out: no loss was found
+            del logs["loss"]
+        elif "loss" in logs:
+            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak_memory() / GIB, 3)}
+            self.made = 0
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,0 +1,133 @@
+"""What tells one state of data from another: found in seconds however much there is, and the same for a copy elsewhere.
+
+A fingerprint is the SHA-256 (hex) of how the data is read, of the bytes of its files, and of the bytes of the images
+that ``LOOKED`` rows name, which are spread evenly over the data; of all rows where there are no more. So any change of
+a row shows, and so do other images in place of these, but for a few among very many. Neither names of folders nor times
+of files count, since a copy changes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from muco.data.images import SETTLED, image_digest, sample_images
+from muco.dialogue import ImageLike
+from muco.errors import DataError, ImageError
+
+RULE = 2  # raise when equal data gets another fingerprint than before
+LOOKED = 1024  # rows
+THREADS = 16  # they wait for the disk
+
+_known: dict[str, list[Any]] = {}  # absolute path -> size, modification time in ns, SHA-256 (hex) of a file
+
+
+class Fingerprinted:
+    """Gives data its fingerprints, which are found when first asked for and then kept."""
+
+    def _read_from(self) -> tuple[Sequence[Path], Any]:
+        """The files that hold the rows, and the options by which they are read, as JSON can hold them."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See :mod:`muco.data.fingerprint`.
+
+        Raises:
+            DataError: If a row that is looked at cannot be used, or one of its images is missing.
+        """
+        return fingerprint_of(self, *self._read_from())
+
+    @cached_property
+    def readable_fingerprint(self) -> str:
+        """The same where nothing is wrong; what cannot be read counts as missing, for runs that skip it."""
+        return fingerprint_of(self, *self._read_from(), skip_broken=True)
+
+
+def fingerprint_of(data: Any, files: Sequence[Path], options: Any, *, skip_broken: bool = False) -> str:
+    """The fingerprint of data that is read from these files; :class:`Fingerprinted` has the errors."""
+    digests = [file_digest(file) for file in files]
+    images = dict.fromkeys(_looked_at(data, skip_broken=skip_broken))
+
+    def look(named: tuple[ImageLike, str]) -> str:
+        image, where = named
+        try:
+            return image_digest(image, where=where)
+        except ImageError:
+            if not skip_broken:
+                raise
+            return "missing"
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        seen = [*threads.map(look, images)]
+    return hashlib.sha256(json.dumps([RULE, options, digests, seen], sort_keys=True).encode()).hexdigest()
+
+
+def _looked_at(data: Any, *, skip_broken: bool) -> Iterator[tuple[ImageLike, str]]:
+    """The images of some rows, with the rows; images that are bytes come out of the files."""
+    known: set[ImageLike] = set()
+    count = min(len(data), LOOKED)
+    for row in range(count):
+        try:
+            sample = data[row * len(data) // count]
+        except DataError:
+            if not skip_broken:
+                raise
+            continue
+        for image in sample_images(sample):
+            if not isinstance(image, bytes) and image not in known:
+                known.add(image)
+                yield image, sample.where
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes; it is remembered as long as size and time of the file stay as they are.
+
+    Raises:
+        DataError: If the file cannot be read, or changes meanwhile.
+    """
+    place = str(path.absolute())
+    try:
+        before = _state(path)
+        known = _known.get(place)
+        if known is not None and known[:2] == before:
+            return known[2]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = _state(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if after != before:
+        raise DataError(f"{path}: the file changed while it was read; start again when it is complete")
+    if time.time_ns() - after[1] > SETTLED:
+        _known[place] = [*after, digest]
+    return digest
+
+
+def recall(file: Path) -> None:
+    """Takes up the digests of files that :func:`remember` left; one that is damaged is forgotten."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(found, dict):
+        _known.update({place: entry for place, entry in found.items() if isinstance(entry, list) and len(entry) == 3})
+
+
+def remember(file: Path) -> None:
+    """Leaves the digests of all files that were read for another process."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(_known, indent=2), encoding="utf-8")
+    os.replace(part, file)
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
