@@ -64,6 +64,49 @@ def test_batches_of_one_source_have_its_share_and_skip_nothing(sources, size):
         assert all(abs(n - 50 * weights[source] / sum(weights)) <= 2 for n in rounds)
 
 
+def seen(mixture: Mixture, steps: int) -> list[Counter]:
+    """How often every sample of every source is drawn in the first steps."""
+    counts = [Counter(dict.fromkeys(range(length), 0)) for length in mixture.lengths]
+    for step in range(steps):
+        for draw in mixture.draws(step):
+            counts[draw.source][draw.index] += 1
+    return counts
+
+
+def test_an_epoch_of_several_sources_sees_every_row_once():
+    mixture = Mixture([5000, 500], None, 50, seed=3)
+    assert mixture.steps_per_epoch == 110
+    assert all(set(counts.values()) == {1} for counts in seen(mixture, 110))
+    assert mixture.passes(110) == [1, 1] and mixture.passes(220) == [2, 2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 20), st.booleans())
+def test_an_epoch_without_weights_ends_when_every_row_was_seen(lengths, size, one_source):
+    mixture = Mixture(lengths, None, size, seed=1, one_source=one_source)
+    epochs = [seen(mixture, n * mixture.steps_per_epoch) for n in (1, 2)]
+    for n, counts in enumerate(epochs, start=1):
+        assert all(min(own.values()) >= n for own in counts)
+        more = [own.total() - n * length for own, length in zip(counts, lengths, strict=True)]
+        assert max(more) < n * size and (one_source or sum(more) < n * size), "never a batch more than is needed"
+    assert mixture.steps_per_epoch == (
+        sum(-(-length // size) for length in lengths) if one_source else -(-sum(lengths) // size)
+    )
+    assert min(min(own.values()) for own in seen(mixture, mixture.steps_per_epoch - 1)) == 0
+
+
+@pytest.mark.parametrize("one_source", [False, True])
+def test_with_weights_the_recipe_says_what_an_epoch_is(one_source):
+    lengths, weights = [5000, 500], [1.0, 1.0]
+    every = Mixture(lengths, weights, 50, 3, one_source=one_source)
+    count = Mixture(lengths, weights, 50, 3, one_source=one_source, epoch="row_count")
+    assert count.steps_per_epoch == 110 and every.steps_per_epoch >= 200
+    assert min(every.passes(every.steps_per_epoch)) == 1 > min(every.passes(every.steps_per_epoch - 1))
+    assert [every.draws(step) for step in range(9)] == [count.draws(step) for step in range(9)]
+    if not one_source:
+        assert every.passes(200) == [1, 10] and count.passes(110) == [0.55, 5.5]
+
+
 def test_rounds_grow_with_the_number_of_sources(monkeypatch):
     monkeypatch.setattr(mixture_module, "ROUND", 50)
     sources = 40  # in rounds of 50 steps, 39 of them could want two each

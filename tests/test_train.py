@@ -83,6 +83,20 @@ def test_a_finished_run_is_not_run_again(finished):
         muco.train(recipe, resume=False)
 
 
+def test_a_run_of_an_older_version_is_the_same_run(finished):
+    recipe, folder = finished
+    file = Path(recipe.output) / "run.json"
+    now = file.read_text()
+    facts = json.loads(now)
+    facts["recipe"]["data"]["train"][0]["weight"] = 1.0  # as it was written when it was the default
+    del facts["recipe"]["data"]["epoch"], facts["recipe"]["data"]["one_source"]
+    try:
+        file.write_text(json.dumps(facts))
+        assert muco.train(recipe) == folder
+    finally:
+        file.write_text(now)
+
+
 def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
     recipe, _ = finished
     with pytest.raises(muco.OutputError, match=r"loss\.temperature"):

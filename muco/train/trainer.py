@@ -81,6 +81,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     distributed.start()
+    training_arguments(recipe)
     sources = open_sources(recipe)
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
     facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
@@ -163,16 +164,9 @@ def texts_of(sources: list[Data], limit: int = 5000, *, skip_broken: bool = Fals
 
 def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: Data | None = None) -> MuCoTrainer:
     """The trainer of a recipe; its batches, loss and arguments."""
-    arguments = training_arguments(recipe, validation is not None)
-    mixture = Mixture(
-        [len(source) for source in sources],
-        [source.weight for source in recipe.data.train],
-        recipe.batch.size,
-        recipe.seed,
-        one_source=recipe.data.one_source,
-    )
-    if arguments.max_steps <= 0:
-        arguments.max_steps = int(arguments.num_train_epochs * mixture.steps_per_epoch)
+    arguments = training_arguments(recipe)
+    mixture = Mixture.of(recipe, [len(source) for source in sources])
+    arguments.max_steps = steps_of(arguments, mixture)
     batches = TrainingBatches(
         sources,
         mixture,
@@ -186,10 +180,6 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    width = model.encoder.get_embedding_dimension()
-    for dimension in recipe.loss.dimensions:
-        if dimension > width:
-            raise RecipeError(f"loss.dimensions: {dimension} is more than the {width} numbers of the model's vectors")
     loss = make_loss(recipe, model)
     evaluator = None
     if validation is not None:
@@ -210,10 +200,17 @@ def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
     return MultiTurnLoss(model, symmetric=settings.symmetric, **masks, **shared)
 
 
-def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTrainingArguments:
+def steps_of(arguments: SentenceTransformerTrainingArguments, mixture: Mixture) -> int:
+    """The steps of a whole run."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return max(1, int(arguments.num_train_epochs * mixture.steps_per_epoch))
+
+
+def training_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
     """The recipe's ``trainer`` group over our defaults; unknown names are a RecipeError."""
     values = {**DEFAULTS, **recipe.trainer}
-    if evaluates:
+    if recipe.data.validation is not None:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output) / "logs")
@@ -229,6 +226,8 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTr
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from None
+    if arguments.eval_strategy != "no" and recipe.data.validation is None:
+        raise RecipeError("trainer.eval_strategy: there is nothing to evaluate; set data.validation")
     if arguments.n_gpu > 1:  # else DataParallel would cut our batches in half along the wrong dimension
         arguments._n_gpu = 1
     return arguments
