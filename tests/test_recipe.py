@@ -72,7 +72,6 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
         ("data.train=[{path: a, weight: .inf}]", r"data.train\[0\].weight must be a finite number"),
         ("data.train=[{path: a, options: {share: .nan}}]", r"data.train\[0\].options.share must be a finite"),
         ("data.train=[{path: a, weight: 0}]", r"data.train\[0\].weight must be positive, got 0"),
-        ("data.train=[{path: a, weight: 1}, {path: b}]", "data.train: some sources have a weight and others none"),
         ("data.max_broken=1.5", "data.max_broken must be a share"),
         ("trainer.learning_rate=0", "trainer.learning_rate must be positive, got 0"),
         ("trainer.learning_rate='5e-5'", "trainer.learning_rate must be positive, got '5e-5'"),
@@ -109,6 +108,14 @@ def test_a_recipe_made_in_python_is_checked_like_a_file():
 def test_shares_of_steps_and_an_unset_number_of_steps_are_taken(tmp_path):
     overrides = ["trainer.save_steps=0.25", "trainer.max_steps=-1", "trainer.warmup_steps=0.1", "trainer.eval_steps=2"]
     assert load_recipe(write(tmp_path, GOOD), overrides).trainer["save_steps"] == 0.25
+
+
+def test_weights_are_those_that_are_given_or_none(tmp_path):
+    def weights(sources: str) -> tuple[float, ...] | None:
+        return load_recipe(write(tmp_path, GOOD), [f"data.train=[{sources}]"]).data.weights
+
+    assert weights("{path: a}, {path: b}") is None
+    assert weights("{path: a, weight: 4}, {path: b}") == (4, 1)
 
 
 def test_a_missing_file_and_a_bad_override_are_named(tmp_path):

@@ -146,7 +146,8 @@ class TrainingBatches(Dataset):
             (sample, turns[0], np.random.default_rng([self.seed, 5, draw.source, draw.position]))
             for (sample, turns), draw in chosen
         ]
-        return reconstruction_batch(pairs, keys, self.processor, target_ids=masked)
+        requests = self.turns.requests
+        return reconstruction_batch(pairs, keys, self.processor, target_ids=masked, requests=requests)
 
     def _sample(self, draw: Draw) -> Sample:
         sample = self.sources[draw.source][draw.index]
@@ -165,7 +166,7 @@ class TrainingBatches(Dataset):
         if self.turns.mode == "reconstruction":
             order = order[:1]
         rng = np.random.default_rng([self.seed, 4, draw.source, draw.position])
-        return sample, [Chosen.of(sample.turns[turn], rng) for turn in order]
+        return sample, [Chosen.of(sample.turns[turn], rng, self.turns.negatives) for turn in order]
 
 
 def _key(sample: Sample, draw: Draw) -> Any:
@@ -185,16 +186,20 @@ def with_image_turn(sample: Sample, kind: str) -> Sample:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A turn with its paraphrases drawn."""
+    """A turn with its paraphrases and hard negatives drawn."""
 
     query: Content
     target: Content
     negatives: tuple[Content, ...]
 
     @classmethod
-    def of(cls, turn: Turn, rng: np.random.Generator) -> Chosen:
-        query = turn.query[rng.integers(len(turn.query))]
-        return cls(query, turn.target[rng.integers(len(turn.target))], turn.negatives)
+    def of(cls, turn: Turn, rng: np.random.Generator, negatives: int | None = None) -> Chosen:
+        """Draws by ``rng``; of more hard negatives than ``negatives`` so many are drawn."""
+        query, target = (side[rng.integers(len(side))] for side in (turn.query, turn.target))
+        if negatives is None or len(turn.negatives) <= negatives:
+            return cls(query, target, turn.negatives)
+        drawn = rng.permutation(len(turn.negatives))[:negatives]
+        return cls(query, target, tuple(turn.negatives[number] for number in drawn))
 
 
 def training_batch(
@@ -262,16 +267,18 @@ def reconstruction_batch(
     processor: Processor,
     *,
     target_ids: bool,
+    requests: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Pairs as dialogues of two turns each, see :mod:`muco.reconstruction`; otherwise as :func:`training_batch`.
 
     Args:
         pairs: Each with what decides on its masks.
+        requests: See :func:`muco.reconstruction.reconstruction_dialogues`.
     Returns:
         Two turns per pair in ``query``, ``target`` and ``ids``: the pair itself and its reconstruction. Hard negatives
         belong to the first.
     """
-    made = [reconstruction_dialogues(sample, turn.query, turn.target, rng) for sample, turn, rng in pairs]
+    made = [reconstruction_dialogues(sample, turn.query, turn.target, rng, requests) for sample, turn, rng in pairs]
     hard = [
         (2 * number, target_dialogue(sample, [content], isolated=True))
         for number, (sample, turn, _) in enumerate(pairs)

@@ -6,7 +6,7 @@ sees exactly what an uninterrupted one would have seen.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +33,7 @@ class Draw:
 
     source: int
     index: int
-    position: int  # in the endless stream of its source
+    position: int  # in the endless stream of its source, or of all sources
 
 
 class Mixture:
@@ -42,7 +42,7 @@ class Mixture:
     Args:
         lengths: Samples per source.
         weights: Share of each source in every batch; the rounding is carried, so long-run shares are exact. None: the
-            lengths, so that every sample is drawn as often as any other.
+            sources are one, of all their samples.
         batch_size: Samples per step.
         one_source: Every batch comes from one source, and the shares are those of the batches.
         epoch: What an epoch is, see :class:`muco.train.recipe.DataRecipe`.
@@ -62,15 +62,17 @@ class Mixture:
         if not lengths or min(lengths) < 1:
             raise DataError("a training source is empty; every source needs at least one sample")
         self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
-        self.one_source, self.epoch = one_source, epoch
-        self._shares = None if weights is None else np.cumsum(weights) / np.sum(weights)
-        if weights is not None:
-            self._shares[-1] = 1.0
-            if not one_source and batch_size * min(weights) < sum(weights):
-                raise RecipeError(
-                    f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than "
-                    "one; raise its weight or batch.size"
-                )
+        self.one_source, self.epoch, self.weighted = one_source, epoch, weights is not None
+        self._ends = list(accumulate(lengths))
+        self._streams = self.lengths if self.weighted or one_source else (self._ends[-1],)
+        if weights is not None and not one_source and batch_size * min(weights) < sum(weights):
+            raise RecipeError(
+                f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
+                "raise its weight or batch.size"
+            )
+        weights = self._streams if weights is None else weights
+        self._shares = np.cumsum(weights) / np.sum(weights)
+        self._shares[-1] = 1.0
         self._remember()
 
     @classmethod
@@ -81,7 +83,7 @@ class Mixture:
         return cls(lengths, data.weights, recipe.batch.size, recipe.seed, **settings)
 
     def _remember(self) -> None:
-        self._order = lru_cache(maxsize=2 * len(self.lengths))(self._permutation)
+        self._order = lru_cache(maxsize=2 * len(self._streams))(self._permutation)
         self._round = lru_cache(maxsize=2)(self._shuffled)
 
     def __getstate__(self) -> dict[str, Any]:  # caches do not pickle
@@ -91,40 +93,44 @@ class Mixture:
         self.__dict__.update(state)
         self._remember()
 
-    def _permutation(self, source: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 1, source, epoch]).permutation(self.lengths[source])
+    def _permutation(self, stream: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1, stream, epoch]).permutation(self._streams[stream])
 
     def draws(self, step: int) -> list[Draw]:
-        """The samples of a step, sources one after another."""
-        first, last = self.before(step), self.before(step + 1)
+        """The samples of a step."""
+        first, last = self._before(step), self._before(step + 1)
         draws = []
-        for source, length in enumerate(self.lengths):
-            for position in range(first[source], last[source]):
+        for stream, length in enumerate(self._streams):
+            for position in range(first[stream], last[stream]):
                 epoch, place = divmod(position, length)
-                draws.append(Draw(source, int(self._order(source, epoch)[place]), position))
+                source, index = self._place(stream, int(self._order(stream, epoch)[place]))
+                draws.append(Draw(source, index, position))
         return draws
 
-    def before(self, step: int) -> list[int]:
-        """Samples of each source before a step."""
+    def _place(self, stream: int, number: int) -> tuple[int, int]:
+        """Source and index of a sample of a stream."""
+        if len(self._streams) == len(self.lengths):
+            return stream, number
+        source = bisect_right(self._ends, number)
+        return source, number - (self._ends[source - 1] if source else 0)
+
+    def _before(self, step: int) -> list[int]:
+        """Samples of each stream before a step."""
         if not self.one_source:
             return self._shared(step * self.batch_size)
         number, place = divmod(step, self._round_steps)
-        steps = self._steps(number) + np.bincount(self._round(number)[:place], minlength=len(self.lengths))
+        steps = self._steps(number) + np.bincount(self._round(number)[:place], minlength=len(self._streams))
         return (steps * self.batch_size).tolist()
 
     def _shared(self, count: int) -> list[int]:
-        """Shares a number of samples among the sources; what is left of rounding goes to later ones."""
-        if self._shares is None:
-            total = sum(self.lengths)
-            ends = [count * end // total for end in accumulate(self.lengths)]
-        else:
-            ends = [int(np.floor(count * share + 1e-9)) for share in self._shares]
+        """Shares a number of samples among the streams; what is left of rounding goes to later ones."""
+        ends = [int(np.floor(count * share + 1e-9)) for share in self._shares]
         return [end - start for end, start in zip(ends, [0, *ends[:-1]], strict=True)]
 
     @property
     def _round_steps(self) -> int:
         """Where a step has one source: the steps after which every source has had its share."""
-        return sum(self._filled) if self._shares is None else max(ROUND, len(self.lengths) ** 2)
+        return max(ROUND, len(self.lengths) ** 2) if self.weighted else sum(self._filled)
 
     @property
     def _filled(self) -> list[int]:
@@ -137,7 +143,7 @@ class Mixture:
         From one round to the next no number falls: others get at most one step more than their share
         of it, and the largest share of the steps of a round is above their number.
         """
-        if self._shares is None:
+        if not self.weighted:
             return rounds * np.array(self._filled)
         count, shares = rounds * self._round_steps, np.diff(self._shares, prepend=0.0)
         steps = np.floor(count * shares + 1e-9).astype(int)
@@ -151,19 +157,24 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> int:
-        if self.epoch == "row_count":
-            return -(-sum(self.lengths) // self.batch_size)
+        if self.epoch == "row_count" or len(self._streams) == 1:
+            return -(-self._ends[-1] // self.batch_size)
         enough = 1
-        while not self._seen_all(enough):
+        while not self._all_seen(enough):
             enough *= 2
-        return bisect_left(range(enough), True, key=self._seen_all)
+        return bisect_left(range(enough), True, key=self._all_seen)
 
-    def _seen_all(self, steps: int) -> bool:
-        return all(seen >= length for seen, length in zip(self.before(steps), self.lengths, strict=True))
+    def _all_seen(self, steps: int) -> bool:
+        return all(seen >= length for seen, length in zip(self._before(steps), self._streams, strict=True))
 
     def passes(self, steps: int) -> list[float]:
         """How often the samples of each source are seen in the first ``steps`` steps, on average."""
-        return [seen / length for seen, length in zip(self.before(steps), self.lengths, strict=True)]
+        seen = self._before(steps)
+        if len(seen) < len(self.lengths):
+            whole, rest = divmod(steps * self.batch_size, self._ends[-1])
+            of_rest = np.searchsorted(self._ends, self._order(0, whole)[:rest], side="right")
+            seen = whole * np.array(self.lengths) + np.bincount(of_rest, minlength=len(self.lengths))
+        return [float(count / length) for count, length in zip(seen, self.lengths, strict=True)]
 
 
 def turn_order(count: int, draw: Draw, row: int, step: int, turns: TurnsRecipe, seed: int) -> list[int]:

@@ -56,8 +56,8 @@ class SourceRecipe:
     """A training set.
 
     Args:
-        weight: Its share of every batch, relative to the weights of the other sources. None: its number of rows. Give
-            every source a weight, or none.
+        weight: Its share of every batch, relative to the weights of the other sources; 1 where only others have one.
+            None for all: the rows of all sources are shuffled together, and each is seen as often as any other.
         format: One of ``muco.data.FORMATS``: MuCo's own JSONL, or how others publish their data.
         options: Further arguments of the format, as its class in ``muco/data`` says: the folder of images, columns, …
     """
@@ -102,8 +102,9 @@ class DataRecipe:
     @property
     def weights(self) -> tuple[float, ...] | None:
         """One per source; None where the recipe gives none."""
-        given = tuple(source.weight for source in self.train if source.weight is not None)
-        return given or None
+        if all(source.weight is None for source in self.train):
+            return None
+        return tuple(1.0 if source.weight is None else source.weight for source in self.train)
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,25 @@ class TurnsRecipe:
         order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
             "batch" one per batch, a number g draws g per batch.
         limit: At most so many turns per sample and step, drawn anew each time; None for all.
+        negatives: At most so many hard negatives per turn and step, drawn anew each time; None for all. The released
+            code draws one.
         image_turn: The kind of turn whose target describes the whole image ("retrieval"). Its samples get one more
             turn, the image alone with that target, so that an image by itself is embedded too; None for none.
         positions: Where a turn's positions begin: "restart" after the image, "run_on" after the turn before. None:
             isolated turns restart, which makes them equal to single turns, and compounded ones run on (the paper).
             The other way round only shows what positions do beside what a turn sees.
+        requests: With "reconstruction", two texts: what the user asks before, and after, the assistant says the hidden
+            counterpart. This is the dialogue of the released code; give its two sentences to train its checkpoints
+            further (docs/training.md says where they are). Empty: the hidden counterpart is in one turn of the user.
     """
 
     mode: Literal["isolated", "compounded", "reconstruction"] = "isolated"
     order: Literal["sample", "batch"] | int = "sample"
     limit: int | None = None
+    negatives: int | None = None
     image_turn: str | None = None
     positions: Positions | None = None
+    requests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,8 +225,6 @@ class Recipe:
             raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
         if not self.data.train:
             raise RecipeError("data.train: give at least one source, e.g. train: [{path: data/train.jsonl}]")
-        if self.data.weights and len(self.data.weights) < len(self.data.train):
-            raise RecipeError("data.train: some sources have a weight and others none; give every source one, or none")
         self._check_reconstruction()
         budget, limit = self.batch.token_budget, self.turns.limit
         if budget is not None and limit is not None and limit > budget:
@@ -256,6 +262,11 @@ class Recipe:
                 raise RecipeError(
                     "loss.mask_same_image: reconstruction has a mask of its own; see loss.mask_counterpart"
                 )
+            asked = [request for request in self.turns.requests if request.strip()]
+            if self.turns.requests and (len(asked) != 2 or len(self.turns.requests) != 2):
+                raise RecipeError(f"turns.requests must be two texts, got {list(self.turns.requests)}")
+        elif self.turns.requests:
+            raise RecipeError("turns.requests needs 'turns: {mode: reconstruction}'")
         elif self.loss.joint or not self.loss.mask_counterpart:
             raise RecipeError("loss.joint and loss.mask_counterpart need 'turns: {mode: reconstruction}'")
         if not self.loss.mask_counterpart and not self.loss.joint:
@@ -311,6 +322,7 @@ BOUNDS = {  # key without the numbers of list items -> what its number must be; 
     **_of("data", "max_broken", _SHARE),
     **_of("data", "train.weight", _POSITIVE),
     **_of("turns", "order limit", _COUNT),
+    **_of("turns", "negatives", _COUNT_OR_ZERO),
     **_of("loss", "temperature dimensions", _POSITIVE),
     **_of("batch", "size token_budget", _COUNT),
     **_of("batch", "feature_memory", _NOT_NEGATIVE),
