@@ -207,6 +207,8 @@ def test_a_plan_says_how_often_the_rows_of_each_source_are_seen(scenes, tmp_path
     counted = run_of(1, 1, epoch="row_count")
     assert counted["rows_seen_per_epoch"] == {paths[0]: 0.62, paths[1]: 2.5} and counted["steps_per_epoch"] == 10
     assert list(run_of(None, None, None)["rows_seen_per_epoch"]) == [paths[0], f"{few} (2)", f"{few} (3)"]
+    with pytest.raises(muco.RecipeError, match="of 8 samples per step the source of weight 0.01 gets less than one"):
+        run_of(1, 0.01)
     few.unlink()
 
 

@@ -70,7 +70,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         CheckpointError: If the model's configuration cannot be read.
     """
     check_recipe(recipe, devices)
-    arguments = training_arguments(_for_this_machine(recipe))
+    arguments = training_arguments(_for_this_machine(recipe), recipe.data.validation is not None)
     problems: list[str] = []
     notes: list[str] = []
     sources = _open(recipe, problems)
@@ -357,7 +357,7 @@ def _for_this_machine(recipe: Recipe) -> Recipe:
 
 def _run_facts(recipe: Recipe, arguments: Any, mixture: Mixture | None, notes: list[str]) -> dict[str, Any]:
     epoch = mixture.steps_per_epoch if mixture else None
-    steps = steps_of(arguments, mixture) if mixture else max(arguments.max_steps, 0) or None
+    steps = steps_of(arguments, mixture) if mixture else arguments.max_steps if arguments.max_steps > 0 else None
     if steps and arguments.get_warmup_steps(steps) >= steps:
         notes.append(f"trainer.warmup_steps: the run of {steps} steps ends before the learning rate is reached")
     return {
@@ -369,10 +369,15 @@ def _run_facts(recipe: Recipe, arguments: Any, mixture: Mixture | None, notes: l
         "schedule": str(arguments.lr_scheduler_type.value),
         "warmup_steps": arguments.warmup_steps,
         "precision": "bfloat16 autocast" if arguments.bf16 else "as the weights",
-        "checkpoints": steps and steps // _interval(arguments.save_steps, steps)
-        if arguments.save_strategy == "steps"
-        else None,
+        "checkpoints": steps and _checkpoints(arguments, steps),
     }
+
+
+def _checkpoints(arguments: Any, steps: int) -> int | None:
+    if arguments.save_strategy != "steps":
+        return None
+    every = arguments.save_steps
+    return steps // (math.ceil(every * steps) if every < 1 else int(every))  # below 1 it is a share of the run
 
 
 def _seen(recipe: Recipe, mixture: Mixture | None, steps: int | None) -> dict[str, float | None]:
@@ -380,11 +385,6 @@ def _seen(recipe: Recipe, mixture: Mixture | None, steps: int | None) -> dict[st
     if mixture is None or steps is None:
         return dict.fromkeys(_names(recipe))
     return {name: round(passes, 2) for name, passes in zip(_names(recipe), mixture.passes(steps), strict=True)}
-
-
-def _interval(steps: float, whole: int) -> int:
-    """A number of steps that the arguments may give as a share of the run."""
-    return math.ceil(steps * whole) if steps < 1 else int(steps)
 
 
 def print_plan(result: dict[str, Any], console: Console) -> None:

@@ -81,8 +81,9 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     distributed.start()
-    training_arguments(recipe)
+    training_arguments(recipe, recipe.data.validation is not None)
     sources = open_sources(recipe)
+    Mixture.of(recipe, [len(source) for source in sources])
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
     facts, finished = distributed.first_only(lambda: _claim(recipe, sources, resume))
     if finished:
@@ -164,7 +165,7 @@ def texts_of(sources: list[Data], limit: int = 5000, *, skip_broken: bool = Fals
 
 def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: Data | None = None) -> MuCoTrainer:
     """The trainer of a recipe; its batches, loss and arguments."""
-    arguments = training_arguments(recipe)
+    arguments = training_arguments(recipe, validation is not None)
     mixture = Mixture.of(recipe, [len(source) for source in sources])
     arguments.max_steps = steps_of(arguments, mixture)
     batches = TrainingBatches(
@@ -207,10 +208,16 @@ def steps_of(arguments: SentenceTransformerTrainingArguments, mixture: Mixture) 
     return max(1, int(arguments.num_train_epochs * mixture.steps_per_epoch))
 
 
-def training_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
-    """The recipe's ``trainer`` group over our defaults; unknown names are a RecipeError."""
+def training_arguments(recipe: Recipe, evaluates: bool) -> SentenceTransformerTrainingArguments:
+    """The recipe's ``trainer`` group over our defaults.
+
+    Args:
+        evaluates: Whether there is something to evaluate during training.
+    Raises:
+        RecipeError: For unknown names, and what transformers refuses.
+    """
     values = {**DEFAULTS, **recipe.trainer}
-    if recipe.data.validation is not None:
+    if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output) / "logs")
@@ -226,7 +233,7 @@ def training_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from None
-    if arguments.eval_strategy != "no" and recipe.data.validation is None:
+    if arguments.eval_strategy != "no" and not evaluates:
         raise RecipeError("trainer.eval_strategy: there is nothing to evaluate; set data.validation")
     if arguments.n_gpu > 1:  # else DataParallel would cut our batches in half along the wrong dimension
         arguments._n_gpu = 1
