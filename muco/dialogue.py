@@ -158,6 +158,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What is said before the last turn of a dialogue, word for word; no embedding is read after it.
+
+    Args:
+        request: Of the user.
+        reply: The assistant's text.
+    """
+
+    request: str
+    reply: str
+
+
+@dataclass(frozen=True)
 class Dialogue:
     """One side of a sample, ready for a template.
 
@@ -165,7 +178,10 @@ class Dialogue:
         context: Images that all turns share; they stand once, at the front of the first turn.
         turns: The user's messages in order; each yields one embedding.
         isolated: If true, a turn sees the context and itself only; otherwise also every turn before it.
-        reconstructs: Whether turns after the first hold the mask token, which no text of data may hold.
+        reconstructs: Whether turns after the first, or the exchange, hold the mask token, which no text of data may
+            hold.
+        exchange: Said before the last turn, whose text is then taken word for word; only between turns that see those
+            before them.
         positions: Where a turn's positions begin: "restart" after what isolated turns share, "run_on" after the turn
             before. None: as the turns see, restarting if isolated, so that they are single turns, else running on.
         where: Names the row in error messages.
@@ -177,6 +193,7 @@ class Dialogue:
     where: str = field(default="", compare=False)
     reconstructs: bool = False
     positions: Positions | None = None
+    exchange: Exchange | None = None
 
     @property
     def restarts(self) -> bool:

@@ -8,6 +8,10 @@ From a pair (q, p) two dialogues of two compounded turns are made::
 Half of the time all of the counterpart is hidden, else each word with probability 1/2; neighbouring masks are one. An
 image of the counterpart is replaced by its caption, without a caption by a mask. Inference knows turn 1 only.
 
+The released code has three user turns instead. It asks the model to put its last answer into words, has the assistant
+say the hidden counterpart, and asks for the reconstruction. With two ``requests`` the dialogues are these, token for
+token, so that its checkpoints can be trained further. Its two sentences are not carried here.
+
 Source: arXiv 2602.06393, fine-tuning by reconstruction; the wording of the prompt is ours.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from muco.dialogue import Content, Dialogue, ImageLike, Sample
+from muco.dialogue import Content, Dialogue, Exchange, ImageLike, Sample
 from muco.template import MASK
 
 if TYPE_CHECKING:
@@ -25,32 +29,43 @@ if TYPE_CHECKING:
 HIDDEN = 0.5  # probability that all of a counterpart is hidden, and, if not, that a word of it is
 PROMPT = "Something belongs to this. Here it is with parts of it hidden; complete it in your mind:\n{hidden}"
 PICTURE = "a picture of {caption}"
+DESCRIPTION = "Image description: {caption}"  # the same in the assistant's reply
 
 
 def reconstruction_dialogues(
-    sample: Sample, query: Content, target: Content, rng: np.random.Generator
+    sample: Sample, query: Content, target: Content, rng: np.random.Generator, requests: Sequence[str] = ()
 ) -> tuple[Dialogue, Dialogue]:
     """The query and the target dialogue of a pair, of two turns each.
 
     Args:
         query: Of one turn; the sample's images belong to it.
         rng: Of what is hidden.
+        requests: What the user asks before and after the assistant says the hidden counterpart, as the released code
+            does; empty: one turn of the user holds it, as in this file's PROMPT.
     """
     whole = Content(query.text, (*sample.images, *query.images), query.caption)
+    as_reply = bool(requests)
     return (
-        _dialogue(sample.images, query, hide(target, rng), sample.place),
-        _dialogue((), target, hide(whole, rng), sample.place),
+        _dialogue(sample.images, query, hide(target, rng, as_reply=as_reply), sample.place, requests),
+        _dialogue((), target, hide(whole, rng, as_reply=as_reply), sample.place, requests),
     )
 
 
-def _dialogue(context: tuple[ImageLike, ...], own: Content, hidden: str, where: str) -> Dialogue:
-    turns = (own, Content(PROMPT.format(hidden=hidden)))
-    return Dialogue(context, turns, isolated=False, reconstructs=True, where=where)
+def _dialogue(
+    context: tuple[ImageLike, ...], own: Content, hidden: str, where: str, requests: Sequence[str]
+) -> Dialogue:
+    asked = requests[1] if requests else PROMPT.format(hidden=hidden)
+    exchange = Exchange(requests[0], hidden) if requests else None
+    return Dialogue(context, (own, Content(asked)), isolated=False, reconstructs=True, where=where, exchange=exchange)
 
 
-def hide(content: Content, rng: np.random.Generator) -> str:
-    """A counterpart as text with parts of it hidden, :data:`muco.template.MASK` in their place."""
-    words = _as_words(content)
+def hide(content: Content, rng: np.random.Generator, *, as_reply: bool = False) -> str:
+    """A counterpart as text with parts of it hidden, :data:`muco.template.MASK` in their place.
+
+    Args:
+        as_reply: Words are parted at blanks only and lines are kept, as in the released code.
+    """
+    words = _as_reply(content).split(" ") if as_reply else _as_words(content)
     if rng.random() < HIDDEN:
         return MASK
     return " ".join(_merged([MASK if rng.random() < HIDDEN else word for word in words]))
@@ -62,6 +77,12 @@ def _as_words(content: Content) -> list[str]:
         return words
     picture = PICTURE.format(caption=content.caption).split() if content.caption else [MASK]
     return [*picture, *words]
+
+
+def _as_reply(content: Content) -> str:
+    picture = DESCRIPTION.format(caption=content.caption) if content.caption else MASK
+    text = f"{picture}\n{content.text}" if content.images else content.text
+    return text if text.endswith("\n") else text + "\n"
 
 
 def _merged(words: Sequence[str]) -> list[str]:

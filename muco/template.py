@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from muco.dialogue import Content, Dialogue
+from muco.dialogue import Content, Dialogue, Exchange
 from muco.errors import CheckpointError, DataError
 
 EMB = "<|emb|>"
 MASK = "<|mask|>"
+END = "<|im_end|>"  # of a message, in Qwen's prompt
 SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -104,9 +105,16 @@ class Template:
             count = len(turn.images) + (len(dialogue.context) if j == 0 else 0)
             first = self.head + (self.user_open_image if count else self.user_open)
             images, text = self._images(seen, count), self._text(turn, count > 0)
-            branches.append(_joined((self.next_turn if j else first, *images, text, self.tail, EMB)))
+            opening = self.next_turn if j else first
+            if dialogue.exchange and 0 < j == len(dialogue.turns) - 1:
+                opening, text = self._exchange(dialogue.exchange), turn.text
+            branches.append(_joined((opening, *images, text, self.tail, EMB)))
             seen += count
         return Prompt((), tuple(branches), False)
+
+    def _exchange(self, exchange: Exchange) -> str:
+        # The released code leaves the user's turn of the request open, and its models have learnt it so.
+        return f"{self.next_turn}{exchange.request}{self.tail.removeprefix(END)}{exchange.reply}{self.next_turn}"
 
     def _images(self, first: int, count: int) -> Pieces:
         pieces: Pieces = ()
@@ -238,15 +246,18 @@ class SpecialTokenGuard:
 
     def check(self, dialogue: Dialogue) -> None:
         """Raises a DataError that names the row, the turn and the token."""
-        for number, turn in enumerate(dialogue.turns, start=1):
+        texts = [(number, turn.text) for number, turn in enumerate(dialogue.turns, start=1)]
+        if dialogue.exchange:
+            texts += [(len(texts), dialogue.exchange.request), (len(texts), dialogue.exchange.reply)]
+        for number, text in texts:
             place = f"{dialogue.where or 'input'} turn {number}"
-            text = turn.text.replace(MASK, "") if dialogue.reconstructs and number > 1 else turn.text
+            text = text.replace(MASK, "") if dialogue.reconstructs and number > 1 else text
             if found := self._pattern.search(text):
                 raise DataError(
                     f"{place}: the text contains the special token {found[0]!r}; "
                     "take it out of the data, in a prompt it has a meaning of its own"
                 )
-            if found := LONE_SURROGATE.search(turn.text):
+            if found := LONE_SURROGATE.search(text):
                 raise DataError(
                     f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data"
                 )

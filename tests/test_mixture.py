@@ -68,6 +68,49 @@ def test_batches_of_one_source_have_its_share_and_skip_nothing(sources, size):
         assert all(abs(n - 50 * weights[source] / sum(weights)) <= 2 for n in rounds)
 
 
+def seen(mixture: Mixture, steps: int) -> list[Counter]:
+    """How often every sample of every source is drawn in the first steps."""
+    counts = [Counter(dict.fromkeys(range(length), 0)) for length in mixture.lengths]
+    for step in range(steps):
+        for draw in mixture.draws(step):
+            counts[draw.source][draw.index] += 1
+    return counts
+
+
+def test_an_epoch_of_several_sources_sees_every_row_once():
+    mixture = Mixture([5000, 500], None, 50, seed=3)
+    assert mixture.steps_per_epoch == 110
+    assert all(set(counts.values()) == {1} for counts in seen(mixture, 110))
+    assert mixture.passes(110) == [1, 1] and mixture.passes(220) == [2, 2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 20), st.booleans())
+def test_an_epoch_without_weights_ends_when_every_row_was_seen(lengths, size, one_source):
+    mixture = Mixture(lengths, None, size, seed=1, one_source=one_source)
+    epochs = [seen(mixture, n * mixture.steps_per_epoch) for n in (1, 2)]
+    for n, counts in enumerate(epochs, start=1):
+        assert all(min(own.values()) >= n for own in counts)
+        more = [own.total() - n * length for own, length in zip(counts, lengths, strict=True)]
+        assert max(more) < n * size and (one_source or sum(more) < n * size), "never a batch more than is needed"
+    assert mixture.steps_per_epoch == (
+        sum(-(-length // size) for length in lengths) if one_source else -(-sum(lengths) // size)
+    )
+    assert min(min(own.values()) for own in seen(mixture, mixture.steps_per_epoch - 1)) == 0
+
+
+@pytest.mark.parametrize("one_source", [False, True])
+def test_with_weights_the_recipe_says_what_an_epoch_is(one_source):
+    lengths, weights = [5000, 500], [1.0, 1.0]
+    every = Mixture(lengths, weights, 50, 3, one_source=one_source)
+    count = Mixture(lengths, weights, 50, 3, one_source=one_source, epoch="row_count")
+    assert count.steps_per_epoch == 110 and every.steps_per_epoch > 180
+    assert min(every.passes(every.steps_per_epoch)) == 1 > min(every.passes(every.steps_per_epoch - 1))
+    assert [every.draws(step) for step in range(9)] == [count.draws(step) for step in range(9)]
+    if not one_source:
+        assert every.passes(200) == [1, 10] and count.passes(110) == [0.55, 5.5]
+
+
 def test_rounds_grow_with_the_number_of_sources(monkeypatch):
     monkeypatch.setattr(mixture_module, "ROUND", 50)
     sources = 40  # in rounds of 50 steps, 39 of them could want two each
@@ -222,6 +265,38 @@ def test_ids_mark_samples_and_identical_targets(tiny_model):
     assert len(ids["hard_negative_turns"]) == 2 and len(set(ids["hard_negative_turns"])) == 1
     assert ids["hard_negative_ids"][0] in ids["target_ids"]  # Gold is known
     assert len(made["target"]["turn_rows"]) == 6 and place
+
+
+@pytest.mark.parametrize("mode", ["isolated", "reconstruction"])
+def test_a_hard_negative_is_drawn_per_row_and_step_and_the_same_by_any_number_of_processes(tiny_model, mode):
+    rows = Rows(
+        Sample(turns=[Turn(f"q{n}", [f"p{n}", f"other p{n}"], negatives=[f"n{n}.{m}" for m in range(4)])])
+        for n in range(6)
+    )
+    mixture, processor = Mixture([6], None, 6, 0), tiny_model.encoder.muco_processor
+
+    def drawn(negatives: int | None, step: int, **processes) -> list[tuple[str, str, tuple[str, ...]]]:
+        made = TrainingBatches([rows], mixture, processor, TurnsRecipe(mode=mode, negatives=negatives), **processes)
+        turns = [made._chosen(draw, n, step)[1][0] for n, draw in enumerate(mixture.draws(step))]
+        hard = made[step]["ids"]["hard_negative_rows"]
+        own = len(range(made.rank, 6, made.world_size))
+        assert len(hard) == own * (4 if negatives is None else negatives)
+        return [(turn.query.text, turn.target.text, tuple(c.text for c in turn.negatives)) for turn in turns]
+
+    one = [drawn(1, step) for step in range(6)]
+    for step, turns in enumerate(one):
+        assert turns == drawn(1, step, rank=1, world_size=4), "a function of seed and step alone"
+        everything = drawn(None, step)
+        assert [turn[:2] for turn in turns] == [turn[:2] for turn in everything], "other draws stay as they are"
+        assert all(len(own[2]) == 1 and own[2][0] in whole[2] for own, whole in zip(turns, everything, strict=True))
+    assert len({turn[2] for turns in one for turn in turns if turn[0] == "q0"}) > 1, "another one in another epoch"
+    assert all(len(set(turn[2])) == 2 for turn in drawn(2, 0)) and all(turn[2] == () for turn in drawn(0, 0))
+    ids = [
+        TrainingBatches([rows], mixture, processor, TurnsRecipe(negatives=1), rank=r, world_size=3) for r in range(3)
+    ]
+    shared = sorted(number for made in ids for number in made[2]["ids"]["hard_negative_ids"].tolist())
+    alone = TrainingBatches([rows], mixture, processor, TurnsRecipe(negatives=1))[2]["ids"]["hard_negative_ids"]
+    assert shared == sorted(alone.tolist())
 
 
 @pytest.mark.parametrize("mode", ["isolated", "compounded"])

@@ -103,6 +103,23 @@ def test_configurations_can_be_chosen(tmp_path):
         MMEBTrainData(tree.file_of(tmp_path, "CIRR"), configs=["CIRR"])
 
 
+def test_a_cap_takes_the_same_rows_of_each_configuration_every_time(tmp_path):
+    root = tree.write_tree(tmp_path, ["CIRR", "NIGHTS"], rows=3)
+    tree.write_rows(root / "CIRR" / "original-00001-of-00002.parquet", [p.record for p in tree.pairs("CIRR", rows=40)])
+    whole, capped = MMEBTrainData(root), MMEBTrainData(root, rows_per_config=20)
+    assert whole.configs == {"CIRR": 43, "NIGHTS": 3} and capped.configs == {"CIRR": 20, "NIGHTS": 3}
+    assert len(capped) == 23 and samples(capped) == samples(MMEBTrainData(root, rows_per_config=20))
+    places = [capped.where(i) for i in range(23)]
+    assert [sample.where for sample in samples(capped)] == places and len(set(places)) == 23
+    assert places == sorted(places, key=[whole.where(i) for i in range(46)].index), "in the order of the files"
+    assert samples(MMEBTrainData(root, configs=["CIRR"], rows_per_config=20)) == samples(capped)[:20]
+    assert len({d.fingerprint for d in (whole, capped, MMEBTrainData(root, rows_per_config=19))}) == 3
+    assert samples(MMEBTrainData(root, rows_per_config=43)) == samples(whole)
+    for wrong in (0, -1, 2.5, True, "20"):
+        with pytest.raises(DataError, match="rows_per_config must be a positive whole number"):
+            MMEBTrainData(root, rows_per_config=wrong)
+
+
 def test_what_is_not_there_or_has_another_name(tmp_path):
     with pytest.raises(DataError, match="nothing.parquet: no such file|cannot be read"):
         MMEBTrainData(tmp_path / "nothing.parquet")

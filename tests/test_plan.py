@@ -126,6 +126,13 @@ def test_a_plan_of_another_family_stops_at_what_it_knows(scenes, tmp_path):
         ({"batch": {"size": 4}}, 8, "batch.size: 4 samples are fewer than the 8 processes"),
         ({"batch": {"size": 8, "sharding": "fsdp"}}, 1, "needs several processes"),
         ({"trainer": {"learning_rat": 1}}, 1, "learning_rat"),
+        (
+            {"trainer": {"eval_strategy": "steps"}, "data": {"train": [{"path": "none.jsonl"}]}},
+            1,
+            "set data.validation",
+        ),
+        ({"loss": {"dimensions": [32, 128]}}, 1, "loss.dimensions: 128 is more than the 64 numbers"),
+        ({"model": {"path": "Qwen/Qwen2-VL-2B-Instruct"}, "loss": {"dimensions": [2048]}}, 1, "than the 1536 numbers"),
         ({"model": {"path": "no/such folder"}}, 1, "no/such folder"),
     ],
 )
@@ -181,6 +188,58 @@ def test_a_budget_below_one_dialogue_is_refused_before_training(scenes, tmp_path
     with pytest.raises(muco.RecipeError, match=r"budget: 20 tokens are fewer .*train\.jsonl:\d+; raise it to at l"):
         muco.train(recipe)
     muco.train(recipe_of(scenes, tmp_path / "run", batch={"size": 8}, trainer={"max_steps": 1, "report_to": []}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": {"dimensions": [32, 128]}},
+        {"trainer": {"learning_rat": 1}},
+        {"trainer": {"eval_strategy": "steps"}, "data": {"train": [{"path": "none.jsonl"}]}},
+        {"batch": {"size": 8, "sharding": "fsdp"}},
+    ],
+)
+def test_training_refuses_what_the_dry_run_refuses_in_the_same_words_before_any_work(scenes, tmp_path, changes):
+    recipe = recipe_of(scenes, tmp_path / "run", **changes)
+    sentences = []
+    for tried in (plan, muco.train):
+        with pytest.raises(muco.RecipeError) as error:
+            tried(recipe)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1] and not (tmp_path / "run").exists()
+
+
+def test_a_share_of_the_steps_is_a_number_of_checkpoints_and_a_long_warm_up_is_said(scenes, tmp_path):
+    trainer = {"num_train_epochs": 2, "save_steps": 0.25, "warmup_steps": 16, "report_to": []}
+    found = plan(recipe_of(scenes, tmp_path / "run", trainer=trainer))
+    assert found["run"]["steps"] == 16 and found["run"]["checkpoints"] == 4
+    assert "trainer.warmup_steps: the run of 16 steps ends before the learning rate is reached" in found["notes"]
+    few = plan(recipe_of(scenes, tmp_path / "run", trainer={"num_train_epochs": 0.01, "report_to": []}))
+    assert few["run"]["steps"] == 1
+
+
+def test_a_plan_says_how_often_the_rows_of_each_source_are_seen(scenes, tmp_path):
+    lines = (scenes / "train.jsonl").read_text().splitlines(keepends=True)[:16]
+    few = scenes / "few.jsonl"
+    few.write_text("".join(lines))
+    paths, output = [str(scenes / "train.jsonl"), str(few), str(few)], tmp_path / "run"
+
+    def run_of(*weights: float | None, **data) -> dict:
+        sources = [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=False)]
+        trainer = {"num_train_epochs": 2, "report_to": []}
+        return plan(recipe_of(scenes, output, data={"train": sources, **data}, trainer=trainer))["run"]
+
+    once = run_of(None, None)
+    assert once["rows_seen_per_epoch"] == {paths[0]: 1.0, paths[1]: 1.0} and once["steps_per_epoch"] == 10
+    weighted = run_of(1, 1)
+    assert weighted["rows_seen_per_epoch"] == {paths[0]: 1.0, paths[1]: 4.0} and weighted["steps_per_epoch"] == 16
+    assert weighted["rows_seen_in_the_run"] == {paths[0]: 2.0, paths[1]: 8.0}
+    counted = run_of(1, 1, epoch="row_count")
+    assert counted["rows_seen_per_epoch"] == {paths[0]: 0.62, paths[1]: 2.5} and counted["steps_per_epoch"] == 10
+    assert list(run_of(None, None, None)["rows_seen_per_epoch"]) == [paths[0], f"{few} (2)", f"{few} (3)"]
+    with pytest.raises(muco.RecipeError, match="of 8 samples per step the source of weight 0.01 gets less than one"):
+        run_of(1, 0.01)
+    few.unlink()
 
 
 def test_dimensions_that_the_vectors_lack_are_refused(scenes, tmp_path):

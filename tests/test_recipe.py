@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,61 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
         load_recipe(write(tmp_path, text))
     for word in [*words, "recipe.yaml"]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("loss.temperature=.nan", "loss.temperature must be a finite number, got nan"),
+        ("trainer.learning_rate=.inf", "trainer.learning_rate must be a finite number, got inf"),
+        ("trainer.lr_scheduler_kwargs={min_lr: [1, -.inf]}", r"trainer.lr_scheduler_kwargs.min_lr\[1\] must be a fin"),
+        ("data.train=[{path: a, weight: .inf}]", r"data.train\[0\].weight must be a finite number"),
+        ("data.train=[{path: a, options: {share: .nan}}]", r"data.train\[0\].options.share must be a finite"),
+        ("data.train=[{path: a, weight: 0}]", r"data.train\[0\].weight must be positive, got 0"),
+        ("data.max_broken=1.5", "data.max_broken must be a share"),
+        ("trainer.learning_rate=0", "trainer.learning_rate must be positive, got 0"),
+        ("trainer.learning_rate='5e-5'", "trainer.learning_rate must be positive, got '5e-5'"),
+        ("trainer.learning_rate=true", "trainer.learning_rate must be positive, got True"),
+        ("trainer.num_train_epochs=0", "trainer.num_train_epochs must be positive"),
+        ("trainer.num_train_epochs=-1", "trainer.num_train_epochs must be positive"),
+        ("trainer.max_steps=0", "trainer.max_steps must be a positive whole number"),
+        ("trainer.max_steps=1e3", "trainer.max_steps must be a positive whole number"),
+        ("trainer.save_steps=0", "trainer.save_steps must be a positive number of steps, or a share"),
+        ("trainer.save_steps=2.5", "trainer.save_steps must be a positive number of steps, or a share"),
+        ("trainer.warmup_steps=-1", "trainer.warmup_steps must be at least 0"),
+        ("trainer.adam_beta2=1", "trainer.adam_beta2 must be at least 0 and below 1"),
+        ("trainer.dataloader_num_workers=-1", "trainer.dataloader_num_workers must be a whole number"),
+        ("warm_up.learning_rate=0", "warm_up.learning_rate must be positive"),
+        ("warm_up.batch_size=0", "warm_up.batch_size must be a positive"),
+        ("model.adapter={rank: 0}", "model.adapter.rank must be a positive"),
+        ("model.adapter={dropout: 1}", "model.adapter.dropout must be at least 0 and below 1"),
+        ("model={path: a, min_pixels: 10, max_pixels: 9}", "model.min_pixels: 10 is more than model.max_pixels: 9"),
+        ("model={tiny: {width: 30, heads: 4}, vision: trained}", "model.tiny.width: 30 is not a multiple of heads"),
+        ("loss.dimensions=[8, 0]", r"loss.dimensions\[1\] must be positive"),
+        ("seed=-1", "seed must be a whole number"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_wherever_they_are(tmp_path, override, words):
+    with pytest.raises(muco.RecipeError, match=f"recipe.yaml: {words}"):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+def test_a_recipe_made_in_python_is_checked_like_a_file():
+    with pytest.raises(muco.RecipeError, match="trainer.learning_rate must be a finite number"):
+        dataclasses.replace(from_dict(yaml.safe_load(GOOD)), trainer={"learning_rate": float("nan")})
+
+
+def test_shares_of_steps_and_an_unset_number_of_steps_are_taken(tmp_path):
+    overrides = ["trainer.save_steps=0.25", "trainer.max_steps=-1", "trainer.warmup_steps=0.1", "trainer.eval_steps=2"]
+    assert load_recipe(write(tmp_path, GOOD), overrides).trainer["save_steps"] == 0.25
+
+
+def test_weights_are_those_that_are_given_or_none(tmp_path):
+    def weights(sources: str) -> tuple[float, ...] | None:
+        return load_recipe(write(tmp_path, GOOD), [f"data.train=[{sources}]"]).data.weights
+
+    assert weights("{path: a}, {path: b}") is None
+    assert weights("{path: a, weight: 4}, {path: b}") == (4, 1)
 
 
 def test_a_missing_file_and_a_bad_override_are_named(tmp_path):

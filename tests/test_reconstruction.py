@@ -74,6 +74,38 @@ def test_both_sides_are_dialogues_of_two_turns():
     assert {"what?", "red", "square"} <= shown, "the query's text and the caption of its image"
 
 
+def test_as_a_reply_lines_are_kept_and_words_are_parted_at_blanks_only():
+    content = Content("Take this\nsquare", (PICTURE,), caption="two red dots")
+    whole = "Image description: two red dots\nTake this\nsquare\n"
+    hidden = [hide(content, rng(seed), as_reply=True) for seed in range(400)]
+    assert 0.4 < np.mean([text == MASK for text in hidden]) < 0.6
+    parts = whole.split(" ")
+    assert parts[-2:] == ["dots\nTake", "this\nsquare\n"]
+    for text in hidden:
+        rest = iter(parts)
+        assert all(word in rest for word in text.split(" ") if word != MASK) and f"{MASK} {MASK}" not in text
+    assert max(hidden, key=len).endswith("square\n")
+    shown = {hide(Content("below", (PICTURE,)), rng(seed), as_reply=True) for seed in range(60)}
+    assert shown == {MASK, f"{MASK}\nbelow\n"}, "an image without a caption is a mask"
+
+
+def test_with_requests_the_assistant_says_the_hidden_counterpart():
+    sample = Sample(image=PICTURE, turns=[Turn({"text": "what?", "caption": "a red square"}, "a square")], where="a:1")
+    query, target = reconstruction_dialogues(sample, *pair(sample), rng(3), ("Say it.", "Guess it."))
+    plain = reconstruction_dialogues(sample, *pair(sample), rng(3))
+    for dialogue, other in ((query, plain[0]), (target, plain[1])):
+        assert [turn.text for turn in dialogue.turns] == [other.turns[0].text, "Guess it."]
+        assert dialogue.exchange.request == "Say it." and MASK in dialogue.exchange.reply and not other.exchange
+        assert dialogue.context == other.context and dialogue.reconstructs
+    replies = {
+        word
+        for seed in range(40)
+        for dialogue in reconstruction_dialogues(sample, *pair(sample), rng(seed), ("Say it.", "Guess it."))
+        for word in dialogue.exchange.reply.split()
+    }
+    assert replies == {MASK, "a", "square", "Image", "description:", "red", "what?"}
+
+
 def pair(sample: Sample) -> tuple[Content, Content]:
     return sample.turns[0].query[0], sample.turns[0].target[0]
 
@@ -170,21 +202,24 @@ def test_wrong_arguments_are_named(changes, word):
 # ---------------------------------------------------------------- steps and runs
 
 
-def batch_of(model, scenes: Path) -> dict:
+REQUESTS = ("Say it in words.", "Guess the rest of it.")
+
+
+def batch_of(model, scenes: Path, requests: tuple[str, ...] = ()) -> dict:
     samples = steps.ragged_samples(scenes)
     chosen = [
         (sample, Chosen(sample.turns[0].query[0], sample.turns[0].target[0], sample.turns[0].negatives), rng(number))
         for number, sample in enumerate(samples)
     ]
     keys = [sample.id or number for number, sample in enumerate(samples)]
-    return reconstruction_batch(chosen, keys, model.encoder.muco_processor, target_ids=True)
+    return reconstruction_batch(chosen, keys, model.encoder.muco_processor, target_ids=True, requests=requests)
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(("joint", "requests"), [(False, REQUESTS), (True, ())])
 @pytest.mark.parametrize("trained", ["adapters", "all"])
-def test_the_cached_step_is_the_plain_one(tiny_model, scenes, joint, trained):
+def test_the_cached_step_is_the_plain_one(tiny_model, scenes, joint, requests, trained):
     model = steps.to_train(tiny_model, trained)
-    batch = batch_of(model, scenes)
+    batch = batch_of(model, scenes, requests)
     loss = ReconstructionLoss(model, temperature=0.1, joint=joint, dimensions=(16, 64))
     value = loss([dict(batch["query"]), dict(batch["target"])], batch["ids"])
     value.backward()
@@ -195,8 +230,9 @@ def test_the_cached_step_is_the_plain_one(tiny_model, scenes, joint, trained):
         steps.assert_same((report.loss.item(), steps.gradients(model)), expected)
 
 
-def test_the_first_turn_is_the_vector_of_inference(tiny_model, scenes):
-    batch = batch_of(tiny_model, scenes)
+@pytest.mark.parametrize("requests", [(), REQUESTS])
+def test_the_first_turn_is_the_vector_of_inference(tiny_model, scenes, requests):
+    batch = batch_of(tiny_model, scenes, requests)
     samples = steps.ragged_samples(scenes)
     with torch.inference_mode():
         first = tiny_model.eval().embed(batch["query"])[0::2].numpy()
@@ -241,6 +277,10 @@ def test_a_run_learns_pairs_and_resumes_exactly(scenes, tmp_path, joint):
         ({"turns": {"mode": "reconstruction"}, "loss": {"symmetric": True}}, "loss.symmetric"),
         ({"turns": {"mode": "reconstruction"}, "loss": {"mask_same_image": False}}, "loss.mask_same_image"),
         ({"loss": {"joint": True}}, "loss.joint"),
+        ({"turns": {"requests": ["a", "b"]}}, "turns.requests needs"),
+        ({"turns": {"mode": "reconstruction", "requests": ["a"]}}, "turns.requests must be two texts"),
+        ({"turns": {"mode": "reconstruction", "requests": ["a", " "]}}, "turns.requests must be two texts"),
+        ({"turns": {"negatives": -1}}, "turns.negatives must be a whole number"),
         ({"turns": {"mode": "reconstruction"}, "loss": {"mask_counterpart": False}}, "set loss.joint"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from muco.backbone import tiny_qwen2_vl
-from muco.dialogue import Content, Dialogue, single_turn
+from muco.dialogue import Content, Dialogue, Exchange, single_turn
 from muco.errors import CheckpointError, DataError
 from muco.processor import Processor
 from muco.template import (
@@ -93,6 +93,51 @@ def test_further_turns_continue_the_dialogue():
     second = first + following + "two" + ANSWER
     third = second + following + f"{VISION}\nthree" + ANSWER
     assert prompts(QWEN_VL, Dialogue((IMAGE,), turns, False)) == [first, second, third]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "tiny"])
+def test_the_released_reconstruction_is_its_literal_token_sequence(name):
+    """Three user turns; the first request is left open, as in the released code."""
+    exchange = Exchange("Say it.", f"a {MASK} ring\n")
+    dialogue = Dialogue((IMAGE,), (Content("hello"), Content("Guess it.")), False, reconstructs=True, exchange=exchange)
+    literal = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\nhello\n<|im_end|>\n"
+        "<|im_start|>assistant\n<|emb|><|im_end|>\n"
+        "<|im_start|>user\nSay it.\n"
+        "<|im_start|>assistant\na <|mask|> ring\n<|im_end|>\n"
+        "<|im_start|>user\nGuess it.<|im_end|>\n"
+        "<|im_start|>assistant\n<|emb|>"
+    )
+    assert prompts(EVALUATION, dialogue)[-1] == literal
+    prompt = EVALUATION.prompt(dialogue)
+    SpecialTokenGuard([]).check(dialogue)
+    own, tokenizer = processor(name), processor(name).tokenizer
+    tokens = own.text_ids(literal)
+    assert ids(name, [piece for branch in prompt.branches for piece in branch]) == [*tokens]
+    if name != "tiny":  # its prompt is in fewer tokens
+        assert [
+            tokenizer.decode([token]) for token in tokens if token >= tokenizer.convert_tokens_to_ids("<|im_start|>")
+        ][8:] == ["<|im_end|>", "<|im_start|>", "<|im_start|>", MASK, "<|im_end|>"] + [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|im_start|>",
+            EMB,
+        ]
+
+
+def test_a_family_that_ends_messages_otherwise_closes_the_request():
+    template = replace(QWEN_VL, tail="[/INST]", next_turn="</s>[INST]")
+    dialogue = Dialogue((), (Content("a"), Content("b")), False, exchange=Exchange("Say it.", "c"))
+    assert prompts(template, dialogue)[-1].endswith("a[/INST]<|emb|></s>[INST]Say it.[/INST]c</s>[INST]b[/INST]<|emb|>")
+
+
+@pytest.mark.parametrize(("request_", "reply"), [("Say", "an <|emb|>"), ("<|im_end|>", "b"), ("Say", "half \ud800")])
+def test_the_guard_reads_the_exchange(request_, reply):
+    turns = (Content("a"), Content("b"))
+    dialogue = Dialogue((), turns, False, "rows.jsonl:3", reconstructs=True, exchange=Exchange(request_, reply))
+    with pytest.raises(DataError, match=r"rows\.jsonl:3 turn 2: the text contains"):
+        SpecialTokenGuard(["<|im_end|>"]).check(dialogue)
 
 
 def test_isolated_turns_share_the_prompt_through_the_image():

@@ -73,6 +73,8 @@ class MMEBTrainData:
             whatever its split is.
         images: The folder that paths of images are relative to, where it is not the folder of the configurations.
         cache: The folder for what is kept, where it is not beside the files.
+        rows_per_config: At most so many rows of each configuration, drawn at random, always the same ones; None for
+            all.
     Raises:
         DataError: If a configuration is unknown or not there, a column is missing, or a file cannot be read. Whether
             a row has both sides is found out on opening, all else about it on access.
@@ -86,8 +88,11 @@ class MMEBTrainData:
         split: Split = "original",
         images: str | Path | None = None,
         cache: str | Path | None = None,
+        rows_per_config: int | None = None,
     ) -> None:
-        self.path, self.split = Path(path), split
+        self.path, self.split, self.rows_per_config = Path(path), split, rows_per_config
+        if rows_per_config is not None and (type(rows_per_config) is not int or rows_per_config < 1):
+            raise DataError(f"{path}: rows_per_config must be a positive whole number, not {rows_per_config!r}")
         if split not in SPLITS:
             raise DataError(f"{path}: unknown split {split!r}{_nearest(split, SPLITS)}")
         if self.path.is_dir():
@@ -100,7 +105,10 @@ class MMEBTrainData:
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold what the paths of images are relative to")
         self._parts = [_Part.open(config, file, cache) for config, found in files.items() for file in found]
-        self._ends = list(accumulate(len(part.rows) - sum(part.skipped.values()) for part in self._parts))
+        if rows_per_config is not None:
+            for config in {part.config for part in self._parts}:
+                _cap([part for part in self._parts if part.config == config], rows_per_config)
+        self._ends = list(accumulate(len(part.numbers) for part in self._parts))
         self._fingerprint: str | None = None
         if not len(self):
             raise DataError(f"{path}: no row has a query and a target ({_counted(self.skipped)})")
@@ -144,18 +152,19 @@ class MMEBTrainData:
         """Configuration -> samples, in the order of the samples."""
         counts: Counter[str] = Counter()
         for part in self._parts:
-            counts[part.config] += len(part.rows) - sum(part.skipped.values())
+            counts[part.config] += len(part.numbers)
         return dict(counts)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the names of the configurations and the bytes of their files.
+        """SHA-256 (hex) of the names of the configurations, the bytes of their files and ``rows_per_config``.
 
         The bytes of the images, more than a million files, are not read; neither where files nor where images lie
         counts. Reads the files once, then is kept on disk.
         """
         if self._fingerprint is None:
             parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
+            parts += [] if self.rows_per_config is None else [self.rows_per_config]
             self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self._fingerprint
 
@@ -192,7 +201,7 @@ def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: 
 
 @dataclass
 class _Part:
-    """One file: which of its rows are used (int32 numbers), and how many are not, by reason."""
+    """One file: which of its rows are used (int32 numbers), and how many are empty, by reason."""
 
     config: str
     rows: Rows
@@ -220,6 +229,17 @@ class _Part:
     @property
     def has_captions(self) -> bool:
         return {QUERY[2], TARGET[2]} <= set(self.rows.columns)
+
+
+def _cap(parts: Sequence[_Part], limit: int) -> None:
+    """Leaves a configuration, of one file or several, as many rows; which ones depends on its rows alone."""
+    total = sum(len(part.numbers) for part in parts)
+    if total <= limit:
+        return
+    kept = np.zeros(total, dtype=bool)
+    kept[np.random.default_rng(0).choice(total, limit, replace=False)] = True
+    for part, own in zip(parts, np.split(kept, np.cumsum([len(part.numbers) for part in parts[:-1]])), strict=True):
+        part.numbers = part.numbers[own]
 
 
 def _is_empty(batch: pa.RecordBatch, text: str, image: str, file: Path) -> np.ndarray:

@@ -226,8 +226,7 @@ def score_untrained(recipe: Recipe, data: Data, cache: Path) -> dict[str, Any]:
     """The scores of the model that training starts from, its size, and what its loss has to be measured against."""
     sources = open_sources(recipe)
     model = build_model(recipe, sources)
-    size = recipe.batch.size
-    mixture = Mixture([len(s) for s in sources], [s.weight for s in recipe.data.train], size, recipe.seed)
+    mixture = Mixture.of(recipe, [len(source) for source in sources])
     batches = TrainingBatches(sources, mixture, model.encoder.muco_processor, recipe.turns, seed=recipe.seed)
     ids = batches[0]["ids"]
     return score(model, data, cache) | {

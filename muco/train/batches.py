@@ -140,7 +140,7 @@ class TrainingBatches(Dataset):
         key = sample_key(sample, draw.source, draw.index)
         if self.turns.mode == "reconstruction":
             rng = np.random.default_rng([self.seed, 5, draw.source, draw.position])
-            return prepare_pair(sample, turns[0], rng, key, self.processor)
+            return prepare_pair(sample, turns[0], rng, key, self.processor, requests=self.turns.requests)
         isolated = self.turns.mode == "isolated"
         return prepare_turns(sample, turns, key, self.processor, isolated=isolated, positions=self.turns.positions)
 
@@ -154,7 +154,7 @@ class TrainingBatches(Dataset):
         if self.turns.mode == "reconstruction":
             order = order[:1]
         rng = np.random.default_rng([self.seed, 4, draw.source, draw.position])
-        return sample, [Chosen.of(sample.turns[turn], rng) for turn in order]
+        return sample, [Chosen.of(sample.turns[turn], rng, self.turns.negatives) for turn in order]
 
 
 def with_image_turn(sample: Sample, kind: str) -> Sample:
@@ -167,16 +167,20 @@ def with_image_turn(sample: Sample, kind: str) -> Sample:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A turn with its paraphrases drawn."""
+    """A turn with its paraphrases and hard negatives drawn."""
 
     query: Content
     target: Content
     negatives: tuple[Content, ...]
 
     @classmethod
-    def of(cls, turn: Turn, rng: np.random.Generator) -> Chosen:
-        query = turn.query[rng.integers(len(turn.query))]
-        return cls(query, turn.target[rng.integers(len(turn.target))], turn.negatives)
+    def of(cls, turn: Turn, rng: np.random.Generator, negatives: int | None = None) -> Chosen:
+        """Draws by ``rng``; of more hard negatives than ``negatives`` so many are drawn."""
+        query, target = (side[rng.integers(len(side))] for side in (turn.query, turn.target))
+        if negatives is None or len(turn.negatives) <= negatives:
+            return cls(query, target, turn.negatives)
+        drawn = rng.permutation(len(turn.negatives))[:negatives]
+        return cls(query, target, tuple(turn.negatives[number] for number in drawn))
 
 
 @dataclass(frozen=True)
@@ -237,13 +241,22 @@ def prepare_turns(
     )
 
 
-def prepare_pair(sample: Sample, turn: Chosen, rng: np.random.Generator, key: Any, processor: Processor) -> Prepared:
+def prepare_pair(
+    sample: Sample,
+    turn: Chosen,
+    rng: np.random.Generator,
+    key: Any,
+    processor: Processor,
+    *,
+    requests: Sequence[str] = (),
+) -> Prepared:
     """A pair as dialogues of two turns, itself and its reconstruction, see :mod:`muco.reconstruction`.
 
     Args:
         rng: Decides on the masks.
+        requests: See :func:`muco.reconstruction.reconstruction_dialogues`.
     """
-    query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng)
+    query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng, requests)
     return Prepared(
         sample.place,
         _hash(key),
@@ -323,9 +336,10 @@ def reconstruction_batch(
     processor: Processor,
     *,
     target_ids: bool,
+    requests: Sequence[str] = (),
 ) -> dict[str, Any]:
     """:func:`batch_of` of pairs, see :func:`prepare_pair`: two turns each, hard negatives belong to the first."""
-    prepared = [prepare_pair(*pair, key, processor) for pair, key in zip(pairs, keys, strict=True)]
+    prepared = [prepare_pair(*pair, key, processor, requests=requests) for pair, key in zip(pairs, keys, strict=True)]
     return batch_of(prepared, processor, target_ids=target_ids)
 
 

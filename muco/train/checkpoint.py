@@ -27,7 +27,7 @@ from torch import Tensor
 
 from muco import distributed
 from muco.data.fingerprint import RULE
-from muco.errors import CheckpointError, OutputError
+from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.evaluate.report import versions, write_json
 from muco.train.recipe import Recipe, dump_recipe, from_dict, to_dict
 
@@ -113,9 +113,9 @@ def _begun(output: Path) -> bool:
 
 
 def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
-    before = to_dict(from_dict(known["recipe"] | {"output": ""}))  # with the defaults of what it could not say yet
-    for group, value in facts["recipe"].items():
-        other = before.get(group)
+    settings = _comparable(known["recipe"])
+    for group, value in _comparable(facts["recipe"]).items():
+        other = settings.get(group)
         if other == value:
             continue
         if isinstance(value, dict) and isinstance(other, dict):
@@ -125,6 +125,17 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
     told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
     same = [d[told_by] for d in known["data"]] == [d[told_by] for d in facts["data"]]
     return "" if same else "the training data"
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings, with the defaults of keys that an older version did not know."""
+    try:
+        values = to_dict(from_dict({"output": "", **settings}))
+    except RecipeError:  # of another version
+        return settings
+    if len(values["data"]["train"]) == 1:
+        values["data"]["train"][0]["weight"] = None  # of a single source it says nothing
+    return {key: value for key, value in values.items() if key != "output"}
 
 
 def last_complete(output: Path, processes: int = 1) -> Path | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,19 +34,18 @@ from muco.negatives import Variety
 from muco.processor import Processor, load_processor
 from muco.template import SPECIAL_TOKENS
 from muco.train.batches import TrainingBatches
-from muco.train.checks import NO_NEGATIVE, check_budget, check_recipe
-from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops, qwen2_vl_config
+from muco.train.checks import NO_NEGATIVE, PUBLISHED, check_budget, check_recipe, model_config
+from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.train.memory import Memory, activation_bytes, computing
 from muco.train.mixture import Mixture
 from muco.train.recipe import Recipe
-from muco.train.trainer import build_model, make_loss, texts_of, training_arguments, uses_autocast
+from muco.train.trainer import build_model, make_loss, steps_of, texts_of, training_arguments, uses_autocast
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LOOK = 64  # samples that are read, over all sources
 GIB = 1 << 30
-PUBLISHED = {f"Qwen/Qwen2-VL-{size}-Instruct": size for size in ("2B", "7B")}  # sizes that need no download
 ASSUMED = Sample(
     Image.new("RGB", (952, 644)), [Turn("word " * 24, "word " * 14, kind="retrieval")] * 7, where="the assumed sample"
 )
@@ -81,9 +79,12 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         CheckpointError: If the model's configuration cannot be read.
     """
     check_recipe(recipe, devices)
+    arguments = training_arguments(_for_this_machine(recipe), recipe.data.validation is not None)
     problems: list[str] = []
     notes: list[str] = []
     sources = _open(recipe, problems)
+    known = [source for source in sources if source is not None]
+    mixture = Mixture.of(recipe, [len(source) for source in known]) if len(known) == len(sources) else None
     looked = _Looked(_look(sources, recipe.seed, problems))
     if not looked:
         looked = _Looked([ASSUMED])
@@ -99,7 +100,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         "model": _model_facts(model, recipe),
         "step": step,
         "memory": None,
-        "run": _run_facts(recipe, sources, uses_autocast(recipe, model)),
+        "run": _run_facts(recipe, arguments, mixture, notes, bf16=uses_autocast(recipe, model)),
         "problems": problems,
         "notes": notes,
     }
@@ -219,16 +220,8 @@ def _model(recipe: Recipe, sources: list[Data], notes: list[str]) -> tuple[nn.Mo
 
 def _found(recipe: Recipe, sources: list[Data], notes: list[str]) -> tuple[Any, Processor]:
     """Configuration and processor; for the paper's models without any download."""
-    from transformers import AutoConfig
-
-    path = str(recipe.model.path)
-    known = PUBLISHED.get(path)
-    try:
-        config = qwen2_vl_config(known) if known else AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        where = "" if Path(path).exists() else "no such folder, and from the hub: "
-        raise CheckpointError(f"model.path: {path}: {where}{str(error).splitlines()[0]}") from error
-    if known is None:
+    path, config = str(recipe.model.path), model_config(recipe)
+    if path not in PUBLISHED:
         return config, load_processor(path, config)[0]
     try:
         return config, load_processor(path, config, local_files_only=True)[0]
@@ -376,7 +369,7 @@ def _recipe_facts(recipe: Recipe, devices: int) -> dict[str, Any]:
 
 
 def _data_facts(recipe: Recipe, sources: Sequence[Data | None], lengths: Lengths) -> dict[str, Any]:
-    rows = {s.path: len(d) if d is not None else None for s, d in zip(recipe.data.train, sources, strict=True)}
+    rows = {name: len(d) if d is not None else None for name, d in zip(_names(recipe), sources, strict=True)}
     return {
         "rows": rows,
         "looked_at": len(lengths.query),
@@ -386,22 +379,50 @@ def _data_facts(recipe: Recipe, sources: Sequence[Data | None], lengths: Lengths
     }
 
 
-def _run_facts(recipe: Recipe, sources: Sequence[Data | None], bf16: bool) -> dict[str, Any]:
-    known = None not in sources
-    cpu = {} if torch.cuda.is_available() else {"use_cpu": True}  # else the arguments refuse bf16 here
-    trained = replace(recipe, trainer={**recipe.trainer, **cpu})
-    arguments = training_arguments(trained, recipe.data.validation is not None, bf16=bf16)
-    epoch = math.ceil(sum(map(len, sources)) / recipe.batch.size) if known else None
-    steps = arguments.max_steps if arguments.max_steps > 0 else epoch and int(arguments.num_train_epochs * epoch)
+def _names(recipe: Recipe) -> list[str]:
+    """The path of each source, with its number where several have the same."""
+    paths = [source.path for source in recipe.data.train]
+    return [path if paths.count(path) == 1 else f"{path} ({n})" for n, path in enumerate(paths, start=1)]
+
+
+def _for_this_machine(recipe: Recipe) -> Recipe:
+    """A recipe whose arguments can be made here: without a GPU they would refuse bf16."""
+    cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
+    return replace(recipe, trainer={**recipe.trainer, **cpu})
+
+
+def _run_facts(
+    recipe: Recipe, arguments: Any, mixture: Mixture | None, notes: list[str], *, bf16: bool
+) -> dict[str, Any]:
+    epoch = mixture.steps_per_epoch if mixture else None
+    steps = steps_of(arguments, mixture) if mixture else arguments.max_steps if arguments.max_steps > 0 else None
+    if steps and arguments.get_warmup_steps(steps) >= steps:
+        notes.append(f"trainer.warmup_steps: the run of {steps} steps ends before the learning rate is reached")
     return {
         "steps_per_epoch": epoch,
         "steps": steps,
+        "rows_seen_per_epoch": _seen(recipe, mixture, epoch),
+        "rows_seen_in_the_run": _seen(recipe, mixture, steps),
         "learning_rate": arguments.learning_rate,
         "schedule": str(arguments.lr_scheduler_type.value),
         "warmup_steps": arguments.warmup_steps,
-        "precision": "bfloat16 autocast" if arguments.bf16 else "as the weights",
-        "checkpoints": steps and steps // int(arguments.save_steps) if arguments.save_strategy == "steps" else None,
+        "precision": "bfloat16 autocast" if bf16 else "as the weights",
+        "checkpoints": steps and _checkpoints(arguments, steps),
     }
+
+
+def _checkpoints(arguments: Any, steps: int) -> int | None:
+    if arguments.save_strategy != "steps":
+        return None
+    every = arguments.save_steps
+    return steps // (math.ceil(every * steps) if every < 1 else int(every))  # below 1 it is a share of the run
+
+
+def _seen(recipe: Recipe, mixture: Mixture | None, steps: int | None) -> dict[str, float | None]:
+    """How often each row of a source is seen in the first steps, on average."""
+    if mixture is None or steps is None:
+        return dict.fromkeys(_names(recipe))
+    return {name: round(passes, 2) for name, passes in zip(_names(recipe), mixture.passes(steps), strict=True)}
 
 
 def print_plan(result: dict[str, Any], console: Console) -> None:

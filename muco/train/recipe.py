@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,15 +58,17 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """A training set and its share of every batch (shares are normalised).
+    """A training set.
 
     Args:
+        weight: Its share of every batch, relative to the weights of the other sources; 1 where only others have one.
+            None for all: the rows of all sources are shuffled together, and each is seen as often as any other.
         format: One of ``muco.data.FORMATS``: MuCo's own JSONL, or how others publish their data.
         options: Further arguments of the format, as its class in ``muco/data`` says: the folder of images, columns, …
     """
 
     path: str
-    weight: float = 1.0
+    weight: float | None = None
     format: str = "jsonl"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +79,10 @@ class DataRecipe:
 
     Args:
         train: One source or more.
+        epoch: How long an epoch is, which ``trainer.num_train_epochs`` counts. "every_row": until every row of every
+            source has been seen. Without weights that is once; with weights, sources that have more weight than rows
+            are seen more often meanwhile. "row_count": as many samples as the sources have rows together, so that with
+            weights some rows are seen often and others not at all.
         validation: A set evaluated during training; None for none.
         broken_images: "error" stops at a row or an image that cannot be used, "skip" leaves its sample out, counts it
             and names it in ``<output>/skipped-<process>.jsonl``.
@@ -83,17 +90,26 @@ class DataRecipe:
         duplicates: What becomes of a target, or of an image, that stands in a batch before. "mask": it is trained and
             is no negative of the other. "leave_out": it is not trained in this step; other turns of its sample are.
         one_source: Every batch comes from one source, so that its negatives are of one kind; weights are then shares of
-            the batches. False: every batch mixes the sources.
+            the batches. False: every batch mixes the sources. Batches are whole: without weights, an epoch takes from
+            each source as many as its rows fill, and the last one is filled up with rows of the next epoch.
         blind: Replaces every pixel by a constant: the control that shows whether a run learns without looking.
     """
 
     train: tuple[SourceRecipe, ...] = ()
+    epoch: Literal["every_row", "row_count"] = "every_row"
     validation: str | None = None
     broken_images: Literal["error", "skip"] = "error"
     max_broken: float = 0.01
     duplicates: Literal["mask", "leave_out"] = "mask"
     one_source: bool = False
     blind: bool = False
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """One per source; None where the recipe gives none."""
+        if all(source.weight is None for source in self.train):
+            return None
+        return tuple(1.0 if source.weight is None else source.weight for source in self.train)
 
 
 @dataclass(frozen=True)
@@ -107,18 +123,25 @@ class TurnsRecipe:
         order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
             "batch" one per batch, a number g draws g per batch.
         limit: At most so many turns per sample and step, drawn anew each time; None for all.
+        negatives: At most so many hard negatives per turn and step, drawn anew each time; None for all. The released
+            code draws one.
         image_turn: The kind of turn whose target describes the whole image ("retrieval"). Its samples get one more
             turn, the image alone with that target, so that an image by itself is embedded too; None for none.
         positions: Where a turn's positions begin: "restart" after the image, "run_on" after the turn before. None:
             isolated turns restart, which makes them equal to single turns, and compounded ones run on (the paper).
             The other way round only shows what positions do beside what a turn sees.
+        requests: With "reconstruction", two texts: what the user asks before, and after, the assistant says the hidden
+            counterpart. This is the dialogue of the released code; give its two sentences to train its checkpoints
+            further (docs/training.md says where they are). Empty: the hidden counterpart is in one turn of the user.
     """
 
     mode: Literal["isolated", "compounded", "reconstruction"] = "isolated"
     order: Literal["sample", "batch"] | int = "sample"
     limit: int | None = None
+    negatives: int | None = None
     image_turn: str | None = None
     positions: Positions | None = None
+    requests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,6 +221,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if (self.model.path is None) == (self.model.tiny is None):
             raise RecipeError(
                 "model: give exactly one of 'path' (an existing model) and 'tiny' (one made from its config)"
@@ -206,29 +230,30 @@ class Recipe:
             raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
         if not self.data.train:
             raise RecipeError("data.train: give at least one source, e.g. train: [{path: data/train.jsonl}]")
-        positive = {
-            "loss.temperature": self.loss.temperature,
-            "turns.limit": self.turns.limit,
-            "turns.order": self.turns.order if isinstance(self.turns.order, int) else None,
-            "batch.size": self.batch.size,
-            "batch.token_budget": self.batch.token_budget,
-            **{f"loss.dimensions[{i}]": dimension for i, dimension in enumerate(self.loss.dimensions)},
-            **{f"data.train[{i}].weight": source.weight for i, source in enumerate(self.data.train)},
-        }
-        for key, value in positive.items():
-            if value is not None and value <= 0:
-                raise RecipeError(f"{key} must be positive, got {value}")
-        if not 0 <= self.data.max_broken <= 1:
-            raise RecipeError(f"data.max_broken is a share of the samples, 0 to 1, not {self.data.max_broken}")
         self._check_reconstruction()
-        if self.batch.feature_memory < 0:
-            raise RecipeError(f"batch.feature_memory must not be negative, got {self.batch.feature_memory}")
         budget, limit = self.batch.token_budget, self.turns.limit
         if budget is not None and limit is not None and limit > budget:
             raise RecipeError(f"turns.limit: {limit} turns do not fit into batch.token_budget: {budget} tokens")
         for key in self.trainer:
             if key in REFUSED:
                 raise RecipeError(f"trainer.{key} {REFUSED[key]}")
+
+    def _check_numbers(self) -> None:
+        for key, value in _leaves(dataclasses.asdict(self)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{key} must be a finite number, got {value}")
+            bound = BOUNDS.get(re.sub(r"\[\d+\]", "", key))
+            if bound is None or value is None or (key == "turns.order" and isinstance(value, str)):
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not bound.holds(value):
+                raise RecipeError(f"{key} must be {bound.words}, got {value!r}")
+        least, most, tiny = self.model.min_pixels, self.model.max_pixels, self.model.tiny
+        if least is not None and most is not None and least > most:
+            raise RecipeError(f"model.min_pixels: {least} is more than model.max_pixels: {most}")
+        for whole, part in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads")):
+            if tiny and getattr(tiny, whole) % getattr(tiny, part):
+                raise RecipeError(f"model.tiny.{whole}: {getattr(tiny, whole)} is not a multiple of {part}")
 
     def _check_reconstruction(self) -> None:
         if self.turns.mode == "reconstruction":
@@ -242,12 +267,82 @@ class Recipe:
                 raise RecipeError(
                     "loss.mask_same_image: reconstruction has a mask of its own; see loss.mask_counterpart"
                 )
+            asked = [request for request in self.turns.requests if request.strip()]
+            if self.turns.requests and (len(asked) != 2 or len(self.turns.requests) != 2):
+                raise RecipeError(f"turns.requests must be two texts, got {list(self.turns.requests)}")
+        elif self.turns.requests:
+            raise RecipeError("turns.requests needs 'turns: {mode: reconstruction}'")
         elif self.loss.joint or not self.loss.mask_counterpart:
             raise RecipeError("loss.joint and loss.mask_counterpart need 'turns: {mode: reconstruction}'")
         if not self.loss.mask_counterpart and not self.loss.joint:
             raise RecipeError("loss.mask_counterpart: only the joint loss has a counterpart to mask; set loss.joint")
 
 
+def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value with its dotted key."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, _dotted(where, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{where}[{i}]")
+    else:
+        yield where, value
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number must be, as a test and in words."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+_POSITIVE = Bound(lambda value: value > 0, "positive")
+_NOT_NEGATIVE = Bound(lambda value: value >= 0, "at least 0")
+_BELOW_ONE = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_SHARE = Bound(lambda value: 0 <= value <= 1, "a share, 0 to 1")
+_COUNT = Bound(lambda value: isinstance(value, int) and value > 0, "a positive whole number")
+_COUNT_OR_ZERO = Bound(lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0")
+_STEPS = Bound(
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+    "a positive number of steps, or a share of all steps below 1",
+)
+_MAX_STEPS = Bound(
+    lambda value: isinstance(value, int) and (value > 0 or value == -1),
+    "a positive whole number (leave it out to train for num_train_epochs)",
+)
+_SEED = Bound(lambda value: isinstance(value, int) and 0 <= value < 1 << 31, "a whole number, 0 to 2147483647")
+
+
+def _of(group: str, keys: str, bound: Bound) -> dict[str, Bound]:
+    return {f"{group}.{key}": bound for key in keys.split()}
+
+
+BOUNDS = {  # key without the numbers of list items -> what its number must be; None is left to the key's type
+    **_of("model", "min_pixels max_pixels", _COUNT),
+    **_of("model.adapter", "rank alpha", _COUNT),
+    **_of("model.adapter", "dropout", _BELOW_ONE),
+    **_of("model.tiny", " ".join(size.name for size in dataclasses.fields(TinyConfig)), _COUNT),
+    **_of("data", "max_broken", _SHARE),
+    **_of("data", "train.weight", _POSITIVE),
+    **_of("turns", "order limit", _COUNT),
+    **_of("turns", "negatives", _COUNT_OR_ZERO),
+    **_of("loss", "temperature dimensions", _POSITIVE),
+    **_of("batch", "size token_budget", _COUNT),
+    **_of("batch", "feature_memory", _NOT_NEGATIVE),
+    **_of("warm_up", "steps", _COUNT_OR_ZERO),
+    **_of("warm_up", "batch_size", _COUNT),
+    **_of("warm_up", "learning_rate", _POSITIVE),
+    **_of("trainer", "learning_rate num_train_epochs adam_epsilon", _POSITIVE),
+    **_of("trainer", "max_steps", _MAX_STEPS),
+    **_of("trainer", "per_device_eval_batch_size dataloader_prefetch_factor", _COUNT),
+    **_of("trainer", "dataloader_num_workers", _COUNT_OR_ZERO),
+    **_of("trainer", "weight_decay warmup_steps max_grad_norm eval_delay", _NOT_NEGATIVE),
+    **_of("trainer", "adam_beta1 adam_beta2", _BELOW_ONE),
+    **_of("trainer", "logging_steps save_steps eval_steps", _STEPS),
+    "seed": _SEED,
+}
 _OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
 _BATCH = "splits the in-batch negatives; use batch.size, and batch.token_budget for what a device cannot hold at once"
 _FSDP = "is not supported; use batch.sharding: fsdp"

@@ -87,10 +87,12 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     sources = open_sources(recipe)
+    Mixture.of(recipe, [len(source) for source in sources])
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
     recall(Path(recipe.output) / checkpoint.DIGESTS_FILE)
     facts = checkpoint.run_facts(recipe, sources)  # by each process: in a group, others would wait for this one
     distributed.start()
+    training_arguments(recipe, validation is not None)
     finished = distributed.first_only(lambda: _claim(recipe, facts, resume))
     if finished:
         return finished
@@ -204,16 +206,10 @@ def texts_of(sources: list[Data], limit: int = 5000, *, skip_broken: bool = Fals
 
 def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: Data | None = None) -> MuCoTrainer:
     """The trainer of a recipe; its batches, loss and arguments."""
-    arguments = training_arguments(recipe, validation is not None, bf16=uses_autocast(recipe, model.encoder.model))
-    mixture = Mixture(
-        [len(source) for source in sources],
-        [source.weight for source in recipe.data.train],
-        recipe.batch.size,
-        recipe.seed,
-        one_source=recipe.data.one_source,
-    )
-    if arguments.max_steps <= 0:
-        arguments.max_steps = int(arguments.num_train_epochs * mixture.steps_per_epoch)
+    bf16 = uses_autocast(recipe, model.encoder.model)
+    arguments = training_arguments(recipe, validation is not None, bf16=bf16)
+    mixture = Mixture.of(recipe, [len(source) for source in sources])
+    arguments.max_steps = steps_of(arguments, mixture)
     batches = TrainingBatches(
         sources,
         mixture,
@@ -227,10 +223,6 @@ def make_trainer(recipe: Recipe, model: Model, sources: list[Data], validation: 
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    width = model.encoder.get_embedding_dimension()
-    for dimension in recipe.loss.dimensions:
-        if dimension > width:
-            raise RecipeError(f"loss.dimensions: {dimension} is more than the {width} numbers of the model's vectors")
     loss = make_loss(recipe, model)
     evaluator = None
     if validation is not None:
@@ -251,13 +243,25 @@ def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
     return MultiTurnLoss(model, symmetric=settings.symmetric, **masks, **shared)
 
 
-def training_arguments(recipe: Recipe, evaluates: bool, *, bf16: bool) -> SentenceTransformerTrainingArguments:
-    """The recipe's ``trainer`` group over our defaults; unknown names are a RecipeError.
+def steps_of(arguments: SentenceTransformerTrainingArguments, mixture: Mixture) -> int:
+    """The steps of a whole run."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return max(1, int(arguments.num_train_epochs * mixture.steps_per_epoch))
+
+
+def training_arguments(
+    recipe: Recipe, evaluates: bool, *, bf16: bool | None = None
+) -> SentenceTransformerTrainingArguments:
+    """The recipe's ``trainer`` group over our defaults.
 
     Args:
-        bf16: From :func:`uses_autocast`.
+        evaluates: Whether there is something to evaluate during training.
+        bf16: From :func:`uses_autocast`; None before the model is known: as the recipe says.
+    Raises:
+        RecipeError: For unknown names, and what transformers refuses.
     """
-    values = {**DEFAULTS, **recipe.trainer, "bf16": bf16}
+    values = {**DEFAULTS, **recipe.trainer, **({} if bf16 is None else {"bf16": bf16})}
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
@@ -274,6 +278,8 @@ def training_arguments(recipe: Recipe, evaluates: bool, *, bf16: bool) -> Senten
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from None
+    if arguments.eval_strategy != "no" and not evaluates:
+        raise RecipeError("trainer.eval_strategy: there is nothing to evaluate; set data.validation")
     if arguments.n_gpu > 1:  # else DataParallel would cut our batches in half along the wrong dimension
         arguments._n_gpu = 1
     return arguments
