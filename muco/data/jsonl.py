@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from muco.base.text import escaped
 from muco.data.images import image_digest, is_url
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError, ImageError
@@ -207,7 +208,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(escaped(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
                 count += 1
         os.replace(unfinished, path)
     finally:

@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from muco.base.text import escaped
 from muco.errors import OutputError
 from muco.evaluate.left_out import Broken, as_lines
 from muco.evaluate.report import versions, write_json
@@ -147,7 +148,7 @@ class TaskFiles:
             return None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+        except ValueError:
             log.warning("%s is damaged; the task is done again", file)
             return None
         if (found.get("format"), found.get("key"), found["result"]["data"]) != (FORMAT, self.key, data):
@@ -159,7 +160,7 @@ class TaskFiles:
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
-        lines = (json.dumps(asdict(outcome), ensure_ascii=False) for outcome in result.outcomes)
+        lines = (escaped(json.dumps(asdict(outcome), ensure_ascii=False)) for outcome in result.outcomes)
         write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
         lost = self.output / "left_out" / f"{_safe(result.name)}.jsonl"
         if result.broken:
