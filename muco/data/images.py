@@ -58,7 +58,7 @@ def open_image(
     _check_size(opened.size, max_pixels, name)
     try:
         opened.load()
-        rgb = opened.convert("RGB") if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
+        rgb = _as_stored(opened) if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error …
@@ -172,6 +172,12 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
         raise ImageError(f"{name}: {width} x {height} is over the limit of {max_pixels:,} pixels; make it smaller")
     if max(size) > MAX_ASPECT * min(size):
         raise ImageError(f"{name}: {width} x {height} is longer than {MAX_ASPECT} : 1; crop it")
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
