@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Annotated
 import typer
 
 import muco
+from muco.base.text import escape_what_streams_cannot_write, escaped
 from muco.data.cli import app as data_app
 from muco.errors import MucoError
 from muco.evaluate.cli import app as evaluate_app
@@ -29,6 +31,7 @@ from muco.options import (
     Model,
     examples,
     finish,
+    print_json,
     print_pairs,
 )
 from muco.search.cli import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
@@ -38,6 +41,7 @@ from muco.study.cli import study
 from muco.synth.cli import EXAMPLES as SYNTH_EXAMPLES
 from muco.synth.cli import synth
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -115,7 +119,7 @@ def train(
     """
     from muco.train.recipe import dump_recipe, load_recipe
 
-    overrides = [*set_, *([f"output={json.dumps(str(output), ensure_ascii=False)}"] if output else [])]
+    overrides = [*set_, *([f"output={escaped(json.dumps(str(output), ensure_ascii=False))}"] if output else [])]
     resolved = load_recipe(recipe, overrides)
     if print_:
         print(dump_recipe(resolved), end="")
@@ -133,7 +137,7 @@ def train(
 
     folder = train(resolved, resume=resume)
     if distributed.rank() == 0:  # of several processes one speaks
-        print(json.dumps({"model": str(folder)}, ensure_ascii=False))
+        print_json({"model": str(folder)})
 
 
 @app.command(
@@ -257,13 +261,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What a user can cause becomes one line on stderr; anything else is a defect of ours and keeps its traceback.
     """
+    escape_what_streams_cannot_write()
     try:
         words = sys.argv[1:] if argv is None else argv
-        typer.main.get_command(app)(args=argv, prog_name="muco", obj=shlex.join(["muco", *words]))
+        typer.main.get_command(app)(args=argv, prog_name="muco", obj=escaped(shlex.join(["muco", *words])))
     except SystemExit as stop:  # how Typer ends, also after usage errors (2) and Ctrl-C (130)
         return int(stop.code or 0)
     except MucoError as error:
         return _complain(" ".join(str(error).split()))
+    except UnicodeEncodeError as error:  # of a library that takes no such name
+        if not LONE_SURROGATE.search(error.object):
+            raise
+        name = escaped(error.object)
+        return _complain(f"{name:.200}: not UTF-8, or half a character; rename the file or folder, or repair the text")
     except OSError as error:
         if error.filename is None and error.errno not in DISK_FULL:
             raise

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from muco.base.text import writes_utf8
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,11 +34,16 @@ def examples(*lines: str) -> str:
 def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
     """Prints a result on stdout: one JSON line for programs, or a table for people."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
+        print_json(result)
         return
     from rich.console import Console
 
     show(result, Console(file=sys.stdout))
+
+
+def print_json(result: Any) -> None:
+    """One line of JSON on stdout, in ASCII where stdout does not take every character."""
+    print(json.dumps(result, ensure_ascii=not writes_utf8(sys.stdout), default=str))
 
 
 def print_pairs(result: Mapping[str, Any], console: Console) -> None:

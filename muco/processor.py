@@ -63,6 +63,10 @@ class Processor:
     Args:
         stock: For families other than Qwen, their own processor, which expands the image placeholder.
         max_tokens: The model's context: most tokens that a turn may read, itself included; None if nothing states it.
+
+    Attributes:
+        trained_pixels: Smallest and largest number of pixels in training; None if that is not known.
+        images_as_stored: See :func:`muco.data.images.open_image`.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class Processor:
     ) -> None:
         self.tokenizer, self.image_processor, self.template, self.stock = tokenizer, image_processor, template, stock
         self.max_tokens = max_tokens
+        self.trained_pixels: tuple[int, int] | None = None
+        self.images_as_stored = False
         self.emb_id = tokenizer.convert_tokens_to_ids(EMB)
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.guard = SpecialTokenGuard(special)
@@ -121,7 +127,8 @@ class Processor:
 
     def encode_images(self, images: Sequence[ImageLike], where: str = "") -> list[EncodedImage]:
         """Opens and encodes images one by one, in order; raises ImageError naming the file and the row."""
-        return [self.encode_image(open_image(image, where=where), where) for image in images]
+        as_stored = self.images_as_stored
+        return [self.encode_image(open_image(image, as_stored=as_stored, where=where), where) for image in images]
 
     def encode_image(self, image: Image, where: str = "") -> EncodedImage:
         if self.stock is not None:
@@ -142,6 +149,13 @@ class Processor:
         )
         patches = {k: v.flatten(0, 1) for k, v in output.items() if k in ("pixel_values", "pixel_attention_mask")}
         return EncodedImage(tuple(output["input_ids"][0].tolist()), patches)
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """The smallest and largest number of pixels of an image; None for families without such limits."""
+        if self.stock is not None:
+            return None
+        return self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
 
     def set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """Sets the pixel budget; it is saved with the image processor, so stock libraries keep it.
@@ -169,11 +183,14 @@ class Processor:
         return {
             "template": asdict(self.template),
             "image_processor": _plain(self.image_processor.to_dict()),
+            **({"images": "as stored"} if self.images_as_stored else {}),
         }
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer, chat template, image processor and ``muco.json``, readable by stock libraries."""
-        settings = {"format": 1, "template": asdict(self.template)}
+        settings: dict[str, Any] = {"format": 1, "template": asdict(self.template)}
+        if pixels := self.trained_pixels or self.pixels:
+            settings["pixels"] = list(pixels)
         # The chat template takes the settings along where a stock library saves the model again without our file.
         note = json.dumps(settings).replace("#", "\\u0023")  # "#}" would end the comment
         self.tokenizer.chat_template = f"{{#- muco {note} -#}}{self.template.jinja()}"
@@ -232,6 +249,8 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         processor = Processor(tokenizer, read(AutoImageProcessor, backend="pil"), template)
         if released and not settings:
             processor.set_pixels(*EVALUATION_PIXELS)
+        if settings:  # an older model has no record, and keeps the limits that it was saved with
+            processor.trained_pixels = tuple(settings.get("pixels") or processor.pixels)
     else:
         stock = _with_tokenizer(read(AutoProcessor, backend="pil"), tokenizer, path)
         template = template or _derived_template(stock)
@@ -291,7 +310,9 @@ def _read_settings(path: str, local_files_only: bool, chat_template: Any) -> dic
     except ValueError as error:
         raise CheckpointError(f"{file or path}: not valid JSON: {error}") from error
     known = {field.name for field in fields(Template)}
-    if not isinstance(settings, dict) or settings.get("format") != 1 or set(settings.get("template", ())) != known:
+    pixels = settings.get("pixels", [1, 1]) if isinstance(settings, dict) else None
+    sound = isinstance(pixels, list) and [type(limit) for limit in pixels] == [int, int]
+    if not sound or settings.get("format") != 1 or set(settings.get("template", ())) != known:
         raise CheckpointError(f"{file or path}: written by another version of MuCo; this one reads format 1")
     return settings
 

@@ -254,6 +254,35 @@ def test_a_query_that_is_also_a_candidate_stays_one(texts, tmp_path):
     assert task["facts"]["queries that have the id of a candidate"] == 1 and task["scores"]["hit@1"] == 1.0
 
 
+# ---------------------------------------------------------------- what cannot be embedded
+
+
+def test_what_cannot_be_embedded_is_left_out_and_missed(tiny_model, texts, tmp_path):
+    corpus = [json.loads(line) for line in (texts / "corpus.jsonl").read_text().splitlines()]
+    corpus[2]["text"] = "boot <|emb|>"  # all that is right for q1
+    corpus[3]["text"] = "half \ud83d"  # right for q0, as are two others
+    corpus[4] = {"_id": "d4", "image": "nowhere.png"}
+    corpus[5] = {"_id": "d5"}
+    write_lines(texts / "corpus.jsonl", corpus)
+    queries = [json.loads(line) for line in (texts / "queries.jsonl").read_text().splitlines()]
+    write_lines(texts / "queries.jsonl", [*queries, {"_id": "q7", "text": "\udc00"}, {"_id": "q8", "text": "<|mask|>"}])
+    with (texts / "qrels" / "test.tsv").open("a") as file:
+        file.write("q7\td0\t1\nq8\td1\t1\n")
+    with pytest.raises(DataError, match=r"queries\.jsonl:4: .*half a character.*--skip-broken"):
+        evaluate_beir(tiny_model, texts, tmp_path / "out")
+    result = evaluate_beir(tiny_model, texts, tmp_path / "out", skip_broken=True)
+    task = result["tasks"]["words"]
+    assert task["left_out"] == {"queries": 2, "candidates": 4, "missed": 3} and task["queries"] == 4
+    outcomes = [json.loads(line) for line in (tmp_path / "out/outcomes/words.jsonl").read_text().splitlines()]
+    assert {o["query"]: o["value"] for o in outcomes if o["query"] != "q0"} == {"q1": 0, "q7": 0, "q8": 0}
+    assert task["score"] == pytest.approx(np.mean([o["value"] for o in outcomes]))
+    told = [json.loads(line) for line in (tmp_path / "out/left_out/words.jsonl").read_text().splitlines()]
+    named = [(one["side"], re.search(r"(\w+)\.jsonl:(\d+): ", one["reason"]).groups()) for one in told]
+    assert sorted(named) == [("candidate", ("corpus", n)) for n in "3456"] + [("query", ("queries", n)) for n in "45"]
+    assert task["facts"]["query vectors"]["non_finite"] == task["facts"]["candidate vectors"]["non_finite"] == 0
+    assert "left out" in (tmp_path / "out" / "beir.html").read_text()
+
+
 # ---------------------------------------------------------------- chance
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -407,3 +408,97 @@ def test_what_the_index_of_the_paper_names_exists():
         for part in name.split(".")[1:]:
             value = getattr(value, part, None) or import_module(f"{value.__name__}.{part}")
     assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+# ---------------------------------------------------------------- text that is not UTF-8, and streams that are not
+
+RECIPE = "output: runs/é\nmodel: {tiny: {}, vision: trained}\ndata: {train: [{path: rows.jsonl}]}\n"
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, encoding: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and stdout of a command whose stdout has an encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    code = main(list(arguments))
+    stream.flush()
+    return code, stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("latin-1", r"r\.yaml:1: not UTF-8 \(byte 0xe9\); save the file as UTF-8"),
+        ("utf-16", r"r\.yaml: the file is UTF-16; save it as UTF-8"),
+        ("utf-8-sig", ""),
+    ],
+)
+def test_a_recipe_in_another_encoding_is_a_sentence(tmp_path, capfd, encoding, said):
+    (tmp_path / "r.yaml").write_bytes(RECIPE.encode(encoding))
+    assert main(["train", str(tmp_path / "r.yaml"), "--print"]) == (1 if said else 0)
+    out, err = capfd.readouterr()
+    assert re.search(said, err) if said else "runs/é" in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16", "utf-8"])
+def test_stdout_of_any_encoding_gets_an_escape_and_json_stays_json(tmp_path, monkeypatch, encoding):
+    from muco.options import finish, print_pairs
+
+    told = {"text": "é 😀 漢", "name": os.fsdecode(b"caf\xe9")}
+
+    @app.command("say")
+    def say(as_json: bool = False) -> None:
+        finish(told, as_json, print_pairs)
+
+    monkeypatch.setattr(app, "registered_commands", app.registered_commands[:])
+    try:
+        code, out = piped(monkeypatch, encoding, "say", "--as-json")
+        assert code == 0 and json.loads(out) == told
+        code, out = piped(monkeypatch, encoding, "say")
+        assert code == 0 and "caf\\udce9" in out and ("漢" in out) == encoding.startswith("utf")
+    finally:
+        app.registered_commands[:] = [c for c in app.registered_commands if c.name != "say"]
+
+
+@pytest.fixture
+def odd(tmp_path) -> Path:
+    """A folder whose name is not UTF-8."""
+    folder = Path(os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    return folder
+
+
+def test_names_that_are_not_utf8_are_taken_or_named(odd, tmp_path, capfd):
+    row = json.dumps({"turns": [{"query": "a", "target": "one two three four five six seven eight"}]}) + "\n"
+    (odd / "rows.jsonl").write_text(row * 2)
+    data = str(odd / "rows.jsonl")
+    assert main(["data", "check", data, "--json"]) == 0
+    assert main(["data", "show", data, "--output", str(odd / "sheet.html")]) == 0
+    assert main(["data", "leak", data, "--train", data, "--output", str(odd / "leak")]) == 3
+    assert json.loads((odd / "leak" / "overlap.jsonl").read_text().splitlines()[0])
+    (odd / "r.yaml").write_text(RECIPE)
+    capfd.readouterr()
+    assert main(["train", str(odd / "r.yaml"), "--print", "--output", str(odd)]) == 0
+    assert "caf\\uDCE9" in capfd.readouterr().out
+
+
+def test_a_name_that_a_library_does_not_take_is_a_sentence(odd, tiny_model, tmp_path, capfd):
+    tiny_model.save(str(tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a red mug"}\n')
+    given = ["embed", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--output"]
+    assert main([*given, str(odd / "v.parquet")]) == 1
+    assert re.search(r"^muco: .*caf\\udce9/v\.parquet.*: not UTF-8", capfd.readouterr().err, re.MULTILINE)
+
+
+def test_half_a_character_in_a_further_column_stops_no_run(tiny_model, tmp_path, capfd):
+    tiny_model.save(str(tmp_path / "model"))
+    rows = [{"id": "a", "text": "a red mug"}, {"id": "b", "text": "a blue mug", "note": "\ud800"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--json"]
+    for command in (["embed", *given, "--output", str(tmp_path / "v.parquet")],
+                    ["index", *given, "--index", str(tmp_path / "index")]):  # fmt: skip
+        assert main(command) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["rows"] == 2 and found["failed"] < 2

@@ -198,6 +198,25 @@ def test_queries_of_one_side_only_are_left_out_and_said(tmp_path):
     assert (result["tasks"]["GQA"]["queries"], result["tasks"]["GQA"]["a"]) == (2, 0.5)
 
 
+def test_a_partial_result_is_not_compared_with_a_whole_one_without_a_word(tmp_path):
+    a, b = (folder(tmp_path / side, {"GQA": {"x": 1.0, "y": 0.0}}) for side in "ab")
+    assert compare(a, b)["warnings"] == []
+    part = TaskResult(
+        "GQA",
+        "hit@1",
+        {"hit@1": 0.5},
+        2,
+        (2, 2),
+        0.5,
+        "d" * 64,
+        outcomes=(Outcome("x", 1.0, 1, ()), Outcome("y", 0.0, None, ())),
+        left_out={"queries": 1, "candidates": 3, "missed": 1},
+    )
+    TaskFiles(b, {"model": "b", "seed": 0}, partial=True).add(part)
+    (line,) = compare(a, b)["warnings"]
+    assert line.startswith("GQA: A left out 0 queries and 0 candidates, B left out 1 queries and 3 candidates")
+
+
 def test_folders_without_results_or_a_common_task_are_errors(tmp_path, pair):
     for empty in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(DataError, match=r"holds no results \(tasks/\*\.json\); give the output folder"):

@@ -11,7 +11,11 @@ import mbeir_tree
 import mmeb_tree
 import pytest
 
+import muco
 from muco.cli import main
+from muco.data import open_data
+from muco.train.recipe import from_dict
+from muco.train.trainer import build_model
 
 SETS = ("ImageNet-1K", "OK-VQA", "VisDial", "RefCOCO-Matching")
 PARTS = ("tasks", "groups", "overall", "missing", "model")
@@ -58,9 +62,22 @@ def test_mmeb(model, mmeb, tmp_path, capfd):
     table = capfd.readouterr().out
     assert all(name in table for name in SETS)
 
-    large = run(capfd, *wanted[:-3], "-o", tmp_path / "large", "--task", "OK-VQA", "--queries", "2", "--json")
+    small = [*wanted[:-3], "-o", tmp_path / "large", "--task", "OK-VQA", "--queries", "2", "--json"]
+    assert main([*map(str, small)]) == 0
+    out, err = capfd.readouterr()
+    large, said = (
+        json.loads(out),
+        "trained on images of 784 to 7056 pixels and is scored on images of 200704 to 1003520",
+    )
+    assert large["settings"]["trained_pixels"] == found["settings"]["trained_pixels"] == "784 to 7056"
+    assert said in err and any(said in line for line in large["warnings"])
+    assert not any("trained on" in line for line in found["warnings"])
     assert large["settings"]["pixels"] == "200704 to 1003520" and large["tasks"]["OK-VQA"]["queries"] == 2
     assert large["model"]["fingerprint"] != found["model"]["fingerprint"], "other pixels are another model"
+
+    official = run(capfd, *small, "--official")
+    assert "official names" in official["settings"]["rules"]["identity"]
+    assert official["model"]["fingerprint"] != large["model"]["fingerprint"], "images are opened otherwise"
 
     compared = run(capfd, "evaluate", "compare", tmp_path / "own", tmp_path / "own", "--json")
     assert "OK-VQA" in json.dumps(compared) and run(capfd, "evaluate", "compare", mmeb, mmeb, code=1)["said"]
@@ -84,6 +101,37 @@ def test_mbeir_and_beir(model, mbeir, tmp_path, capfd):
     graded = run(capfd, "evaluate", "beir", "-m", model, "-d", folder, "-o", tmp_path / "beir", "-k", "2", "--json")
     (task,) = graded["tasks"].values()
     assert task["metric"] == "ndcg@2" and task["score"] == 1.0  # the same text has the same vector
+
+
+def test_what_the_model_refuses_stops_or_is_skipped(model, tmp_path, capfd):
+    data = mmeb_tree.write_texts(tmp_path / "data", [("word", ["a", "b <|emb|>"]), ("word", ["a", "b"])])
+    wanted = ["evaluate", "mmeb", "-m", model, "-d", data, "-o", tmp_path / "out", "--task", "VisualNews_i2t"]
+    assert "special token '<|emb|>'" in (said := run(capfd, *wanted, code=1)["said"]) and "--skip-broken" in said
+    assert main([*map(str, wanted), "--skip-broken"]) == 0
+    table = capfd.readouterr().out
+    assert "left out" in table and "0 q + 1 c" in table
+    found = json.loads((tmp_path / "out" / "mmeb.json").read_text())
+    assert found["tasks"]["VisualNews_i2t"]["left_out"] == {"queries": 0, "candidates": 1, "missed": 1}
+
+
+def test_the_pixels_of_training_stay_with_the_model(scenes, tmp_path):
+    settings = {"tiny": {}, "vision": "trained", "min_pixels": 3136, "max_pixels": 12544}
+    data = scenes / "train.jsonl"
+    recipe = from_dict({"output": "x", "model": settings, "data": {"train": [{"path": str(data)}]}})
+    build_model(recipe, [open_data(data)]).save(str(tmp_path / "a"))
+    loaded = muco.load(tmp_path / "a", device="cpu")
+    loaded.encoder.muco_processor.set_pixels(28 * 28, 56 * 56)
+    loaded.save(str(tmp_path / "b"))
+    again = muco.load(tmp_path / "b", device="cpu").encoder.muco_processor
+    assert (again.pixels, again.trained_pixels) == ((28 * 28, 56 * 56), (3136, 12544))
+    file = tmp_path / "b" / "muco.json"
+    older = json.loads(file.read_text())
+    del older["pixels"]
+    file.write_text(json.dumps(older))
+    assert muco.load(tmp_path / "b", device="cpu").encoder.muco_processor.trained_pixels == (28 * 28, 56 * 56)
+    file.write_text(json.dumps(older | {"pixels": "all"}))
+    with pytest.raises(muco.CheckpointError, match=r"muco\.json: written by another version"):
+        muco.load(tmp_path / "b", device="cpu")
 
 
 def test_leaks_are_found_and_fail_the_check(scenes, tmp_path, capfd):

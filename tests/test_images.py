@@ -50,6 +50,18 @@ def test_path_bytes_and_pillow_image_give_the_same_pixels(tmp_path):
         assert np.array_equal(open_image(given_image), image)
 
 
+def test_an_image_as_stored_is_neither_turned_nor_laid_onto_white():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(noise(), "PNG", exif=exif)
+    assert open_image(turned).size == (30, 40)
+    found = open_image(turned, as_stored=True)
+    assert np.array_equal(found, noise()) and not found.info and not found.getexif()
+    clear = Image.fromarray(np.dstack([np.asarray(noise()), np.zeros((30, 40), np.uint8)]))
+    assert np.array_equal(open_image(encoded(clear), as_stored=True), noise())
+    assert np.asarray(open_image(encoded(clear))).min() == 255
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_accepted_format_is_read(format):
     image = open_image(encoded(noise(), format))

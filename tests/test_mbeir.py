@@ -732,6 +732,30 @@ def test_two_processes_share_the_work_and_find_the_same(shared_tree, tmp_path):
     assert sorted(seen) == sorted(map(token_of, model.seen)), "nothing is encoded by both"
 
 
+def test_what_cannot_be_embedded_is_left_out_of_both_pools(tree, tmp_path):
+    class Picky(Oracle):
+        def encode(self, contents: list[Content], *, batch_size: int) -> np.ndarray:
+            if any(token_of(content) == "c8x7x2" for content in contents):
+                raise DataError("input 0: not this")
+            return super().encode(contents, batch_size=batch_size)
+
+    edit(tree / "query/test/mbeir_cirr_task7_test.jsonl", 1, lambda row: row | {"query_txt": "half \ud83d"})
+    (tree / "mbeir_images/cirr_images/c8x7x1.png").unlink()
+    (tree / "mbeir_images/cirr_images/q8x7x3.png").write_bytes(b"")
+    wanted = {"tasks": ["CIRR t7"]}
+    with pytest.raises(DataError, match=r"cand_pool.jsonl:2: .*c8x7x1\.png cannot be read .*--skip-broken"):
+        evaluate_mbeir(Picky(), tree, tmp_path / "out", **wanted)
+    result = evaluate_mbeir(Picky(), tree, tmp_path / "out", skip_broken=True, **wanted)
+    for pool in ("local", "global"):
+        task = result["tasks"][f"CIRR t7 {pool}"]
+        assert task["left_out"] == {"queries": 1, "candidates": 2, "missed": 3}
+        assert (task["score"], task["queries"]) == (0.25, QUERIES), "of 4 queries one still finds what is right"
+        told = (tmp_path / "out" / "left_out" / f"CIRR_t7_{pool}.jsonl").read_text()
+        assert all(name in told for name in ("c8x7x1.png", "cand_pool.jsonl:3: input 0: not this", "_test.jsonl:1"))
+    again = evaluate_mbeir(Oracle(), tree, tmp_path / "out", skip_broken=True, **wanted)
+    assert again["tasks"]["CIRR t7 local"]["left_out"] == task["left_out"], "found done"
+
+
 def test_a_real_model_from_files_to_page(tiny_model, shared_tree, tmp_path):
     tasks = ["WebQA t1", "NIGHTS t4", "InfoSeek t8"]
     results = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -11,20 +12,21 @@ from pathlib import Path
 
 import mmeb_tree as tree
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.benchmark import read_outcomes
 from muco.evaluate.mmeb import aggregates, evaluate_mmeb
-from muco.evaluate.mmeb_data import (
-    DATA_SETS,
-    NAMES,
-)
+from muco.evaluate.mmeb_data import DATA_SETS, NAMES, official_name
 from muco.evaluate.mmeb_task import Asked, judge, sample
+from muco.evaluate.page import print_benchmark
 
 LAYOUTS = ("v1", "split")
 
@@ -216,6 +218,135 @@ def test_failures_are_the_worst_and_can_be_seen(trees, tmp_path):
         assert len(failure["found"]) == 5
         for shown, _ in failure["found"]:
             assert shown["images"] == [str(row.candidates[int(shown["id"])].images[0])]
+
+
+# ---------------------------------------------------------------- what cannot be embedded
+
+
+class Picky(Told):
+    """Refuses some texts."""
+
+    def encode(self, contents: list[Content], *, batch_size: int) -> np.ndarray:
+        for number, content in enumerate(contents):
+            if "<bad>" in content.text:
+                raise DataError(f"input {number}: not this")
+        return super().encode(contents, batch_size=batch_size)
+
+
+def test_what_cannot_be_embedded_stops_the_evaluation_or_is_left_out_and_told(tmp_path):
+    rows = [
+        ("q", ["a", "b", "<bad>1"]),  # a wrong candidate: the right one is still found
+        ("q", ["<bad>1", "a", "b"]),  # the right one: missed
+        ("<bad>q", ["a", "b"]),  # the query: missed
+        ("r", ["b", "<bad>1"]),  # nothing to choose from: missed
+        ("r", ["b", "a"]),
+    ]
+    data = tree.write_texts(tmp_path / "data", rows)
+    model = Picky({"q": [1, 0], "r": [0, 1], "a": [0.8, 0.6], "b": [0.6, 0.8]})
+    wanted = {"tasks": ["VisualNews_i2t"]}
+    with pytest.raises(DataError, match=r"row \d: input 0: not this; .*--skip-broken"):
+        evaluate_mmeb(model, data, tmp_path / "out", **wanted)
+    result = evaluate_mmeb(model, data, tmp_path / "out", skip_broken=True, **wanted)
+    task = result["tasks"]["VisualNews_i2t"]
+    assert task["score"] == pytest.approx(2 / 5) and task["queries"] == 5
+    assert task["left_out"] == {"queries": 1, "candidates": 1, "missed": 3} and result["settings"]["skip_broken"]
+    outcomes = read_outcomes(tmp_path / "out", "VisualNews_i2t")
+    assert [(o.value, o.rank) for o in outcomes] == [(1, 1), (0, None), (0, None), (0, None), (1, 1)]
+    lines = (tmp_path / "out" / "left_out" / "VisualNews_i2t.jsonl").read_text().splitlines()
+    assert [json.loads(line)["side"] for line in lines] == ["candidate", "query"]
+    assert all("row" in json.loads(line)["reason"] and "not this" in json.loads(line)["reason"] for line in lines)
+    assert any("left out, because they cannot be embedded: 1 queries and 1 candidates; 3 queries" in line
+               for line in result["warnings"])  # fmt: skip
+    said = io.StringIO()
+    print_benchmark(result, Console(file=said, width=120))
+    for form in (said.getvalue(), *((tmp_path / "out" / f"mmeb.{kind}").read_text() for kind in ("md", "html", "csv"))):
+        assert "left out" in form and ("1 q + 1 c" in form or '""missed"": 3' in form)
+
+    again = evaluate_mmeb(model, data, tmp_path / "out", skip_broken=True, **wanted)
+    assert plain(again["tasks"]) == plain(result["tasks"])
+    with pytest.raises(DataError, match="--skip-broken"):
+        evaluate_mmeb(model, data, tmp_path / "out", **wanted)  # a partial result does not count as done
+
+
+@pytest.mark.parametrize("lost", ["missing", "torn"])
+def test_broken_images_are_left_out(tiny_model, tmp_path, lost):
+    tree.write_tree(tmp_path, "v1", ["CIRR"])
+    whole = evaluate_mmeb(tiny_model, tmp_path, tmp_path / "whole", tasks=["CIRR"])
+    for name in ("asked 2", "found 4"):
+        file = tmp_path / "eval_images" / "CIRR" / f"{name}.png"
+        file.unlink() if lost == "missing" else file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"CIRR.*row \d: .*png.*--skip-broken"):
+        evaluate_mmeb(tiny_model, tmp_path, tmp_path / "out", tasks=["CIRR"])
+    part = evaluate_mmeb(tiny_model, tmp_path, tmp_path / "out", tasks=["CIRR"], skip_broken=True)
+    task = part["tasks"]["CIRR"]
+    assert task["left_out"] == {"queries": 1, "candidates": 1, "missed": 2} and task["queries"] == 6
+    assert task["data"] != whole["tasks"]["CIRR"]["data"] and not any("finite" in line for line in task["warnings"])
+    missed = [o.query for o in read_outcomes(tmp_path / "out", "CIRR") if o.rank is None]
+    assert missed == ["2", "4"]
+
+
+def test_a_text_that_is_not_utf8_is_left_out(tmp_path):
+    names = pa.array([b"q", b"q"]).cast(pa.binary())
+    texts = pa.array([[b"a", b"b", b"\xff"], [b"b", b"a", b"c"]], pa.list_(pa.binary()))
+    table = pa.table({
+        "qry_text": pa.Array.from_buffers(pa.string(), 2, names.buffers()),
+        "qry_img_path": ["", ""],
+        "tgt_text": pa.ListArray.from_arrays(
+            texts.offsets, pa.Array.from_buffers(pa.string(), 6, texts.values.buffers())
+        ),
+        "tgt_img_path": [[""] * 3] * 2,
+    })  # fmt: skip
+    (tmp_path / "GQA").mkdir()
+    (tmp_path / "eval_images").mkdir()
+    pq.write_table(table, tmp_path / "GQA" / "test-0.parquet")
+    model = Told({"q": [1, 0, 0], "a": [0.8, 0.6, 0], "b": [0.6, 0.8, 0], "c": [0, 0, 1]})
+    with pytest.raises(DataError, match=r"row 0: a text is not UTF-8 .*--skip-broken"):
+        evaluate_mmeb(model, tmp_path, tmp_path / "out", tasks=["GQA"])
+    task = evaluate_mmeb(model, tmp_path, tmp_path / "out", tasks=["GQA"], skip_broken=True)["tasks"]["GQA"]
+    assert task["score"] == 0.5 and task["left_out"] == {"queries": 0, "candidates": 1, "missed": 0}
+
+
+# ---------------------------------------------------------------- as the official code has it
+
+
+def test_official_keys_are_names_of_which_the_first_content_counts(tmp_path):
+    def row(query: str, *targets: tuple[str, str]) -> dict:
+        text = "<|image_1|>\nRepresent the picture with its text: {}\n"
+        return {
+            "qry_text": f"<|image_1|>\n{query}\n",
+            "qry_img_path": "",
+            "tgt_text": [text.format(caption) for caption, _ in targets],
+            "tgt_img_path": [path for _, path in targets],
+        }
+
+    # in the second row the right candidate is the image of the first with another caption
+    tree.write_set(
+        tmp_path, "EDIS", [row("p", ("old", "x.png"), ("w", "y.png")), row("q", ("new", "x.png"), ("w", "y.png"))]
+    )
+    told = {"old@x.png": [1.0, 0.0], "new@x.png": [0.0, 1.0], "w@y.png": [0.6, 0.8]}
+    prompt = "Represent the picture with its text: {}\n@{}"
+    vectors = {prompt.format(*name.split("@")): vector for name, vector in told.items()}
+    model = Told({"\np\n": [1.0, 0.0], "\nq\n": [0.0, 1.0], **vectors})
+    ours = evaluate_mmeb(model, tmp_path, tmp_path / "out", tasks=["EDIS"])
+    theirs = evaluate_mmeb(model, tmp_path, tmp_path / "out", tasks=["EDIS"], official=True)
+    assert ours["tasks"]["EDIS"]["score"] == 1.0
+    assert theirs["tasks"]["EDIS"]["score"] == 0.5, "the caption that was seen first is embedded for both"
+    assert theirs["tasks"]["EDIS"]["facts"]["encoded"] == 4 < ours["tasks"]["EDIS"]["facts"]["encoded"]
+    assert "official names" in theirs["settings"]["rules"]["identity"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "path", "official"),
+    [
+        ("GQA", "an answer ", "", "an answer "),
+        ("WebQA", "<|image_1|>\nWith: words\n", "a/b.png", "a/b.png"),
+        ("OVEN", '<|image_1|>\nWith: "words"\n', "a/b.png", 'a/b.png:<|image_1|>\nWith: "words'),
+        ("RefCOCO", "<|image_1|>\nTake it", "a.png", "a.png:<|image_1|>\nTake it"),
+    ],
+)
+def test_official_names(name, text, path, official):
+    (data_set,) = (data_set for data_set in DATA_SETS if data_set.name == name)
+    assert official_name(data_set, text, path) == official
 
 
 # ---------------------------------------------------------------- what may not matter

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import pool as module
+from muco.evaluate.cache import encode_named
+from muco.evaluate.left_out import LeftOut
 from muco.evaluate.pool import Candidate, Vectors, embed_pool, search
 
 
@@ -142,6 +144,42 @@ def test_a_changed_pool_or_model_is_embedded_anew(tmp_path, small_shards):
 def test_a_candidate_that_the_model_refuses_is_named(tmp_path, small_shards):
     with pytest.raises(DataError, match=r"^pool\.jsonl:6: .*does not take"):
         embed_pool(Letters(), Texts(["a"] * 5 + ["<bad>"] + ["b"] * 2), tmp_path)
+
+
+def test_what_the_model_refuses_is_left_out_if_that_is_allowed(tmp_path, small_shards):
+    texts = ["a", "<bad>", "b", "ab", *["<bad>"] * 4, "c", "<bad>"]
+    with pytest.raises(DataError, match=r"^pool\.jsonl:2: .*--skip-broken"):
+        embed_pool(Letters(), Texts(texts), tmp_path)
+    left_out = LeftOut(allowed=True)
+    vectors = embed_pool(Letters(), Texts(texts), tmp_path, left_out=left_out)
+    whole = np.concatenate([*vectors.blocks(100)])
+    sound = [i for i, text in enumerate(texts) if text != "<bad>"]
+    assert sorted(left_out.reasons) == [1, 4, 5, 6, 7, 9] and left_out.reasons[9].startswith("pool.jsonl:10: ")
+    assert np.isnan(whole[sorted(left_out.reasons)]).all()
+    expected = Letters().encode([Content(texts[i]) for i in sound], batch_size=1)
+    assert np.array_equal(whole[sound], expected)
+    health = vectors.health()
+    assert (health.rows, health.non_finite, health.collapsed) == (4, 0, False)
+    rows, _ = search(whole[sound], [vectors], [np.arange(10)], 10)
+    assert {row for row in rows.ravel().tolist() if row >= 0} == set(sound)
+
+    again, model = LeftOut(allowed=True), Letters(calls=0)
+    embed_pool(model, Texts(texts), tmp_path, left_out=again)  # nothing is encoded again, all is still told
+    assert again.reasons == left_out.reasons
+    with pytest.raises(DataError, match=r"^pool\.jsonl:2: "):
+        embed_pool(Letters(), Texts(texts), tmp_path)  # what is partial does not serve a run that wants all
+    with pytest.raises(DataError, match=r"texts: none of its 2 candidates can be embedded; the first: pool\.jsonl:1: "):
+        embed_pool(Letters(), Texts(["<bad>"] * 2), tmp_path, left_out=LeftOut(allowed=True))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_the_refused_are_found_by_halves(refused):
+    contents = [Content("<bad>" if bad else "a" * n) for n, bad in enumerate(refused, 1)]
+    places, found = [f"f:{n}" for n in range(len(refused))], {}
+    vectors = encode_named(Letters(), contents, places, 2, found.__setitem__)
+    assert sorted(found) == [n for n, bad in enumerate(refused) if bad]
+    assert all(str(error).startswith(f"f:{n}: ") for n, error in found.items())
+    assert [round(row[0]) for row in vectors] == [n for n, bad in enumerate(refused, 1) if not bad]
 
 
 def test_an_empty_pool_and_a_folder_that_cannot_be_made_are_sentences(tmp_path):

@@ -81,7 +81,7 @@ def test_bad_judgements_name_file_and_line(tmp_path, text, sentence):
 
 
 def test_missing_judgements_are_a_sentence(tmp_path):
-    with pytest.raises(DataError, match="none.txt: cannot be read as judgements"):
+    with pytest.raises(DataError, match="none.txt: cannot be read"):
         read_qrels(tmp_path / "none.txt")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,17 @@ def test_a_missing_file_and_a_bad_override_are_named(tmp_path):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(muco.RecipeError, match="key=value"):
         load_recipe(write(tmp_path, GOOD), ["loss.temperature"])
+
+
+def test_recipes_of_qwen_models_state_both_limits_of_image_size():
+    root = Path(__file__).parents[1]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted((root / "recipes").glob("*.yaml"))}
+    blocks = re.findall(r"```yaml\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    texts |= {f"README.md {number}": block for number, block in enumerate(blocks)}
+    models = {name: yaml.safe_load(text).get("model", {}) for name, text in texts.items() if "path: Qwen/" in text}
+    assert len(models) >= 6
+    for name, model in models.items():
+        assert model["min_pixels"] == 256 * 28 * 28 and model["max_pixels"] > model["min_pixels"], name
 
 
 def test_recipes_in_the_repository_are_valid():

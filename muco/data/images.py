@@ -38,7 +38,12 @@ _warning_filters = threading.Lock()  # the filters belong to the process; two th
 
 
 def open_image(
-    image: ImageLike, *, max_pixels: int = MAX_PIXELS, small_side: int = SMALL_SIDE, where: str = ""
+    image: ImageLike,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    small_side: int = SMALL_SIDE,
+    as_stored: bool = False,
+    where: str = "",
 ) -> Image.Image:
     """An upright RGB image of its own (the input is never changed): EXIF orientation applied, transparency onto white.
 
@@ -47,6 +52,8 @@ def open_image(
         max_pixels: More pixels than this are refused before they are decoded. Pillow's own limit
             (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides, so a larger value alone allows no more.
         small_side: An image with a side under this many pixels is stretched to 56 x 56; 0 leaves it as it is.
+        as_stored: Convert to RGB as Pillow alone does: orientation is ignored, transparency dropped, and pixels of more
+            than 8 bits clipped.
         where: Names the row ("file:line") in errors.
     Raises:
         ImageError: If the image is missing, too large, truncated, broken, of another format or longer than 200 : 1.
@@ -56,7 +63,7 @@ def open_image(
     _check_size(opened.size, max_pixels, name)
     try:
         opened.load()
-        rgb = _to_rgb(ImageOps.exif_transpose(opened), name)
+        rgb = _as_stored(opened) if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error …
@@ -224,6 +231,12 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
         raise ImageError(f"{name}: {width} x {height} is over the limit of {max_pixels:,} pixels; make it smaller")
     if max(size) > MAX_ASPECT * min(size):
         raise ImageError(f"{name}: {width} x {height} is longer than {MAX_ASPECT} : 1; crop it")
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

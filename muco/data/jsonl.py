@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
 from muco.data.images import is_url
 from muco.dialogue import Content, ImageLike, Sample, Turn
@@ -158,7 +159,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(escaped(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
                 count += 1
         os.replace(unfinished, path)
     finally:

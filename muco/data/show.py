@@ -11,6 +11,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
+from muco.base.text import escaped
 from muco.data import Data, open_data
 from muco.data.images import open_image, resize_to_budget
 from muco.dialogue import Content, ImageLike, Sample, Turn
@@ -43,7 +44,7 @@ def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(page, encoding="utf-8")
+        unfinished.write_text(escaped(page), encoding="utf-8")
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from muco.base.text import escaped
 from muco.demo.chart import loss_curve
 from muco.evaluate.retrieval import CONTROLS
 
@@ -50,7 +51,7 @@ def write_page(output: Path, record: Mapping[str, Any], scenes: Path) -> str:
         The file's name.
     """
     part = output.with_name(f"{output.name}.{os.getpid()}.part")
-    part.write_text(page(record, scenes), encoding="utf-8")
+    part.write_text(escaped(page(record, scenes)), encoding="utf-8")
     os.replace(part, output)
     return output.name
 

@@ -32,8 +32,8 @@ from muco.errors import DataError, MucoError
 from muco.evaluate import ranking
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
 from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.left_out import LeftOut, counts
 from muco.evaluate.lines import LinePool, Row, id_of, image_of, objects, text_of
-from muco.evaluate.pool import Candidate
 from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_ndcg
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def evaluate_beir(
     k: int = 10,
     batch_size: int = 64,
     instruction: str = "",
+    skip_broken: bool = False,
+    pixels: str = "",
+    trained_pixels: str = "",
     command: str = "",
     model_path: str = "",
     progress: Progress | None = None,
@@ -75,6 +78,9 @@ def evaluate_beir(
         split: Names the judgements. Queries that they do not name are left out and counted.
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
         instruction: Stands before every query, with a blank between; candidates get none.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
+            results, with a warning if they differ.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
@@ -87,9 +93,10 @@ def evaluate_beir(
         raise MucoError(f"k is {k}; give at least 1")
     data, output = Path(data), Path(output)
     fingerprint, settings = model.fingerprint, {"split": split, "k": k, "instruction": instruction, "rules": RULES}
-    sources = [_Source(folder, split, k, instruction) for folder in _folders(data, split)]
+    sources = [_Source(folder, split, k, instruction, skip_broken) for folder in _folders(data, split)]
     # paths of images are on the page, so results found again must be of this folder
-    files = TaskFiles(output, {"benchmark": "beir", "model": fingerprint, "data": str(data.resolve()), **settings})
+    key = {"benchmark": "beir", "model": fingerprint, "data": str(data.resolve()), **settings}
+    files = TaskFiles(output, key, partial=skip_broken)
     steps = Steps(sum(len(source.asked) + len(source.pool) for source in sources), progress)
     stores = Stores(model, output / "cache" / "pools", batch_size, steps)
     results = []
@@ -110,7 +117,14 @@ def evaluate_beir(
         {},
         overall=mean_of({each.name: each.score for each in results}, [each.name for each in results]),
         model={"path": model_path, "fingerprint": fingerprint},
-        settings={**settings, "batch_size": batch_size, "data": str(data)},
+        settings={
+            **settings,
+            "batch_size": batch_size,
+            "skip_broken": skip_broken,
+            "pixels": pixels,
+            "trained_pixels": trained_pixels,
+            "data": str(data),
+        },
         command=command,
     )
     distributed.first_only(functools.partial(_write, output, result, results))
@@ -130,18 +144,25 @@ def _folders(data: Path, split: str) -> list[Path]:
     return folders
 
 
-def open_corpus(folder: Path) -> LinePool:
+def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
     """The candidates of a set; equal scores will stand in the order of their ids.
 
+    Args:
+        left_out: See :class:`LinePool`.
     Raises:
         DataError: If a line is malformed or has neither text nor image, an id occurs twice, or an image is missing or
             outside of the folder.
     """
 
-    def read(row: Row, where: str) -> Candidate:
-        return Candidate(id_of(row, "_id", where), _content(row, ("title", "text"), folder, where), where)
-
-    return LinePool(folder / "corpus.jsonl", f"the corpus of {_name(folder)}", read, form=FORM, numbers=_places)
+    return LinePool(
+        folder / "corpus.jsonl",
+        f"the corpus of {_name(folder)}",
+        lambda row, where: id_of(row, "_id", where),
+        lambda row, where: _content(row, ("title", "text"), folder, where),
+        form=FORM,
+        numbers=_places,
+        left_out=left_out,
+    )
 
 
 def _places(ids: np.ndarray) -> np.ndarray:
@@ -165,16 +186,28 @@ class _Counts:
     unknown: int  # judged queries that the query file lacks
 
 
-def read_judged(folder: Path, split: str, instruction: str) -> tuple[list[Query], _Counts]:
-    """The judged queries of a set in the order of their ids."""
+def read_judged(
+    folder: Path, split: str, instruction: str, left_out: LeftOut | None = None
+) -> tuple[list[Query], _Counts]:
+    """The judged queries of a set in the order of their ids.
+
+    Args:
+        left_out: Whether a query may have nothing that can be embedded.
+    """
+    left_out = LeftOut() if left_out is None else left_out
     path, judgements = folder / "queries.jsonl", ranking.read_qrels(folder / "qrels" / f"{split}.tsv")
     queries: dict[str, Query] = {}
     for row, where in objects(path):
         query = id_of(row, "_id", where)
         if query in queries:
             raise DataError(f"{where}: the query {query!r} is also at {queries[query].where}; ids must be unique")
-        content = _content(row, ("text",), folder, where, instruction)
-        queries[query] = Query(query, content, judgements.get(query, {}), where)
+        content, error = Content(), None
+        try:
+            content = _content(row, ("text",), folder, where, instruction)
+        except DataError as found:
+            left_out.check(found)
+            error = found
+        queries[query] = Query(query, content, judgements.get(query, {}), where, error)
     judged = [queries[id] for id in sorted(queries) if queries[id].grades]
     if not judged:
         raise DataError(f"{folder / 'qrels' / f'{split}.tsv'}: judges none of the {len(queries)} queries of {path}")
@@ -184,10 +217,11 @@ def read_judged(folder: Path, split: str, instruction: str) -> tuple[list[Query]
 class _Source:
     """One set, read and checked."""
 
-    def __init__(self, folder: Path, split: str, k: int, instruction: str) -> None:
+    def __init__(self, folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> None:
         self.name, self.k = _name(folder), k
-        queries, counts = read_judged(folder, split, instruction)
-        self.asked, self.pool = Asked(queries), open_corpus(folder)
+        left_out = LeftOut(skip_broken)
+        queries, found = read_judged(folder, split, instruction, left_out)
+        self.asked, self.pool = Asked(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
         rows = [self.pool.find(list(query.grades)) for query in queries]
         self.held = [
             {id: grade for (id, grade), row in zip(query.grades.items(), own, strict=True) if row >= 0}
@@ -196,8 +230,8 @@ class _Source:
         self.facts = {
             "split": split,
             "instruction": instruction,
-            "queries without judgements, left out": counts.without_judgements,
-            "judged queries that queries.jsonl lacks": counts.unknown,
+            "queries without judgements, left out": found.without_judgements,
+            "judged queries that queries.jsonl lacks": found.unknown,
             "queries for which nothing is relevant": sum(not query.relevant for query in queries),
             "judged candidates that the corpus lacks": int(sum((own < 0).sum() for own in rows)),
             "queries that have the id of a candidate": int((self.pool.find([q.id for q in queries]) >= 0).sum()),
@@ -220,6 +254,8 @@ class _Source:
             warnings=(*self._warnings(), *scored.warnings, *gate(scored.scores[metric], chance, len(self.asked))),
             outcomes=scored.outcomes,
             failures=scored.failures,
+            left_out=counts(scored.broken, scored.missed),
+            broken=scored.broken,
         )
 
     def _warnings(self) -> list[str]:

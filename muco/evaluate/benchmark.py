@@ -7,6 +7,7 @@
     ├── mmeb.csv .md .html   the same for other eyes
     ├── tasks/NAME.json      one task, written when it is done: a run that is started again does not do it again
     ├── outcomes/NAME.jsonl  one line per query: what `muco evaluate compare` reads
+    ├── left_out/NAME.jsonl  one line per query or candidate that could not be embedded, where there are any
     └── cache/               vectors
 
 A task that is found done counts only for the same model, data and settings; everything else is made anew.
@@ -23,12 +24,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from muco.base.text import escaped
 from muco.errors import OutputError
+from muco.evaluate.left_out import Broken, as_lines
 from muco.evaluate.report import versions, write_json
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
 FOUND = 5  # candidates kept per query
+OWN_PIXELS = "the model's own"
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,8 @@ class TaskResult:
         warnings: Sentences that nobody should overlook.
         outcomes: One per query.
         failures: The worst ones, largest margin first, at most ``FAILURES``.
+        left_out: Of :func:`muco.evaluate.left_out.counts`; empty where everything was embedded.
+        broken: What was left out, one by one.
     """
 
     name: str
@@ -108,6 +114,8 @@ class TaskResult:
     warnings: tuple[str, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     failures: tuple[Failure, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    broken: tuple[Broken, ...] = ()
 
     @property
     def score(self) -> float:
@@ -120,12 +128,13 @@ class TaskFiles:
     Args:
         output: The folder; made if it is not there.
         key: What the scores depend on besides a task's data: model fingerprint, settings, seeds. Plain values.
+        partial: Whether a task counts as done from which something was left out.
     Raises:
         OutputError: If the folder cannot be made.
     """
 
-    def __init__(self, output: Path, key: Mapping[str, Any]) -> None:
-        self.output, self.key = Path(output), json.loads(json.dumps(key, sort_keys=True))
+    def __init__(self, output: Path, key: Mapping[str, Any], *, partial: bool = False) -> None:
+        self.output, self.key, self.partial = Path(output), json.loads(json.dumps(key, sort_keys=True)), partial
         try:
             for name in ("tasks", "outcomes"):
                 (self.output / name).mkdir(parents=True, exist_ok=True)
@@ -139,20 +148,27 @@ class TaskFiles:
             return None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+        except ValueError:
             log.warning("%s is damaged; the task is done again", file)
             return None
         if (found.get("format"), found.get("key"), found["result"]["data"]) != (FORMAT, self.key, data):
+            return None
+        if found["result"].get("left_out") and not self.partial:
             return None
         outcomes = read_outcomes(self.output, name)
         return _result(found["result"]) if outcomes is None else _with(_result(found["result"]), outcomes)
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
-        lines = (json.dumps(asdict(outcome), ensure_ascii=False) for outcome in result.outcomes)
+        lines = (escaped(json.dumps(asdict(outcome), ensure_ascii=False)) for outcome in result.outcomes)
         write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
+        lost = self.output / "left_out" / f"{_safe(result.name)}.jsonl"
+        if result.broken:
+            write_text(lost, as_lines(result.broken))
+        else:
+            lost.unlink(missing_ok=True)
         plain = asdict(result)
-        del plain["outcomes"]
+        del plain["outcomes"], plain["broken"]
         write_json(self._file(result.name), {"format": FORMAT, "key": self.key, "result": plain})
 
     def _file(self, name: str) -> Path:
@@ -202,12 +218,22 @@ def benchmark_result(
         "groups": dict(groups),
         "overall": overall,
         "missing": list(missing),
-        "warnings": [*warnings, *own],
+        "warnings": [*pixels_differ(settings.get("pixels"), settings.get("trained_pixels")), *warnings, *own],
     }
 
 
+def pixels_differ(used: str | None, trained: str | None) -> list[str]:
+    """A warning if images are encoded in other sizes than the model was trained with, or nothing."""
+    if not used or not trained or used in (trained, OWN_PIXELS):
+        return []
+    return [
+        f"the model was trained on images of {trained} pixels and is scored on images of {used}; train with the limits "
+        "of the evaluation (model.min_pixels, model.max_pixels), or score with the model's own"
+    ]
+
+
 def _summary(result: TaskResult) -> dict[str, Any]:
-    kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "warnings")
+    kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "left_out", "warnings")
     plain = asdict(result)
     return {"score": result.score, **{key: plain[key] for key in kept}}
 

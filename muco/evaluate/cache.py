@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,8 @@ import numpy as np
 from muco import distributed
 from muco.data.images import image_digest
 from muco.dialogue import Content, ImageLike
-from muco.errors import DataError, OutputError
+from muco.errors import DataError, ImageError, OutputError
+from muco.evaluate.left_out import LeftOut
 
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
 LAYOUT = 1  # raise when the meaning of a row changes
@@ -38,25 +39,57 @@ class Embedder(Protocol):
 
 
 class Book:
-    """Every content once, under a key made of its text and the bytes of its images."""
+    """Every content once, under a key made of its text and the bytes of its images.
 
-    def __init__(self) -> None:
+    Args:
+        left_out: Gets the contents that cannot be embedded, if that is allowed; without it each is an error.
+    """
+
+    def __init__(self, left_out: LeftOut | None = None) -> None:
+        self.left_out = left_out
         self.contents: dict[str, Content] = {}
         self.places: dict[str, str] = {}  # key -> "file:line" of the first row that holds it
         self._order: dict[str, tuple[tuple[str, ...], str]] = {}
         self._files: dict[str, str] = {}  # path -> digest: a file is read once
 
     def add(self, content: Content, where: str = "") -> str:
-        """Key of a content, 64 hexadecimal characters; an image that cannot be read is an ImageError."""
-        images = tuple(self._digest(image, where) for image in content.images)
+        """Key of a content, 64 hexadecimal characters.
+
+        Raises:
+            DataError: If an image cannot be read or the text holds half a character, and nothing may be left out.
+        """
+        try:
+            images = tuple(self._digest(image, where) for image in content.images)
+            content.text.encode()
+        except UnicodeEncodeError:
+            return self.lose(DataError(f"{where}: the text holds half a character (a lone surrogate); repair it"))
+        except ImageError as error:
+            return self.lose(error)
         key = hashlib.sha256(json.dumps([content.text, images]).encode()).hexdigest()
         if key not in self.contents:
             self.contents[key], self.places[key], self._order[key] = content, where, (images, content.text)
         return key
 
+    def lose(self, error: DataError) -> str:
+        """A key for what cannot even be read; raises the error unless it may be left out."""
+        key = hashlib.sha256(json.dumps(["left out", str(error)]).encode()).hexdigest()
+        self._refuse(key, error)
+        return key
+
     def encode(self, model: Embedder, batch_size: int, keys: Sequence[str]) -> np.ndarray:
-        """Vectors of the contents with these keys; what the model refuses is named by its row."""
-        return encode_named(model, [self.contents[k] for k in keys], [self.places[k] for k in keys], batch_size)
+        """Vectors of the contents with these keys, less those that the model refuses, if they may be left out."""
+        return encode_named(
+            model,
+            [self.contents[key] for key in keys],
+            [self.places[key] for key in keys],
+            batch_size,
+            lambda row, error: self._refuse(keys[row], error),
+        )
+
+    def _refuse(self, key: str, error: DataError) -> None:
+        if self.left_out is None:
+            raise error
+        self.left_out.add(key, error)
 
     def in_order(self, keys: Iterable[str]) -> list[str]:
         """Keys in an order of their own (contents of one image side by side): that of the rows moves no digit."""
@@ -71,20 +104,35 @@ class Book:
         return self._files[path]
 
 
-def encode_named(model: Embedder, contents: Sequence[Content], places: Sequence[str], batch_size: int) -> np.ndarray:
-    """Vectors of contents, float32 [n, d]; if the model refuses one, the DataError begins with its place ("file:line").
+def encode_named(
+    model: Embedder,
+    contents: Sequence[Content],
+    places: Sequence[str],
+    batch_size: int,
+    refused: Callable[[int, DataError], None],
+) -> np.ndarray:
+    """Vectors of contents in their order, float32 [n, d], less those that the model refuses and ``refused`` allows.
 
-    The model knows no rows, so the one that it refuses is looked for one by one.
+    The model knows no rows, so what it refuses is looked for by halves. [0, 0] if nothing is left.
+
+    Args:
+        refused: Called with the place of a content in ``contents`` and a DataError that begins with the content's
+            place ("file:line"); it may raise it.
     """
-    try:
-        return model.encode(list(contents), batch_size=batch_size)
-    except DataError:
-        for content, place in zip(contents, places, strict=True):
-            try:
-                model.encode([content], batch_size=1)
-            except DataError as error:
-                raise type(error)(f"{place}: {error}") from error
-        raise
+    vectors, parts = [], [range(len(contents))]
+    while parts:
+        rows = parts.pop()
+        if not rows:
+            continue
+        try:
+            vectors.append(model.encode([contents[row] for row in rows], batch_size=batch_size))
+        except DataError as error:
+            if len(rows) == 1:
+                refused(rows[0], type(error)(f"{places[rows[0]]}: {error}"))
+            else:
+                half = len(rows) // 2
+                parts += [rows[half:], rows[:half]]
+    return np.concatenate(vectors) if vectors else np.zeros((0, 0), dtype=np.float32)
 
 
 class EmbeddingCache:
@@ -138,21 +186,27 @@ def embed(
     *,
     cache: EmbeddingCache | None = None,
     shared: bool = False,
+    left_out: LeftOut | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """One vector per key, encoding only what the cache lacks, in shards.
 
     Args:
         keys: Distinct content keys (64 hexadecimal characters each).
-        encode: Vectors of some of the keys, float32 [m, d] in their order.
+        encode: Vectors of some of the keys, float32 [m, d] in their order, less those that it adds to ``left_out``.
         shared: Of several processes each encodes some shards. All must call it, with the same keys and cache; during
             training only one process evaluates.
+        left_out: Keys that cannot be embedded. What it holds is not encoded; afterwards it holds those of all
+            processes.
         progress: Called with (done, total) after every shard.
     Returns:
-        float32 [len(keys), d].
+        float32 [len(keys), d]; the rows of keys that were left out are NaN.
+    Raises:
+        DataError: If all keys were left out.
     """
     rows = cache.load() if cache else {}
-    missing = [key for key in keys if key not in rows]
+    left_out = LeftOut() if left_out is None else left_out
+    missing = [key for key in keys if key not in rows and key not in left_out]
     processes, own = (distributed.world_size(), distributed.rank()) if shared else (1, 0)
     if shared:
         distributed.wait_for_all()  # all must have seen the same keys missing before one is added
@@ -161,12 +215,22 @@ def embed(
         shard = missing[start : start + SHARD]
         if number % processes == own:
             vectors = np.asarray(encode(shard), dtype=np.float32)
-            assert vectors.ndim == 2 and len(vectors) == len(shard), f"{vectors.shape} vectors, {len(shard)} contents"
-            if cache:
-                cache.add(shard, vectors)
-            made.update(zip(shard, vectors, strict=True))
+            taken = [key for key in shard if key not in left_out]
+            assert vectors.ndim == 2 and len(vectors) == len(taken), f"{vectors.shape} vectors, {len(taken)} contents"
+            if cache and taken:
+                cache.add(taken, vectors)
+            made.update(zip(taken, vectors, strict=True))
         if progress:
             progress(len(keys) - len(missing) + start + len(shard), len(keys))
-    for part in distributed.gather_objects(made) if shared else [made]:
+    for part, reasons in distributed.gather_objects((made, left_out.reasons)) if shared else [(made, {})]:
         rows.update(part)
-    return np.stack([rows[key] for key in keys])
+        left_out.reasons.update(reasons)
+    return _in_order(rows, keys, left_out)
+
+
+def _in_order(rows: Mapping[str, np.ndarray], keys: Sequence[str], left_out: LeftOut) -> np.ndarray:
+    known = next((rows[key] for key in keys if key not in left_out), None)
+    if known is None:
+        raise DataError(f"nothing can be embedded; the first: {next(iter(left_out.reasons.values()), '')}")
+    nothing = np.full_like(known, np.nan)
+    return np.stack([nothing if key in left_out else rows[key] for key in keys])

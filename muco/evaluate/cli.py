@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from muco.options import BatchSize, Dimension, Json, Model, examples, finish
 
 if TYPE_CHECKING:
     from muco.encoder import Model as Encoder
+    from muco.processor import Processor
 
 app = typer.Typer(no_args_is_help=True, help="Score a model on held-out data and benchmarks.")
 
@@ -24,6 +26,14 @@ Queries = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 AllowMissing = Annotated[
     bool, typer.Option("--allow-missing", help="Score what is there; without, a missing data set is an error.")
+]
+SkipBroken = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken",
+        help="Leave out what cannot be embedded, count and name it; a query without its right answer counts as missed. "
+        "Without, it is an error.",
+    ),
 ]
 OwnPixels = Annotated[
     bool, typer.Option("--own-pixels", help="Keep the model's own limits of image size, not the benchmark's.")
@@ -85,6 +95,7 @@ def retrieval(
 
     rows = open_data(data)  # before the model: a mistyped path should not cost a minute
     encoder = muco.load(model)
+    _pixels(encoder.encoder.muco_processor, own=True)
     with progress_bar("embedding") as progress:
         result = evaluate_retrieval(
             encoder,
@@ -123,6 +134,13 @@ def mmeb(
     batch_size: BatchSize = 64,
     own_pixels: OwnPixels = False,
     allow_missing: AllowMissing = False,
+    skip_broken: SkipBroken = False,
+    official: Annotated[
+        bool,
+        typer.Option(
+            "--official", help="Tell candidates apart, and open images, as the paper's code does; see the docs."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score MMEB: 36 data sets, hit@1 with ties lost.
@@ -135,6 +153,7 @@ def mmeb(
 
     find_files(data)  # before the model: a mistyped path should not cost a minute
     encoder, pixels = _encoder(model, own_pixels)
+    encoder.encoder.muco_processor.images_as_stored = official
     _run(
         evaluate_mmeb,
         as_json,
@@ -147,7 +166,9 @@ def mmeb(
         seed=seed,
         batch_size=batch_size,
         allow_missing=allow_missing,
-        pixels=pixels,
+        skip_broken=skip_broken,
+        official=official,
+        **pixels,
         command=context.obj,
         model_path=model,
     )
@@ -181,6 +202,7 @@ def mbeir(
         bool, typer.Option("--strict", help="A right candidate that no pool holds is an error, not a count.")
     ] = False,
     allow_missing: AllowMissing = False,
+    skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Score M-BEIR: 16 tasks, local and global pool.
@@ -206,7 +228,8 @@ def mbeir(
         batch_size=batch_size,
         strict=strict,
         allow_missing=allow_missing,
-        pixels=pixels,
+        skip_broken=skip_broken,
+        **pixels,
         command=context.obj,
         model_path=model,
     )
@@ -229,6 +252,7 @@ def beir(
     k: Annotated[int, typer.Option("-k", min=1, help="Depth of nDCG@k, recall@k and MRR@k.")] = 10,
     instruction: Annotated[str, typer.Option(help="Text to put before every query.")] = "",
     batch_size: BatchSize = 64,
+    skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Score any retrieval set in BEIR's form.
@@ -237,7 +261,7 @@ def beir(
     """
     from muco.evaluate.beir import evaluate_beir
 
-    encoder, _ = _encoder(model, own_pixels=True)
+    encoder, pixels = _encoder(model, own_pixels=True)
     _run(
         evaluate_beir,
         as_json,
@@ -248,6 +272,8 @@ def beir(
         k=k,
         instruction=instruction,
         batch_size=batch_size,
+        skip_broken=skip_broken,
+        **pixels,
         command=context.obj,
         model_path=model,
     )
@@ -271,8 +297,8 @@ def compare(
     finish(compare(a, b, samples=samples, seed=seed, level=level), as_json, print_comparison)
 
 
-def _encoder(path: str, own_pixels: bool) -> tuple[Encoder, str]:
-    """The model with the benchmarks' limits of image size, and a word for them."""
+def _encoder(path: str, own_pixels: bool) -> tuple[Encoder, dict[str, str]]:
+    """The model with the benchmarks' limits of image size, and what results say of them."""
     import muco
     from muco import distributed
     from muco.processor import EVALUATION_PIXELS
@@ -280,10 +306,26 @@ def _encoder(path: str, own_pixels: bool) -> tuple[Encoder, str]:
     distributed.start()
     encoder = muco.load(path)
     processor = encoder.encoder.muco_processor
-    if own_pixels or not processor.rotary_3d:  # other families have no such limits
-        return encoder, "the model's own"
-    processor.set_pixels(*EVALUATION_PIXELS)
-    return encoder, "{} to {}".format(*EVALUATION_PIXELS)
+    if not own_pixels and processor.rotary_3d:  # other families have no such limits
+        processor.set_pixels(*EVALUATION_PIXELS)
+        return encoder, _pixels(processor, own=False)
+    return encoder, _pixels(processor, own=True)
+
+
+def _pixels(processor: Processor, *, own: bool) -> dict[str, str]:
+    """The limits of image size, here and in training; of several processes one says on stderr if they differ."""
+    from muco import distributed
+    from muco.evaluate.benchmark import OWN_PIXELS, pixels_differ
+
+    used, trained = (
+        "{} to {}".format(*pixels) if pixels else "" for pixels in (processor.pixels, processor.trained_pixels)
+    )
+    if own:
+        used = OWN_PIXELS if used == trained or not trained else f"{OWN_PIXELS}, {used}"
+    if distributed.rank() == 0:
+        for line in pixels_differ(used, trained):
+            print(f"muco evaluate: {line}", file=sys.stderr)
+    return {"pixels": used, "trained_pixels": trained}
 
 
 def _run(evaluate: Any, as_json: bool, **settings: Any) -> None:

@@ -67,6 +67,7 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
             continue
         if left := len(first.keys() ^ second.keys()):
             warnings.append(f"{name}: {left:,} queries are in one of the two only and are not compared")
+        warnings += _partial(name, ours[name]["left_out"], theirs[name]["left_out"])
         values = np.array([[first[query], second[query]] for query in common])  # float64 [Q, 2]
         means = bootstrap(values[:, 1] - values[:, 0], samples, _generator(seed, name))
         tasks[name] = {"metric": ours[name]["metric"]} | _summary(values, means, level)
@@ -174,6 +175,7 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
             plain = json.loads(file.read_text(encoding="utf-8"))
             result = plain["result"]
             task = {"metric": result["metric"], "data": result["data"], "key": plain["key"], "format": plain["format"]}
+            task["left_out"] = result.get("left_out", {})
             name = result["name"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: is no result of a task ({error!r}); run the evaluation again") from error
@@ -215,6 +217,18 @@ def _reason(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> str | N
         if not task["file"].is_file():
             return f"{side} has no outcomes per query ({task['file']})"
     return None
+
+
+def _partial(name: str, a: Mapping[str, int], b: Mapping[str, int]) -> list[str]:
+    """A warning where something was left out of one of the two, for that makes a task easier or harder."""
+    if not a and not b:
+        return []
+    said = (
+        f"{side} left out {of.get('queries', 0):,} queries and {of.get('candidates', 0):,} candidates"
+        for side, of in (("A", a), ("B", b))
+    )
+    return [f"{name}: {', '.join(said)} that could not be embedded; the scores are of different tasks unless these are "
+            "the same"]  # fmt: skip
 
 
 def _differing(

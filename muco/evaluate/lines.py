@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from muco.data.images import image_digest
+from muco.dialogue import Content
 from muco.errors import DataError, ImageError
+from muco.evaluate.left_out import LeftOut
 from muco.evaluate.pool import Candidate
 
 HASHED = 50_000  # candidates of a pool up to which the bytes of its images are read for the fingerprint
@@ -34,38 +36,49 @@ class LinePool:
     the images count instead, so a copy of the images that does not keep the times is embedded anew.
 
     Args:
-        read: Makes a candidate of a line's object and its "file:line"; a DataError where it is not as it must be.
+        identify: The id of a line, from its object and "file:line"; a DataError where it has none.
+        read: Its content; a DataError where that is not as it must be.
         form: Names what ``read`` does; raise it when the content of a candidate changes.
         numbers: From all ids, as numpy bytes, to int64 [N]: the ``order`` of the pool.
+        left_out: Gets the rows whose content cannot be read or whose image is missing, if that is allowed.
     Raises:
-        DataError: If the file cannot be read, a line is not as it must be, an id occurs twice, or an image is missing.
+        DataError: If the file cannot be read, a line is not JSON or has no id, an id occurs twice, or a content cannot
+            be used and may not be left out.
     """
 
     def __init__(
         self,
         path: Path,
         name: str,
-        read: Callable[[Row, str], Candidate],
+        identify: Callable[[Row, str], str],
+        read: Callable[[Row, str], Content],
         *,
         form: str,
         numbers: Callable[[np.ndarray], np.ndarray],
+        left_out: LeftOut | None = None,
     ) -> None:
         self.path, self.name, self._read = Path(path), name, read
+        self.left_out = LeftOut() if left_out is None else left_out
         starts, lines = array("q"), array("q")
         ids: list[bytes] = []
-        images: list[tuple[str, str]] = []  # path and "file:line" of those whose bytes may count
+        images: list[tuple[int, str]] = []  # row and path of those whose bytes may count
         digest, times = hashlib.sha256(), hashlib.sha256()
         self._state = file_state(self.path)
         for start, line, number in raw_lines(self.path, digest):
             where = f"{self.path}:{number}"
-            candidate = read(as_object(line, where), where)
-            ids.append(_id_bytes(candidate.id, where))
+            value, row = as_object(line, where), len(starts)
+            ids.append(_id_bytes(identify(value, where), where))
             starts.append(start)
             lines.append(number)
-            for image in map(str, candidate.content.images):
-                times.update(_size_and_time(image, where))
-                if len(starts) <= HASHED:
-                    images.append((image, where))
+            try:
+                paths = [str(image) for image in read(value, where).images]
+                for image in paths:
+                    times.update(_size_and_time(image, where))
+            except DataError as error:
+                self.left_out.add(row, error)
+                continue
+            if row < HASHED:
+                images += [(row, image) for image in paths]
         self._starts, self._lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
         if not ids:
             raise DataError(f"{self.path}: the file holds no candidate")
@@ -73,8 +86,9 @@ class LinePool:
         self._by_id = np.argsort(self._ids, kind="stable")
         self._refuse_twice()
         self.order = numbers(self._ids)
-        looks = times.hexdigest() if len(self) > HASHED else [image_digest(path, where=where) for path, where in images]
-        parts = json.dumps([form, digest.hexdigest(), looks])
+        looks = times.hexdigest() if len(self) > HASHED else [self._digest(*image) for image in images]
+        lost = [sorted(self.left_out.reasons)] if self.left_out else []
+        parts = json.dumps([form, digest.hexdigest(), looks, *lost])
         self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -94,7 +108,7 @@ class LinePool:
             raise DataError(f"{where}: cannot be read ({error.strerror})") from error
         if changed:
             raise DataError(f"{self.path}: the file changed since it was opened; start again")
-        return self._read(as_object(line, where), where)
+        return Candidate(self.id(row), self._read(as_object(line, where), where), where)
 
     def id(self, row: int) -> str:
         """The id of a row, without reading its line."""
@@ -109,6 +123,13 @@ class LinePool:
 
     def where(self, row: int) -> str:
         return f"{self.path}:{self._lines[row]}"
+
+    def _digest(self, row: int, image: str) -> str:
+        try:
+            return image_digest(image, where=self.where(row))
+        except ImageError as error:
+            self.left_out.add(row, error)
+            return ""
 
     def _refuse_twice(self) -> None:
         first, second = self._by_id[:-1], self._by_id[1:]

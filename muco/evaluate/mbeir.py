@@ -24,6 +24,7 @@ from muco.errors import DataError, MucoError
 from muco.evaluate import ranking
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
 from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.left_out import LeftOut, counts
 from muco.evaluate.mbeir_data import (
     ALL,
     Prompts,
@@ -75,7 +76,9 @@ def evaluate_mbeir(
     batch_size: int = 64,
     strict: bool = False,
     allow_missing: bool = False,
+    skip_broken: bool = False,
     pixels: str = "",
+    trained_pixels: str = "",
     command: str = "",
     model_path: str = "",
     progress: Progress | None = None,
@@ -97,7 +100,10 @@ def evaluate_mbeir(
         strict: Refuse positives that should be in the searched pool and are not. A local pool should hold those of its
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
         allow_missing: Score what is there, instead of refusing to start where a file is missing.
-        pixels, command, model_path: Told in the results: the limits of image size that were set, and so on.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
+            results, with a warning if they differ.
+        command, model_path: Told in the results.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``mbeir.json`` holds; shares are 0 to 1. Tasks and groups have the pool in their names; "overall" is the
@@ -112,9 +118,10 @@ def evaluate_mbeir(
     plan = _plan(data, chosen, pools, allow_missing)
     fingerprint = model.fingerprint
     settings = {"prompts": prompts, "seed": seed, "queries": queries, "rules": RULES}
-    sources = _Sources(data, plan, settings, strict)
+    sources = _Sources(data, plan, settings, strict, skip_broken)
     # paths of images are on the page, so results found again must be of this folder
-    files = TaskFiles(output, {"benchmark": "mbeir", "model": fingerprint, "data": str(data.resolve()), **settings})
+    key = {"benchmark": "mbeir", "model": fingerprint, "data": str(data.resolve()), **settings}
+    files = TaskFiles(output, key, partial=skip_broken)
     steps = Steps(sources.size, progress)
     stores = Stores(model, output / "cache" / "pools", batch_size, steps)
     results = []
@@ -145,7 +152,9 @@ def evaluate_mbeir(
             **settings,
             "batch_size": batch_size,
             "strict": strict,
+            "skip_broken": skip_broken,
             "pixels": pixels,
+            "trained_pixels": trained_pixels,
             "data": str(data),
         },
         command=command,
@@ -252,12 +261,12 @@ def _plan(data: Path, chosen: Sequence[Task], pools: Sequence[PoolName], allow_m
 class _Sources:
     """Everything that is scored, read and checked."""
 
-    def __init__(self, data: Path, plan: _Plan, settings: Mapping[str, Any], strict: bool) -> None:
+    def __init__(self, data: Path, plan: _Plan, settings: Mapping[str, Any], strict: bool, skip_broken: bool) -> None:
         instructions = read_instructions(instructions_file(data))
         together = any(pool == "global" for _, pool in plan.todo)
         tasks = dict.fromkeys(task for task, _ in plan.todo)
-        self._opened = {task: open_pool(data, task) for task in (ALL if together else tasks)}
-        asked = {task: _ask(data, task, instructions, settings) for task in tasks}
+        self._opened = {task: open_pool(data, task, LeftOut(skip_broken)) for task in (ALL if together else tasks)}
+        asked = {task: _ask(data, task, instructions, settings, LeftOut(skip_broken)) for task in tasks}
         whole = Pools(list(self._opened.values())) if together else None
         self._all = [
             _Source(task, pool, *asked[task], whole if whole and pool == "global" else Pools([self._opened[task]]))
@@ -276,14 +285,16 @@ class _Sources:
         return sum(map(len, self._opened.values())) + sum(len(source.asked) for source in self._all)
 
 
-def _ask(data: Path, task: Task, instructions: Mapping, settings: Mapping[str, Any]) -> tuple[Asked, dict[str, Any]]:
+def _ask(
+    data: Path, task: Task, instructions: Mapping, settings: Mapping[str, Any], left_out: LeftOut
+) -> tuple[Asked, dict[str, Any]]:
     """The queries of a task, and facts about them."""
     if task.key not in instructions:
         number, query, candidate = task.key
         raise DataError(
             f"{instructions_file(data)}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}"
         )
-    lines, judgements = read_queries(data, task), read_judgements(task.files(data)["judgements"], task)
+    lines, judgements = read_queries(data, task, left_out), read_judgements(task.files(data)["judgements"], task)
     total, seed = len(lines), settings["seed"]
     if settings["queries"] is not None and settings["queries"] < total:
         drawn = sorted(lines, key=lambda line: (hash_of(seed, "query", line.id), line.id))[: settings["queries"]]
@@ -292,7 +303,7 @@ def _ask(data: Path, task: Task, instructions: Mapping, settings: Mapping[str, A
     prompts = instructions[task.key]
     queries, taken = as_queries(lines, judgements, prompts, seed if settings["prompts"] == "random" else None)
     other = sum(set(query.relevant) != set(line.positives) for query, line in zip(queries, lines, strict=True))
-    return Asked(queries), {
+    return Asked(queries, left_out), {
         "query": task.key[1],
         "candidate": task.key[2],
         "prompts": settings["prompts"],
@@ -356,6 +367,8 @@ class _Source:
             warnings=(*self._warnings(), *scored.warnings, *gate(scored.scores[metric], chance, len(self.asked))),
             outcomes=scored.outcomes,
             failures=scored.failures,
+            left_out=counts(scored.broken, scored.missed),
+            broken=scored.broken,
         )
 
     def _warnings(self) -> list[str]:

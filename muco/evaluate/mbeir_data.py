@@ -24,8 +24,8 @@ import numpy as np
 
 from muco.dialogue import Content
 from muco.errors import DataError
+from muco.evaluate.left_out import LeftOut
 from muco.evaluate.lines import LinePool, Row, id_of, image_of, objects, raw_lines, text_of
-from muco.evaluate.pool import Candidate
 from muco.evaluate.ranked import Query
 
 Prompts = Literal["random", "first"]
@@ -96,13 +96,17 @@ ALL = tuple(
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a query file; the text is as it stands there, the image a path that can be opened from here."""
+    """A line of a query file; the text is as it stands there, the image a path that can be opened from here.
+
+    With an ``error`` neither can be used.
+    """
 
     id: str
     text: str
     image: str | None
     positives: tuple[str, ...]
     where: str
+    error: DataError | None = None
 
 
 def instructions_file(data: Path) -> Path:
@@ -142,21 +146,31 @@ def data_set_of(id: str) -> int:
 # ── pools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_pool(data: Path, task: Task) -> LinePool:
+def open_pool(data: Path, task: Task, left_out: LeftOut | None = None) -> LinePool:
     """The local pool of a task, every line checked.
 
+    Args:
+        left_out: See :class:`LinePool`.
     Raises:
         DataError: If the file cannot be read, a line is malformed, of another modality than the task's candidates or
             without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
     """
 
-    def read(row: Row, where: str) -> Candidate:
+    def read(row: Row, where: str) -> Content:
         modality = modality_of(row, "modality", TASKS[task.number][1], where)
         text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
         content = Content(format_string(text), (image,) if image else ())
-        return Candidate(checked_id(row, "did", where), Content(BLANK) if content.empty else content, where)
+        return Content(BLANK) if content.empty else content
 
-    return LinePool(task.files(data)["pool"], f"the pool of {task.name}", read, form=FORM, numbers=_numbers)
+    return LinePool(
+        task.files(data)["pool"],
+        f"the pool of {task.name}",
+        lambda row, where: checked_id(row, "did", where),
+        read,
+        form=FORM,
+        numbers=_numbers,
+        left_out=left_out,
+    )
 
 
 def _numbers(ids: np.ndarray) -> np.ndarray:
@@ -166,19 +180,26 @@ def _numbers(ids: np.ndarray) -> np.ndarray:
 # ── queries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_queries(data: Path, task: Task) -> list[Line]:
+def read_queries(data: Path, task: Task, left_out: LeftOut) -> list[Line]:
     """The queries of a task in the order of their numbers, whatever that of the lines.
 
+    Args:
+        left_out: Whether a line may lack what its modality names, or have a text or image path that cannot be used.
     Raises:
         DataError: If the file cannot be read, an id occurs twice, or a line is malformed, belongs to another task,
-            lacks what its modality names, or has no positive.
+            or has no positive.
     """
     path = task.files(data)["queries"]
     lines: dict[str, Line] = {}
     for row, where in objects(path):
-        modality = modality_of(row, "query_modality", TASKS[task.number][0], where)
-        text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), data, where)
-        line = Line(checked_id(row, "qid", where), text or "", image, positives_of(row, where), where)
+        text = image = error = None
+        try:
+            modality = modality_of(row, "query_modality", TASKS[task.number][0], where)
+            text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), data, where)
+        except DataError as found:
+            left_out.check(found)
+            error = found
+        line = Line(checked_id(row, "qid", where), text or "", image, positives_of(row, where), where, error)
         if row.get("task_id", task.number) != task.number:
             raise DataError(f"{where}: 'task_id' is {row['task_id']!r:.60}, in a file of task {task.number}")
         if line.id in lines:
@@ -334,5 +355,5 @@ def as_queries(
         chosen = 0 if seed is None else choose(len(prompts), line.id, seed)
         taken[chosen] += 1
         content = Content(with_prompt(prompts[chosen], line.text), (line.image,) if line.image else ())
-        queries.append(Query(line.id, content, grades, line.where))
+        queries.append(Query(line.id, content, grades, line.where, line.error))
     return queries, taken

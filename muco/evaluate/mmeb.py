@@ -38,6 +38,11 @@ RULES = {
     "overall": "the mean of 36 data sets",
 }
 
+OFFICIAL = {
+    "identity": "official names: the text; the image's path; or, where queries have images, path and caption; of "
+    "candidates with one name the first content counts; copies of the ground truth are no rivals"
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +57,10 @@ def evaluate_mmeb(
     seed: int = 0,
     batch_size: int = 64,
     allow_missing: bool = False,
+    skip_broken: bool = False,
+    official: bool = False,
     pixels: str = "",
+    trained_pixels: str = "",
     command: str = "",
     model_path: str = "",
     progress: Progress | None = None,
@@ -71,7 +79,11 @@ def evaluate_mmeb(
         queries: So many of each data set, drawn by ``seed``; None: all.
         batch_size: Contents per forward pass; the scores do not depend on it.
         allow_missing: Score what is there, instead of refusing to start where a data set is missing.
-        pixels, command, model_path: Told in the results: the limits of image size that were set, and so on.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
+        official: Tell candidates apart as the paper's code does, see :func:`muco.evaluate.mmeb_data.official_name`.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
+            results, with a warning if they differ.
+        command, model_path: Told in the results.
         progress: Called with (contents encoded, contents in all) of one data set after another.
     Returns:
         What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.
@@ -87,25 +99,28 @@ def evaluate_mmeb(
     _refuse_missing(missing, len(chosen), bool(found), allow_missing)
     sources = [open_source(Path(data), name, paths, images) for name, paths in found.items()]
     fingerprint = model.fingerprint
+    rules = RULES | (OFFICIAL if official else {})
     settings = {
         "tasks": "all" if chosen == NAMES else list(chosen),
         "queries": queries,
         "seed": seed,
         "batch_size": batch_size,
+        "skip_broken": skip_broken,
         "pixels": pixels,
+        "trained_pixels": trained_pixels,
         "data": str(data),
-        "rules": RULES,
+        "rules": rules,
     }
     # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
     places = sorted({str(source.images.resolve()) for source in sources})
-    key = {"benchmark": "mmeb", "model": fingerprint, "rules": RULES, "images": places}
-    files = TaskFiles(Path(output), key)
+    key = {"benchmark": "mmeb", "model": fingerprint, "rules": rules, "images": places}
+    files = TaskFiles(Path(output), key, partial=skip_broken)
     results = []
     for source in sources:
-        task = Task(source, queries, seed)
+        task = Task(source, queries, seed, official=official, skip_broken=skip_broken)
         done = distributed.first_only(functools.partial(files.find, source.data_set.name, task.fingerprint))
         if done is None:
-            log.info("%s: %d queries, %d contents", source.data_set.name, len(task.asked), len(task.book.contents))
+            log.info("%s: %d queries, %d contents", source.data_set.name, len(task.asked), len(task.needed))
             cache = EmbeddingCache(Path(output) / "cache", model=fingerprint, data=task.fingerprint)
             done = task.score(model, batch_size, cache, progress)
             distributed.first_only(functools.partial(files.add, done))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from muco.dialogue import Content
 from muco.errors import DataError
+from muco.evaluate.left_out import LeftOut
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,12 +133,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Question:
-    """One row: ``number`` from 0 through all files, ``where`` for errors, and what is right as ``candidates[0]``."""
+    """One row of a data set.
+
+    Args:
+        number: From 0 through all files.
+        where: For errors.
+        candidates: What is right comes first. In place of a content that cannot be used its error.
+        names: By which the official code tells candidates apart, see :func:`official_name`.
+    """
 
     number: int
     where: str
-    query: Content
-    candidates: tuple[Content, ...]
+    query: Content | DataError
+    candidates: tuple[Content | DataError, ...]
+    names: tuple[str, ...]
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:
@@ -216,25 +225,67 @@ def _layout(file: Path, names: Sequence[str]) -> Layout:
     return layout
 
 
-def read_questions(source: Source, chosen: Collection[int] | None = None) -> Iterator[Question]:
+def read_questions(
+    source: Source, chosen: Collection[int] | None = None, left_out: LeftOut | None = None
+) -> Iterator[Question]:
     """The rows of a data set in order, or those whose numbers are ``chosen``.
 
+    Args:
+        left_out: Whether a query or candidate may have a text that is not UTF-8 or an image outside of the folder of
+            images, and a query or ground truth be empty.
     Raises:
-        DataError: If a row cannot be read, names no list of at least two candidates with a text and a path each, has
-            an empty query or ground truth, or an image outside of the folder of images; names file and row.
+        DataError: If a row cannot be read, names no list of at least two candidates with a text and a path each, or
+            has a content that cannot be used and may not be left out; names file and row.
     """
+    left_out = LeftOut() if left_out is None else left_out
     content = functools.cache(functools.partial(_content, source.images))  # lists of one set hold the same candidates
-    for number, where, record in _records(source, chosen):
+
+    def usable(where: str, said: str, *pair: str) -> Content | DataError:
         try:
-            query, candidates = _pairs(record, source)
-            question = Question(number, where, content(*query), tuple(content(*pair) for pair in candidates))
-            _check(question)
+            found = content(*pair)
+            if found is BLANK and said:
+                raise DataError(said)
+            return found
+        except DataError as error:
+            named = DataError(f"{where}: {error}")
+            left_out.check(named)
+            return named
+
+    for number, where, record in _records(source, chosen, left_out):
+        try:
+            query, pairs = _pairs(record, source)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        yield question
+        right, *wrong = pairs
+        yield Question(
+            number,
+            where,
+            usable(where, "the query is empty, it has neither text nor an image", *query),
+            (
+                usable(where, "the ground truth, the first candidate, is empty", *right),
+                *(usable(where, "", *pair) for pair in wrong),
+            ),
+            tuple(official_name(source.data_set, *pair) for pair in pairs),
+        )
 
 
-def _records(source: Source, chosen: Collection[int] | None) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def official_name(data_set: DataSet, text: str, path: str) -> str:
+    """What the paper's evaluation code tells a candidate by; of candidates with one name it embeds the first.
+
+    Args:
+        text, path: The candidate as in v1.
+    Source: ``generate_cand_dataset`` of that code (arXiv 2602.06393); the instruction, which it has not in the name, is
+        the same for all candidates of a data set.
+    """
+    if not data_set.finds_images:
+        return text
+    caption = text.removesuffix(data_set.target_end).strip('"')
+    return path if data_set.group == "t2i" else f"{path}:{caption}"
+
+
+def _records(
+    source: Source, chosen: Collection[int] | None, left_out: LeftOut
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -247,25 +298,36 @@ def _records(source: Source, chosen: Collection[int] | None) -> Iterator[tuple[i
                     for record in (batch.slice(i, 1) for i in range(len(batch))):
                         if chosen is None or first + row in chosen:
                             where = f"{shown} row {row}"
-                            yield first + row, where, _plain(record, where)
+                            yield first + row, where, _plain(record, where, left_out)
                         row += 1
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{shown}: broken after row {row} ({_reason(error)}); download it again") from error
         first += row
 
 
-def _plain(record: pa.RecordBatch, where: str) -> dict[str, Any]:
+def _plain(record: pa.RecordBatch, where: str, left_out: LeftOut) -> dict[str, Any]:
     try:
         return record.to_pylist()[0]
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: a text is not UTF-8 ({error.reason}); repair the file") from error
+        left_out.check(DataError(f"{where}: a text is not UTF-8 ({error.reason}); repair the file"))
+        columns = zip(record.schema.names, record.columns, strict=True)
+        return {name: _decoded(column.cast(_bytes(column.type)).to_pylist()[0]) for name, column in columns}
 
 
-def _check(question: Question) -> None:
-    if question.query is BLANK:
-        raise DataError("the query is empty, it has neither text nor an image")
-    if question.candidates[0] is BLANK:
-        raise DataError("the ground truth, the first candidate, is empty")
+def _bytes(type: pa.DataType) -> pa.DataType:
+    """The type of the same values as bytes, which are not checked."""
+    import pyarrow as pa
+
+    if pa.types.is_list(type) or pa.types.is_large_list(type):
+        return pa.list_(_bytes(type.value_type))
+    return pa.binary() if pa.types.is_string(type) or pa.types.is_large_string(type) else type
+
+
+def _decoded(value: Any) -> Any:
+    """Text whose bytes are not UTF-8 has half characters in their place, and is found by them."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 # ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────

@@ -6,8 +6,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,8 @@ from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
 from muco.evaluate.cache import Book, EmbeddingCache, embed
+from muco.evaluate.left_out import Broken, LeftOut, counts
+from muco.evaluate.left_out import warnings as left_out_warnings
 from muco.evaluate.mmeb_data import ROWS, Source, read_questions
 
 if TYPE_CHECKING:
@@ -27,19 +29,36 @@ METRIC = "hit@1"
 
 @dataclass(frozen=True)
 class Asked:
-    """One query by keys of the book. ``candidates`` are all of its list, the right one first, repeated ones too."""
+    """One query by keys of the book.
+
+    Args:
+        candidates: All of its list, the right one first, repeated ones too.
+        lost: Keys that cannot be embedded.
+    """
 
     number: int
     query: str
     candidates: tuple[str, ...]
+    lost: Collection[str] = ()
 
     @functools.cached_property
     def places(self) -> dict[str, int]:
-        """Distinct candidates, the right one first, and where each stands in the list for the first time."""
+        """Distinct candidates that are left, the right one first, and where each is in the list for the first time."""
         places: dict[str, int] = {}
         for place, key in enumerate(self.candidates):
-            places.setdefault(key, place)
+            if key not in self.lost:
+                places.setdefault(key, place)
         return places
+
+    @property
+    def missed(self) -> bool:
+        """Whether too little is left to answer the query: it, the right candidate or all others are lost."""
+        return self.query in self.lost or self.candidates[0] in self.lost or len(self.places) < 2
+
+    @property
+    def size(self) -> int:
+        """How many distinct candidates the query chooses from; of one that is missed, how many it names."""
+        return len(set(self.candidates)) if self.missed else len(self.places)
 
     @property
     def repeats_truth(self) -> bool:
@@ -66,42 +85,69 @@ class Task:
 
     Args:
         queries, seed: See :func:`sample`.
+        official: A candidate is the first content of its official name among the rows that are asked.
+        skip_broken: Leave out what cannot be embedded.
     Raises:
-        DataError: If a row or an image cannot be used; names file and row.
+        DataError: If a row or an image cannot be used and may not be left out; names file and row.
     """
 
-    def __init__(self, source: Source, queries: int | None, seed: int) -> None:
-        self.source, self.book, self.asked = source, Book(), []
+    def __init__(
+        self, source: Source, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
+    ) -> None:
+        self.left_out = LeftOut(skip_broken)
+        self.source, self.book, self.asked = source, Book(self.left_out), []
         keys: dict[Content, str] = {}  # lists share most of their candidates
+        named: dict[str, str] = {}  # official name -> key of the first content
         digest = hashlib.sha256(source.data_set.name.encode())
-        for question in read_questions(source, set(sample(source.rows, queries, seed))):
-            for content in (question.query, *question.candidates):
-                if content not in keys:
-                    keys[content] = self.book.add(content, question.where)
-            asked = Asked(question.number, keys[question.query], tuple(keys[c] for c in question.candidates))
+
+        def key_of(content: Content | DataError, where: str) -> str:
+            if isinstance(content, DataError):
+                return self.book.lose(content)
+            if content not in keys:
+                keys[content] = self.book.add(content, where)
+            return keys[content]
+
+        for question in read_questions(source, set(sample(source.rows, queries, seed)), self.left_out):
+            query = key_of(question.query, question.where)
+            candidates = [key_of(candidate, question.where) for candidate in question.candidates]
+            if official:
+                candidates = [named.setdefault(*pair) for pair in zip(question.names, candidates, strict=True)]
+            asked = Asked(question.number, query, tuple(candidates))
             if len(asked.places) < 2:
                 raise DataError(f"{question.where}: all candidates are the same; a query needs a wrong one too")
             self.asked.append(asked)
             digest.update(json.dumps([asked.number, asked.query, asked.candidates]).encode())
         self.fingerprint = digest.hexdigest()
 
+    @property
+    def needed(self) -> set[str]:
+        """Keys of all contents that are asked or ranked, and can be read."""
+        keys = {asked.query for asked in self.asked} | {key for asked in self.asked for key in asked.candidates}
+        return keys & self.book.contents.keys()
+
     def score(
         self, model: Embedder, batch_size: int, cache: EmbeddingCache | None, progress: Progress | None
     ) -> TaskResult:
         """Encodes what the cache lacks and ranks every list; call it on every process alike."""
-        keys = self.book.in_order(self.book.contents)
+        keys = self.book.in_order(self.needed)
         encode = functools.partial(self.book.encode, model, batch_size)
-        vectors = embed(keys, encode, cache=cache, shared=True, progress=progress)
+        vectors = embed(keys, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
+        lost = self.left_out.reasons.keys()
+        self.asked = [replace(asked, lost=lost) for asked in self.asked]
         row_of = {key: row for row, key in enumerate(keys)}
         pool = sorted({row_of[key] for asked in self.asked for key in asked.places})
+        queries = sorted({row_of[asked.query] for asked in self.asked if asked.query not in lost})
         health = {
-            "query": metrics.embedding_health(vectors[sorted({row_of[asked.query] for asked in self.asked})]),
+            "query": metrics.embedding_health(vectors[queries]),
             "candidate": metrics.embedding_health(vectors[pool]),
         }
         # What is left of the differences in a collapsed pool is rounding: let all of them tie, and so be lost.
         candidates = np.zeros_like(vectors) if health["candidate"].collapsed else vectors
         judged = []
         for asked in self.asked:
+            if asked.missed:
+                judged.append(missed(asked))
+                continue
             rows = [row_of[key] for key in asked.places]
             with np.errstate(invalid="ignore", over="ignore"):  # NaN is wanted in the scores, not as a warning
                 scores = candidates[rows] @ vectors[row_of[asked.query]]
@@ -112,7 +158,7 @@ class Task:
         self, judged: Sequence[Judged], health: Mapping[str, metrics.Health], encoded: tuple[int, int]
     ) -> TaskResult:
         data_set, source, asked = self.source.data_set, self.source, self.asked
-        sizes = np.array([len(question.places) for question in asked])
+        sizes = np.array([question.size for question in asked])
         ranks = np.array([one.rank for one in judged])
         # hit@5 says nothing where everyone hits five of five.
         hits = {f"hit@{k}": metrics.hit_at(ranks, k) for k in (1, 5) if k < sizes.min()}
@@ -129,7 +175,8 @@ class Task:
             "ties": ties,
             "repeated_truth": repeated,
         }
-        warnings = [*_of_health(health), *gate(hits[METRIC], chance, len(asked))]
+        broken, gone = self._broken(), sum(question.missed for question in asked)
+        warnings = [*left_out_warnings(broken, gone), *_of_health(health), *gate(hits[METRIC], chance, len(asked))]
         if ties:
             warnings.append(f"queries lost to a tie with a wrong candidate: {ties}")
         if repeated:
@@ -149,6 +196,14 @@ class Task:
             warnings=tuple(warnings),
             outcomes=tuple(one.outcome for one in judged),
             failures=self._failures(judged),
+            left_out=counts(broken, gone),
+            broken=broken,
+        )
+
+    def _broken(self) -> tuple[Broken, ...]:
+        queries = {question.query for question in self.asked}
+        return tuple(
+            Broken("query" if key in queries else "candidate", reason) for key, reason in self.left_out.reasons.items()
         )
 
     def _failures(self, judged: Sequence[Judged]) -> tuple[Failure, ...]:
@@ -174,6 +229,11 @@ def sample(rows: int, queries: int | None, seed: int) -> list[int]:
     """Numbers of the rows that are asked, ascending: those with the smallest hash of (seed, number)."""
     order = sorted(range(rows), key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest())
     return sorted(order[:queries])
+
+
+def missed(asked: Asked) -> Judged:
+    """The outcome of a query that cannot be answered: no candidate is found, and the right one is behind all."""
+    return Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1)
 
 
 def judge(asked: Asked, scores: np.ndarray) -> Judged:

@@ -17,7 +17,9 @@ from muco.evaluate.tables import (
     as_markdown,
     candidates_text,
     clean,
+    columns_of,
     facts_text,
+    left_out_text,
     means_of,
     origin,
     percent,
@@ -143,6 +145,8 @@ def _task(name: str, task: Mapping[str, Any], references: Sequence[Published]) -
     note = f"{task['metric']}, {task['queries']:,} queries, {candidates_text(task['candidates'])} candidates"
     if task["chance"] is not None:
         note += f", chance {percent(task['chance'])} %"
+    if told := task["left_out"]:
+        note += f", left out {told['queries']:,} queries and {told['candidates']:,} candidates"
     facts = f'<p class="note">{_text(facts_text(task["facts"]))}</p>' if task["facts"] else ""
     flags = "".join(f'<p class="flag">{_text(line)}</p>' for line in task["warnings"])
     bars = _bars(name, task["score"], task["chance"], references)
@@ -180,7 +184,9 @@ def _legend(references: Sequence[Published]) -> str:
 def _table(result: Mapping[str, Any]) -> str:
     tasks = result["tasks"]
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task["scores"]))
-    heads = "".join(f"<th>{_text(name)}</th>" for name in ("task", *metrics, "chance", "queries", "candidates"))
+    columns = columns_of(result)
+    last = columns[columns.index("chance") :]
+    heads = "".join(f"<th>{_text(name)}</th>" for name in ("task", *metrics, *last))
     mixed = len({task["metric"] for task in tasks.values()}) > 1  # then each row says which of its numbers counts
     rows = "".join(
         f"<tr><th>{_text(name)}"
@@ -188,7 +194,9 @@ def _table(result: Mapping[str, Any]) -> str:
         + "</th>"
         + "".join(f"<td>{percent(task['scores'].get(metric))}</td>" for metric in metrics)
         + f"<td>{percent(task['chance'])}</td><td>{task['queries']:,}</td>"
-        f"<td>{candidates_text(task['candidates'])}</td></tr>"
+        f"<td>{candidates_text(task['candidates'])}</td>"
+        + f"<td>{left_out_text(task['left_out'])}</td>" * ("left out" in last)
+        + "</tr>"
         for name, task in tasks.items()
     )
     body = _scrolled("all scores", f'<table class="all"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')

@@ -27,6 +27,7 @@ from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import metrics
 from muco.evaluate.cache import encode_named
+from muco.evaluate.left_out import LeftOut
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -63,10 +64,14 @@ class Pool(Protocol):
 
 
 class Vectors:
-    """The vectors of a pool on disk, float32 [N, D], read block by block."""
+    """The vectors of a pool on disk, float32 [N, D], read block by block.
 
-    def __init__(self, files: Sequence[Path], rows: int) -> None:
-        self.files, self._rows = list(files), rows
+    Args:
+        left_out: How many rows are NaN because their candidates cannot be embedded.
+    """
+
+    def __init__(self, files: Sequence[Path], rows: int, left_out: int = 0) -> None:
+        self.files, self._rows, self._left_out = list(files), rows, left_out
         self.dimension = int(np.load(self.files[0], mmap_mode="r", allow_pickle=False).shape[1])
 
     def __len__(self) -> int:
@@ -80,8 +85,11 @@ class Vectors:
                 yield np.asarray(shard[start : start + rows])  # read when used; nothing of it is kept
 
     def health(self) -> metrics.Health:
-        """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`."""
-        first, spread, broken = None, 0.0, 0
+        """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`.
+
+        What was left out does not count.
+        """
+        first, spread, broken = None, 0.0, -self._left_out
         for block in self.blocks(SHARD):
             finite = block[np.isfinite(block).all(axis=1)]
             broken += len(block) - len(finite)
@@ -89,8 +97,9 @@ class Vectors:
                 first = finite[0].copy()
             if len(finite):
                 spread = max(spread, float(np.linalg.norm(finite - first, axis=1).max()))
-        collapsed = spread <= metrics.COLLAPSED if len(self) > 1 else first is None
-        return metrics.Health(len(self), broken, spread, collapsed)
+        rows = len(self) - self._left_out
+        collapsed = spread <= metrics.COLLAPSED if rows > 1 else first is None
+        return metrics.Health(rows, broken, spread, collapsed)
 
 
 def embed_pool(
@@ -99,16 +108,20 @@ def embed_pool(
     folder: Path,
     *,
     batch_size: int = 64,
+    left_out: LeftOut | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Vectors:
     """The vectors of all candidates of a pool, encoding only what no earlier run has left.
 
+    Beside a shard with rows of NaN, for candidates that were left out, is a ``.json`` file that says which and why.
+
     Args:
         folder: Of all pools; made if it is not there. Of several processes each encodes its shards: call it on all of
             them with the same folder.
+        left_out: Rows that cannot be embedded; afterwards also those that the model refused. None: it may refuse none.
         progress: Called with (done, total) candidates after every shard.
     Raises:
-        DataError: If the pool is empty or a candidate cannot be used; names it.
+        DataError: If the pool is empty, or a candidate cannot be embedded and may not be left out; names it.
         OutputError: If the folder cannot be written.
     """
     if not len(pool):
@@ -119,17 +132,39 @@ def embed_pool(
         own.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot hold vectors ({error}); choose another folder") from error
+    left_out = LeftOut() if left_out is None else left_out
     starts = range(0, len(pool), SHARD)
     files = [own / f"shard-{start:09}.npy" for start in starts]
+    if not left_out.allowed and distributed.rank() == 0:
+        _remove_partial(files)
+    distributed.wait_for_all()
     missing = [(start, file) for start, file in zip(starts, files, strict=True) if not _whole(file, pool, start)]
     distributed.wait_for_all()  # all must have seen the same shards missing before one appears
     for number, (start, file) in enumerate(missing):
         if number % distributed.world_size() == distributed.rank():
-            _encode_shard(model, pool, start, file, batch_size)
+            _encode_shard(model, pool, start, file, batch_size, left_out)
         if progress:
             progress(min(len(pool), len(pool) - len(missing) * SHARD + (number + 1) * SHARD), len(pool))
     distributed.wait_for_all()
-    return Vectors(files, len(pool))
+    for note in filter(Path.is_file, map(_note, files)):
+        left_out.reasons.update({int(row): reason for row, reason in json.loads(note.read_text("ascii")).items()})
+    if len(left_out) == len(pool):
+        first = next(iter(left_out.reasons.values()))
+        raise DataError(f"{pool.name}: none of its {len(pool)} candidates can be embedded; the first: {first}")
+    return Vectors(files, len(pool), len(left_out))
+
+
+def _note(shard: Path) -> Path:
+    """What says which rows of a shard were left out; there only if some were."""
+    return shard.with_suffix(".json")
+
+
+def _remove_partial(files: Sequence[Path]) -> None:
+    """Removes shards in which an earlier run left something out."""
+    for file in files:
+        if _note(file).is_file():
+            file.unlink(missing_ok=True)
+            _note(file).unlink()
 
 
 def _whole(file: Path, pool: Pool, start: int) -> bool:
@@ -139,14 +174,40 @@ def _whole(file: Path, pool: Pool, start: int) -> bool:
     return len(np.load(file, mmap_mode="r", allow_pickle=False)) == min(SHARD, len(pool) - start)
 
 
-def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int) -> None:
-    candidates = [pool[row] for row in range(start, min(start + SHARD, len(pool)))]
-    vectors = encode_named(model, [c.content for c in candidates], [c.where for c in candidates], batch_size)
+def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int, left_out: LeftOut) -> None:
+    rows = range(start, min(start + SHARD, len(pool)))
+    usable = [row for row in rows if row not in left_out]
+    candidates = [pool[row] for row in usable]
+    vectors = encode_named(
+        model,
+        [candidate.content for candidate in candidates],
+        [candidate.where for candidate in candidates],
+        batch_size,
+        lambda place, error: left_out.add(usable[place], error),
+    )
+    reasons = {row: left_out.reasons[row] for row in rows if row in left_out}
+    if reasons:
+        vectors = _with_gaps(model, vectors, [row in reasons for row in rows])
+        _write(_note(file), json.dumps(reasons).encode("ascii"))
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
+    _write(file, buffer.getvalue())
+
+
+def _with_gaps(model: Embedder, vectors: np.ndarray, gaps: Sequence[bool]) -> np.ndarray:
+    """The vectors with rows of NaN at the gaps, float32 [len(gaps), d]."""
+    # A shard of which nothing is left still has the dimension of the others.
+    dimension = vectors.shape[1] or model.encode([Content("a")], batch_size=1).shape[1]
+    whole = np.full((len(gaps), dimension), np.nan, dtype=np.float32)
+    if len(vectors):
+        whole[~np.array(gaps)] = vectors
+    return whole
+
+
+def _write(file: Path, data: bytes) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(buffer.getvalue())
+        part.write_bytes(data)
         os.replace(part, file)
     except OSError as error:
         raise OutputError(f"{file}: cannot be written ({error})") from error

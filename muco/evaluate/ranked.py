@@ -29,6 +29,8 @@ from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown
 from muco.evaluate.cache import Book, EmbeddingCache, embed
+from muco.evaluate.left_out import Broken, LeftOut
+from muco.evaluate.left_out import warnings as left_out_warnings
 from muco.evaluate.pool import Candidate, Vectors, embed_pool, search
 
 if TYPE_CHECKING:
@@ -42,12 +44,13 @@ Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, gra
 
 @dataclass(frozen=True)
 class Query:
-    """A query and its judgements: candidate id -> grade; above 0 is relevant."""
+    """A query and its judgements: candidate id -> grade; above 0 is relevant. With an ``error`` it has no content."""
 
     id: str
     content: Content
     grades: Mapping[str, int]
     where: str
+    error: DataError | None = None
 
     @property
     def relevant(self) -> list[str]:
@@ -57,13 +60,18 @@ class Query:
 class Asked:
     """The queries of a task with the keys of their contents; image files are read once, for the keys.
 
+    Args:
+        left_out: Gets the keys of queries that cannot be embedded, if that is allowed.
     Raises:
-        ImageError: If the image of a query cannot be read; names the query's line.
+        DataError: If a query cannot be read and may not be left out; names the query's line.
     """
 
-    def __init__(self, queries: Sequence[Query]) -> None:
-        self.queries, self.book = list(queries), Book()
-        self.keys = [self.book.add(query.content, query.where) for query in self.queries]
+    def __init__(self, queries: Sequence[Query], left_out: LeftOut) -> None:
+        self.queries, self.book, self.left_out = list(queries), Book(left_out), left_out
+        self.keys = [
+            self.book.lose(query.error) if query.error else self.book.add(query.content, query.where)
+            for query in self.queries
+        ]
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -78,12 +86,13 @@ class Asked:
     def embed(
         self, model: Embedder, cache: EmbeddingCache, batch_size: int, progress: Progress | None = None
     ) -> np.ndarray:
-        """float32 [queries, D]; of equal contents one is encoded."""
-        distinct = self.book.in_order(set(self.keys))
+        """float32 [queries, D]; of equal contents one is encoded. A row of NaN for what was left out."""
+        distinct = self.book.in_order(self.book.contents.keys())
         encode = functools.partial(self.book.encode, model, batch_size)
-        vectors = embed(distinct, encode, cache=cache, shared=True, progress=progress)
+        vectors = embed(distinct, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
         row_of = {key: row for row, key in enumerate(distinct)}
-        return vectors[[row_of[key] for key in self.keys]]
+        nothing = np.full_like(vectors[0], np.nan)
+        return np.stack([vectors[row_of[key]] if key in row_of else nothing for key in self.keys])
 
 
 class Pools:
@@ -135,6 +144,15 @@ class Pools:
         rows = self.find([id for own in ids for id in own])
         return np.split(rows, np.cumsum([len(own) for own in ids])[:-1])
 
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Rows that cannot be embedded, and why; complete when the pools have been."""
+        return {
+            int(first) + row: reason
+            for first, pool in zip(self.first, self.pools, strict=False)
+            for row, reason in sorted(pool.left_out.reasons.items())
+        }
+
     def _split(self, row: int) -> tuple[LinePool, int]:
         number = int(self.numbers(row))
         return self.pools[number], int(row - self.first[number])
@@ -150,7 +168,9 @@ class Stores:
     def of(self, pool: LinePool) -> tuple[Vectors, metrics.Health]:
         if pool.fingerprint not in self._known:
             part = self.progress.part
-            store = embed_pool(self.model, pool, self.folder, batch_size=self.batch_size, progress=part)
+            store = embed_pool(
+                self.model, pool, self.folder, batch_size=self.batch_size, left_out=pool.left_out, progress=part
+            )
             self._known[pool.fingerprint] = store, distributed.first_only(store.health)
             self.progress.done(len(pool))
         return self._known[pool.fingerprint]
@@ -184,6 +204,8 @@ class Scored:
     failures: tuple[Failure, ...]
     warnings: tuple[str, ...]
     facts: dict[str, Any]
+    broken: tuple[Broken, ...]
+    missed: int
     run: dict[str, list[tuple[str, float]]] = field(repr=False)
 
 
@@ -223,7 +245,8 @@ def ask(
         ties += rank is not None and not all(r for r, score in zip(right, at, strict=False) if score == at[rank - 1])
     of_queries = _distinct_health(asked, vectors)
     told = "queries whose best right candidate ties with a wrong one"
-    warnings = _health_warnings(pools, of_queries, of_pools)
+    broken, missed = _left_out(asked, pools)
+    warnings = [*left_out_warnings(broken, missed), *_health_warnings(pools, of_queries, of_pools)]
     if ties > TIES * len(asked):
         warnings.append(f"{ties} {told}: the order of ids decides; are there candidates twice?")
     return Scored(
@@ -240,8 +263,21 @@ def ask(
                 "collapsed": [pools.pools[number].name for number in sorted(collapsed)],
             },
         },
+        broken,
+        missed,
         run,
     )
+
+
+def _left_out(asked: Asked, pools: Pools) -> tuple[tuple[Broken, ...], int]:
+    """What could not be embedded, and how many queries are missed for it."""
+    lost = pools.left_out
+    gone = [key in asked.left_out for key in asked.keys]
+    told = dict.fromkeys(key for key, out in zip(asked.keys, gone, strict=True) if out)
+    rights = (right[right >= 0].tolist() for right in pools.relevant(asked.queries))
+    missed = sum(out or bool(right and lost.keys() >= set(right)) for out, right in zip(gone, rights, strict=True))
+    queries = [Broken("query", asked.left_out.reasons[key]) for key in told]
+    return (*queries, *(Broken("candidate", reason) for reason in lost.values())), missed
 
 
 def _search(
@@ -254,7 +290,7 @@ def _search(
 
 def _distinct_health(asked: Asked, vectors: np.ndarray) -> metrics.Health:
     first = {key: row for row, key in reversed(list(enumerate(asked.keys)))}  # equal queries have equal vectors
-    return metrics.embedding_health(vectors[sorted(first.values())])
+    return metrics.embedding_health(vectors[sorted(row for key, row in first.items() if key not in asked.left_out)])
 
 
 def _health_warnings(pools: Pools, queries: metrics.Health, own: Sequence[metrics.Health]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from muco.base.text import read_text
 from muco.errors import DataError
 from muco.evaluate.benchmark import write_text
 
@@ -65,12 +66,8 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         DataError: If the file cannot be read, or a line has another form, a grade that is no number, or a pair that was
             judged before; names file and line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as judgements ({error})") from error
     qrels: dict[str, dict[str, int]] = {}
-    lines = text.splitlines()
+    lines = read_text(path).splitlines()
     beir = bool(lines) and lines[0].split() == ["query-id", "corpus-id", "score"]
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (beir and number == 1):

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.text import escaped
 from muco.errors import OutputError
 from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
 
@@ -117,7 +118,8 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+        part.write_text(escaped(text) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error}); choose another output folder") from error

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 COLUMNS = ("task", "metric", "score", "chance", "queries", "candidates")
 CSV_COLUMNS = (
     *("kind", "name", "metric", "score", "queries", "candidates_min", "candidates_max", "chance", "scores", "facts"),
-    *("data", "warnings", "benchmark", "model", "model_fingerprint", "settings", "versions", "command", "date"),
+    *(
+        "left_out",
+        "data",
+        "warnings",
+        "benchmark",
+        "model",
+        "model_fingerprint",
+        "settings",
+        "versions",
+        "command",
+        "date",
+    ),
 )
 INCOMPLETE = "not all tasks were scored"
 
@@ -36,13 +47,13 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     """
     from rich.text import Text
 
-    table = table_of_numbers(f"{title_of(result)}, %", COLUMNS)
+    table = table_of_numbers(f"{title_of(result)}, %", columns_of(result))
     for cells in task_rows(result):
         table.add_row(*map(Text, cells))
     for i, (name, score) in enumerate(group_rows(result)):
         if i == 0:
             table.add_section()
-        table.add_row(Text(name), "", Text(score), "", "", "", style="bold")
+        table.add_row(Text(name), "", Text(score), style="bold")
     print_whole(table, console)
     for line in warnings_of(result):
         console.print(Text(f"Warning: {line}", style="bold red"))
@@ -83,7 +94,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = [f"# {markdown(title_of(result))}: {markdown(result['model']['path'])}", ""]
     lines += [f"- **Warning:** {markdown(line)}" for line in warnings_of(result)]
     lines += ["", *markdown_table(("group", "score"), group_rows(result))]
-    lines += ["", *markdown_table(COLUMNS, task_rows(result)), "", "Scores and chance in per cent.", ""]
+    lines += ["", *markdown_table(columns_of(result), task_rows(result)), "", "Scores and chance in per cent.", ""]
     for name, task in result["tasks"].items():
         if task["facts"]:
             lines.append(f"- {markdown(name)}: {markdown(facts_text(task['facts']))}")
@@ -138,6 +149,7 @@ def _csv_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "candidates_max": high,
             "scores": _json(task["scores"]),
             "facts": _json(task["facts"]),
+            "left_out": _json(task["left_out"]),
             "warnings": " | ".join(task["warnings"]),
         }
     for name, score in groups_of(result).items():
@@ -165,11 +177,23 @@ def _json(value: Any) -> str:
 # ── what all of them say ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def columns_of(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """``COLUMNS``, and one more if something was left out of a task."""
+    return (*COLUMNS, "left out") if any(task["left_out"] for task in result["tasks"].values()) else COLUMNS
+
+
 def task_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Cells of ``COLUMNS`` for each task."""
+    """Cells of ``columns_of`` for each task."""
+    columns = columns_of(result)
     for name, task in result["tasks"].items():
-        counts = (f"{task['queries']:,}", candidates_text(task["candidates"]))
-        yield (name, task["metric"], percent(task["score"]), percent(task["chance"]), *counts)
+        counts = (f"{task['queries']:,}", candidates_text(task["candidates"]), left_out_text(task["left_out"]))
+        cells = (name, task["metric"], percent(task["score"]), percent(task["chance"]), *counts)
+        yield cells[: len(columns)]
+
+
+def left_out_text(left_out: Mapping[str, int]) -> str:
+    """How many queries (q) and candidates (c) were left out; 0 if none."""
+    return f"{left_out['queries']:,} q + {left_out['candidates']:,} c" if left_out else "0"
 
 
 def group_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muco.options import BatchSize, Dimension, Json, examples, finish, print_pairs
+from muco.options import BatchSize, Dimension, Json, examples, finish, print_json, print_pairs
 
 if TYPE_CHECKING:
     pass
@@ -130,11 +130,9 @@ def search(
 
     hits = Index.open(index, model).search(text, image=image, like=like, k=k, where=where, exact=exact)
     if as_json:
-        import json
-
         for hit in hits:
             row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": hit.extra}
-            print(json.dumps(row, ensure_ascii=False, default=str))
+            print_json(row)
         return
     from rich.console import Console
 

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.text import escaped
 from muco.data.items import COLUMNS, Row, read_row
 from muco.embed import rows_bar
 from muco.errors import DataError, MucoError
@@ -323,7 +324,7 @@ def _list_failed(notes: Notes, found: Mapping[str, Any], path: str | Path | None
         path.unlink(missing_ok=True)
         if found["failed"]:
             with path.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(note, ensure_ascii=False) + "\n" for note in notes.failed())
+                file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in notes.failed())
         first, place = next(notes.failed(), None), f"all: {path}"
     if found["failed"] == found["rows"] and first is not None:
         raise DataError(f"none of the {found['rows']} rows can be indexed; the first: {first['reason']}; {place}")

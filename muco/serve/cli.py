@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from muco.base.text import read_text
 from muco.errors import MucoError
 from muco.options import Model, examples
 
@@ -129,7 +130,7 @@ def _token(file: Path | None) -> str | None:
     if file is None:
         token = os.environ.get(TOKEN)
         return token.strip() or None if token is not None else None
-    token = file.read_text(encoding="utf-8").strip()
+    token = read_text(file, MucoError).strip()
     if not token or not token.isprintable() or not token.isascii() or " " in token:
         raise MucoError(f"{file}: a token is one word of ASCII letters, digits and signs")
     return token

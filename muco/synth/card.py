@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muco.base.text import escaped
 from muco.data.rows import whole_file
 from muco.synth.shards import METADATA, read_rejected, read_rows
 
@@ -104,7 +105,8 @@ def write_card(output: Path, shards: Sequence[Path], looked: Mapping[str, int]) 
     """
     found = summarise(shards)
     with whole_file(output / "README.md") as unfinished:
-        unfinished.write_text("\n".join(_lines(output.name, found, looked, _facts(shards))) + "\n", encoding="utf-8")
+        lines = _lines(output.name, found, looked, _facts(shards))
+        unfinished.write_text(escaped("\n".join(lines)) + "\n", encoding="utf-8")
     return found
 
 

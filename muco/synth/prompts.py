@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from muco.base.text import read_text
 from muco.errors import DataError
 
 WORDS = {"question": 40, "classification": 8, "global": 40, "local": 20, "creative": 60}  # the most that are asked for
@@ -125,8 +126,8 @@ def load_prompts(path: Path | None) -> Prompts:
     import yaml
 
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        given = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(given, dict) or not isinstance(given.get("version"), str):
         raise DataError(f"{path}: prompts are a mapping with a 'version' of your own, such as version: mine-1")

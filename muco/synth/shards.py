@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.text import escaped
 from muco.data.rows import whole_file
 from muco.errors import DataError
 from muco.synth.writing import Made
@@ -70,7 +71,7 @@ def write_shard(folder: Path, number: int, made: Sequence[Made], facts: Mapping[
 
     path = shard_file(folder, number)
     with whole_file(rejected_file(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for one in made for line in _rejected(one))
+        file.writelines(escaped(json.dumps(line, ensure_ascii=False)) + "\n" for one in made for line in _rejected(one))
     rows = [_row(one) for one in made if not one.reason]
     with whole_file(path) as unfinished:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema(facts)), unfinished, compression="zstd")

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muco import distributed
+from muco.base.text import escaped
 from muco.data.fingerprint import RULE
 from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.evaluate.report import versions, write_json
@@ -205,7 +206,9 @@ def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any]
         "model_fingerprint": model.fingerprint,
     }
     write_json(part / RUN_FILE, done)
-    (part / "README.md").write_text(model_card(recipe, done, model.get_embedding_dimension()), encoding="utf-8")
+    (part / "README.md").write_text(
+        escaped(model_card(recipe, done, model.get_embedding_dimension())), encoding="utf-8"
+    )
     os.replace(part, final)
     return final
 

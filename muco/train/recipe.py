@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from muco.base.text import read_text
 from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.sizes import Adapter, TinyConfig
@@ -394,7 +395,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise RecipeError(f"{file}: no such recipe file")
-    values = _parse(file.read_text(encoding="utf-8"), str(file))
+    values = _parse(read_text(file, RecipeError), str(file))
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
     for override in overrides:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from muco import distributed
+from muco.base.text import escaped
 from muco.errors import TrainingError
 
 FEW = 10  # samples that cannot be used never stop a run, whatever their share
@@ -52,7 +53,7 @@ class Record(TrainerCallback, ExportableState):
         if not skipped:
             return
         with self.file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+            file.writelines(escaped(json.dumps(row, ensure_ascii=False)) + "\n" for row in skipped)
         broken, samples = self.own["skipped"], self.own["samples"]
         if broken > max(FEW, self.max_broken * samples):
             raise TrainingError(

@@ -147,6 +147,7 @@ def build_model(recipe: Recipe, sources: list[Data]) -> Model:
         backbone, processor = load_backbone(settings.path, dtype=settings.dtype)
     if settings.min_pixels or settings.max_pixels:
         processor.set_pixels(settings.min_pixels, settings.max_pixels)
+    processor.trained_pixels = processor.pixels
     if settings.attention == "flex":
         use_flex_attention(backbone)
     if settings.activation_checkpointing:

@@ -1,0 +1,54 @@
+"""Text from files of others and to streams of any encoding: a sentence or an escape, never a traceback."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from muco.errors import DataError, MucoError
+
+_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def read_text(path: Path, error: type[MucoError] = DataError) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        MucoError: Of class ``error``, if the file cannot be read or is not UTF-8; names the file, and the line.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from problem
+    if encoding := _MARKS.get(data[:2]):
+        raise error(f"{path}: the file is {encoding}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = data.count(b"\n", 0, problem.start) + 1
+        raise error(f"{path}:{line}: not UTF-8 (byte 0x{data[problem.start]:02x}); save the file as UTF-8") from problem
+
+
+def escaped(text: str) -> str:
+    r"""Text that can be written as UTF-8: half characters become escapes (``\udce9``), which JSON and YAML read back.
+
+    Such come from JSON, and from names of files that are not UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def writes_utf8(stream: TextIO) -> bool:
+    """Whether a stream takes every character."""
+    try:
+        return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+    except LookupError:
+        return False
+
+
+def escape_what_streams_cannot_write() -> None:
+    """Makes stdout and stderr write an escape for a character that their encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stream that a caller has put there may be no file
+            stream.reconfigure(errors="backslashreplace")
