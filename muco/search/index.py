@@ -154,6 +154,12 @@ class Index:
         return {f.name: f.type for f in self.table.schema if f.name not in (*OWN, *self.storage.columns)}
 
     @property
+    def compared_columns(self) -> dict[str, pa.DataType]:
+        """The columns that a filter may name."""
+        own = {name: self.table.schema.field(name).type for name in ("id", "text", "image")}
+        return own | self.extra_columns
+
+    @property
     def model(self) -> Model:
         """What encodes queries; loaded when it is first needed."""
         with self._encoding:
@@ -218,7 +224,7 @@ class Index:
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
             raise MucoError("give one query: text and/or image, or like (the id of a row), or vector")
-        condition = checked_filter(where, ["id", "text", "image", *self.extra_columns])
+        condition = checked_filter(where, self.compared_columns)
         if like is not None:
             query, others = self._vector_of(like), f"id != {quoted(like)}"
             condition = f"({condition}) AND {others}" if condition else others
