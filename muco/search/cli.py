@@ -132,9 +132,11 @@ def search(
     if as_json:
         import json
 
+        from muco.search.columns import in_json
+
         for hit in hits:
-            row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": hit.extra}
-            print(json.dumps(row, ensure_ascii=False, default=str))
+            row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": in_json(hit.extra)}
+            print(json.dumps(row, ensure_ascii=False))
         return
     from rich.console import Console
 

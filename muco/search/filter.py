@@ -9,10 +9,10 @@ is parsed here, whole, and LanceDB is given what was understood::
     both      = negated {AND negated}
     negated   = NOT negated | test
     test      = value [("=" | "==" | "!=" | "<>" | "<" | "<=" | ">" | ">=") value
-              | [NOT] IN "(" value {"," value} ")" | [NOT] BETWEEN value AND value | [NOT] (LIKE | ILIKE) value
+              | [NOT] IN "(" literal {"," literal} ")" | [NOT] BETWEEN value AND value | [NOT] (LIKE | ILIKE) value
               | IS [NOT] (NULL | TRUE | FALSE)]
-    value     = column | text | number | TRUE | FALSE | NULL | (DATE | TIMESTAMP) text
-              | function "(" value {"," value} ")" | "(" either ")"
+    value     = column | literal | NULL | function "(" value {"," value} ")" | "(" either ")"
+    literal   = text | number | TRUE | FALSE | (DATE | TIMESTAMP) text
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class _Value:
     place: int
     exact: bool = False  # a column of whole numbers or decimals, which LanceDB does not compare with 1.5
     fraction: bool = False  # a number such as 1.5
+    literal: bool = False
 
     def as_decimal(self) -> _Value:
         whole, _, part = self.sql.lstrip("-").partition(".")
@@ -157,6 +158,8 @@ class _Parser:
         no = "NOT " if self.takes("not") else ""
         if self.takes("in"):
             left, *values = self.alike(left, *self.listed())
+            if other := next((value for value in values if not value.literal), None):  # LanceDB takes them as equal
+                raise self.refused(other.place, "expected text, a number, TRUE, FALSE, DATE or TIMESTAMP")
             sql = f"{left.sql} {no}IN ({', '.join(value.sql for value in values)})"
         elif self.takes("between"):
             low = self.value()
@@ -189,12 +192,12 @@ class _Parser:
             with self.deeper():
                 found = self.either()
             self.needs(")")
-            return replace(found, sql=f"({found.sql})", place=token.place, fraction=False)
+            return replace(found, sql=f"({found.sql})", place=token.place, fraction=False, literal=False)
         if token.kind == "text":
-            return _Value(token.text, TEXT, token.place)
+            return _Value(token.text, TEXT, token.place, literal=True)
         if token.kind == "number":
             fraction = "." in token.text and "e" not in token.text.lower()
-            return _Value(token.text, NUMBER, token.place, fraction=fraction)
+            return _Value(token.text, NUMBER, token.place, fraction=fraction, literal=True)
         if token.kind in ("word", "quoted"):
             return self.named(token)
         raise self.refused(token.place, "expected a column, text or a number")
@@ -203,11 +206,11 @@ class _Parser:
         word, after = token.text.lower(), self.tokens[-1]
         if token.kind == "word":
             if word in ("true", "false"):
-                return _Value(word.upper(), CONDITION, token.place)
+                return _Value(word.upper(), CONDITION, token.place, literal=True)
             if word == "null":
                 return _Value("NULL", ANY, token.place)
             if word in ("date", "timestamp") and after.kind == "text":
-                return _Value(f"{word.upper()} {self.tokens.pop().text}", DAY, token.place)
+                return _Value(f"{word.upper()} {self.tokens.pop().text}", DAY, token.place, literal=True)
             if after.text == "(" and after.kind == "sign":
                 return self.called(token)
         name = token.text
