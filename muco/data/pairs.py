@@ -30,10 +30,10 @@ import numpy as np
 
 from muco.data.images import image_digest, is_url
 from muco.data.jsonl import sample_images
+from muco.data.lines import HASHED, LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
 from muco.data.rows import Rows, read_header
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError, ImageError
-from muco.evaluate.lines import HASHED, LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
 from muco.evaluate.mmeb_data import without_token
 
 LOOKED_AT = 1000  # rows of a JSONL file whose keys are its columns

@@ -22,9 +22,10 @@ from typing import Literal
 
 import numpy as np
 
+from muco.data.lines import Row, id_of, image_of, objects, raw_lines, text_of
 from muco.dialogue import Content
 from muco.errors import DataError
-from muco.evaluate.lines import LinePool, Row, id_of, image_of, objects, raw_lines, text_of
+from muco.evaluate.lines import LinePool
 from muco.evaluate.pool import Candidate
 from muco.evaluate.ranked import Query
 
