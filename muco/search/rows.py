@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import Columns, Row, open_source
+from muco.data.items import Columns, Row, Source, open_source
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 HASHERS = 4  # threads that read image files
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 20  # looked up in the table together
-PARQUET_ROWS = 32  # read at once
 SCALARS = (str, int, float, bool, date, time)
 
 
@@ -43,9 +42,12 @@ class Entry:
 class Input:
     """``extra``: names and types of the further columns; ``entries`` yields all rows, without hashes."""
 
-    total: int
+    source: Source
     extra: dict[str, pa.DataType]
-    entries: Callable[[], Iterator[Entry]]
+
+    def entries(self) -> Iterator[Entry]:
+        for row in self.source.rows(0, [*self.extra]):
+            yield Entry(row, conform(row.further, self.extra))
 
 
 def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
@@ -55,21 +57,9 @@ def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
         DataError: If it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
     source = open_source(path, columns)
-    extra: dict[str, pa.DataType] = {}
-    further: Callable[[], Iterator[dict[str, Any]]] = lambda: repeat({})  # noqa: E731
-    if path.suffix in (".jsonl", ".ndjson"):
-        extra, further = _jsonl_types(path, columns), lambda: _jsonl_extra(path, columns)
-    elif path.suffix in (".parquet", ".pq"):
-        extra = _parquet_types(path, columns)
-        names = [*extra]
-        further = lambda: _parquet_extra(path, names)  # noqa: E731
+    extra = _parquet_types(path, columns) if path.suffix in (".parquet", ".pq") else _types_of(source)
     check_names(extra, str(path), reserved)
-
-    def entries() -> Iterator[Entry]:
-        for row, values in zip(source.rows(0), further(), strict=False):
-            yield Entry(row, conform(values, extra))
-
-    return Input(source.total, extra, entries)
+    return Input(source, extra)
 
 
 def check_names(names: Mapping[str, Any], where: str, reserved: Sequence[str]) -> None:
@@ -111,31 +101,18 @@ def _conform(value: Any, kind: pa.DataType) -> Any:
     return float(value) if pa.types.is_floating(kind) else value
 
 
-def _jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
-    """One mapping per row of the file; an empty one where the line is not right, which the row itself says."""
-    with path.open("rb") as file:
-        for line in file:
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError:
-                record = {}
-            yield record if isinstance(record, dict) else {}
-
-
-def _jsonl_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
+def _types_of(source: Source) -> dict[str, pa.DataType]:
+    """Of the further columns of a JSONL file, by looking at every row; a folder has none."""
     types: dict[str, pa.DataType] = {}
-    for record in _jsonl_records(path):
-        for name in record.keys() - {*columns}:
-            if (kind := type_of(record[name], types.get(name))) is not None:
+    if source.columns is None:
+        return types
+    for record in source.records(0, ()):
+        if record.error is not None:
+            continue
+        for name in record.values.keys() - {*source.columns.used}:
+            if (kind := type_of(record.values[name], types.get(name))) is not None:
                 types[name] = kind
     return dict(sorted(types.items()))
-
-
-def _jsonl_extra(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
-    for record in _jsonl_records(path):
-        yield {name: value for name, value in record.items() if name not in columns}
 
 
 def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
@@ -146,22 +123,11 @@ def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
     types: dict[str, pa.DataType] = {}
     for column in pq.read_schema(path):
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if column.name in columns or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        if column.name in columns.used or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             continue
         plain = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
         types[column.name] = kind if plain or pa.types.is_temporal(kind) else pa.string()
     return types
-
-
-def _parquet_extra(path: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        if not names:
-            yield from repeat({}, file.metadata.num_rows)
-            return
-        for batch in file.iter_batches(PARQUET_ROWS, columns=names):
-            yield from batch.to_pylist()
 
 
 # ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,7 +144,7 @@ def _chunk(entries: Iterator[Entry]) -> list[Entry]:
     chunk, size = [], 0
     for entry in islice(entries, CHUNK_ROWS):
         chunk.append(entry)
-        size += len(entry.row.image) if isinstance(entry.row.image, bytes) else 0
+        size += sum(len(image) for image in entry.row.images if isinstance(image, bytes))
         if size > CHUNK_BYTES:
             break
     return chunk
@@ -191,10 +157,10 @@ def _hash(entry: Entry) -> Entry:
     if row.error is not None:
         return entry
     try:
-        image = None if row.image is None else image_digest(row.image)
+        images = [image_digest(image) for image in row.images]
     except DataError as error:
         return replace(entry, row=replace(row, error=str(error)))
-    content = _digest([row.text, image])
+    content = _digest([row.text, images if len(images) > 1 else next(iter(images), None)])
     said = {name: value for name, value in entry.extra.items() if value is not None}  # a new column changes no old row
     return replace(entry, content_hash=content, row_hash=_digest([content, row.image_path, said]))
 

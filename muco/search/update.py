@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import COLUMNS, Row, read_row
+from muco.data.items import COLUMNS, Columns, Row, checked_record, read_row, told_passed_over
 from muco.embed import rows_bar
 from muco.errors import DataError, MucoError
 from muco.search.encode import Encoder, encoded, on_daft
@@ -68,14 +69,18 @@ def build(
         progress: As for ``embed``.
     Returns:
         ``rows`` of the input, ``encoded``, ``reused`` (vectors of the same content), ``unchanged``, ``deleted``,
-        ``failed``, ``errors`` (file or None), ``total`` rows of the index now, ``seconds``, ``index``, ``model``.
+        ``failed``, ``passed_over`` (other files of a folder: how many by kind), ``errors`` (file or None), ``total``
+        rows of the index now, ``seconds``, ``index``, ``model``.
     Raises:
         DataError: If the input cannot be read, or no row of it can be used.
         MucoError: If the index is of another model, dimension or storage.
     """
     import muco
 
-    source = open_input(Path(input), (text_column, image_column, id_column), RESERVED)
+    opened = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
+    source = opened.source
+    if source.passed_over and progress is not False:
+        print(told_passed_over(source.root, source.passed_over), file=sys.stderr)
     model_path = str(model) if isinstance(model, (str, Path)) else ""
     if model is None:
         index = Index.open(path)
@@ -92,9 +97,10 @@ def build(
         chunks = DAFT_CHUNKS
     if errors is None and "://" not in str(path):
         errors = Path(path) / "errors.jsonl"
-    add_columns(index, source.extra, str(input))
+    add_columns(index, opened.extra, str(input))
     with closing(Notes()) as notes:
-        found = _update(index, source.entries(), source.total, encode, notes, chunks=chunks, progress=progress)
+        found = _update(index, opened.entries(), source.total, encode, notes, chunks=chunks, progress=progress)
+        found |= {"passed_over": dict(source.passed_over.most_common())}
         if delete_missing:
             found |= {"deleted": _delete_missing(index, notes), "total": len(index)}
         return found | {"errors": _list_failed(notes, found, errors)}
@@ -104,19 +110,17 @@ def add_rows(index: Index, rows: Iterable[Mapping[str, Any]], *, batch_size: int
     """See :meth:`Index.add`."""
     rows = [dict(row) for row in rows]
     extra: dict[str, pa.DataType] = {}
+    records = [checked_record(number, f"row {number}", row) for number, row in enumerate(rows)]
     for number, row in enumerate(rows):
         if not row.get("id"):
             raise DataError(f"row {number}: 'id' is missing")
-        for name in row.keys() - {*COLUMNS}:
+        for name in row.keys() - {*COLUMNS.used} if records[number].error is None else ():
             if (kind := type_of(row[name], extra.get(name))) is not None:
                 extra[name] = kind
     check_names(extra, "rows", RESERVED)
     add_columns(index, extra, "rows")
     encode = partial(encoded, index.model, index.dimension, batch_size)
-    entries = (
-        Entry(read_row(number, f"row {number}", row, COLUMNS, Path()), conform(row, extra))
-        for number, row in enumerate(rows)
-    )
+    entries = (Entry(read_row(record, COLUMNS, Path()), conform(record.values, extra)) for record in records)
     with closing(Notes()) as notes:
         found = _update(index, entries, len(rows), encode, notes, chunks=1, progress=False)
         return found | {"errors": [*notes.failed()]}
@@ -245,7 +249,7 @@ def _settled(index: Index, part: list[Entry], encode: Encoder, notes: Notes) -> 
 
 
 def _done(entry: Entry, vector: Any, picture: bytes | None) -> Entry:
-    return replace(entry, row=replace(entry.row, image=None, vector=vector), thumbnail=picture)
+    return replace(entry, row=replace(entry.row, images=(), vector=vector), thumbnail=picture)
 
 
 class Writer:
@@ -326,5 +330,7 @@ def _list_failed(notes: Notes, found: Mapping[str, Any], path: str | Path | None
                 file.writelines(json.dumps(note, ensure_ascii=False) + "\n" for note in notes.failed())
         first, place = next(notes.failed(), None), f"all: {path}"
     if found["failed"] == found["rows"] and first is not None:
-        raise DataError(f"none of the {found['rows']} rows can be indexed; the first: {first['reason']}; {place}")
+        raise DataError(
+            f"none of the {found['rows']} rows can be indexed; the first: {first['where']}: {first['reason']}; {place}"
+        )
     return str(path) if path is not None and found["failed"] else None
