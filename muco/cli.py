@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 import muco
+from muco.base.json_text import json_text
 from muco.data.cli import app as data_app
 from muco.errors import MucoError
 from muco.evaluate.cli import app as evaluate_app
@@ -133,7 +134,7 @@ def train(
 
     folder = train(resolved, resume=resume)
     if distributed.rank() == 0:  # of several processes one speaks
-        print(json.dumps({"model": str(folder)}, ensure_ascii=False))
+        print(json_text({"model": str(folder)}))
 
 
 @app.command(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from muco.base.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ def examples(*lines: str) -> str:
 def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
     """Prints a result on stdout: one JSON line for programs, or a table for people."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
+        print(json_text(result))
         return
     from rich.console import Console
 
@@ -43,4 +44,6 @@ def print_pairs(result: Mapping[str, Any], console: Console) -> None:
     """One line per key."""
     width = max(map(len, result))
     for key, value in result.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name}: {inner}" for name, inner in value.items()) or None
         console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

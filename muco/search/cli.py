@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from muco.base.json_text import json_text
 from muco.options import BatchSize, Dimension, Json, examples, finish, print_pairs
 
 if TYPE_CHECKING:
@@ -130,11 +131,9 @@ def search(
 
     hits = Index.open(index, model).search(text, image=image, like=like, k=k, where=where, exact=exact)
     if as_json:
-        import json
-
         for hit in hits:
             row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": hit.extra}
-            print(json.dumps(row, ensure_ascii=False, default=str))
+            print(json_text(row))
         return
     from rich.console import Console
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from muco.base.json_text import json_text
 from muco.errors import MucoError
 from muco.options import Model, examples
 
@@ -213,7 +213,7 @@ def _announce(served: Served, listener: socket.socket, local: bool) -> None:
     if not local and served.token is None:
         lines.append("anyone who reaches this address may use it: there is no token")
     print("\n".join(f"muco serve: {line}" for line in lines), file=sys.stderr)
-    print(json.dumps({"address": address, "model": served.name, "dimension": engine.dimension}), flush=True)
+    print(json_text({"address": address, "model": served.name, "dimension": engine.dimension}), flush=True)
 
 
 def _run(served: Served, listener: socket.socket, announce: Callable[[], None]) -> None:
