@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import Row, open_source
+from muco.data.items import Columns, Row, open_source, told_passed_over
 from muco.errors import DataError, OutputError
 from muco.sizes import checked_dimension
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from muco.encoder import Model
 
 DECODERS = 4  # threads that open images while the model encodes
+ROW_BYTES = 1 << 30  # opened images of one row
 DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
 Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
 RESTART = "start again with --no-resume (resume=False)"
@@ -63,13 +64,14 @@ def embed(
 
     Args:
         input: A folder of images (recursive, sorted by relative path, which is the id; hidden files and linked folders
-            are left out), a JSONL file with ``text``, ``image`` (path relative to the file) and ``id`` per line, or a
-            Parquet file with such columns (image: path, bytes, or a struct of ``bytes`` and ``path``). Other keys
-            and columns are left out. A row without an id gets its number, from 0.
+            are left out), a JSONL file with ``text``, ``image`` (path relative to the file, or a list of paths; also
+            ``images``) and ``id`` per line, or a Parquet file with such columns (an image may also be bytes, or a
+            struct of ``bytes`` and ``path``). Other keys and columns are left out. A row without an id gets its
+            number, from 0.
         model: A model, or what :func:`muco.load` takes.
         output: A ``.parquet`` file with ``id``, ``embedding`` (fixed_size_list<float32>[d]), ``text`` and ``image``
-            (path as in the input, relative to the metadata's ``muco.image_root``), null where not given. Failed rows
-            are in ``<stem>.errors.jsonl`` beside it.
+            (path as in the input, relative to the metadata's ``muco.image_root``; of several images their list in
+            JSON), null where not given. Failed rows are in ``<stem>.errors.jsonl`` beside it.
         batch_size: Rows per call of the model; does not change the vectors.
         dimension: Vectors are cut to their first so many numbers and normalised again; for models trained with
             ``loss.dimensions``. None: as long as the model gives them.
@@ -77,10 +79,11 @@ def embed(
         shard_rows: Rows per part: a kill loses at most so much work. May differ from run to run.
         progress: True draws a bar on stderr, False keeps stderr empty; None draws it where stderr is a terminal.
     Returns:
-        ``rows``, ``embedded``, ``failed`` of the whole output, ``resumed`` (rows found done), ``seconds`` and
-        ``rows_per_second`` of this run, ``output``, ``errors`` (the list of failed rows, or None) and ``model``.
+        ``rows``, ``embedded``, ``failed`` of the whole output, ``passed_over`` (other files of a folder: their number
+        by kind, as {".heic": 2}), ``resumed`` (rows found done), ``seconds`` and ``rows_per_second`` of this run,
+        ``output``, ``errors`` (the list of failed rows, or None) and ``model``.
     Raises:
-        DataError: If the input cannot be read, holds dialogues ("turns"), or no row of it can be embedded.
+        DataError: If the input cannot be read, or no row of it can be embedded.
         MucoError: If the model's vectors are shorter than ``dimension``.
         OutputError: If ``output`` or its parts are of another model, dimension, input or columns.
     """
@@ -88,7 +91,7 @@ def embed(
 
     if batch_size < 1 or shard_rows < 1:
         raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
-    source = open_source(Path(input), (text_column, image_column, id_column))
+    source = open_source(Path(input), Columns(text_column, image_column, id_column))
     parts = Parts(Path(output), Path(input))
     if isinstance(model, (str, Path)):
         import muco
@@ -100,16 +103,19 @@ def embed(
         "model": model.fingerprint,
         "dimension": str(dimension),
         "input": source.fingerprint,
-        "columns": source.columns,
+        "columns": "" if source.columns is None else "/".join(source.columns),
     }
     console = Console(stderr=True, quiet=progress is False)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     started = time.perf_counter()
+    passed_over = dict(source.passed_over.most_common())
+    if passed_over:
+        say(told_passed_over(source.root, source.passed_over))
     if not resume:
         parts.clear()
     elif parts.finished(run):
         say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
-        return _summary(parts, run, resumed=parts.rows, started=started)
+        return _summary(parts, run, resumed=parts.rows, started=started, passed_over=passed_over)
     parts.begin(run)
     if resumed := parts.rows:
         say(f"{output}: going on after {resumed} rows")
@@ -122,15 +128,18 @@ def embed(
         while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
             parts.add(part, dimension)
     parts.merge(run, dimension, source.root)
-    return _summary(parts, run, resumed=resumed, started=started)
+    return _summary(parts, run, resumed=resumed, started=started, passed_over=passed_over)
 
 
-def _summary(parts: Parts, run: dict[str, str], *, resumed: int, started: float) -> dict[str, Any]:
+def _summary(
+    parts: Parts, run: dict[str, str], *, resumed: int, started: float, passed_over: dict[str, int]
+) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     return {
         "rows": parts.rows,
         "embedded": parts.rows - parts.failed,
         "failed": parts.failed,
+        "passed_over": passed_over,
         "resumed": resumed,
         "seconds": round(seconds, 3),
         "rows_per_second": round((parts.rows - resumed) / seconds, 3),
@@ -180,12 +189,17 @@ def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
 def _open(row: Row) -> Row:
     from muco.data.images import open_image
 
-    if row.image is None:
+    if not row.images:
         return row
+    opened = replace(row, images=())
     try:
-        return replace(row, image=open_image(row.image))
+        for image in row.images:
+            opened = replace(opened, images=(*opened.images, open_image(image)))
+            if opened.decoded_bytes > ROW_BYTES:
+                raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; give fewer or smaller ones")
     except DataError as error:
-        return replace(row, image=None, error=str(error))
+        return replace(row, images=(), error=str(error))
+    return opened
 
 
 def _encode_part(encode: Encode, rows: Iterable[Row], batch_size: int, advance: Callable[[int], None]) -> list[Row]:
@@ -216,7 +230,7 @@ def encode_rows(encode: Encode, rows: list[Row]) -> list[Row]:
     for row in rows:
         result = next(results) if row.error is None else row.error
         outcome = {"error": result} if isinstance(result, str) else {"vector": result}
-        encoded.append(replace(row, image=None, **outcome))
+        encoded.append(replace(row, images=(), **outcome))
     return encoded
 
 
@@ -226,7 +240,7 @@ def _encode(encode: Encode, rows: list[Row]) -> list[np.ndarray | str]:
 
     if not rows:
         return []
-    contents = [{k: v for k, v in (("text", row.text), ("image", row.image)) if v is not None} for row in rows]
+    contents = [row.content for row in rows]
     try:
         vectors = encode(contents, batch_size=len(rows))
     except DataError as error:
@@ -330,7 +344,8 @@ class Parts:
         if self.failed == self.rows:
             self.clear()  # so that the next run tries again
             with self.errors.open(encoding="utf-8") as file:
-                reason = json.loads(next(file))["reason"]
+                first = json.loads(next(file))
+            reason = f"{first['where']}: {first['reason']}"
             raise DataError(f"none of the {self.rows} rows can be embedded; the first: {reason}; all: {self.errors}")
         facts = {**run, "version": muco.__version__, "rows": self.rows, "failed": self.failed}
         facts["image_root"] = image_root.resolve()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from muco.base.json_text import json_text
 from muco.base.text import writes_utf8
 
 if TYPE_CHECKING:
@@ -43,11 +43,13 @@ def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> 
 
 def print_json(result: Any) -> None:
     """One line of JSON on stdout, in ASCII where stdout does not take every character."""
-    print(json.dumps(result, ensure_ascii=not writes_utf8(sys.stdout), default=str))
+    print(json_text(result, ascii_only=not writes_utf8(sys.stdout)), flush=True)
 
 
 def print_pairs(result: Mapping[str, Any], console: Console) -> None:
     """One line per key."""
     width = max(map(len, result))
     for key, value in result.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name}: {inner}" for name, inner in value.items()) or None
         console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from muco.data import check as check_module
-from muco.data.check import NO_KIND, Lengths, check, print_report
+from muco.data.check import NO_KIND, Lengths, Repeats, Report, check, print_report
 from muco.data.jsonl import write_jsonl
 from muco.data.show import show
 from muco.dialogue import Sample, Turn
@@ -212,6 +212,33 @@ def test_the_report_is_json_and_a_table(faulty):
     for findings in report.problems.values():
         assert all(message in printed for message in findings.listed)
     assert "not ok" in printed and "yes (4)" in printed and "80%" in printed
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
+def test_the_report_cuts_no_name_and_no_number(width):
+    names = ("classification", "of-twenty-chars-in-all")
+    kinds = {name: Repeats(1_234_567, 7_055, 0.99, [("a ring", 1_200)]) for name in names}
+    words = {side: Lengths(8_234_567, 12.3, 11, 40, 12_345) for side in ("query", "target")}
+    report = Report("a.jsonl", rows=2_400, samples=2_399, turns_per_sample={7: 2_399}, kinds=kinds, words=words)
+    console = Console(file=io.StringIO(), width=width)
+    print_report(report, console)
+    printed = console.file.getvalue()
+    heads = ("rows", "samples", "kind", "turns", "distinct", "repeated", "texts", "mean", "median", "95 %", "max")
+    for word in [
+        *heads,
+        *names,
+        "2,400",
+        "2,399",
+        "1,234,567",
+        "7,055",
+        "99%",
+        "(1,200)",
+        "8,234,567",
+        "12.3",
+        "12,345",
+    ]:
+        assert word in printed
+    assert "…" not in printed
 
 
 def test_data_is_no_markup(tmp_path):

@@ -162,10 +162,10 @@ def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the file holds no conversation"):
         LlavaData(tmp_path / "talk.jsonl")
     (tmp_path / "talk.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match="talk.jsonl:1: not JSON"):
+    with pytest.raises(DataError, match="talk.jsonl:1:1: malformed JSON"):
         LlavaData(tmp_path / "talk.jsonl")[0]
     (tmp_path / "talk.json").write_bytes(b'[{"id": "\xff"}]')
-    with pytest.raises(DataError, match="talk.json row 0: not JSON .*utf-8"):
+    with pytest.raises(DataError, match="talk.json row 0: not UTF-8 at byte 9"):
         LlavaData(tmp_path / "talk.json")[0]
 
 

@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import muco.data.items
+import muco.data.lines
 import muco.embed
 from muco.data.images import open_image
-from muco.data.items import open_source
+from muco.data.items import COLUMNS, open_source
 from muco.dialogue import as_content
 from muco.embed import embed
 from muco.errors import DataError, OutputError
-
-COLUMNS = ("text", "image", "id")
 
 
 class Hashed:
@@ -102,12 +101,14 @@ def run(source: Path, output: Path, model: Hashed | None = None, **kwargs) -> di
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_folder_is_read_recursively_in_the_order_of_relative_paths(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_in_the_order_of_relative_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ["a.png", "a/1.png", "a/b/2.JPG", "a0.webp", "z.bmp", "a-.gif"]
     for i, name in enumerate(names):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         picture(i).save(tmp_path / "in" / name)
-    for left_out in (".hidden.png", "notes.txt", ".cache/x.png"):
+    for left_out in (".hidden.png", "notes.txt", "a/x.HEIC", "y.heic", "y.avif", "no_suffix", ".cache/x.png"):
         (tmp_path / "in" / left_out).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / left_out).write_bytes(png(0))
     summary = run(tmp_path / "in", tmp_path / "out.parquet")
@@ -116,6 +117,20 @@ def test_folder_is_read_recursively_in_the_order_of_relative_paths(tmp_path: Pat
     assert rows[0] == {"id": "a-.gif", "text": None, "image": "a-.gif"}
     np.testing.assert_array_equal(vectors, [Hashed().vector(tmp_path / "in" / name) for name in sorted(names)])
     assert (summary["rows"], summary["embedded"], summary["failed"], summary["errors"]) == (6, 6, 0, None)
+    assert summary["passed_over"] == {".heic": 2, ".txt": 1, ".avif": 1, "other": 1}
+    assert "5 other files are passed over (2 .heic, 1 " not in capsys.readouterr().err  # asked to keep it empty
+    run(tmp_path / "in", tmp_path / "out.parquet", progress=None)
+    assert "in: 5 other files are passed over (2 .heic, 1 " in capsys.readouterr().err
+
+
+def test_a_folder_is_read_by_all_names_of_the_formats(tmp_path: Path) -> None:
+    kinds = {"mpo": "MPO", "pgm": "PPM", "JFIF": "JPEG", "apng": "PNG", "dib": "BMP", "Tif": "TIFF", "pnm": "PPM"}
+    for i, (suffix, kind) in enumerate(kinds.items()):
+        picture(i).convert("L" if suffix == "pgm" else "RGB").save(tmp_path / f"{i}.{suffix}", kind)
+    (tmp_path / "broken.jpe").write_bytes(b"no image")
+    summary = run(tmp_path, tmp_path / "out.parquet")
+    assert (summary["embedded"], summary["failed"]) == (len(kinds), 1)
+    assert "broken.jpe: not an image" in errors(tmp_path / "out.errors.jsonl")[0]["reason"]
 
 
 def test_output_schema_and_what_its_metadata_name(tmp_path: Path) -> None:
@@ -199,6 +214,42 @@ def test_parquet_with_image_bytes_and_numbers_as_ids(tmp_path: Path) -> None:
     np.testing.assert_array_equal(vectors, read(tmp_path / "ob.parquet")[1])
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_has_images_as_encode_takes_them(tmp_path: Path, kind: str) -> None:
+    one, two = tmp_path / "1.png", tmp_path / "2.png"
+    for path, seed in ((one, 1), (two, 2)):
+        path.write_bytes(png(seed))
+    given = [
+        ({"text": "a ring", "images": ["1.png"]}, {"text": "a ring", "images": [one]}, "1.png"),
+        ({"images": ["1.png", "2.png"]}, [one, two], '["1.png", "2.png"]'),
+        ({"text": "both", "images": ["2.png", "1.png"]}, {"text": "both", "images": [two, one]}, '["2.png", "1.png"]'),
+        ({"text": "none", "images": []}, "none", None),
+    ]
+    rows = [row for row, _, _ in given]
+    if kind == "jsonl":
+        given.append(({"text": "a ring", "image": ["1.png"], "images": None}, given[0][1], "1.png"))
+        source = write_jsonl(tmp_path / "in.jsonl", [row for row, _, _ in given])
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), source := tmp_path / "in.parquet")
+    assert run(source, tmp_path / "out.parquet")["failed"] == 0
+    found, vectors = read(tmp_path / "out.parquet")
+    np.testing.assert_array_equal(vectors, [Hashed().vector(value) for _, value, _ in given])
+    assert [row["image"] for row in found] == [path for _, _, path in given]
+    assert not np.allclose(vectors[0], Hashed().vector("a ring"))
+
+
+@pytest.mark.parametrize("name", ["image", "images", "photos"])
+def test_parquet_holds_several_images_as_bytes_or_structs(tmp_path: Path, name: str) -> None:
+    structs = [{"bytes": png(1), "path": "1.png"}, {"bytes": png(2), "path": None}]
+    for values in ([png(1), png(2)], structs):
+        pq.write_table(pa.table({name: [values, []], "text": ["a", "b"]}), tmp_path / "in.parquet")
+        column = {"image_column": name} if name == "photos" else {}
+        assert run(tmp_path / "in.parquet", tmp_path / "out.parquet", resume=False, **column)["failed"] == 0
+        found, vectors = read(tmp_path / "out.parquet")
+        np.testing.assert_array_equal(vectors[0], Hashed().vector({"text": "a", "images": [picture(1), picture(2)]}))
+        assert found[0]["image"] == ('["1.png", null]' if values is structs else None)
+
+
 def test_rotated_and_transparent_images_are_as_the_encoder_would_open_them(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
@@ -276,7 +327,7 @@ def test_a_large_row_group_is_read_in_pieces_and_finished_groups_not_at_all(tmp_
     source = open_source(tmp_path / "a.parquet", COLUMNS)
     before, peak = pa.total_allocated_bytes(), 0
     for i, row in enumerate(source.rows(0)):
-        assert (row.number, row.id, row.image) == (i, str(i), images[i])
+        assert (row.number, row.id, row.images) == (i, str(i), (images[i],))
         peak = max(peak, pa.total_allocated_bytes() - before)
     assert i == 399 and 0 < peak < size / 3
     for start in (1, 299, 300, 301, 399):
@@ -298,7 +349,7 @@ def test_rows_are_opened_only_a_little_ahead_of_the_model(
     numbers: list[int] = []
     make_row = muco.data.items.read_row
     monkeypatch.setattr(
-        muco.data.items, "read_row", lambda number, *rest: numbers.append(number) or make_row(number, *rest)
+        muco.data.items, "read_row", lambda record, *rest: numbers.append(record.number) or make_row(record, *rest)
     )
     monkeypatch.setattr(muco.embed, "DECODED_BYTES", held)
     (tmp_path / "in").mkdir()
@@ -534,13 +585,13 @@ def test_bad_rows_are_listed_and_the_others_embedded(tmp_path: Path) -> None:
         2: ({"id": "broken", "image": "broken.png", "text": "x"}, "truncated or broken"),
         3: ({"id": "empty"}, "nothing to embed"),
         4: ({"id": "token", "text": "a <|emb|> b"}, "special token"),
-        6: ('{"text": ', "not a line of JSON"),
+        6: ('{"text": ', "malformed JSON"),
         7: ("[1]", "not an object"),
         8: ({"text": 5}, "'text' must be a string, not int"),
-        9: ({"image": ["good.png", "good.png"]}, "must be one path"),
+        9: ({"image": ["good.png", 5]}, "'image' must be a path or a list of paths"),
         10: ({"id": True, "text": "x"}, "'id' must be a string"),
-        11: ({"text": "\ud800"}, "not valid Unicode"),
-        12: ({"id": "\ud800", "text": "x"}, "not valid Unicode"),
+        11: ({"text": "\ud800"}, "'text' holds half a character"),
+        12: ({"id": "\ud800", "text": "x"}, "'id' holds half a character"),
         13: ({"image": "a\0b.png"}, "null byte"),
         14: ({"image": "x" * 5000 + ".png"}, "cannot be read"),
         15: ({"image": "."}, "not a file"),
@@ -560,6 +611,71 @@ def test_bad_rows_are_listed_and_the_others_embedded(tmp_path: Path) -> None:
         assert "input 0" not in error["reason"]
         if isinstance(line, dict) and isinstance(line.get("id"), str) and line["id"].isascii():
             assert error["id"] == line["id"]
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+BAD_ROWS = [
+    (b'{"text": "a", "x": ' + DEEP.encode() + b"}", "malformed JSON: nested too deep"),
+    (b'{"text": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}", "malformed JSON: nested too deep"),
+    (b'{"text": "a", "text": "b"}', "the key 'text' occurs twice in one object"),
+    (b'{"text": "a", "x": {"y": 1, "y": 2}}', "the key 'y' occurs twice in one object"),
+    (b'{"text": "a", "x": NaN}', "NaN is not JSON"),
+    (b'{"text": "a", "x": [-Infinity]}', "-Infinity is not JSON"),
+    (b'{"text": "a"} {"text": "b"}', "malformed JSON: Extra data"),
+    (b'{"text": "caf\xe9"}', "not UTF-8 at byte 14 of the row"),
+    ('{"text": "a"}'.encode("utf-16"), "not UTF-8 at byte 1 of the row"),
+    (b'{"text": "a", "x": "\\ud800"}', "'x' holds half a character"),
+    (b'{"text": "a", "x": [{"y": "\\udc80"}]}', "'x' holds half a character"),
+    (b'{"text": "a", "\\ud800": 1}', "holds half a character"),
+    (b'{"text": ["a"]}', "'text' must be a string, not list"),
+    (b'{"text": "a", "image": 7}', "'image' must be a path or a list of paths"),
+    (b'{"text": "a", "image": {"url": "a.png"}}', "unknown key 'url' in 'image'"),
+    (b'{"text": "a", "image": {"bytes": "a.png"}}', "'image' must be a path or a list of paths"),
+    (b'{"text": "a", "images": {"path": 7}}', "'images' must be a path or a list of paths"),
+    (b'{"text": "a", "images": [["good.png"]]}', "'images' must be a path or a list of paths"),
+    (b'{"text": "a", "images": ["good.png", null]}', "'images' has an item that is null or blank"),
+    (b'{"text": "a", "images": ["good.png", "gone.png"]}', "gone.png: no such image file"),
+    (b'{"text": "a", "image": "good.png", "images": ["good.png"]}', "both 'image' and 'images' have images"),
+]
+
+
+def test_one_bad_line_stops_no_other_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(png(1))
+    lines = [
+        b'\xef\xbb\xbf{"text": "first"}',
+        *(line for line, _ in BAD_ROWS),
+        b'{"text": "last", "images": "good.png"}',
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    summary = run(tmp_path / "in.jsonl", tmp_path / "out.parquet", batch_size=4)
+    assert (summary["embedded"], summary["failed"]) == (2, len(BAD_ROWS))
+    assert [row["text"] for row in read(tmp_path / "out.parquet")[0]] == ["first", "last"]
+    for number, (error, (_, reason)) in enumerate(zip(errors(tmp_path / "out.errors.jsonl"), BAD_ROWS, strict=True), 2):
+        assert error["where"] == f"in.jsonl:{number}" and reason in error["reason"]
+
+
+def test_a_line_without_end_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muco.data.lines, "LONGEST_LINE", 100)
+    with pytest.raises(DataError, match=r"in.jsonl:2: the line is longer"):
+        run(write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b" * 200}]), tmp_path / "out.parquet")
+
+
+def test_the_images_of_a_row_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muco.embed, "ROW_BYTES", 3 * 3 * 40 * 30)
+    (tmp_path / "a.png").write_bytes(png(1))
+    rows = [{"images": ["a.png"] * number} for number in (3, 4)]
+    assert run(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet")["failed"] == 1
+    assert "give fewer or smaller ones" in errors(tmp_path / "out.errors.jsonl")[0]["reason"]
+
+
+def test_a_cell_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
+    half = pa.py_buffer(b"fine\xed\xa0\x80last")
+    text = pa.StringArray.from_buffers(3, pa.py_buffer(np.array([0, 4, 7, 11], dtype=np.int32)), half)
+    pq.write_table(pa.table({"text": text}), tmp_path / "in.parquet")
+    assert run(tmp_path / "in.parquet", tmp_path / "out.parquet")["failed"] == 1
+    assert [row["text"] for row in read(tmp_path / "out.parquet")[0]] == ["fine", "last"]
+    [error] = errors(tmp_path / "out.errors.jsonl")
+    assert error["where"] == "in.parquet row 1" and error["reason"].startswith("'text' cannot be read ('utf-8'")
 
 
 def test_lines_that_are_not_utf8_and_broken_bytes_in_parquet(tmp_path: Path) -> None:
@@ -630,6 +746,8 @@ def test_dialogues_are_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_inputs_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "1.heic").write_bytes(b"x")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("{}")
     (tmp_path / "blank.jsonl").write_text("\n \n")
@@ -640,6 +758,7 @@ def test_inputs_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
     for name, message in {
         "gone": "no such file or folder",
         "empty": "no images in this folder",
+        "phone": "no images in this folder .* found 1 .heic",
         "data": "did you mean .*train.jsonl",
         "blank.jsonl": "no rows",
         "x.png": "give a folder of images",

@@ -66,11 +66,13 @@ def model_path(tiny_model, tmp_path_factory) -> Path:
 # ── what is in the table ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_folder_of_images(photos: Path, tmp_path: Path, tiny_model) -> None:
+def test_a_folder_of_images(photos: Path, tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "phone.HEIC").write_bytes(b"not read")
     found = run(photos, tmp_path / "index", tiny_model)
     assert (found["rows"], found["encoded"], found["failed"], found["total"], found["errors"]) == (16, 16, 0, 16, None)
+    assert found["passed_over"] == {".heic": 1} and not capsys.readouterr().err
     rows, vectors = contents(tmp_path / "index")
-    names = sorted(p.name for p in photos.iterdir())
+    names = sorted(p.name for p in photos.glob("*.png"))
     assert [row["id"] for row in rows] == [row["image"] for row in rows] == names
     assert all(row["text"] is None and len(row["content_hash"]) == 64 for row in rows)
     np.testing.assert_allclose(vectors, tiny_model.encode([photos / name for name in names]), atol=1e-6)
@@ -124,6 +126,53 @@ def test_further_columns_of_parquet_and_images_as_bytes(photos: Path, tmp_path: 
     hits = {hit.id: hit for hit in index.search(image=files[0], where="day < date '2020-01-03' and kind = 'x'")}
     assert hits.keys() == {"5"} and hits["5"].score == pytest.approx(1, abs=1e-6) and hits["5"].thumbnail
     assert hits["5"].extra == {"day": datetime.date(2020, 1, 1), "kind": "x", "nested": '{"a": 1}'}
+
+
+def test_images_of_a_row_are_part_of_its_vector(photos: Path, tmp_path: Path, tiny_model) -> None:
+    one, two, *_ = (str(path) for path in sorted(photos.iterdir()))
+    rows = [
+        {"id": "one", "text": "a ring", "images": [one]},
+        {"id": "two", "text": "a ring", "image": [one, two]},
+        {"id": "other order", "text": "a ring", "images": [two, one]},
+        {"id": "same", "text": "a ring", "image": one},
+        {"id": "text", "text": "a ring"},
+    ]
+    found = run(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "index", tiny_model)
+    assert (found["encoded"], found["reused"], found["failed"]) == (4, 1, 0)
+    index = Index.open(tmp_path / "index", tiny_model)
+    assert "images" not in index.extra_columns
+    expected = tiny_model.encode(
+        [{"text": "a ring", "images": images} for images in ([one], [one, two], [two, one], [one], [])]
+    )
+    table = index.table.to_arrow()
+    at = {id: i for i, id in enumerate(table.column("id").to_pylist())}
+    vectors = index.storage.vectors(table, index.dimension)[[at[row["id"]] for row in rows]]
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert index.search(like="two")[0].thumbnail
+    assert run(tmp_path / "rows.jsonl", tmp_path / "index", tiny_model)["unchanged"] == 5
+
+
+def test_a_row_that_cannot_be_stored_stops_no_other(tmp_path: Path, tiny_model) -> None:
+    lines = [
+        {"id": "a", "text": "a", "note": "fine"},
+        '{"id": "half", "text": "b", "note": ["\\ud800"]}',
+        '{"id": "name", "text": "c", "no\\udfffte": 1}',
+        '{"id": "nan", "text": "d", "note": NaN}',
+        '{"text": "e", "note": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        {"id": "turns", "turns": [{"query": "q", "target": "t"}]},
+        {"id": "z", "text": "z"},
+    ]
+    found = run(write_jsonl(tmp_path / "rows.jsonl", lines), tmp_path / "index", tiny_model)
+    assert (found["encoded"], found["failed"]) == (2, 5)
+    notes = [json.loads(line) for line in Path(found["errors"]).read_text("utf-8").splitlines()]
+    says = {note["where"]: (note["id"], note["reason"]) for note in notes}
+    assert says["rows.jsonl:2"][0] == "half" and says["rows.jsonl:2"][1].startswith("'note' holds half a character")
+    assert says["rows.jsonl:3"][1].endswith("repair the text") and "NaN is not JSON" in says["rows.jsonl:4"][1]
+    assert "nested too deep" in says["rows.jsonl:5"][1] and says["rows.jsonl:6"][1].startswith("a dialogue")
+    index = Index.open(tmp_path / "index", tiny_model)
+    assert list(index.extra_columns) == ["note"]
+    added = index.add([{"id": "b", "text": "b", "note": "\ud800"}, {"id": "c", "text": "c", "images": []}])
+    assert (added["encoded"], added["failed"]) == (1, 1) and "'note' holds half" in added["errors"][0]["reason"]
 
 
 @pytest.mark.parametrize("name", ["vector", "thumbnail", "_distance", "a.b", "a`b", ""])

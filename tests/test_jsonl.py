@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.data import fingerprint, jsonl, open_data
+from muco.data import fingerprint, open_data
+from muco.data import lines as lines_of_files
 from muco.data.jsonl import JsonlData, sample_from_row, sample_to_row, write_jsonl
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError
@@ -346,7 +347,7 @@ BAD_LINES = [
     ('{"turns": [{"query": "q", "target": "a", "query": "b"}]}', r"a.jsonl:3: the key 'query' occurs twice"),
     ('{"id": NaN}', r"a.jsonl:3: malformed JSON: NaN is not JSON"),
     ('{"id": -Infinity}', r"a.jsonl:3: malformed JSON: -Infinity is not JSON"),
-    (b'{"id": "\xff"}', r"a.jsonl:3: not UTF-8 at byte 9 of the line"),
+    (b'{"id": "\xff"}', r"a.jsonl:3: not UTF-8 at byte 9 of the row"),
     ("[" * 100_000, r"a.jsonl:3: malformed JSON: nested too deep"),
     ('{"id": ' + "9" * 5_000 + "}", r"a.jsonl:3: .*4300"),
     ('{"id": "a"} {"id": "b"}', r"a.jsonl:3:13: malformed JSON: Extra data"),
@@ -363,7 +364,7 @@ def test_bad_lines(tmp_path, line, message):
 
 
 def test_endless_lines_are_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines_of_files, "LONGEST_LINE", 100)
     with pytest.raises(DataError, match=r"a.jsonl:2: the line is longer"):
         JsonlData(lines(tmp_path / "a.jsonl", dumped(ROW), "[" + "1, " * 1000))
 

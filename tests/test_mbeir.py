@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mbeir_tree import CANDIDATES, NAMES, QUERIES, SIDES, TASKS, WAYS, Oracle, did, edit, token_of, write_tree
 from test_distributed import HERE, finished, launch
 
+from muco.data import lines as lines_of_files
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError, MucoError
 from muco.evaluate import lines, mbeir_data, published, ranked
@@ -526,7 +527,7 @@ def without(key: str) -> Callable[[dict], dict]:
 POOL, QUERY = f"cand_pool/local/{NIGHTS}_cand_pool.jsonl", f"query/test/{NIGHTS}_test.jsonl"
 TEXTS = "cand_pool/local/mbeir_webqa_task1_cand_pool.jsonl"
 BAD_LINES = [
-    (POOL, lambda row: '{"did": "4:1"', "the line is not JSON"),
+    (POOL, lambda row: '{"did": "4:1"', "malformed JSON"),
     (POOL, lambda row: "[1]", "must be a JSON object, not list"),
     (POOL, lambda row: row | {"modality": "video"}, "unknown modality 'video'; known are 'text', 'image'"),
     (POOL, lambda row: row | {"modality": ["image"]}, "unknown modality"),
@@ -546,7 +547,7 @@ BAD_LINES = [
     (TEXTS, lambda row: row | {"txt": None}, "'txt' is missing, but 'modality' is 'text'"),
     (TEXTS, lambda row: row | {"txt": "half a \ud83d smile"}, "'txt' holds half a character"),
     (TEXTS, lambda row: row | {"txt": ["a"]}, "'txt' must be a string or null"),
-    (QUERY, lambda row: "not JSON", "the line is not JSON"),
+    (QUERY, lambda row: "not JSON", "malformed JSON"),
     (QUERY, lambda row: row | {"query_modality": "image, text"}, "unknown query_modality 'image, text'"),
     (QUERY, lambda row: row | {"query_modality": "text"}, "query_modality is 'text'"),
     (QUERY, lambda row: row | {"qid": "4:401"}, "the query '4:401' is also at"),
@@ -652,7 +653,7 @@ def test_a_content_that_the_model_refuses_is_named(shared_tree, tmp_path):
 
 
 def test_a_long_line_and_a_long_id_are_refused(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LONGEST_LINE", 100)
+    monkeypatch.setattr(lines_of_files, "LONGEST_LINE", 100)
     with pytest.raises(DataError, match="jsonl:1: the line is longer than 0 MiB"):
         open_pool(tree, ALL[9])
     monkeypatch.undo()

@@ -175,7 +175,7 @@ def test_the_fingerprint_changes_with_what_is_read(tree: Path) -> None:
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda row: "{", "the line is not JSON"),
+        (lambda row: "{", "malformed JSON"),
         (lambda row: "[]", "the line must be a JSON object, not list"),
         (lambda row: row | {"qid": 7}, "'qid' must be a string or null, not 7"),
         (lambda row: row | {"qid": "8-1"}, "'qid' must be two numbers such as"),

@@ -293,7 +293,7 @@ def test_bad_csv_is_named_by_line(tmp_path: Path, content: bytes, sentence: str)
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ('{"query": "a", "target": "b"}\n{\n', ":2: the line is not JSON"),
+        ('{"query": "a", "target": "b"}\n{\n', ":2:1: malformed JSON"),
         ('{"query": "a", "target": "b"}\n[1]\n', ":2: the line must be a JSON object, not list"),
         ('{"query": 3, "target": "b"}\n', ":1: 'query' must be a string or null, not 3"),
         ('{"query": "\\ud800", "target": "b"}\n', ":1: 'query' holds half a character"),

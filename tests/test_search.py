@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +22,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 
 from muco.errors import MucoError
-from muco.search import Hit, Index
+from muco.options import finish
+from muco.search import Hit, Index, cli
 from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
 from muco.search.index import HASHES
-from muco.search.storage import STORAGES
+from muco.search.storage import STORAGES, scores
 from muco.search.terminal import picture, protocol, show
 
 ROOT = Path(__file__).parent.parent
@@ -537,3 +540,59 @@ def test_a_strangers_text_does_not_steer_the_terminal() -> None:
     assert "one two" in stream.getvalue() and "[bold]x[/bold]" in stream.getvalue()
     show(hits, Console(file=stream, width=200), "kitty")
     assert "\x1b_Ga=T" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 240])
+@pytest.mark.parametrize("columns", [0, 1, 12])
+def test_names_and_numbers_are_whole_however_narrow_the_terminal_is(width: int, columns: int) -> None:
+    extra = {f"column{c}": 123_000 + c for c in range(columns)} | {"word": "unbreakable-word", "empty": None}
+    texts = ("a red ring on a wooden table, seen from above", "blue")
+    hits = [Hit(f"photo-{i}", 0.91 - i / 10, text, f"images/2020/{i}.jpg", None, extra) for i, text in enumerate(texts)]
+    stream = io.StringIO()
+    show(hits, Console(file=stream, width=width))
+    lines = stream.getvalue().splitlines()
+    words = "photo-0 photo-1 0.9100 0.8100 images/2020/1.jpg score id text word unbreakable-word above blue"
+    for word in [*words.split(), *(word for name in extra if name != "empty" for word in (name, str(extra[name])))]:
+        assert any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", line) for line in lines), word
+    assert "empty" not in stream.getvalue() and "…" not in stream.getvalue()
+    if "┃" in stream.getvalue():
+        assert max(map(cell_len, lines)) <= width
+    assert ("┃" in stream.getvalue()) == (width >= {0: 120, 1: 120, 12: 240}[columns])
+
+
+# ── for programs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cosine_is_at_most_one() -> None:
+    vectors = unit(np.random.default_rng(3), 2000)
+    lengths = np.linalg.norm(vectors, axis=1)
+    plain = np.concatenate([vectors @ query / lengths for query in (*vectors[:50], *-vectors[:50])])
+    assert plain.max() > 1 and plain.min() < -1  # what rounding makes of equal vectors
+    found = np.concatenate([scores(vectors, query) for query in (*vectors[:50], *-vectors[:50])])
+    np.testing.assert_array_equal(found, np.clip(plain, -1, 1))
+
+
+def test_what_is_printed_for_programs_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    nan, infinity = float("nan"), float("-inf")
+    result = {
+        "score": nan,
+        "list": [1.5, infinity, (nan,)],
+        "of": {"x": nan},
+        "day": date(2020, 1, 2),
+        "name": "ü\udcff",
+    }
+    finish(result, True, lambda *_: None)
+    printed = capsys.readouterr().out
+    printed.encode()
+    plain = {"score": None, "list": [1.5, None, [None]], "of": {"x": None}, "day": "2020-01-02", "name": "ü\udcff"}
+    assert json.loads(printed, parse_constant=pytest.fail) == plain and printed.count("\n") == 1
+
+
+def test_hits_as_json_say_null_for_nan(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model.save(str(tmp_path / "model"))
+    index = Index.create(tmp_path / "index", tiny_model, model_path=tmp_path / "model")
+    index.add([{"id": str(n), "text": "a red ring", "n": value} for n, value in enumerate((float("nan"), 1.5, None))])
+    query = {"text": "a red ring", "image": None, "like": None, "k": 10, "where": None, "exact": False, "model": None}
+    cli.search(str(tmp_path / "index"), **query, as_json=True)
+    hits = [json.loads(line, parse_constant=pytest.fail) for line in capsys.readouterr().out.splitlines()]
+    assert [hit["extra"]["n"] for hit in hits] == [None, 1.5, None] and max(hit["score"] for hit in hits) <= 1

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from muco.base.terminal import print_readable
 from muco.data import Data, open_data
 from muco.data.images import image_digest, open_image, sample_images
 from muco.dialogue import Content, ImageLike, Sample
@@ -152,8 +153,9 @@ def print_report(report: Report, console: Console) -> None:
     verdict = Text("ok", style="bold green") if report.ok else Text("not ok", style="bold red")
     console.print(Text.assemble((report.path, "bold"), "  ", verdict), soft_wrap=True)
     console.print(Padding(_counts(report), (1, 0)))
-    console.print(_kind_table(report))
-    console.print(Padding(_length_table(report), (1, 0, 0, 0)))
+    print_readable(_kind_table(report), console)
+    console.print()
+    print_readable(_length_table(report), console)
     for name, findings in report.problems.items():
         if findings.total:
             console.print(Text(f"\n{name}: {findings.total:,}", style="bold red"))

@@ -27,10 +27,10 @@ from typing import Any, BinaryIO
 from muco.data.coco_rules import Picture, Thing, turns_of
 from muco.data.json_places import Scanner, checked_object, value_at
 from muco.data.jsonl import sample_to_row, write_jsonl
+from muco.data.lines import Row, file_state, image_of, text_of
 from muco.data.pairs import open_unchanged
 from muco.dialogue import Sample
 from muco.errors import DataError
-from muco.evaluate.lines import Row, file_state, image_of, text_of
 
 MAX_BYTES = 2 << 30  # of a JSON file; boxes take about 200 bytes of memory each, masks are never kept
 MAX_SIDE = 1_000_000  # px; larger numbers are no boxes

@@ -1,59 +1,121 @@
-"""What ``muco embed`` reads: a folder of images, a JSONL or a Parquet file, as rows from any row number on."""
+"""What ``muco embed`` and ``muco index`` read: a folder of images, a JSONL or a Parquet file, from any row on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from muco.data.lines import check_texts, parsed, raw_lines, whole_text
 from muco.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm".split())
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DIALOGUE = (
+    "a dialogue (it has 'turns'), and only simple items with 'text' and/or 'image' are taken; write such a file, or "
+    "score dialogues with `muco evaluate`"
+)
 PARQUET_ROWS = 32  # rows read from a Parquet file at once: with images inside, each may weigh megabytes
+SHOWN_KINDS = 10  # of files passed over, in a sentence
+
+
+class Columns(NamedTuple):
+    """The keys or columns that are embedded; all others are further ones."""
+
+    text: str = "text"
+    image: str = "image"
+    id: str = "id"
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Where images are: "images" is as good as "image", unless another name was given."""
+        return ("image", "images") if self.image == "image" else (self.image,)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        return (self.text, *self.images, self.id)
+
+
+COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One input row. ``image`` is a path or bytes as read, a Pillow image once opened; ``error`` says why it failed."""
+    """One input row. ``images`` are paths or bytes as read, Pillow images once opened; ``error`` says why it failed."""
 
     number: int  # from 0, in input order
     id: str
     where: str
     text: str | None = None
-    image: Any = None
-    image_path: str | None = None  # as the input gives it
+    images: tuple[Any, ...] = ()
+    image_path: str | None = None  # as the input gives it; of several images, a list in JSON
+    further: Mapping[str, Any] = field(default_factory=dict)  # of the columns that were asked for
     error: str | None = None
     vector: Any = None
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What a model is given."""
+        image = self.images[0] if len(self.images) == 1 else self.images or None
+        return {key: value for key, value in (("text", self.text), ("image", image)) if value is not None}
+
+    @property
     def decoded_bytes(self) -> int:
-        return 3 * self.image.width * self.image.height if hasattr(self.image, "width") else 0
+        return sum(3 * image.width * image.height for image in self.images if hasattr(image, "width"))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it is given; ``error`` says why it cannot be used, though its id may be known."""
+
+    number: int  # from 0, in input order
+    where: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input that yields its rows from any row number on. ``fingerprint`` changes whenever its rows may have."""
+    """An input that yields its rows from any row number on.
 
-    root: Path  # what relative image paths are relative to
+    Args:
+        root: What relative image paths are relative to.
+        fingerprint: Changes whenever the rows may have.
+        total: Number of rows.
+        columns: Those that are embedded; None of a folder.
+        records: Yields the rows from a number on, with these further columns (of JSONL, with all).
+        passed_over: Other files of a folder, by kind, see :func:`image_files`.
+    """
+
+    root: Path
     fingerprint: str
     total: int
-    columns: str  # the names that were given, joined
-    rows: Callable[[int], Iterator[Row]]
+    columns: Columns | None
+    records: Callable[[int, Sequence[str]], Iterator[Record]]
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def rows(self, start: int = 0, further: Sequence[str] = ()) -> Iterator[Row]:
+        """Row ``start`` and those after it; what is wrong with one is its ``error``.
+
+        Args:
+            further: Names of columns whose values come along.
+        """
+        for record in self.records(start, further):
+            yield read_row(record, self.columns or COLUMNS, self.root, further)
 
 
-Columns = tuple[str, str, str]
-COLUMNS: Columns = ("text", "image", "id")
-
-
-def open_source(path: Path, columns: Columns) -> Source:
+def open_source(path: Path, columns: Columns = COLUMNS) -> Source:
     """Checks the input as a whole, without opening images.
 
     Raises:
@@ -70,77 +132,137 @@ def open_source(path: Path, columns: Columns) -> Source:
     raise DataError(f"{path}: give a folder of images, a .jsonl file or a .parquet file")
 
 
+# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _folder(path: Path) -> Source:
-    digest, total = state_of_images(path)
-    if not total:
+    from muco.data.images import image_suffixes
+
+    state = state_of_images(path)
+    if not state.total:
         hint = next((f"; did you mean {p}?" for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")), "")
-        raise DataError(f"{path}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
-    return Source(path, digest, total, "", partial(_folder_rows, path))
+        found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
+        looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
+        raise DataError(f"{path}: no images in this folder ({looked}){hint}")
+    return Source(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
 
 
-def state_of_images(folder: Path) -> tuple[str, int]:
-    """SHA-256 (hex) of names, sizes and times of the images in a folder and those below; and how many there are.
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder holds.
+
+    Args:
+        fingerprint: SHA-256 (hex) of names, sizes and times of the images.
+        total: Number of images.
+        passed_over: Other files by kind, see :func:`image_files`.
+    """
+
+    fingerprint: str
+    total: int
+    passed_over: Counter[str]
+
+
+def state_of_images(folder: Path) -> ImageFolder:
+    """Of the images in a folder and those below.
 
     Raises:
         DataError: If a folder cannot be listed.
     """
-    digest, total = hashlib.sha256(), 0
+    digest, total, passed_over = hashlib.sha256(), 0, Counter[str]()
     try:
-        for name, entry in image_files(folder):
+        for name, entry in image_files(folder, passed_over):
             status = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
             total += 1
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error}") from error
-    return digest.hexdigest(), total
+    return ImageFolder(digest.hexdigest(), total, passed_over)
 
 
-def image_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Relative names ("a/b.png") and entries in the order of the names, one folder's listing in memory at a time."""
+def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Relative names ("a/b.png") and entries of the images in a folder and those below, in the order of the names.
+
+    Hidden files and linked folders are left out.
+
+    Args:
+        passed_over: Counts the other files by kind: the ending of their names (".heic"), or "other".
+    """
+    from muco.data.images import image_suffixes
+
+    suffixes = image_suffixes()
+    for name, entry in _files(folder, ""):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in suffixes:
+            yield name, entry
+        elif passed_over is not None:
+            passed_over[suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", suffix) else "other"] += 1
+
+
+def told_kinds(passed_over: Counter[str]) -> str:
+    """ "12 .heic, 3 .avif", the most frequent first."""
+    shown = [f"{count:,} {kind}" for kind, count in passed_over.most_common(SHOWN_KINDS)]
+    left = passed_over.total() - sum(count for _, count in passed_over.most_common(SHOWN_KINDS))
+    return ", ".join([*shown, f"{left:,} of further kinds"] if left else shown)
+
+
+def told_passed_over(folder: Path, passed_over: Counter[str]) -> str:
+    """The sentence that tells what of a folder is not read; "" if nothing was passed over."""
+    if not passed_over:
+        return ""
+    return (
+        f"{folder}: {passed_over.total():,} other files are passed over ({told_kinds(passed_over)}); to take "
+        "photographs among them, convert them to JPEG or PNG"
+    )
+
+
+def _files(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All files in the order of the names, one folder's listing in memory at a time."""
     with os.scandir(folder) as scan:
         entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
     for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
         if name.endswith("/"):
-            yield from image_files(Path(entry.path), prefix + name)
-        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not (entry.is_symlink() and entry.is_dir()):
+            yield from _files(Path(entry.path), prefix + name)
+        elif not (entry.is_symlink() and entry.is_dir()):
             yield prefix + name, entry
 
 
-def _folder_rows(folder: Path, start: int) -> Iterator[Row]:
+def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
     for number, (name, _) in islice(enumerate(image_files(folder)), start, None):
-        yield read_row(number, str(folder / name), {"image": name, "id": name}, COLUMNS, folder)
+        where = os.fsencode(folder / name).decode("utf-8", "backslashreplace")
+        if where != str(folder / name):
+            yield Record(number, where, error="the name of the file is not UTF-8; rename it")
+        else:
+            yield Record(number, where, {"image": name, "id": name})
+
+
+# ── JSONL ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _jsonl(path: Path, columns: Columns) -> Source:
-    digest, total = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        for line in file:
-            digest.update(line)
-            total += not line.isspace()
+    digest = hashlib.sha256()
+    total = sum(1 for _ in raw_lines(path, digest))
     if not total:
         raise DataError(f"{path}: the file has no rows")
-    return Source(path.parent, digest.hexdigest(), total, "/".join(columns), partial(_jsonl_rows, path, columns))
+    return Source(path.parent, digest.hexdigest(), total, columns, partial(_jsonl_records, path))
 
 
-def _jsonl_rows(path: Path, columns: Columns, start: int) -> Iterator[Row]:
-    with path.open("rb") as file:
-        lines = ((n, line) for n, line in enumerate(file, 1) if not line.isspace())
-        for number, (n, line) in islice(enumerate(lines), start, None):
-            where = f"{path.name}:{n}"
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of JSON or of UTF-8
-                yield Row(number, str(number), where, error=f"not a line of JSON: {error}")
-                continue
-            if not isinstance(record, dict):
-                yield Row(number, str(number), where, error='not an object such as {"text": "a red mug"}')
-                continue
-            if "turns" in record:
-                raise DataError(
-                    f"{where}: a dialogue (it has 'turns'), and embed takes simple items with 'text' and/or 'image'; "
-                    "write such a file, or score dialogues with `muco evaluate`"
-                )
-            yield read_row(number, where, record, columns, path.parent)
+def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
+    for number, (_, line, line_number) in islice(enumerate(raw_lines(path)), start, None):
+        where = f"{path.name}:{line_number}"
+        try:
+            values = parsed(line, where)
+        except DataError as error:
+            yield Record(number, where, error=str(error).removeprefix(f"{where}: "))
+            continue
+        if not isinstance(values, dict):
+            yield Record(number, where, error='not an object such as {"text": "a red mug"}')
+        elif "turns" in values:
+            yield Record(number, where, error=DIALOGUE)
+        else:
+            yield checked_record(number, where, values)
+
+
+# ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _parquet(path: Path, columns: Columns) -> Source:
@@ -154,48 +276,80 @@ def _parquet(path: Path, columns: Columns) -> Source:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
     if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
-    if not {*columns[:2]} & {*names}:
+    if not {columns.text, *columns.images} & {*names}:
         raise DataError(f"{path}: no column for text or image; it has {', '.join(names)}; name them by --text-column …")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
     if not total:
         raise DataError(f"{path}: the file has no rows")
     stat = path.stat()
     fingerprint = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    return Source(path.parent, fingerprint, total, "/".join(columns), partial(_parquet_rows, path, columns))
+    return Source(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
 
 
-def _parquet_rows(path: Path, columns: Columns, start: int) -> Iterator[Row]:
+def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence[str]) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     # A buffered reader without pre-buffering holds some pages, not a row group, which may be gigabytes of images.
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        present = [name for name in columns if name in file.schema_arrow.names]
+        present = [name for name in (*columns.used, *further) if name in file.schema_arrow.names]
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         first = bisect_right(list(accumulate(sizes)), start)  # the row group of row `start`; those before stay unread
         number = sum(sizes[:first])
         try:
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=range(first, len(sizes)), columns=present):
-                for record in batch.to_pylist():
-                    if number >= start:
-                        yield read_row(number, f"{path.name} row {number}", record, columns, path.parent)
-                    number += 1
-        except (pa.ArrowInvalid, OSError) as error:
+                for i in range(max(0, start - number), len(batch)):
+                    yield _parquet_record(batch, i, number + i, f"{path.name} row {number + i}")
+                number += len(batch)
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: broken after row {number}: {error}") from error
 
 
-def read_row(number: int, where: str, record: dict[str, Any], columns: Columns, root: Path) -> Row:
-    """The row of a record; what is wrong with it becomes its ``error``."""
-    text_column, image_column, id_column = columns
-    given = str(number)
+def _parquet_record(batch: pa.RecordBatch, i: int, number: int, where: str) -> Record:
+    values = {}
+    for name in batch.schema.names:
+        try:
+            values[name] = batch.column(name)[i].as_py()
+        except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date that Python does not know
+            return Record(number, where, error=f"{name!r} cannot be read ({error})")
+    return Record(number, where, values)
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def checked_record(number: int, where: str, values: Mapping[str, Any]) -> Record:
+    """A record, whose error is that a text in it, of whatever column, holds half a character."""
     try:
-        given = _id(record.get(id_column), given)
-        text = _string(record.get(text_column), text_column)
-        image, image_path = _image(record.get(image_column), image_column, root)
-        if text is None and image is None:
-            raise DataError(f"nothing to embed: neither {text_column!r} nor {image_column!r} says anything")
+        check_texts(values)
     except DataError as error:
-        return Row(number, given, where, error=str(error))
-    return Row(number, given, where, text, image, image_path)
+        return Record(number, where, values, str(error))
+    return Record(number, where, values)
+
+
+def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str] = ()) -> Row:
+    """The row of a record; what is wrong with it becomes its ``error``."""
+    values, given = record.values, str(record.number)
+    try:
+        given = _id(values.get(columns.id), given)
+        if record.error is not None:
+            raise DataError(record.error)
+        text = _string(values.get(columns.text), columns.text)
+        images = _images(values, columns, root)
+        if text is None and not images:
+            raise DataError(f"nothing to embed: neither {columns.text!r} nor {columns.image!r} says anything")
+    except DataError as error:
+        return Row(record.number, given, record.where, error=str(error))
+    others = {name: values[name] for name in further if name in values}
+    found, paths = [image for image, _ in images], [path for _, path in images]
+    return Row(record.number, given, record.where, text, tuple(found), _path_of(paths), others)
+
+
+def _path_of(paths: list[str | None]) -> str | None:
+    if len(paths) == 1:
+        return paths[0]
+    return json.dumps(paths, ensure_ascii=False) if any(paths) else None
 
 
 def _id(value: Any, number: str) -> str:
@@ -210,27 +364,52 @@ def _string(value: Any, key: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise DataError(f"{key!r} must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{key!r} is not valid Unicode: {error.reason}") from error
-    return value if value.strip() else None
+    return whole_text(value, key) if value.strip() else None
 
 
-def _image(value: Any, key: str, root: Path) -> tuple[Path | bytes | None, str | None]:
-    """What :func:`open_image` takes, and the path as given, from a path, bytes, or the struct of Hugging Face data."""
+Image = tuple[Path | bytes | str, str | None]  # what open_image takes, and the path as given
+
+
+def _images(values: Mapping[str, Any], columns: Columns, root: Path) -> list[Image]:
+    """The images of a row, in its order.
+
+    Raises:
+        DataError: If they are under two keys, or one is not a path, bytes, or a struct of both.
+    """
+    found = {key: images for key in columns.images if (images := _images_of(values.get(key), key, root))}
+    if len(found) > 1:
+        raise DataError(f"both {' and '.join(map(repr, found))} have images; give them under one key")
+    return next(iter(found.values()), [])
+
+
+def _images_of(value: Any, key: str, root: Path) -> list[Image]:
+    if not isinstance(value, list | tuple):
+        image = _image(value, key, root)
+        return [] if image is None else [image]
+    images = [_image(item, key, root) for item in value]
+    if None in images:
+        raise DataError(f"{key!r} has an item that is null or blank; leave it out")
+    return [image for image in images if image is not None]
+
+
+def _image(value: Any, key: str, root: Path) -> Image | None:
+    """One image from a path, bytes, or the struct of Hugging Face data; None where it says nothing."""
     from muco.data.images import is_url
 
     data = None
     if isinstance(value, dict):
+        if unknown := [name for name in value if name not in ("bytes", "path")]:
+            raise DataError(f"unknown key {unknown[0]!r} in {key!r}; accepted are 'bytes' and 'path'")
         data, value = value.get("bytes"), value.get("path")
     elif isinstance(value, bytes):
         data, value = value, None
-    if not (value is None or isinstance(value, str)):
-        raise DataError(f"{key!r} must be one path (or in Parquet also bytes), not {type(value).__name__}")
+    for given, kind in ((data, bytes), (value, str)):
+        if not (given is None or isinstance(given, kind)):
+            accepted = "a path or a list of paths (in Parquet also bytes)"
+            raise DataError(f"{key!r} must be {accepted}, not {type(given).__name__}")
     path = _string(value, key)
     if data is not None:
         return data, path
     if path is None:
-        return None, None
-    return path if is_url(path) else root / path, path  # a URL as it is, for the error that names it
+        return None
+    return (path if is_url(path) else root / path), path  # a URL as it is, for the error that names it

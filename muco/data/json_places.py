@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from muco.data.lines import Row, parsed
 from muco.errors import DataError
-from muco.evaluate.lines import Row
 
 PIECE = 1 << 20  # bytes read at once
 LONGEST_VALUE = 1 << 26  # bytes of one entry
@@ -28,10 +28,7 @@ def value_at(file: BinaryIO, place: np.ndarray, where: str) -> Any:
     """The JSON value at a place, (first byte, bytes)."""
     start, length = map(int, place)
     file.seek(start)
-    try:
-        return json.loads(file.read(length).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
+    return parsed(file.read(length), where)
 
 
 class Scanner:

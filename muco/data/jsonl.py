@@ -27,10 +27,9 @@ import numpy as np
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
 from muco.data.images import is_url
+from muco.data.lines import file_state, parsed, raw_lines, whole_text
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError
-
-MAX_LINE_BYTES = 64 * 2**20  # a file of one huge line is no JSONL; it must not be read whole to find that out
 
 _SAMPLE_KEYS = ("image", "images", "turns", "id")
 _TURN_KEYS = ("query", "target", "kind", "negatives")
@@ -56,11 +55,8 @@ class JsonlData(Fingerprinted):
         self.path = Path(path).absolute()
         self.folder = self.path.parent
         self._shown = str(path)  # errors name the file as the user did
-        try:
-            self._state = _file_state(self.path)
-            self._starts, self._lines = _index(self.path, self._shown)  # int64 [n]: byte offset, line number from 1
-        except OSError as error:
-            raise DataError(f"{self._shown}: cannot be read ({error.strerror})") from error
+        self._state = file_state(Path(path))
+        self._starts, self._lines = _index(Path(path))  # int64 [n]: byte offset, line number from 1
         if not len(self):
             raise DataError(f"{self._shown}: the file holds no rows")
 
@@ -94,15 +90,15 @@ class JsonlData(Fingerprinted):
     def _row(self, i: int) -> Any:
         with self._open() as file:
             file.seek(int(self._starts[i]))
-            line = file.readline(MAX_LINE_BYTES + 1)
-        return _parse(line, self.where(i))
+            line = file.readline()
+        return parsed(line, self.where(i))
 
     def _open(self) -> BufferedReader:
         try:
             file = self.path.open("rb")
         except OSError as error:
             raise DataError(f"{self._shown}: cannot be read ({error.strerror})") from error
-        if _file_state(file.fileno()) != self._state:  # the offsets would point into the middle of other lines
+        if file_state(file.fileno()) != self._state:  # the offsets would point into the middle of other lines
             file.close()
             raise DataError(f"{self._shown}: the file changed since it was opened; open it again")
         return file
@@ -170,55 +166,13 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _file_state(file: Path | int) -> tuple[int, int]:
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
-def _index(path: Path, shown: str) -> tuple[np.ndarray, np.ndarray]:
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and line numbers of the lines that are not blank, in one pass."""
     starts, lines = array("q"), array("q")
-    with path.open("rb") as file:
-        offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte-order mark, as Windows programs write
-        file.seek(offset)
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{shown}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; write one sample a line"
-                )
-            if not line.isspace():
-                starts.append(offset)
-                lines.append(number)
-            offset += len(line)
+    for start, _, number in raw_lines(path):
+        starts.append(start)
+        lines.append(number)
     return np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
-
-
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}:{error.colno}: malformed JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: malformed JSON: nested too deep") from error
-    except ValueError as error:  # ours from the hooks below, or a number of more than 4300 digits
-        raise DataError(f"{where}: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"the key {twice!r} occurs twice in one object; keep one")
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise DataError(f"malformed JSON: {name} is not JSON")
 
 
 # ── the schema ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +205,7 @@ def _side(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) -> 
 
 def _content(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) -> Content:
     if isinstance(value, str):
-        content = Content(text=_text(value, key))
+        content = Content(text=whole_text(value, key))
     elif isinstance(value, dict):
         value = _object(value, _CONTENT_KEYS, repr(key))
         text, caption = (_optional_string(value, name) or "" for name in ("text", "caption"))
@@ -285,7 +239,7 @@ def _image_path(value: Any, folder: Path, key: str) -> Path:
         raise DataError(f"{key!r} is not a path: {value!r}; leave the key out where there is no image")
     if is_url(value):
         raise DataError(f"{key!r} is a URL ({value[:60]}); URLs are not fetched, download the image and give its path")
-    return folder.absolute() / _text(value, key)
+    return folder.absolute() / whole_text(value, key)
 
 
 def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
@@ -305,14 +259,7 @@ def _optional_string(value: dict[str, Any], key: str) -> str | None:
         return None
     if not isinstance(text, str):
         raise DataError(f"{key!r} must be a string, not {_type(text)}")
-    return _text(text, key)
-
-
-def _text(text: str, key: str) -> str:
-    # "\ud800" alone is JSON but no text: tokenizers and files refuse it much later, without the row's name.
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
-    return text
+    return whole_text(text, key)
 
 
 def _type(value: Any) -> str:

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from muco.data.lines import image_of
 from muco.data.rows import Rows, cannot_write, choose_columns, locked, whole_file
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.lines import image_of
 from muco.evaluate.mmeb_data import without_token
 from muco.progress import progress_bar
 

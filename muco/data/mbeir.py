@@ -25,10 +25,10 @@ from typing import Literal
 import numpy as np
 
 from muco.data.fingerprint import file_digest
+from muco.data.lines import Row, as_object, file_state, raw_lines
 from muco.data.pairs import open_unchanged, position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.lines import Row, as_object, file_state, raw_lines
 from muco.evaluate.mbeir_data import (
     BLANK,
     DATA_SETS,

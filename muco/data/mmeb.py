@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from muco.data.lines import image_of, text_of
 from muco.data.rows import Rows, choose_columns
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.lines import image_of, text_of
 from muco.evaluate.mmeb_data import TOKEN, without_token
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.images import is_url
+from muco.data.lines import LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
 from muco.data.rows import Rows, read_header
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.lines import LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
 from muco.evaluate.mmeb_data import without_token
 
 LOOKED_AT = 1000  # rows of a JSONL file whose keys are its columns

@@ -31,11 +31,11 @@ import numpy as np
 
 from muco.data.images import MAX_BYTES
 from muco.data.jsonl import sample_from_row
+from muco.data.lines import as_object, file_state, text_of
 from muco.data.pairs import open_unchanged, position
 from muco.data.rows import cannot_write, whole_file
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.lines import as_object, file_state, text_of
 from muco.evaluate.mmeb_data import without_token
 from muco.progress import progress_bar
 
@@ -117,7 +117,7 @@ class ShardsData:
         id = f"{self.shards[shard].name}/{key}"
         if not places["json"][row]:
             return self._pair(_decoded(text, where), image, id, where)
-        value = as_object(text, where)
+        value = as_object(text, where, constants=True)  # downloaders write NaN for what they do not know
         if "turns" in value:
             return _own_sample(value, image, id, where)
         if self.caption not in value:

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco import distributed
+from muco.data.lines import Row, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import ranking
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
 from muco.evaluate.cache import EmbeddingCache
 from muco.evaluate.left_out import LeftOut, counts
-from muco.evaluate.lines import LinePool, Row, id_of, image_of, objects, text_of
+from muco.evaluate.lines import LinePool
 from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_ndcg
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from muco.data import Data, open_data
 from muco.data.images import image_digest, open_image
-from muco.data.items import COLUMNS, open_source
+from muco.data.items import image_files, open_source
 from muco.dialogue import Content, ImageLike
 from muco.errors import ImageError
 
@@ -92,12 +93,14 @@ class Source:
     def __init__(self, source: Any) -> None:
         self.name = str(source if isinstance(source, (str, Path)) else getattr(source, "path", type(source).__name__))
         self.digest = hashlib.sha256()  # of all keys that were taken from it
+        self.passed_over: Counter[str] = Counter()  # files of a folder that are no images, by kind
         self._images: list[Path] = []
         self._data: Data | None = None
         if not isinstance(source, (str, Path)):
             self._data = source
         elif Path(source).is_dir() and not any(Path(source).glob("*.jsonl")):
-            self._images = [row.image for row in open_source(Path(source), COLUMNS).rows(0)]
+            self.passed_over = open_source(Path(source)).passed_over
+            self._images = [Path(source) / name for name, _ in image_files(Path(source))]
         else:
             self._data = open_data(source)
 

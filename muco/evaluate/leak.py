@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.data.check import Findings
+from muco.data.items import told_passed_over
 from muco.data.jsonl import write_jsonl
 from muco.dialogue import ImageLike
 from muco.errors import DataError, OutputError
@@ -190,7 +191,8 @@ class _Search:
 
     def report(self, training: list[Source]) -> dict[str, Any]:
         spans = zip(self.sources, self.starts[:-1], self.starts[1:], strict=True)
-        warnings = []
+        told = (told_passed_over(Path(source.name), source.passed_over) for source in (*training, *self.sources))
+        warnings = [line for line in told if line]
         for side, failed in self.unreadable.items():
             if failed.total:
                 shown = "; ".join(failed.listed[:5]) + "; …" * (failed.total > 5)

@@ -9,23 +9,19 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from muco.data.images import image_digest
+from muco.data.lines import HASHED, Row, as_object, file_state, raw_lines
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
 from muco.evaluate.left_out import LeftOut
 from muco.evaluate.pool import Candidate
 
-HASHED = 50_000  # candidates of a pool up to which the bytes of its images are read for the fingerprint
-LONGEST_LINE = 1 << 26  # bytes; a file of one huge line is no JSONL
 LONGEST_ID = 200  # bytes
-
-Row = dict[str, Any]
 
 
 class LinePool:
@@ -140,94 +136,6 @@ class LinePool:
                 f"{self.where(second[row])}: the id {self.id(second[row])!r} is also that of line "
                 f"{self._lines[first[row]]}; ids must be unique within a pool"
             )
-
-
-def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
-    """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
-
-    Raises:
-        DataError: If the file cannot be read or a line is longer than ``LONGEST_LINE``.
-    """
-    try:
-        with path.open("rb") as file:
-            offset = number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise DataError(f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB")
-                if digest is not None:
-                    digest.update(line)
-                if not line.isspace():
-                    yield offset, line, number
-                offset += len(line)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def objects(path: Path, digest: Any = None) -> Iterator[tuple[Row, str]]:
-    """The JSON object and "file:line" of every line that is not blank."""
-    for _, line, number in raw_lines(path, digest):
-        where = f"{path}:{number}"
-        yield as_object(line, where), where
-
-
-def as_object(line: bytes, where: str) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: the line is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: the line must be a JSON object, not {type(value).__name__}")
-    return value
-
-
-def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
-    """A string of a row, None where it is null or not there.
-
-    Raises:
-        DataError: If it is something else, or holds half a character, which no tokenizer takes.
-    """
-    value = row.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be a string or null, not {value!r:.60}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key!r} holds half a character (a lone surrogate); mend the text") from error
-    return value
-
-
-def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """An id: a string that is not empty and holds no control character."""
-    value = text_of(row, key, where)
-    if not value or not value.isprintable():
-        raise DataError(f"{where}: {key!r} must be an id, not {value!r:.60}")
-    return value
-
-
-def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
-    """The path of a row's image within ``folder``, None where it is null or not there.
-
-    Raises:
-        DataError: If the path leads out of the folder; links within it may.
-    """
-    value = text_of(row, key, where)
-    if value is None:
-        return None
-    inside = os.path.normpath(value) if value else ""
-    if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
-        raise DataError(f"{where}: {key!r} is {value!r:.120}; give the path of an image within {folder}")
-    return os.path.join(folder, inside)
-
-
-def file_state(file: Path | int) -> tuple[int, int]:
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return status.st_size, status.st_mtime_ns
 
 
 def _id_bytes(id: str, where: str) -> bytes:

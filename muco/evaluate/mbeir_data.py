@@ -22,10 +22,11 @@ from typing import Literal
 
 import numpy as np
 
+from muco.data.lines import Row, id_of, image_of, objects, raw_lines, text_of
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate.left_out import LeftOut
-from muco.evaluate.lines import LinePool, Row, id_of, image_of, objects, raw_lines, text_of
+from muco.evaluate.lines import LinePool
 from muco.evaluate.ranked import Query
 
 Prompts = Literal["random", "first"]

@@ -47,7 +47,7 @@ def encoded(model: Model, dimension: int, batch_size: int, rows: Iterable[Row]) 
     encode = partial(model.encode, show_progress_bar=False, **short)
     with ThreadPoolExecutor(DECODERS) as pool, closing(opened_rows(rows, ahead=2 * batch_size)) as opened:
         for batch in in_batches(opened, batch_size):
-            small = pool.map(lambda row: None if row.image is None else thumbnail(row.image), batch)
+            small = pool.map(lambda row: thumbnail(row.images[0]) if row.images else None, batch)
             yield from zip(encode_rows(encode, batch), small, strict=True)
 
 
@@ -80,9 +80,12 @@ def on_daft(
                 raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
 
         @daft.method.batch(return_dtype=result, batch_size=8 * batch_size)
-        def __call__(self, number: Any, text: Any, path: Any, data: Any) -> list[dict[str, Any]]:
-            columns = (number.to_pylist(), text.to_pylist(), path.to_pylist(), data.to_pylist())
-            rows = [Row(n, "", "", t, Path(p) if p else d) for n, t, p, d in zip(*columns, strict=True)]
+        def __call__(self, number: Any, text: Any, paths: Any, data: Any) -> list[dict[str, Any]]:
+            columns = (number.to_pylist(), text.to_pylist(), paths.to_pylist(), data.to_pylist())
+            rows = [
+                Row(n, "", "", t, tuple(Path(path) if path else read for path, read in zip(p, d, strict=True)))
+                for n, t, p, d in zip(*columns, strict=True)
+            ]
             return [
                 {"number": row.number, "vector": row.vector, "thumbnail": picture, "error": row.error}
                 for row, picture in encoded(self.model, dimension, batch_size, rows)
@@ -94,20 +97,20 @@ def on_daft(
         by_number = {row.number: row for row in rows}
         if not by_number:
             return
-        images = [row.image for row in by_number.values()]
+        images = [row.images for row in by_number.values()]
         frame = daft.from_pydict(
             {
                 "number": [*by_number],
                 "text": [row.text for row in by_number.values()],
-                "path": [str(image) if isinstance(image, (str, Path)) else None for image in images],
-                "data": [image if isinstance(image, bytes) else None for image in images],
+                "paths": [[str(image) if isinstance(image, (str, Path)) else None for image in own] for own in images],
+                "data": [[image if isinstance(image, bytes) else None for image in own] for own in images],
             }
         )
-        frame = frame.select(embed(*(daft.col(name) for name in ("number", "text", "path", "data"))).alias("result"))
+        frame = frame.select(embed(*(daft.col(name) for name in ("number", "text", "paths", "data"))).alias("result"))
         for record in frame.iter_rows():
             found = record["result"]
             outcome = {"error": found["error"]} if found["error"] else {"vector": np.float32(found["vector"])}
-            yield replace(by_number[found["number"]], image=None, **outcome), found["thumbnail"]
+            yield replace(by_number[found["number"]], images=(), **outcome), found["thumbnail"]
 
     return encode
 

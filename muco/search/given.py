@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from muco.data.images import open_image
-from muco.data.items import COLUMNS, Row, read_row
+from muco.data.items import COLUMNS, Row, checked_record, read_row
 from muco.errors import DataError
 from muco.search.columns import plain
 
@@ -69,12 +70,13 @@ def as_given(number: int, row: Any) -> Given:
     if not hasattr(row, "keys"):
         raise DataError(f'{where}: must be a mapping such as {{"id": "1", "text": "a"}}, not {type(row).__name__}')
     extra = dict(row)
-    id, text, image = _id(extra.pop("id", None), where), extra.pop("text", None), extra.pop("image", None)
+    given = {name: extra.pop(name, None) for name in COLUMNS.used}
+    values = {"id": _id(given["id"], where)}
     try:
-        record = {"id": id, "text": plain(text), "image": _image(image)}
+        values |= {"text": plain(given["text"])} | {name: _images(given[name]) for name in COLUMNS.images}
     except DataError as error:
-        return Given(Row(number, id, where, error=str(error)), extra)
-    return Given(read_row(number, where, record, COLUMNS, Path()), extra)
+        return Given(Row(number, values["id"], where, error=str(error)), extra)
+    return Given(read_row(checked_record(number, where, values), COLUMNS, Path()), extra)
 
 
 def _id(value: Any, where: str) -> str:
@@ -84,6 +86,10 @@ def _id(value: Any, where: str) -> str:
     if not isinstance(found, (str, int)) or isinstance(found, bool):
         raise DataError(f"{where}: 'id' must be text, a whole number or a UUID, not {found!r}; convert it")
     return str(found)
+
+
+def _images(value: Any) -> Any:
+    return [_image(image) for image in value] if isinstance(value, (list, tuple, np.ndarray)) else _image(value)
 
 
 def _image(value: Any) -> Any:

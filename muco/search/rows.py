@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import Columns, Row, open_source
+from muco.data.items import Columns, Row, Source, open_source
 from muco.errors import DataError
 from muco.search.columns import add_kinds, check_names, column_type, conform
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HASHERS = 4  # threads that read image files
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 20  # looked up in the table together
-PARQUET_ROWS = 32  # read at once
+PARQUET_ROWS = 256  # looked at together for columns without a value
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Input:
-    """``extra``: names and types of the further columns, ``empty`` those without any value; ``entries(kinds)`` yields
-    all rows as the table's columns hold them, without hashes."""
+    """A file or folder, opened.
 
-    total: int
+    Args:
+        extra: Names and types of the further columns.
+        empty: Those of them without any value.
+    """
+
+    source: Source
     extra: dict[str, pa.DataType]
     empty: frozenset[str]
-    entries: Callable[[Mapping[str, pa.DataType]], Iterator[Entry]]
+
+    def entries(self, kinds: Mapping[str, pa.DataType]) -> Iterator[Entry]:
+        """All rows, without hashes, their further columns as those of the table hold them; ``kinds`` are its types."""
+        for row in self.source.rows(0, [*self.extra]):
+            yield entry_of(row, row.further, kinds)
 
 
 def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
@@ -56,22 +64,13 @@ def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
         DataError: If it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
     source = open_source(path, columns)
-    extra: dict[str, pa.DataType] = {}
-    empty: frozenset[str] = frozenset()
-    further: Callable[[], Iterator[dict[str, Any]]] = lambda: repeat({})  # noqa: E731
-    if path.suffix in (".jsonl", ".ndjson"):
-        extra, further = _jsonl_types(path, columns), lambda: _jsonl_extra(path, columns)
-    elif path.suffix in (".parquet", ".pq"):
+    if path.suffix in (".parquet", ".pq"):
         extra = _parquet_types(path, columns)
-        names, empty = [*extra], _parquet_empty(path, extra)
-        further = lambda: _parquet_extra(path, names)  # noqa: E731
+        empty = _parquet_empty(path, extra)
+    else:
+        extra, empty = _types_of(source), frozenset()
     check_names(extra, str(path), reserved)
-
-    def entries(kinds: Mapping[str, pa.DataType]) -> Iterator[Entry]:
-        for row, values in zip(source.rows(0), further(), strict=False):
-            yield entry_of(row, values, kinds)
-
-    return Input(source.total, extra, empty, entries)
+    return Input(source, extra, empty)
 
 
 def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> Entry:
@@ -82,37 +81,24 @@ def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataTyp
         return Entry(replace(row, error=row.error or str(error)))
 
 
-def _jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
-    """One mapping per row of the file; an empty one where the line is not right, which the row itself says."""
-    with path.open("rb") as file:
-        for line in file:
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError:
-                record = {}
-            yield record if isinstance(record, dict) else {}
-
-
-def _jsonl_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
+def _types_of(source: Source) -> dict[str, pa.DataType]:
+    """Of the further columns of a JSONL file, by looking at every row; a folder has none."""
     kinds: dict[str, pa.DataType] = {}
-    for record in _jsonl_records(path):
-        add_kinds(kinds, {name: value for name, value in record.items() if name not in columns})
+    if source.columns is None:
+        return kinds
+    for record in source.records(0, ()):
+        if record.error is None:
+            add_kinds(kinds, {name: value for name, value in record.values.items() if name not in source.columns.used})
     return dict(sorted(kinds.items()))
 
 
-def _jsonl_extra(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
-    for record in _jsonl_records(path):
-        yield {name: value for name, value in record.items() if name not in columns}
-
-
 def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
-    """Of all columns but those of bytes, which are left out."""
+    """Of all further columns but those of bytes, which are left out."""
     import pyarrow.parquet as pq
 
-    given = {column.name: column_type(column.type) for column in pq.read_schema(path) if column.name not in columns}
-    return {name: kind for name, kind in given.items() if kind is not None}
+    further = (column for column in pq.read_schema(path) if column.name not in columns.used)
+    kinds = {column.name: column_type(column.type) for column in further}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _parquet_empty(path: Path, names: Iterable[str]) -> frozenset[str]:
@@ -134,17 +120,6 @@ def _parquet_empty(path: Path, names: Iterable[str]) -> frozenset[str]:
     return frozenset(empty)
 
 
-def _parquet_extra(path: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        if not names:
-            yield from repeat({}, file.metadata.num_rows)
-            return
-        for batch in file.iter_batches(PARQUET_ROWS, columns=names):
-            yield from batch.to_pylist()
-
-
 # ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -159,7 +134,7 @@ def _chunk(entries: Iterator[Entry]) -> list[Entry]:
     chunk, size = [], 0
     for entry in islice(entries, CHUNK_ROWS):
         chunk.append(entry)
-        size += len(entry.row.image) if isinstance(entry.row.image, bytes) else 0
+        size += sum(len(image) for image in entry.row.images if isinstance(image, bytes))
         if size > CHUNK_BYTES:
             break
     return chunk
@@ -172,10 +147,10 @@ def _hash(entry: Entry) -> Entry:
     if row.error is not None:
         return entry
     try:
-        image = None if row.image is None else image_digest(row.image)
+        images = [image_digest(image) for image in row.images]
     except DataError as error:
         return replace(entry, row=replace(row, error=str(error)))
-    content = _digest([row.text, image])
+    content = _digest([row.text, images if len(images) > 1 else next(iter(images), None)])
     said = {name: value for name, value in entry.extra.items() if value is not None}  # a new column changes no old row
     return replace(entry, content_hash=content, row_hash=_digest([content, row.image_path, said]))
 

@@ -67,9 +67,9 @@ class Storage:
 
 
 def scores(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Cosines of decoded vectors, float32 [n, d], with a unit vector, float32 [d]."""
+    """Cosines, -1 to 1, of decoded vectors, float32 [n, d], with a unit vector, float32 [d]."""
     lengths = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
-    return (vectors @ query) / lengths
+    return np.clip((vectors @ query) / lengths, -1, 1)  # rounding alone would lead to 1.0000001
 
 
 def _numbers(table: pa.Table | pa.RecordBatch, column: str) -> np.ndarray:

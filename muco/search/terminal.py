@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from muco.base.terminal import print_readable
 from muco.evaluate.tables import clean
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def picture(jpeg: bytes, protocol: str) -> str:
 
 
 def show(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> None:
-    """A table of hits; with ``pictures``, a protocol, each hit's thumbnail below it."""
+    """A table of hits, or lines where it has no room; with ``pictures``, a protocol, each hit's thumbnail below it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -58,7 +59,7 @@ def show(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> 
         values = [hit.id, *(getattr(hit, name) for name in shown), *(hit.extra.get(name) for name in names)]
         cells = [Text("" if value is None else _line(str(value))) for value in values]
         table.add_row(str(rank), f"{hit.score:.4f}", *cells)
-    console.print(table)
+    print_readable(table, console)
     for rank, hit in enumerate(hits, 1):
         if pictures and hit.thumbnail:
             console.file.write(f"{rank}\n{picture(hit.thumbnail, pictures)}\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Set
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.base.text import escaped
-from muco.data.items import Row
+from muco.data.items import Columns, Row, told_passed_over
 from muco.embed import rows_bar
 from muco.errors import DataError, MucoError
 from muco.search.columns import add_kinds, check_names, common
@@ -71,14 +72,18 @@ def build(
         progress: As for ``embed``.
     Returns:
         ``rows`` of the input, ``encoded``, ``reused`` (vectors of the same content), ``unchanged``, ``deleted``,
-        ``failed``, ``errors`` (file or None), ``total`` rows of the index now, ``seconds``, ``index``, ``model``.
+        ``failed``, ``passed_over`` (other files of a folder: how many by kind), ``errors`` (file or None), ``total``
+        rows of the index now, ``seconds``, ``index``, ``model``.
     Raises:
         DataError: If the input cannot be read, or no row of it can be used.
         MucoError: If the index is of another model, dimension or storage.
     """
     import muco
 
-    source = open_input(Path(input), (text_column, image_column, id_column), RESERVED)
+    opened = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
+    source = opened.source
+    if source.passed_over and progress is not False:
+        print(told_passed_over(source.root, source.passed_over), file=sys.stderr)
     model_path = str(model) if isinstance(model, (str, Path)) else ""
     if model is None:
         index = Index.open(path)
@@ -95,10 +100,11 @@ def build(
         chunks = DAFT_CHUNKS
     if errors is None and "://" not in str(path):
         errors = Path(path) / "errors.jsonl"
-    add_columns(index, source.extra, source.empty, str(input))
+    add_columns(index, opened.extra, opened.empty, str(input))
     with closing(Notes()) as notes:
-        entries = source.entries(index.extra_columns)
+        entries = opened.entries(index.extra_columns)
         found = _update(index, entries, source.total, encode, notes, chunks=chunks, progress=progress)
+        found |= {"passed_over": dict(source.passed_over.most_common())}
         if delete_missing:
             found |= {"deleted": _delete_missing(index, notes), "total": len(index)}
         return found | {"errors": _list_failed(notes, found, errors)}
@@ -250,7 +256,7 @@ def _settled(index: Index, part: list[Entry], encode: Encoder, notes: Notes) -> 
 
 
 def _done(entry: Entry, vector: Any, picture: bytes | None) -> Entry:
-    return replace(entry, row=replace(entry.row, image=None, vector=vector), thumbnail=picture)
+    return replace(entry, row=replace(entry.row, images=(), vector=vector), thumbnail=picture)
 
 
 class Writer:
@@ -329,5 +335,7 @@ def _list_failed(notes: Notes, found: Mapping[str, Any], path: str | Path | None
                 file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in notes.failed())
         first, place = next(notes.failed(), None), f"all: {path}"
     if found["failed"] == found["rows"] and first is not None:
-        raise DataError(f"none of the {found['rows']} rows can be indexed; the first: {first['reason']}; {place}")
+        raise DataError(
+            f"none of the {found['rows']} rows can be indexed; the first: {first['where']}: {first['reason']}; {place}"
+        )
     return str(path) if path is not None and found["failed"] else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ import typer
 
 from muco.base.text import read_text
 from muco.errors import MucoError
-from muco.options import Model, examples
+from muco.options import Model, examples, print_json
 
 if TYPE_CHECKING:
     from muco.serve.app import Served
@@ -214,7 +213,7 @@ def _announce(served: Served, listener: socket.socket, local: bool) -> None:
     if not local and served.token is None:
         lines.append("anyone who reaches this address may use it: there is no token")
     print("\n".join(f"muco serve: {line}" for line in lines), file=sys.stderr)
-    print(json.dumps({"address": address, "model": served.name, "dimension": engine.dimension}), flush=True)
+    print_json({"address": address, "model": served.name, "dimension": engine.dimension})
 
 
 def _run(served: Served, listener: socket.socket, announce: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 
-from muco.data.images import read_bytes
-from muco.data.items import IMAGE_SUFFIXES, image_files, state_of_images
+from muco.data.images import image_suffixes, read_bytes
+from muco.data.items import image_files, state_of_images, told_passed_over
 from muco.errors import DataError, ImageError
 from muco.fetch import FetchError, FetchLimits, fetch
 
@@ -25,6 +26,8 @@ URL_COLUMNS = ("url", "URL")  # as published lists of pictures call it
 SHARD_KINDS = ("jpg", "jpeg", "png", "webp")
 BATCH_ROWS = 4096  # rows of URLs in memory
 LONGEST_NAME = 300  # characters
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def open_source(
     if len(kinds) > 1:
         raise DataError(f"{path}: both {' and '.join(kinds)}; name a folder or file that has one kind of them only")
     if not kinds:
-        looked = f"images ({', '.join(sorted(IMAGE_SUFFIXES))}; also in folders below), .parquet files, .tar shards"
+        looked = f"images ({', '.join(sorted(image_suffixes()))}; also in folders below), .parquet files, .tar shards"
         raise DataError(f"{path}: no pictures here; looked for {looked}")
     if not tables and (url_column or name_column):
         raise DataError(f"{path}: no .parquet files here, so there is no column {url_column or name_column!r}")
@@ -138,8 +141,10 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _open_folder(path: Path) -> Source:
-    digest, total = state_of_images(path)
-    return FolderSource(path, digest, total, path)
+    state = state_of_images(path)
+    if state.passed_over:
+        log.warning("%s", told_passed_over(path, state.passed_over))
+    return FolderSource(path, state.fingerprint, state.total, path)
 
 
 class FolderSource(Source):
@@ -191,8 +196,8 @@ def without_query(url: str) -> str:
 
 
 def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None, limits: FetchLimits) -> Source:
+    from muco.data.lines import file_state
     from muco.data.rows import choose_columns, read_header
-    from muco.evaluate.lines import file_state
 
     found = read_header(files[0])[0]
     if url is None:
@@ -292,7 +297,7 @@ class ShardSource(Source):
 
 
 def _open_shards(path: Path, files: list[Path]) -> Source:
-    from muco.evaluate.lines import file_state
+    from muco.data.lines import file_state
 
     states = tuple(file_state(file) for file in files)
     for file in files:

@@ -1,0 +1,30 @@
+"""JSON for other programs: always JSON, whatever numbers and texts a result holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from muco.base.text import escaped
+
+
+def json_text(value: Any, *, ascii_only: bool = False) -> str:
+    """One line of JSON. NaN and infinity, which JSON has no words for, are null; what it does not know is text.
+
+    Half a character (in a file name that is not UTF-8, for example) is escaped, so that the line can be written.
+
+    Args:
+        ascii_only: Escape every other character too.
+    """
+    return escaped(json.dumps(_plain(value), ensure_ascii=ascii_only, allow_nan=False, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,194 @@
+"""What every row of a file is checked by: line, JSON, text, id and images. No torch in this file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from muco.errors import DataError
+
+HASHED = 50_000  # rows up to which the bytes of all images are read for a fingerprint
+MARK = b"\xef\xbb\xbf"  # of byte order, as Windows programs write it first
+LONGEST_LINE = 1 << 26  # bytes; a file of one huge line is not JSONL, and must not be read whole to find that out
+DEEPEST = 100  # brackets within brackets; what reads or writes JSON gives up at some 900, depending on who calls
+
+Row = dict[str, Any]
+
+
+# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
+    """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
+
+    A byte-order mark is skipped.
+
+    Raises:
+        DataError: If the file cannot be read or a line is longer than ``LONGEST_LINE``.
+    """
+    try:
+        with path.open("rb") as file:
+            offset = number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise DataError(
+                        f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; write one row a line"
+                    )
+                if digest is not None:
+                    digest.update(line)
+                if number == 1 and line.startswith(MARK):
+                    offset, line = len(MARK), line.removeprefix(MARK)
+                if line and not line.isspace():
+                    yield offset, line, number
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def objects(path: Path, digest: Any = None) -> Iterator[tuple[Row, str]]:
+    """The JSON object and "file:line" of every line that is not blank."""
+    for _, line, number in raw_lines(path, digest):
+        where = f"{path}:{number}"
+        yield as_object(line, where), where
+
+
+def as_object(line: bytes, where: str, *, constants: bool = False) -> Row:
+    """The JSON object of a line, see :func:`parsed`; another value is a DataError."""
+    value = parsed(line, where, constants=constants)
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: the line must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def parsed(line: bytes, where: str, *, constants: bool = False) -> Any:
+    """The JSON value that UTF-8 bytes hold; a byte-order mark before it is skipped.
+
+    Args:
+        where: Starts every error message ("file:line").
+        constants: Take NaN and Infinity, which are not JSON, as Python does.
+    Raises:
+        DataError: If they are not UTF-8 or not JSON, an object has a key twice, or values are nested more than
+            ``DEEPEST`` levels deep.
+    """
+    constant = float if constants else _no_constant
+    try:
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}:{error.colno}: malformed JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start + 1} of the row; save the file as UTF-8") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: malformed JSON: nested too deep") from error
+    except ValueError as error:  # ours from the hooks below, or a number of more than 4300 digits
+        raise DataError(f"{where}: {error}") from error
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _depth(value) > DEEPEST:
+        raise DataError(f"{where}: malformed JSON: nested too deep")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"the key {twice!r} occurs twice in one object; keep one")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise DataError(f"malformed JSON: {name} is not JSON")
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+# ── fields ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def whole_text(text: str, key: str) -> str:
+    """The text, if it can be written as UTF-8.
+
+    Raises:
+        DataError: If it holds half a character, which is JSON ("\\ud800" alone) and which no tokenizer or file takes.
+    """
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
+    return text
+
+
+def check_texts(row: Mapping[str, Any]) -> None:
+    """Looks at every text of a row, however deep; a DataError as :func:`whole_text`, which names the key."""
+    for key, value in row.items():
+        whole_text(key, key)
+        for text in _texts(value):
+            whole_text(text, key)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    """A string of a row, None where it is null or not there.
+
+    Raises:
+        DataError: If it is something else, or holds half a character, which no tokenizer takes.
+    """
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} must be a string or null, not {value!r:.60}")
+    try:
+        return whole_text(value, key)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
+    """An id: a string that is not empty and holds no control character."""
+    value = text_of(row, key, where)
+    if not value or not value.isprintable():
+        raise DataError(f"{where}: {key!r} must be an id, not {value!r:.60}")
+    return value
+
+
+def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
+    """The path of a row's image within ``folder``, None where it is null or not there.
+
+    Raises:
+        DataError: If the path leads out of the folder; links within it may.
+    """
+    value = text_of(row, key, where)
+    if value is None:
+        return None
+    inside = os.path.normpath(value) if value else ""
+    if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
+        raise DataError(f"{where}: {key!r} is {value!r:.120}; give the path of an image within {folder}")
+    return os.path.join(folder, inside)
+
+
+def file_state(file: Path | int) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    return status.st_size, status.st_mtime_ns
