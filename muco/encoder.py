@@ -91,7 +91,7 @@ class Encoder(InputModule):
                     f"max_seq_length must be a number of tokens from {prompt + 1} (the prompt has {prompt}) to the "
                     f"model's context, {context:,}; not {tokens!r}"
                 )
-        self._cut_to = tokens
+        self._cut_to = None if tokens is None else int(tokens)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
         """Single-turn prompts of text, images or both.

@@ -53,7 +53,6 @@ CASES = {
     "sharded, ragged": ("ragged", "isolated", "language", 97, "fsdp"),
     "sharded, text only": ("text", "compounded", "adapters", None, "fsdp"),
     "sharded, half": ("even", "isolated", "half", 200, "fsdp"),
-    "sharded, adapters on half": ("even", "isolated", "adapters on half", 200, "fsdp"),
 }
 
 
@@ -84,9 +83,9 @@ def to_train(model: Model, trained: str, dropout: float = 0.0) -> Model:
     """A copy whose adapters, language model or whole self is trained; "half": the language model of a bfloat16 one."""
     processor, backbone = model.encoder.muco_processor, copy.deepcopy(model.encoder.model)
     backbone.requires_grad_(True)
-    if "half" in trained:
+    if trained == "half":
         backbone.bfloat16()
-    if "adapters" in trained:
+    if trained == "adapters":
         tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
         torch.manual_seed(0)
         backbone = add_adapters(backbone, Adapter(rank=4, alpha=4, dropout=dropout), tokens)
