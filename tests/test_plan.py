@@ -103,6 +103,17 @@ def test_what_stands_in_the_way_is_said_and_fails_the_check(scenes, tmp_path, ca
     data.unlink()
 
 
+def test_rows_that_a_run_leaves_out_do_not_stop_it(scenes, tmp_path):
+    rows = (scenes / "train.jsonl").read_text().splitlines()[:3]
+    data = scenes / "skipped.jsonl"
+    data.write_text("\n".join([*rows[:2], json.dumps(json.loads(rows[2]) | {"image": "images/none.png"}), "{"]) + "\n")
+    values = {"train": [{"path": str(data)}], "broken_images": "skip"}
+    found = plan(recipe_of(scenes, tmp_path / "run", data=values, batch={"size": 2}))
+    assert not found["problems"]
+    assert sum("skipped.jsonl:3" in note or "skipped.jsonl:4" in note for note in found["notes"]) == 2
+    data.unlink()
+
+
 def test_without_any_data_shapes_are_assumed_and_said_to_be(scenes, tmp_path, capfd):
     file = tmp_path / "recipe.yaml"
     changes = {"model": {"path": "Qwen/Qwen2-VL-2B-Instruct"}, "data": {"train": [{"path": "nowhere.jsonl"}]}}

@@ -85,14 +85,16 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     sources = _open(recipe, problems)
     known = [source for source in sources if source is not None]
     mixture = Mixture.of(recipe, [len(source) for source in known]) if len(known) == len(sources) else None
-    looked = _Looked(_look(sources, recipe.seed, problems))
+    broken = notes if recipe.data.broken_images == "skip" else problems  # rows that cannot be used
+    looked = _Looked(_look(sources, recipe.seed, broken))
     if not looked:
         looked = _Looked([ASSUMED])
         notes.append("no sample could be read: 952 × 644 px and 7 turns of 24 and 14 words are assumed")
-    readable = [looked] if problems else [source for source in sources if source is not None]
+    readable = [looked] if problems or broken else [source for source in sources if source is not None]
     model, processor = _model(recipe, readable, notes)
-    lengths, varieties = _lengths(recipe, looked, processor, problems)
-    _look_for_negatives(make_loss(recipe, model), recipe, sources, varieties, problems=problems, notes=notes)
+    lengths, varieties = _lengths(recipe, looked, processor, problems, broken)
+    if looked[0] is not ASSUMED:
+        _look_for_negatives(make_loss(recipe, model), recipe, sources, varieties, problems=problems, notes=notes)
     step = _step(recipe, lengths, devices)
     result = {
         "recipe": _recipe_facts(recipe, devices),
@@ -149,7 +151,7 @@ def _look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Ite
 
 
 def _lengths(
-    recipe: Recipe, looked: _Looked, processor: Processor, problems: list[str]
+    recipe: Recipe, looked: _Looked, processor: Processor, problems: list[str], broken: list[str]
 ) -> tuple[Lengths, list[Variety]]:
     batches = TrainingBatches([looked], Mixture([len(looked)], [1.0], 1, 0), processor, recipe.turns, seed=recipe.seed)
     found: dict[str, list[int]] = {"query": [], "target": [], "visual": [], "turns": [], "images": []}
@@ -159,7 +161,7 @@ def _lengths(
             batch = batches[number]
             check_budget(recipe, batch)
         except DataError as error:
-            problems.append(str(error))
+            broken.append(str(error))
             continue
         except RecipeError as error:
             if not any("batch.token_budget" in problem for problem in problems):
@@ -171,7 +173,7 @@ def _lengths(
         found["images"].append(len(batch["query"].get("image_rows", ())))
         varieties.append(Variety.of(batch["ids"]))
     if not found["query"]:
-        raise DataError(f"none of {len(looked)} samples can be used; the first: {problems[0]}")
+        raise DataError(f"none of {len(looked)} samples can be used; the first: {broken[0]}")
     return Lengths(**{name: np.array(values) for name, values in found.items()}), varieties
 
 
