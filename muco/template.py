@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from muco.base.text import LONE_SURROGATE
 from muco.dialogue import Content, Dialogue
 from muco.errors import CheckpointError, DataError
 
 EMB = "<|emb|>"
 MASK = "<|mask|>"
 SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
