@@ -147,16 +147,11 @@ class FolderSource(Source):
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
         for number, (name, _) in islice(enumerate(image_files(self.path)), start, None):
-            shown = _nameable(name)
+            shown = os.fsencode(name).decode("utf-8", "replace")  # what is no UTF-8 cannot be named in a data set
             yield Picture(number, shown, shown)
 
     def read(self, ref: str) -> bytes:
         return read_bytes(self.path / ref, ref)
-
-
-def _nameable(name: str) -> str:
-    """The name of a file as a data set can hold it: bytes that are not UTF-8 become the replacement character."""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 # ── URLs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,7 +264,7 @@ class ShardSource(Source):
             found = self._members(shard)  # of the whole shard: of one that is damaged no picture is taken
             for at in range(max(0, start - first), len(found)):
                 name, place = found[at]
-                yield Picture(first + at, _nameable(f"{file.name}/{name}")[:LONGEST_NAME], f"{shard}:{place}")
+                yield Picture(first + at, f"{file.name}/{name}"[:LONGEST_NAME], f"{shard}:{place}")
             first += len(found)
 
     def read(self, ref: str) -> bytes:
