@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Annotated
 import typer
 
 import muco
-from muco.base.text import escape_what_streams_cannot_write, escaped
+from muco.base.text import LONE_SURROGATE, escape_what_streams_cannot_write, escaped
 from muco.data.cli import app as data_app
 from muco.errors import MucoError
 from muco.evaluate.cli import app as evaluate_app
@@ -41,7 +40,6 @@ from muco.study.cli import study
 from muco.synth.cli import EXAMPLES as SYNTH_EXAMPLES
 from muco.synth.cli import synth
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from muco.base.text import LONE_SURROGATE
 from muco.dialogue import Content, Dialogue, Exchange
 from muco.errors import CheckpointError, DataError
 
@@ -20,7 +21,6 @@ EMB = "<|emb|>"
 MASK = "<|mask|>"
 END = "<|im_end|>"  # of a message, in Qwen's prompt
 SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ GOOD = pairs_of(SCENE, 0)
     [
         ("a small red ring", None),
         ("  \n", checks.EMPTY),
+        ("a ring \ud83d", checks.HALF),
         ("a ring<|im_end|>", checks.SPECIAL),
         ("a ring</s>", checks.SPECIAL),
         ("[INST] a ring", checks.SPECIAL),

@@ -223,11 +223,7 @@ class _Source:
         left_out = LeftOut(skip_broken)
         queries, found = read_judged(folder, split, instruction, left_out)
         self.asked, self.pool = Asked(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
-        rows = [self.pool.find(list(query.grades)) for query in queries]
-        self.held = [
-            {id: grade for (id, grade), row in zip(query.grades.items(), own, strict=True) if row >= 0}
-            for query, own in zip(queries, rows, strict=True)
-        ]
+        self._rows = rows = [self.pool.find(list(query.grades)) for query in queries]
         self.facts = {
             "split": split,
             "instruction": instruction,
@@ -240,9 +236,19 @@ class _Source:
         self.fingerprint = self.asked.fingerprint(self.name, json.dumps(self.facts), self.pool.fingerprint)
 
     def result(self, vectors: np.ndarray, stores: Stores) -> TaskResult:
-        metric, size = f"ndcg@{self.k}", len(self.pool)
+        metric = f"ndcg@{self.k}"
         scored = ask(self.asked, vectors, Pools([self.pool]), stores, measures(self.k), metric, self.k)
-        chance = chance_of_ndcg(self.asked.queries, self.held, size, self.k)
+        lost = self.pool.left_out
+        size = len(self.pool) - len(lost)
+        held = [
+            {
+                id: grade
+                for (id, grade), row in zip(query.grades.items(), own, strict=True)
+                if row >= 0 and row not in lost
+            }
+            for query, own in zip(self.asked.queries, (rows.tolist() for rows in self._rows), strict=True)
+        ]
+        chance = chance_of_ndcg(self.asked.queries, held, size, self.k)
         return TaskResult(
             name=self.name,
             metric=metric,

@@ -353,14 +353,16 @@ class _Source:
         scored = ask(self.asked, vectors, self.pools, stores, at, metric, max(depths(self.task)))
         path = output / "runs" / f"{self.name.replace(' ', '_')}.trec"
         distributed.first_only(functools.partial(ranking.write_trec_run, path, scored.run, "muco"))
-        held = [int((rows >= 0).sum()) for rows in self._rows]
-        chance = chance_of_hit(held, len(self.pools), self.task.k)
+        lost = self.pools.left_out
+        size = len(self.pools) - len(lost)
+        held = [sum(row >= 0 and row not in lost for row in rows.tolist()) for rows in self._rows]
+        chance = chance_of_hit(held, size, self.task.k)
         return TaskResult(
             name=self.name,
             metric=metric,
             scores=scored.scores,
             queries=len(self.asked),
-            candidates=(len(self.pools), len(self.pools)),
+            candidates=(size, size),
             chance=chance,
             data=self.fingerprint,
             facts={**self.facts, **scored.facts},

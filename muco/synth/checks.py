@@ -7,12 +7,14 @@ import unicodedata
 from collections.abc import Set
 from pathlib import PurePath
 
+from muco.base.text import LONE_SURROGATE
 from muco.synth.endpoint import Answer
 from muco.synth.prompts import Prompts
 
 # The reasons, in the order in which they are looked for.
 NOT_JSON, MISSING, EMPTY, CUT_OFF = "not JSON", "missing field", "empty", "cut off"
 SPECIAL, REFUSAL, LANGUAGE, TOO_LONG, TOO_SHORT = "special token", "refusal", "language", "too long", "too short"
+HALF = "half a character"
 NAMES_SOURCE, GIVEN_AWAY, REPEATS = "names its source", "does not need the image", "repeats the question"
 SAME_QUESTION, SAME_TARGET, NOT_WRONG = "same question twice", "same target twice", "wrong answer is right"
 
@@ -65,6 +67,8 @@ def text_problem(text: str, prompts: Prompts) -> str | None:
     """What is wrong with any text of a model, a question, an answer or a caption."""
     if not text.strip():
         return EMPTY
+    if LONE_SURROGATE.search(text):
+        return HALF
     if _SPECIAL.search(text):
         return SPECIAL
     if _REFUSAL.search(text):
