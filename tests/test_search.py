@@ -384,7 +384,7 @@ EXPRESSIONS = st.recursive(
         tests(NUMBERS, ["-1", "1", "2", "1.5", "3"]),
         tests(TEXTS, ["'a'", "'ab'", "''"]),
         st.builds("{} {}like {}".format, TEXTS, NOT, st.sampled_from(["'a%'", "'_'", "'%b%'", "s"])),
-        st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "ok = (n > 1)"]),
+        st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "(n > 1) is true"]),
     ),
     lambda part: st.one_of(
         st.builds("{} AND {}".format, part, part),

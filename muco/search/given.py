@@ -73,14 +73,14 @@ def as_given(number: int, row: Any) -> Given:
     given = {name: extra.pop(name, None) for name in COLUMNS.used}
     values = {"id": _id(given["id"], where)}
     try:
-        values |= {"text": plain(given["text"])} | {name: _images(given[name]) for name in COLUMNS.images}
+        values |= {"text": _plain(given["text"])} | {name: _images(given[name]) for name in COLUMNS.images}
     except DataError as error:
         return Given(Row(number, values["id"], where, error=str(error)), extra)
     return Given(read_row(checked_record(number, where, values), COLUMNS, Path()), extra)
 
 
 def _id(value: Any, where: str) -> str:
-    found = plain(value)
+    found = _plain(value)
     if found is None or (isinstance(found, str) and not found.strip()):
         raise DataError(f"{where}: 'id' is missing")
     if not isinstance(found, (str, int)) or isinstance(found, bool):
@@ -98,4 +98,12 @@ def _image(value: Any) -> Any:
         stream = io.BytesIO()
         open_image(value, small_side=0).save(stream, "PNG", compress_level=1)
         return stream.getvalue()
-    return value if isinstance(value, (bytes, Mapping)) else plain(value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As plain, but what it refuses as it is: for a sentence that names the field."""
+    try:
+        return plain(value)
+    except DataError:
+        return value
