@@ -7,7 +7,7 @@
     │   └── ImageError        an image is missing, broken, too large or not an image
     ├── RecipeError           a recipe has an unknown key, a wrong type or a contradiction
     ├── CheckpointError       a model folder is incomplete or belongs to something else
-    ├── OutputError           an output folder already holds other work
+    ├── OutputError           an output cannot be written, is in use, or already holds other work
     ├── FetchError            a download was refused or failed (muco/fetch.py)
     ├── EndpointError         a model server is missing or of no use (muco/synth/endpoint.py)
     ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from muco.base.files import whole_file
 from muco.data.images import image_digest, is_url
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError, ImageError
@@ -201,17 +202,11 @@ def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes one object per line and returns their number. The file appears whole or, on an error, not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: the rename stays on one file system
     count = 0
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
     return count
 
 

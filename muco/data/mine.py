@@ -20,12 +20,13 @@ import torch
 from datasets import Dataset
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 
+from muco.base.files import write_json
 from muco.data import Data
 from muco.data.jsonl import sample_to_row, write_jsonl
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 
 SCORES = 1 << 28  # similarities in memory at a time, 4 bytes each
 QUERIES = 4096  # at most so many are mined at a time

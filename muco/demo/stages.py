@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 
 import muco
+from muco.base.files import write_json
 from muco.data import Data, open_data
 from muco.data.scenes import write_scenes
 from muco.demo.page import STAGES, write_page
@@ -41,7 +42,7 @@ from muco.demo.search import search
 from muco.embed import embed
 from muco.encoder import Model
 from muco.errors import OutputError, RecipeError
-from muco.evaluate.report import print_results, versions, write_json
+from muco.evaluate.report import print_results, versions
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
 from muco.progress import progress_bar

@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from muco.base.files import write_json, write_text
 from muco.errors import OutputError
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -227,17 +227,6 @@ def gate(score: float, chance: float | None, queries: int) -> list[str]:
     if score > limit:
         return []
     return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; OutputError if it cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error}); choose another output folder") from error
 
 
 def _safe(name: str) -> str:

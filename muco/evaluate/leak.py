@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.files import write_json
 from muco.data.check import Findings
 from muco.data.jsonl import write_jsonl
 from muco.dialogue import ImageLike
 from muco.errors import DataError, OutputError
 from muco.evaluate.identity import MIN_WORDS, ImageKeys, Keys, Source, image_keys, keys_of
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.evaluate.tables import clean, print_whole, table_of_numbers
 from muco.progress import progress_bar
 

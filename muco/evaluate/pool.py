@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from muco import distributed
+from muco.base.files import write_bytes
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import metrics
@@ -144,12 +144,7 @@ def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_siz
     vectors = encode_named(model, [c.content for c in candidates], [c.where for c in candidates], batch_size)
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(buffer.getvalue())
-        os.replace(part, file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error})") from error
+    write_bytes(file, buffer.getvalue())
 
 
 def search(

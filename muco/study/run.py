@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import muco
+from muco.base.files import write_json
 from muco.errors import MucoError, OutputError
-from muco.evaluate.report import write_json
 from muco.progress import progress_bar
 from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
 

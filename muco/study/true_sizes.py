@@ -51,7 +51,8 @@ def run_flops(
         OutputError: If the folder holds another study, or anything else.
     """
     import muco
-    from muco.evaluate.report import versions, write_json
+    from muco.base.files import write_json
+    from muco.evaluate.report import versions
     from muco.study.run import claim
     from muco.train.flops import meta_step_flops, qwen2_vl_config
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import muco
+from muco.base.files import write_json
 from muco.errors import DataError, OutputError
-from muco.evaluate.report import write_json
 from muco.synth.catalogue import Catalogue, Kept, fill
 from muco.synth.endpoint import Endpoint
 from muco.synth.flow import in_order

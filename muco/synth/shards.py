@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.rows import whole_file
+from muco.base.files import whole_file
 from muco.errors import DataError
 from muco.synth.writing import Made
 

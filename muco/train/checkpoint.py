@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muco import distributed
+from muco.base.files import write_json
 from muco.errors import CheckpointError, OutputError
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.train.recipe import Recipe, dump_recipe, to_dict
 
 if TYPE_CHECKING:
