@@ -185,7 +185,7 @@ def locked(path: Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[N
         OSError: If the lock cannot be made.
     """
     file = path.with_name(f".{path.name}{LOCK}") if beside else path / LOCK
-    file.parent.mkdir(parents=True, exist_ok=True)
+    made = not file.parent.exists()
     opened = _wait(path, file, wait)
     _held.add(opened)
     try:
@@ -194,6 +194,8 @@ def locked(path: Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[N
         if opened in _held:  # else this is a child, see _leave_locks
             with suppress(OSError):  # its folder may be gone; a file that stays locks nothing
                 file.unlink()  # while it is held: who has opened it already sees that it has no name
+                if made:
+                    file.parent.rmdir()  # unless something was put there
             _held.discard(opened)
             os.close(opened)
 
@@ -220,6 +222,7 @@ def _wait(path: Path, file: Path, seconds: float) -> int:
 def _take(file: Path) -> int | None:
     """The open file of a lock, or None if it is someone else's."""
     while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not take_lock(opened, file):
