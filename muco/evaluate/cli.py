@@ -29,6 +29,8 @@ OwnPixels = Annotated[
     bool, typer.Option("--own-pixels", help="Keep the model's own limits of image size, not the benchmark's.")
 ]
 
+WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose vectors are then found there
+
 
 class Precision(StrEnum):
     float32 = "float32"
@@ -77,6 +79,7 @@ def retrieval(
     further dimensions and precisions are scored without encoding anew.
     """
     import muco
+    from muco.base.files import claimed
     from muco.data import open_data
     from muco.evaluate.blind import recipe_of
     from muco.evaluate.report import print_results
@@ -85,7 +88,7 @@ def retrieval(
 
     rows = open_data(data)  # before the model: a mistyped path should not cost a minute
     encoder = muco.load(model)
-    with progress_bar("embedding") as progress:
+    with claimed(output, wait=WAIT), progress_bar("embedding") as progress:
         result = evaluate_retrieval(
             encoder,
             rows,
@@ -292,7 +295,7 @@ def _run(evaluate: Any, as_json: bool, **settings: Any) -> None:
     from muco.evaluate.page import print_benchmark
     from muco.progress import progress_bar
 
-    with progress_bar("embedding") as progress:
+    with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:
         result = evaluate(**settings, progress=progress if distributed.rank() == 0 else None)
     if distributed.rank() == 0:
         finish(result, as_json, print_benchmark)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ QUERIES = 4096  # that pass over the pool together
 SCORES = 1 << 24  # scores in memory at a time: 64 MiB
 PAIRS = 2048  # that are scored in float64 at a time
 LAYOUT = 1  # raise when the meaning of a shard changes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,12 @@ def _whole(file: Path, pool: Pool, start: int) -> bool:
     """Whether a shard is there with as many rows as it must have; its name appears when it is complete."""
     if not file.is_file():
         return False
-    return len(np.load(file, mmap_mode="r", allow_pickle=False)) == min(SHARD, len(pool) - start)
+    try:
+        rows = len(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        log.warning("%s: the vectors are damaged (%s); they are computed again", file, error)
+        return False
+    return rows == min(SHARD, len(pool) - start)
 
 
 def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int) -> None:
