@@ -31,10 +31,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import muco
+from muco.base.files import write_json
 from muco.data import Data, open_data
 from muco.data.jsonl import write_jsonl
 from muco.evaluate.metrics import top_k
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.train.recipe import from_dict
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 import muco
-from muco.data.rows import whole_file
+from muco.base.files import whole_file
 from muco.search import Hit, Index, build
 from muco.search.terminal import show
 

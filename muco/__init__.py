@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from muco.dialogue import Content, Dialogue, Sample, Turn
     from muco.encoder import load
-    from muco.errors import CheckpointError, DataError, ImageError, MucoError, OutputError, RecipeError, TrainingError
+    from muco.errors import (
+        CheckpointError,
+        DataError,
+        ImageError,
+        MucoError,
+        OutputError,
+        RecipeError,
+        StorageError,
+        TrainingError,
+    )
     from muco.loss import multi_turn_info_nce, reconstruction_info_nce
     from muco.train.recipe import Recipe
     from muco.train.trainer import train
@@ -33,6 +42,7 @@ _HOME = {
     "RecipeError": "muco.errors",
     "CheckpointError": "muco.errors",
     "OutputError": "muco.errors",
+    "StorageError": "muco.errors",
     "TrainingError": "muco.errors",
 }
 
@@ -44,6 +54,7 @@ __all__ = [
     "ImageError",
     "MucoError",
     "OutputError",
+    "StorageError",
     "Recipe",
     "RecipeError",
     "Sample",

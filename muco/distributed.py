@@ -15,7 +15,9 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from muco.base import files
 from muco.errors import MucoError
 
 if TYPE_CHECKING:
@@ -146,6 +149,14 @@ def first_only(action: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """:func:`muco.base.files.claimed` by the first process for all; each learns it if the folder is in use."""
+    with ExitStack() as held:
+        first_only(lambda: held.enter_context(files.claimed(path)))
+        yield
 
 
 def wait_for_all() -> None:

@@ -14,7 +14,6 @@ one of them, start again with ``resume=False``.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.files import claimed, read_json, whole_file, write_json, writing
 from muco.data.items import Columns, Row, open_source, told_passed_over
 from muco.errors import DataError, OutputError
 from muco.sizes import checked_dimension
@@ -43,6 +43,7 @@ DECODERS = 4  # threads that open images while the model encodes
 ROW_BYTES = 1 << 30  # opened images of one row
 DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
 Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
+AGAIN = "give the same command again: it resumes"
 RESTART = "start again with --no-resume (resume=False)"
 
 
@@ -93,42 +94,43 @@ def embed(
         raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
     source = open_source(Path(input), Columns(text_column, image_column, id_column))
     parts = Parts(Path(output), Path(input))
-    if isinstance(model, (str, Path)):
-        import muco
+    with claimed(parts.output, beside=True):
+        if isinstance(model, (str, Path)):
+            import muco
 
-        model = muco.load(model)
-    whole = model.get_embedding_dimension()
-    dimension = checked_dimension(dimension, whole)
-    run = {
-        "model": model.fingerprint,
-        "dimension": str(dimension),
-        "input": source.fingerprint,
-        "columns": "" if source.columns is None else "/".join(source.columns),
-    }
-    console = Console(stderr=True, quiet=progress is False)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    started = time.perf_counter()
-    passed_over = dict(source.passed_over.most_common())
-    if passed_over:
-        say(told_passed_over(source.root, source.passed_over))
-    if not resume:
-        parts.clear()
-    elif parts.finished(run):
-        say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
-        return _summary(parts, run, resumed=parts.rows, started=started, passed_over=passed_over)
-    parts.begin(run)
-    if resumed := parts.rows:
-        say(f"{output}: going on after {resumed} rows")
-    opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
-    encode = partial(
-        model.encode, show_progress_bar=False, **({"truncate_dim": dimension} if dimension < whole else {})
-    )
-    with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
-        task = bar.add_task("embed", total=source.total, completed=resumed)
-        while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
-            parts.add(part, dimension)
-    parts.merge(run, dimension, source.root)
-    return _summary(parts, run, resumed=resumed, started=started, passed_over=passed_over)
+            model = muco.load(model)
+        whole = model.get_embedding_dimension()
+        dimension = checked_dimension(dimension, whole)
+        run = {
+            "model": model.fingerprint,
+            "dimension": str(dimension),
+            "input": source.fingerprint,
+            "columns": "" if source.columns is None else "/".join(source.columns),
+        }
+        console = Console(stderr=True, quiet=progress is False)
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        started = time.perf_counter()
+        passed_over = dict(source.passed_over.most_common())
+        if passed_over:
+            say(told_passed_over(source.root, source.passed_over))
+        if not resume:
+            parts.clear()
+        elif parts.finished(run):
+            say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
+            return _summary(parts, run, resumed=parts.rows, started=started, passed_over=passed_over)
+        parts.begin(run)
+        if resumed := parts.rows:
+            say(f"{output}: going on after {resumed} rows")
+        opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
+        encode = partial(
+            model.encode, show_progress_bar=False, **({"truncate_dim": dimension} if dimension < whole else {})
+        )
+        with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
+            task = bar.add_task("embed", total=source.total, completed=resumed)
+            while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
+                parts.add(part, dimension)
+        parts.merge(run, dimension, source.root)
+        return _summary(parts, run, resumed=resumed, started=started, passed_over=passed_over)
 
 
 def _summary(
@@ -288,18 +290,12 @@ class Parts:
     def begin(self, run: dict[str, str]) -> None:
         """Makes the folder, or finds it and counts what is done."""
         if self.manifest.exists():
-            self._compare(self.folder, json.loads(self.manifest.read_text(encoding="utf-8")), run)
+            self._compare(self.folder, read_json(self.manifest), run)
             for path in self._paths():
                 self._count(path)
             return
         self.clear()
-        temporary = self.folder / "run.tmp"
-        try:
-            self.folder.mkdir(parents=True)
-            temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be written: {error.strerror}; name another output") from error
-        _publish(temporary, self.manifest)
+        write_json(self.manifest, run)
 
     def add(self, part: list[Row], dimension: int) -> None:
         """Writes the next part; its metadata hold its place, its number of input rows and its failed rows."""
@@ -317,9 +313,9 @@ class Parts:
             "image": [row.image_path for row in good],
         }
         facts = {"start": self.rows, "rows": len(part), "errors": json.dumps(failed)}
-        temporary, path = self.folder / "part.tmp", self.folder / f"rows-{self.rows:012}.parquet"
-        pq.write_table(pa.table(columns, schema=_schema(dimension, facts)), temporary)
-        _publish(temporary, path)
+        path = self.folder / f"rows-{self.rows:012}.parquet"
+        with writing(path, AGAIN), whole_file(path) as unfinished:
+            pq.write_table(pa.table(columns, schema=_schema(dimension, facts)), unfinished)
         self._count(path)
 
     def merge(self, run: dict[str, str], dimension: int, image_root: Path) -> None:
@@ -328,19 +324,10 @@ class Parts:
         Raises:
             DataError: If all rows failed; the list of them is written nevertheless.
         """
-        import pyarrow.parquet as pq
-
         import muco
 
-        self.rows = self.failed = 0
-        temporary = self.folder / "errors.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            for path in self._paths():
-                file.writelines(json.dumps(error) + "\n" for error in self._count(path))
-        if self.failed:
-            _publish(temporary, self.errors)
-        else:
-            self.errors.unlink(missing_ok=True)  # of an earlier run
+        with writing(self.errors, AGAIN):
+            self._list_failed()
         if self.failed == self.rows:
             self.clear()  # so that the next run tries again
             with self.errors.open(encoding="utf-8") as file:
@@ -349,14 +336,26 @@ class Parts:
             raise DataError(f"none of the {self.rows} rows can be embedded; the first: {reason}; all: {self.errors}")
         facts = {**run, "version": muco.__version__, "rows": self.rows, "failed": self.failed}
         facts["image_root"] = image_root.resolve()
-        temporary = self.folder / "merged.tmp"
-        with pq.ParquetWriter(temporary, _schema(dimension, {f"muco.{k}": v for k, v in facts.items()})) as writer:
+        with writing(self.output, AGAIN), whole_file(self.output) as unfinished:
+            self._join(unfinished, _schema(dimension, {f"muco.{k}": v for k, v in facts.items()}))
+        self.clear()
+
+    def _list_failed(self) -> None:
+        self.rows = self.failed = 0
+        with whole_file(self.errors) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            for path in self._paths():
+                file.writelines(json.dumps(error) + "\n" for error in self._count(path))
+        if not self.failed:
+            self.errors.unlink()
+
+    def _join(self, file: Path, schema: pa.Schema) -> None:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetWriter(file, schema) as writer:
             for path in self._paths():
                 with pq.ParquetFile(path) as part:
                     for batch in part.iter_batches():
                         writer.write_batch(batch)
-        _publish(temporary, self.output)
-        self.clear()
 
     def clear(self) -> None:
         """Removes the folder, and nothing in it that is not ours."""
@@ -410,9 +409,3 @@ def _metadata(path: Path) -> dict[str, str] | None:
     except (pa.ArrowInvalid, OSError):
         return None
     return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())  # the content must be on the disk before the name is
-    os.replace(temporary, path)

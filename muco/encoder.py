@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
 from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, load_backbone, merge_adapters, reads_all_before
+from muco.base.files import writing
 from muco.batch import PATCH_KEYS, DialogueBatch, Truncate, attention_bias, collate, tree_block_mask, tree_mask
 from muco.dialogue import Content, Dialogue, ImageLike, as_content, as_images, single_turn
 from muco.errors import DataError, MucoError
@@ -356,8 +357,9 @@ class Model(SentenceTransformer):
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Saves a stock SentenceTransformer folder; see the module's docstring."""
-        super().save(path, *args, **kwargs)
-        _write_stock_modules(Path(path), self.encoder.get_embedding_dimension())
+        with writing(path):
+            super().save(path, *args, **kwargs)
+            _write_stock_modules(Path(path), self.encoder.get_embedding_dimension())
 
 
 def _write_stock_modules(folder: Path, dimension: int) -> None:

@@ -7,7 +7,8 @@
     │   └── ImageError        an image is missing, broken, too large or not an image
     ├── RecipeError           a recipe has an unknown key, a wrong type or a contradiction
     ├── CheckpointError       a model folder is incomplete or belongs to something else
-    ├── OutputError           an output folder already holds other work
+    ├── OutputError           an output cannot be written, is in use, or already holds other work
+    ├── StorageError          an index is damaged, or its files cannot be read or written (muco/search/lance.py)
     ├── FetchError            a download was refused or failed (muco/fetch.py)
     ├── EndpointError         a model server is missing or of no use (muco/synth/endpoint.py)
     ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)
@@ -39,7 +40,11 @@ class CheckpointError(MucoError):
 
 
 class OutputError(MucoError):
-    """An output path cannot be written without losing what is already there."""
+    """An output cannot be written, is in use by another process, or would replace what is already there."""
+
+
+class StorageError(MucoError):
+    """The files of an index are missing, damaged or cut, or cannot be written; the message names the index."""
 
 
 class TrainingError(MucoError):

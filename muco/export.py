@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from muco.backbone import cast_weights, merge_adapters
+from muco.base.files import claimed, read_json, writing
 from muco.encoder import Model, from_backbone, load
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.parity import TOLERANCES, Parity, compare, examples, stock_vectors
@@ -60,36 +61,38 @@ def export(
     Returns:
         ``ok`` and what was measured; ``output`` or, where the check failed, ``part``; ``url`` if pushed.
     Raises:
-        OutputError: If ``output`` exists.
+        OutputError: If ``output`` exists, cannot be written, or another process writes it.
         CheckpointError: If the source cannot be loaded, or has no adapters to keep separate.
         MucoError: If there is no token to push with, or the hub refuses.
     """
     _check_choice("format", format, get_args(Format))
     _check_choice("adapters", adapters, ("merged", "separate"))
     _check_choice("dtype", dtype, (None, *TOLERANCES))
-    if output.exists():
-        raise OutputError(f"{output} already exists; choose another folder or delete it")
-    if push is not None:
-        _check_push(push)
-    model, recipe, own_dtype = _load(source)
-    if adapters == "separate":
-        _check_separable(source, model, format)
-    before = _vectors(model)
-    changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=adapters == "separate")
-    expected = _vectors(model) if changed else before
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _write(model, part, format, separate=adapters == "separate")
-    _write_card(part, source, format, model, recipe, separate=adapters == "separate")
-    parity = _check(part, expected, model, format, separate=adapters == "separate")
-    found = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
-    if changed:
-        found["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
-    if not parity.ok:
-        return found | {"part": str(part)}
-    os.replace(part, output)
-    return found | {"output": str(output)} | ({"url": _push(output, push)} if push else {})
+    with claimed(output, beside=True):
+        if output.exists():
+            raise OutputError(f"{output} already exists; choose another folder or delete it")
+        if push is not None:
+            _check_push(push)
+        model, recipe, own_dtype = _load(source)
+        if adapters == "separate":
+            _check_separable(source, model, format)
+        before = _vectors(model)
+        changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=adapters == "separate")
+        expected = _vectors(model) if changed else before
+        part = output.with_name(f"{output.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(part):
+            part.mkdir(parents=True)
+            _write(model, part, format, separate=adapters == "separate")
+            _write_card(part, source, format, model, recipe, separate=adapters == "separate")
+        parity = _check(part, expected, model, format, separate=adapters == "separate")
+        found = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
+        if changed:
+            found["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
+        if not parity.ok:
+            return found | {"part": str(part)}
+        os.replace(part, output)
+        return found | {"output": str(output)} | ({"url": _push(output, push)} if push else {})
 
 
 def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
@@ -111,7 +114,7 @@ def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
     run = folder.parent.parent / RUN_FILE
     if not run.is_file():
         raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
-    values = json.loads(run.read_text(encoding="utf-8"))["recipe"] | {"output": str(run.parent)}
+    values = read_json(run)["recipe"] | {"output": str(run.parent)}
     made_by = from_dict(values)
     trained_on = made_by.data.train if made_by.model.tiny else ()  # a tiny model's tokenizer is made from its data
     model = build_model(made_by, [open_data(data.path, data.format, data.options) for data in trained_on])

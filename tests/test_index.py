@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -29,8 +31,9 @@ from PIL import Image
 from ray_cluster import on_ray
 
 import muco
+from muco.base.files import locked
 from muco.dialogue import Content
-from muco.errors import DataError, MucoError, OutputError
+from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search import Index, build
 from muco.search.columns import add_kinds, conform, in_json
 from muco.search.storage import STORAGES, scores
@@ -711,3 +714,146 @@ def test_an_image_and_a_text_beside_it_are_one_content(photos: Path, tmp_path: P
     run(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "index", tiny_model)
     _, vectors = contents(tmp_path / "index")
     np.testing.assert_allclose(vectors[0], tiny_model.encode(Content("what is it?", (file,))), atol=1e-6)
+
+
+# ── several writers, and broken files ────────────────────────────────────────────────────────────────────────────────
+
+WRITER = """
+import sys
+import numpy as np
+import pyarrow as pa
+from muco.search import Index
+index = Index.open(sys.argv[1])
+for start in range(0, 40, 4):
+    ids = [f"r{i}" for i in range(start, start + 4)]
+    columns = {name: ids for name in ("id", "text", "content_hash", "row_hash")}
+    columns |= dict(zip(index.storage.columns, index.storage.arrays(np.eye(4, index.dimension, dtype=np.float32))))
+    schema = index.table.schema
+    arrays = [pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(4, f.type) for f in schema]
+    index.write(pa.table(arrays, schema=schema))
+    print("written", flush=True)
+index.optimize()
+"""
+
+
+def ids_of(folder: Path) -> list[str]:
+    return sorted(id for ids in Index.open(folder).ids() for id in ids)
+
+
+def test_processes_that_write_the_same_rows_at_once(tmp_path: Path, tiny_model) -> None:
+    """One of them is killed in the middle; what it has locked is free again."""
+    Index.create(tmp_path / "index", tiny_model)
+    command = [sys.executable, "-c", WRITER, tmp_path / "index"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    assert processes[0].stdout.readline() == "written\n"
+    processes[0].kill()
+    for process in processes:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert ids_of(tmp_path / "index") == sorted(f"r{i}" for i in range(40))
+
+
+def test_threads_that_add_the_same_rows_at_once(tmp_path: Path, tiny_model) -> None:
+    rows = [{"id": f"r{i}", "text": f"text {i}", f"column_{i % 3}": i} for i in range(12)]
+    indices = [Index.create(tmp_path / "index", tiny_model) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        orders = [rows, rows[::-1], rows[6:] + rows[:6]]
+        list(threads.map(lambda index, order: index.add(order, batch_size=4), indices, orders))
+    assert ids_of(tmp_path / "index") == sorted(row["id"] for row in rows)
+    hits = Index.open(tmp_path / "index", tiny_model).search("text 5", k=12)
+    assert hits[0].id == "r5" and {hit.id: hit.extra[f"column_{int(hit.id[1:]) % 3}"] for hit in hits} == {
+        row["id"]: int(row["id"][1:]) for row in rows
+    }
+
+
+def test_two_runs_into_a_new_folder_both_end_well(photos: Path, tmp_path: Path, tiny_model) -> None:
+    barrier = threading.Barrier(2)
+
+    def work(_: int) -> dict:
+        barrier.wait()
+        return run(photos, tmp_path / "index", tiny_model)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert [found["total"] for found in threads.map(work, range(2))] == [16, 16]
+    run(photos, tmp_path / "other", tiny_model)
+    same(tmp_path / "index", tmp_path / "other")
+
+
+def test_a_writer_waits_for_the_one_before_and_readers_do_not(tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    index.add([{"id": "a", "text": "a"}])
+    with ThreadPoolExecutor(1) as threads:
+        with locked(tmp_path / "index"):
+            writing = threads.submit(index.add, [{"id": "b", "text": "b"}])
+            assert [hit.id for hit in Index.open(tmp_path / "index", tiny_model).search("a")] == ["a"]
+            with pytest.raises(TimeoutError):
+                writing.result(0.3)
+        assert writing.result(60)["total"] == 2
+
+
+def test_the_next_writer_repairs_ids_that_are_there_twice(tmp_path: Path, tiny_model, caplog) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    rows = [{"id": f"r{i}", "text": f"text {i}"} for i in range(6)]
+    index.add(rows)
+    index.table.add(index.table.to_arrow().slice(0, 4))  # as two writers did that knew no lock
+    index.table.update(where="id = 'r1'", values={"text": "the row that was written last", "row_hash": "another"})
+    index.table.add(index.table.search().where("id = 'r1'").limit(1).to_arrow())
+    assert len(index) == 11
+    with caplog.at_level("WARNING"):
+        found = Index.create(tmp_path / "index", tiny_model).add([rows[5]])
+    assert "4 ids were there more than once" in caplog.text and found["total"] == 6
+    texts = {row["id"]: row["text"] for row in contents(tmp_path / "index")[0]}
+    assert texts == {row["id"]: row["text"] for row in rows} | {"r1": "the row that was written last"}
+    caplog.clear()
+    Index.create(tmp_path / "index", tiny_model).add(rows)
+    assert not caplog.text and contents(tmp_path / "index")[0][1]["text"] == "text 1"
+
+
+def cut(folder: Path, size: int) -> None:
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda table: shutil.rmtree(table / "data"),
+        lambda table: cut(table / "data", 40),
+        lambda table: cut(table / "data", -30),
+        lambda table: shutil.rmtree(table / "_versions"),
+        lambda table: cut(table / "_versions", 20),
+    ],
+    ids=["data gone", "data cut", "data cut at the end", "versions gone", "versions cut"],
+)
+def test_files_of_an_index_that_are_missing_or_cut(harm, tmp_path: Path, tiny_model) -> None:
+    Index.create(tmp_path / "index", tiny_model).add([{"id": "a", "text": "a"}, {"id": "b", "text": "b"}])
+    harm(tmp_path / "index" / "rows.lance")
+    for use in (
+        lambda: Index.open(tmp_path / "index", tiny_model).search("a"),
+        lambda: Index.open(tmp_path / "index", tiny_model).search("a", where="id = 'a'"),
+        lambda: Index.open(tmp_path / "index", tiny_model).search(like="a", exact=True),
+        lambda: list(Index.open(tmp_path / "index").ids()),
+        lambda: Index.create(tmp_path / "index", tiny_model).add([{"id": "c", "text": "c"}]),
+        lambda: Index.create(tmp_path / "index", tiny_model).optimize(),
+    ):
+        with pytest.raises(StorageError, match=r"index: .*copy (it|the index) again"):
+            use()
+
+
+def test_an_index_on_a_full_disk(tmp_path: Path, tiny_model) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    try:
+        index = Index.create(small / "index", tiny_model)
+        index.add([{"id": "a", "text": "a"}])
+        with pytest.raises(OSError), (small / "filling").open("wb") as file:
+            while True:
+                file.write(bytes(1024))
+        with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); make room"):
+            index.add([{"id": f"r{i}", "text": "b" * 9000} for i in range(9)])
+        (small / "filling").unlink()
+        assert index.add([{"id": "b", "text": "b"}])["total"] == 2
+    finally:
+        subprocess.run(["umount", small], check=True)

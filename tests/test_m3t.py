@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
+from muco.base.files import locked, whole_file
 from muco.data import rows as rows_module
 from muco.data.m3t import M3TData
-from muco.data.rows import Rows, choose_columns, locked, whole_file
+from muco.data.rows import Rows, choose_columns
 from muco.dialogue import Sample
 from muco.errors import DataError
 

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 import muco
 from muco import MucoError, OutputError
 from muco.backbone import tiny_qwen2_vl
+from muco.base.files import write_json
 from muco.cli import main
 from muco.data import open_data
-from muco.evaluate.report import write_json
 from muco.sizes import TinyConfig
 from muco.study.calibrate import seconds_of
 from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of

@@ -28,11 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 import muco
+from muco.base.files import write_json
 from muco.data import open_data
 from muco.demo.stages import machine
 from muco.evaluate.compare import interval
 from muco.evaluate.metrics import chance_hit
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.search import Index, build
 from muco.train.recipe import Recipe, load_recipe

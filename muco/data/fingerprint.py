@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from muco.base.files import write_json
 from muco.data.images import SETTLED, image_digest, sample_images
 from muco.dialogue import ImageLike
 from muco.errors import DataError, ImageError
@@ -123,9 +123,7 @@ def recall(file: Path) -> None:
 
 def remember(file: Path) -> None:
     """Leaves the digests of all files that were read for another process."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(_known, indent=2), encoding="utf-8")
-    os.replace(part, file)
+    write_json(file, _known)
 
 
 def _state(path: Path) -> list[int]:

@@ -15,15 +15,15 @@ from __future__ import annotations
 import difflib
 import json
 import operator
-import os
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from muco.base.files import whole_file, writing
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
 from muco.data.images import is_url
@@ -146,20 +146,21 @@ def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
     return row
 
 
+def _read(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from rows
+    except OSError as error:  # of what is copied, not of the file that is written
+        raise DataError(f"{error.filename or 'the data'}: cannot be read ({error.strerror or error})") from error
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes one object per line and returns their number. The file appears whole or, on an error, not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: the rename stays on one file system
     count = 0
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(escaped(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
-                count += 1
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(path), whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        for row in _read(rows):
+            file.write(escaped(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
+            count += 1
     return count
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import os
 import stat
@@ -28,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from muco.base.files import locked, whole_file
 from muco.data.lines import image_of
-from muco.data.rows import Rows, cannot_write, choose_columns, locked, whole_file
+from muco.data.rows import Rows, cannot_write, choose_columns
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
 from muco.evaluate.mmeb_data import without_token
@@ -216,7 +218,7 @@ def _present(rows: Rows, images: Path, column: str, *, rescan: bool) -> np.ndarr
         if not rescan and all(file.exists() for file in files):
             present = _load(files)
         else:
-            with locked(folder):
+            with locked(folder, wait=math.inf):
                 _look(rows, images, column, files, rescan=rescan)
                 present = _load(files)
     except OSError as error:

@@ -20,13 +20,14 @@ import torch
 from datasets import Dataset
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 
+from muco.base.files import claimed, write_json
 from muco.data import Data
 from muco.data.jsonl import sample_to_row, write_jsonl
 from muco.data.same import sample_key, target_key
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 
 SCORES = 1 << 28  # similarities in memory at a time, 4 bytes each
 QUERIES = 4096  # at most so many are mined at a time
@@ -102,33 +103,34 @@ def mine(
         Counts: ``turns``, ``queries``, ``candidates``, ``mined``, ``turns_with_fewer``, and ``output``.
     Raises:
         DataError: If the data cannot be read, or has images that are no files (its copy could not name them).
-        OutputError: If the output exists.
+        OutputError: If the output exists, or another process writes it.
     """
-    if output.exists():
-        raise OutputError(f"{output} exists; choose another output file or delete it")
-    pairs = _Pairs(data)
-    fingerprints = {"model": model.fingerprint, "data": data.fingerprint}
-    keys = pairs.book.in_order({*pairs.candidates, *pairs.right})
-    vectors = embed(
-        keys,
-        lambda part: pairs.book.encode(model, batch_size, part),
-        cache=None if cache is None else EmbeddingCache(cache, **fingerprints),
-        progress=progress,
-    )
-    known = _Vectors(dict(zip(keys, vectors, strict=True)))
-    mined = _mine(pairs, known, mining, progress)
-    write_jsonl(output, _rows(data, pairs, mined, output.absolute().parent))
-    found = [len(mined.get(key, ())) for key in pairs.queries()]
-    counts = {
-        "turns": len(found),
-        "queries": len(pairs.right),
-        "candidates": len(pairs.candidates),
-        "mined": sum(found),
-        "turns_with_fewer": sum(count < mining.negatives for count in found),
-    }
-    made = {"mining": asdict(mining), **fingerprints, "versions": versions(), "counts": counts}
-    write_json(output.with_name(f"{output.name}.json"), made)
-    return counts | {"output": str(output)}
+    with claimed(output, beside=True):
+        if output.exists():
+            raise OutputError(f"{output} exists; choose another output file or delete it")
+        pairs = _Pairs(data)
+        fingerprints = {"model": model.fingerprint, "data": data.fingerprint}
+        keys = pairs.book.in_order({*pairs.candidates, *pairs.right})
+        vectors = embed(
+            keys,
+            lambda part: pairs.book.encode(model, batch_size, part),
+            cache=None if cache is None else EmbeddingCache(cache, **fingerprints),
+            progress=progress,
+        )
+        known = _Vectors(dict(zip(keys, vectors, strict=True)))
+        mined = _mine(pairs, known, mining, progress)
+        write_jsonl(output, _rows(data, pairs, mined, output.absolute().parent))
+        found = [len(mined.get(key, ())) for key in pairs.queries()]
+        counts = {
+            "turns": len(found),
+            "queries": len(pairs.right),
+            "candidates": len(pairs.candidates),
+            "mined": sum(found),
+            "turns_with_fewer": sum(count < mining.negatives for count in found),
+        }
+        made = {"mining": asdict(mining), **fingerprints, "versions": versions(), "counts": counts}
+        write_json(output.with_name(f"{output.name}.json"), made)
+        return counts | {"output": str(output)}
 
 
 class _Pairs:

@@ -21,17 +21,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import mmap
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.files import locked, whole_file
 from muco.errors import DataError
 from muco.progress import progress_bar
 
@@ -164,7 +165,7 @@ class Rows:
         if self._whole_shards() == self.shards:
             return
         try:
-            with locked(self.folder), progress_bar(f"copying rows of {self.file.name}") as progress:
+            with locked(self.folder, wait=math.inf), progress_bar(f"copying rows of {self.file.name}") as progress:
                 for left in self.folder.glob(".shard-*.tmp"):  # of a process that was killed
                     left.unlink()
                 first = self._whole_shards()  # another process may have made them meanwhile
@@ -313,32 +314,6 @@ def choose_columns(file: Path, required: Sequence[str], optional: Sequence[str] 
             hint = f"; is it {near[0]!r}?" if near else "."
             raise DataError(f"{file}: no column {column!r}{hint} Expected {expected}; found {', '.join(found)}")
     return (*required, *(name for name in optional if name in found))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """The path to write to; it becomes ``path``, on disk, at the end of the block, or vanishes if that failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time in the block; where the system has no such locks, all of them do the same work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("wb") as file:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
-        yield
 
 
 def cannot_write(folder: Path, error: OSError) -> DataError:

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from muco.base.files import writing
 from muco.dialogue import Turn
 from muco.errors import DataError, OutputError
 
@@ -348,8 +349,9 @@ def write_scenes(
         raise DataError(f"scenes: objects is {list(objects)}; give numbers from 2 to 6")
     final = Path(folder).resolve()
     _refuse_used(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as partial:
+    with writing(final), ExitStack() as stack:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = stack.enter_context(tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-"))
         made = Path(partial) / "scenes"  # a level below, for the permissions that the user's umask gives
         _write(made, _drawn(wanted, seed, objects), size, progress, total=sum(wanted.values()))
         _refuse_used(final)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import os
 import random
 from collections import Counter
 from html import escape
 from pathlib import Path
 
-from muco.base.text import escaped
+from muco.base.files import write_text
 from muco.data import Data, open_data
 from muco.data.images import open_image, resize_to_budget
 from muco.dialogue import Content, ImageLike, Sample, Turn
@@ -41,13 +40,7 @@ def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int
     samples = [_sample_or_error(data, i) for i in chosen]
     name = Path(getattr(data, "path", type(data).__name__)).resolve().name
     page = _page(name, len(data), samples, seed)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(escaped(page), encoding="utf-8")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(output, page)
     return output
 
 

@@ -6,7 +6,6 @@ import base64
 import difflib
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from html import escape
@@ -16,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from muco.base.text import escaped
+from muco.base.files import write_text
 from muco.demo.chart import loss_curve
 from muco.evaluate.retrieval import CONTROLS
 
@@ -50,9 +49,7 @@ def write_page(output: Path, record: Mapping[str, Any], scenes: Path) -> str:
     Returns:
         The file's name.
     """
-    part = output.with_name(f"{output.name}.{os.getpid()}.part")
-    part.write_text(escaped(page(record, scenes)), encoding="utf-8")
-    os.replace(part, output)
+    write_text(output, page(record, scenes))
     return output.name
 
 

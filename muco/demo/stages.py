@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 
 import muco
+from muco.base.files import claimed, is_empty, read_json, write_json
 from muco.data import Data, open_data
 from muco.data.scenes import write_scenes
 from muco.demo.page import STAGES, write_page
@@ -41,7 +42,7 @@ from muco.demo.search import search
 from muco.embed import embed
 from muco.encoder import Model
 from muco.errors import OutputError, RecipeError
-from muco.evaluate.report import print_results, versions, write_json
+from muco.evaluate.report import print_results, versions
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
 from muco.progress import progress_bar
@@ -75,31 +76,32 @@ def run_demo(
     output = Path(output)
     recipe = demo_recipe(output, steps)
     asked = {"muco": muco.__version__, "train": train, "test": test, "seed": seed, "recipe": _settings(recipe)}
-    journal = Journal(output, asked)
-    scenes = output / "scenes"
+    with claimed(output):
+        journal = Journal(output, asked)
+        scenes = output / "scenes"
 
-    making = partial(make_scenes, scenes, train=train, test=test, seed=seed)
-    journal.stage("scenes", making, makes=scenes)
-    held_out = open_data(scenes / "test.jsonl")
-    cache = output / "cache"
-    journal.stage("before", partial(score_untrained, recipe, held_out, cache))
+        making = partial(make_scenes, scenes, train=train, test=test, seed=seed)
+        journal.stage("scenes", making, makes=scenes)
+        held_out = open_data(scenes / "test.jsonl")
+        cache = output / "cache"
+        journal.stage("before", partial(score_untrained, recipe, held_out, cache))
 
-    command = command_line(output, steps=steps, train=train, test=test, seed=seed)
-    folder = Path(recipe.output) / "model"
-    journal.stage("train", partial(train_model, recipe, command), makes=folder)
-    model = muco.load(folder)
-    after = journal.stage("after", partial(score, model, held_out, cache), of=model.fingerprint)
+        command = command_line(output, steps=steps, train=train, test=test, seed=seed)
+        folder = Path(recipe.output) / "model"
+        journal.stage("train", partial(train_model, recipe, command), makes=folder)
+        model = muco.load(folder)
+        after = journal.stage("after", partial(score, model, held_out, cache), of=model.fingerprint)
 
-    vectors = output / "test-images.parquet"
-    resume = journal.last("embed").get("of", model.fingerprint) == model.fingerprint
-    embedding = partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume)
-    journal.stage("embed", embedding, of=model.fingerprint, makes=vectors)
-    journal.stage("search", partial(search, model, held_out, vectors, cache), of=model.fingerprint)
-    report = output / "report.html"
-    journal.stage("page", lambda: write_page(report, journal.record, scenes), again=True)
+        vectors = output / "test-images.parquet"
+        resume = journal.last("embed").get("of", model.fingerprint) == model.fingerprint
+        embedding = partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume)
+        journal.stage("embed", embedding, of=model.fingerprint, makes=vectors)
+        journal.stage("search", partial(search, model, held_out, vectors, cache), of=model.fingerprint)
+        report = output / "report.html"
+        journal.stage("page", lambda: write_page(report, journal.record, scenes), again=True)
 
-    print_results(after, Console(file=sys.stdout))
-    return report
+        print_results(after, Console(file=sys.stdout))
+        return report
 
 
 def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
@@ -147,7 +149,7 @@ class Journal:
         self.file = output / "demo.json"
         self.console = Console(stderr=True)
         if self.file.is_file():
-            self.record = json.loads(self.file.read_text(encoding="utf-8"))
+            self.record = read_json(self.file)
             known = self.record["asked"]
             differing = [
                 f"{key} ({_short(known.get(key))}, now {_short(asked[key])})"
@@ -160,7 +162,7 @@ class Journal:
                     f"{output} holds a demo with another {what}; choose another output folder or delete it"
                 )
             return
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or not is_empty(output)):
             raise OutputError(f"{output} is not empty and holds no demo; choose another output folder")
         self.record = {"asked": dict(asked), "stages": {}}
         write_json(self.file, self.record)

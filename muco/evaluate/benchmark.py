@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from muco.base.text import escaped
+from muco.base.files import write_json, write_text
 from muco.errors import OutputError
 from muco.evaluate.left_out import Broken, as_lines
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -160,7 +159,7 @@ class TaskFiles:
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
-        lines = (escaped(json.dumps(asdict(outcome), ensure_ascii=False)) for outcome in result.outcomes)
+        lines = (json.dumps(asdict(outcome), ensure_ascii=False) for outcome in result.outcomes)
         write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
         lost = self.output / "left_out" / f"{_safe(result.name)}.jsonl"
         if result.broken:
@@ -253,17 +252,6 @@ def gate(score: float, chance: float | None, queries: int) -> list[str]:
     if score > limit:
         return []
     return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; OutputError if it cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error}); choose another output folder") from error
 
 
 def _safe(name: str) -> str:

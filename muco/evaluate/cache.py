@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from muco import distributed
+from muco.base.files import write_bytes
 from muco.data.images import image_digest
 from muco.dialogue import Content, ImageLike
 from muco.errors import DataError, ImageError, OutputError
@@ -175,9 +175,7 @@ class EmbeddingCache:
         buffer = io.BytesIO()
         np.save(buffer, shard, allow_pickle=False)
         name = hashlib.sha256(buffer.getvalue()).hexdigest()
-        part = self.folder / f"{name}.{os.getpid()}.part"
-        part.write_bytes(buffer.getvalue())
-        os.replace(part, self.folder / f"{name}.npy")
+        write_bytes(self.folder / f"{name}.npy", buffer.getvalue())
 
 
 def embed(

@@ -39,6 +39,8 @@ OwnPixels = Annotated[
     bool, typer.Option("--own-pixels", help="Keep the model's own limits of image size, not the benchmark's.")
 ]
 
+WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose vectors are then found there
+
 
 class Precision(StrEnum):
     float32 = "float32"
@@ -87,6 +89,7 @@ def retrieval(
     further dimensions and precisions are scored without encoding anew.
     """
     import muco
+    from muco.base.files import claimed
     from muco.data import open_data
     from muco.evaluate.blind import recipe_of
     from muco.evaluate.report import print_results
@@ -96,7 +99,7 @@ def retrieval(
     rows = open_data(data)  # before the model: a mistyped path should not cost a minute
     encoder = muco.load(model)
     _pixels(encoder.encoder.muco_processor, own=True)
-    with progress_bar("embedding") as progress:
+    with claimed(output, wait=WAIT), progress_bar("embedding") as progress:
         result = evaluate_retrieval(
             encoder,
             rows,
@@ -334,7 +337,7 @@ def _run(evaluate: Any, as_json: bool, **settings: Any) -> None:
     from muco.evaluate.page import print_benchmark
     from muco.progress import progress_bar
 
-    with progress_bar("embedding") as progress:
+    with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:
         result = evaluate(**settings, progress=progress if distributed.rank() == 0 else None)
     if distributed.rank() == 0:
         finish(result, as_json, print_benchmark)

@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.files import write_json
 from muco.data.check import Findings
 from muco.data.items import told_passed_over
 from muco.data.jsonl import write_jsonl
 from muco.dialogue import ImageLike
-from muco.errors import DataError, OutputError
+from muco.errors import DataError
 from muco.evaluate.identity import MIN_WORDS, ImageKeys, Keys, Source, image_keys, keys_of
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.evaluate.tables import clean, print_whole, table_of_numbers
 from muco.progress import progress_bar
 
@@ -83,10 +84,7 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
             for _ in pairs:
                 pass
         else:
-            try:
-                write_jsonl(Path(output) / "overlap.jsonl", pairs)
-            except OSError as error:
-                raise OutputError(f"{output}: cannot be written ({error}); choose another output folder") from error
+            write_jsonl(Path(output) / "overlap.jsonl", pairs)
     report = search.report(training)
     if output is not None:
         write_json(Path(output) / "overlap.json", report)

@@ -8,9 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from muco.evaluate.benchmark import Failure, Shown, TaskResult, write_text
+from muco.base.files import write_json, write_text
+from muco.evaluate.benchmark import Failure, Shown, TaskResult
 from muco.evaluate.published import NOTICE, Published, published
-from muco.evaluate.report import write_json
 from muco.evaluate.tables import (
     INCOMPLETE,
     as_csv,

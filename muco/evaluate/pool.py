@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from muco import distributed
+from muco.base.files import write_bytes
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import metrics
@@ -37,6 +38,8 @@ QUERIES = 4096  # that pass over the pool together
 SCORES = 1 << 24  # scores in memory at a time: 64 MiB
 PAIRS = 2048  # that are scored in float64 at a time
 LAYOUT = 1  # raise when the meaning of a shard changes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,12 @@ def _whole(file: Path, pool: Pool, start: int) -> bool:
     """Whether a shard is there with as many rows as it must have; its name appears when it is complete."""
     if not file.is_file():
         return False
-    return len(np.load(file, mmap_mode="r", allow_pickle=False)) == min(SHARD, len(pool) - start)
+    try:
+        rows = len(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        log.warning("%s: the vectors are damaged (%s); they are computed again", file, error)
+        return False
+    return rows == min(SHARD, len(pool) - start)
 
 
 def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int, left_out: LeftOut) -> None:
@@ -188,10 +196,10 @@ def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_siz
     reasons = {row: left_out.reasons[row] for row in rows if row in left_out}
     if reasons:
         vectors = _with_gaps(model, vectors, [row in reasons for row in rows])
-        _write(_note(file), json.dumps(reasons).encode("ascii"))
+        write_bytes(_note(file), json.dumps(reasons).encode("ascii"))
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
-    _write(file, buffer.getvalue())
+    write_bytes(file, buffer.getvalue())
 
 
 def _with_gaps(model: Embedder, vectors: np.ndarray, gaps: Sequence[bool]) -> np.ndarray:
@@ -202,15 +210,6 @@ def _with_gaps(model: Embedder, vectors: np.ndarray, gaps: Sequence[bool]) -> np
     if len(vectors):
         whole[~np.array(gaps)] = vectors
     return whole
-
-
-def _write(file: Path, data: bytes) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error})") from error
 
 
 def search(

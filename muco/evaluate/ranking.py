@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from muco.base.files import write_text
 from muco.base.text import read_text
 from muco.errors import DataError
-from muco.evaluate.benchmark import write_text
 
 Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), best first
 Qrels = Mapping[str, Mapping[str, int]]  # query -> candidate -> grade

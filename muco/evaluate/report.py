@@ -1,17 +1,12 @@
-"""What a reader gets: warnings in sentences, a table for the terminal, the same as Markdown, and the JSON file."""
+"""What a reader gets: warnings in sentences, a table for the terminal, and the same as Markdown."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.base.text import escaped
-from muco.errors import OutputError
 from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
 
 if TYPE_CHECKING:
@@ -111,15 +106,3 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-        part.write_text(escaped(text) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error}); choose another output folder") from error

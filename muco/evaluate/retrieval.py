@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.files import write_json
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 from muco.evaluate.metrics import Precision
-from muco.evaluate.report import versions, warnings, write_json
+from muco.evaluate.report import versions, warnings
 from muco.evaluate.tasks import Builder, Task, read_turns
 from muco.sizes import checked_dimension
 

@@ -12,8 +12,10 @@ cosine, whatever index found the row. Candidates are all rows up to ANN_ROWS; be
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from muco.errors import MucoError, OutputError
+from muco.base.files import claimed
+from muco.errors import MucoError, OutputError, StorageError
 from muco.search.filter import checked_filter, quoted
+from muco.search.lance import lance_calls
 from muco.search.storage import STORAGES, Name, Storage, scores
 from muco.sizes import checked_dimension
 
@@ -47,6 +51,9 @@ LARGEST_K = 10_000
 STALE = timedelta(seconds=5)  # how far a reader may lag behind a writer
 OLD = timedelta(minutes=1)  # no reader can still use a version so much older
 IDS = 1000  # per delete statement
+WAIT = 3600.0  # seconds for the writer before, which may be building an index of vectors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Hit:
 
 
 class Index:
-    """An open index. Searching is safe from many threads at once; one process writes at a time."""
+    """An open index. Many threads and processes may search and write at once; writers take turns."""
 
     def __init__(self, path: str, table: Any, model: Model | str | Path | None = None) -> None:
         self.path, self.table = path, table
@@ -77,6 +84,7 @@ class Index:
         )
         self.storage: Storage = STORAGES[facts["muco.storage"]]
         self._model, self._encoding = None, threading.Lock()
+        self._repaired = False  # whether each id is known to be there once
         if model is not None:
             self._model = self._checked(model)
 
@@ -91,7 +99,7 @@ class Index:
         Raises:
             MucoError: If there is no index, or it is of another model.
         """
-        table = _open_table(_connect(path, create=False))
+        table = _open_table(_connect(path, create=False), path)
         if table is None:
             raise MucoError(f"{path}: no index there; make one with `muco index INPUT --model MODEL --index {path}`")
         return cls(str(path), table, model)
@@ -114,6 +122,7 @@ class Index:
 
         Raises:
             MucoError: If it is there and of another model, dimension or storage.
+            StorageError: If its files are missing or cannot be written.
         """
         import pyarrow as pa
 
@@ -121,8 +130,7 @@ class Index:
 
         length = checked_dimension(dimension, model.get_embedding_dimension())
         database = _connect(path, create=True)
-        table = _open_table(database)
-        if table is not None:
+        if (table := _open_table(database, path)) is not None:
             index = cls(str(path), table, model)
             for name, there, wanted in (
                 ("dimension", index.dimension, dimension),
@@ -144,10 +152,16 @@ class Index:
         text, binary = pa.string(), pa.binary()
         own = [pa.field(name, binary if name == "thumbnail" else text) for name in OWN]
         schema = pa.schema([*own, *STORAGES[storage].fields(length)], metadata=facts)
-        return cls(str(path), database.create_table(TABLE, schema=schema), model)
+        with _lock(path):
+            if _open_table(database, path) is None:
+                with lance_calls(path):
+                    database.create_table(TABLE, schema=schema)
+        # Another process may have made it: then of its own model and storage.
+        return cls.create(path, model, model_path=model_path, storage=storage, dimension=dimension)
 
     def __len__(self) -> int:
-        return self.table.count_rows()
+        with lance_calls(self.path):
+            return self.table.count_rows()
 
     @property
     def extra_columns(self) -> dict[str, pa.DataType]:
@@ -266,7 +280,7 @@ class Index:
             search = search.bypass_vector_index().limit(k + 1)  # one more, so that equal scores fall as in a sort
         else:
             search = search.nprobes(PROBES).limit(self._looked_at * max(k, FEWEST))
-        return self._best(_run(search, where, ["id", *self.storage.columns, "_distance"]).read_all(), query, k)
+        return self._best(self._read(search, where, ["id", *self.storage.columns, "_distance"]), query, k)
 
     @property
     def _looked_at(self) -> int:
@@ -276,7 +290,7 @@ class Index:
 
     def _scan(self, query: np.ndarray, k: int, where: str | None) -> list[tuple[str, float]]:
         best: list[tuple[str, float]] = []
-        for batch in _run(self.table.search(), where, ["id", *self.storage.columns]):
+        for batch in self._batches(where, ["id", *self.storage.columns]):
             best = sorted(best + self._best(batch, query, k), key=_order)[:k]
         return best
 
@@ -306,7 +320,15 @@ class Index:
     def rows_where(self, column: str, values: Sequence[str], columns: Sequence[str]) -> pa.Table:
         if not values:
             return self.table.schema.empty_table().select(list(columns))
-        return _run(self.table.search(), f"{column} IN ({', '.join(map(quoted, values))})", columns).read_all()
+        return self._read(self.table.search(), f"{column} IN ({', '.join(map(quoted, values))})", columns)
+
+    def _read(self, search: Any, where: str | None, columns: Sequence[str]) -> pa.Table:
+        with lance_calls(self.path, where):
+            return _query(search, where, columns).read_all()
+
+    def _batches(self, where: str | None, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        with lance_calls(self.path, where):
+            yield from _query(self.table.search(), where, columns)
 
     def vectors_of(self, contents: Sequence[str]) -> Iterator[tuple[str, np.ndarray, bytes | None]]:
         """Content hash, vector and thumbnail of what the table holds of these contents."""
@@ -319,7 +341,7 @@ class Index:
 
     def ids(self) -> Iterator[list[str]]:
         """All ids, some thousands at a time."""
-        for batch in _run(self.table.search(), None, ["id"]):
+        for batch in self._batches(None, ["id"]):
             yield batch.column("id").to_pylist()
 
     def add(self, rows: Iterable[Mapping[str, Any]] | Any, *, batch_size: int = 32) -> dict[str, Any]:
@@ -340,17 +362,74 @@ class Index:
 
         return add_rows(self, rows, batch_size=batch_size)
 
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
     def delete(self, ids: Sequence[str]) -> int:
         """Removes rows; returns how many there were."""
-        before = len(self)
-        for start in range(0, len(ids), IDS):
-            self.table.delete(f"id IN ({', '.join(map(quoted, ids[start : start + IDS]))})")
-        return before - len(self)
+        with self._writing():
+            before = len(self)
+            for start in range(0, len(ids), IDS):
+                self.table.delete(f"id IN ({', '.join(map(quoted, ids[start : start + IDS]))})")
+            return before - len(self)
 
     def write(self, rows: pa.Table) -> None:
-        """Adds rows of this table's schema, replacing those of the same ids, at once or not at all."""
-        writing = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-        writing.execute(rows)
+        """Adds rows of this table's schema, replacing those of the same ids, at once or not at all.
+
+        Columns that another writer has added meanwhile are null in them; those it has widened hold their values.
+        """
+        with self._writing():
+            for field in self.table.schema:
+                if field.name not in rows.column_names:
+                    rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+            writing = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            writing.execute(rows.select(self.table.schema.names).cast(self.table.schema))
+
+    def add_columns(self, fields: Sequence[pa.Field]) -> None:
+        """Adds columns, null in every row, but for those that are there."""
+        with self._writing():
+            if new := [field for field in fields if field.name not in self.table.schema.names]:
+                self.table.add_columns(new)
+
+    def repair(self) -> None:
+        """Sees to it that each id is there once, and that the newest version of the table is looked at."""
+        with self._writing():
+            pass
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One writer at a time, on the newest version of the table. Readers never wait.
+
+        Each write takes the lock for itself, so that two runs into one index take turns; an id that both have is
+        there once, as the later one wrote it.
+        """
+        with _lock(self.path), lance_calls(self.path):
+            self.table.checkout_latest()
+            if not self._repaired:
+                self._repair()
+                self._repaired = True
+            yield
+
+    def _repair(self) -> None:
+        """Leaves one row per id, where writers that knew no lock left several: the one that was written last."""
+        hashes = [np.fromiter(map(hash, ids), np.int64, len(ids)) for ids in self.ids()]
+        values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *hashes]), return_counts=True)
+        doubled = set(values[counts > 1].tolist())
+        if not doubled:
+            return
+        rows: dict[str, list[int]] = {}
+        for batch in self._batches(None, ["id", "_rowid"]):
+            for id, row in zip(batch.column("id").to_pylist(), batch.column("_rowid").to_pylist(), strict=True):
+                if hash(id) in doubled:
+                    rows.setdefault(id, []).append(row)
+        older = [row for found in rows.values() for row in sorted(found)[:-1]]
+        for start in range(0, len(older), IDS):
+            self.table.delete(f"_rowid IN ({', '.join(map(str, older[start : start + IDS]))})")
+        log.warning(
+            "%s: %d ids were there more than once, as two writers at a time left them; of each the row that was "
+            "written last is kept",
+            self.path,
+            sum(len(found) > 1 for found in rows.values()),
+        )
 
     def fits(self, column: str, kind: pa.DataType) -> bool:
         """Whether all values of a further column fit another type without loss."""
@@ -360,7 +439,7 @@ class Index:
         if types.is_decimal(self.extra_columns[column]) and types.is_floating(kind):
             return False
         try:
-            for batch in _run(self.table.search(), None, [column]):
+            for batch in self._batches(None, [column]):
                 batch.column(0).cast(kind)
         except pa.ArrowInvalid:
             return False
@@ -368,6 +447,10 @@ class Index:
 
     def widen(self, column: str, kind: pa.DataType) -> None:
         """Gives a further column another type, which its values fit."""
+        with self._writing():
+            self._widen(column, kind)
+
+    def _widen(self, column: str, kind: pa.DataType) -> None:
         import pyarrow.types as types
 
         if not types.is_integer(self.extra_columns[column]) or types.is_integer(kind):
@@ -382,6 +465,10 @@ class Index:
 
     def optimize(self) -> None:
         """Joins small files, takes new rows into the indices, and builds indices that now pay."""
+        with self._writing():
+            self._optimize()
+
+    def _optimize(self) -> None:
         from lancedb.index import BTree, IvfFlat, IvfRq
 
         self.table.optimize(cleanup_older_than=OLD)
@@ -407,24 +494,13 @@ def _order(found: tuple[str, float]) -> tuple[float, str]:
     return -found[1], found[0]
 
 
-def _run(search: Any, where: str | None, columns: Sequence[str]) -> pa.RecordBatchReader:
-    """Starts a query; what LanceDB says against a filter becomes one short sentence."""
-    import pyarrow as pa
-
-    if where:
-        search = search.where(where)
-    try:
-        return search.select([*columns]).to_batches()
-    except (ValueError, RuntimeError, pa.ArrowInvalid) as error:
-        if not where:
-            raise
-        raise MucoError(f"the filter cannot be used: {_reason(error)}") from error
+def _query(search: Any, where: str | None, columns: Sequence[str]) -> pa.RecordBatchReader:
+    return (search.where(where) if where else search).select([*columns]).to_batches()
 
 
-def _reason(error: Exception) -> str:
-    """The first sentence of LanceDB's error, without what it says about its own source."""
-    text = " ".join(str(error).split()).removeprefix("Invalid input, ").removeprefix("lance error: ")
-    return text.split(", /", 1)[0][:200]
+def _lock(path: str | Path) -> AbstractContextManager[None]:
+    """One writer at a time; object storage has no locks."""
+    return nullcontext() if "://" in str(path) else claimed(path, wait=WAIT)
 
 
 def _connect(path: str | Path, *, create: bool) -> Any:
@@ -440,11 +516,14 @@ def _connect(path: str | Path, *, create: bool) -> Any:
     return lancedb.connect(str(path), read_consistency_interval=STALE if not create else timedelta(0))
 
 
-def _open_table(database: Any) -> Any:
+def _open_table(database: Any, path: str | Path) -> Any:
     """The table, or None; also None of one whose making was interrupted, which can be made again."""
-    try:
-        return database.open_table(TABLE)
-    except ValueError as error:
-        if "was not found" not in str(error):
-            raise
-        return None
+    with lance_calls(path):
+        try:
+            return database.open_table(TABLE)
+        except ValueError as error:
+            if "was not found" not in str(error):
+                raise
+    if "://" not in str(path) and any(Path(path).glob(f"{TABLE}.lance/data/*")):
+        raise StorageError(f"{path}: rows are there, but not what tells of them; copy the index again, or delete it")
+    return None

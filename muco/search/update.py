@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Set
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.files import whole_file, writing
 from muco.base.text import escaped
 from muco.data.items import Columns, Row, told_passed_over
 from muco.embed import rows_bar
@@ -147,7 +148,7 @@ def add_columns(index: Index, extra: Mapping[str, pa.DataType], empty: Set[str],
         if kind is not None and kind != there[name]:
             index.widen(name, kind)
     if new := [pa.field(name, kind) for name, kind in extra.items() if name not in there]:
-        index.table.add_columns(new)
+        index.add_columns(new)
 
 
 class Notes:
@@ -164,18 +165,23 @@ class Notes:
 
     def first(self, id: str) -> bool:
         """Notes an id; false if it was noted before."""
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (id,)).rowcount == 1
+        with self._writing():
+            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (id,)).rowcount == 1
 
     def has(self, id: str) -> bool:
         return self._database.execute("SELECT 1 FROM seen WHERE id = ?", (id,)).fetchone() is not None
 
     def fail(self, row: Row, reason: str) -> None:
         note = {"row": row.number, "id": row.id, "where": row.where, "reason": reason}
-        self._database.execute("INSERT INTO failed VALUES (?)", (json.dumps(note),))
+        with self._writing():
+            self._database.execute("INSERT INTO failed VALUES (?)", (json.dumps(note),))
 
     def failed(self) -> Iterator[dict[str, Any]]:
         for (note,) in self._database.execute("SELECT note FROM failed ORDER BY rowid"):
             yield json.loads(note)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._folder.name, "let TMPDIR name another folder")
 
     def close(self) -> None:
         self._database.close()
@@ -196,6 +202,7 @@ def _update(
     from rich.console import Console
 
     started = time.perf_counter()
+    index.repair()  # before any row is taken for unchanged
     counts = dict.fromkeys(("encoded", "reused", "unchanged", "failed"), 0)
     writer = Writer(index)
     console = Console(stderr=True, quiet=progress is False)
@@ -329,10 +336,11 @@ def _list_failed(notes: Notes, found: Mapping[str, Any], path: str | Path | None
         place = "name a file for the list by --errors"
     else:
         path = Path(path)
-        path.unlink(missing_ok=True)
-        if found["failed"]:
-            with path.open("w", encoding="utf-8") as file:
-                file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in notes.failed())
+        with writing(path, "name another file by --errors"):
+            path.unlink(missing_ok=True)
+            if found["failed"]:
+                with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+                    file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in notes.failed())
         first, place = next(notes.failed(), None), f"all: {path}"
     if found["failed"] == found["rows"] and first is not None:
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -22,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from muco.errors import MucoError
+from muco.errors import MucoError, StorageError
 from muco.search.columns import in_json
 from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
 from muco.serve.engine import Embedded, Engine, Item
@@ -52,6 +53,8 @@ REFUSALS = {
     for status in (400, 401, 404, 408, 413, 421, 500, 503)
 }
 Answer = TypeVar("Answer")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,9 @@ class _Service:
         search = partial(index.search, **by, k=request.k, where=request.where, exact=request.exact)
         try:
             return await run_in_threadpool(search)
+        except StorageError as error:
+            log.error("%s", error)
+            raise RequestError("the index cannot be read; the server's log says why", status=500) from error
         except MucoError as error:  # it may name the index's folder, which is no business of the client's
             raise RequestError(str(error).removeprefix(f"{index.path}: ")) from error
 

@@ -21,8 +21,8 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from muco.backbone import freeze_vision
+from muco.base.files import write_json
 from muco.encoder import Model
-from muco.evaluate.report import write_json
 from muco.train.flops import step_flops
 from muco.train.mixture import open_sources
 from muco.train.recipe import Recipe, from_dict

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import muco
+from muco.base.files import write_json
 from muco.data import open_data
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.study.probes import PROBES
 from muco.train.flops import step_flops

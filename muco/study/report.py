@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.base.text import escaped
+from muco.base.files import write_text
 from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Study
 from muco.study.plots import plot
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def write_report(study: Study, found: Mapping[str, Any], output: Path, command: str) -> Path:
     """Writes ``plot.svg`` and ``README.md`` and returns the latter."""
-    (output / "plot.svg").write_text(plot(study, found), encoding="utf-8")
+    write_text(output / "plot.svg", plot(study, found))
     page = output / "README.md"
-    page.write_text(escaped(_page(study, found, command)), encoding="utf-8")
+    write_text(page, _page(study, found, command))
     return page
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import muco
+from muco.base.files import claimed, is_empty, read_json, write_json, writing
 from muco.errors import MucoError, OutputError
-from muco.evaluate.report import write_json
 from muco.progress import progress_bar
 from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
 
@@ -66,23 +66,24 @@ def run_study(
         )
     asked = {"study": study.name, "scale": checked_scale(scale), "muco": muco.__version__}
     asked |= {"data": sets.train, "test": sets.test, "format": sets.format} if sets else {"data": None}
-    if sets is None:
-        claim(output, asked)
-        _make_data(study, output, scale)
-    else:
-        _check_sets(study, sets)
-        claim(output, asked)
-    settings = {"scale": scale, "sets": sets}
-    costs = _costs(study, output, first_seed, jobs, **settings)
-    todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
-    _make_runs(study, output, todo, jobs, costs, **settings)
-    results = [
-        {"name": name, "seed": seed, "result": _result(folder_of(output, name, seed)) or {}} for name, seed in todo
-    ]
-    found = {"asked": asked | {"seeds": seeds, "first_seed": first_seed}, "runs": results}
-    found |= {"costs": costs} if costs else {}
-    write_json(output / "study.json", found)
-    return found
+    with claimed(output):
+        if sets is None:
+            claim(output, asked)
+            _make_data(study, output, scale)
+        else:
+            _check_sets(study, sets)
+            claim(output, asked)
+        settings = {"scale": scale, "sets": sets}
+        costs = _costs(study, output, first_seed, jobs, **settings)
+        todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
+        _make_runs(study, output, todo, jobs, costs, **settings)
+        results = [
+            {"name": name, "seed": seed, "result": _result(folder_of(output, name, seed)) or {}} for name, seed in todo
+        ]
+        found = {"asked": asked | {"seeds": seeds, "first_seed": first_seed}, "runs": results}
+        found |= {"costs": costs} if costs else {}
+        write_json(output / "study.json", found)
+        return found
 
 
 def _check_sets(study: Study, sets: Sets) -> None:
@@ -98,12 +99,12 @@ def claim(output: Path, asked: dict[str, Any]) -> None:
     """Makes the folder of a study, or finds that it is the study's already; else an OutputError."""
     file = output / "study.json"
     if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))["asked"]
+        known = read_json(file)["asked"]
         differing = [f"{key} {known.get(key)}, now {value}" for key, value in asked.items() if known.get(key) != value]
         if differing:
             raise OutputError(f"{output} holds another study ({', '.join(differing)}); choose another output folder")
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or not is_empty(output)):
         raise OutputError(f"{output} is not empty and holds no study; choose another output folder")
     output.mkdir(parents=True, exist_ok=True)
     write_json(file, {"asked": asked, "runs": []})
@@ -114,14 +115,15 @@ def _make_data(study: Study, output: Path, scale: float) -> None:
     if final.exists():
         return
     shutil.rmtree(part, ignore_errors=True)
-    study.prepare(part, scale)
-    os.replace(part, final)
+    with writing(final):
+        study.prepare(part, scale)
+        os.replace(part, final)
 
 
 def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, sets: Sets | None) -> Costs:
     """The cost of a step by run; what ``calibration.json`` lacks is measured, with nothing beside, and kept there."""
     file, folder = output / "calibration.json", output / "calibration"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = read_json(file) if file.is_file() else {}
     if missing := [name for name in study.measured if name not in known]:
         any_steps = {name: {"pairs": 1.0, "flops": 1.0, "seconds": 1.0} for name in study.measured}
         settings = {"costs": any_steps, "sets": sets}
@@ -224,7 +226,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 
 def _result(folder: Path) -> dict[str, Any] | None:
     file = folder / "result.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _check(folder: Path, process: subprocess.Popen) -> None:

@@ -5,7 +5,6 @@ Nothing is trained, and there are no weights: :mod:`muco.train.flops` counts on 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,30 +50,32 @@ def run_flops(
         OutputError: If the folder holds another study, or anything else.
     """
     import muco
-    from muco.evaluate.report import versions, write_json
+    from muco.base.files import claimed, read_json, write_json, write_text
+    from muco.evaluate.report import versions
     from muco.study.run import claim
     from muco.train.flops import meta_step_flops, qwen2_vl_config
 
     asked = {"study": "flops", "muco": muco.__version__}
-    claim(output, asked)
-    file = output / "study.json"
-    flops: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("flops", {})
-    todo = [(size, name) for size in sizes for name in assumptions if name not in flops.get(size, {})]
-    found = {"asked": asked, "runs": [], "versions": versions(), "flops": flops}
-    with progress_bar("flops") as progress:
-        for done, (size, name) in enumerate(todo):
-            progress(done, len(todo))
-            config = qwen2_vl_config(size)  # type: ignore[arg-type]
-            given = {"visual_tokens": VISUAL, "query_tokens": QUERY, "target_tokens": TARGET, **assumptions[name]}
-            counts = {
-                run: meta_step_flops(config, images=images, turns=turns, **given)
-                for run, (images, turns) in RUNS.items()
-            }
-            flops.setdefault(size, {})[name] = {run: asdict(c) | {"total": c.total} for run, c in counts.items()}
-            write_json(file, found)
-    (output / "plot.svg").write_text(_plot(flops), encoding="utf-8")
-    (output / "README.md").write_text(_page(found, command), encoding="utf-8")
-    return found
+    with claimed(output):
+        claim(output, asked)
+        file = output / "study.json"
+        flops: dict[str, Any] = read_json(file).get("flops", {})
+        todo = [(size, name) for size in sizes for name in assumptions if name not in flops.get(size, {})]
+        found = {"asked": asked, "runs": [], "versions": versions(), "flops": flops}
+        with progress_bar("flops") as progress:
+            for done, (size, name) in enumerate(todo):
+                progress(done, len(todo))
+                config = qwen2_vl_config(size)  # type: ignore[arg-type]
+                given = {"visual_tokens": VISUAL, "query_tokens": QUERY, "target_tokens": TARGET, **assumptions[name]}
+                counts = {
+                    run: meta_step_flops(config, images=images, turns=turns, **given)
+                    for run, (images, turns) in RUNS.items()
+                }
+                flops.setdefault(size, {})[name] = {run: asdict(c) | {"total": c.total} for run, c in counts.items()}
+                write_json(file, found)
+        write_text(output / "plot.svg", _plot(flops))
+        write_text(output / "README.md", _page(found, command))
+        return found
 
 
 def print_flops(found: Mapping[str, Any], console: Console) -> None:

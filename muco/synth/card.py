@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muco.base.files import whole_file
 from muco.base.text import escaped
-from muco.data.rows import whole_file
 from muco.synth.shards import METADATA, read_rejected, read_rows
 
 SHEET = 60  # pictures on the contact sheet

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from muco.base.files import take_lock, writing
 from muco.errors import DataError, OutputError
 
 
@@ -43,8 +44,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _open(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open(path)
 
     def __enter__(self) -> Journal:
         return self
@@ -55,8 +57,9 @@ class Journal:
     def add(self, value: dict[str, Any]) -> None:
         """Appends one line; once this has returned, a kill of the process cannot lose it."""
         line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        while line:
-            line = line[os.write(self._file, line) :]
+        with writing(self.path, "give the same command again"):
+            while line:
+                line = line[os.write(self._file, line) :]
 
     def replace(self, values: Iterable[dict[str, Any]]) -> None:
         """Has these lines instead of those so far, all at once."""
@@ -78,23 +81,13 @@ class Journal:
 def _open(path: Path) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        _lock(file, path)
+        if not take_lock(file, path):
+            raise OutputError(f"{path}: another process is writing to it; wait for it, or name another output")
         _cut_unfinished(file)
     except BaseException:
         os.close(file)
         raise
     return file
-
-
-def _lock(file: int, path: Path) -> None:
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-    except BlockingIOError as error:
-        raise OutputError(f"{path}: another process is writing to it; wait for it, or name another output") from error
 
 
 def _cut_unfinished(file: int) -> None:

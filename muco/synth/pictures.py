@@ -7,7 +7,6 @@ Only the small results come back, in the order of the source.
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from muco.base.files import whole_file
 from muco.data.images import FORMATS, MAX_PIXELS, image_digest, open_image
-from muco.data.rows import whole_file
 from muco.errors import ImageError, MucoError, OutputError
 from muco.fetch import FetchError, UnreachableError
 from muco.runner import daft_on
@@ -149,10 +148,8 @@ def _store(data: bytes, digest: str, number: int, store: Path) -> str:
     try:
         if path.exists():
             return file
-        own = path.with_name(f".{digest}.{number}")  # two threads may store the same picture at the same time
-        with whole_file(own) as unfinished:
+        with whole_file(path) as unfinished:  # several threads may store the same picture at the same time
             unfinished.write_bytes(data)
-        os.replace(own, path)
     except OSError as error:
         raise OutputError(f"{store}: a picture cannot be stored ({error.strerror or error}); make room") from error
     return file

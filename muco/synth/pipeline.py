@@ -18,7 +18,6 @@ Between the passes the number of pictures is known, so that requests and tokens 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import muco
+from muco.base.files import is_empty, read_json, write_json, writing
 from muco.errors import DataError, OutputError
-from muco.evaluate.report import write_json
 from muco.synth.catalogue import Catalogue, Kept, fill
 from muco.synth.endpoint import Endpoint
 from muco.synth.flow import in_order
@@ -154,7 +153,7 @@ def claim(job: Job) -> None:
     """
     file, facts = job.output / "synth.json", job.facts()
     if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file)
         for key in FIXED:
             if known.get(key) != facts[key]:
                 raise OutputError(
@@ -162,7 +161,7 @@ def claim(job: Job) -> None:
                     "or name another output folder"
                 )
         return
-    if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
+    if job.output.exists() and (not job.output.is_dir() or not is_empty(job.output)):
         raise OutputError(f"{job.output}: is not empty and was not made by muco synth; name another output folder")
     job.output.mkdir(parents=True, exist_ok=True)
     write_json(file, facts)
@@ -275,7 +274,8 @@ class _Writing:
             answers.settle()
             answers.close()
             return
-        write_shard(self.job.shards, shard, made, self.facts)
+        with writing(self.job.shards, "give the same command again"):
+            write_shard(self.job.shards, shard, made, self.facts)
         answers.delete()
 
     def settle(self) -> None:

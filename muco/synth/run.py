@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from muco.base.files import claimed, writing
 from muco.progress import progress_bar
 from muco.synth.card import write_card, write_sheet
 from muco.synth.catalogue import Catalogue, Kept
@@ -98,43 +99,45 @@ def synth(
     Raises:
         MucoError: See pipeline.py; everything that was finished is kept.
     """
-    job, pace = asyncio.run(check(job))
-    claim(job)
-    with progress_bar("pictures") as progress:
-        looked = look(job, workers=threads, ray=ray, progress=progress)
-    with job.open_catalogue() as catalogue:
-        parts = unfinished(job, catalogue.kept_count)
-        left = sum(map(len, parts))
-        needs = estimate(job.setting.prompts, left, _mean_pixels(job, catalogue, parts), prices)
-        result: dict[str, Any] = {
-            "pictures": looked,
-            "estimate": {role: need.as_dict() for role, need in needs.items()},
+    with claimed(job.output):
+        job, pace = asyncio.run(check(job))
+        claim(job)
+        with progress_bar("pictures") as progress:
+            looked = look(job, workers=threads, ray=ray, progress=progress)
+        with job.open_catalogue() as catalogue:
+            parts = unfinished(job, catalogue.kept_count)
+            left = sum(map(len, parts))
+            needs = estimate(job.setting.prompts, left, _mean_pixels(job, catalogue, parts), prices)
+            result: dict[str, Any] = {
+                "pictures": looked,
+                "estimate": {role: need.as_dict() for role, need in needs.items()},
+            }
+            result["estimate"]["seconds"] = round(pace * left, 1)
+            say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
+            if dry_run:
+                return result
+            making = _Making(left, say)
+            if workers > 1 or ray is not None:
+                later = _in_workers(job, catalogue, parts, making, workers, ray)
+            else:
+                later = asyncio.run(_here(job, catalogue, parts, making, budget or Budget()))
+        shards = shard_files(job.shards)
+        with writing(job.output, "give the same command again"):
+            rows = write_whole(job.output, job.root, shards, job.facts())
+            summary = write_card(job.output, shards, looked)
+        if rows:
+            write_sheet(job.output)
+        found = summary.as_dict()
+        return result | {
+            "shards": -(-looked["kept"] // job.shard),
+            "finished": len(shards),
+            "rows": rows,
+            **{key: found[key] for key in ("pairs", "kinds", "rejected")},
+            "unanswered": later,
+            "stopped": making.stopped,
+            "usage": making.usage,
+            "output": str(job.output),
         }
-        result["estimate"]["seconds"] = round(pace * left, 1)
-        say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
-        if dry_run:
-            return result
-        making = _Making(left, say)
-        if workers > 1 or ray is not None:
-            later = _in_workers(job, catalogue, parts, making, workers, ray)
-        else:
-            later = asyncio.run(_here(job, catalogue, parts, making, budget or Budget()))
-    shards = shard_files(job.shards)
-    rows = write_whole(job.output, job.root, shards, job.facts())
-    summary = write_card(job.output, shards, looked)
-    if rows:
-        write_sheet(job.output)
-    found = summary.as_dict()
-    return result | {
-        "shards": -(-looked["kept"] // job.shard),
-        "finished": len(shards),
-        "rows": rows,
-        **{key: found[key] for key in ("pairs", "kinds", "rejected")},
-        "unanswered": later,
-        "stopped": making.stopped,
-        "usage": making.usage,
-        "output": str(job.output),
-    }
 
 
 @dataclass

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.files import whole_file
 from muco.base.text import escaped
-from muco.data.rows import whole_file
 from muco.errors import DataError
 from muco.synth.writing import Made
 

@@ -16,20 +16,23 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muco import distributed
+from muco.base.files import is_empty, read_json, write_json, writing
 from muco.base.text import escaped
 from muco.data.fingerprint import RULE
 from muco.errors import CheckpointError, OutputError, RecipeError
-from muco.evaluate.report import versions, write_json
+from muco.evaluate.report import versions
 from muco.train.recipe import Recipe, dump_recipe, from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from muco.data import Data
     from muco.encoder import Model
 
+log = logging.getLogger(__name__)
+
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "trained.safetensors"
 DIGESTS_FILE = "digests.json"
@@ -45,7 +50,6 @@ OTHER_RULE = (
     "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
     "changed since is taken from its paths and numbers of samples alone"
 )
-logger = logging.getLogger(__name__)
 
 
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
@@ -84,12 +88,11 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; the output of a run is a folder")
     if not file.is_file():
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and not is_empty(output):
             raise OutputError(f"{output} is not empty and holds no run; choose another output folder")
-        output.mkdir(parents=True, exist_ok=True)
         write_json(file, facts)
         return None
-    known = json.loads(file.read_text(encoding="utf-8"))
+    known = read_json(file)
     differing = _differing(known, facts)
     if differing and not _begun(output):  # stopped before it had anything to lose, by a mistake in its recipe perhaps
         write_json(file, facts)
@@ -104,7 +107,7 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
     if (model / "modules.json").is_file():
         return model
     if known.get("fingerprint_rule") != RULE:
-        logger.warning(OTHER_RULE.format(output=output))
+        log.warning(OTHER_RULE.format(output=output))
         write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
     return None
 
@@ -147,17 +150,33 @@ def last_complete(output: Path, processes: int = 1) -> Path | None:
     """
     complete = []
     for folder in (output / "checkpoints").glob("checkpoint-*"):
-        try:
-            # the trainer writes its state last
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        if fault := _fault(folder):
+            log.warning("%s is removed: it was not written to its end (%s)", folder, fault)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
             complete.append(folder)
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(folder)
     last = max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
     made_with = len([*last.glob("rng_state*.pth")]) if last else processes
     if made_with != processes:
         raise OutputError(f"{last} was written by {made_with} processes; resume with as many, not with {processes}")
     return last
+
+
+def _fault(folder: Path) -> str:
+    """Which file of a checkpoint is missing or cut; "" if none is. Reads what each file says of its own length."""
+    try:
+        # the trainer writes its state last
+        file = folder / "trainer_state.json"
+        json.loads(file.read_text(encoding="utf-8"))
+        file = folder / WEIGHTS_FILE
+        with safe_open(file, framework="pt"):
+            pass
+        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")):
+            with zipfile.ZipFile(file):
+                pass
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{file.name}: {error}"
+    return ""
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -177,7 +196,10 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: If the file does not hold exactly the weights that this model trains.
     """
-    weights = load_file(str(folder / WEIGHTS_FILE))
+    try:
+        weights = load_file(str(folder / WEIGHTS_FILE))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing or was cut ({error}); use another one") from error
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if set(weights) != trained:
         odd = sorted(set(weights) ^ trained)
@@ -193,6 +215,11 @@ def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
     """Saves the finished model with its recipe, facts and card; the folder appears when all of it is there."""
+    with writing(output / "model", "give the same command again: the run resumes from its last checkpoint"):
+        return _save_final(output, model, recipe, facts, state)
+
+
+def _save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
     final, part = output / "model", output / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     model.save(str(part), create_model_card=False)

@@ -1,13 +1,22 @@
-"""What a person sees during training: a bar with loss, learning rate and speed, or plain lines in a log file."""
+"""What a person sees during training: a bar with loss, learning rate and speed, or plain lines in a log file.
+
+And TensorBoard's log, whose thread must not print what the run's own error says.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from muco.base.files import writing
 
 
 class ScreenProgress(TrainerCallback):
@@ -54,3 +63,35 @@ class ScreenProgress(TrainerCallback):
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+class TensorBoardLog(TensorBoardCallback):
+    """transformers' own; a log that cannot be written is an OutputError."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.logging_dir):
+            super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.logging_dir):
+            super().on_log(*args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.logging_dir):
+            super().on_train_end(*args, **kwargs)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Keeps TensorBoard's thread from printing the error that the run ends with."""
+    usual = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__module__.partition(".")[0] != "tensorboard":
+            usual(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual

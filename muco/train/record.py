@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from muco import distributed
+from muco.base.files import write_text, writing
 from muco.base.text import escaped
 from muco.errors import TrainingError
 
@@ -38,7 +39,7 @@ class Record(TrainerCallback, ExportableState):
             lines = [
                 line for line in self.file.read_text(encoding="utf-8").splitlines() if _step(line) < state.global_step
             ]
-            self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_text(self.file, "".join(f"{line}\n" for line in lines))
 
     def add(self, part: Mapping[str, Any]) -> None:
         """Counts an item of :class:`muco.train.batches.TrainingBatches`.
@@ -52,7 +53,7 @@ class Record(TrainerCallback, ExportableState):
         self.own["left_out_turns"] += part["left_out"]
         if not skipped:
             return
-        with self.file.open("a", encoding="utf-8") as file:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
             file.writelines(escaped(json.dumps(row, ensure_ascii=False)) + "\n" for row in skipped)
         broken, samples = self.own["skipped"], self.own["samples"]
         if broken > max(FEW, self.max_broken * samples):

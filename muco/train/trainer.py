@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -42,10 +43,11 @@ from muco.backbone import (
     tiny_qwen2_vl,
     use_flex_attention,
 )
+from muco.base.files import writing
 from muco.data import Data, open_data
 from muco.data.fingerprint import recall, remember
 from muco.encoder import Model, from_backbone
-from muco.errors import DataError, RecipeError, TrainingError
+from muco.errors import DataError, OutputError, RecipeError, TrainingError
 from muco.gradcache import GIB, TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.template import SPECIAL_TOKENS
@@ -53,7 +55,7 @@ from muco.train import checkpoint
 from muco.train.batches import PartSampler, StepLoader, TrainingBatches
 from muco.train.checks import check_budget, check_machine, check_negatives, check_recipe
 from muco.train.mixture import Mixture, open_sources
-from muco.train.progress import ScreenProgress
+from muco.train.progress import ScreenProgress, TensorBoardLog, told_once
 from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
 from muco.train.record import Record
 from muco.train.warmup import warm_up
@@ -82,7 +84,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         The folder of the trained model, ``<output>/model``.
     Raises:
         RecipeError, DataError, CheckpointError: If the run cannot be set up.
-        OutputError: If the output folder holds another run.
+        OutputError: If the output folder holds another run, another process trains into it, or it cannot be written.
     """
     check_machine(recipe)
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
@@ -93,6 +95,11 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     facts = checkpoint.run_facts(recipe, sources)  # by each process: in a group, others would wait for this one
     distributed.start()
     training_arguments(recipe, validation is not None)
+    with distributed.claimed(recipe.output):
+        return _train(recipe, sources, validation, facts, resume)
+
+
+def _train(recipe: Recipe, sources: list[Data], validation: Data | None, facts: dict[str, Any], resume: bool) -> Path:
     finished = distributed.first_only(lambda: _claim(recipe, facts, resume))
     if finished:
         return finished
@@ -109,7 +116,8 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     check_budget(recipe, first)
     check_negatives(trainer.loss, first, sources)
     set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with told_once():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     return _finish(recipe, trainer, sources, facts)
 
 
@@ -307,6 +315,8 @@ class MuCoTrainer(SentenceTransformerTrainer):
         super().__init__(model=model, args=args, train_dataset=table, loss=loss, evaluator=evaluator)
         for shown in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for programs
             self.remove_callback(shown)
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(TensorBoardLog())
         if distributed.rank() == 0:
             self.add_callback(ScreenProgress(self))
         self.budget = TokenBudget(batch.token_budget)
@@ -404,6 +414,14 @@ class MuCoTrainer(SentenceTransformerTrainer):
             self.made = 0
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing(folder, RESUME):
+                super()._save_checkpoint(model, trial)
+        except OutputError as error:
+            raise OutputError(f"step {self.state.global_step}: {error}; {self._last_good()}") from error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         weights = checkpoint.trained_weights(self.model)  # on all processes: shards are put together
         broken = [name for name, values in weights.items() if not torch.isfinite(values).all()]
@@ -442,6 +460,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
         distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
 
 
+RESUME = "give the same command again"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

@@ -1,0 +1,288 @@
+"""Files that appear whole, locks, and what the system says when it cannot write.
+
+A lock belongs to the process that holds it: the kernel releases it when the process ends, however it ends. It keeps
+two runs from writing to one place; readers take none.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import platform
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+from safetensors import SafetensorError
+
+from muco.base.text import escaped
+from muco.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+POLL = 0.05  # seconds between two looks at a lock
+TELL_AFTER = 2.0  # seconds of waiting that nobody needs to be told about
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "Parent directory")  # by these torch's file errors are known
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full")
+PROBE = 1 << 16  # bytes
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+log = logging.getLogger(__name__)
+_held: set[int] = set()  # open files of the locks of this process
+_told: set[Path] = set()  # folders without locks, each told once
+
+
+# ── whole files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The path to write to; it becomes ``path``, on disk, at the end of the block, or vanishes if that failed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.tmp")  # of this thread alone
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())  # the content must be on the disk before the name is
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, half characters as escapes.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    write_bytes(path, escaped(text).encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; OutputError if it cannot be written."""
+    with writing(path), whole_file(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all; OutputError if it cannot be written."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote.
+
+    Raises:
+        OutputError: If the file cannot be read or was cut.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read ({_said(error)}); restore it, or choose another folder") from error
+    if not isinstance(value, dict):
+        raise OutputError(f"{path}: does not hold a JSON object; restore it, or choose another folder")
+    return value
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def writing(path: str | Path, remedy: str = "choose another output folder") -> Iterator[None]:
+    """Turns what the system or a library says because it cannot write into a sentence.
+
+    Put only what writes into the block: an error of reading would be told as one of writing.
+
+    Args:
+        path: What is written; named in the sentence.
+        remedy: What to do; where the disk is full, after "make room, or".
+    Raises:
+        OutputError: In place of an OSError, and of the errors of torch, safetensors and SQLite about files.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+        raise _cannot_write(path, error, remedy) from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in TORCH_WRITER):
+            raise
+        raise _cannot_write(path, error, remedy) from error
+
+
+def _cannot_write(path: str | Path, error: Exception, remedy: str) -> OutputError:
+    told = isinstance(error, SafetensorError | sqlite3.Error) or getattr(error, "errno", None)
+    reason = _said(error) if told else _probed(Path(path)) or _said(error)
+    room = "make room, or " if any(word in reason for word in FULL) else ""
+    return OutputError(f"{path}: cannot be written ({reason}); {room}{remedy}")
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # a library may have a longer text of its own, with our path in it
+    return " ".join(str(error).split())
+
+
+def _probed(path: Path) -> str | None:
+    """Why nothing can be written near a path, for libraries that do not say why they failed."""
+    folder = path if path.is_dir() else path.parent
+    probe = folder / f".probe.{os.getpid()}-{get_ident()}.tmp"
+    try:
+        with probe.open("wb") as file:
+            file.write(os.urandom(PROBE))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return _said(error)
+    finally:
+        if folder.is_dir():
+            probe.unlink(missing_ok=True)
+    return None
+
+
+# ── locks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def claimed(path: str | Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[None]:
+    """:func:`locked` for the output of a command.
+
+    Raises:
+        OutputError: Also if the lock cannot be made.
+    """
+    path = Path(path)
+    if not beside and path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file, and a folder is needed; choose another output folder")
+    with ExitStack() as held:
+        with writing(path):
+            held.enter_context(locked(path, beside=beside, wait=wait))
+        yield
+
+
+@contextmanager
+def locked(path: Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[None]:
+    """Lets one process or thread at a time into the block.
+
+    Where the file system has no locks, all are let in, with a warning.
+
+    Args:
+        path: The folder that is written to; made if it is not there. Its lock is the file ``.lock`` in it.
+        beside: Put the lock beside ``path`` (``.NAME.lock``): for a file, or a folder that appears whole.
+        wait: Seconds to wait for whoever holds the lock, told as a warning; 0: refuse at once.
+    Raises:
+        OutputError: If another process or thread still holds the lock; says which, where and since when.
+        OSError: If the lock cannot be made.
+    """
+    file = path.with_name(f".{path.name}{LOCK}") if beside else path / LOCK
+    made = not file.parent.exists()
+    opened = _wait(path, file, wait)
+    _held.add(opened)
+    try:
+        yield
+    finally:
+        if opened in _held:  # else this is a child, see _leave_locks
+            with suppress(OSError):  # its folder may be gone; a file that stays locks nothing
+                file.unlink()  # while it is held: who has opened it already sees that it has no name
+                if made:
+                    file.parent.rmdir()  # unless something was put there
+            _held.discard(opened)
+            os.close(opened)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but, perhaps, its lock."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def _wait(path: Path, file: Path, seconds: float) -> int:
+    """The open file of the lock, once it is ours."""
+    begun, told = time.monotonic(), False
+    while (opened := _take(file)) is None:
+        waited = time.monotonic() - begun
+        if waited >= seconds:
+            raise OutputError(f"{path} is in use by {_holder(file)}; wait until it has ended, or choose another output")
+        if waited >= TELL_AFTER and not told:
+            told = True
+            log.warning("%s is in use by %s; waiting until it is free", path, _holder(file))
+        time.sleep(POLL)
+    return opened
+
+
+def _take(file: Path) -> int | None:
+    """The open file of a lock, or None if it is someone else's."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not take_lock(opened, file):
+                os.close(opened)
+                return None
+            if _is_named(opened, file):
+                with suppress(OSError):  # on a full disk a lock without a name is still a lock
+                    os.ftruncate(opened, 0)
+                    os.write(opened, _myself().encode())
+                return opened
+        except BaseException:
+            os.close(opened)
+            raise
+        os.close(opened)  # whoever held it has removed it since it was opened
+
+
+def take_lock(opened: int, file: Path) -> bool:
+    """Locks an open file; False if someone else has it. True, with a warning, where the system has no such locks."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        if file.parent not in _told:
+            _told.add(file.parent)
+            log.warning("%s: no locks here (%s); see to it that nothing else writes there", file.parent, _said(error))
+    return True
+
+
+def _is_named(opened: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _myself() -> str:
+    return f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _holder(file: Path) -> str:
+    """Whoever holds a lock, in its own words; what is not plain text in them is left out."""
+    try:
+        told = file.read_bytes()[:200].decode("ascii", "ignore")
+    except OSError:
+        told = ""
+    return "".join(filter(str.isprintable, told)) or "another process"
+
+
+def _leave_locks() -> None:
+    """In the child of a fork: a copy of an open file would hold the lock after its owner has ended."""
+    for opened in _held:
+        os.close(opened)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
