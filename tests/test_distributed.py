@@ -84,12 +84,11 @@ except distributed.MucoError as error:
 
 def test_all_processes_learn_that_a_folder_is_in_use(tmp_path):
     (tmp_path / "claim.py").write_text(CLAIM)
+    command = [str(tmp_path / "claim.py"), str(tmp_path / "run")]
     with locked(tmp_path / "run"):
-        said = finished(launch(str(tmp_path / "claim.py"), str(tmp_path / "run"), stderr=subprocess.PIPE))
+        said = finished(launch(*command, stderr=subprocess.PIPE))
     assert said.count(f"in use by process {os.getpid()}") == 2 and "claimed" not in said
-    assert (
-        finished(launch(str(tmp_path / "claim.py"), str(tmp_path / "run"), stderr=subprocess.PIPE)) == "claimed\n" * 2
-    )
+    assert finished(launch(*command, stderr=subprocess.PIPE)) == "claimed\n" * 2
 
 
 @pytest.fixture(scope="module")
