@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import muco
+from muco.base.files import locked
 from muco.train.recipe import dump_recipe, from_dict, load_recipe
 
 HERE = Path(__file__).parent
@@ -67,6 +68,27 @@ def test_two_processes_find_the_gradient_of_one(tiny_model, scenes, found, case)
     for rank in (0, 1):
         value = json.loads((found / f"values-{rank}.json").read_text())[case]
         steps.assert_same((value, load_file(found / f"{case}-{rank}.safetensors")), expected)
+
+
+CLAIM = """
+import sys
+from muco import distributed
+distributed.start()
+try:
+    with distributed.claimed(sys.argv[1]):
+        print("claimed", flush=True)
+except distributed.MucoError as error:
+    print(error, flush=True)
+"""
+
+
+def test_all_processes_learn_that_a_folder_is_in_use(tmp_path):
+    (tmp_path / "claim.py").write_text(CLAIM)
+    command = [str(tmp_path / "claim.py"), str(tmp_path / "run")]
+    with locked(tmp_path / "run"):
+        said = finished(launch(*command, stderr=subprocess.PIPE))
+    assert said.count(f"in use by process {os.getpid()}") == 2 and "claimed" not in said
+    assert finished(launch(*command, stderr=subprocess.PIPE)) == "claimed\n" * 2
 
 
 @pytest.fixture(scope="module")

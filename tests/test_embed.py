@@ -24,6 +24,7 @@ from PIL import Image
 import muco.data.items
 import muco.data.lines
 import muco.embed
+from muco.base.files import claimed
 from muco.data.images import open_image
 from muco.data.items import COLUMNS, open_source
 from muco.dialogue import as_content
@@ -558,6 +559,32 @@ def test_files_of_others_are_never_replaced(tmp_path: Path) -> None:
         run(tmp_path / "a.errors.jsonl", tmp_path / "a.parquet")
     with pytest.raises(OutputError, match="cannot be written"):
         run(source, source / "out.parquet")
+
+
+def test_a_second_run_into_the_same_file_is_refused(tmp_path: Path) -> None:
+    source, output = texts(tmp_path, 3), tmp_path / "out.parquet"
+    with claimed(output, beside=True), pytest.raises(OutputError, match=r"out\.parquet is in use by process \d+ on"):
+        run(source, output)
+    assert run(source, output)["rows"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["items.jsonl", "out.parquet"]
+
+
+def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    try:
+        source = texts(tmp_path, 64)
+        with pytest.raises(
+            OutputError, match=r"small/.*: cannot be written \(No space left on device\); make room, or"
+        ):
+            run(source, small / "out.parquet", shard_rows=2)
+        subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
+        summary = run(source, small / "out.parquet", shard_rows=2)
+        assert summary["rows"] == 64 and 0 < summary["resumed"] < 64
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 def test_a_missing_or_broken_part_is_noticed(tmp_path: Path) -> None:

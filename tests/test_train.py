@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 import muco
+from muco.base.files import locked
 from muco.cli import main
 from muco.data import open_data
+from muco.errors import OutputError
 from muco.evaluate.blind import blind_loss
 from muco.train import checkpoint
 from muco.train.plan import plan
@@ -154,6 +156,47 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finish
     assert losses(resumed) == losses(whole)
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_run_into_the_same_folder_is_refused_at_its_start(scenes, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()} on .*; wait"):
+        muco.train(recipe_of(scenes, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_checkpoint_of_which_a_file_was_cut_is_not_taken_for_whole(finished, tmp_path, caplog, name):
+    recipe, _ = finished
+    shutil.copytree(Path(recipe.output) / "checkpoints", tmp_path / "checkpoints")
+    last = tmp_path / "checkpoints" / "checkpoint-6"
+    assert checkpoint.last_complete(tmp_path) == last
+    (last / name).write_bytes((last / name).read_bytes()[:-20])
+    assert checkpoint.last_complete(tmp_path) == tmp_path / "checkpoints" / "checkpoint-4"
+    assert name in caplog.text and not last.exists()
+
+
+def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(finished, scenes, tmp_path):
+    whole, model = finished
+    last = Path(whole.output) / "checkpoints" / "checkpoint-6"
+    room = sum(file.stat().st_size for file in last.iterdir())
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={3 * room // 2}", "tmpfs", small]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    try:
+        recipe = recipe_of(scenes, small / "run")
+        said = (
+            r"step 4: .*checkpoint-4: cannot be written \(.*No space left on device.*; make room, .* checkpoint is .*-2"
+        )
+        with pytest.raises(OutputError, match=said):
+            muco.train(recipe)
+        subprocess.run(["mount", "-o", f"remount,size={9 * room}", small], check=True)
+        assert losses(muco.train(recipe)) == losses(model)
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 def test_adapters_with_dropout_resume_exactly_and_are_merged(finished, scenes, tmp_path):
