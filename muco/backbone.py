@@ -6,6 +6,7 @@ or not, and adapters (LoRA, DoRA) put on the language model's linear layers.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -126,8 +127,9 @@ def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a configuration on the meta device, where tensors have shapes and no memory."""
     from transformers import AutoModelForImageTextToText
 
+    own = copy.deepcopy(config)  # it remembers the precision
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").model
+        return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation="sdpa").model
 
 
 def freeze_vision(model: nn.Module) -> int:

@@ -254,8 +254,8 @@ class Model(SentenceTransformer):
         """
         if self.is_singular_input(inputs):
             return self.encode([inputs], **kwargs)[0]
-        asked, whole = kwargs.setdefault("truncate_dim", self.truncate_dim), self.get_embedding_dimension()
-        dimension = checked_dimension(asked, whole)
+        asked = kwargs.setdefault("truncate_dim", self.truncate_dim)
+        dimension = checked_dimension(asked, self.encoder.get_embedding_dimension())
         if asked is not None:
             kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
         values = [_as_mapping(value, i) for i, value in enumerate(_listed(inputs))]
@@ -332,7 +332,7 @@ class Model(SentenceTransformer):
     ) -> list[np.ndarray]:
         if mode not in ("isolated", "compounded"):
             raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
-        dimension = checked_dimension(self.truncate_dim, self.get_embedding_dimension())
+        dimension = checked_dimension(self.truncate_dim, self.encoder.get_embedding_dimension())
         rows = zip(images, queries, places, strict=True)
         dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]
         self.eval()

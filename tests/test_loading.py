@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import muco
-from muco.backbone import add_adapters, freeze_vision, language_linears, load_backbone, merge_adapters
+from muco.backbone import (
+    add_adapters,
+    freeze_vision,
+    hold_trained_in_float32,
+    language_linears,
+    load_backbone,
+    merge_adapters,
+)
 from muco.dialogue import Content, Dialogue
 from muco.encoder import Model, from_backbone
 from muco.errors import CheckpointError
@@ -541,6 +548,18 @@ def test_vectors_of_half_precision_are_float32_of_length_1_wherever_they_leave(f
     for name, some in found.items():
         assert some.dtype == np.float32, name
         assert np.abs(np.linalg.norm(some.astype(np.float64), axis=1) - 1).max() < 1e-6, name
+
+
+@every_family
+def test_frozen_weights_in_half_precision_and_trained_ones_in_float32_compute_together(family):
+    mixed = load(checkpoint(family), dtype="bfloat16")
+    freeze_vision(mixed.encoder.model)
+    hold_trained_in_float32(mixed.encoder.model)
+    held = {parameter.requires_grad: parameter.dtype for parameter in mixed.encoder.model.parameters()}
+    assert held == {True: torch.float32, False: torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vectors(mixed, ragged())
+    assert found.dtype == np.float32 and ((found * vectors(model(family), ragged())).sum(axis=1) > 0.99).all()
 
 
 @every_family

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import m3t_tree
@@ -260,9 +261,9 @@ def test_all_weights_of_a_bfloat16_checkpoint_are_trained_as_those_of_a_float32_
 
 
 def test_a_model_is_saved_in_the_precision_it_came_in_unless_asked_otherwise(half, scenes, tmp_path):
-    short = {"max_steps": 1}
     for name, model in (("whole", {}), ("adapters", {"adapter": {"rank": 4, "alpha": 4}})):
-        folder = muco.train(of_half(half, scenes, tmp_path / name, short, **model))
+        recipe = of_half(half, scenes, tmp_path / name, {"max_steps": 1, "eval_steps": 1}, **model)
+        folder = muco.train(replace(recipe, data=replace(recipe.data, validation=str(scenes / "dev.jsonl"))))
         assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
         assert muco.load(folder, device="cpu").encoder.model.dtype == torch.bfloat16
 
