@@ -43,7 +43,6 @@ DECODERS = 4  # threads that open images while the model encodes
 ROW_BYTES = 1 << 30  # opened images of one row
 DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
 Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
-AGAIN = "give the same command again: it resumes"
 RESTART = "start again with --no-resume (resume=False)"
 
 
@@ -314,7 +313,7 @@ class Parts:
         }
         facts = {"start": self.rows, "rows": len(part), "errors": json.dumps(failed)}
         path = self.folder / f"rows-{self.rows:012}.parquet"
-        with writing(path, AGAIN), whole_file(path) as unfinished:
+        with writing(path, again=True), whole_file(path) as unfinished:
             pq.write_table(pa.table(columns, schema=_schema(dimension, facts)), unfinished)
         self._count(path)
 
@@ -326,7 +325,7 @@ class Parts:
         """
         import muco
 
-        with writing(self.errors, AGAIN):
+        with writing(self.errors, again=True):
             self._list_failed()
         if self.failed == self.rows:
             self.clear()  # so that the next run tries again
@@ -336,7 +335,7 @@ class Parts:
             raise DataError(f"none of the {self.rows} rows can be embedded; the first: {reason}; all: {self.errors}")
         facts = {**run, "version": muco.__version__, "rows": self.rows, "failed": self.failed}
         facts["image_root"] = image_root.resolve()
-        with writing(self.output, AGAIN), whole_file(self.output) as unfinished:
+        with writing(self.output, again=True), whole_file(self.output) as unfinished:
             self._join(unfinished, _schema(dimension, {f"muco.{k}": v for k, v in facts.items()}))
         self.clear()
 

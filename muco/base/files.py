@@ -49,10 +49,7 @@ _told: set[Path] = set()  # folders without locks, each told once
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The path to write to; it becomes ``path``, on disk, at the end of the block, or vanishes if that failed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
+    make_folder(path.parent)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.tmp")  # of this thread alone
     try:
         yield unfinished
@@ -61,6 +58,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, with those above it, unless it is there; NotADirectoryError where a file is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(path: str | Path, remedy: str = "choose another output folder") -> Iterator[None]:
+def writing(path: str | Path, remedy: str = "choose another output folder", *, again: bool = False) -> Iterator[None]:
     """Turns what the system or a library says because it cannot write into a sentence.
 
     Put only what writes into the block: an error of reading would be told as one of writing.
@@ -110,24 +115,29 @@ def writing(path: str | Path, remedy: str = "choose another output folder") -> I
     Args:
         path: What is written; named in the sentence.
         remedy: What to do; where the disk is full, after "make room, or".
+        again: Say instead that the same command resumes what was begun.
     Raises:
         OutputError: In place of an OSError, and of the errors of torch, safetensors and SQLite about files.
     """
     try:
         yield
     except (OSError, SafetensorError, sqlite3.OperationalError) as error:
-        raise _cannot_write(path, error, remedy) from error
+        raise _cannot_write(path, error, remedy, again) from error
     except RuntimeError as error:
         if not any(word in str(error) for word in TORCH_WRITER):
             raise
-        raise _cannot_write(path, error, remedy) from error
+        raise _cannot_write(path, error, remedy, again) from error
 
 
-def _cannot_write(path: str | Path, error: Exception, remedy: str) -> OutputError:
+def _cannot_write(path: str | Path, error: Exception, remedy: str, again: bool) -> OutputError:
     told = isinstance(error, SafetensorError | sqlite3.Error) or getattr(error, "errno", None)
     reason = _said(error) if told else _probed(Path(path)) or _said(error)
-    room = "make room, or " if any(word in reason for word in FULL) else ""
-    return OutputError(f"{path}: cannot be written ({reason}); {room}{remedy}")
+    full = any(word in reason for word in FULL)
+    if again:
+        remedy = f"{'make room' if full else 'change that'}, and give the same command again: it resumes"
+    elif full:
+        remedy = f"make room, or {remedy}"
+    return OutputError(f"{path}: cannot be written ({reason}); {remedy}")
 
 
 def _said(error: Exception) -> str:
@@ -223,7 +233,7 @@ def _wait(path: Path, file: Path, seconds: float) -> int:
 def _take(file: Path) -> int | None:
     """The open file of a lock, or None if it is someone else's."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not take_lock(opened, file):

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from muco.base.files import writing
+from muco.base.files import make_folder, writing
 from muco.dialogue import Turn
 from muco.errors import DataError, OutputError
 
@@ -350,7 +350,7 @@ def write_scenes(
     final = Path(folder).resolve()
     _refuse_used(final)
     with writing(final), ExitStack() as stack:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         partial = stack.enter_context(tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-"))
         made = Path(partial) / "scenes"  # a level below, for the permissions that the user's umask gives
         _write(made, _drawn(wanted, seed, objects), size, progress, total=sum(wanted.values()))

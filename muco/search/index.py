@@ -513,7 +513,8 @@ def _connect(path: str | Path, *, create: bool) -> Any:
         raise MucoError(f"{path}: no such folder; make an index with `muco index INPUT --model MODEL --index {path}`")
     if local and create and Path(path).exists() and not Path(path).is_dir():
         raise OutputError(f"{path}: an index is a folder, and this is a file; name another")
-    return lancedb.connect(str(path), read_consistency_interval=STALE if not create else timedelta(0))
+    with lance_calls(path):
+        return lancedb.connect(str(path), read_consistency_interval=STALE if not create else timedelta(0))
 
 
 def _open_table(database: Any, path: str | Path) -> Any:

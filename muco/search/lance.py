@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,9 @@ def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
 def _told(error: Exception) -> str:
     """What is wrong with an index, and what to do."""
     if refused := re.search(r"([^:()]+) \(os error \d+\)", str(error)):
-        return f"the index cannot be written ({refused[1].strip()}); make room or allow it, and give the same again"
+        return f"the index cannot be written ({refused[1].strip()}); make room or change that, and give the same command again"
     if isinstance(error, OSError) and error.errno:
-        return f"the index cannot be used ({error.strerror}); allow it, or name another"
+        return f"the index cannot be used ({os.strerror(error.errno)}); change that, or name another"
     return (
         f"the index cannot be read ({_reason(error)}); files of it are missing, damaged or cut: copy it again, or "
         "delete it and make it anew"

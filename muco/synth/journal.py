@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from muco.base.files import take_lock, writing
+from muco.base.files import make_folder, take_lock, writing
 from muco.errors import DataError, OutputError
 
 
@@ -45,7 +45,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._file = _open(path)
 
     def __enter__(self) -> Journal:
@@ -57,7 +57,7 @@ class Journal:
     def add(self, value: dict[str, Any]) -> None:
         """Appends one line; once this has returned, a kill of the process cannot lose it."""
         line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        with writing(self.path, "give the same command again"):
+        with writing(self.path, again=True):
             while line:
                 line = line[os.write(self._file, line) :]
 

@@ -274,7 +274,7 @@ class _Writing:
             answers.settle()
             answers.close()
             return
-        with writing(self.job.shards, "give the same command again"):
+        with writing(self.job.shards, again=True):
             write_shard(self.job.shards, shard, made, self.facts)
         answers.delete()
 

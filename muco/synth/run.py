@@ -122,7 +122,7 @@ def synth(
             else:
                 later = asyncio.run(_here(job, catalogue, parts, making, budget or Budget()))
         shards = shard_files(job.shards)
-        with writing(job.output, "give the same command again"):
+        with writing(job.output, again=True):
             rows = write_whole(job.output, job.root, shards, job.facts())
             summary = write_card(job.output, shards, looked)
         if rows:

@@ -215,7 +215,7 @@ def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
     """Saves the finished model with its recipe, facts and card; the folder appears when all of it is there."""
-    with writing(output / "model", "give the same command again: the run resumes from its last checkpoint"):
+    with writing(output / "model", again=True):
         return _save_final(output, model, recipe, facts, state)
 
 

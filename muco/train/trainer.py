@@ -417,7 +417,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            with writing(folder, RESUME):
+            with writing(folder, again=True):
                 super()._save_checkpoint(model, trial)
         except OutputError as error:
             raise OutputError(f"step {self.state.global_step}: {error}; {self._last_good()}") from error
@@ -460,7 +460,6 @@ class MuCoTrainer(SentenceTransformerTrainer):
         distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
 
 
-RESUME = "give the same command again"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
