@@ -219,9 +219,10 @@ class Batcher(Generic[Given, Prepared, Result]):
             self._changed.set()
 
     def _next_to_prepare(self) -> list[_Job]:
-        """One item, or some light ones; while two batches are ready only light ones of requests that have nothing ready.
+        """One item, or some light ones.
 
-        Prepared images are large, so there are few ahead; a text of a request that just came shall be in the next pass.
+        While two batches are ready, nothing, for prepared images are large; but texts of a request that has nothing
+        ready, so that they are in the next pass.
         """
         full = self._padded(self._ready) >= 2 * self.limits.tokens
         jobs: list[_Job] = []
