@@ -158,6 +158,48 @@ def test_no_more_than_two_passes_are_prepared_ahead():
     assert len(running(busy, machine, BatchLimits(tokens=8, milliseconds=0))) == 50
 
 
+# ---------------------------------------------------------------- turns of requests
+
+
+@pytest.mark.parametrize(("count", "light"), [(2000, True), (100, False)])
+def test_a_short_request_does_not_wait_behind_a_large_one(count, light):
+    machine = Machine()
+    machine.hold.clear()
+
+    async def behind(batcher: Batcher) -> None:
+        bulk = asyncio.create_task(batcher.submit([Word(f"w{n}", light=light) for n in range(count)]))
+        await until(machine.entered.is_set)
+        short = asyncio.create_task(batcher.submit(words("short")))
+        await until(lambda: "short" in machine.prepared and len(machine.prepared) > 16)
+        machine.hold.set()
+        assert await short == ["SHORT"]
+        assert await bulk == [f"W{n}" for n in range(count)]
+
+    running(behind, machine, BatchLimits(tokens=8, milliseconds=0, queue=4000))
+    assert machine.passes[1][0] == "short", "the next pass after the one that ran"
+    assert len(machine.passes[1]) == 8, "which is no less full for that"
+
+
+def test_large_requests_take_turns():
+    machine = Machine()
+    machine.hold.clear()
+
+    async def together(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.submit(words("first")))
+        await until(machine.entered.is_set)
+        asked = [asyncio.create_task(batcher.submit([Word(f"{name}{n}") for n in range(40)])) for name in "abc"]
+        await until(lambda: all(f"{name}0" in machine.prepared for name in "abc"))
+        machine.hold.set()
+        await asyncio.gather(first, *asked)
+
+    running(together, machine, BatchLimits(tokens=8, milliseconds=0))
+    leaders = [some[0][0] for some in machine.passes[1:]]
+    assert sorted(leaders[:3]) == sorted(leaders[3:6]) == ["a", "b", "c"]
+    for name in "abc":
+        own = [text for some in machine.passes for text in some if text[0] == name and text != "first"]
+        assert own == [f"{name}{n}" for n in range(40)], "each in its own order"
+
+
 # ---------------------------------------------------------------- failing, leaving, ending
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import signal
@@ -21,19 +22,23 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from servers import command, data_uri, picture, serving, until, vectors_of
 
 from muco.cli import main
 from muco.fetch import FetchLimits
 from muco.serve.app import Served
 from muco.serve.batcher import BatchLimits
+from muco.serve.cli import _origin
 from muco.serve.engine import Engine
 from muco.serve.guard import STRUCTURE, check_form
-from muco.serve.images import ImageLimits
+from muco.serve.images import ImageLimits, check_source, decode
 from muco.serve.schema import Limits, RequestError
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE = data_uri(picture("red")), data_uri(picture("blue"))
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
 TINY = Limits(
     body_bytes=200_000, depth=8, seconds=20, items=4, turns=3, images=2, characters=500, tokens=200,
     image=ImageLimits(max_bytes=20_000, max_pixels=10_000),
@@ -140,6 +145,38 @@ def test_conversations_give_one_vector_each(client, engine):
     assert close_to(embed(client, messages=plain), engine.model.encode([picture("red")]))
 
 
+def test_conversations_as_vllm_documents_them(client, engine):
+    """The messages of its example for Qwen3-VL-Embedding, and its further fields with values that change nothing."""
+    system = {"role": "system", "content": [{"type": "text", "text": "Represent it."}]}
+    assistant = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+    image = {"type": "image_url", "image_url": {"url": RED}}
+    text, empty = {"type": "text", "text": "a"}, {"type": "text", "text": ""}
+    picture_alone = {"text": "Represent it.", "image": picture("red")}
+    both = {"text": "Represent it.\na", "image": picture("red")}
+    ends = {"encoding_format": "float", "continue_final_message": True, "add_special_tokens": True}
+    for parts, same in (([text], "Represent it.\na"), ([image, empty], picture_alone), ([image, text], both)):
+        messages = [system, {"role": "user", "content": parts}, assistant]
+        assert close_to(embed(client, messages=messages, **ends), engine.model.encode([same]))
+    whole = engine.model.encode(["a"])
+    assert close_to(embed(client, messages=[USER], add_generation_prompt=True), whole)
+    assert close_to(embed(client, messages=[USER, {"role": "assistant", "content": None}]), whole)
+    neutral = {"use_activation": True, "padding": "do_not_pad", "embed_dtype": "float32", "endianness": "native",
+               "priority": 0, "request_id": "r", "cache_salt": "s", "add_special_tokens": False}  # fmt: skip
+    assert close_to(embed(client, input="a", **neutral), whole)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_null_and_an_empty_list_mean_not_given(client, engine, nothing):
+    names = "model messages turns encoding_format dimensions instruction input_type user priority".split()
+    assert close_to(embed(client, input="a", **dict.fromkeys(names, nothing)), engine.model.encode(["a"]))
+    item = {"text": nothing, "image": RED, "images": nothing}
+    red = engine.model.encode([picture("red")])
+    assert close_to(embed(client, input=[item]), red)
+    names = "model texts inputs input_type embedding_types output_dimension truncate".split()
+    answer = client.post("/v2/embed", json={"images": [RED], **dict.fromkeys(names, nothing)})
+    assert close_to(np.float32(answer.json()["embeddings"]["float"]), red)
+
+
 @pytest.mark.parametrize("mode", ["isolated", "compounded"])
 def test_turns_give_a_vector_each(client, engine, mode):
     def conversation(uri: str, *texts: str) -> list[dict[str, Any]]:
@@ -176,7 +213,9 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
         ({"input": [1, 2, 3]}, "input", "token ids are not accepted"),
         ({"input": [[1, 2], [3]]}, "input", "token ids are not accepted"),
         ({"input": 3}, "input", "list"),
-        ({"input": []}, "input", "at least 1"),
+        ({"input": [["a", "b"]]}, "input", "a list in the list"),
+        ({"input": [[]]}, "input", "a list in the list"),
+        ({"input": []}, "input", "an empty list counts as not given"),
         ({"input": ""}, "input[0]", "nothing to embed"),
         ({"input": ["a", {}]}, "input[1]", "nothing to embed"),
         ({"input": ["a", {"text": "b", "picture": RED}]}, "input[1].picture", "no such field"),
@@ -199,12 +238,26 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
         ({"input": [{"image": "http://example.com/a.png"}]}, "input[0]", "fetches no URLs"),
         ({"input": [{"image": "data:text/html;base64,AAAA"}]}, "input[0]", "data:image/…;base64 URI"),
         ({"input": [{"image": "data:image/png;base64,????"}]}, None, "not valid base64"),
+        ({"input": [{"image": "data:image/png;base64,AA-_"}]}, None, "URL-safe base64"),
+        ({"input": [{"image": "data:image/png;base64,AA%3D%3D"}]}, None, "percent-encoded"),
+        ({"input": [{"image": "data:image/png,%89PNG"}]}, "input[0]", "is not base64"),
+        ({"input": [{"image": "iVBORw0KGgo="}]}, "input[0]", "data:image/…;base64 URI"),
         ({"input": [{"image": "data:image/png;base64,"}]}, None, "empty"),
         ({"input": [{"image": "data:image/png;base64,AAAA"}]}, None, "not an image that can be read"),
         ({"input": [{"image": data_uri(b"<svg/>", "svg+xml")}]}, None, "not an image"),
         ({"input": [{"image": data_uri(picture()[:-30])}]}, None, "truncated or broken"),
-        ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role", "'system' or 'user'"),
+        ({"input": "a", "chat_template": "x"}, "chat_template", "laid out as the model was trained"),
+        ({"input": "a", "truncate_prompt_tokens": 9}, "truncate_prompt_tokens", "too long is refused"),
+        ({"input": "a", "use_activation": False}, "use_activation", "True"),
+        ({"input": "a", "continue_final_message": True}, "continue_final_message", "belongs to 'messages'"),
+        ({"messages": []}, "input", "an empty list counts as not given"),
+        ({"messages": [[]]}, "messages[0]", "at least 1"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "'user' or 'assistant'"),
+        ({"messages": [USER, {"role": "assistant", "content": "b"}]}, "messages[0]", "assistant message is empty"),
+        ({"messages": [ASSISTANT, USER]}, "messages[0]", "follows a user message"),
+        ({"messages": [ASSISTANT]}, "messages[0]", "follows a user message"),
+        ({"messages": [USER], "continue_final_message": True}, "continue_final_message", "must be an empty one"),
+        ({"messages": [USER, ASSISTANT], "add_generation_prompt": True}, "add_generation_prompt", "already"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "messages[0]", "set 'turns'"),
         ({"messages": [{"role": "system", "content": "a"}]}, "messages[0]", "no user message"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
@@ -242,10 +295,61 @@ def test_what_is_no_json_object_is_400(client, content):
     refusal(client.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"}))
 
 
+@pytest.mark.parametrize(
+    ("headers", "content", "status", "says"),
+    [
+        ({"Content-Type": "application/x-www-form-urlencoded"}, b'{"input": "a"}', 415, "not 'application/x-www"),
+        ({}, b'{"input": "a"}', 415, "which this request lacks"),
+        ({}, b"", 415, "Content-Type: application/json"),
+        ({"Content-Type": "text/plain"}, b'{"input": "a"}', 415, "not 'text/plain'"),
+        ({"Content-Type": "application/json"}, '{"input": "\u00e9"}'.encode("latin-1"), 400, "not UTF-8 (byte 11)"),
+        ({"Content-Type": "application/json"}, '{"input": "a"}'.encode("utf-16"), 400, "not UTF-8"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, gzip.compress(b'{"input": "a"}'), 415,
+         "without Content-Encoding: gzip"),
+        ({"Content-Type": "application/json; charset=utf-8"}, b'{"input": "a"}', 200, ""),
+        ({"Content-Type": "application/vnd.api+json"}, b'{"input": "a"}', 200, ""),
+        ({"Content-Type": "application/json", "Content-Encoding": "identity"}, b'{"input": "a"}', 200, ""),
+        ({"Content-Type": "application/json"}, b'\xef\xbb\xbf{"input": "a"}', 200, ""),
+    ],
+)  # fmt: skip
+def test_what_a_body_is_sent_as_is_named(client, headers, content, status, says):
+    answer = client.post("/v1/embeddings", content=content, headers=headers)
+    if status == 200:
+        assert vectors_of(answer).shape == (1, 64)
+    else:
+        assert says in refusal(answer, status)["message"]
+
+
 def test_a_model_that_was_not_trained_for_it_gives_whole_vectors_only(small):
     error = refusal(small.post("/v1/embeddings", json={"input": "a", "dimensions": 16}))
     assert "not trained for fewer" in error["message"]
     assert embed(small, input="a", dimensions=64).shape == (1, 64)
+
+
+# ---------------------------------------------------------------- data URIs
+
+
+@given(
+    st.sampled_from(["data:image/png;base64,", "DATA:Image/PNG;BASE64,", "data:image/png;charset=utf-8;base64,",
+                     "data:image/png;name=a.png; base64,", "data:image/jpg;base64, "]),
+    st.lists(st.tuples(st.integers(0, 200), st.sampled_from([" ", "\n", "\r\n", "\t"])), max_size=5),
+    st.booleans(),
+    st.integers(0, 2),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_data_uris_are_read_as_people_make_them(head, blanks, padded, further):
+    image = picture("red", (30, 31)) + bytes(further)  # so that there are no, one or two signs of padding
+    text = base64.encodebytes(image).decode()  # lines of 76 characters, and a line break at the end
+    for place, blank in blanks:
+        text = text[:place] + blank + text[place:]
+    source = head + (text if padded else text.replace("=", ""))
+    check_source(source, ImageLimits(), "here")
+    assert np.array_equal(decode(source, ImageLimits(), "here"), decode(image, ImageLimits(), "here"))
+
+
+def test_blanks_around_a_source_do_not_matter(client, engine):
+    found = embed(client, input=[{"image": f" {RED}\n"}, {"images": [f"\n{RED}"]}])
+    assert close_to(found, engine.model.encode([picture("red")] * 2))
 
 
 # ---------------------------------------------------------------- POST /v2/embed
@@ -264,6 +368,35 @@ def test_coheres_shape(client, engine):
     fused = client.post("/v2/embed", json={"inputs": [{"content": parts}], "output_dimension": 16}).json()
     expected = model.encode([{"text": "x", "image": picture("red")}], truncate_dim=16)
     assert close_to(np.float32(fused["embeddings"]["float"]), expected)
+
+
+def test_bodies_as_clients_send_them(client, engine):
+    """Recorded from openai 3.57, cohere 5.21, langchain-cohere 0.6 and llama-index-embeddings-cohere 0.9."""
+    vectors = engine.model.encode(["Find this:\na", "Find this:\nb"])
+    body = {"texts": ["a", "b"], "model": "little", "input_type": "search_query"}
+    first = client.post("/v1/embed", json=body).json()
+    assert close_to(np.float32(first["embeddings"]), vectors) and first["response_type"] == "embeddings_floats"
+    langchain = {**body, "embedding_types": ["float"], "truncate": None}
+    typed = client.post("/v1/embed", json=langchain).json()
+    assert (
+        close_to(np.float32(typed["embeddings"]["float"]), vectors) and typed["meta"]["api_version"]["version"] == "1"
+    )
+    llama = {**body, "embedding_types": ["float"], "truncate": "END"}
+    assert close_to(np.float32(client.post("/v2/embed", json=llama).json()["embeddings"]["float"]), vectors)
+    image = {"content": [{"type": "image_url", "image_url": {"url": RED}}]}
+    llama = {
+        "model": "little",
+        "input_type": "image",
+        "inputs": [image],
+        "embedding_types": ["float"],
+        "truncate": "END",
+    }
+    red = engine.model.encode([picture("red")])
+    assert close_to(np.float32(client.post("/v2/embed", json=llama).json()["embeddings"]["float"]), red)
+    images = {"images": [RED], "model": "little", "input_type": "image", "embedding_types": ["float"]}
+    assert close_to(np.float32(client.post("/v1/embed", json=images).json()["embeddings"]["float"]), red)
+    openai = {"model": "little", "input": ["a"], "user": "me", "dimensions": 32, "encoding_format": "float"}
+    assert embed(client, **openai).shape == (1, 32)
 
 
 def test_coheres_types(client, engine):
@@ -327,7 +460,9 @@ def test_models_health_metrics_and_the_page_without_an_index(client):
         64,
         [16, 32, 64],
     )
-    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/v1/models/little").json() == model
+    assert refusal(client.get("/v1/models/org/other"), 404)["code"] == "model_not_found"
+    assert client.get("/health").json() == {"status": "ok"} and client.head("/health").status_code == 200
     embed(client, input=["a", {"image": RED}])
     refusal(client.get("/nothing"), 404)
     metrics = client.get("/metrics").text
@@ -588,6 +723,50 @@ def test_a_name_that_leads_here_by_a_trick_is_refused(engine):
             assert client.get("/health", headers={"Host": host}).status_code in (400, 421)
 
 
+def test_a_probe_without_a_host_name_is_answered(engine):
+    """As a load balancer asks by HTTP/1.0; no browser does."""
+    with serving(Served(engine, "little", hosts=frozenset(("localhost",)), token="secret")) as client:
+        for path, status in (("/health", b"200"), ("/v1/models", b"401")):
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+                connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+                assert connection.recv(65536).split()[1] == status
+
+
+def test_pages_of_allowed_origins_may_ask(engine):
+    page, other = "https://app.example.com", "https://evil.test"
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with serving(Served(engine, "little", token="secret", origins=(page,))) as client:
+        preflight = client.options("/v1/embeddings", headers={"Origin": page, **ask})
+        assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == page
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        assert (
+            "access-control-allow-origin"
+            not in client.options("/v1/embeddings", headers={"Origin": other, **ask}).headers
+        )
+        token = {"Authorization": "Bearer secret"}
+        found = client.post("/v1/embeddings", json={"input": "a"}, headers={"Origin": page, **token})
+        assert vectors_of(found).shape == (1, 64) and found.headers["access-control-allow-origin"] == page
+        refused = client.post("/v1/embeddings", json={"input": "a"}, headers={"Origin": page})
+        assert refusal(refused, 401) and refused.headers["access-control-allow-origin"] == page, "readable by the page"
+        unknown = client.get("/health", headers={"Origin": other})
+        assert "access-control-allow-origin" not in unknown.headers
+    with serving(Served(engine, "little", origins=("*",))) as client:
+        assert client.get("/health", headers={"Origin": other}).headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("HTTPS://App.Example.com:443/", "https://app.example.com"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("*", "*"),
+    ],
+)
+def test_an_origin_is_compared_as_browsers_write_it(given, origin):
+    assert _origin(given) == origin
+
+
 def test_images_are_fetched_only_as_allowed(engine):
     from test_fetch import serving as site_serving
 
@@ -684,6 +863,8 @@ def test_sigterm_finishes_what_was_accepted(folder):
         (["--host", "203.0.113.1"], "cannot listen"),
         (["--queue", "5"], "--max-items"),
         (["--instruction", "query"], "INPUT_TYPE=TEXT"),
+        (["--allow-origin", "app.example.com"], "https://app.example.com"),
+        (["--allow-origin", "https://app.example.com/page"], "scheme, host and perhaps port"),
         (["--token-file", "{}/nothing"], "No such file"),
         (["--token-file", "{}/empty"], "one word"),
     ],

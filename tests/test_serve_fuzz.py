@@ -25,8 +25,11 @@ from muco.serve.images import ImageLimits
 from muco.serve.schema import Limits
 
 SMALL = Limits(body_bytes=2**20, seconds=60, tokens=256, image=ImageLimits(max_pixels=40_000))
-ROUTES = ("/v1/embeddings", "/v2/embed", "/search", "/v1/models", "/health", "/metrics")
-ALLOWED = {200, 400, 404, 405, 413}
+ROUTES = (
+    *("/v1/embeddings", "/v2/embed", "/search", "/v1/embed"),
+    *("/v1/models", "/v1/models/{name}", "/health", "/metrics"),
+)
+ALLOWED = {200, 400, 404, 405, 413, 415}
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +87,21 @@ JSON = st.recursive(
 )
 FIELDS = st.sampled_from(
     "input messages turns dimensions encoding_format instruction input_type texts images inputs embedding_types "
-    "truncate text image like k where exact model user".split()
+    "truncate text image like k where exact model user continue_final_message add_special_tokens priority".split()
 )
 VALUES = JSON | st.sampled_from(
     ["a", ["a"], "isolated", [{"role": "user", "content": "a"}], 3, "id = 'r1'", "r1", "float"]
 )
 
 
-@given(st.sampled_from(ROUTES[:3]), st.dictionaries(FIELDS, VALUES, max_size=4))
+@given(st.sampled_from(ROUTES[:4]), st.dictionaries(FIELDS, VALUES, max_size=4))
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
 def test_no_json_is_a_500(client, route, body):
     content = json.dumps(body)  # also halves of characters, which httpx's own encoding would refuse
     check(client.post(route, content=content.encode(), headers={"Content-Type": "application/json"}))
 
 
-@given(st.sampled_from(ROUTES[:3]), st.binary(max_size=200))
+@given(st.sampled_from(ROUTES[:4]), st.binary(max_size=200))
 @settings(max_examples=50, suppress_health_check=list(HealthCheck))
 def test_no_bytes_are_a_500(client, route, body):
     check(client.post(route, content=body, headers={"Content-Type": "application/json"}))

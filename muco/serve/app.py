@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -21,7 +22,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from muco.errors import MucoError, StorageError
 from muco.search.columns import in_json
@@ -50,8 +53,9 @@ PAGE_POLICY = (
 )
 REFUSALS = {
     status: {"description": HTTPStatus(status).phrase, "content": {"application/json": {}}}
-    for status in (400, 401, 404, 408, 413, 421, 500, 503)
+    for status in (400, 401, 404, 408, 413, 415, 421, 500, 503)
 }
+JSON = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)  # what FastAPI takes for it
 Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
@@ -67,6 +71,7 @@ class Served:
         index: To search in; None: there is no search.
         instructions: input_type -> instruction.
         token, hosts: See :class:`muco.serve.guard.Guard`.
+        origins: Of pages elsewhere whose scripts may ask and read answers, "https://example.com"; "*": of any page.
     """
 
     engine: Engine | ModelProcess
@@ -78,16 +83,28 @@ class Served:
     instructions: Mapping[str, str] = field(default_factory=dict)
     token: str | None = None
     hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
 
 
-def build_app(served: Served) -> Guard:
+def build_app(served: Served) -> ASGIApp:
     """The ASGI application."""
     service = _Service(served)
     api = FastAPI(title="MuCo", version="1", lifespan=service.lifespan, docs_url=None, redoc_url=None)
     api.state.service = service
     _add_routes(api, service)
     _add_errors(api)
-    return Guard(api, served.limits, service.metrics, token=served.token, hosts=served.hosts)
+    guard = Guard(api, served.limits, service.metrics, token=served.token, hosts=served.hosts)
+    if not served.origins:
+        return guard
+    # Around the guard: a browser asks first without the token, and reads the guard's refusals too.
+    return CORSMiddleware(
+        guard,
+        served.origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        allow_private_network=True,
+        expose_headers=("Retry-After",),
+    )
 
 
 class _Service:
@@ -222,6 +239,17 @@ def _add_routes(api: FastAPI, service: _Service) -> None:
     @api.post("/v2/embed", responses=REFUSALS)
     async def embed(body: EmbedRequest, request: Request) -> Response:
         """Embeds texts, images or both fused: Cohere's shape."""
+        return _json(await by_type(body, request, "2"))
+
+    @api.post("/v1/embed", responses=REFUSALS)
+    async def embed_v1(body: EmbedRequest, request: Request) -> Response:
+        """The same in the first version of Cohere's shape: without ``embedding_types`` there is one list of vectors."""
+        answer = await by_type(body, request, "1")
+        if "embedding_types" not in body.model_fields_set:
+            answer |= {"embeddings": answer["embeddings"]["float"], "response_type": "embeddings_floats"}
+        return _json(answer)
+
+    async def by_type(body: EmbedRequest, request: Request, version: str) -> dict[str, Any]:
         service.check_model(body.model)
         dimension = service.dimension(body.output_dimension, "output_dimension")
         if dimension % 8 and {"binary", "ubinary"} & set(body.embedding_types):
@@ -230,20 +258,27 @@ def _add_routes(api: FastAPI, service: _Service) -> None:
         results = await service.answered(request, service.embedded(items))
         vectors = _shortened(results, dimension)
         units = {"input_tokens": sum(_usage(results).values()), "images": sum(len(item.images) for item in items)}
-        return _json(
-            {
-                "id": str(uuid.uuid4()),
-                "embeddings": {name: as_type(vectors, name) for name in dict.fromkeys(body.embedding_types)},
-                "texts": body.texts or [],
-                "meta": {"api_version": {"version": "2"}, "billed_units": units},
-                "response_type": "embeddings_by_type",
-            }
-        )
+        return {
+            "id": str(uuid.uuid4()),
+            "embeddings": {name: as_type(vectors, name) for name in dict.fromkeys(body.embedding_types)},
+            "texts": body.texts or [],
+            "meta": {"api_version": {"version": version}, "billed_units": units},
+            "response_type": "embeddings_by_type",
+        }
 
     @api.get("/v1/models", responses=REFUSALS)
     async def models() -> Response:
         """The model, how long its vectors are and may be, and its limits."""
-        model = {
+        return _json({"object": "list", "data": [described()]})
+
+    @api.get("/v1/models/{name:path}", responses=REFUSALS)
+    async def model(name: str) -> Response:
+        """The same of the model of that name."""
+        service.check_model(name)
+        return _json(described())
+
+    def described() -> dict[str, Any]:
+        return {
             "id": served.name,
             "object": "model",
             "created": service.started,
@@ -254,8 +289,8 @@ def _add_routes(api: FastAPI, service: _Service) -> None:
             "max_tokens": served.engine.max_tokens,
             "max_items": served.limits.items,
         }
-        return _json({"object": "list", "data": [model]})
 
+    @api.head("/health", include_in_schema=False)
     @api.get("/health", responses=REFUSALS)
     async def health() -> Response:
         """Whether the server answers."""
@@ -292,8 +327,12 @@ async def _same(response: Response) -> Response:
 
 
 def _add_errors(api: FastAPI) -> None:
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        kind = request.headers.get("content-type", "")
+        if not JSON.match(kind):
+            given = f"not {kind[:80]!r}" if kind else "which this request lacks"
+            return error_answer(RequestError(f"send the header Content-Type: application/json, {given}", status=415))
         return error_answer(first_error(error.errors()))
 
     async def http(_: Request, error: Exception) -> Response:

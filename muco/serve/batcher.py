@@ -5,6 +5,9 @@
     submit ─▶ waiting ─prepare, in threads─▶ ready ─run, in one thread─▶ results
               (at most ``queue`` not finished)   (at most two batches)
 
+Requests take turns, in both queues: each pass begins with another request's items, and what room is left goes to the
+others. So a short request waits for one pass of each request before it, however many items those have.
+
 Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` gives one result per prepared item.
 """
 
@@ -12,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic, Protocol, TypeVar
 
 LIGHT = 16  # items without images that one thread prepares at once: a thread per short text costs more than the text
@@ -61,9 +65,48 @@ class BatchLimits:
 @dataclass(eq=False)
 class _Job(Generic[Given, Prepared]):
     given: Given
+    request: object  # the same one for all jobs of a call
     future: asyncio.Future[Any]
     prepared: Prepared | None = None
     ready_at: float = field(default=0.0)
+
+
+class _Queue:
+    """Jobs by request, so that requests can take turns. Any job can leave."""
+
+    def __init__(self) -> None:
+        self._requests: dict[object, dict[_Job, None]] = {}
+        self._led: object = None  # the request whose jobs were taken first the last time
+
+    def __len__(self) -> int:
+        return sum(map(len, self._requests.values()))
+
+    def __iter__(self) -> Iterator[_Job]:
+        return chain.from_iterable(self._requests.values())
+
+    def __contains__(self, request: object) -> bool:
+        return request in self._requests
+
+    def add(self, job: _Job) -> None:
+        self._requests.setdefault(job.request, {})[job] = None
+
+    def discard(self, job: _Job) -> None:
+        if (rest := self._requests.get(job.request)) is not None:
+            rest.pop(job, None)
+            if not rest:
+                del self._requests[job.request]
+
+    def in_turn(self) -> Iterator[_Job]:
+        """The jobs, request by request; the request that led comes last."""
+        if self._led in self._requests:
+            self._requests[self._led] = self._requests.pop(self._led)
+        return iter(self)
+
+    def take(self, jobs: Sequence[_Job]) -> None:
+        """Removes jobs that come from :meth:`in_turn`."""
+        self._led = jobs[0].request if jobs else self._led
+        for job in jobs:
+            self.discard(job)
 
 
 class Batcher(Generic[Given, Prepared, Result]):
@@ -86,8 +129,7 @@ class Batcher(Generic[Given, Prepared, Result]):
     ) -> None:
         self.limits = limits
         self._prepare, self._run, self._observe = prepare, run, observe
-        self._waiting: dict[_Job, None] = {}  # dicts as queues of which any item can leave
-        self._ready: dict[_Job, None] = {}
+        self._waiting, self._ready = _Queue(), _Queue()
         self._unfinished = 0
         self._closing = False
         self._changed = asyncio.Event()
@@ -130,11 +172,12 @@ class Batcher(Generic[Given, Prepared, Result]):
         if self._unfinished + len(items) > self.limits.queue:
             raise QueueFull
         loop = asyncio.get_running_loop()
-        jobs = [_Job(item, loop.create_future()) for item in items]
+        request = object()
+        jobs = [_Job(item, request, loop.create_future()) for item in items]
         self._unfinished += len(jobs)
         for job in jobs:
             job.future.add_done_callback(lambda _, job=job: self._forget(job))
-            self._waiting[job] = None
+            self._waiting.add(job)
         self._changed.set()
         try:
             return await asyncio.gather(*(job.future for job in jobs))
@@ -146,8 +189,8 @@ class Batcher(Generic[Given, Prepared, Result]):
 
     def _forget(self, job: _Job) -> None:
         self._unfinished -= 1
-        self._waiting.pop(job, None)
-        self._ready.pop(job, None)
+        self._waiting.discard(job)
+        self._ready.discard(job)
         self._changed.set()
 
     async def _next_change(self, seconds: float | None = None) -> None:
@@ -172,20 +215,24 @@ class Batcher(Generic[Given, Prepared, Result]):
                     job.future.set_exception(outcome)
                     continue
                 job.prepared, job.ready_at = outcome, loop.time()
-                self._ready[job] = None
+                self._ready.add(job)
             self._changed.set()
 
     def _next_to_prepare(self) -> list[_Job]:
-        """One item, or some light ones; none while two batches are ready, for prepared images are large."""
-        if self._padded(self._ready) >= 2 * self.limits.tokens:
-            return []
+        """One item, or some light ones.
+
+        While two batches are ready, nothing, for prepared images are large; but texts of a request that has nothing
+        ready, so that they are in the next pass.
+        """
+        full = self._padded(self._ready) >= 2 * self.limits.tokens
         jobs: list[_Job] = []
-        for job in self._waiting:
+        for job in self._waiting.in_turn():
+            if full and (job.request in self._ready or not job.given.light):
+                continue
             if jobs and not (job.given.light and jobs[0].given.light and len(jobs) < LIGHT):
                 break
             jobs.append(job)
-        for job in jobs:
-            del self._waiting[job]
+        self._waiting.take(jobs)
         return jobs
 
     def _prepared(self, items: Sequence[Given]) -> list[Prepared | Exception]:
@@ -196,7 +243,7 @@ class Batcher(Generic[Given, Prepared, Result]):
         while True:
             while not self._ready:
                 await self._next_change()
-            until = next(iter(self._ready)).ready_at + self.limits.milliseconds / 1000
+            until = min(job.ready_at for job in self._ready) + self.limits.milliseconds / 1000
             while self._ready and (remaining := until - loop.time()) > 0:
                 if self._padded(self._ready) >= self.limits.tokens:
                     break
@@ -216,16 +263,15 @@ class Batcher(Generic[Given, Prepared, Result]):
                     job.future.set_result(outcome)
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest ready items that fit together; at least one."""
+        """Ready items that fit together, those of the request whose turn it is first; at least one."""
         jobs: list[_Job] = []
         longest = 0
-        for job in self._ready:
+        for job in self._ready.in_turn():
             longest = max(longest, job.prepared.tokens)
             if jobs and longest * (len(jobs) + 1) > self.limits.tokens:
                 break
             jobs.append(job)
-        for job in jobs:
-            del self._ready[job]
+        self._ready.take(jobs)
         return jobs
 
     def _results(self, prepared: Sequence[Prepared]) -> Sequence[Result | Exception]:

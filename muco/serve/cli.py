@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from muco.serve.process import ModelProcess
 
 TOKEN = "MUCO_SERVE_TOKEN"
+ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 EXAMPLES = examples(
     "muco serve --model runs/demo/run/model",
     "muco serve --model runs/demo/run/model --index photos.index --port 8080",
@@ -53,6 +55,14 @@ def serve(
     allow_host: Annotated[
         Repeated,
         typer.Option(metavar="NAME", help="A host name clients may call, e.g. that of a proxy; may be repeated."),
+    ] = [],  # noqa: B006
+    allow_origin: Annotated[
+        Repeated,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let scripts of this site's pages ask in a browser, e.g. https://app.example.com; * for any site; "
+            "may be repeated.",
+        ),
     ] = [],  # noqa: B006
     allow_fetch: Annotated[bool, typer.Option(help="Fetch images from http(s) URLs of public hosts.")] = False,
     fetch_host: Annotated[
@@ -95,6 +105,7 @@ def serve(
     if queue < max_items:
         raise MucoError(f"--queue {queue}: a request may have {max_items} items (--max-items), which must fit in it")
     token, instructions = _token(token_file), dict(map(_instruction, instruction))
+    origins = tuple(map(_origin, allow_origin))
     with _bound(host, port) as listener:
         local = host in LOCAL_HOSTS
         gone = _Gone()
@@ -109,6 +120,7 @@ def serve(
             instructions=instructions,
             token=token,
             hosts=frozenset((*LOCAL_HOSTS, *(n.lower() for n in allow_host))) if local or allow_host else None,
+            origins=origins,
         )
         with closing(engine):
             _run(served, listener, lambda: _announce(served, listener, local))
@@ -140,6 +152,15 @@ def _instruction(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise MucoError(f"--instruction {text!r}: write it as INPUT_TYPE=TEXT")
     return key, value
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it, so that it can be compared as a text: without the scheme's own port."""
+    origin = text.lower().removesuffix("/")
+    origin = origin.removesuffix(":443" if origin.startswith("https:") else ":80")
+    if text != "*" and not ORIGIN.fullmatch(origin):
+        raise MucoError(f"--allow-origin {text!r}: give scheme, host and perhaps port, as https://app.example.com:8443")
+    return origin
 
 
 def _bound(host: str, port: int) -> socket.socket:

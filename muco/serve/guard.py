@@ -64,7 +64,7 @@ class Guard:
     Args:
         token: That every request but those for OPEN must bring; None: anyone may ask.
         hosts: Names by which this server may be called, so that no page of another site reaches it under a name that
-            suddenly leads here (DNS rebinding); None: any.
+            suddenly leads here (DNS rebinding); None: any. A request without a name is of no browser, so it may pass.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class Guard:
 
     def _check_head(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
+        host = headers.get(b"host")
+        if self.hosts is not None and host is not None and _host(host) not in self.hosts:
             raise RequestError("this server is not called by that name; see --allow-host", status=421)
         if self._token is None or scope["path"] in OPEN:
             return
@@ -120,6 +121,9 @@ class Guard:
 
     async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> Receive:
         """Reads the whole body and checks its form; returns what the application receives it by."""
+        coding = dict(scope["headers"]).get(b"content-encoding", b"identity").decode("latin-1")
+        if coding.lower() != "identity":
+            raise RequestError(f"send the body as it is, without Content-Encoding: {coding[:40]}", status=415)
         try:
             async with asyncio.timeout(self.limits.seconds):
                 body = await self._body(dict(scope["headers"]).get(b"content-length", b"0"), receive, held)
@@ -159,8 +163,12 @@ def check_form(body: bytes, depth: int) -> None:
     """Refuses JSON that is nested deeply or made of too many parts, before a parser sees it.
 
     Raises:
-        RequestError: If it is, or cannot be UTF-8.
+        RequestError: If it is, or is not UTF-8.
     """
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8 (byte {error.start}); encode the JSON as UTF-8") from None
     if b"\0" in body:
         raise RequestError("the body is not valid JSON in UTF-8")
     skeleton = STRING.sub(b"", body)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from muco.fetch import FetchLimits, fetch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DATA_URI = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+HEAD = 200  # characters before the comma of a data URI, at most
 FETCHED = ("http://", "https://")
 FETCHES = 8  # at once
 
@@ -41,36 +40,48 @@ def check_source(source: str, limits: ImageLimits, where: str) -> None:
     """Refuses what cannot be an image, before anything is decoded or fetched.
 
     Raises:
-        ImageError: If the source is neither a data URI nor a URL that may be fetched, or too large.
+        ImageError: If the source is neither a base64 data URI of an image nor a URL that may be fetched.
     """
     if source[:8].lower().startswith(FETCHED):
         if limits.fetch is None:
             raise ImageError(f"{where}: this server fetches no URLs; send the image as a data:image/…;base64 URI")
         return
-    if not (head := DATA_URI.match(source)):
+    head, comma, _ = source[:HEAD].partition(",")
+    kind, *parameters = (part.strip() for part in head.lower().split(";"))
+    if not comma or not kind.startswith("data:image/"):
         accepted = "a data:image/…;base64 URI" + (" or an http(s) URL" if limits.fetch else "")
         raise ImageError(f"{where}: an image must be {accepted}")
-    if (len(source) - head.end()) // 4 * 3 > limits.max_bytes + 2:
-        raise ImageError(f"{where}: the image has more than the {limits.max_bytes:,} bytes that are accepted")
+    if "base64" not in parameters:
+        raise ImageError(f"{where}: the data URI is not base64; encode the image as data:image/…;base64,…")
 
 
 def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
     """The RGB image of a data URI or of bytes that were fetched.
 
     Raises:
-        ImageError: If it is no sound image within the limits.
+        ImageError: If the data URI is not valid base64, or the image is too large or broken.
     """
     from muco.data.images import open_image
 
     data = source if isinstance(source, bytes) else _bytes(source, where)
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"{where}: the image has more than the {limits.max_bytes:,} bytes that are accepted")
     return open_image(data, max_pixels=limits.max_pixels, where=where)
 
 
 def _bytes(source: str, where: str) -> bytes:
+    """The bytes of a base64 data URI; white space in it and missing padding do not matter."""
+    data = source.partition(",")[2].encode("ascii", "replace").translate(None, b" \t\n\f\r")
     try:
-        return base64.b64decode(source[source.index(",") + 1 :], validate=True)
-    except (binascii.Error, ValueError):
-        raise ImageError(f"{where}: the data URI is not valid base64") from None
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error:
+        raise ImageError(f"{where}: the data URI is not valid base64{_kind_of_base64(data)}") from None
+
+
+def _kind_of_base64(data: bytes) -> str:
+    if b"-" in data or b"_" in data:
+        return ", but URL-safe base64; write + for - and / for _"
+    return ", but percent-encoded; send it as it was before" if b"%" in data else ""
 
 
 class Fetcher:

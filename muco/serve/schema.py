@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from muco.errors import ImageError, MucoError
@@ -17,6 +26,16 @@ from muco.template import LONE_SURROGATE
 
 COHERE_TYPES = ("search_document", "search_query", "classification", "clustering", "image")
 EMBEDDING_TYPES = Literal["float", "int8", "binary", "ubinary", "base64"]
+LAYOUT = "prompts and images are laid out as the model was trained; a request cannot change that"
+LENGTH = "what is too long is refused here; /v2/embed cuts it with 'truncate'"
+REFUSED = {  # fields of vLLM that would change a vector
+    "chat_template": LAYOUT,
+    "chat_template_kwargs": LAYOUT,
+    "mm_processor_kwargs": LAYOUT,
+    "media_io_kwargs": LAYOUT,
+    "truncate_prompt_tokens": LENGTH,
+    "truncation_side": LENGTH,
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,16 @@ class RequestError(MucoError):
 
 
 class _Strict(BaseModel):
+    """Null and an empty list mean "not given": clients send them for what their user left out."""
+
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None and value != []}
 
 
 # ---------------------------------------------------------------- parts
@@ -79,7 +107,11 @@ def _form(**types: type) -> Discriminator:
 
 
 MANY = Field(fail_fast=True, min_length=1, max_length=4096)  # a server's own limits are smaller
-Source = Annotated[str, Field(description="A data:image/…;base64 URI; an http(s) URL where the server allows it.")]
+Source = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True),
+    Field(description="A data:image/…;base64 URI; an http(s) URL where the server allows it."),
+]
 
 
 class ItemInput(_Strict):
@@ -109,18 +141,26 @@ class ImagePart(_Strict):
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], MANY]
+MessageContent = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<parts>")], _form(text=str, parts=list)
+]
 
 
 class Message(_Strict):
-    """``system`` text is the instruction; ``user`` content is what is embedded."""
+    """``system`` text is the instruction, ``user`` content is embedded, ``assistant`` content is empty."""
 
-    role: Literal["system", "user"]
-    content: Annotated[Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<parts>")], _form(text=str, parts=list)]
+    role: Literal["system", "user", "assistant"]
+    content: MessageContent = ""
 
 
-def _no_token_ids(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], (int, list)):
+def _flat(value: Any) -> Any:
+    if not isinstance(value, list) or not value:
+        return value
+    nested = isinstance(value[0], list)
+    if isinstance((value[0] or [None])[0] if nested else value[0], int):
         raise PydanticCustomError("token_ids", "token ids are not accepted; send text")
+    if nested:
+        raise PydanticCustomError("nested", "there is a list in the list; send one list of texts and items")
     return value
 
 
@@ -140,7 +180,22 @@ def _one_or_many(value: Any) -> str:
 # ---------------------------------------------------------------- requests
 
 
-class EmbeddingsRequest(_Strict):
+class VLLMOptions(_Strict):
+    """What vLLM's embeddings take besides, with the values that change nothing here."""
+
+    add_special_tokens: bool = Field(default=True, description="Without a meaning: the model's template has its own.")
+    add_generation_prompt: bool = Field(default=False, description="After a user message, as is done here anyway.")
+    continue_final_message: bool = Field(default=False, description="After an empty assistant message.")
+    use_activation: Literal[True] = Field(default=True, description="Vectors have length 1.")
+    padding: Literal["do_not_pad"] = "do_not_pad"
+    embed_dtype: Literal["float32"] = "float32"
+    endianness: Literal["native", "little"] = "little"
+    priority: Literal[0] = 0
+    request_id: str = Field(default="", description="Accepted, without a meaning.")
+    cache_salt: str = Field(default="", description="Accepted, without a meaning.")
+
+
+class EmbeddingsRequest(VLLMOptions):
     """OpenAI's shape, and vLLM's ``messages`` in place of ``input``."""
 
     model: str | None = None
@@ -148,7 +203,7 @@ class EmbeddingsRequest(_Strict):
         Annotated[
             Annotated[str, Tag("<text>")] | Annotated[Entries, Tag("<list>")],
             _form(text=str, list=list),
-            BeforeValidator(_no_token_ids),
+            BeforeValidator(_flat),
         ]
         | None
     ) = Field(default=None, description="A text, or a list of texts and items.")
@@ -214,22 +269,26 @@ class Reader:
 
     def embeddings(self, request: EmbeddingsRequest) -> list[Item]:
         if (request.input is None) == (request.messages is None):
-            raise RequestError("give either 'input' or 'messages'", "input")
-        if request.turns and request.messages is None:
-            raise RequestError("'turns' are the user messages of 'messages'; with 'input' it has no meaning", "turns")
+            raise RequestError("give either 'input' or 'messages'; an empty list counts as not given", "input")
+        for name in ("turns", "add_generation_prompt", "continue_final_message"):
+            if getattr(request, name) and request.messages is None:
+                raise RequestError(f"{name!r} belongs to 'messages'; with 'input' it has no meaning", name)
         instruction = self._instruction(request.instruction, request.input_type)
         if request.input is not None:
             entries = [request.input] if isinstance(request.input, str) else request.input
             items = [self._entry(entry, f"input[{n}]", instruction) for n, entry in enumerate(entries)]
         else:
             many: Any = request.messages if isinstance(request.messages[0], list) else [request.messages]
+            for number, conversation in enumerate(many):
+                _check_assistant(conversation, f"messages[{number}]", request)
             items = [self._conversation(c, f"messages[{n}]", instruction, request.turns) for n, c in enumerate(many)]
         return self._checked(items)
 
     def embed(self, request: EmbedRequest) -> list[Item]:
         given = [name for name in ("texts", "images", "inputs") if getattr(request, name) is not None]
         if len(given) != 1:
-            raise RequestError("give exactly one of 'texts', 'images' and 'inputs'", "texts")
+            message = "give exactly one of 'texts', 'images' and 'inputs'; an empty list counts as not given"
+            raise RequestError(message, "texts")
         instruction = self._instruction(None, request.input_type)
         items = []
         for number, value in enumerate(getattr(request, given[0])):
@@ -322,6 +381,22 @@ class Reader:
         return items
 
 
+def _check_assistant(messages: Sequence[Message], where: str, request: VLLMOptions) -> None:
+    """The model's layout ends in an open message of the assistant; anything else would be another vector."""
+    for before, message in zip([None, *messages], messages, strict=False):
+        if message.role != "assistant":
+            continue
+        if before is None or before.role != "user" or _parts(message.content) != ("", []):
+            raise RequestError(f"{where}: an assistant message is empty and follows a user message", where)
+    ends = messages[-1].role == "assistant"
+    if request.continue_final_message and not ends:
+        message = f"{where}: the last message must be an empty one of the assistant to be continued"
+        raise RequestError(message, "continue_final_message")
+    if request.add_generation_prompt and ends:
+        message = f"{where}: there is a message of the assistant already"
+        raise RequestError(message, "add_generation_prompt")
+
+
 def _instructed(text: str, instruction: str) -> str:
     return "\n".join(part for part in (instruction, text) if part)
 
@@ -347,8 +422,9 @@ def first_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if error["type"] == "json_invalid":
         return RequestError("the body is not valid JSON")
     if error["type"] == "extra_forbidden":
-        return RequestError(f"{place}: there is no such field", place, code="unknown_field")
+        why = REFUSED.get(place, "there is no such field")
+        return RequestError(f"{place}: {why}", place, code="unknown_field")
     if error["type"] == "missing" and not place:
-        return RequestError("the request has no JSON body; send Content-Type: application/json")
+        return RequestError("the request has no body; send a JSON object")
     message = re.sub(r" or instance of \w+| after validation", "", error["msg"]).replace("dictionary", "object")
     return RequestError(f"{place}: {message[:1].lower()}{message[1:]}" if place else message, place or None)
