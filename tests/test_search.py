@@ -7,8 +7,10 @@ import io
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -26,7 +28,8 @@ from rich.console import Console
 from muco.errors import MucoError
 from muco.options import finish
 from muco.search import Hit, Index, cli
-from muco.search.filter import LONGEST, checked_filter, quoted
+from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
+from muco.search.index import HASHES
 from muco.search.storage import STORAGES, scores
 from muco.search.terminal import picture, protocol, show
 
@@ -188,7 +191,18 @@ def test_many_threads_read_while_one_writes(tmp_path: Path) -> None:
 
 # ── filters ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-COLUMNS = ["id", "n", "a word", "Year"]
+COLUMNS = {
+    "id": pa.string(),
+    "n": pa.int64(),
+    "a word": pa.string(),
+    "Year": pa.date32(),
+    "price": pa.decimal128(5, 2),
+    "ok": pa.bool_(),
+    "date": pa.date32(),
+    "and": pa.int64(),
+    "x": pa.float64(),
+    "X": pa.float64(),
+}
 
 
 @pytest.mark.parametrize(
@@ -196,9 +210,15 @@ COLUMNS = ["id", "n", "a word", "Year"]
     [
         ("n = 1", "`n` = 1"),
         ("  ", None),
-        ("n=-1.5e3 or YEAR is not null", "`n`=-1.5e3 or `Year` is not null"),
-        ("`a word` LIKE 'it''s%' and not (n in (1, 2))", "`a word` LIKE 'it''s%' and not (`n` in (1, 2))"),
-        ("Lower(id) = 'x' and year > date '2020-01-01'", "lower(`id`) = 'x' and `Year` > date '2020-01-01'"),
+        ("n=-15 or YEAR is not null", "`n` = -15 OR `Year` IS NOT NULL"),
+        ("`a word` LIKE 'it''s%' and not (n in (1, 2))", "`a word` LIKE 'it''s%' AND NOT ((`n` IN (1, 2)))"),
+        ("Lower(id) = 'x' and year > date '2020-01-01'", "lower(`id`) = 'x' AND `Year` > DATE '2020-01-01'"),
+        ("n == 1 or n = 2 and ok", "`n` = 1 OR `n` = 2 AND `ok`"),
+        ("(n = 1 or n = 2) and not ok is true", "(`n` = 1 OR `n` = 2) AND NOT (`ok` IS TRUE)"),
+        ("date = date '2020-01-01' and and > 1", "`date` = DATE '2020-01-01' AND `and` > 1"),
+        ("n not between -.5 and 3 and x > 1.5e3", "`n` NOT BETWEEN CAST('-.5' AS DECIMAL(1, 1)) AND 3 AND `x` > 1.5e3"),
+        ("1.50 <= price and x > 0.5", "CAST('1.50' AS DECIMAL(3, 2)) <= `price` AND `x` > 0.5"),
+        ("coalesce(ok, false) and starts_with(id, 'a')", "coalesce(`ok`, FALSE) AND starts_with(`id`, 'a')"),
     ],
 )
 def test_filters_that_pass(where: str, expected: str | None) -> None:
@@ -228,6 +248,12 @@ def test_filters_that_pass(where: str, expected: str | None) -> None:
         "n = 1" + " or n = 1" * LONGEST,
         "lower = 1",
         "content_hash = 'x'",
+        "()",
+        "not " * 400 + "ok",
+        "(" * 900 + "ok" + ")" * 900,
+        "lower(" * 300 + "id" + ")" * 300 + " = 'x'",
+        "lower(id, id) = 'x'",
+        "1 2",
     ],
 )
 def test_filters_that_do_not(where: str) -> None:
@@ -236,17 +262,170 @@ def test_filters_that_do_not(where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["n", "n = 'x' = ", "()", "(" * 900 + "n" + ")" * 900, "not " * 400 + "n = 1", "lower(n, n, n) = 1", "1 2"]
+    ("where", "says"),
+    [
+        ("id = 'red' n >= 2020", "'n >= 2020' (character 12): expected the end, AND or OR"),
+        ("id = 'red', n >= 2020", "', n >= 2020' (character 11): expected the end, AND or OR"),
+        ("id = 'red') AND (n >= 2020", "') AND (n >= 2020' (character 11): expected the end"),
+        ("(id = 'red')) AND n >= 2020", "') AND n >= 2020' (character 13): expected the end"),
+        ("((id = 'red') AND n >= 2020", "the end: expected )"),
+        ("n between 1 or 2", "'or 2' (character 13): expected AND"),
+        ("n = 1 = 2", "'= 2' (character 7): expected the end"),
+        ("n = ", "the end: expected a column, text or a number"),
+        ("n not = 1", "'= 1' (character 7): expected IN, BETWEEN, LIKE or ILIKE"),
+        ("n in (1, n)", "'n)' (character 10): expected text, a number, TRUE"),
+        ("ok is 1", "'1' (character 7): expected NULL, TRUE or FALSE"),
+        ("n = 'x'", "\"'x'\" (character 5): text cannot be compared with a number"),
+        ("n = id", "'id' (character 5): text cannot be compared with a number"),
+        ("n in (1, '2')", "(character 10): text cannot be compared with a number"),
+        ("n", "'n' (character 1): expected a condition, not a number"),
+        ("ok and id", "'id' (character 8): expected a condition, not text"),
+        ("n like '1%'", "\"n like '1%'\" (character 1): expected text, not a number"),
+        ("year > '2020-01-01'", "text cannot be compared with a date"),
+        ("lower(n) = 'x'", "expected text, not a number"),
+        ("lower(id, id) = 'x'", "'lower' (character 1): takes 1 values, not 2"),
+        ("repeat(id) = 'x'", "'repeat' (character 1): not a function that may be used; functions: abs"),
+        ("nothing = 1", "'nothing' (character 1): not a column; columns: X, Year"),
+        ("ÿ = 1 and `nothing` = 1", "'ÿ' (character 1): not a column"),
+    ],
 )
+def test_a_refused_filter_says_where_and_why(where: str, says: str) -> None:
+    with pytest.raises(MucoError, match=re.escape(says)):
+        checked_filter(where, COLUMNS)
+
+
+def test_a_column_that_may_be_two_is_refused() -> None:
+    assert checked_filter("x = 1 and X = 2", COLUMNS) == "`x` = 1 AND `X` = 2"
+    columns = {"Ab": pa.int64(), "aB": pa.int64()}
+    with pytest.raises(MucoError, match="'ab' .*may be Ab or aB"):
+        checked_filter("ab = 1", columns)
+
+
+@pytest.mark.parametrize("where", ["`a word` > date 'x'", "n = 99999999999999999999", "n = date '2020-01-01'"])
 def test_what_lancedb_refuses_is_one_short_sentence(some, where: str) -> None:
-    with pytest.raises(MucoError, match="the filter cannot be used") as error:
+    with pytest.raises(MucoError, match="the filter") as error:
         some[0].search(like="r00001", where=where)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300 and ".rs" not in str(error.value)
+
+
+@pytest.mark.parametrize(("start", "end", "levels"), [("(", ")", 1), ("not ", "", 1), ("not (", ")", 2)])
+def test_the_deepest_filter_takes_no_time(some, start: str, end: str, levels: int) -> None:
+    deep = DEEPEST // levels
+    started = time.perf_counter()
+    some[0].search(like="r00000", where=start * deep + "n = 1" + end * deep)
+    assert time.perf_counter() - started < 10
+    with pytest.raises(MucoError, match=f"more than {DEEPEST} parentheses"):
+        some[0].search(like="r00000", where=start * (deep + 1) + "n = 1" + end * (deep + 1))
 
 
 def test_a_long_filter_is_no_danger(some) -> None:
     where = " or ".join(["n = 1"] * (LONGEST // 9))
     assert [hit.extra["n"] for hit in some[0].search(like="r00000", where=where)] == [1]
+
+
+class Table:
+    """Rows in an index, and in SQLite, whose parser and evaluation are the reference: it reads all or none."""
+
+    def __init__(self, folder: Path) -> None:
+        rows = [
+            {"n": n, "f": f, "s": s, "ok": ok}
+            for n, f, s, ok in zip(
+                [None, -1, 0, 1, 2, 3, 1, 2, None, 5, 2, 1],
+                [0.5, None, 1.0, 1.5, 2.0, -0.5, 2.0, None, 1.5, 0.0, 2.5, 1.0],
+                ["a", "b", None, "ab", "B", "", "a%", "ba", "A", None, "a", "and"],
+                [True, False, None] * 4,
+                strict=True,
+            )
+        ]
+        self.index = Index.create(folder, Generated())
+        kinds = {"n": pa.int64(), "f": pa.float64(), "s": pa.string(), "ok": pa.bool_()}
+        self.index.table.add_columns([pa.field(name, kind) for name, kind in kinds.items()])
+        schema, ids = self.index.table.schema, [f"r{i}" for i in range(len(rows))]
+        values = {name: [row[name] for row in rows] for name in kinds} | dict.fromkeys(("id", *HASHES), ids)
+        vectors = self.index.storage.arrays(unit(np.random.default_rng(0), len(rows)))
+        values |= dict(zip(self.index.storage.columns, vectors, strict=True))
+        columns = [values.get(name, pa.nulls(len(ids), schema.field(name).type)) for name in schema.names]
+        self.index.write(pa.table([*columns], schema=schema))
+        self.database = sqlite3.connect(":memory:")
+        self.database.execute("PRAGMA case_sensitive_like = ON")
+        self.database.execute("CREATE TABLE t (id TEXT, text TEXT, image TEXT, n INTEGER, f REAL, s TEXT, ok INTEGER)")
+        for id, row in zip(ids, rows, strict=True):
+            self.database.execute("INSERT INTO t VALUES (?, NULL, NULL, ?, ?, ?, ?)", (id, *row.values()))
+
+    def found(self, where: str) -> set[str]:
+        return {hit.id for hit in self.index.search(vector=[1.0] * DIMENSION, where=where, k=50, exact=True)}
+
+    def expected(self, where: str) -> set[str]:
+        return {id for (id,) in self.database.execute(f"SELECT id FROM t WHERE {where}")}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Table:
+    return Table(tmp_path_factory.mktemp("table") / "index")
+
+
+NUMBERS = st.sampled_from("n f n f -1 0 1 2 1.5 .5 2. 1e0 abs(n) coalesce(n,2) (f) null".split())
+TEXTS = st.sampled_from("s s S `s` 'a' 'ab' 'A' '' 'it''s' lower(s) upper(s) coalesce(s,'a') null".split())
+COMPARED = st.sampled_from(["=", "!=", "<>", "<", "<=", ">", ">=", "=="])
+NOT = st.sampled_from(["", "not "])
+
+
+def tests(values: st.SearchStrategy[str], literals: list[str]) -> st.SearchStrategy[str]:
+    return st.one_of(
+        st.builds("{} {} {}".format, values, COMPARED, values),
+        st.builds("{} {}in ({}, {})".format, values, NOT, *2 * [st.sampled_from(literals)]),
+        st.builds("{} {}between {} and {}".format, values, NOT, values, values),
+        st.builds("{} is {}null".format, values, NOT),
+    )
+
+
+EXPRESSIONS = st.recursive(
+    st.one_of(
+        tests(NUMBERS, ["-1", "1", "2", "1.5", "3"]),
+        tests(TEXTS, ["'a'", "'ab'", "''"]),
+        st.builds("{} {}like {}".format, TEXTS, NOT, st.sampled_from(["'a%'", "'_'", "'%b%'", "s"])),
+        st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "ok = (n > 1)"]),
+    ),
+    lambda part: st.one_of(
+        st.builds("{} AND {}".format, part, part),
+        st.builds("{} or {}".format, part, part),
+        st.builds("not {}".format, part),
+        st.builds("({})".format, part),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=80)
+@given(EXPRESSIONS)
+def test_a_filter_finds_what_a_reference_finds(table: Table, where: str) -> None:
+    assert table.found(where) == table.expected(where)
+
+
+PIECES = st.sampled_from(
+    [" ", ",", "(", ")", "and", "or", "not", "=", "1", "'a'", "n", "s", "in", "null", "--", ";", "is"]
+)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn) -> str:
+    """An expression with a part cut out or something put in."""
+    where = draw(EXPRESSIONS)
+    start, end = sorted(draw(st.tuples(st.integers(0, len(where)), st.integers(0, len(where)))))
+    if draw(st.booleans()):
+        return where[:start] + where[end:]
+    return f"{where[:start]} {draw(PIECES)} {where[start:]}"
+
+
+@settings(max_examples=150)
+@given(spoiled())
+def test_a_spoiled_filter_finds_what_all_of_it_says_or_is_refused(table: Table, where: str) -> None:
+    try:
+        found = table.found(where)
+    except MucoError as error:
+        assert "the filter" in str(error)
+    else:
+        assert not where.strip() or found == table.expected(where)
 
 
 WORDS = st.sampled_from("n id `a` ( ) = < and or not in like is null 'x' 1 -2.5 , lower( between ; -- + select".split())

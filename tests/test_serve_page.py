@@ -88,7 +88,7 @@ def test_it_finds_what_the_index_finds(client, index, body, query):
         ({"like": "no such row"}, "no row has the id"),
         ({"text": "a", "k": 101}, "at most 100 hits"),
         ({"text": "a", "k": 0}, "greater than or equal to 1"),
-        ({"text": "a", "where": "size > 3"}, "is no column"),
+        ({"text": "a", "where": "size > 3"}, "not a column"),
         ({"image": "/etc/passwd"}, "data:image/…;base64 URI"),
         ({"text": "a", "vector": [1]}, "no such field"),
     ],
@@ -217,7 +217,7 @@ def test_people_see_what_is_wrong(page):
     page.get_by_text("Filter, number of results").click()
     page.get_by_label("Filter on columns").fill("size > 3")
     page.get_by_role("button", name="Search").click()
-    page.get_by_text("is no column").wait_for()
+    page.get_by_text("not a column").wait_for()
     page.get_by_label("Filter on columns").fill("year < 2022")
     page.get_by_role("button", name="Search").click()
     assert len(hits(page, 2)) == 2 and not error.is_visible()

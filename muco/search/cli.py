@@ -131,8 +131,10 @@ def search(
 
     hits = Index.open(index, model).search(text, image=image, like=like, k=k, where=where, exact=exact)
     if as_json:
+        from muco.search.columns import in_json
+
         for hit in hits:
-            row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": hit.extra}
+            row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": in_json(hit.extra)}
             print(json_text(row))
         return
     from rich.console import Console

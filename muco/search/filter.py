@@ -1,29 +1,54 @@
 """Filters: an expression of SQL that a stranger may have written, let through only if it can do nothing but compare.
 
 LanceDB evaluates an expression, never a statement: it can neither write nor read files. But it knows hundreds of
-functions, of which some fill the memory (``repeat``), it forgets what stands after the expression, and thousands of
-operators in a row overflow the stack of its parser. So an expression is read here word by word first, and only what
-is listed passes.
+functions, of which some fill the memory (``repeat``), it forgets what stands after the expression, compares numbers
+with text, and thousands of operators in a row or parentheses in each other keep its parser busy for ever. So a filter
+is parsed here, whole, and LanceDB is given what was understood::
+
+    either    = both {OR both}
+    both      = negated {AND negated}
+    negated   = NOT negated | test
+    test      = value [("=" | "==" | "!=" | "<>" | "<" | "<=" | ">" | ">=") value
+              | [NOT] IN "(" literal {"," literal} ")" | [NOT] BETWEEN value AND value | [NOT] (LIKE | ILIKE) value
+              | IS [NOT] (NULL | TRUE | FALSE)]
+    value     = column | literal | NULL | function "(" value {"," value} ")" | "(" either ")"
+    literal   = text | number | TRUE | FALSE | (DATE | TIMESTAMP) text
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from muco.errors import MucoError
 
-KEYWORDS = frozenset("and or not in is null like ilike between true false date timestamp".split())
-FUNCTIONS = frozenset("lower upper length starts_with ends_with contains coalesce abs".split())
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXT, NUMBER, CONDITION, DAY, ANY = "text", "a number", "a condition", "a date", "null"
+FUNCTIONS = {  # what they take, and what they give
+    "lower": ([TEXT], TEXT),
+    "upper": ([TEXT], TEXT),
+    "length": ([TEXT], NUMBER),
+    "starts_with": ([TEXT, TEXT], CONDITION),
+    "ends_with": ([TEXT, TEXT], CONDITION),
+    "contains": ([TEXT, TEXT], CONDITION),
+    "abs": ([NUMBER], NUMBER),
+}  # and "coalesce", which takes values of one kind
+OPERATORS = ("=", "==", "!=", "<>", "<", "<=", ">", ">=")
 LONGEST = 2000  # characters
+DEEPEST = 16  # parentheses and NOTs inside each other; LanceDB reads few more
 
 _TOKEN = re.compile(
-    r"""(?P<blank>\s+)
-      | (?P<string>'(?:[^']|'')*')
+    r"""(?P<text>'(?:[^']|'')*')
       | (?P<number>-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
       | `(?P<quoted>[^`]+)`
       | (?P<word>[^\W\d]\w*)
-      | (?P<operator><=|>=|!=|<>|[=<>(),])""",
+      | (?P<sign><=|>=|==|!=|<>|[=<>(),])
+      | (?P<end>$)""",
     re.VERBOSE,
 )
 
@@ -33,48 +58,259 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def checked_filter(where: str | None, columns: Collection[str]) -> str | None:
+def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str | None:
     """The filter as LanceDB reads it, or None if it is blank.
 
     Args:
-        where: Columns (a name with other characters than letters, digits and "_" in backquotes), literals, comparisons,
-            AND, OR, NOT, IN, LIKE, ILIKE, BETWEEN, IS NULL, parentheses, and the functions of FUNCTIONS.
-        columns: Names that may be compared.
+        where: One expression of the grammar above. A column whose name has other characters than letters, digits and
+            "_", or is a word of the grammar, stands in backquotes.
+        columns: Types of the columns that may be compared, by name. Names differ by case only if two columns do.
     Raises:
-        MucoError: If anything else stands in it, or it is longer than LONGEST characters.
+        MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than
+            LONGEST characters. It says where.
     """
     if where is None or not where.strip():
         return None
     if len(where) > LONGEST:
         raise MucoError(f"the filter has {len(where):,} characters; at most {LONGEST:,} are read")
-    names = {name.lower(): name for name in columns}
-    words, place = [], 0
-    while place < len(where):
-        token = _TOKEN.match(where, place)
-        if token is None:
-            raise _refused(where[place : place + 20], "cannot be read; strings stand in 'single quotes'", names)
-        words.append(_checked(token, where[token.end() :].lstrip().startswith("("), columns, names))
-        place = token.end()
-    return "".join(words)
+    return _Parser(where, columns).whole()
 
 
-def _checked(token: re.Match[str], called: bool, columns: Collection[str], names: dict[str, str]) -> str:
-    word = token["quoted"] or token["word"]
-    if word is None:
-        return token[0]
-    if word in columns:
-        return f"`{word}`"
-    if token["word"] and called and word.lower() in FUNCTIONS:
-        return word.lower()
-    if token["word"] and word.lower() in KEYWORDS:
-        return word
-    if token["word"] and word.lower() in names:
-        return f"`{names[word.lower()]}`"
-    raise _refused(word, "is no function that may be used" if called else "is no column", names)
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    text: str
+    place: int
 
 
-def _refused(what: str, why: str, names: dict[str, str]) -> MucoError:
-    return MucoError(
-        f"the filter: {what!r} {why}; columns: {', '.join(sorted(names.values()))}; functions: "
-        f"{', '.join(sorted(FUNCTIONS))}; an example: label = 'cat' AND year >= 2020"
-    )
+@dataclass(frozen=True)
+class _Value:
+    """A part that was read: its SQL, and what it is."""
+
+    sql: str
+    kind: str
+    place: int
+    exact: bool = False  # a column of whole numbers or decimals, which LanceDB does not compare with 1.5
+    fraction: bool = False  # a number such as 1.5
+    literal: bool = False
+
+    def as_decimal(self) -> _Value:
+        whole, _, part = self.sql.lstrip("-").partition(".")
+        digits = max(1, len(whole + part))
+        return replace(self, sql=f"CAST('{self.sql}' AS DECIMAL({digits}, {len(part)}))") if digits <= 38 else self
+
+
+class _Parser:
+    """One method per rule of the grammar; each reads its part and returns it."""
+
+    def __init__(self, where: str, columns: Mapping[str, pa.DataType]) -> None:
+        self.where, self.columns = where, columns
+        self.tokens, self.depth = self._tokens(), 0
+
+    def _tokens(self) -> list[_Token]:
+        tokens, place = [], 0
+        while not tokens or tokens[-1].kind != "end":
+            place += len(self.where[place:]) - len(self.where[place:].lstrip())
+            found = _TOKEN.match(self.where, place)
+            if found is None:
+                raise self.refused(place, "cannot be read; put text in 'single quotes'")
+            tokens.append(_Token(found.lastgroup or "", found[found.lastgroup or 0], place))
+            place = found.end()
+        return tokens[::-1]  # the next one is the last
+
+    def whole(self) -> str:
+        found = self.either()
+        if self.tokens[-1].kind != "end":
+            raise self.refused(self.tokens[-1].place, "expected the end, AND or OR")
+        return self.condition(found).sql
+
+    def either(self) -> _Value:
+        return self.joined("or", self.both)
+
+    def both(self) -> _Value:
+        return self.joined("and", self.negated)
+
+    def joined(self, word: str, rule: Callable[[], _Value]) -> _Value:
+        parts = [rule()]
+        while self.takes(word):
+            parts.append(rule())
+        if len(parts) == 1:
+            return parts[0]
+        sql = f" {word.upper()} ".join(self.condition(part).sql for part in parts)
+        return _Value(sql, CONDITION, parts[0].place)
+
+    def negated(self) -> _Value:
+        place = self.tokens[-1].place
+        if not self.takes("not"):
+            return self.test()
+        with self.deeper():
+            found = self.condition(self.negated())
+        return _Value(f"NOT ({found.sql})", CONDITION, place)
+
+    def test(self) -> _Value:
+        left = self.value()
+        if self.tokens[-1].text in OPERATORS and self.tokens[-1].kind == "sign":
+            operator = self.tokens.pop().text.replace("==", "=")
+            left, right = self.alike(left, self.value())
+            return _Value(f"{left.sql} {operator} {right.sql}", CONDITION, left.place)
+        if self.takes("is"):
+            return self.is_what(left)
+        no = "NOT " if self.takes("not") else ""
+        if self.takes("in"):
+            left, *values = self.alike(left, *self.listed())
+            if other := next((value for value in values if not value.literal), None):  # LanceDB takes them as equal
+                raise self.refused(other.place, "expected text, a number, TRUE, FALSE, DATE or TIMESTAMP")
+            sql = f"{left.sql} {no}IN ({', '.join(value.sql for value in values)})"
+        elif self.takes("between"):
+            low = self.value()
+            self.needs("and")
+            left, low, high = self.alike(left, low, self.value())
+            sql = f"{left.sql} {no}BETWEEN {low.sql} AND {high.sql}"
+        elif word := next((word for word in ("like", "ilike") if self.takes(word)), None):
+            pattern = self.value()
+            for value in (left, pattern):
+                self.must_be(value, TEXT)
+            sql = f"{left.sql} {no}{word.upper()} {pattern.sql}"
+        elif no:
+            raise self.refused(self.tokens[-1].place, "expected IN, BETWEEN, LIKE or ILIKE")
+        else:
+            return left
+        return _Value(sql, CONDITION, left.place)
+
+    def is_what(self, left: _Value) -> _Value:
+        no = "NOT " if self.takes("not") else ""
+        word = next((word for word in ("null", "true", "false") if self.takes(word)), None)
+        if word is None:
+            raise self.refused(self.tokens[-1].place, "expected NULL, TRUE or FALSE")
+        if word != "null":
+            self.condition(left)
+        return _Value(f"{left.sql} IS {no}{word.upper()}", CONDITION, left.place)
+
+    def value(self) -> _Value:
+        token = self.tokens.pop()
+        if token.text == "(" and token.kind == "sign":
+            with self.deeper():
+                found = self.either()
+            self.needs(")")
+            return replace(found, sql=f"({found.sql})", place=token.place, fraction=False, literal=False)
+        if token.kind == "text":
+            return _Value(token.text, TEXT, token.place, literal=True)
+        if token.kind == "number":
+            fraction = "." in token.text and "e" not in token.text.lower()
+            return _Value(token.text, NUMBER, token.place, fraction=fraction, literal=True)
+        if token.kind in ("word", "quoted"):
+            return self.named(token)
+        raise self.refused(token.place, "expected a column, text or a number")
+
+    def named(self, token: _Token) -> _Value:
+        word, after = token.text.lower(), self.tokens[-1]
+        if token.kind == "word":
+            if word in ("true", "false"):
+                return _Value(word.upper(), CONDITION, token.place, literal=True)
+            if word == "null":
+                return _Value("NULL", ANY, token.place)
+            if word in ("date", "timestamp") and after.kind == "text":
+                return _Value(f"{word.upper()} {self.tokens.pop().text}", DAY, token.place, literal=True)
+            if after.text == "(" and after.kind == "sign":
+                return self.called(token)
+        name = token.text
+        if name not in self.columns:
+            alike = [column for column in self.columns if column.lower() == word]
+            if len(alike) != 1:
+                why = f"may be {' or '.join(alike)}" if alike else "not a column"
+                raise self.refused(token.place, f"{why}; columns: {', '.join(sorted(self.columns))}", token.text)
+            name = alike[0]
+        kind, exact = _kind(self.columns[name])
+        return _Value(f"`{name}`", kind, token.place, exact=exact)
+
+    def called(self, token: _Token) -> _Value:
+        name = token.text.lower()
+        if name != "coalesce" and name not in FUNCTIONS:
+            known = ", ".join(sorted([*FUNCTIONS, "coalesce"]))
+            raise self.refused(token.place, f"not a function that may be used; functions: {known}", token.text)
+        values = self.listed()
+        if name == "coalesce":
+            values = self.alike(*values)
+            kind = next((value.kind for value in values if value.kind != ANY), ANY)
+        else:
+            takes, kind = FUNCTIONS[name]
+            if len(values) != len(takes):
+                raise self.refused(token.place, f"takes {len(takes)} values, not {len(values)}", token.text)
+            for value, wanted in zip(values, takes, strict=True):
+                self.must_be(value, wanted)
+        return _Value(f"{name}({', '.join(value.sql for value in values)})", kind, token.place)
+
+    def listed(self) -> list[_Value]:
+        self.needs("(")
+        with self.deeper():
+            values = [self.value()]
+            while self.takes(","):
+                values.append(self.value())
+        self.needs(")")
+        return values
+
+    # ── what the rules share ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def takes(self, what: str) -> bool:
+        """Goes past the next token if it is this word or sign."""
+        token = self.tokens[-1]
+        if token.kind not in ("word", "sign") or token.text.lower() != what:
+            return False
+        self.tokens.pop()
+        return True
+
+    def needs(self, what: str) -> None:
+        if not self.takes(what):
+            raise self.refused(self.tokens[-1].place, f"expected {what.upper()}")
+
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            place = self.tokens[-1].place
+            raise self.refused(place, f"more than {DEEPEST} parentheses and NOTs inside each other")
+        yield
+        self.depth -= 1
+
+    def alike(self, first: _Value, *others: _Value) -> list[_Value]:
+        """The values, ready to be compared.
+
+        Raises:
+            MucoError: If they are of two kinds.
+        """
+        values = [first, *others]
+        known = next((value for value in values if value.kind != ANY), first)
+        for value in values:
+            if value.kind not in (known.kind, ANY):
+                raise self.refused(value.place, f"{value.kind} cannot be compared with {known.kind}")
+        exact = any(value.exact for value in values)
+        return [value.as_decimal() if exact and value.fraction else value for value in values]
+
+    def must_be(self, value: _Value, kind: str) -> None:
+        if value.kind not in (kind, ANY):
+            raise self.refused(value.place, f"expected {kind}, not {value.kind}")
+
+    def condition(self, value: _Value) -> _Value:
+        self.must_be(value, CONDITION)
+        return value
+
+    def refused(self, place: int, why: str, what: str = "") -> MucoError:
+        what = what or self.where[place : place + 20]
+        shown = f"{what!r} (character {place + 1})" if what else "the end"
+        return MucoError(f"the filter: {shown}: {why}; an example: label = 'cat' AND year >= 2020")
+
+
+def _kind(type: pa.DataType) -> tuple[str, bool]:
+    """What values of a column are, and whether they are exact numbers."""
+    import pyarrow.types as types
+
+    exact = types.is_integer(type) or types.is_decimal(type)
+    if exact or types.is_floating(type):
+        return NUMBER, exact
+    if types.is_boolean(type):
+        return CONDITION, False
+    if types.is_string(type) or types.is_large_string(type):
+        return TEXT, False
+    if types.is_date(type) or types.is_timestamp(type):
+        return DAY, False
+    return str(type), False

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TABLE = "rows"
 HASHES = ("content_hash", "row_hash")
 OWN = ("id", "text", "image", "thumbnail", *HASHES)  # besides those of the storage
+WIDER, FORMER = "_wider", "_former"  # a column that is being given another type
 ANN_ROWS = 10_000  # from here on an index of vectors pays, and one of ids and hashes
 ANN_NAME = "ann_"  # and the number of rows when it was trained
 RETRAIN = 4  # times so many rows, and it is trained anew
@@ -154,6 +155,12 @@ class Index:
         return {f.name: f.type for f in self.table.schema if f.name not in (*OWN, *self.storage.columns)}
 
     @property
+    def compared_columns(self) -> dict[str, pa.DataType]:
+        """The columns that a filter may name."""
+        own = {name: self.table.schema.field(name).type for name in ("id", "text", "image")}
+        return own | self.extra_columns
+
+    @property
     def model(self) -> Model:
         """What encodes queries; loaded when it is first needed."""
         with self._encoding:
@@ -218,7 +225,7 @@ class Index:
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
             raise MucoError("give one query: text and/or image, or like (the id of a row), or vector")
-        condition = checked_filter(where, ["id", "text", "image", *self.extra_columns])
+        condition = checked_filter(where, self.compared_columns)
         if like is not None:
             query, others = self._vector_of(like), f"id != {quoted(like)}"
             condition = f"({condition}) AND {others}" if condition else others
@@ -315,13 +322,19 @@ class Index:
         for batch in _run(self.table.search(), None, ["id"]):
             yield batch.column("id").to_pylist()
 
-    def add(self, rows: Iterable[Mapping[str, Any]], *, batch_size: int = 32) -> dict[str, Any]:
+    def add(self, rows: Iterable[Mapping[str, Any]] | Any, *, batch_size: int = 32) -> dict[str, Any]:
         """Encodes rows and writes them; a row whose id is there is replaced, one that is there as it is costs nothing.
 
         Args:
-            rows: Mappings with ``id``, ``text`` and/or ``image`` (path or bytes), and further columns.
+            rows: Mappings with ``id``, ``text`` and/or ``image`` (path, bytes or Pillow), and further columns: a list,
+                a generator, a DataFrame of pandas or polars, a table of Arrow, or a dataset of Hugging Face. An id is
+                text, a whole number (5 is "5") or a UUID. None, NaN, NaT, NA and an absent key are missing. What a
+                further column holds: see :mod:`muco.search.columns`.
         Returns:
             As :func:`muco.search.update.build`.
+        Raises:
+            DataError: If these are not rows, an id is missing or of another type, or a column of the index cannot take
+                the values. What is wrong with one row otherwise is in ``errors``.
         """
         from muco.search.update import add_rows
 
@@ -338,6 +351,34 @@ class Index:
         """Adds rows of this table's schema, replacing those of the same ids, at once or not at all."""
         writing = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         writing.execute(rows)
+
+    def fits(self, column: str, kind: pa.DataType) -> bool:
+        """Whether all values of a further column fit another type without loss."""
+        import pyarrow as pa
+        import pyarrow.types as types
+
+        if types.is_decimal(self.extra_columns[column]) and types.is_floating(kind):
+            return False
+        try:
+            for batch in _run(self.table.search(), None, [column]):
+                batch.column(0).cast(kind)
+        except pa.ArrowInvalid:
+            return False
+        return True
+
+    def widen(self, column: str, kind: pa.DataType) -> None:
+        """Gives a further column another type, which its values fit."""
+        import pyarrow.types as types
+
+        if not types.is_integer(self.extra_columns[column]) or types.is_integer(kind):
+            self.table.alter_columns({"path": column, "data_type": kind})
+            return
+        # LanceDB alters no whole numbers to others, but it casts them: a new column takes the name of the old one
+        name = f"DECIMAL({kind.precision}, {kind.scale})" if types.is_decimal(kind) else "DOUBLE"
+        self.table.drop_columns([left for left in (WIDER, FORMER) if left in self.table.schema.names])
+        self.table.add_columns({WIDER: f"CAST(`{column}` AS {name})"})
+        self.table.alter_columns({"path": column, "rename": FORMER}, {"path": WIDER, "rename": column})
+        self.table.drop_columns([FORMER])
 
     def optimize(self) -> None:
         """Joins small files, takes new rows into the indices, and builds indices that now pay."""

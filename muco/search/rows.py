@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, time
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.data.items import Columns, Row, Source, open_source
 from muco.errors import DataError
+from muco.search.columns import add_kinds, check_names, column_type, conform
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 HASHERS = 4  # threads that read image files
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 20  # looked up in the table together
-SCALARS = (str, int, float, bool, date, time)
+PARQUET_ROWS = 32  # read at once
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Input:
-    """``extra``: names and types of the further columns; ``entries`` yields all rows, without hashes."""
+    """``extra``: names and types of the further columns, ``empty`` those without any value; ``entries(kinds)`` yields
+    all rows as the table's columns hold them, without hashes."""
 
     source: Source
     extra: dict[str, pa.DataType]
+    empty: frozenset[str]
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, kinds: Mapping[str, pa.DataType]) -> Iterator[Entry]:
         for row in self.source.rows(0, [*self.extra]):
-            yield Entry(row, conform(row.further, self.extra))
+            yield entry_of(row, row.further, kinds)
 
 
 def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
@@ -57,77 +59,61 @@ def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
         DataError: If it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
     source = open_source(path, columns)
-    extra = _parquet_types(path, columns) if path.suffix in (".parquet", ".pq") else _types_of(source)
+    extra: dict[str, pa.DataType] = {}
+    empty: frozenset[str] = frozenset()
+    if path.suffix in (".parquet", ".pq"):
+        extra = _parquet_types(path, columns)
+        empty = _parquet_empty(path, extra)
+    elif source.columns is not None:
+        extra = _jsonl_types(source, columns)
     check_names(extra, str(path), reserved)
-    return Input(source, extra)
+    return Input(source, extra, empty)
 
 
-def check_names(names: Mapping[str, Any], where: str, reserved: Sequence[str]) -> None:
-    for name in names:
-        if name in reserved or name.startswith("_"):
-            raise DataError(f"{where}: the index has a column {name!r} of its own; give the input's another name")
-        if not name or set(name) & set(".`\0"):
-            raise DataError(f"{where}: a column cannot be called {name!r} (no '.' and no '`'); give it another name")
+def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> Entry:
+    """A row with its further columns; what does not fit one of them becomes its error."""
+    try:
+        return Entry(row, conform(values, kinds))
+    except DataError as error:
+        return Entry(replace(row, error=row.error or str(error)))
 
 
-def type_of(value: Any, before: pa.DataType | None = None) -> pa.DataType | None:
-    """The type of a column that held ``before`` and now also holds the value: unlike values become text."""
-    import pyarrow as pa
-
-    if value is None:
-        return before
-    kinds = ((bool, pa.bool_()), (int, pa.int64()), (float, pa.float64()), (datetime, pa.timestamp("us")))
-    new = next((kind for python, kind in kinds if isinstance(value, python)), pa.string())
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        new = pa.string()
-    if before is None or before == new:
-        return new
-    numbers = {pa.int64(), pa.float64()}
-    return pa.float64() if {before, new} == numbers else pa.string()
-
-
-def conform(values: Mapping[str, Any], types: Mapping[str, pa.DataType]) -> dict[str, Any]:
-    """The values as the columns hold them: what is neither number, text nor time is text in JSON."""
-    return {name: _conform(values.get(name), kind) for name, kind in types.items()}
-
-
-def _conform(value: Any, kind: pa.DataType) -> Any:
-    import pyarrow as pa
-
-    if value is None:
-        return None
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return float(value) if pa.types.is_floating(kind) else value
-
-
-def _types_of(source: Source) -> dict[str, pa.DataType]:
-    """Of the further columns of a JSONL file, by looking at every row; a folder has none."""
-    types: dict[str, pa.DataType] = {}
-    if source.columns is None:
-        return types
+def _jsonl_types(source: Source, columns: Columns) -> dict[str, pa.DataType]:
+    """Of all further columns, by looking at every row."""
+    kinds: dict[str, pa.DataType] = {}
     for record in source.records(0, ()):
-        if record.error is not None:
-            continue
-        for name in record.values.keys() - {*source.columns.used}:
-            if (kind := type_of(record.values[name], types.get(name))) is not None:
-                types[name] = kind
-    return dict(sorted(types.items()))
+        if record.error is None:
+            add_kinds(kinds, {name: value for name, value in record.values.items() if name not in columns.used})
+    return dict(sorted(kinds.items()))
 
 
 def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
-    """Columns of numbers, text and times as they are, others as text; columns of bytes are left out."""
-    import pyarrow as pa
+    """Of all columns but those of bytes, which are left out."""
     import pyarrow.parquet as pq
 
-    types: dict[str, pa.DataType] = {}
-    for column in pq.read_schema(path):
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if column.name in columns.used or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            continue
-        plain = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        types[column.name] = kind if plain or pa.types.is_temporal(kind) else pa.string()
-    return types
+    given = {
+        column.name: column_type(column.type) for column in pq.read_schema(path) if column.name not in columns.used
+    }
+    return {name: kind for name, kind in given.items() if kind is not None}
+
+
+def _parquet_empty(path: Path, names: Iterable[str]) -> frozenset[str]:
+    """The columns that have no value in any row. Reads on only while there may be one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    empty = {*names}
+    try:
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            for batch in file.iter_batches(PARQUET_ROWS, columns=sorted(empty)) if empty else ():
+                missing = {name: pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py() for name in empty}
+                empty = {name for name in empty if missing[name]}
+                if not empty:
+                    break
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    return frozenset(empty)
 
 
 # ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -20,12 +20,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import COLUMNS, Columns, Row, checked_record, read_row, told_passed_over
+from muco.data.items import Columns, Row, told_passed_over
 from muco.embed import rows_bar
 from muco.errors import DataError, MucoError
+from muco.search.columns import add_kinds, check_names, common
 from muco.search.encode import Encoder, encoded, on_daft
+from muco.search.given import as_given, records
 from muco.search.index import OWN, Index
-from muco.search.rows import Entry, check_names, conform, hashed, open_input, type_of
+from muco.search.rows import Entry, entry_of, hashed, open_input
 from muco.search.storage import BITS, VECTOR, Name
 
 if TYPE_CHECKING:
@@ -97,48 +99,52 @@ def build(
         chunks = DAFT_CHUNKS
     if errors is None and "://" not in str(path):
         errors = Path(path) / "errors.jsonl"
-    add_columns(index, opened.extra, str(input))
+    add_columns(index, opened.extra, opened.empty, str(input))
     with closing(Notes()) as notes:
-        found = _update(index, opened.entries(), source.total, encode, notes, chunks=chunks, progress=progress)
+        entries = opened.entries(index.extra_columns)
+        found = _update(index, entries, source.total, encode, notes, chunks=chunks, progress=progress)
         found |= {"passed_over": dict(source.passed_over.most_common())}
         if delete_missing:
             found |= {"deleted": _delete_missing(index, notes), "total": len(index)}
         return found | {"errors": _list_failed(notes, found, errors)}
 
 
-def add_rows(index: Index, rows: Iterable[Mapping[str, Any]], *, batch_size: int = 32) -> dict[str, Any]:
+def add_rows(index: Index, rows: Any, *, batch_size: int = 32) -> dict[str, Any]:
     """See :meth:`Index.add`."""
-    rows = [dict(row) for row in rows]
+    given = [as_given(number, row) for number, row in enumerate(records(rows))]
     extra: dict[str, pa.DataType] = {}
-    records = [checked_record(number, f"row {number}", row) for number, row in enumerate(rows)]
-    for number, row in enumerate(rows):
-        if not row.get("id"):
-            raise DataError(f"row {number}: 'id' is missing")
-        for name in row.keys() - {*COLUMNS.used} if records[number].error is None else ():
-            if (kind := type_of(row[name], extra.get(name))) is not None:
-                extra[name] = kind
-    check_names(extra, "rows", RESERVED)
-    add_columns(index, extra, "rows")
+    for row in given:
+        check_names(row.extra, "rows", RESERVED)
+        add_kinds(extra, row.extra)
+    add_columns(index, extra, frozenset(), "rows")
     encode = partial(encoded, index.model, index.dimension, batch_size)
-    entries = (Entry(read_row(record, COLUMNS, Path()), conform(record.values, extra)) for record in records)
+    kinds = index.extra_columns
+    entries = (entry_of(row.row, row.extra, kinds) for row in given)
     with closing(Notes()) as notes:
-        found = _update(index, entries, len(rows), encode, notes, chunks=1, progress=False)
+        found = _update(index, entries, len(given), encode, notes, chunks=1, progress=False)
         return found | {"errors": [*notes.failed()]}
 
 
-def add_columns(index: Index, extra: Mapping[str, pa.DataType], where: str) -> None:
-    """Makes the table hold the columns.
+def add_columns(index: Index, extra: Mapping[str, pa.DataType], empty: Set[str], where: str) -> None:
+    """Makes the table hold the columns, and widens those it has where the values of both fit without loss.
 
+    Args:
+        empty: Columns without a value, which fit any.
     Raises:
-        DataError: If it holds one of them with a type that cannot take the values.
+        DataError: If a column of the table cannot take the values.
     """
     import pyarrow as pa
 
     there = index.extra_columns
-    for name, kind in extra.items():
-        old = there.get(name, kind)
-        if not (old == kind or pa.types.is_string(old) or (pa.types.is_floating(old) and pa.types.is_integer(kind))):
-            raise DataError(f"{where}: the column {name!r} is {kind}, and {old} in the index; convert or rename it")
+    wider = {name: common(there[name], kind) for name, kind in extra.items() if name in there and name not in empty}
+    for name, kind in wider.items():
+        if kind is None or (kind != there[name] and not index.fits(name, kind)):
+            raise DataError(
+                f"{where}: the column {name!r} is {extra[name]}, and {there[name]} in the index; convert or rename it"
+            )
+    for name, kind in wider.items():
+        if kind is not None and kind != there[name]:
+            index.widen(name, kind)
     if new := [pa.field(name, kind) for name, kind in extra.items() if name not in there]:
         index.table.add_columns(new)
 
@@ -292,9 +298,7 @@ def _table(index: Index, entries: list[Entry]) -> pa.Table:
         "content_hash": [entry.content_hash for entry in entries],
         "row_hash": [entry.row_hash for entry in entries],
     }
-    types = index.extra_columns
-    extra = [conform(entry.extra, types) for entry in entries]
-    values |= {name: [row[name] for row in extra] for name in types}
+    values |= {name: [entry.extra.get(name) for entry in entries] for name in index.extra_columns}
     arrays = {name: pa.array(column, schema.field(name).type) for name, column in values.items()}
     arrays |= dict(zip(index.storage.columns, index.storage.arrays(vectors), strict=True))
     return pa.table([arrays[name].cast(schema.field(name).type) for name in schema.names], schema=schema)

@@ -357,7 +357,10 @@ def as_type(vectors: np.ndarray, name: str) -> list[Any]:
 
 def _hit(hit: Hit) -> dict[str, Any]:
     """A hit without the path of its image, which is this machine's own business."""
+    from muco.search.columns import in_json
+
     thumbnail = None
     if hit.thumbnail is not None:
         thumbnail = "data:image/jpeg;base64," + base64.b64encode(hit.thumbnail).decode()
-    return {"id": hit.id, "score": float(hit.score), "text": hit.text, "thumbnail": thumbnail, "extra": dict(hit.extra)}
+    extra = in_json(hit.extra)
+    return {"id": hit.id, "score": float(hit.score), "text": hit.text, "thumbnail": thumbnail, "extra": extra}

@@ -1,0 +1,239 @@
+"""Further columns: which type of Arrow holds what a user gives, and values as that column holds them.
+
+Numbers, truth values, text, decimals, dates and times stay what they are; times with a zone are kept in UTC. UUIDs and
+paths become text, lists and mappings JSON. Missing is None, NaN, NaT and pandas' NA. A column widens where all values
+still fit without loss; a number never becomes text, unless a new column has text from the start.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import numpy as np
+
+from muco.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NESTED = (Mapping, list, tuple, Set, np.ndarray)
+PLAIN = (str, int, float, bool)
+
+
+def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> None:
+    """Raises: DataError: If the index has a column of this name itself, or no column can have it."""
+    for name in names:
+        if not isinstance(name, str):
+            raise DataError(f"{where}: the name of a column must be text, not {name!r}; rename it")
+        if name in reserved or name.startswith("_"):
+            raise DataError(f"{where}: the index has a column {name!r} of its own; give the input's another name")
+        if not name or set(name) & set(".`\0") or not _unicode(name):
+            raise DataError(f"{where}: a column cannot be called {name!r} (no '.' and no '`'); give it another name")
+
+
+def plain(value: Any) -> Any:
+    """The value in plain Python: what numpy, pandas and Arrow give as Python has it, missing as None, nested as it is.
+
+    Raises:
+        DataError: If no column can hold it.
+    """
+    import pyarrow as pa
+
+    if value is None or type(value) in PLAIN:
+        return None if value != value else value
+    if isinstance(value, NESTED):
+        return value
+    if isinstance(value, (UUID, PurePath)):
+        return str(value)
+    try:
+        if isinstance(value, np.generic):
+            found = value.item()
+            in_nanoseconds = isinstance(found, int) and value.dtype.kind in "mM"
+            return plain(pa.scalar(value).as_py() if in_nanoseconds else found)
+        scalar = pa.scalar(value, from_pandas=True)  # knows what pandas calls missing
+        if not scalar.is_valid:
+            return None
+        if isinstance(value, (datetime, date, time, timedelta, Decimal)):
+            return value  # as it is: Arrow would cut nanoseconds
+        value = scalar.as_py()
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        raise DataError(f"a column cannot hold a value of type {type(value).__name__}; convert it") from error
+    if type(value) not in PLAIN:
+        raise DataError(f"a column cannot hold a value of type {type(value).__name__}; convert or leave it out")
+    return value
+
+
+def kind_of(value: Any) -> pa.DataType | None:
+    """The type of a column for a plain value; None of a missing one."""
+    import pyarrow as pa
+
+    match value:
+        case None:
+            return None
+        case bool():
+            return pa.bool_()
+        case int():
+            return pa.int64() if -(2**63) <= value < 2**63 else _decimal(Decimal(value))
+        case float():
+            return pa.float64()
+        case Decimal():
+            return _decimal(value)
+        case datetime():
+            unit = "ns" if getattr(value, "nanosecond", 0) else "us"
+            return pa.timestamp(unit, None if value.tzinfo is None else "UTC")
+        case date():
+            return pa.date32()
+        case time():
+            return pa.time64("us")
+        case timedelta():
+            return pa.duration("ns" if getattr(value, "nanoseconds", 0) else "us")
+    return pa.string()
+
+
+def _decimal(value: Decimal) -> pa.DataType:
+    import pyarrow as pa
+
+    try:
+        return pa.scalar(value).type
+    except pa.ArrowException as error:
+        raise DataError(f"a number of more than 76 digits ({value:.3e}) cannot be kept; give it as text") from error
+
+
+def column_type(given: pa.DataType) -> pa.DataType | None:
+    """The type of a column for values of an Arrow type; None of bytes, which are left out, and of nothing but nulls."""
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    if types.is_dictionary(given) or types.is_run_end_encoded(given):
+        return column_type(given.value_type)
+    if types.is_null(given) or types.is_binary(given) or types.is_large_binary(given) or types.is_binary_view(given):
+        return None
+    if types.is_date(given):
+        return pa.date32()
+    if types.is_timestamp(given):
+        return pa.timestamp(given.unit, None if given.tz is None else "UTC")
+    if types.is_decimal(given):
+        return (pa.decimal128 if given.precision <= 38 else pa.decimal256)(given.precision, given.scale)
+    number = types.is_boolean(given) or types.is_integer(given) or types.is_floating(given)
+    return given if number or types.is_time(given) or types.is_duration(given) else pa.string()
+
+
+def common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
+    """The type that holds the values of both; None if there is none, as for a number and text."""
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    if one is None or other is None or one == other:
+        return one if other is None else other
+    if _is_text(one) and _is_text(other):
+        return one
+    if types.is_date(one) and types.is_timestamp(other) or types.is_timestamp(one) and types.is_date(other):
+        time = one if types.is_timestamp(one) else other
+        return time if time.tz is None else None
+    if types.is_timestamp(one) and types.is_timestamp(other):
+        if (one.tz is None) != (other.tz is None):
+            return None
+        other = pa.timestamp(other.unit, one.tz)
+    fields = (pa.schema([pa.field("x", kind)]) for kind in (one, other))
+    try:
+        return pa.unify_schemas([*fields], promote_options="permissive").field("x").type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def add_kinds(kinds: dict[str, pa.DataType], values: Mapping[str, Any]) -> None:
+    """Widens the types of new columns so that they hold the values too: unlike ones, as 1 and "one", become text."""
+    import pyarrow as pa
+
+    for name, value in values.items():
+        try:
+            kind = kind_of(plain(value))
+        except DataError:
+            continue  # conform says it of the row
+        if kind is not None:
+            kinds[name] = common(kinds.get(name), kind) or pa.string()
+
+
+def conform(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict[str, Any]:
+    """The values as columns hold them, with None for those that are missing.
+
+    Raises:
+        DataError: If one does not fit its column without loss.
+    """
+    found = {}
+    for name, kind in kinds.items():
+        try:
+            found[name] = _fitted(plain(values.get(name)), kind)
+        except DataError as error:
+            raise DataError(f"{name!r}: {error}") from error
+    return found
+
+
+def _fitted(value: Any, kind: pa.DataType) -> Any:
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    if value is None:
+        return None
+    if _is_text(kind):
+        text = in_json(value)
+        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        if not _unicode(text):
+            raise DataError("half of a character (a lone surrogate) cannot be kept; correct the text")
+        return text
+    if types.is_timestamp(kind) and isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime.combine(value, time())
+    if types.is_floating(kind) and isinstance(value, Decimal) and Decimal(repr(float(value))) == value:
+        return float(value)
+    try:
+        if pa.scalar(value, kind).as_py() == value:
+            return value
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        pass
+    raise DataError(f"{str(value)[:60]!r} does not fit a column of {kind} without loss; convert it")
+
+
+def _unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def in_json(value: Any) -> Any:
+    """What JSON has for a value of a column: dates and times in ISO 8601, decimals as text, durations in seconds.
+
+    A number that is not finite is null, as JSON has none; bytes are base64.
+    """
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return {str(key): in_json(item) for key, item in value.items()}
+    if isinstance(value, NESTED):
+        return [in_json(item) for item in value]
+    match plain(value):
+        case float() as number:
+            return number if math.isfinite(number) else None
+        case (datetime() | date() | time()) as when:
+            return when.isoformat().replace("+00:00", "Z")
+        case timedelta() as duration:
+            return duration.total_seconds()
+        case Decimal() as number:
+            return str(number)
+        case other:
+            return other

@@ -1,0 +1,104 @@
+"""Rows that Python users hand in: lists, generators, and tables of pandas, polars and Arrow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from muco.data.images import open_image
+from muco.data.items import COLUMNS, Row, checked_record, read_row
+from muco.errors import DataError
+from muco.search.columns import plain
+
+
+@dataclass(frozen=True)
+class Given:
+    """A row, and its further columns as they were given."""
+
+    row: Row
+    extra: dict[str, Any]
+
+
+def records(rows: Any) -> Iterable[Any]:
+    """The rows of whatever has rows.
+
+    Raises:
+        DataError: If it has none, as one mapping, text, or a single column.
+    """
+    if isinstance(rows, (Mapping, str, bytes, PurePath)):
+        raise DataError(f'give a list of rows, [{{"id": "1", "text": "a"}}], not one {type(rows).__name__}')
+    if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # as pandas has them, whatever its columns hold
+        _differ(rows.columns)
+        return rows.to_dict("records")
+    if hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
+        return _of_arrow(rows)
+    if not hasattr(rows, "__iter__"):
+        raise DataError(f"give a list of rows, a DataFrame or a table of Arrow, not {type(rows).__name__}")
+    return rows
+
+
+def _of_arrow(rows: Any) -> list[dict[str, Any]]:
+    import pyarrow as pa
+
+    try:
+        table = pa.table(rows)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"{type(rows).__name__} is not a table with columns; give one, or a list of rows") from error
+    _differ(table.column_names)
+    return table.to_pylist()
+
+
+def _differ(columns: Iterable[Any]) -> None:
+    names = [*columns]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"two columns are called {twice[0]!r}; rename one")
+
+
+def as_given(number: int, row: Any) -> Given:
+    """One row, read; what is wrong with its text or image becomes its error.
+
+    Raises:
+        DataError: If it is not a mapping, or has no id.
+    """
+    where = f"row {number}"
+    if not hasattr(row, "keys"):
+        raise DataError(f'{where}: must be a mapping such as {{"id": "1", "text": "a"}}, not {type(row).__name__}')
+    extra = dict(row)
+    id, text = _id(extra.pop("id", None), where), extra.pop("text", None)
+    images = {name: extra.pop(name, None) for name in COLUMNS.images}
+    try:
+        values = {"id": id, "text": plain(text)} | {name: _images(value) for name, value in images.items()}
+    except DataError as error:
+        return Given(Row(number, id, where, error=str(error)), extra)
+    return Given(read_row(checked_record(number, where, values), COLUMNS, Path()), extra)
+
+
+def _id(value: Any, where: str) -> str:
+    found = plain(value)
+    if found is None or (isinstance(found, str) and not found.strip()):
+        raise DataError(f"{where}: 'id' is missing")
+    if not isinstance(found, (str, int)) or isinstance(found, bool):
+        raise DataError(f"{where}: 'id' must be text, a whole number or a UUID, not {found!r}; convert it")
+    return str(found)
+
+
+def _images(value: Any) -> Any:
+    """One image, or a list of them."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_image(item) for item in value]
+    return _image(value)
+
+
+def _image(value: Any) -> Any:
+    """What a row of a file may say of an image: a path, bytes, or a mapping of both; None if it is missing."""
+    if isinstance(value, Image.Image):
+        stream = io.BytesIO()
+        open_image(value, small_side=0).save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
+    return value if isinstance(value, (bytes, Mapping)) else plain(value)
