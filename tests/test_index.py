@@ -186,7 +186,7 @@ def test_a_row_that_cannot_be_stored_stops_no_other(tmp_path: Path, tiny_model) 
     index = Index.open(tmp_path / "index", tiny_model)
     assert list(index.extra_columns) == ["note"]
     added = index.add([{"id": "b", "text": "b", "note": "\ud800"}, {"id": "c", "text": "c", "images": []}])
-    assert (added["encoded"], added["failed"]) == (1, 1) and "'note' holds half" in added["errors"][0]["reason"]
+    assert (added["encoded"], added["failed"]) == (1, 1) and "half" in added["errors"][0]["reason"]
 
 
 @pytest.mark.parametrize("name", ["vector", "thumbnail", "_distance", "a.b", "a`b", ""])
