@@ -132,6 +132,7 @@ def test_a_bad_entry_is_named(tmp_path: Path, bad: Any, sentence: str) -> None:
 @pytest.mark.parametrize(
     "content, sentence",
     [
+        ("[1]".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
         (b"", "must hold a JSON array of conversations; name it .jsonl if it has one a line"),
         (b'{"a": 1}', "must hold a JSON array of conversations; name it .jsonl"),
         (b"[]", "the file holds no conversation"),

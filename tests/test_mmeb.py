@@ -253,7 +253,7 @@ def test_what_cannot_be_embedded_stops_the_evaluation_or_is_left_out_and_told(tm
     outcomes = read_outcomes(tmp_path / "out", "VisualNews_i2t")
     assert [(o.value, o.rank) for o in outcomes] == [(1, 1), (0, None), (0, None), (0, None), (1, 1)]
     lines = (tmp_path / "out" / "left_out" / "VisualNews_i2t.jsonl").read_text().splitlines()
-    assert [json.loads(line)["side"] for line in lines] == ["candidate", "query"]
+    assert [json.loads(line)["side"] for line in lines] == ["query", "candidate"]
     assert all("row" in json.loads(line)["reason"] and "not this" in json.loads(line)["reason"] for line in lines)
     assert any("left out, because they cannot be embedded: 1 queries and 1 candidates; 3 queries" in line
                for line in result["warnings"])  # fmt: skip

@@ -11,7 +11,6 @@ from typing import TextIO
 from muco.errors import DataError, MucoError
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
-_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 def read_text(path: Path, error: type[MucoError] = DataError) -> str:
@@ -24,13 +23,18 @@ def read_text(path: Path, error: type[MucoError] = DataError) -> str:
         data = Path(path).read_bytes()
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem})") from problem
-    if encoding := _MARKS.get(data[:2]):
-        raise error(f"{path}: the file is {encoding}; save it as UTF-8")
+    refuse_utf16(data, path, error)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         line = data.count(b"\n", 0, problem.start) + 1
         raise error(f"{path}:{line}: not UTF-8 (byte 0x{data[problem.start]:02x}); save the file as UTF-8") from problem
+
+
+def refuse_utf16(data: bytes, path: Path, error: type[MucoError] = DataError) -> None:
+    """Raises an error that names the file if its first bytes say that it is UTF-16."""
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise error(f"{path}: the file is UTF-16; save it as UTF-8")
 
 
 def escaped(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from muco.base.text import refuse_utf16
 from muco.data.lines import Row, parsed
 from muco.errors import DataError
 
@@ -42,7 +43,9 @@ class Scanner:
         self.file, self.path = file, path
         self._decoder = json.JSONDecoder()
         self._text, self._first, self._at, self._ended = "", 0, 0, False  # _first: the byte at which _text begins
-        if file.read(3) != b"\xef\xbb\xbf":
+        head = file.read(3)
+        refuse_utf16(head, path)
+        if head != b"\xef\xbb\xbf":
             file.seek(0)
         self._first = file.tell()
 

@@ -201,9 +201,12 @@ class Task:
         )
 
     def _broken(self) -> tuple[Broken, ...]:
-        queries = {question.query for question in self.asked}
-        return tuple(
-            Broken("query" if key in queries else "candidate", reason) for key, reason in self.left_out.reasons.items()
+        reasons = self.left_out.reasons
+        queries = [question.query for question in self.asked if question.query in reasons]
+        candidates = dict.fromkeys(key for question in self.asked for key in question.candidates if key in reasons)
+        return (
+            *(Broken("query", reasons[key]) for key in queries),
+            *(Broken("candidate", reasons[key]) for key in candidates),
         )
 
     def _failures(self, judged: Sequence[Judged]) -> tuple[Failure, ...]:

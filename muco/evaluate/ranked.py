@@ -273,10 +273,9 @@ def _left_out(asked: Asked, pools: Pools) -> tuple[tuple[Broken, ...], int]:
     """What could not be embedded, and how many queries are missed for it."""
     lost = pools.left_out
     gone = [key in asked.left_out for key in asked.keys]
-    told = dict.fromkeys(key for key, out in zip(asked.keys, gone, strict=True) if out)
     rights = (right[right >= 0].tolist() for right in pools.relevant(asked.queries))
     missed = sum(out or bool(right and lost.keys() >= set(right)) for out, right in zip(gone, rights, strict=True))
-    queries = [Broken("query", asked.left_out.reasons[key]) for key in told]
+    queries = [Broken("query", asked.left_out.reasons[key]) for key in asked.keys if key in asked.left_out]
     return (*queries, *(Broken("candidate", reason) for reason in lost.values())), missed
 
 
