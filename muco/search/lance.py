@@ -39,8 +39,7 @@ def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
 def _told(error: Exception) -> str:
     """What is wrong with an index, and what to do."""
     if refused := re.search(r"([^:()]+) \(os error \d+\)", str(error)):
-        reason = refused[1].strip()
-        return f"the index cannot be written ({reason}); make room or change that, and give the same command again"
+        return f"the index cannot be written ({refused[1].strip()}); make room or change that, and start again"
     if isinstance(error, OSError) and error.errno:
         return f"the index cannot be used ({os.strerror(error.errno)}); change that, or name another"
     return (
