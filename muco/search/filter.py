@@ -70,6 +70,8 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
         MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than
             LONGEST characters. It says where.
     """
+    if where is not None and not isinstance(where, str):
+        raise MucoError(f"the filter must be text, not {type(where).__name__}")
     if where is None or not where.strip():
         return None
     if len(where) > LONGEST:
