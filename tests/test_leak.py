@@ -121,10 +121,13 @@ def test_resized_and_recompressed_copies_are_not_found_as_the_rules_say(tmp_path
 def test_sources_are_files_folders_of_images_and_objects(tmp_path):
     images = [noise(tmp_path / "train" / name, i) for i, name in enumerate(("b.png", "sub/a.png", "c.png"))]
     shutil.copytree(tmp_path / "train", tmp_path / "evaluation")
+    (tmp_path / "train" / "phone.heic").write_bytes(b"not read")
     with Image.open(images[2]) as opened:
         held = Sample(image=opened.convert("RGB"), turns=[Turn("", "a text of more words than are asked for")])
     named = Sample(turns=[Turn("q", "A text, of more words than ARE asked for!")], where="mine:1")
     result = find_overlap([tmp_path / "train", [named]], [tmp_path / "evaluation", [held, named]])
+    [warning] = result["warnings"]
+    assert warning.startswith(f"{tmp_path / 'train'}: files of other kinds are passed over: 1 .heic")
     assert [(s["source"], s["affected"]["either"]) for s in result["sources"]] == [
         (str(tmp_path / "evaluation"), 3),
         ("list", 2),

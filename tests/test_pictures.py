@@ -141,9 +141,10 @@ def check_source(source: Source, names: list[str], contents: list[bytes]) -> Non
     assert [again.read(picture.ref) for picture in everything] == contents
 
 
-def test_a_folder_gives_its_images_and_those_below(tmp_path: Path) -> None:
-    files = {"b.png": b"b", "a/2.JPG": b"a2", "a/1.webp": b"a1", "a.jpg": b"a", "notes.txt": b"", ".x.png": b""}
+def test_a_folder_gives_its_images_and_those_below(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"b.png": b"b", "a/2.JPG": b"a2", "a/1.webp": b"a1", "a.jpg": b"a", "phone.HEIC": b"", ".x.png": b""}
     source = open_source(write_folder(tmp_path, files))
+    assert "files of other kinds are passed over: 1 .heic" in caplog.text
     check_source(source, ["a.jpg", "a/1.webp", "a/2.JPG", "b.png"], [b"a", b"a1", b"a2", b"b"])
     assert source.total == 4 and source.root == tmp_path
 

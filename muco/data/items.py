@@ -210,8 +210,8 @@ def told_passed_over(folder: Path, passed_over: Counter[str]) -> str:
     if not passed_over:
         return ""
     return (
-        f"{folder}: {passed_over.total():,} other files are passed over ({told_kinds(passed_over)}); to take "
-        "photographs among them, convert them to JPEG or PNG"
+        f"{folder}: files of other kinds are passed over: {told_kinds(passed_over)}; to take photographs among them, "
+        "convert them to JPEG or PNG"
     )
 
 
