@@ -82,6 +82,16 @@ def test_an_epoch_of_several_sources_sees_every_row_once():
     assert mixture.steps_per_epoch == 110
     assert all(set(counts.values()) == {1} for counts in seen(mixture, 110))
     assert mixture.passes(110) == [1, 1] and mixture.passes(220) == [2, 2]
+    assert pickle.loads(pickle.dumps(mixture)).draws(150) == mixture.draws(150)  # noqa: S301 - our own object
+    places = [(draw.source, draw.position) for step in range(220) for draw in mixture.draws(step)]
+    assert len({*places}) == 11_000, "every draw has random choices of its own"
+
+
+def test_a_single_source_has_the_same_batches_with_and_without_a_weight():
+    for one_source in (False, True):
+        one, other = (Mixture([41], weights, 8, 5, one_source=one_source) for weights in (None, [3.0]))
+        assert [one.draws(step) for step in range(30)] == [other.draws(step) for step in range(30)]
+        assert one.steps_per_epoch == other.steps_per_epoch == 6
 
 
 @settings(max_examples=30, deadline=None)

@@ -449,7 +449,7 @@ def _flat(facts: dict[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, dict) and set(value) == {"min", "mean", "max"}:
             value = f"{value['min']} to {value['max']}, mean {value['mean']}"
         if isinstance(value, dict):
-            lines += [(f"{name}: {key}", _shown(item)) for key, item in value.items()]
+            lines += [(f"{name.replace('_', ' ')}: {key}", _shown(item)) for key, item in value.items()]
         else:
             lines.append((name.replace("_", " "), _shown(value)))
     return lines
