@@ -91,7 +91,7 @@ def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True,
 
     Args:
         model: The step is really made and leaves its gradients in the parameters.
-        batch: From :func:`muco.train.batches.training_batch`, on the model's device.
+        batch: From :func:`muco.train.batches.batch_of`, on the model's device.
     """
     loss = MultiTurnLoss(model, temperature=temperature)
     return count_flops(lambda: loss([dict(batch["query"]), dict(batch["target"])], batch["ids"]), backward=backward)
