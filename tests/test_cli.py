@@ -412,7 +412,7 @@ def test_what_the_index_of_the_paper_names_exists():
 
 # ---------------------------------------------------------------- text that is not UTF-8, and streams that are not
 
-RECIPE = "output: runs/é\nmodel: {tiny: {}, vision: trained}\ndata: {train: [{path: rows.jsonl}]}\n"
+ACCENTED = "output: runs/é\nmodel: {tiny: {}, vision: trained}\ndata: {train: [{path: rows.jsonl}]}\n"
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, encoding: str, *arguments: str) -> tuple[int, str]:
@@ -433,7 +433,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, encoding: str, *arguments: str) -> tu
     ],
 )
 def test_a_recipe_in_another_encoding_is_a_sentence(tmp_path, capfd, encoding, said):
-    (tmp_path / "r.yaml").write_bytes(RECIPE.encode(encoding))
+    (tmp_path / "r.yaml").write_bytes(ACCENTED.encode(encoding))
     assert main(["train", str(tmp_path / "r.yaml"), "--print"]) == (1 if said else 0)
     out, err = capfd.readouterr()
     assert re.search(said, err) if said else "runs/é" in out
@@ -478,7 +478,7 @@ def test_names_that_are_not_utf8_are_taken_or_named(odd, tmp_path, capfd):
     assert main(["data", "show", data, "--output", str(odd / "sheet.html")]) == 0
     assert main(["data", "leak", data, "--train", data, "--output", str(odd / "leak")]) == 3
     assert json.loads((odd / "leak" / "overlap.jsonl").read_text().splitlines()[0])
-    (odd / "r.yaml").write_text(RECIPE)
+    (odd / "r.yaml").write_text(ACCENTED)
     capfd.readouterr()
     assert main(["train", str(odd / "r.yaml"), "--print", "--output", str(odd)]) == 0
     assert "caf\\uDCE9" in capfd.readouterr().out
