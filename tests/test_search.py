@@ -374,7 +374,7 @@ COMPARED = st.sampled_from(["=", "!=", "<>", "<", "<=", ">", ">=", "=="])
 NOT = st.sampled_from(["", "not "])
 
 
-def tests(values: st.SearchStrategy[str], literals: list[str]) -> st.SearchStrategy[str]:
+def comparisons(values: st.SearchStrategy[str], literals: list[str]) -> st.SearchStrategy[str]:
     return st.one_of(
         st.builds("{} {} {}".format, values, COMPARED, values),
         st.builds("{} {}in ({}, {})".format, values, NOT, *2 * [st.sampled_from(literals)]),
@@ -385,8 +385,8 @@ def tests(values: st.SearchStrategy[str], literals: list[str]) -> st.SearchStrat
 
 EXPRESSIONS = st.recursive(
     st.one_of(
-        tests(NUMBERS, ["-1", "1", "2", "1.5", "3"]),
-        tests(TEXTS, ["'a'", "'ab'", "''"]),
+        comparisons(NUMBERS, ["-1", "1", "2", "1.5", "3"]),
+        comparisons(TEXTS, ["'a'", "'ab'", "''"]),
         st.builds("{} {}like {}".format, TEXTS, NOT, st.sampled_from(["'a%'", "'_'", "'%b%'", "s"])),
         st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "(n > 1) is true"]),
     ),
