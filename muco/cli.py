@@ -17,7 +17,6 @@ from typing import Annotated
 import typer
 
 import muco
-from muco.base.json_text import json_text
 from muco.data.cli import app as data_app
 from muco.errors import MucoError
 from muco.evaluate.cli import app as evaluate_app
@@ -30,6 +29,7 @@ from muco.options import (
     Model,
     examples,
     finish,
+    print_json,
     print_pairs,
 )
 from muco.search.cli import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
@@ -134,7 +134,7 @@ def train(
 
     folder = train(resolved, resume=resume)
     if distributed.rank() == 0:  # of several processes one speaks
-        print(json_text({"model": str(folder)}))
+        print_json({"model": str(folder)})
 
 
 @app.command(

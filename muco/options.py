@@ -33,11 +33,16 @@ def examples(*lines: str) -> str:
 def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
     """Prints a result on stdout: one JSON line for programs, or a table for people."""
     if as_json:
-        print(json_text(result))
+        print_json(result)
         return
     from rich.console import Console
 
     show(result, Console(file=sys.stdout))
+
+
+def print_json(result: Any) -> None:
+    """One line of JSON on stdout."""
+    print(json_text(result))
 
 
 def print_pairs(result: Mapping[str, Any], console: Console) -> None:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import datasets
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from ray_cluster import on_ray
 
 import muco
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError
 from muco.search import Index, build
+from muco.search.columns import add_kinds, conform, in_json
 from muco.search.storage import STORAGES, scores
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +278,267 @@ def test_rows_are_added_in_python(photos: Path, tmp_path: Path, tiny_model) -> N
     assert index.search(image=image, k=1)[0].id == "b" and index.search(like="b")[0].extra == {"year": 1}
     with pytest.raises(DataError, match="row 0: 'id' is missing"):
         index.add([{"text": "no id"}])
+
+
+# ── types of further columns ─────────────────────────────────────────────────────────────────────────────────────────
+
+BERLIN = ZoneInfo("Europe/Berlin")
+NOON = datetime.datetime(2020, 1, 2, 12, 30)
+TYPED = {  # what is given, what comes back, and what JSON says
+    "whole": (np.int64(2020), 2020, 2020),
+    "float": (np.float32(0.5), 0.5, 0.5),
+    "truth": (np.bool_(True), True, True),
+    "day": (datetime.date(2020, 1, 2), datetime.date(2020, 1, 2), "2020-01-02"),
+    "naive": (NOON, NOON, "2020-01-02T12:30:00"),
+    "zoned": (NOON.replace(tzinfo=BERLIN), NOON.replace(hour=11, tzinfo=datetime.UTC), "2020-01-02T11:30:00Z"),
+    "numpy_day": (np.datetime64("2020-01-02"), datetime.date(2020, 1, 2), "2020-01-02"),
+    "numpy_time": (np.datetime64(NOON, "ns"), NOON, "2020-01-02T12:30:00"),
+    "pandas": (pd.Timestamp(NOON), NOON, "2020-01-02T12:30:00"),
+    "clock": (datetime.time(12, 30), datetime.time(12, 30), "12:30:00"),
+    "long": (datetime.timedelta(minutes=1), datetime.timedelta(minutes=1), 60.0),
+    "price": (decimal.Decimal("1.50"), decimal.Decimal("1.50"), "1.50"),
+    "large": (2**64, decimal.Decimal(2**64), str(2**64)),
+    "uuid": (uuid.UUID(int=1), str(uuid.UUID(int=1)), str(uuid.UUID(int=1))),
+    "path": (Path("a/b"), "a/b", "a/b"),
+    "text": (np.str_("ä"), "ä", "ä"),
+    "list": ([np.int64(1), NOON, None], '[1, "2020-01-02T12:30:00", null]', '[1, "2020-01-02T12:30:00", null]'),
+    "array": (np.arange(2), "[0, 1]", "[0, 1]"),
+    "infinite": (float("inf"), float("inf"), None),
+    "nan": (float("nan"), None, None),
+}
+
+
+def test_what_is_given_stays_what_it_is_and_can_be_compared(tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    given = {name.replace("text", "words"): value for name, (value, _, _) in TYPED.items()}
+    row = {"id": "1", "text": "a", **given}
+    assert index.add([row, {"id": "2", "text": "b"}])["errors"] == []
+    assert index.add([row])["unchanged"] == 1
+    extra = index.search("a", k=1)[0].extra
+    for name, (_, back, said) in TYPED.items():
+        name = name.replace("text", "words")
+        assert extra.get(name) == back and type(extra.get(name)) is type(back), name
+        assert in_json(extra.get(name)) == said
+    json.dumps(in_json(extra), allow_nan=False)
+    for where in (
+        "whole >= 2000",
+        "whole > 2019.5",
+        "float = 0.5",
+        "truth",
+        "day >= date '2020-01-01' and day < date '2020-02-01'",
+        "naive > timestamp '2020-01-02 12:00:00'",
+        "zoned = timestamp '2020-01-02T12:30:00+01:00'",
+        "zoned = timestamp '2020-01-02 11:30:00'",
+        "price = 1.5 and price > 1.499 and price in (1.5, 2) and 2 > price",
+        "large > 18446744073709551615.5",
+        "uuid = '00000000-0000-0000-0000-000000000001'",
+    ):
+        assert [hit.id for hit in index.search("a", where=where)] == ["1"], where
+        assert index.search("a", where=f"not ({where})") == []
+
+
+def test_types_of_parquet_stay(tmp_path: Path, tiny_model) -> None:
+    columns = {
+        "small": (pa.array([7], pa.int16()), 7),
+        "price": (pa.array([decimal.Decimal("1.50")]), decimal.Decimal("1.50")),
+        "zoned": (pa.array([NOON.replace(tzinfo=BERLIN)], pa.timestamp("ms", "Europe/Berlin")), TYPED["zoned"][1]),
+        "nano": (pa.array([NOON], pa.timestamp("ns")), NOON),
+        "day": (pa.array([datetime.date(2020, 1, 2)], pa.date64()), datetime.date(2020, 1, 2)),
+        "uuid": (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), str(uuid.UUID(int=1))),
+        "large": (pa.array(["a"], pa.large_string()), "a"),
+        "kind": (pa.array(["x"]).dictionary_encode(), "x"),
+        "nan": (pa.array([float("nan")]), None),
+        "null": (pa.nulls(1, pa.string()), None),
+    }
+    table = pa.table({"text": ["a"], "nothing": pa.nulls(1)} | {name: array for name, (array, _) in columns.items()})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    run(tmp_path / "rows.parquet", tmp_path / "index", tiny_model)
+    index = Index.open(tmp_path / "index", tiny_model)
+    assert index.search("a", where="zoned = timestamp '2020-01-02T12:30:00+01:00'")[0].extra == {
+        name: back for name, (_, back) in columns.items()
+    }
+    assert run(tmp_path / "rows.parquet", tmp_path / "index", tiny_model)["unchanged"] == 1
+
+
+DAY = datetime.date(2020, 1, 2)
+MIDNIGHT = datetime.datetime(2020, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "back"),
+    [
+        (pa.array([2020]), pa.array([7], pa.int32()), [2020, 7]),
+        (pa.array([7], pa.int32()), pa.array([2**40]), [7, 2**40]),
+        (pa.array([2020]), pa.array([2.5]), [2020, 2.5]),
+        (pa.array([2.5]), pa.array([2020]), [2.5, 2020]),
+        (pa.array([0.5], pa.float32()), pa.array([0.1]), [0.5, 0.1]),
+        (pa.array([2]), pa.array([decimal.Decimal("2.5")]), [2, decimal.Decimal("2.5")]),
+        (pa.array([decimal.Decimal("2.5")]), pa.array([decimal.Decimal("100.25")]), [decimal.Decimal("2.5"), 100.25]),
+        (pa.array([DAY]), pa.array([NOON]), [MIDNIGHT, NOON]),
+        (pa.array([NOON]), pa.array([DAY]), [NOON, MIDNIGHT]),
+        (pa.array([NOON], pa.timestamp("ms")), pa.array([NOON]), [NOON, NOON]),
+        (pa.array([2020]), pa.nulls(1), [2020, None]),
+        (pa.array([2020]), pa.array([float("nan")]), [2020, None]),
+        (pa.array(["a"]), pa.nulls(1, pa.float64()), ["a", None]),
+        (pa.array(["a"]), pa.array(["b"], pa.large_string()), ["a", "b"]),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_a_later_file_whose_values_fit_is_taken(first, then, back: list, tmp_path: Path, tiny_model) -> None:
+    for number, values in enumerate((first, then)):
+        pq.write_table(pa.table({"id": [str(number)], "text": ["a"], "my x": values}), tmp_path / "rows.parquet")
+        assert run(tmp_path / "rows.parquet", tmp_path / "index", tiny_model)["failed"] == 0
+    index = Index.open(tmp_path / "index", tiny_model)
+    assert [hit.extra["my x"] for hit in index.search("a")] == back
+    assert all(not name.startswith("_") for name in index.table.schema.names)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (1, "one"),
+        ("one", 1),
+        ("one", DAY),
+        (True, 1),
+        (2**53 + 1, 0.5),
+        (decimal.Decimal("0.1"), 0.5),
+        (NOON, NOON.replace(tzinfo=BERLIN)),
+        (DAY, 1),
+    ],
+)
+def test_what_does_not_fit_a_column_is_refused(first, then, tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    index.add([{"id": "1", "text": "a", "x": first}])
+    with pytest.raises(DataError, match="rows: the column 'x' is .*, and .* in the index; convert or rename it"):
+        index.add([{"id": "2", "text": "b", "x": then}])
+    assert len(index) == 1 and index.search("a")[0].extra == {"x": first}
+
+
+def test_a_row_that_does_not_fit_is_listed(tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    rows = [
+        {"text": "a", "x": 0.5},
+        {"text": "b", "x": 2**53 + 1},
+        {"text": "c", "y": object()},
+        {"text": "d", "z": b"x"},
+    ]
+    rows += [
+        {"text": "e", "s": "half \ud800"},
+        {"text": "f", "x": 10**80},
+        {"text": "g", "x": decimal.Decimal("0.1")},
+    ]
+    found = index.add([{"id": f"r{n}"} | row for n, row in enumerate(rows)])
+    assert (found["encoded"], found["failed"]) == (2, 5)
+    reasons = {error["id"]: error["reason"] for error in found["errors"]}
+    assert reasons["r1"] == "'x': '9007199254740993' does not fit a column of double without loss; convert it"
+    assert reasons["r2"].startswith("'y': a column cannot hold a value of type object")
+    assert "bytes" in reasons["r3"] and "half of a character" in reasons["r4"] and "76 digits" in reasons["r5"]
+
+
+@pytest.mark.parametrize("name", ["_wider", "_former"])
+def test_a_table_left_by_a_kill_while_a_column_was_widened(name: str, tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    index.add([{"id": "1", "text": "a", "x": 1}])
+    index.table.add_columns({name: "CAST(x AS DOUBLE)"})
+    index = Index.open(tmp_path / "index", tiny_model)
+    assert index.search("a")[0].extra == {"x": 1}
+    index.add([{"id": "2", "text": "b", "x": 2.5}])
+    assert sorted(hit.extra["x"] for hit in index.search("a")) == [1, 2.5]
+    assert {"_wider", "_former"}.isdisjoint(index.table.schema.names)
+
+
+NUMBERS = st.one_of(
+    st.integers(-(2**70), 2**70), st.floats(), st.decimals(allow_nan=False, allow_infinity=False, places=3)
+)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=5))
+def test_numbers_are_kept_exactly_or_refused(values: list) -> None:
+    kinds: dict[str, pa.DataType] = {}
+    for value in values:
+        add_kinds(kinds, {"x": value})
+    assert all(not pa.types.is_string(kind) for kind in kinds.values())
+    for value in values if kinds else []:
+        try:
+            kept = pa.array([conform({"x": value}, kinds)["x"]], kinds["x"])[0].as_py()
+        except DataError as error:
+            assert "without loss" in str(error)
+        else:
+            exact = kept == value or (isinstance(value, decimal.Decimal) and decimal.Decimal(repr(kept)) == value)
+            assert exact or (kept is None and value != value)
+
+
+# ── what Index.add takes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+FRAME = {"id": ["1", "2"], "text": ["a", "b"], "year": [2020, None]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pd.DataFrame(FRAME),
+        pd.DataFrame(FRAME, index=["x", "y"]).astype({"year": "Int64"}),
+        pl.DataFrame(FRAME),
+        pa.table(FRAME),
+        pa.table(FRAME).to_reader(),
+        pa.RecordBatch.from_pydict(FRAME),
+        datasets.Dataset.from_dict(FRAME),
+        [{"id": "1", "text": "a", "year": 2020}, {"id": "2", "text": "b", "year": pd.NA}],
+        ({"id": n, "text": t, "year": 2020 if n == 1 else float("nan")} for n, t in ((1, "a"), (2, "b"))),
+        [row for _, row in pd.DataFrame(FRAME).iterrows()],
+    ],
+    ids=lambda rows: type(rows).__name__,
+)
+def test_rows_of_every_make(rows, tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    found = index.add(rows)
+    assert (found["rows"], found["encoded"], found["errors"]) == (2, 2, [])
+    assert {hit.id: hit.extra["year"] for hit in index.search("a")} == {"1": 2020, "2": None}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ({"id": "1", "text": "a"}, "give a list of rows"),
+        ("rows.jsonl", "give a list of rows"),
+        (None, "a DataFrame or a table of Arrow, not NoneType"),
+        (pd.Series(["a"]), "not a table with columns"),
+        ([["1", "a"]], "row 0: must be a mapping"),
+        ([{"id": "1", "text": "a"}, {"text": "b"}], "row 1: 'id' is missing"),
+        ([{"id": float("nan"), "text": "b"}], "row 0: 'id' is missing"),
+        ([{"id": " ", "text": "b"}], "row 0: 'id' is missing"),
+        ([{"id": True, "text": "b"}], "row 0: 'id' must be text, a whole number or a UUID, not True"),
+        ([{"id": 1.0, "text": "b"}], "row 0: 'id' must be text, a whole number or a UUID, not 1.0"),
+        ([{"id": ["1"], "text": "b"}], "row 0: 'id' must be text"),
+        ([{"id": b"1", "text": "b"}], "row 0: 'id' must be text"),
+        ([{"id": "1", "text": "a", 5: 1}], "the name of a column must be text, not 5"),
+        ([{"id": "1", "text": "a", "\ud800": 1}], "a column cannot be called"),
+        (pd.DataFrame([["1", "a", 1, 2]], columns=["id", "text", "x", "x"]), "two columns are called 'x'"),
+        (pa.table([["1"], ["a"], [1], [2]], names=["id", "text", "x", "x"]), "two columns are called 'x'"),
+    ],
+)
+def test_what_are_not_rows_is_refused(rows, says: str, tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    with pytest.raises(DataError, match=re.escape(says)):
+        index.add(rows)
+    assert len(index) == 0
+
+
+def test_ids_and_images_as_python_has_them(photos: Path, tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    file = sorted(photos.iterdir())[0]
+    with Image.open(file) as picture:
+        picture.load()
+    rows = [{"id": 0, "image": file}, {"id": np.int64(5), "image": file.read_bytes(), "text": float("nan")}]
+    rows += [{"id": uuid.UUID(int=1), "image": picture}, {"id": np.str_("x"), "text": np.str_("a"), "image": pd.NA}]
+    rows += [{"id": "none", "text": pd.NaT, "image": None}, {"id": "number", "text": 5}]
+    found = index.add(rows)
+    assert (found["encoded"] + found["reused"], found["failed"]) == (4, 2)
+    assert [error["id"] for error in found["errors"]] == ["none", "number"]
+    vectors = {hit.id: hit.score for hit in index.search(image=file)}
+    assert vectors.keys() == {"0", "5", str(uuid.UUID(int=1)), "x"}
+    assert [vectors[id] for id in ("0", "5", str(uuid.UUID(int=1)))] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert index.search(like="5", where="id = '0'")[0].image == str(file)
 
 
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────

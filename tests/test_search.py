@@ -216,7 +216,11 @@ COLUMNS = {
         ("n == 1 or n = 2 and ok", "`n` = 1 OR `n` = 2 AND `ok`"),
         ("(n = 1 or n = 2) and not ok is true", "(`n` = 1 OR `n` = 2) AND NOT (`ok` IS TRUE)"),
         ("date = date '2020-01-01' and and > 1", "`date` = DATE '2020-01-01' AND `and` > 1"),
-        ("n not between -.5 and 3 and x > 1.5e3", "`n` NOT BETWEEN CAST('-.5' AS DECIMAL(1, 1)) AND 3 AND `x` > 1.5e3"),
+        (
+            "n not between -.5 and 3 and x > 1.5e3",
+            "`n` NOT BETWEEN CAST('-0.5' AS DECIMAL(1, 1)) AND 3 AND `x` > 1.5e3",
+        ),
+        ("n = 1.5e3 or n = 5e-2", "`n` = CAST('1500' AS DECIMAL(4, 0)) OR `n` = CAST('0.05' AS DECIMAL(2, 2))"),
         ("1.50 <= price and x > 0.5", "CAST('1.50' AS DECIMAL(3, 2)) <= `price` AND `x` > 0.5"),
         ("coalesce(ok, false) and starts_with(id, 'a')", "coalesce(`ok`, FALSE) AND starts_with(`id`, 'a')"),
     ],
@@ -384,7 +388,7 @@ EXPRESSIONS = st.recursive(
         tests(NUMBERS, ["-1", "1", "2", "1.5", "3"]),
         tests(TEXTS, ["'a'", "'ab'", "''"]),
         st.builds("{} {}like {}".format, TEXTS, NOT, st.sampled_from(["'a%'", "'_'", "'%b%'", "s"])),
-        st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "ok = (n > 1)"]),
+        st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "(n > 1) is true"]),
     ),
     lambda part: st.one_of(
         st.builds("{} AND {}".format, part, part),

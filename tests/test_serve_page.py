@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,19 @@ def test_it_finds_what_the_index_finds(client, index, body, query):
         assert (hit["thumbnail"] or "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
 
 
+def test_every_column_is_json(tmp_path, index):
+    typed = Index.create(tmp_path / "index", index.model)
+    noon = datetime(2020, 1, 2, 12, tzinfo=UTC)
+    typed.add(
+        [{"id": 0, "text": "a", "day": date(2020, 1, 2), "at": noon, "price": Decimal("1.50"), "x": float("inf")}]
+    )
+    served = Served(Engine(index.model, ImageLimits(), 2048), "little", index=typed)
+    with serving(served) as client:
+        hits = search(client, text="a", where="day >= date '2020-01-01' AND price = 1.5")
+    said = {"day": "2020-01-02", "at": "2020-01-02T12:00:00Z", "price": "1.50", "x": None}
+    assert [hit["id"] for hit in hits] == ["0"] and hits[0]["extra"] == said
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -89,6 +104,8 @@ def test_it_finds_what_the_index_finds(client, index, body, query):
         ({"text": "a", "k": 101}, "at most 100 hits"),
         ({"text": "a", "k": 0}, "greater than or equal to 1"),
         ({"text": "a", "where": "size > 3"}, "not a column"),
+        ({"text": "a", "where": "colour = 'red' year >= 2020"}, "(character 16): expected the end, AND or OR"),
+        ({"like": "text", "where": "year = 2021) OR (year = 2022"}, "(character 12): expected the end, AND or OR"),
         ({"image": "/etc/passwd"}, "data:image/…;base64 URI"),
         ({"text": "a", "vector": [1]}, "no such field"),
     ],

@@ -7,13 +7,15 @@ import math
 from typing import Any
 
 
-def json_text(value: Any) -> str:
-    """One line of JSON. NaN and infinity, which JSON has no words for, are null; what it does not know is text.
+def json_text(value: Any, *, ascii: bool = False) -> str:
+    """One line of JSON, of ASCII alone if asked for.
+
+    NaN and infinity, which JSON has no words for, are null; what it does not know is text.
 
     Half a character (in a file name that is not UTF-8, for example) is escaped, so that the line can be written.
     """
     plain = _plain(value)
-    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(plain, ensure_ascii=ascii, allow_nan=False, default=str)
     try:
         text.encode()
     except UnicodeEncodeError:

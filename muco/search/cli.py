@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muco.base.json_text import json_text
-from muco.options import BatchSize, Dimension, Json, examples, finish, print_pairs
+from muco.options import BatchSize, Dimension, Json, examples, finish, print_json, print_pairs
 
 if TYPE_CHECKING:
     pass
@@ -135,7 +134,7 @@ def search(
 
         for hit in hits:
             row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": in_json(hit.extra)}
-            print(json_text(row))
+            print_json(row)
         return
     from rich.console import Console
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 NESTED = (Mapping, list, tuple, Set, np.ndarray)
 PLAIN = (str, int, float, bool)
+LARGEST_BITS = 252  # of a whole number; decimals of Arrow have up to 76 digits
+DIGITS = 20  # of the largest whole number of 64 bits
 
 
 def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> None:
@@ -47,6 +49,8 @@ def plain(value: Any) -> Any:
     """
     import pyarrow as pa
 
+    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+        raise DataError("a number of more than 76 digits cannot be kept; give it as text")
     if value is None or type(value) in PLAIN:
         return None if value != value else value
     if isinstance(value, NESTED):
@@ -81,11 +85,11 @@ def kind_of(value: Any) -> pa.DataType | None:
         case bool():
             return pa.bool_()
         case int():
-            return pa.int64() if -(2**63) <= value < 2**63 else _decimal(Decimal(value))
+            return pa.int64() if _in_64_bits(value) else pa.scalar(Decimal(value)).type
         case float():
             return pa.float64()
         case Decimal():
-            return _decimal(value)
+            return pa.scalar(value).type
         case datetime():
             unit = "ns" if getattr(value, "nanosecond", 0) else "us"
             return pa.timestamp(unit, None if value.tzinfo is None else "UTC")
@@ -96,15 +100,6 @@ def kind_of(value: Any) -> pa.DataType | None:
         case timedelta():
             return pa.duration("ns" if getattr(value, "nanoseconds", 0) else "us")
     return pa.string()
-
-
-def _decimal(value: Decimal) -> pa.DataType:
-    import pyarrow as pa
-
-    try:
-        return pa.scalar(value).type
-    except pa.ArrowException as error:
-        raise DataError(f"a number of more than 76 digits ({value:.3e}) cannot be kept; give it as text") from error
 
 
 def column_type(given: pa.DataType) -> pa.DataType | None:
@@ -121,9 +116,15 @@ def column_type(given: pa.DataType) -> pa.DataType | None:
     if types.is_timestamp(given):
         return pa.timestamp(given.unit, None if given.tz is None else "UTC")
     if types.is_decimal(given):
-        return (pa.decimal128 if given.precision <= 38 else pa.decimal256)(given.precision, given.scale)
+        return _decimal(given.precision, given.scale)
     number = types.is_boolean(given) or types.is_integer(given) or types.is_floating(given)
     return given if number or types.is_time(given) or types.is_duration(given) else pa.string()
+
+
+def _decimal(precision: int, scale: int) -> pa.DataType:
+    import pyarrow as pa
+
+    return (pa.decimal128 if precision <= 38 else pa.decimal256)(precision, scale)
 
 
 def common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
@@ -142,6 +143,9 @@ def common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | 
         if (one.tz is None) != (other.tz is None):
             return None
         other = pa.timestamp(other.unit, one.tz)
+    if types.is_decimal(one) and types.is_integer(other) or types.is_integer(one) and types.is_decimal(other):
+        exact = one if types.is_decimal(one) else other
+        return _decimal(max(exact.precision - exact.scale, DIGITS) + exact.scale, exact.scale)
     fields = (pa.schema([pa.field("x", kind)]) for kind in (one, other))
     try:
         return pa.unify_schemas([*fields], promote_options="permissive").field("x").type
@@ -172,12 +176,14 @@ def conform(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict
     """The values as columns hold them, with None for those that are missing.
 
     Raises:
-        DataError: If one does not fit its column without loss.
+        DataError: If one does not fit its column without loss, or no column can hold it.
     """
-    found = {}
-    for name, kind in kinds.items():
+    found: dict[str, Any] = dict.fromkeys(kinds)
+    for name, value in values.items():
         try:
-            found[name] = _fitted(plain(values.get(name)), kind)
+            value = plain(value)
+            if name in kinds:
+                found[name] = _fitted(value, kinds[name])
         except DataError as error:
             raise DataError(f"{name!r}: {error}") from error
     return found
@@ -195,6 +201,9 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
         if not _unicode(text):
             raise DataError("half of a character (a lone surrogate) cannot be kept; correct the text")
         return text
+    whole = type(value) is int and types.is_int64(kind) and _in_64_bits(value)
+    if whole or (type(value) is float and types.is_float64(kind)):
+        return value  # nearly all values; to ask Arrow takes ten times as long
     if types.is_timestamp(kind) and isinstance(value, date) and not isinstance(value, datetime):
         value = datetime.combine(value, time())
     if types.is_floating(kind) and isinstance(value, Decimal) and Decimal(repr(float(value))) == value:
@@ -205,6 +214,10 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         pass
     raise DataError(f"{str(value)[:60]!r} does not fit a column of {kind} without loss; convert it")
+
+
+def _in_64_bits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def _unicode(text: str) -> bool:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from muco.errors import MucoError
@@ -69,6 +70,8 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
         MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than
             LONGEST characters. It says where.
     """
+    if where is not None and not isinstance(where, str):
+        raise MucoError(f"the filter must be text, not {type(where).__name__}")
     if where is None or not where.strip():
         return None
     if len(where) > LONGEST:
@@ -91,13 +94,17 @@ class _Value:
     kind: str
     place: int
     exact: bool = False  # a column of whole numbers or decimals, which LanceDB does not compare with 1.5
-    fraction: bool = False  # a number such as 1.5
+    fraction: bool = False  # a number such as 1.5 or 1e3
     literal: bool = False
 
     def as_decimal(self) -> _Value:
-        whole, _, part = self.sql.lstrip("-").partition(".")
-        digits = max(1, len(whole + part))
-        return replace(self, sql=f"CAST('{self.sql}' AS DECIMAL({digits}, {len(part)}))") if digits <= 38 else self
+        number = Decimal(self.sql)
+        _, digits, exponent = number.as_tuple()
+        scale = max(0, -int(exponent))
+        precision = max(1, scale, len(digits) + int(exponent) + scale)
+        if precision > 38:
+            return self
+        return replace(self, sql=f"CAST('{number:f}' AS DECIMAL({precision}, {scale}))")
 
 
 class _Parser:
@@ -196,7 +203,7 @@ class _Parser:
         if token.kind == "text":
             return _Value(token.text, TEXT, token.place, literal=True)
         if token.kind == "number":
-            fraction = "." in token.text and "e" not in token.text.lower()
+            fraction = not token.text.lstrip("-").isdecimal()
             return _Value(token.text, NUMBER, token.place, fraction=fraction, literal=True)
         if token.kind in ("word", "quoted"):
             return self.named(token)

@@ -73,14 +73,14 @@ def as_given(number: int, row: Any) -> Given:
     id, text = _id(extra.pop("id", None), where), extra.pop("text", None)
     images = {name: extra.pop(name, None) for name in COLUMNS.images}
     try:
-        values = {"id": id, "text": plain(text)} | {name: _images(value) for name, value in images.items()}
+        values = {"id": id, "text": _plain(text)} | {name: _images(value) for name, value in images.items()}
     except DataError as error:
         return Given(Row(number, id, where, error=str(error)), extra)
     return Given(read_row(checked_record(number, where, values), COLUMNS, Path()), extra)
 
 
 def _id(value: Any, where: str) -> str:
-    found = plain(value)
+    found = _plain(value)
     if found is None or (isinstance(found, str) and not found.strip()):
         raise DataError(f"{where}: 'id' is missing")
     if not isinstance(found, (str, int)) or isinstance(found, bool):
@@ -101,4 +101,12 @@ def _image(value: Any) -> Any:
         stream = io.BytesIO()
         open_image(value, small_side=0).save(stream, "PNG", compress_level=1)
         return stream.getvalue()
-    return value if isinstance(value, (bytes, Mapping)) else plain(value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As plain, but what it refuses as it is: for a sentence that names the field."""
+    try:
+        return plain(value)
+    except DataError:
+        return value

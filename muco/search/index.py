@@ -152,7 +152,8 @@ class Index:
     @property
     def extra_columns(self) -> dict[str, pa.DataType]:
         """The columns that came with the input."""
-        return {f.name: f.type for f in self.table.schema if f.name not in (*OWN, *self.storage.columns)}
+        own = (*OWN, *self.storage.columns, WIDER, FORMER)
+        return {field.name: field.type for field in self.table.schema if field.name not in own}
 
     @property
     def compared_columns(self) -> dict[str, pa.DataType]:
@@ -352,6 +353,11 @@ class Index:
         writing = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         writing.execute(rows)
 
+    def drop_unfinished(self) -> None:
+        """Drops what a run left that was killed while it widened a column; the column itself is whole."""
+        if left := [name for name in (WIDER, FORMER) if name in self.table.schema.names]:
+            self.table.drop_columns(left)
+
     def fits(self, column: str, kind: pa.DataType) -> bool:
         """Whether all values of a further column fit another type without loss."""
         import pyarrow as pa
@@ -375,7 +381,6 @@ class Index:
             return
         # LanceDB alters no whole numbers to others, but it casts them: a new column takes the name of the old one
         name = f"DECIMAL({kind.precision}, {kind.scale})" if types.is_decimal(kind) else "DOUBLE"
-        self.table.drop_columns([left for left in (WIDER, FORMER) if left in self.table.schema.names])
         self.table.add_columns({WIDER: f"CAST(`{column}` AS {name})"})
         self.table.alter_columns({"path": column, "rename": FORMER}, {"path": WIDER, "rename": column})
         self.table.drop_columns([FORMER])

@@ -135,6 +135,7 @@ def add_columns(index: Index, extra: Mapping[str, pa.DataType], empty: Set[str],
     """
     import pyarrow as pa
 
+    index.drop_unfinished()
     there = index.extra_columns
     wider = {name: common(there[name], kind) for name, kind in extra.items() if name in there and name not in empty}
     for name, kind in wider.items():

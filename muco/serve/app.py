@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from muco.errors import MucoError
+from muco.search.columns import in_json
 from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
 from muco.serve.engine import Embedded, Engine, Item
 from muco.serve.guard import ClientGone, Guard, error_answer
@@ -357,8 +358,6 @@ def as_type(vectors: np.ndarray, name: str) -> list[Any]:
 
 def _hit(hit: Hit) -> dict[str, Any]:
     """A hit without the path of its image, which is this machine's own business."""
-    from muco.search.columns import in_json
-
     thumbnail = None
     if hit.thumbnail is not None:
         thumbnail = "data:image/jpeg;base64," + base64.b64encode(hit.thumbnail).decode()
