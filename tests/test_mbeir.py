@@ -568,7 +568,7 @@ def test_a_bad_line_is_named(tree, tmp_path, file, change, said):
     model = Stopped(0)  # all is read before anything is encoded
     with pytest.raises(DataError, match=re.escape(said)) as error:
         evaluate_mbeir(model, tree, tmp_path / "out", pools=("local",), tasks=["NIGHTS t4", "WebQA t1"])
-    assert str(error.value).startswith(f"{where}: ")
+    assert str(error.value).startswith(f"{where}:")
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (
             "json",
             b'{"turns": ' + b'{"a":' * 900 + b"[]" + b"}" * 901,
-            "'turns' must be a list of at least one turn, not an",
+            "malformed JSON: nested too deep",
         ),
         ("json", b'{"turns": [{"query": "a", "target": "b", "negatives": [{"image": "x"}]}]}', "'image' in the .json;"),
     ],

@@ -29,7 +29,7 @@ def value_at(file: BinaryIO, place: np.ndarray, where: str) -> Any:
     """The JSON value at a place, (first byte, bytes)."""
     start, length = map(int, place)
     file.seek(start)
-    return parsed(file.read(length), where)
+    return parsed(file.read(length), where, constants=True)  # as the scanner: who needs a number looks at it
 
 
 class Scanner:

@@ -78,7 +78,8 @@ def parsed(line: bytes, where: str, *, constants: bool = False) -> Any:
     try:
         value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=constant)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}:{error.colno}: malformed JSON: {error.msg}") from error
+        column = f":{error.colno}" if where.rpartition(":")[2].isdigit() else ""  # of "file:line"
+        raise DataError(f"{where}{column}: malformed JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start + 1} of the row; save the file as UTF-8") from error
     except RecursionError as error:
