@@ -577,7 +577,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(tmp_path: Path
     try:
         source = texts(tmp_path, 64)
         with pytest.raises(
-            OutputError, match=r"small/.*: cannot be written \(No space left on device\); make room, or"
+            OutputError, match=r"small/.*: cannot be written \(No space left on device\); make room, and give"
         ):
             run(source, small / "out.parquet", shard_rows=2)
         subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
