@@ -105,6 +105,26 @@ def test_a_run_of_an_older_version_is_the_same_run(finished):
         file.write_text(now)
 
 
+def test_the_epochs_of_an_older_version_are_other_ones_where_rows_have_weights(scenes, tmp_path):
+    source = {"path": str(scenes / "train.jsonl"), "weight": 1.0}
+    output = tmp_path / "run"
+    (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+
+    def claim(epoch: str, **trainer) -> None:
+        data = {"train": [source, source | {"weight": 2.0}], "epoch": epoch}
+        recipe = recipe_of(scenes, output, data=data, trainer={"max_steps": -1, **trainer})
+        facts = checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")] * 2)
+        old = json.loads(json.dumps(facts))
+        del old["recipe"]["data"]["epoch"]
+        (output / "run.json").write_text(json.dumps(old))
+        assert checkpoint.claim_output(output, facts, resume=True) is None
+
+    claim("row_count")
+    claim("every_row", max_steps=6)
+    with pytest.raises(muco.OutputError, match=r"another run \(data.epoch differs\)"):
+        claim("every_row", num_train_epochs=1)
+
+
 def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
     recipe, _ = finished
     with pytest.raises(muco.OutputError, match=r"loss\.temperature"):

@@ -137,8 +137,12 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
         values = to_dict(from_dict({"output": "", **settings}))
     except RecipeError:  # of another version
         return settings
-    if len(values["data"]["train"]) == 1:
-        values["data"]["train"][0]["weight"] = None  # of a single source it says nothing
+    data = values["data"]
+    data["epoch"] = settings["data"].get("epoch", "row_count")  # which it was before it could be chosen
+    if len(data["train"]) == 1:
+        data["train"][0]["weight"] = None  # of a single source it says nothing
+    if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
+        data["epoch"] = None  # nor does this
     return {key: value for key, value in values.items() if key != "output"}
 
 
