@@ -175,7 +175,8 @@ def _fault(folder: Path) -> str:
         file = folder / WEIGHTS_FILE
         with safe_open(file, framework="pt"):
             pass
-        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")):
+        random = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
+        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *random):
             with zipfile.ZipFile(file):
                 pass
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:

@@ -194,10 +194,9 @@ def uses_autocast(recipe: Recipe, backbone: nn.Module) -> bool:
     half = recipe.model.adapter is None and backbone.config.dtype in (torch.bfloat16, torch.float16)
     if asked is None:
         return half
-    if not asked and half and recipe.model.vision == "frozen":
-        dtype = str(backbone.config.dtype).removeprefix("torch.")
+    if not asked and half and len({parameter.dtype for parameter in backbone.parameters()}) > 1:
         raise RecipeError(
-            f"trainer.bf16: false: frozen weights are held in {dtype} and trained ones in float32, which only autocast "
+            "trainer.bf16: false: frozen weights are held in bfloat16 and trained ones in float32, which only autocast "
             "brings together; leave it out, or set model.dtype: float32"
         )
     return bool(asked)
