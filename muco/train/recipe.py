@@ -35,8 +35,8 @@ class ModelRecipe:
         adapter: None trains all weights.
         vision: Whether the vision tower is trained.
         dtype: "auto" (as the checkpoint), "float32", "bfloat16" or "float16": how weights that are not trained are
-            held. What is trained is held in float32; without an adapter, a model of half precision then computes in
-            bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
+            held. What is trained is held in float32, as is frozen float16 without an adapter; without one, a model of
+            half precision then computes in bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
         save_dtype: Of the finished model's weights, into which adapters are folded in float32: "auto" (as ``dtype``),
             "float32", "bfloat16" or "float16".
         min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
