@@ -38,7 +38,7 @@ from muco.loss import MultiTurnLoss
 from muco.processor import Processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import EMB
-from muco.train.batches import Chosen, training_batch
+from muco.train.batches import Chosen, batch_of, prepare_turns
 from muco.train.flops import Flops, step_flops
 
 TURNS = (1, 2, 4, 7)
@@ -104,9 +104,11 @@ class Bench:
         """
         rng = np.random.default_rng(0)
         samples = self.samples[mode]
-        pairs = [(sample, [Chosen.of(turn, rng) for turn in sample.turns[:turns]]) for sample in samples]
-        keys = range(part * len(pairs), (part + 1) * len(pairs))
-        return training_batch(pairs, keys, self.processor, isolated=mode == "isolated", target_ids=True)
+        prepared = []
+        for key, sample in enumerate(samples, start=part * len(samples)):
+            chosen = [Chosen.of(turn, rng) for turn in sample.turns[:turns]]
+            prepared.append(prepare_turns(sample, chosen, key, self.processor, isolated=mode == "isolated"))
+        return batch_of(prepared, self.processor, target_ids=True)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.settings.device

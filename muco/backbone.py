@@ -205,10 +205,11 @@ def hold_trained_in_float32(model: nn.Module) -> None:
     """Casts what is trained to float32, in place; what is frozen keeps its precision.
 
     In half precision an update smaller than the last bit of its weight is lost, which at usual learning rates is every
-    second one.
+    second one. Without adapters, frozen float16 is cast too: it meets bfloat16 of autocast, which a CPU does not mix.
     """
+    whole = not hasattr(model, "peft_config")
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or (whole and parameter.dtype == torch.float16):
             parameter.data = parameter.data.float()
 
 

@@ -25,7 +25,7 @@ from muco.gradcache import TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.sizes import Adapter
 from muco.template import SPECIAL_TOKENS
-from muco.train.batches import Chosen, reconstruction_batch, training_batch
+from muco.train.batches import Chosen, batch_of, prepare_pair, prepare_turns
 from muco.train.trainer import shard_model
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
@@ -100,13 +100,16 @@ def to_train(model: Model, trained: str, dropout: float = 0.0) -> Model:
 
 def share(model: Model, samples: list[Sample], mode: str) -> dict:
     """The training batch of these samples, all turns as they stand."""
-    keys = [sample.id or repr(sample.turns) for sample in samples]
-    if mode == "reconstruction":
-        firsts = [(s, Chosen(t.query[0], t.target[0], t.negatives), _masks(s)) for s in samples for t in s.turns[:1]]
-        return reconstruction_batch(firsts, keys, model.encoder.muco_processor, target_ids=True)
-    pairs = [(s, [Chosen(turn.query[0], turn.target[0], turn.negatives) for turn in s.turns]) for s in samples]
-    isolated = mode == "isolated"
-    return training_batch(pairs, keys, model.encoder.muco_processor, isolated=isolated, target_ids=True)
+    processor = model.encoder.muco_processor
+    prepared = []
+    for sample in samples:
+        key = sample.id or repr(sample.turns)
+        turns = [Chosen(turn.query[0], turn.target[0], turn.negatives) for turn in sample.turns]
+        if mode == "reconstruction":
+            prepared.append(prepare_pair(sample, turns[0], _masks(sample), key, processor))
+        else:
+            prepared.append(prepare_turns(sample, turns, key, processor, isolated=mode == "isolated"))
+    return batch_of(prepared, processor, target_ids=True)
 
 
 def _masks(sample: Sample) -> np.random.Generator:

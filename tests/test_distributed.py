@@ -181,6 +181,19 @@ def test_all_weights_of_a_bfloat16_model_are_trained_sharded_as_on_one_process(b
 
 
 @pytest.mark.slow
+def test_adapters_of_a_bfloat16_model_are_trained_sharded_as_on_one_process(base, scenes, tmp_path):
+    muco.load(base, device="cpu").bfloat16().save(str(tmp_path / "half"))
+    change = f"model.path={tmp_path / 'half'}"
+    alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone"), [change]))
+    finished(train(write_recipe(base, scenes, tmp_path / "both", sharding="fsdp"), "--set", change))
+    both = tmp_path / "both" / "model"
+    assert losses(both) == pytest.approx(losses(alone), abs=0.05)  # activations are bfloat16
+    trained = load_file(tmp_path / "both" / "checkpoints" / "checkpoint-6" / "trained.safetensors")
+    assert {weights.dtype for weights in trained.values()} == {torch.float32}
+    assert all(weights.abs().max() > 0 for name, weights in trained.items() if "lora_B" in name)  # zero at the start
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, sharding):
     """SIGKILL in the middle of an epoch, with dropout, workers and the gradient cache: the same losses and weights."""

@@ -18,7 +18,7 @@ from muco.backbone import tiny_qwen2_vl
 from muco.dialogue import Sample, Turn
 from muco.encoder import from_backbone
 from muco.sizes import Adapter, TinyConfig
-from muco.train.batches import Chosen, training_batch
+from muco.train.batches import Chosen, batch_of, prepare_turns
 from muco.train.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +39,11 @@ def make_batch(model, *, turns: int, isolated: bool = True, first: int = 1):
     texts = ["one " * (first if j == 0 else 2) for j in range(turns)]
     made = [Turn(text + "two", text + last) for text, last in zip(texts, ("six", "five", "four"), strict=False)]
     samples = [Sample(Image.fromarray(noise), made, id=str(i)) for i in range(IMAGES)]
-    pairs = [(sample, [Chosen.of(turn, np.random.default_rng(0)) for turn in sample.turns]) for sample in samples]
-    return training_batch(pairs, range(IMAGES), model.encoder.muco_processor, isolated=isolated, target_ids=False)
+    processor = model.encoder.muco_processor
+    chosen = [[Chosen.of(turn, np.random.default_rng(0)) for turn in sample.turns] for sample in samples]
+    pairs = enumerate(zip(samples, chosen, strict=True))
+    prepared = [prepare_turns(sample, turns, key, processor, isolated=isolated) for key, (sample, turns) in pairs]
+    return batch_of(prepared, processor, target_ids=False)
 
 
 def linear_weights() -> int:

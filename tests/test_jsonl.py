@@ -253,9 +253,10 @@ def test_a_file_that_stays_as_it_is_is_read_once_also_by_the_next_process(tmp_pa
     assert fingerprint.file_digest(file) == fingerprint.file_digest(file) == one and len(read) == 3
     fingerprint.remember(memory)
     fingerprint._known.clear()
-    for damaged in (b"{", b"[]", b'{"a": 1}'):
+    for damaged in (b"{", b"[]", b'{"a": 1, "b": [1e999, 2, "x"], "c": [1, 2, {}]}'):
         (tmp_path / "damaged.json").write_bytes(damaged)
         fingerprint.recall(tmp_path / "damaged.json")
+    assert not fingerprint._known
     fingerprint.recall(memory)
     assert fingerprint.file_digest(file) == one and len(read) == 3
     file.write_bytes(b"two")

@@ -208,6 +208,11 @@ def test_a_budget_below_one_dialogue_is_refused_before_training(scenes, tmp_path
         {"trainer": {"learning_rat": 1}},
         {"trainer": {"eval_strategy": "steps"}, "data": {"train": [{"path": "none.jsonl"}]}},
         {"batch": {"size": 8, "sharding": "fsdp"}},
+        {"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        {"trainer": {"lr_scheduler_kwargs": {"bogus": 1}}},
+        {"trainer": {"report_to": "bogus"}},
+        {"trainer": {"save_strategy": "best"}},
+        {"trainer": {"bf16": "false"}},
     ],
 )
 def test_training_refuses_what_the_dry_run_refuses_in_the_same_words_before_any_work(scenes, tmp_path, changes):

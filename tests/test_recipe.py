@@ -83,6 +83,10 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
         ("trainer.max_steps=1e3", "trainer.max_steps must be a positive whole number"),
         ("trainer.save_steps=0", "trainer.save_steps must be a positive number of steps, or a share"),
         ("trainer.save_steps=2.5", "trainer.save_steps must be a positive number of steps, or a share"),
+        ("trainer.save_steps=null", "trainer.save_steps must be a positive number of steps"),
+        ("trainer.save_total_limit=two", "trainer.save_total_limit must be a whole number, at least 0"),
+        ("trainer.max_grad_norm=null", "trainer.max_grad_norm must be at least 0, got None"),
+        ("trainer.neftune_noise_alpha=5", "trainer.neftune_noise_alpha is not supported"),
         ("trainer.warmup_steps=-1", "trainer.warmup_steps must be at least 0"),
         ("trainer.adam_beta2=1", "trainer.adam_beta2 must be at least 0 and below 1"),
         ("trainer.dataloader_num_workers=-1", "trainer.dataloader_num_workers must be a whole number"),
@@ -108,6 +112,7 @@ def test_a_recipe_made_in_python_is_checked_like_a_file():
 
 def test_shares_of_steps_and_an_unset_number_of_steps_are_taken(tmp_path):
     overrides = ["trainer.save_steps=0.25", "trainer.max_steps=-1", "trainer.warmup_steps=0.1", "trainer.eval_steps=2"]
+    overrides += ["trainer.save_total_limit=null"]
     assert load_recipe(write(tmp_path, GOOD), overrides).trainer["save_steps"] == 0.25
 
 

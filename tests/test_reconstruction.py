@@ -22,7 +22,7 @@ from muco.gradcache import TrainingStep
 from muco.loss import ReconstructionLoss, reconstruction_info_nce
 from muco.reconstruction import hide, reconstruction_dialogues
 from muco.template import MASK
-from muco.train.batches import Chosen, reconstruction_batch
+from muco.train.batches import Chosen, batch_of, prepare_pair
 from muco.train.recipe import from_dict
 
 PICTURE = Image.new("RGB", (56, 56), "red")
@@ -114,9 +114,9 @@ def pair(sample: Sample) -> tuple[Content, Content]:
 @pytest.mark.parametrize("side", ["query", "target"])
 def test_special_tokens_of_the_data_are_refused_all_the_same(tiny_model, text, side):
     turn = Turn(**({"query": "q", "target": "t"} | {side: text}))
-    batch = [(Sample(turns=[turn], where="rows.jsonl:7"), Chosen.of(turn, rng()), rng(1))]
+    sample = Sample(turns=[turn], where="rows.jsonl:7")
     with pytest.raises(muco.DataError, match=r"rows\.jsonl:7 turn [12]: the text contains the special token"):
-        reconstruction_batch(batch, ["k"], tiny_model.encoder.muco_processor, target_ids=True)
+        prepare_pair(sample, Chosen.of(turn, rng()), rng(1), "k", tiny_model.encoder.muco_processor)
 
 
 # ---------------------------------------------------------------- the loss
@@ -205,21 +205,21 @@ def test_wrong_arguments_are_named(changes, word):
 REQUESTS = ("Say it in words.", "Guess the rest of it.")
 
 
-def batch_of(model, scenes: Path, requests: tuple[str, ...] = ()) -> dict:
-    samples = steps.ragged_samples(scenes)
-    chosen = [
-        (sample, Chosen(sample.turns[0].query[0], sample.turns[0].target[0], sample.turns[0].negatives), rng(number))
-        for number, sample in enumerate(samples)
-    ]
-    keys = [sample.id or number for number, sample in enumerate(samples)]
-    return reconstruction_batch(chosen, keys, model.encoder.muco_processor, target_ids=True, requests=requests)
+def batch_of_scenes(model, scenes: Path, requests: tuple[str, ...] = ()) -> dict:
+    processor = model.encoder.muco_processor
+    prepared = []
+    for number, sample in enumerate(steps.ragged_samples(scenes)):
+        first = sample.turns[0]
+        chosen = Chosen(first.query[0], first.target[0], first.negatives)
+        prepared.append(prepare_pair(sample, chosen, rng(number), sample.id or number, processor, requests=requests))
+    return batch_of(prepared, processor, target_ids=True)
 
 
 @pytest.mark.parametrize(("joint", "requests"), [(False, REQUESTS), (True, ())])
 @pytest.mark.parametrize("trained", ["adapters", "all"])
 def test_the_cached_step_is_the_plain_one(tiny_model, scenes, joint, requests, trained):
     model = steps.to_train(tiny_model, trained)
-    batch = batch_of(model, scenes, requests)
+    batch = batch_of_scenes(model, scenes, requests)
     loss = ReconstructionLoss(model, temperature=0.1, joint=joint, dimensions=(16, 64))
     value = loss([dict(batch["query"]), dict(batch["target"])], batch["ids"])
     value.backward()
@@ -232,7 +232,7 @@ def test_the_cached_step_is_the_plain_one(tiny_model, scenes, joint, requests, t
 
 @pytest.mark.parametrize("requests", [(), REQUESTS])
 def test_the_first_turn_is_the_vector_of_inference(tiny_model, scenes, requests):
-    batch = batch_of(tiny_model, scenes, requests)
+    batch = batch_of_scenes(tiny_model, scenes, requests)
     samples = steps.ragged_samples(scenes)
     with torch.inference_mode():
         first = tiny_model.eval().embed(batch["query"])[0::2].numpy()

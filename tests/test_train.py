@@ -105,6 +105,26 @@ def test_a_run_of_an_older_version_is_the_same_run(finished):
         file.write_text(now)
 
 
+def test_the_epochs_of_an_older_version_are_other_ones_where_rows_have_weights(scenes, tmp_path):
+    source = {"path": str(scenes / "train.jsonl"), "weight": 1.0}
+    output = tmp_path / "run"
+    (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+
+    def claim(epoch: str, **trainer) -> None:
+        data = {"train": [source, source | {"weight": 2.0}], "epoch": epoch}
+        recipe = recipe_of(scenes, output, data=data, trainer={"max_steps": -1, **trainer})
+        facts = checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")] * 2)
+        old = json.loads(json.dumps(facts))
+        del old["recipe"]["data"]["epoch"]
+        (output / "run.json").write_text(json.dumps(old))
+        assert checkpoint.claim_output(output, facts, resume=True) is None
+
+    claim("row_count")
+    claim("every_row", max_steps=6)
+    with pytest.raises(muco.OutputError, match=r"another run \(data.epoch differs\)"):
+        claim("every_row", num_train_epochs=1)
+
+
 def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
     recipe, _ = finished
     with pytest.raises(muco.OutputError, match=r"loss\.temperature"):
@@ -168,7 +188,7 @@ def test_a_second_run_into_the_same_folder_is_refused_at_its_start(scenes, tmp_p
 @pytest.mark.parametrize(
     "name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 )
-def test_a_checkpoint_of_which_a_file_was_cut_is_not_taken_for_whole(finished, tmp_path, caplog, name):
+def test_a_checkpoint_of_which_a_file_was_cut_or_is_gone_is_not_taken_for_whole(finished, tmp_path, caplog, name):
     recipe, _ = finished
     shutil.copytree(Path(recipe.output) / "checkpoints", tmp_path / "checkpoints")
     last = tmp_path / "checkpoints" / "checkpoint-6"
@@ -176,6 +196,8 @@ def test_a_checkpoint_of_which_a_file_was_cut_is_not_taken_for_whole(finished, t
     (last / name).write_bytes((last / name).read_bytes()[:-20])
     assert checkpoint.last_complete(tmp_path) == tmp_path / "checkpoints" / "checkpoint-4"
     assert name in caplog.text and not last.exists()
+    (tmp_path / "checkpoints" / "checkpoint-4" / name).unlink()
+    assert checkpoint.last_complete(tmp_path) is None
 
 
 def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(finished, scenes, tmp_path):
@@ -261,11 +283,13 @@ def test_all_weights_of_a_bfloat16_checkpoint_are_trained_as_those_of_a_float32_
 
 
 def test_a_model_is_saved_in_the_precision_it_came_in_unless_asked_otherwise(half, scenes, tmp_path):
-    for name, model in (("whole", {}), ("adapters", {"adapter": {"rank": 4, "alpha": 4}})):
+    kinds = {"whole": {}, "adapters": {"adapter": {"rank": 4, "alpha": 4}}, "float16": {"dtype": "float16"}}
+    for name, model in kinds.items():
         recipe = of_half(half, scenes, tmp_path / name, {"max_steps": 1, "eval_steps": 1}, **model)
         folder = muco.train(replace(recipe, data=replace(recipe.data, validation=str(scenes / "dev.jsonl"))))
-        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
-        assert muco.load(folder, device="cpu").encoder.model.dtype == torch.bfloat16
+        dtype = torch.float16 if name == "float16" else torch.bfloat16
+        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {dtype}
+        assert muco.load(folder, device="cpu").encoder.model.dtype == dtype
 
 
 def test_two_precisions_without_autocast_are_refused(half, scenes, tmp_path):

@@ -118,7 +118,8 @@ def recall(file: Path) -> None:
     except (OSError, ValueError):
         return
     if isinstance(found, dict):
-        _known.update({place: entry for place, entry in found.items() if isinstance(entry, list) and len(entry) == 3})
+        whole = {place: entry for place, entry in found.items() if isinstance(entry, list)}
+        _known.update({place: entry for place, entry in whole.items() if [*map(type, entry)] == [int, int, str]})
 
 
 def remember(file: Path) -> None:

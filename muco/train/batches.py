@@ -315,34 +315,6 @@ def batch_of(samples: Sequence[Prepared], processor: Processor, *, target_ids: b
     return batch
 
 
-def training_batch(
-    pairs: Sequence[tuple[Sample, Sequence[Chosen]]],
-    keys: Sequence[Any],
-    processor: Processor,
-    *,
-    isolated: bool,
-    positions: Positions | None = None,
-    target_ids: bool,
-) -> dict[str, Any]:
-    """:func:`batch_of` of samples with their turns, and keys; arguments are those of :func:`prepare_turns`."""
-    seen = {"isolated": isolated, "positions": positions}
-    prepared = [prepare_turns(*pair, key, processor, **seen) for pair, key in zip(pairs, keys, strict=True)]
-    return batch_of(prepared, processor, target_ids=target_ids)
-
-
-def reconstruction_batch(
-    pairs: Sequence[tuple[Sample, Chosen, np.random.Generator]],
-    keys: Sequence[Any],
-    processor: Processor,
-    *,
-    target_ids: bool,
-    requests: Sequence[str] = (),
-) -> dict[str, Any]:
-    """:func:`batch_of` of pairs, see :func:`prepare_pair`: two turns each, hard negatives belong to the first."""
-    prepared = [prepare_pair(*pair, key, processor, requests=requests) for pair, key in zip(pairs, keys, strict=True)]
-    return batch_of(prepared, processor, target_ids=target_ids)
-
-
 def _target_id(content: Content, sample: Sample) -> int:
     return _hash(target_key(content, sample.place))
 

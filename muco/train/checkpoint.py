@@ -137,8 +137,12 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
         values = to_dict(from_dict({"output": "", **settings}))
     except RecipeError:  # of another version
         return settings
-    if len(values["data"]["train"]) == 1:
-        values["data"]["train"][0]["weight"] = None  # of a single source it says nothing
+    data = values["data"]
+    data["epoch"] = settings["data"].get("epoch", "row_count")  # which it was before it could be chosen
+    if len(data["train"]) == 1:
+        data["train"][0]["weight"] = None  # of a single source it says nothing
+    if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
+        data["epoch"] = None  # nor does this
     return {key: value for key, value in values.items() if key != "output"}
 
 
@@ -171,7 +175,8 @@ def _fault(folder: Path) -> str:
         file = folder / WEIGHTS_FILE
         with safe_open(file, framework="pt"):
             pass
-        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")):
+        random = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
+        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *random):
             with zipfile.ZipFile(file):
                 pass
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:

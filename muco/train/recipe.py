@@ -35,8 +35,8 @@ class ModelRecipe:
         adapter: None trains all weights.
         vision: Whether the vision tower is trained.
         dtype: "auto" (as the checkpoint), "float32", "bfloat16" or "float16": how weights that are not trained are
-            held. What is trained is held in float32; without an adapter, a model of half precision then computes in
-            bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
+            held. What is trained is held in float32, as is frozen float16 without an adapter; without one, a model of
+            half precision then computes in bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
         save_dtype: Of the finished model's weights, into which adapters are folded in float32: "auto" (as ``dtype``),
             "float32", "bfloat16" or "float16".
         min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
@@ -244,7 +244,9 @@ class Recipe:
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"{key} must be a finite number, got {value}")
             bound = BOUNDS.get(re.sub(r"\[\d+\]", "", key))
-            if bound is None or value is None or (key == "turns.order" and isinstance(value, str)):
+            if value is None and (not key.startswith("trainer.") or key in MAY_BE_NULL):
+                continue
+            if bound is None or (key == "turns.order" and isinstance(value, str)):
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not bound.holds(value):
@@ -320,7 +322,7 @@ def _of(group: str, keys: str, bound: Bound) -> dict[str, Bound]:
     return {f"{group}.{key}": bound for key in keys.split()}
 
 
-BOUNDS = {  # key without the numbers of list items -> what its number must be; None is left to the key's type
+BOUNDS = {  # key without the numbers of list items -> what its number must be; None is left to its type, or MAY_BE_NULL
     **_of("model", "min_pixels max_pixels", _COUNT),
     **_of("model.adapter", "rank alpha", _COUNT),
     **_of("model.adapter", "dropout", _BELOW_ONE),
@@ -338,12 +340,13 @@ BOUNDS = {  # key without the numbers of list items -> what its number must be; 
     **_of("trainer", "num_train_epochs adam_epsilon", _POSITIVE),
     **_of("trainer", "max_steps", _MAX_STEPS),
     **_of("trainer", "per_device_eval_batch_size dataloader_prefetch_factor", _COUNT),
-    **_of("trainer", "dataloader_num_workers", _COUNT_OR_ZERO),
+    **_of("trainer", "dataloader_num_workers save_total_limit", _COUNT_OR_ZERO),
     **_of("trainer", "learning_rate weight_decay warmup_steps max_grad_norm eval_delay", _NOT_NEGATIVE),
     **_of("trainer", "adam_beta1 adam_beta2", _BELOW_ONE),
     **_of("trainer", "logging_steps save_steps eval_steps", _STEPS),
     "seed": _SEED,
 }
+MAY_BE_NULL = tuple(f"trainer.{key}" for key in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor"))
 _OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
 _BATCH = "splits the in-batch negatives; use batch.size, and batch.token_budget for what a device cannot hold at once"
 _FSDP = "is not supported; use batch.sharding: fsdp"
@@ -363,6 +366,12 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "fp16": "is not supported: its loss scaling does not fit the gradient cache; use bf16",
     "ignore_data_skip": "is set by MuCo: batches are a function of the step",
     "dataloader_drop_last": "is set by MuCo: steps are whole",
+    "label_smoothing_factor": "is not used: the loss is MuCo's own",
+    "batch_sampler": "is not used; see data.duplicates",
+    "multi_dataset_batch_sampler": "is not used; see data.one_source and the weights of data.train",
+    "prompts": "is not used; write instructions into the queries",
+    "neftune_noise_alpha": "is not supported",
+    "use_liger_kernel": "is not supported",
     "load_best_model_at_end": "is not supported; checkpoints hold trained weights only",
     "push_to_hub": "is not supported; push the finished model",
 }

@@ -6,6 +6,7 @@ The loop, optimizer, schedule and checkpoints are those of sentence-transformers
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, get_scheduler, set_seed
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -86,8 +87,11 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         RecipeError, DataError, CheckpointError: If the run cannot be set up.
         OutputError: If the output folder holds another run, another process trains into it, or it cannot be written.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_machine(recipe)
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_recipe(recipe, processes)
+    if processes == 1:  # several would join their group by it, and then wait for one another while data is read
+        training_arguments(recipe, recipe.data.validation is not None)
     sources = open_sources(recipe)
     Mixture.of(recipe, [len(source) for source in sources])
     validation = open_data(recipe.data.validation) if recipe.data.validation else None
@@ -190,10 +194,9 @@ def uses_autocast(recipe: Recipe, backbone: nn.Module) -> bool:
     half = recipe.model.adapter is None and backbone.config.dtype in (torch.bfloat16, torch.float16)
     if asked is None:
         return half
-    if not asked and half and recipe.model.vision == "frozen":
-        dtype = str(backbone.config.dtype).removeprefix("torch.")
+    if not asked and half and len({parameter.dtype for parameter in backbone.parameters()}) > 1:
         raise RecipeError(
-            f"trainer.bf16: false: frozen weights are held in {dtype} and trained ones in float32, which only autocast "
+            "trainer.bf16: false: frozen weights are held in bfloat16 and trained ones in float32, which only autocast "
             "brings together; leave it out, or set model.dtype: float32"
         )
     return bool(asked)
@@ -274,6 +277,10 @@ def training_arguments(
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
+    for item in dataclasses.fields(SentenceTransformerTrainingArguments):
+        given = values.get(item.name)
+        if isinstance(item.default, bool) and given is not None and not isinstance(given, bool):
+            raise RecipeError(f"trainer.{item.name} must be true or false, got {given!r}")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output) / "logs")
     try:
         arguments = SentenceTransformerTrainingArguments(
@@ -285,13 +292,35 @@ def training_arguments(
             dataloader_drop_last=True,  # only to quiet a warning: our loader has whole steps
             **values,
         )
-    except (TypeError, ValueError) as error:
+        _try_out(arguments)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"trainer: {error}") from None
+    if arguments.save_strategy == "best" and arguments.metric_for_best_model is None:
+        raise RecipeError("trainer.save_strategy: best needs trainer.metric_for_best_model")
     if arguments.eval_strategy != "no" and not evaluates:
         raise RecipeError("trainer.eval_strategy: there is nothing to evaluate; set data.validation")
     if arguments.n_gpu > 1:  # else DataParallel would cut our batches in half along the wrong dimension
         arguments._n_gpu = 1
     return arguments
+
+
+def _try_out(arguments: SentenceTransformerTrainingArguments) -> None:
+    """Makes what the trainer will make of its arguments: the optimizer, its schedule and the loggers.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: If it cannot be made, by transformers.
+    """
+    with suppress(ValueError):  # of an optimizer that asks for the model, which is not there yet
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([nn.Parameter(torch.zeros(()))]),
+        num_warmup_steps=0,
+        num_training_steps=1,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    for logger_of in get_reporting_integration_callbacks(arguments.report_to):
+        logger_of()
 
 
 class MuCoTrainer(SentenceTransformerTrainer):
