@@ -427,7 +427,7 @@ def _dialogue(value: Any, number: int) -> Dialogue:
 
 
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:
-    if isinstance(queries, (str, bytes)):
+    if isinstance(queries, (str, bytes, Mapping)) or not isinstance(queries, Iterable):
         raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
     images, contents = as_images(image), tuple(_content(query, place) for query in queries)
     if not contents or (not images and any(content.empty for content in contents)):

@@ -143,7 +143,8 @@ def add_columns(index: Index, extra: Mapping[str, pa.DataType], empty: Set[str],
     for name, kind in wider.items():
         if kind is None or (kind != there[name] and not index.fits(name, kind)):
             raise DataError(
-                f"{where}: the column {name!r} is {extra[name]}, and {there[name]} in the index; convert or rename it"
+                f"{where}: the column {name!r} is {extra[name]}, and {there[name]} in the index; convert or rename it, "
+                "or make the index anew, in another folder"
             )
     for name, kind in wider.items():
         if kind is not None and kind != there[name]:
