@@ -32,11 +32,14 @@ from ray_cluster import on_ray
 
 import muco
 from muco.base.files import locked
+from muco.data.items import Row
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search import Index, build
 from muco.search.columns import add_kinds, conform, in_json
+from muco.search.rows import Entry
 from muco.search.storage import STORAGES, scores
+from muco.search.update import _table
 
 ROOT = Path(__file__).parent.parent
 
@@ -470,10 +473,12 @@ def test_a_table_left_by_a_kill_while_a_column_was_widened(name: str, tmp_path: 
     index = Index.create(tmp_path / "index", tiny_model)
     index.add([{"id": "1", "text": "a", "x": 1}])
     index.table.add_columns({name: "CAST(x AS DOUBLE)"})
+    row = Row(0, "3", "", "c", vector=np.ones(index.dimension))
+    index.write(_table(index, [Entry(row, {"x": 3}, "c", "c")]))  # as another writer does that was there before
     index = Index.open(tmp_path / "index", tiny_model)
-    assert index.search("a")[0].extra == {"x": 1}
+    assert index.search("a", where="x = 1")[0].extra == {"x": 1}
     index.add([{"id": "2", "text": "b", "x": 2.5}])
-    assert sorted(hit.extra["x"] for hit in index.search("a")) == [1, 2.5]
+    assert sorted(hit.extra["x"] for hit in index.search("a")) == [1, 2.5, 3]
     assert {"_wider", "_former"}.isdisjoint(index.table.schema.names)
 
 

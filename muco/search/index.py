@@ -392,6 +392,8 @@ class Index:
 
         Columns that another writer has added meanwhile are null in them; those it has widened hold their values.
         """
+        import pyarrow as pa
+
         with self._writing():
             for field in self.table.schema:
                 if field.name not in rows.column_names:
@@ -448,8 +450,9 @@ class Index:
 
     def drop_unfinished(self) -> None:
         """Drops what a run left that was killed while it widened a column; the column itself is whole."""
-        if left := [name for name in (WIDER, FORMER) if name in self.table.schema.names]:
-            self.table.drop_columns(left)
+        with self._writing():  # else another run may still be widening it
+            if left := [name for name in (WIDER, FORMER) if name in self.table.schema.names]:
+                self.table.drop_columns(left)
 
     def fits(self, column: str, kind: pa.DataType) -> bool:
         """Whether all values of a further column fit another type without loss."""
