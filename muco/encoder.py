@@ -406,7 +406,7 @@ def _as_mapping(value: Any, number: int) -> dict[str, Any]:
 
 
 def _content(value: Any, where: str) -> Content:
-    """What one vector is of; a list or tuple may hold images, but texts in it are no file names."""
+    """What one vector is of; a list or tuple may hold images, but texts in it are not file names."""
     pair = isinstance(value, (list, tuple)) and any(isinstance(part, str) for part in value)
     try:
         if not pair:

@@ -625,6 +625,8 @@ def test_another_model_dimension_or_storage_is_refused(photos: Path, scenes: Pat
     for wanted in ({"dimension": 16}, {"storage": "binary"}):
         with pytest.raises(OutputError, match=next(iter(wanted))):
             run(photos, tmp_path / "index", tiny_model, **wanted)
+    with pytest.raises(MucoError, match="storage must be one of float32, int8, binary, not 'int4'"):
+        Index.create(tmp_path / "new", tiny_model, storage="int4")
 
 
 def open_with(folder: Path) -> Index:

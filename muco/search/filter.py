@@ -65,7 +65,7 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
 
     Args:
         where: One expression of the grammar above. A column whose name has other characters than letters, digits and
-            "_", or is a word of the grammar, stands in backquotes.
+            "_", or is a word of the grammar, is written in backquotes.
         columns: Types of the columns that may be compared, by name. Names differ by case only if two columns do.
     Raises:
         MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than

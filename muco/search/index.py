@@ -143,6 +143,8 @@ class Index:
                     raise OutputError(f"{path}: the index has {name} {there}, not {wanted}; keep it, or name another")
             return index
         storage = storage or "float32"
+        if storage not in STORAGES:
+            raise MucoError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}")
         folder = Path(model_path) if model_path else None
         facts = {
             "muco.model": model.fingerprint,

@@ -321,7 +321,7 @@ def _delete_missing(index: Index, notes: Notes) -> int:
     if notes.unread:
         raise DataError(
             f"nothing was deleted: {notes.unread} rows of the input cannot be read, and which these are is not known; "
-            "mend them first (all others are indexed)"
+            "correct them first (all others are indexed)"
         )
     missing = [id for ids in index.ids() for id in ids if not notes.has(id)]
     deleted = index.delete(missing)
