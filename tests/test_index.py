@@ -390,6 +390,10 @@ def test_types_of_parquet_stay(tmp_path: Path, tiny_model) -> None:
 def test_what_python_has_no_value_for_is_said_and_a_set_has_an_order() -> None:
     with pytest.raises(DataError, match="'x': a column cannot hold a value of type longdouble"):
         conform({"x": np.longdouble(1.5)}, {})
+    circle: list = []
+    circle.append(circle)
+    with pytest.raises(DataError, match="'x': nested too deep"):
+        conform({"x": circle}, {"x": pa.string()})
     assert in_json({"x": frozenset("hasty")}) == {"x": ["a", "h", "s", "t", "y"]}  # in every process
 
 

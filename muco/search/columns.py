@@ -214,6 +214,8 @@ def conform(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict
                 found[name] = _fitted(value, kinds[name])
         except DataError as error:
             raise DataError(f"{name!r}: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"{name!r}: nested too deep, or within itself; convert it") from error
     return found
 
 
