@@ -119,7 +119,7 @@ def embed(
             return _summary(parts, run, resumed=parts.rows, started=started, passed_over=passed_over)
         parts.begin(run)
         if resumed := parts.rows:
-            say(f"{output}: going on after {resumed} rows")
+            say(f"{output}: resuming after {resumed} rows")
         opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
         encode = partial(
             model.encode, show_progress_bar=False, **({"truncate_dim": dimension} if dimension < whole else {})

@@ -406,7 +406,7 @@ def _as_mapping(value: Any, number: int) -> dict[str, Any]:
 
 
 def _content(value: Any, where: str) -> Content:
-    """What one vector is of; a list or tuple may hold images, but texts in it are no file names."""
+    """What one vector is of; a list or tuple may hold images, but texts in it are not file names."""
     pair = isinstance(value, (list, tuple)) and any(isinstance(part, str) for part in value)
     try:
         if not pair:
@@ -427,7 +427,7 @@ def _dialogue(value: Any, number: int) -> Dialogue:
 
 
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:
-    if isinstance(queries, (str, bytes)):
+    if isinstance(queries, (str, bytes, Mapping)) or not isinstance(queries, Iterable):
         raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
     images, contents = as_images(image), tuple(_content(query, place) for query in queries)
     if not contents or (not images and any(content.empty for content in contents)):

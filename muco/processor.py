@@ -115,7 +115,7 @@ class Processor:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def shortened(self, text: str, tokens: int, end: Literal["START", "END"]) -> str:
-        """The text without so many tokens at one end of it, cut between characters; whole if nothing would be left."""
+        """The text without this many tokens at one end, cut between characters; whole if nothing would be left."""
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if tokens >= len(spans):
             return text

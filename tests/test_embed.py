@@ -679,6 +679,7 @@ def test_one_bad_line_stops_no_other_and_is_named(tmp_path: Path) -> None:
     assert [row["text"] for row in read(tmp_path / "out.parquet")[0]] == ["first", "last"]
     for number, (error, (_, reason)) in enumerate(zip(errors(tmp_path / "out.errors.jsonl"), BAD_ROWS, strict=True), 2):
         assert error["where"] == f"in.jsonl:{number}" and reason in error["reason"]
+        assert "in.jsonl" not in error["reason"]  # it is said once
 
 
 def test_a_line_without_end_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

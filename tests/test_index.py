@@ -32,11 +32,14 @@ from ray_cluster import on_ray
 
 import muco
 from muco.base.files import locked
+from muco.data.items import Row
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search import Index, build
 from muco.search.columns import add_kinds, conform, in_json
+from muco.search.rows import Entry
 from muco.search.storage import STORAGES, scores
+from muco.search.update import _table
 
 ROOT = Path(__file__).parent.parent
 
@@ -271,6 +274,23 @@ def test_rows_are_deleted_by_id(tmp_path: Path, tiny_model) -> None:
     assert [row["id"] for row in contents(tmp_path / "index")[0]] == ["a", "ü"]
 
 
+def test_ids_to_delete_or_to_be_like_are_those_that_add_takes(tmp_path: Path, tiny_model) -> None:
+    index = Index.create(tmp_path / "index", tiny_model)
+    index.add([{"id": id, "text": f"row {id}"} for id in (0, 1, 2, 10, uuid.UUID(int=3))])
+    assert {hit.id for hit in index.search(like=0)} == {"1", "2", "10", str(uuid.UUID(int=3))}
+    assert index.search(like=uuid.UUID(int=3), k=1)[0].id != str(uuid.UUID(int=3))
+    assert index.delete(id for id in (0, uuid.UUID(int=3))) == 2
+    assert index.delete(np.array([1])) == 1
+    with pytest.raises(DataError, match="give a list of ids, not one str"):
+        index.delete("10")  # else rows 1 and 0
+    for id, says in ((None, "'id' is missing"), (1.5, "'id' must be text"), ("\ud800", "half a character")):
+        with pytest.raises(DataError, match=says):
+            index.delete([id])
+    with pytest.raises(DataError, match="half a character"):
+        index.search(like="\ud800")
+    assert len(index) == 2
+
+
 def test_rows_are_added_in_python(photos: Path, tmp_path: Path, tiny_model) -> None:
     index = Index.create(tmp_path / "index", tiny_model)
     image = sorted(photos.iterdir())[0]
@@ -353,14 +373,28 @@ def test_types_of_parquet_stay(tmp_path: Path, tiny_model) -> None:
         "nan": (pa.array([float("nan")]), None),
         "null": (pa.nulls(1, pa.string()), None),
     }
-    table = pa.table({"text": ["a"], "nothing": pa.nulls(1)} | {name: array for name, (array, _) in columns.items()})
+    left_out = {"nothing": pa.nulls(1), "bytes": pa.array([b"ab"]), "two bytes": pa.array([b"ab"], pa.binary(2))}
+    table = pa.table({"text": ["a"]} | left_out | {name: array for name, (array, _) in columns.items()})
     pq.write_table(table, tmp_path / "rows.parquet")
     run(tmp_path / "rows.parquet", tmp_path / "index", tiny_model)
     index = Index.open(tmp_path / "index", tiny_model)
     assert index.search("a", where="zoned = timestamp '2020-01-02T12:30:00+01:00'")[0].extra == {
         name: back for name, (_, back) in columns.items()
     }
+    for where in ("zoned = timestamp 'x'", "zoned > date '2020-13-01'"):
+        with pytest.raises(MucoError, match="the filter cannot be used"):  # the index is whole
+            index.search("a", where=where)
     assert run(tmp_path / "rows.parquet", tmp_path / "index", tiny_model)["unchanged"] == 1
+
+
+def test_what_python_has_no_value_for_is_said_and_a_set_has_an_order() -> None:
+    with pytest.raises(DataError, match="'x': a column cannot hold a value of type longdouble"):
+        conform({"x": np.longdouble(1.5)}, {})
+    circle: list = []
+    circle.append(circle)
+    with pytest.raises(DataError, match="'x': nested too deep"):
+        conform({"x": circle}, {"x": pa.string()})
+    assert in_json({"x": frozenset("hasty")}) == {"x": ["a", "h", "s", "t", "y"]}  # in every process
 
 
 DAY = datetime.date(2020, 1, 2)
@@ -412,7 +446,7 @@ def test_a_later_file_whose_values_fit_is_taken(first, then, back: list, tmp_pat
 def test_what_does_not_fit_a_column_is_refused(first, then, tmp_path: Path, tiny_model) -> None:
     index = Index.create(tmp_path / "index", tiny_model)
     index.add([{"id": "1", "text": "a", "x": first}])
-    with pytest.raises(DataError, match="rows: the column 'x' is .*, and .* in the index; convert or rename it"):
+    with pytest.raises(DataError, match="'x' is .*, and .* in the index; convert or rename it, or make the index"):
         index.add([{"id": "2", "text": "b", "x": then}])
     assert len(index) == 1 and index.search("a")[0].extra == {"x": first}
 
@@ -443,10 +477,12 @@ def test_a_table_left_by_a_kill_while_a_column_was_widened(name: str, tmp_path: 
     index = Index.create(tmp_path / "index", tiny_model)
     index.add([{"id": "1", "text": "a", "x": 1}])
     index.table.add_columns({name: "CAST(x AS DOUBLE)"})
+    row = Row(0, "3", "", "c", vector=np.ones(index.dimension))
+    index.write(_table(index, [Entry(row, {"x": 3}, "c", "c")]))  # as another writer does that was there before
     index = Index.open(tmp_path / "index", tiny_model)
-    assert index.search("a")[0].extra == {"x": 1}
+    assert index.search("a", where="x = 1")[0].extra == {"x": 1}
     index.add([{"id": "2", "text": "b", "x": 2.5}])
-    assert sorted(hit.extra["x"] for hit in index.search("a")) == [1, 2.5]
+    assert sorted(hit.extra["x"] for hit in index.search("a")) == [1, 2.5, 3]
     assert {"_wider", "_former"}.isdisjoint(index.table.schema.names)
 
 
@@ -593,6 +629,8 @@ def test_another_model_dimension_or_storage_is_refused(photos: Path, scenes: Pat
     for wanted in ({"dimension": 16}, {"storage": "binary"}):
         with pytest.raises(OutputError, match=next(iter(wanted))):
             run(photos, tmp_path / "index", tiny_model, **wanted)
+    with pytest.raises(MucoError, match="storage must be one of float32, int8, binary, not 'int4'"):
+        Index.create(tmp_path / "new", tiny_model, storage="int4")
 
 
 def open_with(folder: Path) -> Index:

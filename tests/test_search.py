@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -132,6 +133,10 @@ def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
         ({"vector": [float("nan")] * 32}, "finite"),
         ({"like": "r00001", "k": 0}, "k must be"),
         ({"like": "r00001", "k": 10**9}, "k must be"),
+        ({"like": "r00001", "k": 1.5}, "k must be"),
+        ({"like": "r00001", "k": "3"}, "k must be"),
+        ({"vector": ["a"] * 32}, "32 numbers"),
+        ({"vector": torch.ones(32, requires_grad=True)}, "32 numbers"),
         ({"text": "a"}, "does not say where its model is"),
     ],
 )
@@ -258,6 +263,7 @@ def test_filters_that_pass(where: str, expected: str | None) -> None:
         "lower(" * 300 + "id" + ")" * 300 + " = 'x'",
         "lower(id, id) = 'x'",
         "1 2",
+        "id = '\ud800'",
     ],
 )
 def test_filters_that_do_not(where: str) -> None:
@@ -285,7 +291,7 @@ def test_filters_that_do_not(where: str) -> None:
         ("n", "'n' (character 1): expected a condition, not a number"),
         ("ok and id", "'id' (character 8): expected a condition, not text"),
         ("n like '1%'", "\"n like '1%'\" (character 1): expected text, not a number"),
-        ("year > '2020-01-01'", "text cannot be compared with a date"),
+        ("year > '2020-01-01'", "text cannot be compared with a date; write DATE '2020-01-31'"),
         ("lower(n) = 'x'", "expected text, not a number"),
         ("lower(id, id) = 'x'", "'lower' (character 1): takes 1 values, not 2"),
         ("repeat(id) = 'x'", "'repeat' (character 1): not a function that may be used; functions: abs"),

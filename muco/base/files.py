@@ -263,7 +263,7 @@ def take_lock(opened: int, file: Path) -> bool:
             raise
         if file.parent not in _told:
             _told.add(file.parent)
-            log.warning("%s: no locks here (%s); see to it that nothing else writes there", file.parent, _said(error))
+            log.warning("%s: no locks here (%s); make sure that nothing else writes there", file.parent, _said(error))
     return True
 
 

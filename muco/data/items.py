@@ -252,7 +252,7 @@ def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[R
         try:
             values = parsed(line, where)
         except DataError as error:
-            yield Record(number, where, error=str(error).removeprefix(f"{where}: "))
+            yield Record(number, where, error=re.sub(rf"^{re.escape(where)}(:\d+)?: ", "", str(error)))
             continue
         if not isinstance(values, dict):
             yield Record(number, where, error='not an object such as {"text": "a red mug"}')
@@ -355,6 +355,8 @@ def _path_of(paths: list[str | None]) -> str | None:
 def _id(value: Any, number: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"'id' must be a string or a whole number, not {type(value).__name__}")
     return _string(value, "id") or number
 
 

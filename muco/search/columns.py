@@ -41,6 +41,23 @@ def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> No
             raise DataError(f"{where}: a column cannot be called {name!r} (no '.' and no '`'); give it another name")
 
 
+def as_id(value: Any, where: str) -> str:
+    """An id as the table holds it.
+
+    Args:
+        value: Text, a whole number (5 is "5") or a UUID, also those of numpy and pandas.
+        where: Starts the error message.
+    Raises:
+        DataError: If it is missing, or something else.
+    """
+    found = plain_if_known(value)
+    if found is None or (isinstance(found, str) and not found.strip()):
+        raise DataError(f"{where}: 'id' is missing")
+    if not isinstance(found, (str, int)) or isinstance(found, bool):
+        raise DataError(f"{where}: 'id' must be text, a whole number or a UUID, not {found!r}; convert it")
+    return str(found)
+
+
 def plain(value: Any) -> Any:
     """The value in plain Python: what numpy, pandas and Arrow give as Python has it, missing as None, nested as it is.
 
@@ -60,6 +77,8 @@ def plain(value: Any) -> Any:
     try:
         if isinstance(value, np.generic):
             found = value.item()
+            if isinstance(found, np.generic):  # Python has no number of this type
+                raise TypeError
             in_nanoseconds = isinstance(found, int) and value.dtype.kind in "mM"
             return plain(pa.scalar(value).as_py() if in_nanoseconds else found)
         scalar = pa.scalar(value, from_pandas=True)  # knows what pandas calls missing
@@ -73,6 +92,14 @@ def plain(value: Any) -> Any:
     if type(value) not in PLAIN:
         raise DataError(f"a column cannot hold a value of type {type(value).__name__}; convert or leave it out")
     return value
+
+
+def plain_if_known(value: Any) -> Any:
+    """As plain, but what it refuses as it is: for a sentence that names the field."""
+    try:
+        return plain(value)
+    except DataError:
+        return value
 
 
 def kind_of(value: Any) -> pa.DataType | None:
@@ -109,7 +136,8 @@ def column_type(given: pa.DataType) -> pa.DataType | None:
 
     if types.is_dictionary(given) or types.is_run_end_encoded(given):
         return column_type(given.value_type)
-    if types.is_null(given) or types.is_binary(given) or types.is_large_binary(given) or types.is_binary_view(given):
+    kinds_of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    if types.is_null(given) or any(of_bytes(given) for of_bytes in kinds_of_bytes):
         return None
     if types.is_date(given):
         return pa.date32()
@@ -186,6 +214,8 @@ def conform(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict
                 found[name] = _fitted(value, kinds[name])
         except DataError as error:
             raise DataError(f"{name!r}: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"{name!r}: nested too deep, or within itself; convert it") from error
     return found
 
 
@@ -237,6 +267,8 @@ def in_json(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, Mapping):
         return {str(key): in_json(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted(map(in_json, value), key=repr)  # the same in every process
     if isinstance(value, NESTED):
         return [in_json(item) for item in value]
     match plain(value):

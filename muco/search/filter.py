@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from muco.data.lines import whole_text
 from muco.errors import MucoError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
 
     Args:
         where: One expression of the grammar above. A column whose name has other characters than letters, digits and
-            "_", or is a word of the grammar, stands in backquotes.
+            "_", or is a word of the grammar, is written in backquotes.
         columns: Types of the columns that may be compared, by name. Names differ by case only if two columns do.
     Raises:
         MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than
@@ -74,6 +75,7 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
         raise MucoError(f"the filter must be text, not {type(where).__name__}")
     if where is None or not where.strip():
         return None
+    whole_text(where, "filter")
     if len(where) > LONGEST:
         raise MucoError(f"the filter has {len(where):,} characters; at most {LONGEST:,} are read")
     return _Parser(where, columns).whole()
@@ -289,7 +291,8 @@ class _Parser:
         known = next((value for value in values if value.kind != ANY), first)
         for value in values:
             if value.kind not in (known.kind, ANY):
-                raise self.refused(value.place, f"{value.kind} cannot be compared with {known.kind}")
+                hint = "; write DATE '2020-01-31'" if {value.kind, known.kind} == {TEXT, DAY} else ""
+                raise self.refused(value.place, f"{value.kind} cannot be compared with {known.kind}{hint}")
         exact = any(value.exact for value in values)
         return [value.as_decimal() if exact and value.fraction else value for value in values]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from muco.data.images import open_image
 from muco.data.items import COLUMNS, Row, checked_record, read_row
 from muco.errors import DataError
-from muco.search.columns import plain
+from muco.search.columns import as_id, plain_if_known
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,12 @@ def as_given(number: int, row: Any) -> Given:
         raise DataError(f'{where}: must be a mapping such as {{"id": "1", "text": "a"}}, not {type(row).__name__}')
     extra = dict(row)
     given = {name: extra.pop(name, None) for name in COLUMNS.used}
-    values = {"id": _id(given["id"], where)}
+    values = {"id": as_id(given["id"], where)}
     try:
-        values |= {"text": _plain(given["text"])} | {name: _images(given[name]) for name in COLUMNS.images}
+        values |= {"text": plain_if_known(given["text"])} | {name: _images(given[name]) for name in COLUMNS.images}
     except DataError as error:
         return Given(Row(number, values["id"], where, error=str(error)), extra)
     return Given(read_row(checked_record(number, where, values), COLUMNS, Path()), extra)
-
-
-def _id(value: Any, where: str) -> str:
-    found = _plain(value)
-    if found is None or (isinstance(found, str) and not found.strip()):
-        raise DataError(f"{where}: 'id' is missing")
-    if not isinstance(found, (str, int)) or isinstance(found, bool):
-        raise DataError(f"{where}: 'id' must be text, a whole number or a UUID, not {found!r}; convert it")
-    return str(found)
 
 
 def _images(value: Any) -> Any:
@@ -98,12 +89,4 @@ def _image(value: Any) -> Any:
         stream = io.BytesIO()
         open_image(value, small_side=0).save(stream, "PNG", compress_level=1)
         return stream.getvalue()
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """As plain, but what it refuses as it is: for a sentence that names the field."""
-    try:
-        return plain(value)
-    except DataError:
-        return value
+    return plain_if_known(value)

@@ -18,13 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from muco.base.files import claimed
-from muco.errors import MucoError, OutputError, StorageError
+from muco.data.lines import whole_text
+from muco.errors import DataError, MucoError, OutputError, StorageError
+from muco.search.columns import as_id
 from muco.search.filter import checked_filter, quoted
 from muco.search.lance import lance_calls
 from muco.search.storage import STORAGES, Name, Storage, scores
@@ -140,6 +143,8 @@ class Index:
                     raise OutputError(f"{path}: the index has {name} {there}, not {wanted}; keep it, or name another")
             return index
         storage = storage or "float32"
+        if storage not in STORAGES:
+            raise MucoError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}")
         folder = Path(model_path) if model_path else None
         facts = {
             "muco.model": model.fingerprint,
@@ -217,7 +222,7 @@ class Index:
         text: str | None = None,
         *,
         image: Any = None,
-        like: str | None = None,
+        like: Any = None,
         vector: Sequence[float] | np.ndarray | None = None,
         k: int = 10,
         where: str | None = None,
@@ -227,7 +232,7 @@ class Index:
 
         Args:
             text, image: What to look for, either or both (image: path, bytes or Pillow).
-            like: The id of a row; finds others like it.
+            like: The id of a row, as :meth:`add` takes it; finds others like it.
             vector: float [dimension], made by the index's model; any length.
             where: A filter on the columns, see :func:`muco.search.filter.checked_filter`.
             exact: Compare with every row, by the score itself.
@@ -235,13 +240,14 @@ class Index:
             MucoError: If not exactly one of (text and/or image), like, vector is given, there is no such row, the
                 filter is refused, or k is not 1 to LARGEST_K.
         """
-        if not 1 <= k <= LARGEST_K:
-            raise MucoError(f"k must be 1 to {LARGEST_K:,}, not {k}")
+        if not isinstance(k, Integral) or not 1 <= k <= LARGEST_K:
+            raise MucoError(f"k must be 1 to {LARGEST_K:,}, not {k!r}")
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
             raise MucoError("give one query: text and/or image, or like (the id of a row), or vector")
         condition = checked_filter(where, self.compared_columns)
         if like is not None:
+            like = _asked_id(like)
             query, others = self._vector_of(like), f"id != {quoted(like)}"
             condition = f"({condition}) AND {others}" if condition else others
         elif vector is not None:
@@ -262,7 +268,10 @@ class Index:
             return model.encode([dict(content)], show_progress_bar=False, **short)[0]
 
     def _unit(self, vector: Sequence[float] | np.ndarray) -> np.ndarray:
-        array = np.asarray(vector, dtype=np.float32)
+        try:
+            array = np.asarray(vector, dtype=np.float32)
+        except (RuntimeError, TypeError, ValueError) as error:  # as of texts, or tensors of types that numpy lacks
+            raise MucoError(f"a vector must be {self.dimension} numbers of float32 ({error})") from error
         length = np.linalg.norm(array)
         if array.shape != (self.dimension,) or not np.isfinite(length) or not length:
             raise MucoError(f"a vector must be {self.dimension} finite numbers, not all zero, not {array.shape}")
@@ -365,8 +374,15 @@ class Index:
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def delete(self, ids: Sequence[str]) -> int:
-        """Removes rows; returns how many there were."""
+    def delete(self, ids: Iterable[Any]) -> int:
+        """Removes rows; returns how many there were.
+
+        Args:
+            ids: As :meth:`add` takes them: a list, a column of a table, a generator.
+        """
+        if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+            raise DataError(f"give a list of ids, not one {type(ids).__name__}")
+        ids = [_asked_id(id) for id in ids]
         with self._writing():
             before = len(self)
             for start in range(0, len(ids), IDS):
@@ -378,6 +394,8 @@ class Index:
 
         Columns that another writer has added meanwhile are null in them; those it has widened hold their values.
         """
+        import pyarrow as pa
+
         with self._writing():
             for field in self.table.schema:
                 if field.name not in rows.column_names:
@@ -434,8 +452,9 @@ class Index:
 
     def drop_unfinished(self) -> None:
         """Drops what a run left that was killed while it widened a column; the column itself is whole."""
-        if left := [name for name in (WIDER, FORMER) if name in self.table.schema.names]:
-            self.table.drop_columns(left)
+        with self._writing():  # else another run may still be widening it
+            if left := [name for name in (WIDER, FORMER) if name in self.table.schema.names]:
+                self.table.drop_columns(left)
 
     def fits(self, column: str, kind: pa.DataType) -> bool:
         """Whether all values of a further column fit another type without loss."""
@@ -493,6 +512,11 @@ class Index:
         self.table.create_index(self.storage.searched, config=config, name=f"{ANN_NAME}{rows}", replace=True)
         for old in trained:
             self.table.drop_index(f"{ANN_NAME}{old}")
+
+
+def _asked_id(id: Any) -> str:
+    """The id of a row to look for."""
+    return whole_text(as_id(id, "the id"), "id")
 
 
 def _order(found: tuple[str, float]) -> tuple[float, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from muco.errors import MucoError, StorageError
 
 FILES = ("LanceError(IO)", "LanceError(Arrow)", "Not found", "os error", "panicked", "Lance file")  # in errors of files
+FILTER = "sql filter"  # in errors of a filter, whatever else they say
 
 
 @contextmanager
@@ -31,7 +32,11 @@ def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
     except MucoError:
         raise
     except (RuntimeError, ValueError, OSError, pa.ArrowException) as error:
-        if where and not isinstance(error, OSError) and not any(word in str(error) for word in FILES):
+        if (
+            where
+            and not isinstance(error, OSError)
+            and (FILTER in str(error) or not any(w in str(error) for w in FILES))
+        ):
             raise MucoError(f"the filter cannot be used: {_reason(error)}") from error
         raise StorageError(f"{path}: {_told(error)}") from error
 

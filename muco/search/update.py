@@ -28,7 +28,7 @@ from muco.errors import DataError, MucoError
 from muco.search.columns import add_kinds, check_names, common
 from muco.search.encode import Encoder, encoded, on_daft
 from muco.search.given import as_given, records
-from muco.search.index import OWN, Index
+from muco.search.index import FORMER, OWN, WIDER, Index
 from muco.search.rows import Entry, entry_of, hashed, open_input
 from muco.search.storage import BITS, VECTOR, Name
 
@@ -143,7 +143,8 @@ def add_columns(index: Index, extra: Mapping[str, pa.DataType], empty: Set[str],
     for name, kind in wider.items():
         if kind is None or (kind != there[name] and not index.fits(name, kind)):
             raise DataError(
-                f"{where}: the column {name!r} is {extra[name]}, and {there[name]} in the index; convert or rename it"
+                f"{where}: the column {name!r} is {extra[name]}, and {there[name]} in the index; convert or rename it, "
+                "or make the index anew, in another folder"
             )
     for name, kind in wider.items():
         if kind is not None and kind != there[name]:
@@ -294,12 +295,12 @@ class Writer:
 
 
 def _table(index: Index, entries: list[Entry]) -> pa.Table:
+    """The rows in the table's columns, but for one that another writer is only making."""
     import numpy as np
     import pyarrow as pa
 
-    schema = index.table.schema
     vectors = np.stack([entry.row.vector for entry in entries]).astype(np.float32)
-    values: dict[str, Any] = {
+    own: dict[str, Any] = {
         "id": [entry.row.id for entry in entries],
         "text": [entry.row.text for entry in entries],
         "image": [entry.row.image_path for entry in entries],
@@ -307,17 +308,20 @@ def _table(index: Index, entries: list[Entry]) -> pa.Table:
         "content_hash": [entry.content_hash for entry in entries],
         "row_hash": [entry.row_hash for entry in entries],
     }
-    values |= {name: [entry.extra.get(name) for entry in entries] for name in index.extra_columns}
-    arrays = {name: pa.array(column, schema.field(name).type) for name, column in values.items()}
-    arrays |= dict(zip(index.storage.columns, index.storage.arrays(vectors), strict=True))
-    return pa.table([arrays[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+    arrays = dict(zip(index.storage.columns, index.storage.arrays(vectors), strict=True))
+    fields = [field for field in index.table.schema if field.name not in (WIDER, FORMER)]
+    for field in fields:
+        if field.name not in arrays:
+            values = own[field.name] if field.name in own else [entry.extra.get(field.name) for entry in entries]
+            arrays[field.name] = pa.array(values, field.type)
+    return pa.table([arrays[field.name].cast(field.type) for field in fields], schema=pa.schema(fields))
 
 
 def _delete_missing(index: Index, notes: Notes) -> int:
     if notes.unread:
         raise DataError(
             f"nothing was deleted: {notes.unread} rows of the input cannot be read, and which these are is not known; "
-            "mend them first (all others are indexed)"
+            "correct them first (all others are indexed)"
         )
     missing = [id for ids in index.ids() for id in ids if not notes.has(id)]
     deleted = index.delete(missing)
