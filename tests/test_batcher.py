@@ -271,6 +271,27 @@ def test_a_full_queue_accepts_nothing():
     running(full, machine, BatchLimits(milliseconds=0, queue=3))
 
 
+def test_large_requests_do_not_keep_a_short_one_out():
+    machine = Machine()
+    machine.hold.clear()
+
+    async def admitted(batcher: Batcher) -> None:
+        bulk = [asyncio.create_task(batcher.submit([Word("bulk")] * 4)) for _ in range(2)]
+        await until(lambda: batcher.unfinished == 8)
+        for more in (3, 4):
+            with pytest.raises(QueueFull):
+                await batcher.submit([Word("more")] * more)
+        short = [asyncio.create_task(batcher.submit(words("short"))) for _ in range(6)]
+        await until(lambda: batcher.unfinished == 14)
+        with pytest.raises(QueueFull):
+            await batcher.submit(words("the ninth request"))
+        machine.hold.set()
+        assert await asyncio.gather(*bulk, *short) == [["BULK"] * 4] * 2 + [["SHORT"]] * 6
+        assert batcher.unfinished == 0
+
+    running(admitted, machine, BatchLimits(milliseconds=0, queue=8))
+
+
 def test_closing_finishes_what_was_accepted_and_refuses_more():
     machine = Machine()
     machine.hold.clear()

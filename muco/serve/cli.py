@@ -82,7 +82,9 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request is answered.")] = 60,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that pass through the model at once.")] = 8192,
     batch_milliseconds: Annotated[float, typer.Option(min=0, help="How long an item waits for others.")] = 5,
-    queue: Annotated[int, typer.Option(min=1, help="Items that may wait; more are told to come back.")] = 512,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Items that may wait; large requests leave room for small ones, see the docs.")
+    ] = 512,
 ) -> None:
     """Serve embeddings and search over HTTP.
 
