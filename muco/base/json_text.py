@@ -21,11 +21,11 @@ def json_text(value: Any, *, ascii_only: bool = False) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of every NaN and infinity in it."""
+    """The value with None in place of every NaN and infinity in it, and numpy's numbers and arrays as Python's."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
-    return value
+    return finite(value.tolist()) if hasattr(value, "tolist") else value
