@@ -127,6 +127,8 @@ def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
         ({}, "give one query"),
         ({"text": "a", "like": "r00001"}, "give one query"),
         ({"like": "nobody"}, "no row has the id 'nobody'"),
+        ({"like": "caf\udce9.png"}, "half of a character is in 'like' or 'where'"),
+        ({"text": "a", "where": "id = '\ud800'"}, "half of a character is in 'like' or 'where'"),
         ({"vector": [1.0, 2.0]}, "32 finite numbers"),
         ({"vector": [0.0] * 32}, "not all zero"),
         ({"vector": [float("nan")] * 32}, "finite"),

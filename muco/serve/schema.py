@@ -22,7 +22,6 @@ from pydantic_core import PydanticCustomError
 from muco.errors import ImageError, MucoError
 from muco.serve.engine import Item
 from muco.serve.images import ImageLimits, check_source
-from muco.template import LONE_SURROGATE
 
 COHERE_TYPES = ("search_document", "search_query", "classification", "clustering", "image")
 EMBEDDING_TYPES = Literal["float", "int8", "binary", "ubinary", "base64"]
@@ -306,8 +305,6 @@ class Reader:
         asked = request.text or request.image
         if bool(asked) == (request.like is not None):
             raise RequestError("give 'text', 'image' or both, or 'like'", "text")
-        if LONE_SURROGATE.search(f"{request.like or ''}{request.where or ''}"):
-            raise RequestError("half of a character stands in 'like' or 'where'", "where")
         if request.k > self.limits.hits:
             raise RequestError(f"at most {self.limits.hits} hits", "k")
         if not asked:
