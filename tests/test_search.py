@@ -603,6 +603,11 @@ def test_what_is_printed_for_programs_is_json(capsys: pytest.CaptureFixture[str]
     assert json.loads(printed, parse_constant=pytest.fail) == plain and printed.count("\n") == 1
 
 
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after ``>&-``
+    finish({"name": "ü"}, True, lambda *_: None)
+
+
 def test_hits_as_json_say_null_for_nan(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model.save(str(tmp_path / "model"))
     index = Index.create(tmp_path / "index", tiny_model, model_path=tmp_path / "model")
