@@ -224,15 +224,16 @@ class Batcher(Generic[Given, Prepared, Result]):
             self._changed.set()
 
     def _next_to_prepare(self) -> list[_Job]:
-        """One item, or some light ones.
+        """One item, or some light ones; those of a request that has nothing ready first.
 
-        While two batches are ready, nothing, for prepared images are large; but texts of a request that has nothing
-        ready, so that they are in the next pass.
+        While two batches are ready, only of a request that has nothing ready, so that it is in the next pass; while two
+        batches with images are, no image, for prepared images are large.
         """
         full = self._padded(self._ready) >= 2 * self.limits.tokens
+        no_image = self._padded([job for job in self._ready if not job.given.light]) >= 2 * self.limits.tokens
         jobs: list[_Job] = []
-        for job in self._waiting.in_turn():
-            if full and (job.request in self._ready or not job.given.light):
+        for job in sorted(self._waiting.in_turn(), key=lambda job: job.request in self._ready):
+            if (full and job.request in self._ready) or (no_image and not job.given.light):
                 continue
             if jobs and not (job.given.light and jobs[0].given.light and len(jobs) < LIGHT):
                 break
