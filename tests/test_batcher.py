@@ -180,6 +180,25 @@ def test_a_short_request_does_not_wait_behind_a_large_one(count, light):
     assert len(machine.passes[1]) == 8, "which is no less full for that"
 
 
+@pytest.mark.parametrize("light", [True, False])
+def test_an_image_does_not_wait_behind_large_requests(light):
+    machine = Machine()
+    machine.hold.clear()
+
+    async def behind(batcher: Batcher) -> None:
+        large = [[Word(f"{name}{n}", tokens=4, light=light) for n in range(64)] for name in "ab"]
+        bulk = [asyncio.create_task(batcher.submit(words)) for words in large]
+        await until(lambda: machine.entered.is_set() and len(machine.prepared) >= 8)
+        image = asyncio.create_task(batcher.submit([Word("image", tokens=4, light=False)]))
+        await until(lambda: batcher.unfinished == 129)
+        machine.hold.set()
+        assert await image == ["IMAGE"]
+        await asyncio.gather(*bulk)
+
+    running(behind, machine, BatchLimits(tokens=16, milliseconds=0))
+    assert [number for number, some in enumerate(machine.passes) if "image" in some][0] <= 6, "of 33"
+
+
 def test_large_requests_take_turns():
     machine = Machine()
     machine.hold.clear()
@@ -269,6 +288,27 @@ def test_a_full_queue_accepts_nothing():
         assert await batcher.submit(words("d", "e")) == ["D", "E"]
 
     running(full, machine, BatchLimits(milliseconds=0, queue=3))
+
+
+def test_large_requests_do_not_keep_a_short_one_out():
+    machine = Machine()
+    machine.hold.clear()
+
+    async def admitted(batcher: Batcher) -> None:
+        bulk = [asyncio.create_task(batcher.submit([Word("bulk")] * 4)) for _ in range(2)]
+        await until(lambda: batcher.unfinished == 8)
+        for more in (3, 4):
+            with pytest.raises(QueueFull):
+                await batcher.submit([Word("more")] * more)
+        short = [asyncio.create_task(batcher.submit(words("short"))) for _ in range(6)]
+        await until(lambda: batcher.unfinished == 14)
+        with pytest.raises(QueueFull):
+            await batcher.submit(words("the ninth request"))
+        machine.hold.set()
+        assert await asyncio.gather(*bulk, *short) == [["BULK"] * 4] * 2 + [["SHORT"]] * 6
+        assert batcher.unfinished == 0
+
+    running(admitted, machine, BatchLimits(milliseconds=0, queue=8))
 
 
 def test_closing_finishes_what_was_accepted_and_refuses_more():

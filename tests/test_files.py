@@ -163,6 +163,11 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
+def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"loss": [[1, float("nan")], (2, float("-inf"))], "score": 0.5})
+    assert read_json(tmp_path / "a.json") == {"loss": [[1, None], [2, None]], "score": 0.5}
+
+
 def test_threads_write_the_same_file_at_once(tmp_path: Path) -> None:
     values = [{"n": n, "filling": "x" * 10_000} for n in range(8)]
     threads = [threading.Thread(target=write_json, args=(tmp_path / "a.json", value)) for value in values]

@@ -128,6 +128,8 @@ def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
         ({}, "give one query"),
         ({"text": "a", "like": "r00001"}, "give one query"),
         ({"like": "nobody"}, "no row has the id 'nobody'"),
+        ({"like": "caf\udce9.png"}, "half of a character is in 'like' or 'where'"),
+        ({"text": "a", "where": "id = '\ud800'"}, "half of a character is in 'like' or 'where'"),
         ({"vector": [1.0, 2.0]}, "32 finite numbers"),
         ({"vector": [0.0] * 32}, "not all zero"),
         ({"vector": [float("nan")] * 32}, "finite"),
@@ -552,6 +554,13 @@ def test_a_strangers_text_does_not_steer_the_terminal() -> None:
     assert "\x1b_Ga=T" in stream.getvalue()
 
 
+@pytest.mark.parametrize("width", [20, 200])
+def test_the_name_of_a_column_is_no_markup(width: int) -> None:
+    stream = io.StringIO()
+    show([Hit("a", 0.5, "text", None, None, {"[/red]": 1, "[bold]": 2})], Console(file=stream, width=width))
+    assert "[/red]" in stream.getvalue() and "[bold]" in stream.getvalue()
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 240])
 @pytest.mark.parametrize("columns", [0, 1, 12])
 def test_names_and_numbers_are_whole_however_narrow_the_terminal_is(width: int, columns: int) -> None:
@@ -588,14 +597,21 @@ def test_what_is_printed_for_programs_is_json(capsys: pytest.CaptureFixture[str]
         "score": nan,
         "list": [1.5, infinity, (nan,)],
         "of": {"x": nan},
+        "numpy": [np.float32(0.5), np.int64(3), np.array([1.0, nan])],
         "day": date(2020, 1, 2),
         "name": "ü\udcff",
     }
     finish(result, True, lambda *_: None)
     printed = capsys.readouterr().out
     printed.encode()
-    plain = {"score": None, "list": [1.5, None, [None]], "of": {"x": None}, "day": "2020-01-02", "name": "ü\udcff"}
+    plain = {"score": None, "list": [1.5, None, [None]], "of": {"x": None}, "numpy": [0.5, 3, [1.0, None]]}
+    plain |= {"day": "2020-01-02", "name": "ü\udcff"}
     assert json.loads(printed, parse_constant=pytest.fail) == plain and printed.count("\n") == 1
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after ``>&-``
+    finish({"name": "ü"}, True, lambda *_: None)
 
 
 def test_hits_as_json_say_null_for_nan(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:

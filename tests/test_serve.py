@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import re
 import signal
 import socket
@@ -27,10 +28,11 @@ from hypothesis import strategies as st
 from servers import command, data_uri, picture, serving, until, vectors_of
 
 from muco.cli import main
+from muco.errors import MucoError
 from muco.fetch import FetchLimits
 from muco.serve.app import Served
 from muco.serve.batcher import BatchLimits
-from muco.serve.cli import _origin
+from muco.serve.cli import TOKEN, _origin, _token
 from muco.serve.engine import Engine
 from muco.serve.guard import STRUCTURE, check_form
 from muco.serve.images import ImageLimits, check_source, decode
@@ -292,7 +294,8 @@ def test_an_unknown_model_is_404(client):
     "content", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b'{"input": "a"} x', b'{"input": \x00"a"}']
 )
 def test_what_is_no_json_object_is_400(client, content):
-    refusal(client.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"}))
+    error = refusal(client.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"}))
+    assert "object to extract" not in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -871,6 +874,7 @@ def test_sigterm_finishes_what_was_accepted(folder):
         (["--allow-origin", "https://app.example.com/page"], "scheme, host and perhaps port"),
         (["--token-file", "{}/nothing"], "No such file"),
         (["--token-file", "{}/empty"], "one word"),
+        (["--instruction", "query=Find <|emb|>"], "--instruction query turn 1: the text contains the special token"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_served(folder, tmp_path, capsys, options, says):
@@ -879,6 +883,17 @@ def test_what_is_wrong_is_said_before_anything_is_served(folder, tmp_path, capsy
     assert main(["serve", "--model", str(folder), "--port", "0", *given]) == 1
     out, err = capsys.readouterr()
     assert not out and err.splitlines()[-1].startswith("muco: ") and says in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("token", ["two words", "sécret", os.fsdecode(b"s\xe9cret")])
+def test_a_token_that_no_client_can_send_is_refused(monkeypatch, tmp_path, token):
+    monkeypatch.setenv(TOKEN, token)
+    (tmp_path / "token").write_bytes(os.fsencode(token))
+    for file, says in ((None, f"{TOKEN}: a token is one word"), (tmp_path / "token", "token")):
+        with pytest.raises(MucoError, match=says):
+            _token(file)
+    monkeypatch.setenv(TOKEN, " \n")
+    assert _token(None) is None
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys):

@@ -116,6 +116,18 @@ def test_what_is_wrong_is_named_without_a_path(client, index, body, says):
     assert str(index.path) not in answer.text
 
 
+def test_an_index_that_is_damaged_is_500_without_a_path(tmp_path, index, caplog):
+    damaged = Index.create(tmp_path / "index", index.model)
+    damaged.add([{"id": "a", "text": "a"}])
+    with serving(Served(Engine(index.model, ImageLimits(), 2048), "little", index=damaged)) as client:
+        assert [hit["id"] for hit in search(client, text="a")] == ["a"]
+        for file in (Path(damaged.path) / "rows.lance" / "data").iterdir():
+            file.write_bytes(b"")
+        answer = client.post("/search", json={"text": "a"})
+    assert answer.status_code == 500 and "the server's log says why" in answer.json()["error"]["message"]
+    assert str(tmp_path) not in answer.text and damaged.path in caplog.text
+
+
 def test_an_index_of_another_model_is_refused(index, scenes, tmp_path, capsys):
     from muco.backbone import tiny_qwen2_vl
     from muco.cli import main

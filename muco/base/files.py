@@ -22,6 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from muco.base.json_text import finite
 from muco.base.text import escaped
 from muco.errors import OutputError
 
@@ -84,8 +85,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all; OutputError if it cannot be written."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes a JSON file whole or not at all, NaN and infinity as null; OutputError if it cannot be written."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

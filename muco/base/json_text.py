@@ -1,4 +1,4 @@
-"""JSON for other programs: always JSON, whatever numbers and texts a result holds."""
+"""Values as JSON: always JSON, whatever numbers and texts a result holds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ def json_text(value: Any, *, ascii_only: bool = False) -> str:
     Args:
         ascii_only: Escape every other character too.
     """
-    return escaped(json.dumps(_plain(value), ensure_ascii=ascii_only, allow_nan=False, default=str))
+    return escaped(json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False, default=str))
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None in place of every NaN and infinity in it, and numpy's numbers and arrays as Python's."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
+        return [finite(inner) for inner in value]
+    return finite(value.tolist()) if hasattr(value, "tolist") else value

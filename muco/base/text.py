@@ -45,10 +45,10 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def writes_utf8(stream: TextIO) -> bool:
-    """Whether a stream takes every character."""
+def writes_utf8(stream: TextIO | None) -> bool:
+    """Whether a stream takes every character; None, a stream that is closed, takes none."""
     try:
-        return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+        return codecs.lookup(getattr(stream, "encoding", None) or "ascii").name == "utf-8"
     except LookupError:
         return False
 

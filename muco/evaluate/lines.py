@@ -149,5 +149,5 @@ def _size_and_time(image: str, where: str) -> bytes:
     try:
         status = os.stat(image)
     except OSError as error:
-        raise ImageError(f"{where}: image {image} cannot be read ({error.strerror}); mend the row") from error
+        raise ImageError(f"{where}: image {image} cannot be read ({error.strerror}); repair the row") from error
     return f"{status.st_size} {status.st_mtime_ns}\n".encode()

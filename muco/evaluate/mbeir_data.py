@@ -241,7 +241,7 @@ def sides_of(
     ):
         if (kind in named and needed) or (kind not in named and there):
             said = "is missing" if needed else "is there"
-            raise DataError(f"{where}: {key!r} {said}, but {keys[0]!r} is {modality!r}; mend one of them")
+            raise DataError(f"{where}: {key!r} {said}, but {keys[0]!r} is {modality!r}; repair one of them")
     return (text if "text" in named else None), image
 
 
@@ -352,7 +352,7 @@ def as_queries(
     for line in lines:
         grades = judgements.get(line.id, {})
         if not any(grade > 0 for grade in grades.values()):
-            raise DataError(f"{line.where}: nothing is judged relevant for the query {line.id!r}; mend the judgements")
+            raise DataError(f"{line.where}: nothing is judged relevant for the query {line.id!r}; add a judgement")
         chosen = 0 if seed is None else choose(len(prompts), line.id, seed)
         taken[chosen] += 1
         content = Content(with_prompt(prompts[chosen], line.text), (line.image,) if line.image else ())

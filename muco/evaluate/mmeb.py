@@ -81,6 +81,7 @@ def evaluate_mmeb(
         allow_missing: Score what is there, instead of refusing to start where a data set is missing.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
         official: Tell candidates apart as the paper's code does, see :func:`muco.evaluate.mmeb_data.official_name`.
+            How images are opened is the model's own: set ``images_as_stored`` of its processor too.
         pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
             results, with a warning if they differ.
         command, model_path: Told in the results.

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.files import claimed
+from muco.base.text import LONE_SURROGATE
 from muco.data.lines import whole_text
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search.columns import as_id
@@ -245,6 +246,8 @@ class Index:
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
             raise MucoError("give one query: text and/or image, or like (the id of a row), or vector")
+        if LONE_SURROGATE.search(f"{like or ''}{where or ''}"):
+            raise MucoError("half of a character is in 'like' or 'where'; no row holds one")
         condition = checked_filter(where, self.compared_columns)
         if like is not None:
             like = _asked_id(like)

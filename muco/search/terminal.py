@@ -54,7 +54,9 @@ def show(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> 
 
     names = {name: None for hit in hits for name, value in hit.extra.items() if value is not None}
     shown = [name for name in ("text", "image") if any(getattr(hit, name) not in (None, hit.id) for hit in hits)]
-    table = Table("", "score", "id", *shown, *map(clean, names))
+    table = Table("", "score", "id", *shown)
+    for name in names:
+        table.add_column(Text(_line(name)))
     for rank, hit in enumerate(hits, 1):
         values = [hit.id, *(getattr(hit, name) for name in shown), *(hit.extra.get(name) for name in names)]
         cells = [Text("" if value is None else _line(str(value))) for value in values]

@@ -3,10 +3,11 @@
 ::
 
     submit ─▶ waiting ─prepare, in threads─▶ ready ─run, in one thread─▶ results
-              (at most ``queue`` not finished)   (at most two batches)
+              (``queue`` limits both)            (at most two batches)
 
 Requests take turns, in both queues: each pass begins with another request's items, and what room is left goes to the
-others. So a short request waits for one pass of each request before it, however many items those have.
+others. So a short request waits for one pass of each request before it, however many items those have. Nor do their
+items keep it out: of each request no more count against the limit than the new one has itself.
 
 Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` gives one result per prepared item.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,7 +56,8 @@ class BatchLimits:
     Args:
         tokens: Of one forward pass, padding included; a longer item passes alone.
         milliseconds: How long a ready item waits for others while the model is idle.
-        queue: Items accepted and not yet finished.
+        queue: Items accepted and not yet finished, where of each request no more count than the newest one has. (In
+            all they are at most queue × (1 + ln queue): the second largest request has half of it at most, and so on.)
     """
 
     tokens: int = 8192
@@ -130,7 +133,7 @@ class Batcher(Generic[Given, Prepared, Result]):
         self.limits = limits
         self._prepare, self._run, self._observe = prepare, run, observe
         self._waiting, self._ready = _Queue(), _Queue()
-        self._unfinished = 0
+        self._unfinished: Counter[object] = Counter()  # items by request
         self._closing = False
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -139,7 +142,7 @@ class Batcher(Generic[Given, Prepared, Result]):
     @property
     def unfinished(self) -> int:
         """Items accepted and not yet answered."""
-        return self._unfinished
+        return self._unfinished.total()
 
     async def start(self) -> None:
         workers = max(1, min(4, (os.cpu_count() or 2) - 1))
@@ -169,13 +172,13 @@ class Batcher(Generic[Given, Prepared, Result]):
         """
         if self._closing:
             raise ShuttingDown
-        if self._unfinished + len(items) > self.limits.queue:
+        if len(items) + sum(min(own, len(items)) for own in self._unfinished.values()) > self.limits.queue:
             raise QueueFull
         loop = asyncio.get_running_loop()
         request = object()
         jobs = [_Job(item, request, loop.create_future()) for item in items]
-        self._unfinished += len(jobs)
         for job in jobs:
+            self._unfinished[request] += 1
             job.future.add_done_callback(lambda _, job=job: self._forget(job))
             self._waiting.add(job)
         self._changed.set()
@@ -188,7 +191,9 @@ class Batcher(Generic[Given, Prepared, Result]):
     # ------------------------------------------------------------ inside
 
     def _forget(self, job: _Job) -> None:
-        self._unfinished -= 1
+        self._unfinished[job.request] -= 1
+        if not self._unfinished[job.request]:
+            del self._unfinished[job.request]
         self._waiting.discard(job)
         self._ready.discard(job)
         self._changed.set()
@@ -219,15 +224,16 @@ class Batcher(Generic[Given, Prepared, Result]):
             self._changed.set()
 
     def _next_to_prepare(self) -> list[_Job]:
-        """One item, or some light ones.
+        """One item, or some light ones; those of a request that has nothing ready first.
 
-        While two batches are ready, nothing, for prepared images are large; but texts of a request that has nothing
-        ready, so that they are in the next pass.
+        While two batches are ready, only of a request that has nothing ready, so that it is in the next pass; while two
+        batches with images are, no image, for prepared images are large.
         """
         full = self._padded(self._ready) >= 2 * self.limits.tokens
+        no_image = self._padded([job for job in self._ready if not job.given.light]) >= 2 * self.limits.tokens
         jobs: list[_Job] = []
-        for job in self._waiting.in_turn():
-            if full and (job.request in self._ready or not job.given.light):
+        for job in sorted(self._waiting.in_turn(), key=lambda job: job.request in self._ready):
+            if (full and job.request in self._ready) or (no_image and not job.given.light):
                 continue
             if jobs and not (job.given.light and jobs[0].given.light and len(jobs) < LIGHT):
                 break

@@ -82,7 +82,9 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request is answered.")] = 60,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that pass through the model at once.")] = 8192,
     batch_milliseconds: Annotated[float, typer.Option(min=0, help="How long an item waits for others.")] = 5,
-    queue: Annotated[int, typer.Option(min=1, help="Items that may wait; more are told to come back.")] = 512,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Items that may wait; large requests leave room for small ones, see the docs.")
+    ] = 512,
 ) -> None:
     """Serve embeddings and search over HTTP.
 
@@ -138,12 +140,11 @@ def _check_installed() -> None:
 
 
 def _token(file: Path | None) -> str | None:
-    if file is None:
-        token = os.environ.get(TOKEN)
-        return token.strip() or None if token is not None else None
-    token = read_text(file, MucoError).strip()
+    token = os.environ.get(TOKEN, "").strip() if file is None else read_text(file, MucoError).strip()
+    if file is None and not token:
+        return None
     if not token or not token.isprintable() or not token.isascii() or " " in token:
-        raise MucoError(f"{file}: a token is one word of ASCII letters, digits and signs")
+        raise MucoError(f"{file or TOKEN}: a token is one word of ASCII letters, digits and signs")
     return token
 
 
@@ -248,6 +249,8 @@ def _run(served: Served, listener: socket.socket, announce: Callable[[], None]) 
             await super().startup(list(sockets or ()))
             announce()
 
+    for name, text in served.instructions.items():  # better said here than to every client that asks for it
+        served.engine.prepare(Item((text or "ready?",), where=f"--instruction {name}"))
     served.engine.run([served.engine.prepare(Item(("ready?",)))])  # whatever a first pass sets up is set up now
     config = uvicorn.Config(
         build_app(served),

@@ -22,11 +22,11 @@ from pydantic_core import PydanticCustomError
 from muco.errors import ImageError, MucoError
 from muco.serve.engine import Item
 from muco.serve.images import ImageLimits, check_source
-from muco.template import LONE_SURROGATE
 
 COHERE_TYPES = ("search_document", "search_query", "classification", "clustering", "image")
 EMBEDDING_TYPES = Literal["float", "int8", "binary", "ubinary", "base64"]
 LAYOUT = "prompts and images are laid out as the model was trained; a request cannot change that"
+PYDANTIC = re.compile(r" or instance of \w+| or object to extract fields from| after validation")  # its own words
 LENGTH = "what is too long is refused here; /v2/embed cuts it with 'truncate'"
 REFUSED = {  # fields of vLLM that would change a vector
     "chat_template": LAYOUT,
@@ -305,8 +305,6 @@ class Reader:
         asked = request.text or request.image
         if bool(asked) == (request.like is not None):
             raise RequestError("give 'text', 'image' or both, or 'like'", "text")
-        if LONE_SURROGATE.search(f"{request.like or ''}{request.where or ''}"):
-            raise RequestError("half of a character stands in 'like' or 'where'", "where")
         if request.k > self.limits.hits:
             raise RequestError(f"at most {self.limits.hits} hits", "k")
         if not asked:
@@ -426,5 +424,5 @@ def first_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
         return RequestError(f"{place}: {why}", place, code="unknown_field")
     if error["type"] == "missing" and not place:
         return RequestError("the request has no body; send a JSON object")
-    message = re.sub(r" or instance of \w+| after validation", "", error["msg"]).replace("dictionary", "object")
-    return RequestError(f"{place}: {message[:1].lower()}{message[1:]}" if place else message, place or None)
+    message = PYDANTIC.sub("", error["msg"]).replace("dictionary", "object")
+    return RequestError(f"{place or 'the body'}: {message[:1].lower()}{message[1:]}", place or None)
