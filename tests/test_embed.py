@@ -576,9 +576,8 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(tmp_path: Path
         pytest.skip("this user may not mount")
     try:
         source = texts(tmp_path, 64)
-        with pytest.raises(
-            OutputError, match=r"small/.*: cannot be written \(No space left on device\); make room, and give"
-        ):
+        told = r"small/.*: cannot be written \(No space left on device\); make room, and give the same command again"
+        with pytest.raises(OutputError, match=told):
             run(source, small / "out.parquet", shard_rows=2)
         subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
         summary = run(source, small / "out.parquet", shard_rows=2)
