@@ -335,7 +335,7 @@ def test_bad_input_is_named():
     with pytest.raises(DataError, match="nothing to evaluate in 0 samples"):
         evaluate_retrieval(Words(), Samples())
     missing = Sample(Path("/no/such.png"), [Turn("q", "a")], where="rows.jsonl:7")
-    with pytest.raises(ImageError, match="rows.jsonl:7: image /no/such.png cannot be read"):
+    with pytest.raises(ImageError, match="rows.jsonl:7: /no/such.png: no such image file"):
         evaluate_retrieval(Words(), NoFingerprint([*scenes(3), missing]))
 
 
