@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.files import claimed
-from muco.base.text import LONE_SURROGATE
 from muco.data.lines import whole_text
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search.columns import as_id
@@ -246,9 +245,7 @@ class Index:
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
             raise MucoError("give one query: text and/or image, or like (the id of a row), or vector")
-        if LONE_SURROGATE.search(f"{like or ''}{where or ''}"):
-            raise MucoError("half of a character is in 'like' or 'where'; no row holds one")
-        condition = checked_filter(where, self.compared_columns)
+        condition = checked_filter(where and whole_text(where, "where"), self.compared_columns)
         if like is not None:
             like = _asked_id(like)
             query, others = self._vector_of(like), f"id != {quoted(like)}"
@@ -519,7 +516,7 @@ class Index:
 
 def _asked_id(id: Any) -> str:
     """The id of a row to look for."""
-    return whole_text(as_id(id, "the id"), "id")
+    return whole_text(id if isinstance(id, str) else as_id(id, "the id"), "id")
 
 
 def _order(found: tuple[str, float]) -> tuple[float, str]:
