@@ -18,7 +18,7 @@ def split(data: Data, output: Path) -> None:
     """Writes train.jsonl and held_out.jsonl; samples of the same image stand on the same side."""
     groups: dict[str, list] = {}
     for sample in data:
-        key = "".join(map(images.image_digest, jsonl.sample_images(sample))) or sample.turns[0].target[0].text
+        key = "".join(map(images.image_digest, images.sample_images(sample))) or sample.turns[0].target[0].text
         groups.setdefault(key, []).append(jsonl.sample_to_row(sample, output))
     rows = [groups[key] for key in sorted(groups)]  # by digest: as good as drawn, and the same each time
     if (held_out := max(2, len(rows) // 10)) >= len(rows):

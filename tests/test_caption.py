@@ -203,7 +203,7 @@ def test_what_a_user_can_cause_is_one_line_and_1(scenes, tmp_path, capsys):
         for words, says in (
             (["--model", "seen"], "did you mean 'seer'?"),
             (["--endpoint", "http://127.0.0.1:9"], "cannot be reached"),
-            (["--prompts", str(tmp_path / "gone.yaml")], "gone.yaml: No such file"),
+            (["--prompts", str(tmp_path / "gone.yaml")], "gone.yaml: cannot be read (No such file"),
         ):
             assert main([*command(server, scenes, output), *words]) == 1
             err = capsys.readouterr().err
