@@ -318,11 +318,11 @@ class Model(SentenceTransformer):
         Returns:
             Per dialogue float32 [k, dim], L2-normalised.
         Raises:
-            DataError: If a dialogue has no query, or an empty one and no image; names it by its place, from 0.
-            ValueError: If ``images`` and ``queries`` differ in length.
+            DataError: If a dialogue has no query, or an empty one and no image (named by its place, from 0), or
+                ``images`` and ``queries`` differ in length.
         """
         if len(images) != len(queries):
-            raise ValueError(f"encode_turns_batch: {len(images)} images but {len(queries)} lists of queries")
+            raise DataError(f"encode_turns_batch: {len(images)} images but {len(queries)} lists of queries")
         places = [f"encode_turns_batch: dialogue {number}" for number in range(len(images))]
         return self._encode_turns(images, queries, places, mode, batch_size, token_budget)
 
@@ -331,7 +331,7 @@ class Model(SentenceTransformer):
         self, images: Sequence[Any], queries: Sequence[Any], places: Sequence[str], mode: str, size: int, budget: int
     ) -> list[np.ndarray]:
         if mode not in ("isolated", "compounded"):
-            raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
+            raise MucoError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
         dimension = checked_dimension(self.truncate_dim, self.encoder.get_embedding_dimension())
         rows = zip(images, queries, places, strict=True)
         dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]

@@ -225,6 +225,12 @@ def test_training_refuses_what_the_dry_run_refuses_in_the_same_words_before_any_
     assert sentences[0] == sentences[1] and not (tmp_path / "run").exists()
 
 
+def test_a_mistyped_training_argument_is_named_with_the_nearest_one(scenes, tmp_path):
+    recipe = recipe_of(scenes, tmp_path / "run", trainer={"learing_rate": 1e-4})
+    with pytest.raises(muco.RecipeError, match=r"unknown key 'trainer\.learing_rate'; did you mean 'learning_rate'\?"):
+        plan(recipe)
+
+
 def test_a_share_of_the_steps_is_a_number_of_checkpoints_and_a_long_warm_up_is_said(scenes, tmp_path):
     trainer = {"num_train_epochs": 2, "save_steps": 0.25, "warmup_steps": 16, "report_to": []}
     found = plan(recipe_of(scenes, tmp_path / "run", trainer=trainer))

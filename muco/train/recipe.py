@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -465,15 +465,20 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def check_keys(given: Iterable[Any], accepted: Collection[str], where: str) -> None:
+    """Refuses a key that is not accepted, with the nearest one that is."""
+    for key in given:
+        if key not in accepted:
+            near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; accepted are {', '.join(accepted)}"
+            raise RecipeError(f"unknown key {_dotted(where, key)!r}{hint}")
+
+
 def _build(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where or 'recipe'} must be a group of keys, got {values!r}")
     hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; accepted are {', '.join(hints)}"
-            raise RecipeError(f"unknown key {_dotted(where, key)!r}{hint}")
+    check_keys(values, hints, where)
     for item in dataclasses.fields(kind):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in values:

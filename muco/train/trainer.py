@@ -57,7 +57,7 @@ from muco.train.batches import PartSampler, StepLoader, TrainingBatches
 from muco.train.checks import check_budget, check_machine, check_negatives, check_recipe
 from muco.train.mixture import Mixture, open_sources
 from muco.train.progress import ScreenProgress, TensorBoardLog, told_once
-from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe
+from muco.train.recipe import BatchRecipe, ModelRecipe, Recipe, check_keys
 from muco.train.record import Record
 from muco.train.warmup import warm_up
 
@@ -277,7 +277,9 @@ def training_arguments(
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
-    for item in dataclasses.fields(SentenceTransformerTrainingArguments):
+    accepted = dataclasses.fields(SentenceTransformerTrainingArguments)
+    check_keys(recipe.trainer, [item.name for item in accepted if item.init], "trainer")
+    for item in accepted:
         given = values.get(item.name)
         if isinstance(item.default, bool) and given is not None and not isinstance(given, bool):
             raise RecipeError(f"trainer.{item.name} must be true or false, got {given!r}")
