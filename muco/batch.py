@@ -169,7 +169,7 @@ def prepare(
 
 
 def _cut(dialogue: Dialogue, excess: Sequence[int], processor: Processor, end: Literal["START", "END"]) -> Dialogue:
-    """The dialogue without so many tokens of each turn's text; fewer than one: the turn as it is."""
+    """The dialogue with ``excess`` tokens cut from each turn's text; turns of an excess below 1 stay as they are."""
     turns = zip(dialogue.turns, excess, strict=True)
     cut = [replace(turn, text=processor.shortened(turn.text, n, end)) if n > 0 else turn for turn, n in turns]
     return replace(dialogue, turns=tuple(cut))

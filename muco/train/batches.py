@@ -175,7 +175,7 @@ class Chosen:
 
     @classmethod
     def of(cls, turn: Turn, rng: np.random.Generator, negatives: int | None = None) -> Chosen:
-        """Draws by ``rng``; of more hard negatives than ``negatives`` so many are drawn."""
+        """Draws by ``rng``; at most ``negatives`` hard negatives, all if None."""
         query, target = (side[rng.integers(len(side))] for side in (turn.query, turn.target))
         if negatives is None or len(turn.negatives) <= negatives:
             return cls(query, target, turn.negatives)

@@ -124,7 +124,7 @@ class TurnsRecipe:
         order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
             "batch" one per batch, a number g draws g per batch.
         limit: At most so many turns per sample and step, drawn anew each time; None for all.
-        negatives: At most so many hard negatives per turn and step, drawn anew each time; None for all. The released
+        negatives: The most hard negatives per turn and step, drawn anew each time; None for all. The released
             code draws one.
         image_turn: The kind of turn whose target describes the whole image ("retrieval"). Its samples get one more
             turn, the image alone with that target, so that an image by itself is embedded too; None for none.
