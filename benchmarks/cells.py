@@ -17,8 +17,8 @@ from torch import Tensor
 from turns import SIZES, Bench, Settings, in_own_processes, reset_device_memory, say
 
 from muco.errors import TrainingError
-from muco.gradcache import StepReport, TrainingStep
-from muco.train.flops import count_flops
+from muco.step import StepReport, TrainingStep
+from muco.training.flops import count_flops
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention"}  # as a recipe calls them, and transformers
 

@@ -55,7 +55,7 @@ def run_one(name: str, seed: int, args: argparse.Namespace) -> dict:
     import muco
     from muco.data import open_data
     from muco.evaluate.retrieval import score_tasks
-    from muco.train.recipe import from_dict
+    from muco.training.recipe import from_dict
 
     changes = dict(VARIANTS[name])
     pairs, scale = changes.pop("pairs", None), changes.pop("scale_steps", False)

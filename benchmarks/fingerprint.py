@@ -20,8 +20,8 @@ from typing import Any
 from turns import heading, say, write
 
 from muco.data import fingerprint
-from muco.data.images import image_digest
 from muco.data.jsonl import JsonlData
+from muco.images import image_digest
 
 PNG = bytes.fromhex(  # 1 x 1 pixel; what follows the end of the image makes the files differ
     "89504e470d0a1a0a0000000d49484452000000010000000108020000009077"

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from turns import Bench, heading, say, write
 
 from muco.dialogue import Sample
-from muco.gradcache import TrainingStep
 from muco.processor import Processor
-from muco.train.batches import PartSampler, StepLoader, TrainingBatches
-from muco.train.mixture import Mixture
-from muco.train.recipe import TurnsRecipe
+from muco.step import TrainingStep
+from muco.training.batches import PartSampler, StepLoader, TrainingBatches
+from muco.training.mixture import Mixture
+from muco.training.recipe import TurnsRecipe
 
 
 class Photographs:

@@ -16,7 +16,7 @@ import torch
 from turns import heading, write
 
 from muco.batch import chunks_of
-from muco.train.flops import IMAGE_MARKS, PROMPT_TOKENS
+from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS
 
 SIDE = 28  # pixels of a visual token
 

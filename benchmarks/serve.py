@@ -30,12 +30,12 @@ from urllib.parse import urlsplit
 
 from turns import heading, say, write
 
-from muco.backbone import tiny_qwen2_vl
 from muco.data import open_data
 from muco.data.scenes import write_scenes
-from muco.encoder import from_backbone
+from muco.model import from_backbone
 from muco.sizes import TinyConfig
-from muco.train.trainer import texts_of
+from muco.tiny import tiny_qwen2_vl
+from muco.training.build import texts_of
 
 HEAD = (
     b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

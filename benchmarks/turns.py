@@ -31,15 +31,16 @@ import torch
 import transformers
 from PIL import Image
 
-from muco.backbone import add_adapters, tiny_qwen2_vl
+from muco.backbone import add_adapters
 from muco.dialogue import Sample, Turn
-from muco.encoder import from_backbone
 from muco.loss import MultiTurnLoss
+from muco.model import from_backbone
 from muco.processor import Processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import EMB
-from muco.train.batches import Chosen, batch_of, prepare_turns
-from muco.train.flops import Flops, step_flops
+from muco.tiny import tiny_qwen2_vl
+from muco.training.batches import Chosen, batch_of, prepare_turns
+from muco.training.flops import Flops, step_flops
 
 TURNS = (1, 2, 4, 7)
 MODES = ("isolated", "compounded")
@@ -225,7 +226,9 @@ def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ..
     """The results of ``function`` for each tuple of arguments, one call after another, each in a process of its own."""
     # not "fork": OpenMP's threads do not survive it; a started Python would inherit this process's peak
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["muco.encoder", "muco.train.flops", "muco.train.batches"])  # saves their import
+    context.set_forkserver_preload(
+        ["muco.encoder", "muco.training.flops", "muco.training.batches"]
+    )  # saves their import
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for arguments in calls:
             yield pool.submit(function, *arguments).result()

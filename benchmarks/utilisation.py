@@ -14,7 +14,7 @@ from cells import Cell, configure, device_name, failures, make_step, measure, mi
 from torch.profiler import ProfilerActivity, profile
 from turns import Bench, heading, say, write
 
-from muco.train.flops import step_flops
+from muco.training.flops import step_flops
 
 KINDS = {  # of kernels, by parts of their names; the first that fits
     "attention": ("flash", "fmha", "attention", "flex", "sdpa"),
@@ -116,8 +116,8 @@ def markdown(result: dict[str, Any], size: int, dtype: str) -> str:
     notes = [
         f"Matrix peak, measured in this run: {result['matrix_peak'] / 1e12:.3g} TFLOP/s ({size} × {size}, {dtype}). "
         f"A step's useful operations: {result['useful_operations'] / 1e12:.3g} TFLOP, that is one forward pass of "
-        "either side and its backward pass, attention in full (`muco.train.flops`); second passes of the cache and of "
-        "checkpointing are not useful. *Utilisation*: useful operations per second over the peak."
+        "either side and its backward pass, attention in full (`muco.training.flops`); second passes of the cache "
+        "and of checkpointing are not useful. *Utilisation*: useful operations per second over the peak."
     ]
     measured = [cell for cell in result["cells"] if "failed" not in cell]
     rows = [

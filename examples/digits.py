@@ -32,12 +32,13 @@ from sklearn.model_selection import train_test_split
 
 import muco
 from muco.base.files import write_json
-from muco.data import Data, open_data
+from muco.base.machine import versions
+from muco.data import open_data
 from muco.data.jsonl import write_jsonl
+from muco.data.source import Data
 from muco.evaluate.metrics import top_k
-from muco.evaluate.report import versions
 from muco.evaluate.retrieval import evaluate_retrieval
-from muco.train.recipe import from_dict
+from muco.training.recipe import from_dict
 
 SIDE = 56  # pixels: 4 x 4 patches of 14, two by two merged into 4 visual tokens
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -89,7 +90,7 @@ def write_data(folder: Path, *, train: int = 1437, test: int = 360, seed: int = 
 
 
 def recipe(data: Path, output: Path, *, mask: bool, steps: int, seed: int) -> muco.Recipe:
-    """The same keys as in a YAML recipe for ``muco train``; muco/train/recipe.py documents them."""
+    """The same keys as in a YAML recipe for ``muco train``; muco/training/recipe.py documents them."""
     values = {
         "output": str(output),
         "model": {"tiny": {"max_pixels": SIDE * SIDE}, "vision": "trained"},

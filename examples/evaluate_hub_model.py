@@ -11,7 +11,8 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 import muco
-from muco.data import Data, images, open_data
+from muco.data import images, open_data
+from muco.data.source import Data
 from muco.evaluate import compare, metrics, report, retrieval
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from muco.base.machine import VERSION
+
 if TYPE_CHECKING:
     from muco.dialogue import Content, Dialogue, Sample, Turn
-    from muco.encoder import load
     from muco.errors import (
         CheckpointError,
         DataError,
@@ -22,20 +23,22 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from muco.loss import multi_turn_info_nce, reconstruction_info_nce
-    from muco.train.recipe import Recipe
-    from muco.train.trainer import train
+    from muco.model import load
+    from muco.training.recipe import Recipe
+    from muco.training.trainer import train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
-    "load": "muco.encoder",
+    "load": "muco.model",
     "Content": "muco.dialogue",
     "Dialogue": "muco.dialogue",
     "Sample": "muco.dialogue",
     "Turn": "muco.dialogue",
     "multi_turn_info_nce": "muco.loss",
     "reconstruction_info_nce": "muco.loss",
-    "Recipe": "muco.train.recipe",
+    "Recipe": "muco.training.recipe",
+    "train": "muco.training.trainer",
     "MucoError": "muco.errors",
     "DataError": "muco.errors",
     "ImageError": "muco.errors",
@@ -68,8 +71,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return import_module("muco.train")  # a package that can be called, see there
     if name not in _HOME:
         raise AttributeError(f"module 'muco' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -9,7 +9,7 @@
     ├── CheckpointError       a model folder is incomplete or belongs to something else
     ├── OutputError           an output cannot be written, is in use, or already holds other work
     ├── StorageError          an index is damaged, or its files cannot be read or written (muco/search/lance.py)
-    ├── FetchError            a download was refused or failed (muco/fetch.py)
+    ├── FetchError            a download was refused or failed (muco/base/fetch.py)
     ├── EndpointError         a model server is missing or of no use (muco/synth/endpoint.py)
     ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)
     └── TrainingError         training cannot go on: the loss is no number, or memory does not suffice

@@ -243,7 +243,7 @@ class MultiTurnLoss(nn.Module):
         Args:
             query: One vector per turn of this process.
             vectors: All vectors of the target side: targets and hard negatives, as ``ids`` say.
-            ids: From :func:`muco.train.batches.batch_of`.
+            ids: From :func:`muco.training.batches.batch_of`.
         """
         own_turns = torch.tensor([len(query)], device=query.device)
         first = int(gather(own_turns)[: rank()].sum())  # turns of the processes before this one

@@ -66,7 +66,7 @@ class Variety:
 
     @classmethod
     def of(cls, ids: Mapping[str, Tensor]) -> Variety:
-        """Of the ``ids`` of :func:`muco.train.batches.batch_of`, on the CPU."""
+        """Of the ``ids`` of :func:`muco.training.batches.batch_of`, on the CPU."""
         targets, owners = ids.get("target_ids"), ids["hard_negative_turns"]
         hard = torch.ones(len(owners)) if targets is None else targets[owners] != ids["hard_negative_ids"]
         two = None if targets is None else frozenset(targets.unique()[:2].tolist())

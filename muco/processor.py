@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from muco.data.images import open_image
 from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
+from muco.images import open_image
 from muco.template import (
     EMB,
     QWEN_MODEL_TYPES,
@@ -66,7 +66,7 @@ class Processor:
 
     Attributes:
         trained_pixels: Smallest and largest number of pixels in training; None if that is not known.
-        images_as_stored: See :func:`muco.data.images.open_image`.
+        images_as_stored: See :func:`muco.images.open_image`.
     """
 
     def __init__(

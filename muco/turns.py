@@ -27,7 +27,7 @@ from muco.batch import DialogueBatch, chunks_of, images_of, split, tree_mask
 from muco.dialogue import Content, Dialogue
 
 if TYPE_CHECKING:
-    from muco.encoder import Model
+    from muco.model import Model
 
 PACK = 256  # tokens of branches in one row: the best or near it at 4 to 64 turns, benchmarks/encode_turns.py
 

@@ -32,11 +32,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(scenes: Path):
     """An untrained tiny Qwen2-VL; tests must not change its weights."""
-    from muco.backbone import tiny_qwen2_vl
     from muco.data import open_data
-    from muco.encoder import from_backbone
+    from muco.model import from_backbone
     from muco.sizes import TinyConfig
-    from muco.train.trainer import texts_of
+    from muco.tiny import tiny_qwen2_vl
+    from muco.training.build import texts_of
 
     sizes = TinyConfig(width=64, feed_forward=128, vision_width=32, vision_depth=1, vocabulary=512)
     return from_backbone(*tiny_qwen2_vl(texts_of([open_data(scenes / "train.jsonl")]), sizes), device="cpu")

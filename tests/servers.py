@@ -21,8 +21,9 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
+from muco.cli.serve import TOKEN
 from muco.serve.app import Served, build_app
-from muco.serve.cli import TOKEN, _bound
+from muco.serve.run import _bound
 
 SOON = 120  # seconds in which anything that is going to happen has happened
 

@@ -20,13 +20,13 @@ from muco import distributed
 from muco.backbone import add_adapters, freeze_vision, hold_trained_in_float32
 from muco.data import open_data
 from muco.dialogue import Sample, Turn
-from muco.encoder import Model, from_backbone, load
-from muco.gradcache import TrainingStep
 from muco.loss import MultiTurnLoss, ReconstructionLoss
+from muco.model import Model, from_backbone, load
 from muco.sizes import Adapter
+from muco.step import TrainingStep
 from muco.template import SPECIAL_TOKENS
-from muco.train.batches import Chosen, batch_of, prepare_pair, prepare_turns
-from muco.train.trainer import shard_model
+from muco.training.batches import Chosen, batch_of, prepare_pair, prepare_turns
+from muco.training.build import shard_model
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
 # how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one, all on one

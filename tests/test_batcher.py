@@ -342,7 +342,7 @@ def png(seed: int, size: tuple[int, int]) -> bytes:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, tmp_path_factory) -> Engine:
-    from muco.encoder import load
+    from muco.model import load
 
     folder = tmp_path_factory.mktemp("model")
     tiny_model.save(str(folder))

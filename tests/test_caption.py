@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 from chat_server import REFUSAL, ChatServer, Fault
 
+from muco.base.journal import Journal
 from muco.cli import main
 from muco.data import open_data
-from muco.data.caption import Captions, caption, with_captions
-from muco.data.images import image_digest
+from muco.data.captions import Captions, with_captions
 from muco.data.jsonl import write_jsonl
 from muco.errors import DataError, OutputError
+from muco.images import image_digest
+from muco.synth.caption import caption
 from muco.synth.endpoint import Endpoint, EndpointError
-from muco.synth.journal import Journal
 from muco.synth.limits import Budget, Limits
 from muco.synth.prompts import Prompts
 

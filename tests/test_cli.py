@@ -19,7 +19,8 @@ import pytest
 import typer
 
 import muco
-from muco.cli import app, main
+from muco.cli import main
+from muco.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 
@@ -231,7 +232,7 @@ trainer: {learning_rate: 2e-5}
 
 
 def test_train_prints_the_resolved_recipe_and_stops(tmp_path, capsys):
-    from muco.train.recipe import load_recipe
+    from muco.training.recipe import load_recipe
 
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
@@ -371,7 +372,7 @@ def test_the_commands_in_the_readme_parse():
 
 
 def test_the_recipe_in_the_readme_loads(tmp_path):
-    from muco.train.recipe import load_recipe
+    from muco.training.recipe import load_recipe
 
     (page,) = blocks("README.md", "yaml")
     path = tmp_path / "recipe.yaml"
@@ -441,7 +442,7 @@ def test_a_recipe_in_another_encoding_is_a_sentence(tmp_path, capfd, encoding, s
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16", "utf-8"])
 def test_stdout_of_any_encoding_gets_an_escape_and_json_stays_json(tmp_path, monkeypatch, encoding):
-    from muco.options import finish, print_pairs
+    from muco.base.terminal import finish, print_pairs
 
     told = {"text": "é 😀 漢", "name": os.fsdecode(b"caf\xe9")}
 

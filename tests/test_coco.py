@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 import muco
 from muco.cli import main
-from muco.data import coco, coco_rules, english, open_data
+from muco.data import open_data
 from muco.data.check import check
-from muco.data.coco import convert_coco
-from muco.data.coco_rules import Picture, Thing, turns_of
-from muco.data.english import a, countable, number, plural
 from muco.data.scenes import SIZES, caption, describe, render
 from muco.errors import DataError
-from muco.train.recipe import from_dict
+from muco.synth import coco, coco_rules, english
+from muco.synth.coco import convert_coco
+from muco.synth.coco_rules import Picture, Thing, turns_of
+from muco.synth.english import a, countable, number, plural
+from muco.training.recipe import from_dict
 
 KINDS = {"dog": "animal", "cat": "animal", "cup": "kitchen", "skis": "sports", "person": "person", "fox": "animal"}
 SIDE = 90  # px of the pictures below; a place has 30 x 30

@@ -29,7 +29,7 @@ from muco.demo.page import STAGES, _differing, page
 from muco.demo.search import TEXT_QUERIES, _ranks
 from muco.demo.stages import RECIPE, Journal, demo_recipe
 from muco.errors import OutputError, RecipeError
-from muco.train.recipe import load_recipe
+from muco.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--steps", "2", "--train", "40", "--test", "12"]
@@ -141,7 +141,7 @@ def test_the_record_holds_all_numbers_and_the_models_are_the_right_ones(made):
 @pytest.mark.slow
 def test_the_untrained_model_is_the_one_that_training_starts_from(made):
     from muco.data import open_data
-    from muco.train.trainer import build_model
+    from muco.training.build import build_model
 
     recipe = demo_recipe(made.folder, 2)
     model = build_model(recipe, [open_data(source.path) for source in recipe.data.train])

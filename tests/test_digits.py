@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import muco
-from muco.data import Data, open_data
+from muco.data import open_data
+from muco.data.source import Data
 
 SCRIPT = Path(__file__).parent.parent / "examples/digits.py"
 

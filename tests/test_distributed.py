@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import muco
 from muco.base.files import locked
-from muco.train.recipe import dump_recipe, from_dict, load_recipe
+from muco.training.recipe import dump_recipe, from_dict, load_recipe
 
 HERE = Path(__file__).parent
 

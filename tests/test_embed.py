@@ -25,11 +25,11 @@ import muco.data.items
 import muco.data.lines
 import muco.embed
 from muco.base.files import claimed
-from muco.data.images import open_image
 from muco.data.items import COLUMNS, open_source
 from muco.dialogue import as_content
 from muco.embed import embed
 from muco.errors import DataError, OutputError
+from muco.images import open_image
 
 
 class Hashed:
@@ -291,8 +291,8 @@ def test_batches_and_parts_change_nothing(tmp_path_factory, batch: int, part: in
 
 @pytest.fixture(scope="module")
 def real_model():
-    from muco.backbone import tiny_qwen2_vl
-    from muco.encoder import from_backbone
+    from muco.model import from_backbone
+    from muco.tiny import tiny_qwen2_vl
 
     return from_backbone(*tiny_qwen2_vl(["what is it?", "only text", "kept as it is", "row number"]), device="cpu")
 

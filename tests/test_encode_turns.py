@@ -16,8 +16,8 @@ import muco
 from muco import turns
 from muco.backbone import add_adapters, load_backbone, use_flex_attention
 from muco.dialogue import Content, Dialogue
-from muco.encoder import Model, from_backbone
 from muco.errors import DataError, MucoError
+from muco.model import Model, from_backbone
 from muco.sizes import Adapter
 from muco.turns import sharing
 

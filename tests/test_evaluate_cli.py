@@ -14,8 +14,8 @@ import pytest
 import muco
 from muco.cli import main
 from muco.data import open_data
-from muco.train.recipe import from_dict
-from muco.train.trainer import build_model
+from muco.training.build import build_model
+from muco.training.recipe import from_dict
 
 SETS = ("ImageNet-1K", "OK-VQA", "VisDial", "RefCOCO-Matching")
 PARTS = ("tasks", "groups", "overall", "missing", "model")

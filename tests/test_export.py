@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 import muco
 from muco import CheckpointError, MucoError, OutputError
 from muco.backbone import add_adapters, load_backbone
-from muco.encoder import from_backbone
 from muco.export import export
-from muco.parity import Parity, compare, examples, stock_vectors
+from muco.export.parity import Parity, compare, examples, stock_vectors
+from muco.model import from_backbone
 from muco.sizes import Adapter
 from muco.template import EMB
-from muco.train.recipe import from_dict
+from muco.training.recipe import from_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 INPUTS = ["a ring", {"text": "What is it?", "image": image(150, 64, 1)}]

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muco.fetch import FetchError, FetchLimits, fetch, is_public
+from muco.base.fetch import FetchError, FetchLimits, fetch, is_public
 
 PNG = b"\x89PNG and so on"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n"

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from muco.backbone import tiny_qwen2_vl
 from muco.dialogue import Sample, Turn
-from muco.encoder import from_backbone
+from muco.model import from_backbone
 from muco.sizes import Adapter, TinyConfig
-from muco.train.batches import Chosen, batch_of, prepare_turns
-from muco.train.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
+from muco.tiny import tiny_qwen2_vl
+from muco.training.batches import Chosen, batch_of, prepare_turns
+from muco.training.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
 
 ROOT = Path(__file__).parent.parent
 CONFIG = TinyConfig(width=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vision_width=32, vision_depth=3)

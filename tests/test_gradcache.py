@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from muco.batch import split
 from muco.errors import TrainingError
-from muco.gradcache import TrainingStep
 from muco.loss import MultiTurnLoss
+from muco.step import TrainingStep
 
 BUDGETS = (1, 97, 200, 400, 10**6)  # one row at a time; that do not divide, that do; more than the batch
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from muco.data import images
-from muco.data.images import FORMATS, SameImage, image_digest, open_image, resize_to_budget
+from muco.data.images import SameImage
 from muco.errors import DataError, ImageError
+from muco.images import FORMATS, image_digest, open_image, resize_to_budget
 
 
 def noise(width=40, height=30, channels=3, seed=0):

@@ -1,4 +1,4 @@
-"""``import muco`` is cheap, its names are what they say, and ``muco.train`` is a package and a function at once."""
+"""``import muco`` is cheap, its names are what they say."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_samples_need_no_torch():
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("name", sorted(set(muco.__all__) - {"train"}))
+@pytest.mark.parametrize("name", sorted(muco.__all__))
 def test_a_public_name_is_the_object_of_its_home(name):
     value = getattr(muco, name)
     assert value is getattr(import_module(value.__module__), name)
@@ -49,30 +49,9 @@ def test_names_are_listed_and_unknown_ones_are_refused():
         _ = muco.trian
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import muco",
-        "import muco.train",
-        "import muco.train.recipe",
-        "import muco; muco.Recipe",
-        "import muco; muco.train; import muco.train.recipe",
-        "import muco.train.recipe; muco.train; from muco.train import recipe",
-        "import muco; from muco import train; assert train is muco.train",
-        "from muco import *; import muco; assert train is muco.train",
-    ],
-)
-def test_train_is_one_callable_package_in_every_order_of_imports(imports):
-    code = (
-        f"{imports}; import sys; from muco.train.recipe import Recipe; "
-        "print(callable(muco.train), muco.train is sys.modules['muco.train'], Recipe is muco.Recipe)"
-    )
-    assert python(code) == "True True True"
-
-
 def test_train_calls_the_trainer(tmp_path):
-    from muco.train.recipe import from_dict
-    from muco.train.trainer import train
+    from muco.training.recipe import from_dict
+    from muco.training.trainer import train
 
     model = {"tiny": {}, "vision": "trained"}
     missing = str(tmp_path / "missing.jsonl")

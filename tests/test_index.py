@@ -613,9 +613,9 @@ def test_bad_lines_and_ids_given_twice(tmp_path: Path, tiny_model) -> None:
 
 
 def test_another_model_dimension_or_storage_is_refused(photos: Path, scenes: Path, tmp_path: Path, tiny_model) -> None:
-    from muco.backbone import tiny_qwen2_vl
-    from muco.encoder import from_backbone
+    from muco.model import from_backbone
     from muco.sizes import TinyConfig
+    from muco.tiny import tiny_qwen2_vl
 
     run(photos, tmp_path / "index", tiny_model)
     sizes = TinyConfig(width=32, layers=1, heads=2, kv_heads=1, feed_forward=32, vision_width=32, vision_depth=1)

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from muco.data import open_data
+from muco.data import identity, leak, open_data
+from muco.data.identity import normalised, words
 from muco.data.jsonl import write_jsonl
+from muco.data.leak import find_overlap, print_overlap
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError, OutputError
-from muco.evaluate import identity, leak
-from muco.evaluate.identity import normalised, words
-from muco.evaluate.leak import find_overlap, print_overlap
 
 
 def rows_of(file: Path) -> list[dict]:

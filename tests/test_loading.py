@@ -28,8 +28,8 @@ from muco.backbone import (
     merge_adapters,
 )
 from muco.dialogue import Content, Dialogue
-from muco.encoder import Model, from_backbone
 from muco.errors import CheckpointError
+from muco.model import Model, from_backbone
 from muco.processor import EVALUATION_PIXELS, SETTINGS_FILE
 from muco.sizes import Adapter
 from muco.template import EMB, MASK, QWEN_VL, SPECIAL_TOKENS

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from muco.base.files import locked, whole_file
 from muco.data import rows as rows_module
 from muco.data.m3t import M3TData
-from muco.data.rows import Rows, choose_columns
+from muco.data.parquet import Rows, choose_columns
 from muco.dialogue import Sample
 from muco.errors import DataError
 

@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from mbeir_tree import CANDIDATES, NAMES, QUERIES, SIDES, TASKS, WAYS, Oracle, did, edit, token_of, write_tree
 from test_distributed import HERE, finished, launch
 
+from muco.data import judged as lines
 from muco.data import lines as lines_of_files
+from muco.data import mbeir_test as mbeir_data
+from muco.data.mbeir_test import ALL, choose, format_string, number_of, open_pool, task_id
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError, MucoError
-from muco.evaluate import lines, mbeir_data, published, ranked
 from muco.evaluate import pool as pool_module
+from muco.evaluate import published, ranked
 from muco.evaluate.mbeir import evaluate_mbeir, means
-from muco.evaluate.mbeir_data import ALL, choose, format_string, number_of, open_pool, task_id
 
 ALL_NAMES = [f"{NAMES[data_set]} t{task}" for data_set, task in TASKS]
 NIGHTS = "mbeir_nights_task4"

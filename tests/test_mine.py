@@ -16,7 +16,7 @@ import muco
 from muco import Content, DataError, MucoError, OutputError, Sample, Turn
 from muco.data import open_data
 from muco.data.jsonl import sample_to_row, write_jsonl
-from muco.data.mine import Mining, mine
+from muco.training.mine import Mining, mine
 
 
 class Rows(list):
@@ -168,7 +168,7 @@ def test_mined_data_trains_by_the_command_line(scenes, tiny_model, tmp_path):
     assert json.loads(done.stdout)["mined"] == 2 * 70
     again = subprocess.run([*command, "-o", str(tmp_path / "mined.jsonl")], capture_output=True, text=True)
     assert again.returncode == 1 and "exists" in again.stderr
-    recipe = muco.train.recipe.from_dict(
+    recipe = muco.training.recipe.from_dict(
         {
             "output": str(tmp_path / "run"),
             "model": {"path": str(tmp_path / "model")},

@@ -17,13 +17,13 @@ from muco import Content, DataError, ImageError, RecipeError, Sample, Turn
 from muco import processor as processor_module
 from muco.batch import join, join_ids, split, tree_mask
 from muco.data import open_data
-from muco.data.images import image_digest, open_image
+from muco.images import image_digest, open_image
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
-from muco.train import batches as batches_module
-from muco.train import mixture as mixture_module
-from muco.train.batches import PartSampler, StepLoader, TrainingBatches, with_image_turn
-from muco.train.mixture import Draw, Mixture, turn_order
-from muco.train.recipe import TurnsRecipe
+from muco.training import batches as batches_module
+from muco.training import mixture as mixture_module
+from muco.training.batches import PartSampler, StepLoader, TrainingBatches, with_image_turn
+from muco.training.mixture import Draw, Mixture, turn_order
+from muco.training.recipe import TurnsRecipe
 
 
 class Rows(list):

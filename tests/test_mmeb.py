@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from muco.data.mmeb_test import DATA_SETS, NAMES, official_name
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.benchmark import read_outcomes
 from muco.evaluate.mmeb import aggregates, evaluate_mmeb
-from muco.evaluate.mmeb_data import DATA_SETS, NAMES, official_name
 from muco.evaluate.mmeb_task import Asked, judge, sample
 from muco.evaluate.page import print_benchmark
 

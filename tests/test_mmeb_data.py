@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from muco.data.lines import without_token
+from muco.data.mmeb_test import Question, Source, find_files, open_source, read_questions
 from muco.dialogue import Content, single_turn
 from muco.errors import DataError, ImageError
 from muco.evaluate.mmeb import evaluate_mmeb
-from muco.evaluate.mmeb_data import Question, Source, find_files, open_source, read_questions, without_token
 from muco.template import QWEN_VL
 
 

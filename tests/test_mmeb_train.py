@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from muco.data import rows as rows_module
 from muco.data.mmeb import CONFIGS, LONGEST_LITERAL, MMEBTrainData, negatives_of
+from muco.data.mmeb_test import DATA_SETS
 from muco.dialogue import Content, Sample
 from muco.errors import DataError
-from muco.evaluate.mmeb_data import DATA_SETS
 
 WITHOUT_NEGATIVES = tree.pairs("NIGHTS")[0].record
 

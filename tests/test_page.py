@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from muco.base.tables import markdown, print_whole, table_of_numbers
 from muco.errors import OutputError
 from muco.evaluate import thumbnails
 from muco.evaluate.benchmark import Failure, Shown, TaskResult, benchmark_result
 from muco.evaluate.page import page, print_benchmark, write_reports
 from muco.evaluate.published import MBEIR, MBEIR_GROUPS, MMEB, MMEB_GROUPS, NOTICE, published
-from muco.evaluate.tables import as_csv, as_markdown, markdown, print_whole, table_of_numbers
+from muco.evaluate.tables import as_csv, as_markdown
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
 MODEL = {"path": "models/<i>tiny</i>", "fingerprint": "f" * 64}

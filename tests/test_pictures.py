@@ -31,8 +31,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from muco.base.fetch import FetchError, FetchLimits
 from muco.errors import DataError, ImageError, MucoError, OutputError
-from muco.fetch import FetchError, FetchLimits
 from muco.synth import catalogue as catalogue_module
 from muco.synth import pictures as pictures_module
 from muco.synth.catalogue import Catalogue, Kept, fill

@@ -17,11 +17,12 @@ from muco.batch import attention_bias
 from muco.cli import main
 from muco.data import open_data
 from muco.sizes import Adapter
-from muco.train.flops import qwen2_vl_config
-from muco.train.memory import activation_bytes, computing, saved_bytes
-from muco.train.plan import plan
-from muco.train.recipe import Recipe, dump_recipe, from_dict, load_recipe
-from muco.train.trainer import build_model, make_trainer
+from muco.training.build import build_model
+from muco.training.flops import qwen2_vl_config
+from muco.training.memory import activation_bytes, computing, saved_bytes
+from muco.training.plan import plan
+from muco.training.recipe import Recipe, dump_recipe, from_dict, load_recipe
+from muco.training.trainer import make_trainer
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20

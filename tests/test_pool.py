@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from muco.data.judged import Candidate
+from muco.data.left_out import LeftOut
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import pool as module
 from muco.evaluate.cache import encode_named
-from muco.evaluate.left_out import LeftOut
-from muco.evaluate.pool import Candidate, Vectors, embed_pool, search
+from muco.evaluate.pool import Vectors, embed_pool, search
 
 
 def brute(queries: np.ndarray, pool: np.ndarray, order: np.ndarray, k: int) -> list[list[int]]:

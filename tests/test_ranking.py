@@ -9,8 +9,10 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muco.data.judged import read_qrels
 from muco.errors import DataError
-from muco.evaluate.ranking import hit_at, ndcg_at, read_qrels, recall_at, reciprocal_rank, write_trec_run
+from muco.evaluate.benchmark import write_trec_run
+from muco.evaluate.ranking import hit_at, ndcg_at, recall_at, reciprocal_rank
 
 GRADES = {"a": 2, "b": 1, "c": 0, "d": 3, "e": -1}
 

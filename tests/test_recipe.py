@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import muco
-from muco.train.recipe import dump_recipe, from_dict, load_recipe
+from muco.training.recipe import dump_recipe, from_dict, load_recipe
 
 GOOD = "output: runs/x\nmodel: {path: some/model}\ndata: {train: [{path: a.jsonl}]}\n"
 

@@ -18,12 +18,12 @@ from torch.nn.functional import normalize
 import muco
 from muco.data import open_data
 from muco.dialogue import Content, Sample, Turn
-from muco.gradcache import TrainingStep
 from muco.loss import ReconstructionLoss, reconstruction_info_nce
 from muco.reconstruction import hide, reconstruction_dialogues
+from muco.step import TrainingStep
 from muco.template import MASK
-from muco.train.batches import Chosen, batch_of, prepare_pair
-from muco.train.recipe import from_dict
+from muco.training.batches import Chosen, batch_of, prepare_pair
+from muco.training.recipe import from_dict
 
 PICTURE = Image.new("RGB", (56, 56), "red")
 
@@ -263,7 +263,7 @@ def test_a_run_learns_pairs_and_resumes_exactly(scenes, tmp_path, joint):
         losses[name] = [loss for _, loss in json.loads((folder / "run.json").read_text())["loss"]]
     assert losses["one"] == losses["two"], "workers change nothing"
     assert np.mean(losses["one"][-4:]) < losses["one"][0] - 0.03
-    from muco.evaluate.blind import blind_loss, recipe_of
+    from muco.training.blind import blind_loss, recipe_of
 
     control = blind_loss(muco.load(folder, device="cpu"), open_data(scenes / "test.jsonl"), recipe_of(folder))
     assert control is not None and not control["leaks"]

@@ -566,7 +566,7 @@ def test_the_trainer_logs_the_evaluator(tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from torch import nn
 
-    from muco.evaluate.evaluator import RetrievalEvaluator
+    from muco.training.evaluator import RetrievalEvaluator
 
     class Trained(SentenceTransformer):
         def encode(self, inputs, **kwargs):

@@ -26,9 +26,10 @@ from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 
+from muco.base.terminal import finish
+from muco.cli import search as cli
 from muco.errors import MucoError
-from muco.options import finish
-from muco.search import Hit, Index, cli
+from muco.search import Hit, Index
 from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
 from muco.search.index import HASHES
 from muco.search.storage import STORAGES, scores

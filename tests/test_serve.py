@@ -27,12 +27,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import command, data_uri, picture, serving, until, vectors_of
 
+from muco.base.fetch import FetchLimits
 from muco.cli import main
+from muco.cli.serve import TOKEN, _origin, _token
 from muco.errors import MucoError
-from muco.fetch import FetchLimits
 from muco.serve.app import Served
 from muco.serve.batcher import BatchLimits
-from muco.serve.cli import TOKEN, _origin, _token
 from muco.serve.engine import Engine
 from muco.serve.guard import STRUCTURE, check_form
 from muco.serve.images import ImageLimits, check_source, decode
@@ -58,7 +58,7 @@ def folder(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder) -> Engine:
-    from muco.encoder import load
+    from muco.model import load
 
     return Engine(load(folder, device="cpu"), ImageLimits(), 2048)
 

@@ -34,7 +34,7 @@ ALLOWED = {200, 400, 404, 405, 413, 415}
 
 @pytest.fixture(scope="module")
 def client(tiny_model, tmp_path_factory) -> Iterator[httpx.Client]:
-    from muco.encoder import load
+    from muco.model import load
 
     folder: Path = tmp_path_factory.mktemp("fuzz")
     tiny_model.save(str(folder / "model"))

@@ -27,7 +27,7 @@ NASTY = "<img src=x onerror=alert(1)> & 'quoted'"
 
 @pytest.fixture(scope="module")
 def index(tiny_model, tmp_path_factory) -> Index:
-    from muco.encoder import load
+    from muco.model import load
 
     folder = tmp_path_factory.mktemp("searched")
     tiny_model.save(str(folder / "model"))
@@ -129,10 +129,10 @@ def test_an_index_that_is_damaged_is_500_without_a_path(tmp_path, index, caplog)
 
 
 def test_an_index_of_another_model_is_refused(index, scenes, tmp_path, capsys):
-    from muco.backbone import tiny_qwen2_vl
     from muco.cli import main
-    from muco.encoder import from_backbone
+    from muco.model import from_backbone
     from muco.sizes import TinyConfig
+    from muco.tiny import tiny_qwen2_vl
 
     sizes = TinyConfig(width=32, heads=2, kv_heads=1, layers=1, feed_forward=32, vision_width=32, vision_depth=1)
     from_backbone(*tiny_qwen2_vl(["other words"], sizes), device="cpu").save(str(tmp_path))
@@ -323,7 +323,7 @@ def test_the_requests_of_the_documentation_are_answered(client):
 def test_the_commands_of_the_documentation_parse():
     import typer
 
-    from muco.cli import app
+    from muco.cli.app import app
 
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("muco ")]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from servers import command, data_uri, picture, until
 
 from muco import CheckpointError
-from muco.encoder import load
+from muco.model import load
 from muco.serve.engine import Engine, Item
 from muco.serve.images import ImageLimits
 from muco.serve.process import SMALL, ModelProcess, receive, send

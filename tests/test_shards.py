@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from muco.data import shards as shards_module
-from muco.data.images import open_image
 from muco.data.shards import ShardsData
 from muco.dialogue import Content, Sample
 from muco.errors import DataError
+from muco.images import open_image
 
 Members = list[tuple[str, bytes]]
 

@@ -15,7 +15,7 @@ from mmeb_tree import png
 import muco
 from muco.cli import main
 from muco.data import FORMATS, open_data
-from muco.train.recipe import from_dict
+from muco.training.recipe import from_dict
 
 
 @pytest.fixture(scope="module")

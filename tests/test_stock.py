@@ -24,8 +24,8 @@ import torch
 
 import muco
 from muco.backbone import add_adapters, load_backbone
-from muco.encoder import Model, from_backbone
 from muco.export import export
+from muco.model import Model, from_backbone
 from muco.sizes import Adapter
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 import muco
 from muco import MucoError, OutputError
-from muco.backbone import tiny_qwen2_vl
 from muco.base.files import write_json
 from muco.cli import main
 from muco.data import open_data
@@ -49,8 +48,9 @@ from muco.study.results import Estimate, differences, point_values, table, table
 from muco.study.run import run_study
 from muco.study.studies import FLOPS, STUDIES, find_study, questions
 from muco.study.true_sizes import ASSUMPTIONS, run_flops, tokens_per_turn
-from muco.train.recipe import TurnsRecipe, from_dict
-from muco.train.trainer import make_loss
+from muco.tiny import tiny_qwen2_vl
+from muco.training.build import make_loss
+from muco.training.recipe import TurnsRecipe, from_dict
 
 SMALL = {"width": 32, "feed_forward": 64, "vision_width": 32, "vision_depth": 1, "vocabulary": 300}
 

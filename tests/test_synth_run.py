@@ -34,7 +34,7 @@ from muco.synth.prompts import Prompts
 from muco.synth.run import Price, estimate, synth
 from muco.synth.sources import open_source
 from muco.synth.writing import Setting
-from muco.train.recipe import from_dict
+from muco.training.recipe import from_dict
 
 QUICK = Limits(concurrency=8, backoff=0.01, retries=3, timeout=10)
 ALL = Filter(min_side=64, near=-1)  # scenes are small, and some look alike

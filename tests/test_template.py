@@ -13,7 +13,6 @@ from families import FAMILIES, TEXTS, TRAINING_TEXTS, model, smolvlm_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from muco.backbone import tiny_qwen2_vl
 from muco.dialogue import Content, Dialogue, Exchange, single_turn
 from muco.errors import CheckpointError, DataError
 from muco.processor import Processor
@@ -27,6 +26,7 @@ from muco.template import (
     Template,
     from_chat_template,
 )
+from muco.tiny import tiny_qwen2_vl
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n<|emb|>"

@@ -27,12 +27,13 @@ from muco.base.files import locked
 from muco.cli import main
 from muco.data import open_data
 from muco.errors import OutputError
-from muco.evaluate.blind import blind_loss
-from muco.train import checkpoint
-from muco.train.plan import plan
-from muco.train.recipe import dump_recipe, from_dict, load_recipe
-from muco.train.trainer import build_model, make_trainer
-from muco.train.warmup import language_loss, warm_up
+from muco.training import checkpoint
+from muco.training.blind import blind_loss
+from muco.training.build import build_model
+from muco.training.plan import plan
+from muco.training.recipe import dump_recipe, from_dict, load_recipe
+from muco.training.trainer import make_trainer
+from muco.training.warmup import language_loss, warm_up
 
 SMALL = {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1, "vocabulary": 512}
 

@@ -29,14 +29,14 @@ from rich.table import Table
 
 import muco
 from muco.base.files import write_json
+from muco.base.machine import versions
 from muco.data import open_data
 from muco.demo.stages import machine
 from muco.evaluate.compare import interval
 from muco.evaluate.metrics import chance_hit
-from muco.evaluate.report import versions
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.search import Index, build
-from muco.train.recipe import Recipe, load_recipe
+from muco.training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 WORDS = "face hand woman animal plant food transport building clothing button".split()  # chosen before any was tried

@@ -1,45 +1,61 @@
-"""Tables on the terminal."""
+"""What the commands print: progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
 import sys
-from operator import itemgetter
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from muco.base.json_text import json_text
+from muco.base.text import writes_utf8
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-
-WRAPPED = 16  # columns of the terminal that text of several words gets at least
+    from rich.progress import Progress
 
 
-def print_readable(table: Table, console: Console) -> None:
-    """Prints a table; where the console is too narrow for its words and numbers, each row as lines of "name: value".
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, drawn only where that is a terminal; yields the function that moves it (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    Neither cuts a word or a number. Only text of several words is wrapped, at ``WRAPPED`` columns or more.
-    """
-    from rich.cells import cell_len
-    from rich.text import Text
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
-    widest = []
-    for column in table.columns:
-        cells = [str(cell) for cell in (column.header, *column.cells)]
-        widest.append(max(map(cell_len, cells)))
-        word = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
-        column.min_width = max(word, min(widest[-1], WRAPPED))
-    least = console.measure(table, options=console.options.update_width(sys.maxsize)).minimum
-    if least <= console.width:
-        spare = console.width - least
-        for width, column in sorted(zip(widest, table.columns, strict=True), key=itemgetter(0)):  # short ones whole
-            column.width = min(width, column.min_width + spare)
-            spare -= column.width - column.min_width
-        console.print(table)
+
+def rows_bar(console: Console, *, shown: bool) -> Progress:
+    """A bar of rows done, of all, and the time left; without ``shown`` it draws nothing."""
+    from rich import progress
+
+    count, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn(elapsed_when_finished=True)
+    return progress.Progress(
+        "{task.description}", progress.BarColumn(), count, left, console=console, disable=not shown
+    )
+
+
+def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:
+    """Prints a result on stdout: one JSON line for programs, or a table for people."""
+    if as_json:
+        print_json(result)
         return
-    if table.title:
-        console.print(table.title, style="bold", soft_wrap=True)
-    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
-        if number:
-            console.print()
-        for column, cell in zip(table.columns, map(str, cells), strict=True):
-            if cell:
-                console.print(Text(f"{column.header}: {cell}" if column.header else cell), soft_wrap=True)
+    from rich.console import Console
+
+    show(result, Console(file=sys.stdout))
+
+
+def print_json(result: Any) -> None:
+    """One line of JSON on stdout, in ASCII where stdout does not take every character."""
+    print(json_text(result, ascii_only=not writes_utf8(sys.stdout)), flush=True)
+
+
+def print_pairs(result: Mapping[str, Any], console: Console) -> None:
+    """One line per key."""
+    width = max(map(len, result))
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name}: {inner}" for name, inner in value.items()) or None
+        console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -7,25 +7,12 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from muco.dialogue import Sample
+from muco.data.source import Data
 from muco.errors import DataError
 
 __all__ = ["FORMATS", "Data", "open_data"]
-
-
-class Data(Protocol):
-    """What every source offers, and all that training and evaluation ask of one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sample: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) that tells one state of the data from another, see :mod:`muco.data.fingerprint`."""
-        ...
 
 
 FORMATS = {  # name in recipes and on the command line -> where its class is
@@ -71,7 +58,7 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
         raise DataError(f"{path}: options of the format {format!r}: {error}") from error
     if not (options or {}).get("captions"):
         return data
-    from muco.data.caption import with_captions
+    from muco.data.captions import with_captions
 
     return with_captions(data, options["captions"])
 

@@ -18,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from muco.base.terminal import print_readable
-from muco.data import Data, open_data
-from muco.data.images import image_digest, open_image, sample_images
+from muco.base.tables import print_readable
+from muco.data import open_data
+from muco.data.images import sample_images
+from muco.data.source import Data
 from muco.dialogue import Content, ImageLike, Sample
 from muco.errors import CheckpointError, DataError, ImageError
+from muco.images import image_digest, open_image
 
 MAX_LISTED = 20  # messages kept per kind of problem; the total is always counted
 MOST_FREQUENT = 5

@@ -24,12 +24,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.images import is_url
 from muco.data.json_places import Scanner, checked_object, value_at
-from muco.data.lines import Row, file_state, image_of, raw_lines, text_of
-from muco.data.pairs import open_unchanged, position
+from muco.data.lines import Row, file_state, image_of, open_unchanged, position, raw_lines, text_of
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
+from muco.images import is_url
 
 KIND = "dialogue"  # of every turn
 PATTERNS = (  # of the images of VisDial 1.0, whose training images are COCO's

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import write_json
-from muco.data.images import SETTLED, image_digest, sample_images
+from muco.data.images import sample_images
 from muco.dialogue import ImageLike
 from muco.errors import DataError, ImageError
+from muco.images import SETTLED, image_digest
 
 RULE = 2  # raise when equal data gets another fingerprint than before
 LOOKED = 1024  # rows

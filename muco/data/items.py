@@ -136,7 +136,7 @@ def open_source(path: Path, columns: Columns = COLUMNS) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    from muco.data.images import image_suffixes
+    from muco.images import image_suffixes
 
     state = state_of_images(path)
     if not state.total:
@@ -187,7 +187,7 @@ def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterat
     Args:
         passed_over: Counts the other files by kind: the ending of their names (".heic"), or "other".
     """
-    from muco.data.images import image_suffixes
+    from muco.images import image_suffixes
 
     suffixes = image_suffixes()
     for name, entry in _files(folder, ""):
@@ -396,7 +396,7 @@ def _images_of(value: Any, key: str, root: Path) -> list[Image]:
 
 def _image(value: Any, key: str, root: Path) -> Image | None:
     """One image from a path, bytes, or the struct of Hugging Face data; None where it says nothing."""
-    from muco.data.images import is_url
+    from muco.images import is_url
 
     data = None
     if isinstance(value, dict):

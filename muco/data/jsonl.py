@@ -26,10 +26,10 @@ import numpy as np
 from muco.base.files import whole_file, writing
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
-from muco.data.images import is_url
 from muco.data.lines import file_state, parsed, raw_lines, whole_text
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError
+from muco.images import is_url
 
 _SAMPLE_KEYS = ("image", "images", "turns", "id")
 _TURN_KEYS = ("query", "target", "kind", "negatives")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from muco.errors import DataError
+from muco.images import is_url
 
 HASHED = 50_000  # rows up to which the bytes of all images are read for a fingerprint
 MARK = b"\xef\xbb\xbf"  # of byte order, as Windows programs write it first
@@ -193,3 +197,55 @@ def file_state(file: Path | int) -> tuple[int, int]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     return status.st_size, status.st_mtime_ns
+
+
+TOKEN = "<|image_1|>"
+
+_TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
+
+
+def without_token(text: str, *, has_image: bool) -> str:
+    """The text without ``<|image_1|>``.
+
+    With an image, the newline or blank after a token at the start goes too, for the model's prompt has one; elsewhere
+    one neighbouring blank does. Without an image only the token goes: such queries begin with their lone newline.
+    """
+    return _TOKEN.sub("", text) if has_image else text.replace(TOKEN, "")
+
+
+def position(index: int, length: int, path: Path) -> int:
+    """An index from 0; counts from the end where it is negative. IndexError if there is none."""
+    i = operator.index(index)
+    if not -length <= i < length:
+        raise IndexError(f"row {i} of {length} in {path}")
+    return i % length
+
+
+def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:
+    """The image of a cell: a path within ``folder``, bytes, a mapping of both (bytes go first), or None.
+
+    Raises:
+        DataError: If it is a URL, leaves the folder or is something else.
+    """
+    value = row.get(column)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value or None
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str) and is_url(value):
+        raise DataError(f"{where}: {column!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
+    return image_of({column: value}, column, folder, where)
+
+
+@contextmanager
+def open_unchanged(path: Path, state: tuple[int, int]) -> Iterator[BinaryIO]:
+    """A file that still is as it was when its index was made; otherwise a DataError."""
+    try:
+        with path.open("rb") as file:
+            if file_state(file.fileno()) != state:  # then the places would be within other rows
+                raise DataError(f"{path}: the file changed since it was opened; start again")
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error

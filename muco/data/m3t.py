@@ -10,7 +10,7 @@
         …                anything else is not read
 
 The pictures are not published with it and have to be downloaded one by one, so that some are always missing. Which rows
-have their picture is found out once, shard by shard, and kept beside the rows (see :mod:`muco.data.rows`).
+have their picture is found out once, shard by shard, and kept beside the rows (see :mod:`muco.data.parquet`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from typing import Any
 import numpy as np
 
 from muco.base.files import locked, whole_file
-from muco.data.lines import image_of
-from muco.data.rows import Rows, cannot_write, choose_columns
+from muco.base.terminal import progress_bar
+from muco.data.lines import image_of, without_token
+from muco.data.parquet import Rows, cannot_write, choose_columns
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.mmeb_data import without_token
-from muco.progress import progress_bar
 
 KINDS = ("classification", "global", "global", "local", "local", "creative", "retrieval")  # of seven turns, in order
 FORM = 1  # raise when the samples made of a row change
@@ -47,9 +46,9 @@ _FILES = ("M3T_train/M3T.parquet", "M3T.parquet")
 class M3TData:
     """The rows of M3T whose picture is there, as samples of as many turns as a row has.
 
-    The first opening copies the columns (see :class:`muco.data.rows.Rows`) and asks for every picture once per shard;
-    both go on where they were stopped. Later openings read the answers of then: pictures that came since are used,
-    and pictures that went are left out, after ``rescan=True``.
+    The first opening copies the columns (see :class:`muco.data.parquet.Rows`) and looks for every picture once per
+    shard; an interrupted opening resumes. Later openings use what was found then; ``rescan=True`` looks again for
+    pictures that were added or removed.
 
     The placeholder ``<|image_1|>`` is taken out of texts, for models put the picture in front by themselves. Rows of
     exactly seven turns get the kinds of M3T by position, others none, but where a column ``kind`` says them.

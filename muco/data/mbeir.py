@@ -25,11 +25,8 @@ from typing import Literal
 import numpy as np
 
 from muco.data.fingerprint import file_digest
-from muco.data.lines import Row, as_object, file_state, raw_lines
-from muco.data.pairs import open_unchanged, position
-from muco.dialogue import Content, Sample, Turn
-from muco.errors import DataError
-from muco.evaluate.mbeir_data import (
+from muco.data.lines import Row, as_object, file_state, open_unchanged, position, raw_lines
+from muco.data.mbeir_test import (
     BLANK,
     DATA_SETS,
     NUMBERS,
@@ -44,6 +41,8 @@ from muco.evaluate.mbeir_data import (
     sides_of,
     with_prompt,
 )
+from muco.dialogue import Content, Sample, Turn
+from muco.errors import DataError
 
 MAX_TARGETS = 8  # positives of a query that become wordings of its target
 
@@ -206,7 +205,7 @@ class Candidate:
 class TrainPool:
     """Candidates of one or several JSONL files, found by the number of their id; only places are in memory.
 
-    :class:`muco.evaluate.lines.LinePool` looks at every image when it opens; of training candidates only a few per step
+    :class:`muco.data.judged.LinePool` looks at every image when it opens; of training candidates only a few per step
     are ever read, so here a line is checked, and its image looked for, when it is used.
 
     Raises:

@@ -31,11 +31,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from muco.data.lines import image_of, text_of
-from muco.data.rows import Rows, choose_columns
+from muco.data.lines import TOKEN, image_of, text_of, without_token
+from muco.data.parquet import Rows, choose_columns
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.mmeb_data import TOKEN, without_token
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,7 +63,7 @@ class MMEBTrainData:
     taken out of texts wherever it stands, with or without an image; where it is missing although there is an image,
     nothing has to be done, for models put images in front by themselves. Rows of which the query or the target has
     neither text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in
-    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
+    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.parquet.Rows`.
 
     Args:
         path: The folder of the configurations, or one of their files.

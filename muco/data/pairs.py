@@ -16,10 +16,8 @@ from __future__ import annotations
 import ast
 import csv
 import difflib
-import operator
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -27,12 +25,21 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.images import is_url
-from muco.data.lines import LONGEST_LINE, Row, as_object, file_state, image_of, raw_lines, text_of
-from muco.data.rows import Rows, read_header
+from muco.data.lines import (
+    LONGEST_LINE,
+    Row,
+    as_object,
+    file_state,
+    image_cell,
+    open_unchanged,
+    position,
+    raw_lines,
+    text_of,
+    without_token,
+)
+from muco.data.parquet import Rows, read_header
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.mmeb_data import without_token
 
 LOOKED_AT = 1000  # rows of a JSONL file whose keys are its columns
 LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
@@ -67,7 +74,7 @@ class PairsData(Fingerprinted):
     also bytes or a struct of ``bytes`` and ``path``. Text loses the placeholder ``<|image_1|>``.
 
     Of CSV and JSONL the places of the rows are kept in memory. Of a Parquet file the columns that are used are copied
-    once, see :class:`muco.data.rows.Rows`.
+    once, see :class:`muco.data.parquet.Rows`.
 
     Args:
         path: A ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file. CSV has a header; quoted cells may hold newlines.
@@ -157,32 +164,6 @@ class PairsData(Fingerprinted):
         return contents
 
 
-def position(index: int, length: int, path: Path) -> int:
-    """An index from 0; counts from the end where it is negative. IndexError if there is none."""
-    i = operator.index(index)
-    if not -length <= i < length:
-        raise IndexError(f"row {i} of {length} in {path}")
-    return i % length
-
-
-def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:
-    """The image of a cell: a path within ``folder``, bytes, a mapping of both (bytes go first), or None.
-
-    Raises:
-        DataError: If it is a URL, leaves the folder or is something else.
-    """
-    value = row.get(column)
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value or None
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if isinstance(value, str) and is_url(value):
-        raise DataError(f"{where}: {column!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
-    return image_of({column: value}, column, folder, where)
-
-
 def _literal_list(text: str, where: str) -> list[Any]:
     if len(text) > LONGEST_LITERAL:
         raise DataError(f"{where} is a list of {len(text)} characters; at most {LONGEST_LITERAL} are read")
@@ -233,18 +214,6 @@ class _Table(Protocol):
     def __len__(self) -> int: ...
     def row(self, i: int) -> Row: ...
     def where(self, i: int) -> str: ...
-
-
-@contextmanager
-def open_unchanged(path: Path, state: tuple[int, int]) -> Iterator[BinaryIO]:
-    """A file that still is as it was when its index was made; otherwise a DataError."""
-    try:
-        with path.open("rb") as file:
-            if file_state(file.fileno()) != state:  # then the places would be within other rows
-                raise DataError(f"{path}: the file changed since it was opened; start again")
-            yield file
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 class _Jsonl:

@@ -1,11 +1,11 @@
-"""What counts as the same: contents, targets and samples. Of images, :func:`muco.data.images.image_digest` says it."""
+"""What counts as the same: contents, targets and samples. Of images, :func:`muco.images.image_digest` says it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from muco.data.images import image_digest
 from muco.dialogue import Content, Sample
+from muco.images import image_digest
 
 ImageKey = Callable[..., Hashable]  # image_digest, or SameImage where keys are only compared
 

@@ -30,15 +30,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from muco.base.files import whole_file
-from muco.data.images import MAX_BYTES
+from muco.base.terminal import progress_bar
 from muco.data.jsonl import sample_from_row
-from muco.data.lines import as_object, file_state, text_of
-from muco.data.pairs import open_unchanged, position
-from muco.data.rows import cannot_write
+from muco.data.lines import as_object, file_state, open_unchanged, position, text_of, without_token
+from muco.data.parquet import cannot_write
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
-from muco.evaluate.mmeb_data import without_token
-from muco.progress import progress_bar
+from muco.images import MAX_BYTES
 
 Direction = Literal["text-to-image", "image-to-text"]
 

@@ -11,10 +11,11 @@ from html import escape
 from pathlib import Path
 
 from muco.base.files import write_text
-from muco.data import Data, open_data
-from muco.data.images import open_image, resize_to_budget
+from muco.data import open_data
+from muco.data.source import Data
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError, ImageError, OutputError
+from muco.images import open_image, resize_to_budget
 
 THUMB_PIXELS = 480 * 480
 MAX_TURNS = 24  # shown per sample; a line says how many are left out

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from muco.data import Data
+from muco.data.source import Data
 from muco.dialogue import Content, Turn
-from muco.encoder import Model
 from muco.evaluate import cache as vector_cache
 from muco.evaluate.tasks import RETRIEVAL
+from muco.model import Model
 
 TOP_IMAGES, TOP_ANSWERS = 5, 3
 IMAGE_MISTAKES = 4

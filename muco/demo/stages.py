@@ -33,23 +33,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import muco
 from muco.base.files import claimed, is_empty, read_json, write_json
-from muco.data import Data, open_data
+from muco.base.machine import VERSION, versions
+from muco.base.terminal import progress_bar
+from muco.data import open_data
 from muco.data.scenes import write_scenes
+from muco.data.source import Data
 from muco.demo.page import STAGES, write_page
 from muco.demo.search import search
 from muco.embed import embed
-from muco.encoder import Model
 from muco.errors import OutputError, RecipeError
-from muco.evaluate.report import print_results, versions
+from muco.evaluate.report import print_results
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
-from muco.progress import progress_bar
-from muco.train.batches import TrainingBatches
-from muco.train.mixture import Mixture, open_sources
-from muco.train.recipe import Recipe, load_recipe, to_dict
-from muco.train.trainer import build_model
+from muco.model import Model, load
+from muco.training.batches import TrainingBatches
+from muco.training.build import build_model
+from muco.training.mixture import Mixture, open_sources
+from muco.training.recipe import Recipe, load_recipe, to_dict
+from muco.training.trainer import train
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 RECIPE_ROOT = Path("runs/demo")  # the folder that the recipe's paths are in; any other output takes its place
@@ -75,7 +77,7 @@ def run_demo(
     """
     output = Path(output)
     recipe = demo_recipe(output, steps)
-    asked = {"muco": muco.__version__, "train": train, "test": test, "seed": seed, "recipe": _settings(recipe)}
+    asked = {"muco": VERSION, "train": train, "test": test, "seed": seed, "recipe": _settings(recipe)}
     with claimed(output):
         journal = Journal(output, asked)
         scenes = output / "scenes"
@@ -89,7 +91,7 @@ def run_demo(
         command = command_line(output, steps=steps, train=train, test=test, seed=seed)
         folder = Path(recipe.output) / "model"
         journal.stage("train", partial(train_model, recipe, command), makes=folder)
-        model = muco.load(folder)
+        model = load(folder)
         after = journal.stage("after", partial(score, model, held_out, cache), of=model.fingerprint)
 
         vectors = output / "test-images.parquet"
@@ -245,7 +247,7 @@ def score(model: Model, data: Data, cache: Path) -> dict[str, Any]:
 
 def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
     """Trains, or goes on training; the loss curve, and where and with what it was computed."""
-    folder = muco.train(recipe)
+    folder = train(recipe)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts = {key: run[key] for key in ("steps", "loss", "finished")}
     return facts | {"command": command, "machine": machine(), "versions": versions()}

@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco import distributed
+from muco.data.judged import LinePool, Query
+from muco.data.left_out import LeftOut, counts
 from muco.data.lines import Row, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import ranking
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
 from muco.evaluate.cache import EmbeddingCache
-from muco.evaluate.left_out import LeftOut, counts
-from muco.evaluate.lines import LinePool
-from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_ndcg
+from muco.evaluate.ranked import Asked, Measure, Pools, Steps, Stores, ask, chance_of_ndcg
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -79,7 +79,7 @@ def evaluate_beir(
         split: Names the judgements. Queries that they do not name are left out and counted.
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
         instruction: Stands before every query, with a blank between; candidates get none.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
             results, with a warning if they differ.
         progress: Called with (contents embedded, contents in all).

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import write_json, write_text
+from muco.base.machine import versions
+from muco.data.left_out import Broken, as_lines
 from muco.errors import OutputError
-from muco.evaluate.left_out import Broken, as_lines
-from muco.evaluate.report import versions
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -98,7 +98,7 @@ class TaskResult:
         warnings: Sentences that nobody should overlook.
         outcomes: One per query.
         failures: The worst ones, largest margin first, at most ``FAILURES``.
-        left_out: Of :func:`muco.evaluate.left_out.counts`; empty where everything was embedded.
+        left_out: Of :func:`muco.data.left_out.counts`; empty where everything was embedded.
         broken: What was left out, one by one.
     """
 
@@ -275,3 +275,23 @@ def _result(plain: Mapping[str, Any]) -> TaskResult:
 
 
 Progress = Callable[[int, int], None]  # (done, total), of contents encoded
+
+
+Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), best first
+
+
+def write_trec_run(path: Path, run: Run, name: str) -> None:
+    """Writes ``query Q0 candidate rank score name`` per line, queries in their order, ranks from 1.
+
+    Raises:
+        ValueError: If an id holds white space, which would make other columns of it.
+        OutputError: If the file cannot be written.
+    """
+    lines = []
+    for query, found in run.items():
+        for rank, (candidate, score) in enumerate(found, start=1):
+            cells = (query, "Q0", candidate, str(rank), f"{score:.9g}", name)
+            if any(len(cell.split()) != 1 for cell in cells):
+                raise ValueError(f"an id or name with white space cannot stand in a TREC run: {cells}")
+            lines.append(" ".join(cells) + "\n")
+    write_text(Path(path), "".join(lines))

@@ -19,10 +19,10 @@ import numpy as np
 
 from muco import distributed
 from muco.base.files import write_bytes
-from muco.data.images import image_digest
+from muco.data.left_out import LeftOut
 from muco.dialogue import Content, ImageLike
 from muco.errors import DataError, ImageError, OutputError
-from muco.evaluate.left_out import LeftOut
+from muco.images import image_digest
 
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
 LAYOUT = 1  # raise when the meaning of a row changes

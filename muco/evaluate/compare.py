@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.tables import markdown, markdown_table, print_whole, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
-from muco.evaluate.tables import markdown, markdown_table, print_whole, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,12 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from muco import distributed
-from muco.errors import DataError, MucoError
-from muco.evaluate import ranking
-from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
-from muco.evaluate.cache import EmbeddingCache
-from muco.evaluate.left_out import LeftOut, counts
-from muco.evaluate.mbeir_data import (
+from muco.data.judged import Query
+from muco.data.left_out import LeftOut, counts
+from muco.data.mbeir_test import (
     ALL,
     Prompts,
     Task,
@@ -38,7 +35,11 @@ from muco.evaluate.mbeir_data import (
     read_judgements,
     read_queries,
 )
-from muco.evaluate.ranked import Asked, Measure, Pools, Query, Steps, Stores, ask, chance_of_hit
+from muco.errors import DataError, MucoError
+from muco.evaluate import ranking
+from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
+from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.ranked import Asked, Measure, Pools, Steps, Stores, ask, chance_of_hit
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -90,7 +91,7 @@ def evaluate_mbeir(
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
-        data: Folder in the published layout, see :mod:`muco.evaluate.mbeir_data`.
+        data: Folder in the published layout, see :mod:`muco.data.mbeir_test`.
         output: Gets ``mbeir.json`` and its other forms, a file per task, ``runs/`` in TREC's form, and the vectors.
         pools: "local", "global" or both. The global one needs the pools of all 16 tasks.
         tasks: Names such as "MSCOCO t0"; None: all 16.
@@ -100,7 +101,7 @@ def evaluate_mbeir(
         strict: Refuse positives that should be in the searched pool and are not. A local pool should hold those of its
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
         allow_missing: Score what is there, instead of refusing to start where a file is missing.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
             results, with a warning if they differ.
         command, model_path: Told in the results.

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco import distributed
+from muco.data.mmeb_test import BLANK, DATA_SETS, METAS, NAMES, find_files, open_source
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, mean_of
 from muco.evaluate.cache import EmbeddingCache
-from muco.evaluate.mmeb_data import BLANK, DATA_SETS, METAS, NAMES, find_files, open_source
 from muco.evaluate.mmeb_task import Task
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def evaluate_mmeb(
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
-        data: A folder with one folder per data set, see :mod:`muco.evaluate.mmeb_data`.
+        data: A folder with one folder per data set, see :mod:`muco.data.mmeb_test`.
         output: Gets ``mmeb.json`` and its other forms, a file per data set, and the vectors.
         images: The folder of all images; None: ``eval_images`` or ``image-tasks`` in ``data``, by the layout.
         tasks: Names of data sets; None: all 36.
         queries: So many of each data set, drawn by ``seed``; None: all.
         batch_size: Contents per forward pass; the scores do not depend on it.
         allow_missing: Score what is there, instead of refusing to start where a data set is missing.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.evaluate.left_out`.
-        official: Tell candidates apart as the paper's code does, see :func:`muco.evaluate.mmeb_data.official_name`.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
+        official: Tell candidates apart as the paper's code does, see :func:`muco.data.mmeb_test.official_name`.
             How images are opened is the model's own: set ``images_as_stored`` of its processor too.
         pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
             results, with a warning if they differ.

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from muco.data.left_out import Broken, LeftOut, counts
+from muco.data.left_out import warnings as left_out_warnings
+from muco.data.mmeb_test import ROWS, Source, read_questions
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
 from muco.evaluate.cache import Book, EmbeddingCache, embed
-from muco.evaluate.left_out import Broken, LeftOut, counts
-from muco.evaluate.left_out import warnings as left_out_warnings
-from muco.evaluate.mmeb_data import ROWS, Source, read_questions
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder

@@ -1,7 +1,7 @@
 """A model as the ``mteb`` package wants it: ``mteb.evaluate(MtebEncoder(muco.load(path)), tasks)``.
 
 ``pip install mteb`` (or ``muco[mteb]``) brings the package. Its tasks hand over batches of columns; a row becomes
-the content that :meth:`muco.encoder.Model.encode` takes.
+the content that :meth:`muco.model.Model.encode` takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mteb.types import PromptType
     from torch.utils.data import DataLoader
 
-    from muco.encoder import Model
+    from muco.model import Model
 
 
 class MtebEncoder(AbsEncoder):
@@ -42,7 +42,7 @@ class MtebEncoder(AbsEncoder):
         self, model: Model | str, revision: str | None = None, *, device: str | None = None, instructions: bool = True
     ) -> None:
         if isinstance(model, str):
-            from muco.encoder import load
+            from muco.model import load
 
             name, model = model, load(model, device=device)
         else:

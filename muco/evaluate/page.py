@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from muco.base.files import write_json, write_text
+from muco.base.tables import clean
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
 from muco.evaluate.published import NOTICE, Published, published
 from muco.evaluate.tables import (
@@ -16,7 +18,6 @@ from muco.evaluate.tables import (
     as_csv,
     as_markdown,
     candidates_text,
-    clean,
     columns_of,
     facts_text,
     left_out_text,
@@ -58,7 +59,7 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
         thumbnails: Characters that all images may take; what does not fit is named instead, and the page says so.
     """
     references = published(result["benchmark"])
-    style = (Path(__file__).parents[1] / "demo" / "style.css", Path(__file__).with_name("page.css"))
+    style = (files("muco.base") / "style.css", Path(__file__).with_name("page.css"))
     sections = {
         "Groups": _groups(result, references),
         "Tasks": _tasks(result, references),

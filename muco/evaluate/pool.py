@@ -16,7 +16,6 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,11 +23,12 @@ import numpy as np
 
 from muco import distributed
 from muco.base.files import write_bytes
+from muco.data.judged import Candidate
+from muco.data.left_out import LeftOut
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import metrics
 from muco.evaluate.cache import encode_named
-from muco.evaluate.left_out import LeftOut
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -40,15 +40,6 @@ PAIRS = 2048  # that are scored in float64 at a time
 LAYOUT = 1  # raise when the meaning of a shard changes
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One candidate; ``where`` ("file:line") names it in errors."""
-
-    id: str
-    content: Content
-    where: str
 
 
 class Pool(Protocol):

@@ -24,37 +24,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco import distributed
-from muco.dialogue import Content
+from muco.data.judged import Candidate, Query
+from muco.data.left_out import Broken, LeftOut
+from muco.data.left_out import warnings as left_out_warnings
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown
 from muco.evaluate.cache import Book, EmbeddingCache, embed
-from muco.evaluate.left_out import Broken, LeftOut
-from muco.evaluate.left_out import warnings as left_out_warnings
-from muco.evaluate.pool import Candidate, Vectors, embed_pool, search
+from muco.evaluate.pool import Vectors, embed_pool, search
 
 if TYPE_CHECKING:
+    from muco.data.judged import LinePool
     from muco.evaluate.cache import Embedder
-    from muco.evaluate.lines import LinePool
 
 TIES = 0.01  # share of queries decided by a tie from which on that is a warning
 
 Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, grades) -> 0 to 1
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query and its judgements: candidate id -> grade; above 0 is relevant. With an ``error`` it has no content."""
-
-    id: str
-    content: Content
-    grades: Mapping[str, int]
-    where: str
-    error: DataError | None = None
-
-    @property
-    def relevant(self) -> list[str]:
-        return sorted(id for id, grade in self.grades.items() if grade > 0)
 
 
 class Asked:

@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
-from muco.base.files import write_text
-from muco.base.text import read_text
-from muco.errors import DataError
-
-Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), best first
-Qrels = Mapping[str, Mapping[str, int]]  # query -> candidate -> grade
 Gain = Literal["linear", "exponential"]
 
 
@@ -57,53 +50,3 @@ def reciprocal_rank(found: Sequence[str], grades: Mapping[str, int], k: int) -> 
     ranks = (rank for rank, candidate in enumerate(found[:k], start=1) if grades.get(candidate, 0) > 0)
     first = next(ranks, None)
     return 1 / first if first else 0.0
-
-
-def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Judgements in TREC's form (``query 0 candidate grade``, a fifth column is ignored) or BEIR's (a TSV with header).
-
-    Raises:
-        DataError: If the file cannot be read, or a line has another form, a grade that is no number, or a pair that was
-            judged before; names file and line.
-    """
-    qrels: dict[str, dict[str, int]] = {}
-    lines = read_text(path).splitlines()
-    beir = bool(lines) and lines[0].split() == ["query-id", "corpus-id", "score"]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (beir and number == 1):
-            continue
-        query, candidate, grade = _judgement(line, beir, f"{path}:{number}")
-        own = qrels.setdefault(query, {})
-        if candidate in own:
-            raise DataError(f"{path}:{number}: {candidate!r} is judged twice for {query!r}; keep one of the lines")
-        own[candidate] = grade
-    return qrels
-
-
-def _judgement(line: str, beir: bool, where: str) -> tuple[str, str, int]:
-    cells = line.split("\t") if beir else line.split()
-    if len(cells) != 3 if beir else len(cells) not in (4, 5):
-        form = "query-id, corpus-id and score, separated by tabs" if beir else "query, 0, candidate, grade"
-        raise DataError(f"{where}: {len(cells)} columns; a line of judgements has {form}")
-    query, candidate, grade = cells if beir else (cells[0], cells[2], cells[3])
-    try:
-        return query, candidate, int(grade)
-    except ValueError:
-        raise DataError(f"{where}: the grade must be a whole number, not {grade!r}") from None
-
-
-def write_trec_run(path: Path, run: Run, name: str) -> None:
-    """Writes ``query Q0 candidate rank score name`` per line, queries in their order, ranks from 1.
-
-    Raises:
-        ValueError: If an id holds white space, which would make other columns of it.
-        OutputError: If the file cannot be written.
-    """
-    lines = []
-    for query, found in run.items():
-        for rank, (candidate, score) in enumerate(found, start=1):
-            cells = (query, "Q0", candidate, str(rank), f"{score:.9g}", name)
-            if any(len(cell.split()) != 1 for cell in cells):
-                raise ValueError(f"an id or name with white space cannot stand in a TREC run: {cells}")
-            lines.append(" ".join(cells) + "\n")
-    write_text(Path(path), "".join(lines))

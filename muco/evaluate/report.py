@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
+from muco.base.tables import markdown_table, print_whole, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,14 +93,3 @@ def warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> l
 def _noise(share: float, n: int) -> float:
     """What n guesses with this chance of success stay below, nearly always: three standard deviations above it."""
     return share + 3 * (share * (1 - share) / n) ** 0.5
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what computed a result, without importing it; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("muco", "torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found

@@ -31,17 +31,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.files import write_json
+from muco.base.machine import versions
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 from muco.evaluate.metrics import Precision
-from muco.evaluate.report import versions, warnings
+from muco.evaluate.report import warnings
 from muco.evaluate.tasks import Builder, Task, read_turns
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
-    from muco.data import Data
-    from muco.train.recipe import Recipe
+    from muco.data.source import Data
 
 CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known without the image
 AT = (1, 5, 10)
@@ -65,7 +65,6 @@ def evaluate_retrieval(
     dimension: int | None = None,
     precision: Precision = "float32",
     cache: Path | None = None,
-    recipe: Recipe | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores a model on every task that the data can give.
@@ -82,7 +81,6 @@ def evaluate_retrieval(
         dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
             values cost no encoding.
         cache: Folder of encoded vectors, used again only for the same model and data.
-        recipe: What the model was trained with; adds "blind_loss", see :func:`muco.evaluate.blind.blind_loss`.
         progress: Called with (contents encoded, contents in all).
     Returns:
         A dictionary that JSON can hold: "tasks" (name -> scores, or for both "answer" tasks {"kinds", "mean"}),
@@ -108,15 +106,6 @@ def evaluate_retrieval(
         cache=store,
         progress=progress,
     )
-    if recipe is not None:
-        from muco.evaluate.blind import blind_loss
-
-        result["blind_loss"] = control = blind_loss(model, data, recipe)
-        if control and control["leaks"]:
-            result["warnings"].append(
-                f"the turns are matched without any pixel: blind loss {control['loss']:.2f} nats, below the "
-                f"{control['chance']:.2f} of chance; their order or the questions give the answers away"
-            )
     result |= origin | {
         "rules": RULES,
         "candidates": candidates,
@@ -127,11 +116,26 @@ def evaluate_retrieval(
         "seconds": round(time.perf_counter() - start, 3),
     }
     if output is not None:
-        name = "-".join(
-            ["retrieval", *([str(dimension)] if dimension else []), *([precision] * (precision != "float32"))]
-        )
-        write_json(Path(output) / f"{name}.json", result)
+        write_result(output, result, dimension, precision)
     return result
+
+
+def write_result(
+    output: Path, result: Mapping[str, Any], dimension: int | None = None, precision: Precision = "float32"
+) -> None:
+    """Writes a result of :func:`evaluate_retrieval` as ``retrieval.json``, or as ``retrieval-64-int8.json``.
+
+    Args:
+        dimension, precision: What was asked for; they make the name.
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    parts = ["retrieval"]
+    if dimension is not None:
+        parts.append(str(dimension))
+    if precision != "float32":
+        parts.append(precision)
+    write_json(Path(output) / f"{'-'.join(parts)}.json", result)
 
 
 def score_tasks(

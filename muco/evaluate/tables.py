@@ -9,13 +9,13 @@ import csv
 import io
 import json
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from muco.base.tables import clean, markdown, markdown_table, print_whole, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 COLUMNS = ("task", "metric", "score", "chance", "queries", "candidates")
 CSV_COLUMNS = (
@@ -60,32 +60,6 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text("\n".join(f"{name} {value}" for name, value in origin(result).items()), style="dim"))
 
 
-def table_of_numbers(title: str, columns: Sequence[str]) -> Table:
-    """An empty table for the terminal: the first column, of names, to the left, the others to the right."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    # no frame, which would leave too little of 80 columns to the names
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def print_whole(table: Table, console: Console) -> None:
-    """Prints a table and cuts no word and no number: where the terminal is too narrow, lines run on."""
-    from rich.cells import cell_len
-
-    for column in table.columns[1:]:
-        column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
-    least = console.measure(table, options=console.options.update_width(sys.maxsize)).minimum
-    if least > console.width:
-        table.width = least
-    console.print(table, crop=False)
-
-
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -100,18 +74,6 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             lines.append(f"- {markdown(name)}: {markdown(facts_text(task['facts']))}")
     lines += ["", *(f"- {name}: {markdown(value)}" for name, value in origin(result).items())]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right; cells are escaped."""
-    lines = ["| " + " | ".join(map(markdown, cells)) + " |" for cells in (columns, *rows)]
-    return [lines[0], "|---|" + "---:|" * (len(columns) - 1), *lines[1:]]
-
-
-def markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    line = re.sub(r"([\\`*\[\]<>|~#&!$])", r"\\\1", " ".join(clean(text).split()))
-    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)  # inside a word it marks nothing
 
 
 # ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,9 +216,3 @@ def candidates_text(candidates: Sequence[int]) -> str:
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-def clean(text: str) -> str:
-    """Text that can be written as UTF-8: half characters become "?", control characters other than blanks go."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c for c in text if c >= " " or c in "\t\r\n")

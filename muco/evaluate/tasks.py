@@ -192,7 +192,7 @@ def blackening(book: Book) -> Callable[[str], str]:
     """Key of a query -> key of the same query with black images of the same sizes."""
     from PIL import Image
 
-    from muco.data.images import open_image
+    from muco.images import open_image
 
     @functools.cache
     def black(text: str, sizes: tuple[tuple[int, int], ...]) -> str:

@@ -7,9 +7,9 @@ import io
 from html import escape
 from pathlib import Path
 
-from muco.data.images import open_image
+from muco.base.tables import clean
 from muco.errors import ImageError
-from muco.evaluate.tables import clean
+from muco.images import open_image
 
 SIDE = 160  # px
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.daft import daft_on
 from muco.data.items import Row
-from muco.embed import DECODERS, encode_rows, in_batches, opened_rows
+from muco.embed.vectors import DECODERS, encode_rows, in_batches, opened_rows
 from muco.errors import MucoError
-from muco.runner import daft_on
 
 if TYPE_CHECKING:
-    from muco.encoder import Model
+    from muco.model import Model
 
 SIDE = 160  # px: a thumbnail has at most the pixels of such a square
 QUALITY = 80
@@ -34,7 +34,7 @@ Encoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
 
 def thumbnail(image: Any) -> bytes:
     """A small JPEG of a Pillow image."""
-    from muco.data.images import resize_to_budget
+    from muco.images import resize_to_budget
 
     stream = io.BytesIO()
     resize_to_budget(image, SIDE * SIDE).save(stream, "JPEG", quality=QUALITY)
@@ -73,9 +73,9 @@ def on_daft(
 
     class Embed:
         def __init__(self, path: str, wanted: str) -> None:
-            import muco
+            from muco.model import load
 
-            self.model = muco.load(path)
+            self.model = load(path)
             if self.model.fingerprint != wanted:
                 raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from muco.data.images import open_image
 from muco.data.items import COLUMNS, Row, checked_record, read_row
 from muco.errors import DataError
+from muco.images import open_image
 from muco.search.columns import as_id, plain_if_known
 
 

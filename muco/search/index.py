@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.files import claimed
+from muco.base.machine import VERSION
 from muco.data.lines import whole_text
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search.columns import as_id
@@ -36,7 +37,7 @@ from muco.sizes import checked_dimension
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from muco.encoder import Model
+    from muco.model import Model
 
 TABLE = "rows"
 HASHES = ("content_hash", "row_hash")
@@ -129,8 +130,6 @@ class Index:
         """
         import pyarrow as pa
 
-        import muco
-
         length = checked_dimension(dimension, model.get_embedding_dimension())
         database = _connect(path, create=True)
         if (table := _open_table(database, path)) is not None:
@@ -151,7 +150,7 @@ class Index:
             "muco.model_path": str(folder.resolve() if folder is not None and folder.exists() else model_path),
             "muco.dimension": str(length),
             "muco.storage": storage,
-            "muco.version": muco.__version__,
+            "muco.version": VERSION,
             "muco.prompt": json.dumps(model.encoder.muco_processor.settings()["template"], ensure_ascii=False),
         }
         text, binary = pa.string(), pa.binary()
@@ -193,9 +192,9 @@ class Index:
         if isinstance(given, (str, Path)):
             if not str(given):
                 raise MucoError(f"{self.path}: the index does not say where its model is; name it (--model)")
-            import muco
+            from muco.model import load
 
-            given = muco.load(given)
+            given = load(given)
         self.check(given.fingerprint, name)
         return given
 

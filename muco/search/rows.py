@@ -141,7 +141,7 @@ def _chunk(entries: Iterator[Entry]) -> list[Entry]:
 
 
 def _hash(entry: Entry) -> Entry:
-    from muco.data.images import image_digest
+    from muco.images import image_digest
 
     row = entry.row
     if row.error is not None:

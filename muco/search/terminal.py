@@ -7,8 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from muco.base.terminal import print_readable
-from muco.evaluate.tables import clean
+from muco.base.tables import clean, print_readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +35,7 @@ def picture(jpeg: bytes, protocol: str) -> str:
     if protocol == "iterm2":
         data = base64.b64encode(jpeg).decode()
         return f"\x1b]1337;File=inline=1;size={len(jpeg)};height={ROWS};preserveAspectRatio=1:{data}\a"
-    from muco.data.images import open_image
+    from muco.images import open_image
 
     stream = io.BytesIO()
     open_image(jpeg, small_side=0).save(stream, "PNG")  # the one format of files that kitty reads

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.base.files import whole_file, writing
+from muco.base.terminal import rows_bar
 from muco.base.text import escaped
 from muco.data.items import Columns, Row, told_passed_over
-from muco.embed import rows_bar
 from muco.errors import DataError, MucoError
 from muco.search.columns import add_kinds, check_names, common
 from muco.search.encode import Encoder, encoded, on_daft
@@ -35,7 +35,7 @@ from muco.search.storage import BITS, VECTOR, Name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from muco.encoder import Model
+    from muco.model import Model
 
 WRITE_ROWS, WRITE_SECONDS = 2048, 60  # a kill loses at most so much
 OPTIMIZE_WRITES = 32  # after so many, and twice, four times … so many: looking rows up stays quick, copying rare
@@ -79,7 +79,7 @@ def build(
         DataError: If the input cannot be read, or no row of it can be used.
         MucoError: If the index is of another model, dimension or storage.
     """
-    import muco
+    from muco.model import load
 
     opened = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
     source = opened.source
@@ -90,7 +90,7 @@ def build(
         index = Index.open(path)
         model_path, model = index.model_path, index.model
     elif model_path:
-        model = muco.load(model)
+        model = load(model)
     if (workers > 1 or ray) and not model_path:
         raise MucoError("several workers load the model themselves; give its path")
     index = Index.create(path, model, model_path=model_path, storage=storage, dimension=dimension)

@@ -303,7 +303,7 @@ def _add_routes(api: FastAPI, service: _Service) -> None:
 
     page = "search.html" if served.index is not None else "offer.html"
     static = files("muco.serve") / "static"
-    style = (files("muco.demo") / "style.css").read_bytes() + (static / "style.css").read_bytes()
+    style = (files("muco.base") / "style.css").read_bytes() + (static / "style.css").read_bytes()
     for path, content, kind in (
         ("/", (static / page).read_bytes(), "text/html"),
         ("/static/search.js", (static / "search.js").read_bytes(), "text/javascript"),

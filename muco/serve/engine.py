@@ -16,7 +16,7 @@ from muco.processor import Processor
 from muco.serve.images import ImageLimits, decode
 
 if TYPE_CHECKING:
-    from muco.encoder import Model
+    from muco.model import Model
 
 CACHED_TEXT = 128  # characters; of longer texts of strangers a cache may fill the memory
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from muco.base.fetch import FetchLimits, fetch
 from muco.errors import ImageError
-from muco.fetch import FetchLimits, fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +61,7 @@ def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
     Raises:
         ImageError: If the data URI is not valid base64, or the image is too large or broken.
     """
-    from muco.data.images import open_image
+    from muco.images import open_image
 
     data = source if isinstance(source, bytes) else _bytes(source, where)
     if len(data) > limits.max_bytes:

@@ -109,7 +109,7 @@ def _main(pipe: Connection, path: str, device: str | None, fingerprint: bool) ->
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the pipe says when to end
         signal.signal(number, signal.SIG_IGN)
     try:
-        from muco.encoder import load
+        from muco.model import load
 
         model = load(path, device=device)
         engine = Engine(model, ImageLimits(), max_tokens=sys.maxsize)

@@ -22,11 +22,12 @@ from transformers import TrainerCallback, set_seed
 
 from muco.backbone import freeze_vision
 from muco.base.files import write_json
-from muco.encoder import Model
-from muco.train.flops import step_flops
-from muco.train.mixture import open_sources
-from muco.train.recipe import Recipe, from_dict
-from muco.train.trainer import MuCoTrainer, build_model, make_trainer
+from muco.model import Model
+from muco.training.build import build_model
+from muco.training.flops import step_flops
+from muco.training.mixture import open_sources
+from muco.training.recipe import Recipe, from_dict
+from muco.training.trainer import MuCoTrainer, make_trainer
 
 UNTIMED, TIMED = 3, 12  # steps of a round
 

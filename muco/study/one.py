@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
-import muco
 from muco.base.files import write_json
+from muco.base.machine import versions
 from muco.data import open_data
-from muco.evaluate.report import versions
 from muco.evaluate.retrieval import evaluate_retrieval
+from muco.model import load
 from muco.study.probes import PROBES
-from muco.train.flops import step_flops
-from muco.train.mixture import open_sources
-from muco.train.recipe import Recipe, from_dict
-from muco.train.trainer import build_model, make_trainer
+from muco.training.blind import add_blind_loss
+from muco.training.build import build_model
+from muco.training.flops import step_flops
+from muco.training.mixture import open_sources
+from muco.training.recipe import Recipe, from_dict
+from muco.training.trainer import make_trainer, train
 
 
 def run_job(folder: Path) -> dict[str, Any]:
@@ -36,10 +38,11 @@ def run_job(folder: Path) -> dict[str, Any]:
     recipe = from_dict(job["recipe"])
     whole = not (folder / "run" / "checkpoints").exists()  # else some of the training was done, and timed, before
     begun = time.perf_counter()
-    model_folder = muco.train(recipe)
+    model_folder = train(recipe)
     seconds = time.perf_counter() - begun
-    model, test = muco.load(model_folder), open_data(job["test"], job.get("format", "jsonl"))
-    scores = evaluate_retrieval(model, test, recipe=recipe)
+    model, test = load(model_folder), open_data(job["test"], job.get("format", "jsonl"))
+    scores = evaluate_retrieval(model, test)
+    add_blind_loss(scores, model, test, recipe)
     probed = {
         name: value for probe in job.get("probes", ()) for name, value in PROBES[probe](model, test, recipe).items()
     }

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from muco.dialogue import Content, Sample
-from muco.train.batches import TrainingBatches
-from muco.train.mixture import Mixture
-from muco.train.recipe import Recipe
+from muco.training.batches import TrainingBatches
+from muco.training.mixture import Mixture
+from muco.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from muco.data import Data
-    from muco.encoder import Model
+    from muco.data.source import Data
+    from muco.model import Model
 
 SAMPLES, BATCHES = 32, 4  # dialogues among which one is looked for, and how often
 DESCRIBED = 200  # samples of which the coherence is taken

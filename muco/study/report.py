@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.base.files import write_text
-from muco.evaluate.tables import markdown_table, print_whole, table_of_numbers
+from muco.base.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Study
 from muco.study.plots import plot
 from muco.study.results import Estimate, differences, point_values, table

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import muco
 from muco.base.files import claimed, is_empty, read_json, write_json, writing
+from muco.base.machine import VERSION
+from muco.base.terminal import progress_bar
 from muco.errors import MucoError, OutputError
-from muco.progress import progress_bar
 from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
 
 POLL = 0.2  # seconds
@@ -64,7 +64,7 @@ def run_study(
             f"--seeds is {seeds}, --first-seed {first_seed} and --jobs {jobs}; give at least 1 seed, a first seed of 0 "
             "or more, and at least 1 job"
         )
-    asked = {"study": study.name, "scale": checked_scale(scale), "muco": muco.__version__}
+    asked = {"study": study.name, "scale": checked_scale(scale), "muco": VERSION}
     asked |= {"data": sets.train, "test": sets.test, "format": sets.format} if sets else {"data": None}
     with claimed(output):
         if sets is None:

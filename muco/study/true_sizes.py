@@ -1,6 +1,6 @@
 """The study of operations: what a step of the true Qwen2-VL-2B and 7B takes by turns per image, beside the paper's.
 
-Nothing is trained, and there are no weights: :mod:`muco.train.flops` counts on the meta device.
+Nothing is trained, and there are no weights: :mod:`muco.training.flops` counts on the meta device.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.evaluate.tables import markdown_table
-from muco.progress import progress_bar
+from muco.base.tables import markdown_table
+from muco.base.terminal import progress_bar
 from muco.sizes import Adapter
 
 if TYPE_CHECKING:
@@ -45,17 +45,16 @@ def run_flops(
 
     Returns:
         ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of one step, as
-        :class:`muco.train.flops.Flops` and in all (``total``).
+        :class:`muco.training.flops.Flops` and in all (``total``).
     Raises:
         OutputError: If the folder holds another study, or anything else.
     """
-    import muco
     from muco.base.files import claimed, read_json, write_json, write_text
-    from muco.evaluate.report import versions
+    from muco.base.machine import VERSION, versions
     from muco.study.run import claim
-    from muco.train.flops import meta_step_flops, qwen2_vl_config
+    from muco.training.flops import meta_step_flops, qwen2_vl_config
 
-    asked = {"study": "flops", "muco": muco.__version__}
+    asked = {"study": "flops", "muco": VERSION}
     with claimed(output):
         claim(output, asked)
         file = output / "study.json"

@@ -32,9 +32,9 @@ def image_part(image: ImageLike, max_pixels: int) -> Message:
     """An image as a data URI: upright RGB, at most ``max_pixels`` pixels, JPEG, without metadata.
 
     Raises:
-        ImageError: As :func:`muco.data.images.open_image`.
+        ImageError: As :func:`muco.images.open_image`.
     """
-    from muco.data.images import open_image, resize_to_budget
+    from muco.images import open_image, resize_to_budget
 
     buffer = io.BytesIO()
     resize_to_budget(open_image(image), max_pixels).save(buffer, "JPEG", quality=QUALITY, subsampling=0)

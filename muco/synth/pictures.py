@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from muco.base.daft import daft_on
+from muco.base.fetch import FetchError, UnreachableError
 from muco.base.files import whole_file
-from muco.data.images import FORMATS, MAX_PIXELS, image_digest, open_image
 from muco.errors import ImageError, MucoError, OutputError
-from muco.fetch import FetchError, UnreachableError
-from muco.runner import daft_on
+from muco.images import FORMATS, MAX_PIXELS, image_digest, open_image
 from muco.synth.sources import Picture, Source
 
 UNREADABLE, UNREACHABLE, NOT_FETCHED = "unreadable", "unreachable", "not fetched"

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import muco
 from muco.base.files import is_empty, read_json, write_json, writing
+from muco.base.machine import VERSION
 from muco.errors import DataError, OutputError
 from muco.synth.catalogue import Catalogue, Kept, fill
 from muco.synth.endpoint import Endpoint
@@ -107,7 +107,7 @@ class Job:
             "setting": {name: getattr(self.setting, name) for name in ("attempts", "min_turns", "max_pixels")},
             "shard": self.shard,
             "source": str(self.source.path),
-            "muco": muco.__version__,
+            "muco": VERSION,
         }
 
     def open_catalogue(self) -> Catalogue:

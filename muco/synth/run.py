@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from muco.base.files import claimed, writing
-from muco.progress import progress_bar
+from muco.base.terminal import progress_bar
 from muco.synth.card import write_card, write_sheet
 from muco.synth.catalogue import Catalogue, Kept
 from muco.synth.endpoint import Endpoint

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 
-from muco.data.images import image_suffixes, read_bytes
+from muco.base.fetch import FetchError, FetchLimits, fetch
 from muco.data.items import image_files, state_of_images, told_passed_over
 from muco.errors import DataError, ImageError
-from muco.fetch import FetchError, FetchLimits, fetch
+from muco.images import image_suffixes, read_bytes
 
 URL_COLUMNS = ("url", "URL")  # as published lists of pictures call it
 SHARD_KINDS = ("jpg", "jpeg", "png", "webp")
@@ -95,7 +95,7 @@ def open_source(
             read: so a folder as a downloader leaves it is understood.
         url_column: Of the Parquet files; None takes "url" or "URL".
         name_column: Of the Parquet files, with names for people; None takes the URLs without their queries.
-        fetch: What may be fetched; None takes those of muco/fetch.py.
+        fetch: What may be fetched; None takes those of muco/base/fetch.py.
     Raises:
         DataError: If there is nothing, more than one kind, an unreadable file, or no such column.
     """
@@ -197,7 +197,7 @@ def without_query(url: str) -> str:
 
 def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None, limits: FetchLimits) -> Source:
     from muco.data.lines import file_state
-    from muco.data.rows import choose_columns, read_header
+    from muco.data.parquet import choose_columns, read_header
 
     found = read_header(files[0])[0]
     if url is None:
@@ -273,7 +273,7 @@ class ShardSource(Source):
             first += len(found)
 
     def read(self, ref: str) -> bytes:
-        from muco.data.pairs import open_unchanged
+        from muco.data.lines import open_unchanged
 
         shard, place, size = map(int, ref.split(":"))
         with open_unchanged(self.files[shard], self.states[shard]) as file:
@@ -285,7 +285,7 @@ class ShardSource(Source):
 
     def _members(self, shard: int) -> list[tuple[str, str]]:
         """Name and "place:size" of every image of a shard."""
-        from muco.data.pairs import open_unchanged
+        from muco.data.lines import open_unchanged
         from muco.data.shards import key_and_kind, members
 
         with open_unchanged(self.files[shard], self.states[shard]) as file:

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from muco.base.daft import daft_on
 from muco.errors import MucoError
-from muco.runner import daft_on
 from muco.synth.catalogue import Kept
 from muco.synth.pipeline import Job, Server, make
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
 from muco.synth.checks import caption_problem
 from muco.synth.endpoint import Answer, Unanswered, seed_of
-from muco.synth.journal import Journal, read_lines
 from muco.synth.messages import Message, image_part, user
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, schema
 from muco.synth.prompts import Prompts

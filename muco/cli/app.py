@@ -1,0 +1,269 @@
+"""The command line. Every command imports what it needs inside itself, so that help and mistakes come at once.
+
+What other programs may read (``--json``, and the results of train) is JSON lines on stdout; progress and logs go to
+stderr. Exit codes: 0 done, 1 the user's input, 2 usage, 3 a failing check, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from muco.base.machine import VERSION
+from muco.base.terminal import finish, print_json, print_pairs
+from muco.base.text import LONE_SURROGATE, escape_what_streams_cannot_write, escaped
+from muco.cli.data import app as data_app
+from muco.cli.evaluate import app as evaluate_app
+from muco.cli.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, Model, examples
+from muco.cli.search import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
+from muco.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from muco.cli.serve import serve
+from muco.cli.study import study
+from muco.cli.synth import EXAMPLES as SYNTH_EXAMPLES
+from muco.cli.synth import synth
+from muco.errors import MucoError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+app = typer.Typer(
+    name="muco",
+    help="Train, evaluate and use multimodal embedding models by multi-turn contrast.",
+    epilog=examples("muco demo", "muco train recipe.yaml --set loss.temperature=0.05", "muco COMMAND --help"),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain pages: examples stay on one line and can be copied
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(data_app, name="data")
+app.command(
+    epilog=examples("muco study finetune --output runs/finetune", "muco study finetune -o quick --scale 0.02 --seeds 2")
+)(study)
+app.command(epilog=INDEX_EXAMPLES)(index)
+app.command(epilog=SEARCH_EXAMPLES)(search)
+app.command(epilog=SERVE_EXAMPLES)(serve)
+app.command(epilog=SYNTH_EXAMPLES)(synth)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"muco {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=examples(
+        "muco train recipe.yaml",
+        "muco train recipe.yaml --set turns.mode=compounded --output runs/compounded",
+        "muco train recipe.yaml --print",
+        "muco train recipes/paper_pretrain_qwen2_vl_7b.yaml --dry-run --devices 8",
+    )
+)
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe: data, backbone, turns, loss, trainer.")
+    ],
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
+    ] = [],  # noqa: B006
+    print_: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would take, and what stands in its way; train nothing.")
+    ] = False,
+    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
+    as_json: Json = False,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; overrides the recipe's output.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Go on from the last checkpoint in the output folder; without, a folder that holds a run is an error."
+        ),
+    ] = True,
+) -> None:
+    """Train a model as a recipe says.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again. Prints the model's folder.
+    On several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
+
+    A dry run reads some samples and prints parameters, tokens, operations, memory and steps; exit code 3 if something
+    would stop the run.
+    """
+    from muco.training.recipe import dump_recipe, load_recipe
+
+    overrides = [*set_, *([f"output={escaped(json.dumps(str(output), ensure_ascii=False))}"] if output else [])]
+    resolved = load_recipe(recipe, overrides)
+    if print_:
+        print(dump_recipe(resolved), end="")
+        return
+    if dry_run:
+        from muco.training.plan import plan, print_plan
+
+        found = plan(resolved, devices=devices)
+        finish(found, as_json, print_plan)
+        if found["problems"]:
+            raise typer.Exit(FAILED_CHECK)
+        return
+    from muco import distributed
+    from muco.training.trainer import train
+
+    folder = train(resolved, resume=resume)
+    if distributed.rank() == 0:  # of several processes one speaks
+        print_json({"model": str(folder)})
+
+
+@app.command(
+    epilog=examples(
+        "muco embed photos/ --model runs/demo/run/model --output photos.parquet",
+        "muco embed rows.jsonl --model runs/demo/run/model --output rows.parquet --batch-size 64",
+    )
+)
+def embed(
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")],
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE.parquet", help="Parquet file to write: id, embedding, text, image."
+        ),
+    ],
+    batch_size: BatchSize = 32,
+    dimension: Dimension = None,
+    text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
+    id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run; otherwise start again.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Embed images or rows into a Parquet file.
+
+    Inputs that cannot be read are listed, not fatal. An interrupted run goes on when the same command is given again.
+    """
+    from muco.embed import embed
+
+    summary = embed(
+        input,
+        model,
+        output,
+        batch_size=batch_size,
+        dimension=dimension,
+        resume=resume,
+        text_column=text_column,
+        image_column=image_column,
+        id_column=id_column,
+    )
+    finish(summary, as_json, print_pairs)
+
+
+@app.command(epilog=examples("muco demo", "muco demo --output runs/quick --steps 100 --train 2000"))
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for data, model, scores and report.html.")
+    ] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer is quicker and worse.")] = None,
+    train: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 20_000,
+    test: Annotated[int, typer.Option(min=2, help="Held-out scenes to score and search.")] = 500,
+) -> None:
+    """Train and search on this machine.
+
+    Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
+    images, and writes one self-contained report.html. Give the same command again after an interruption: it goes on.
+    """
+    from muco.demo import run_demo
+
+    print(run_demo(output, steps=steps, train=train, test=test))
+
+
+@app.command(
+    epilog=examples(
+        "muco export runs/first/model --output exported",
+        "muco export runs/first/model --format vllm --dtype bfloat16 --output served",
+        "muco export runs/first/checkpoints/checkpoint-500 --adapters separate --output adapters",
+    )
+)
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A trained model's folder, a hub id, or a checkpoint of a run.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make; it must not exist.")],
+    format: Annotated[str, typer.Option(help="sentence-transformers or vllm.")] = "sentence-transformers",
+    adapters: Annotated[
+        str, typer.Option(help="merged into the weights, or separate; only a run's checkpoint has them still.")
+    ] = "merged",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAMESPACE/NAME", help="Upload to this repository of the Hugging Face hub.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for others, and check it.
+
+    Texts and images are embedded by plain transformers from the new folder, which gets its name only if the vectors are
+    the model's own; exit code 3 if they are not.
+    """
+    from muco.export import export
+
+    found = export(model, output, format=format, adapters=adapters, dtype=dtype, push=push)
+    finish(found, as_json, print_pairs)
+    if not found["ok"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command(epilog=examples("muco doctor", "muco doctor --json"))
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices and what is missing.
+
+    Exit code 3 if a requirement is not met.
+    """
+    from muco.cli.doctor import examine, print_report
+
+    found = examine()
+    finish(found, as_json, print_report)
+    if not found["ok"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
+def _complain(sentence: str) -> int:
+    print(f"muco: {sentence}", file=sys.stderr)
+    return USERS_INPUT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line on ``argv`` (by default the process's arguments) and returns the exit code.
+
+    What a user can cause becomes one line on stderr; anything else is a defect of ours and keeps its traceback.
+    """
+    escape_what_streams_cannot_write()
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        typer.main.get_command(app)(args=argv, prog_name="muco", obj=escaped(shlex.join(["muco", *words])))
+    except SystemExit as stop:  # how Typer ends, also after usage errors (2) and Ctrl-C (130)
+        return int(stop.code or 0)
+    except MucoError as error:
+        return _complain(" ".join(str(error).split()))
+    except UnicodeEncodeError as error:  # of a library that takes no such name
+        if not LONE_SURROGATE.search(error.object):
+            raise
+        name = escaped(error.object)
+        return _complain(f"{name:.200}: not UTF-8, or half a character; rename the file or folder, or repair the text")
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        return _complain(": ".join(str(part) for part in (error.filename, error.strerror) if part is not None))
+    return 0

@@ -1,0 +1,296 @@
+"""``muco data …``: each command imports what it needs inside itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muco.base.terminal import finish, print_pairs
+from muco.cli import synth as synth_cli
+from muco.cli.options import FAILED_CHECK, BatchSize, Json, Model, examples
+
+if TYPE_CHECKING:
+    from muco.data.source import Data
+
+app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
+convert = typer.Typer(no_args_is_help=True, help="Make data from what others have annotated.")
+app.add_typer(convert, name="convert")
+
+DataPath = Annotated[
+    Path,
+    typer.Argument(metavar="PATH", help="A JSONL file, a folder that holds exactly one, or data of another format."),
+]
+Format = Annotated[str, typer.Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
+Option = Annotated[
+    list[str],
+    typer.Option(
+        metavar="KEY=VALUE", help="An option of the format, e.g. images=photos; may be repeated, value in YAML."
+    ),
+]
+
+
+def _open(path: Path, format: str, options: Sequence[str]) -> Data:
+    from muco.data import open_data
+    from muco.training.recipe import parse_options
+
+    return open_data(path, format, parse_options(options))
+
+
+@app.command(
+    "check",
+    epilog=examples(
+        "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/run/model --json"
+    ),
+)
+def data_check(
+    path: DataPath,
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Report what is wrong with data.
+
+    Reads all rows and images; counts, and names what is wrong by file, line and turn. Exit code 3 if anything is.
+    """
+    from muco.data.check import check, print_report
+
+    report = check(_open(path, format, option), tokenizer=model)
+    finish(report.as_dict() if as_json else report, as_json, print_report)
+    if not report.ok:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command("show", epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
+def data_show(
+    path: DataPath,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; it needs no other file.")
+    ],
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
+    limit: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 100,
+) -> None:
+    """Write an HTML contact sheet of samples."""
+    from muco.data.show import show
+
+    show(_open(path, format, option), output, limit=limit)
+    print(output)
+
+
+@app.command(
+    "leak",
+    epilog=examples(
+        "muco data leak data/test.jsonl --train data/train.jsonl --output overlap",
+        "muco data leak test.jsonl photos/ --train train.jsonl --train more/ --json",
+    ),
+)
+def data_leak(
+    evaluation: Annotated[
+        list[Path], typer.Argument(metavar="EVALUATION...", help="Evaluation data: JSONL files or folders of images.")
+    ],
+    train: Annotated[
+        list[Path], typer.Option("--train", "-t", help="Training data of the same forms; may be repeated.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report and every overlapping pair.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find training data in evaluation data.
+
+    Compares images by their bytes and pixels, and texts by their words; resized or compressed copies are not found.
+    Exit code 3 if anything overlaps.
+    """
+    from muco.data.leak import find_overlap, print_overlap
+
+    found = find_overlap(train, evaluation, output=output)
+    finish(found, as_json, print_overlap)
+    if found["affected"]["either"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command(
+    "caption",
+    epilog=examples(
+        "muco data caption pairs.jsonl --endpoint http://localhost:8000/v1 --model qwen --output captions.jsonl",
+        "muco data caption MMEB --format mmeb --endpoint http://localhost:8000/v1 --model qwen -o captions.jsonl",
+    ),
+)
+def data_caption(
+    path: DataPath,
+    endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="Base of an OpenAI-compatible API.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Name of a model there that sees images.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="File of captions; what it has is kept.")
+    ],
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
+    prompts: synth_cli.PromptsFile = None,
+    sampling: synth_cli.Sampling = [],  # noqa: B006
+    concurrency: synth_cli.Concurrency = 16,
+    requests_per_minute: synth_cli.Rate = None,
+    timeout: synth_cli.Timeout = 120,
+    retries: synth_cli.Retries = 6,
+    max_failures: synth_cli.MaxFailures = 20,
+    max_requests: synth_cli.MaxRequests = None,
+    max_tokens: synth_cli.MaxTokens = None,
+    max_pixels: synth_cli.MaxPixels = 1 << 20,
+    key_variable: synth_cli.KeyVariable = synth_cli.KEY_VARIABLE,
+    as_json: Json = False,
+) -> None:
+    """Have a model caption the images of data.
+
+    Training by reconstruction reads the file: --option captions=FILE, or captions: FILE among a source's options. Each
+    image is asked about once; an interrupted run goes on when the command is given again.
+    """
+    import asyncio
+
+    from muco.base.terminal import progress_bar
+    from muco.synth.caption import caption
+    from muco.synth.endpoint import Endpoint
+    from muco.synth.limits import Budget, Limits
+    from muco.synth.prompts import load_prompts
+
+    wordings = load_prompts(prompts)
+
+    async def run() -> dict[str, Any]:
+        async with Endpoint(
+            endpoint,
+            model,
+            sampling=synth_cli.sampling_of(sampling, temperature=0.2, max_tokens=256),
+            limits=Limits(concurrency, requests_per_minute, timeout, retries, max_failures),
+            budget=Budget(max_requests, max_tokens),
+            key_variable=key_variable,
+        ) as opened:
+            with progress_bar("captions") as progress:
+                return await caption(data, opened, output, prompts=wordings, max_pixels=max_pixels, progress=progress)
+
+    data = _open(path, format, option)
+    finish(asyncio.run(run()), as_json, print_pairs)
+
+
+@app.command(
+    "mine",
+    epilog=examples(
+        "muco data mine train.jsonl --model runs/demo/run/model --output mined.jsonl",
+        "muco data mine train.jsonl -m MODEL -o mined.jsonl --negatives 5 --skip 10 --depth 200 --relative-margin 0.05",
+    ),
+)
+def data_mine(
+    path: DataPath,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data with negatives.")],
+    format: Format = "jsonl",
+    option: Option = [],  # noqa: B006
+    negatives: Annotated[int, typer.Option(min=1, help="Negatives per turn, where so many qualify.")] = 3,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first ranks, which hold right answers too.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Leave out ranks from here on.")] = 100,
+    margin: Annotated[float | None, typer.Option(help="Cosine by which the right target has to be ahead.")] = None,
+    relative_margin: Annotated[float | None, typer.Option(help="The same as a share of its cosine, e.g. 0.05.")] = None,
+    max_score: Annotated[float | None, typer.Option(help="Highest cosine of a negative.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="Lowest cosine of a negative.")] = None,
+    sample: Annotated[str, typer.Option(help="top: the hardest that qualify; random: drawn among them.")] = "top",
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    batch_size: BatchSize = 64,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep vectors here, so that an interrupted run goes on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find hard negatives with a model.
+
+    Writes the data as JSONL; every turn gets the targets, texts or images, of other images that the model takes for
+    right or nearly so. FILE.jsonl.json says how they were found.
+    """
+    from muco.base.terminal import progress_bar
+    from muco.model import load
+    from muco.training.mine import Mining, mine
+
+    mining = Mining(negatives, skip, depth, margin, relative_margin, max_score, min_score, sample, seed)
+    data = _open(path, format, option)
+    with progress_bar("mining") as progress:
+        counts = mine(data, load(model), output, mining, batch_size=batch_size, cache=cache, progress=progress)
+    finish(counts, as_json, print_pairs)
+
+
+@app.command(
+    "scenes",
+    epilog=examples(
+        "muco data scenes data/scenes",
+        "muco data scenes small --train 500 --dev 100 --test 100",
+        "muco data scenes rich --size 168 --objects 4 --objects 5 --objects 6",
+    ),
+)
+def data_scenes(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
+    train: Annotated[int, typer.Option(min=1, help="Training scenes.")] = 20_000,
+    dev: Annotated[int, typer.Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
+    test: Annotated[int, typer.Option(min=1, help="Held-out scenes for the final scores.")] = 500,
+    seed: Annotated[int, typer.Option(help="The same seed and numbers give the same data.")] = 0,
+    size: Annotated[int, typer.Option(metavar="PX", help="Width and height of the images.")] = 84,
+    objects: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="How many objects, 2 to 6; repeated: one of them is drawn. By default 2, 3, 3."),
+    ] = None,
+) -> None:
+    """Draw the built-in data set.
+
+    Scenes are images of coloured shapes on patterned grounds, each with seven turns; see train.jsonl for their form.
+    """
+    from muco.data.scenes import USUAL, write_scenes
+
+    numbers = objects or USUAL
+    print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed, size=size, objects=numbers))
+
+
+@convert.command(
+    "coco",
+    epilog=examples(
+        "muco data convert coco instances.json --captions captions.json --images train2017 --output coco.jsonl",
+        "muco data convert coco lvis_v1_val.json --images coco --output lvis.jsonl --min-turns 4 --json",
+    ),
+)
+def data_convert_coco(
+    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's form.")],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the names of image files count from.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data; a file that is there is replaced.")
+    ],
+    captions: Annotated[
+        Path | None, typer.Option(metavar="CAPTIONS.json", help="Captions of the same images in COCO's form.")
+    ] = None,
+    min_area: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the image from which on a box is asked about.")
+    ] = 0.01,
+    min_turns: Annotated[int, typer.Option(min=1, help="Leave out images with fewer turns.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the draws among things that can be asked about.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples to write, by the order of image ids.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn boxes and captions into questions and answers.
+
+    Questions are made by rule where the boxes leave no doubt: the main thing, which and how many things, what is where,
+    and a description. Also reads LVIS, and other sets in COCO's form.
+    """
+    from muco.base.terminal import progress_bar
+    from muco.synth.coco import convert_coco
+
+    with progress_bar("images") as progress:
+        counts = convert_coco(
+            annotations,
+            images,
+            output,
+            captions=captions,
+            min_area=min_area,
+            min_turns=min_turns,
+            seed=seed,
+            limit=limit,
+            progress=progress,
+        )
+    finish(counts, as_json, print_pairs)

@@ -1,0 +1,148 @@
+"""``muco doctor``: what this machine and this installation have, so that a report of a problem can start with facts.
+
+What MuCo requires is read from its own installed metadata, so this file holds no second list of it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from muco.base.machine import VERSION
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from rich.console import Console
+
+# Packages that MuCo runs without, and what each of them would give.
+OPTIONAL = {
+    "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
+    "lancedb": "muco index, muco search",
+    "fastapi": "muco serve",
+    "openai": "muco synth, muco data caption",
+    "daft": "muco synth; muco index in several processes",
+    "ray": "the same on many machines",
+    "mteb": "its tasks, with muco.evaluate.mteb; the test suite",
+    "pytest": "the test suite",
+    "hypothesis": "the test suite",
+    "jaxtyping": "checks of tensor shapes in the test suite",
+    "beartype": "checks of tensor shapes in the test suite",
+    "ruff": "make check",
+}
+GIB = 1 << 30
+LAYOUT: dict[str, Any] = {"title_justify": "left", "box": None, "pad_edge": False}
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices and memory of this machine, as plain JSON types.
+
+    Returns:
+        ``ok`` (every required package is there in an accepted version, and torch can be imported), ``muco``,
+        ``python``, ``platform``, ``cpu_count``, ``memory_gib`` (None where the system does not tell),
+        ``disk_free_gib`` (of the working directory), ``torch`` (threads, devices, or the error of its import),
+        ``required`` and ``optional`` (one mapping per package).
+    """
+    required = [_package(requirement) for requirement in _requirements()]
+    torch = _torch()
+    return {
+        "ok": all(package["ok"] for package in required) and "error" not in torch,
+        "muco": VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "disk_free_gib": round(shutil.disk_usage(".").free / GIB, 1),
+        "torch": torch,
+        "required": required,
+        "optional": [{"name": name, "installed": _version(name), "gives": gives} for name, gives in OPTIONAL.items()],
+    }
+
+
+def _requirements() -> list[Requirement]:
+    """MuCo itself, then what it requires; the first is not met where muco is imported without being installed."""
+    from packaging.requirements import Requirement
+
+    lines = metadata.requires("muco") or [] if _version("muco") else []
+    requirements = [Requirement(line) for line in (f"muco=={VERSION}", *lines)]
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _package(requirement: Requirement) -> dict[str, Any]:
+    installed = _version(requirement.name)
+    ok = installed is not None and requirement.specifier.contains(installed, prereleases=True)
+    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": installed, "ok": ok}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1)
+    except (AttributeError, ValueError, OSError):  # not on Windows, and not every system knows these names
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+        return {"error": f"torch cannot be imported: {error}"}
+    devices = [{"name": "cpu", "bf16": None, "memory_gib": _memory_gib()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = round(properties.total_memory / GIB, 1)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        devices.append({"name": f"cuda:{index} {properties.name}", "bf16": bf16, "memory_gib": memory})
+    if torch.backends.mps.is_available():
+        devices.append({"name": "mps", "bf16": None, "memory_gib": None})
+    return {"version": torch.__version__, "threads": torch.get_num_threads(), "devices": devices}
+
+
+def print_report(found: Mapping[str, Any], console: Console) -> None:
+    """Prints what :func:`examine` found as tables for people."""
+    from rich.table import Table
+
+    torch = found["torch"]
+    facts = Table("", "", title="This machine", show_header=False, **LAYOUT)
+    for name in ("python", "platform", "cpu_count", "memory_gib", "disk_free_gib"):
+        facts.add_row(name, _word(found[name], "unknown"))
+    for name in ("threads", "error"):
+        if name in torch:
+            facts.add_row(f"torch {name}", _word(torch[name]))
+    for device in torch.get("devices", []):
+        bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
+        memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
+        facts.add_row("device", "  ".join(filter(None, (device["name"], memory, bf16))))
+    console.print(facts)
+
+    required = Table("package", "installed", "needs", "", title="\nRequired", **LAYOUT)
+    for package in found["required"]:
+        required.add_row(
+            package["name"],
+            _word(package["installed"]),
+            package["needs"],
+            "" if package["ok"] else "[red]not met[/red]",
+        )
+    console.print(required)
+
+    optional = Table("package", "installed", "what it gives", title="\nOptional", **LAYOUT)
+    for package in found["optional"]:
+        optional.add_row(package["name"], _word(package["installed"]), package["gives"])
+    console.print(optional)
+    missing = "[red]Not all requirements are met.[/red] In the folder of MuCo: pip install -c constraints.txt -e ."
+    console.print("\nAll requirements are met." if found["ok"] else f"\n{missing}")
+
+
+def _word(value: object, absent: str = "missing") -> str:
+    from rich.markup import escape
+
+    return absent if value is None else escape(str(value))

@@ -1,0 +1,345 @@
+"""``muco evaluate …``: every command imports what it needs inside itself."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muco.base.terminal import finish
+from muco.cli.options import BatchSize, Dimension, Json, Model, examples
+
+if TYPE_CHECKING:
+    from muco.model import Model as Encoder
+    from muco.processor import Processor
+
+app = typer.Typer(no_args_is_help=True, help="Score a model on held-out data and benchmarks.")
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for the scores, reports and cached embeddings; a run goes on.")
+]
+Queries = Annotated[
+    int | None, typer.Option(min=1, help="Score so many queries per data set, drawn by the seed; the report says so.")
+]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Score what is there; without, a missing data set is an error.")
+]
+SkipBroken = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken",
+        help="Leave out what cannot be embedded, count and name it; a query without its right answer counts as missed. "
+        "Without, it is an error.",
+    ),
+]
+OwnPixels = Annotated[
+    bool, typer.Option("--own-pixels", help="Keep the model's own limits of image size, not the benchmark's.")
+]
+
+WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose vectors are then found there
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    int8 = "int8"
+    binary = "binary"
+
+
+class PoolChoice(StrEnum):
+    both = "both"
+    local = "local"
+    global_ = "global"
+
+
+class Prompts(StrEnum):
+    random = "random"
+    first = "first"
+
+
+@app.command(
+    epilog=examples(
+        "muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test",
+        "muco evaluate retrieval -m MODEL -d test.jsonl -o scores --dimension 256 --precision int8",
+    ),
+)
+def retrieval(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", "-d", help="A JSONL file, or a folder that holds exactly one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
+    batch_size: BatchSize = 64,
+    candidates: Annotated[
+        int, typer.Option(min=2, help="Length of the drawn lists of answers, the right one included.")
+    ] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples only.")] = None,
+    dimension: Dimension = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Score codes of this precision, as an index of them would find them.")
+    ] = Precision.float32,
+    seed: Annotated[int, typer.Option(help="Of the drawn lists.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Score retrieval on held-out samples.
+
+    Gives hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
+    and "within": whether the model reads the question. For a model trained here also the blind control: the training
+    loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
+    further dimensions and precisions are scored without encoding anew.
+    """
+    from muco.base.files import claimed
+    from muco.base.terminal import progress_bar
+    from muco.data import open_data
+    from muco.evaluate.report import print_results
+    from muco.evaluate.retrieval import evaluate_retrieval, write_result
+    from muco.model import load
+    from muco.training.blind import add_blind_loss, recipe_of
+
+    rows = open_data(data)  # before the model: a mistyped path should not cost a minute
+    encoder = load(model)
+    _pixels(encoder.encoder.muco_processor, own=True)
+    with claimed(output, wait=WAIT), progress_bar("embedding") as progress:
+        result = evaluate_retrieval(
+            encoder,
+            rows,
+            batch_size=batch_size,
+            candidates=candidates,
+            seed=seed,
+            limit=limit,
+            dimension=dimension,
+            precision=precision.value,
+            cache=output / "cache",
+            progress=progress,
+        )
+        if (recipe := recipe_of(model)) is not None:
+            add_blind_loss(result, encoder, rows, recipe)
+        write_result(output, result, dimension, precision.value)
+    finish(result, as_json, print_results)
+
+
+@app.command(
+    epilog=examples(
+        "muco evaluate mmeb --model MODEL --data MMEB_eval --output scores/mmeb",
+        "muco evaluate mmeb -m MODEL -d MMEB_eval -o scores/some --task ImageNet-1K --task OK-VQA --queries 100",
+    ),
+)
+def mmeb(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", "-d", help="A folder with one folder per data set.")],
+    output: Output,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images; default eval_images or image-tasks in the data.")
+    ] = None,
+    task: Annotated[list[str], typer.Option(metavar="NAME", help="A data set; may be repeated. Without, all 36.")] = [],  # noqa: B006
+    queries: Queries = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    own_pixels: OwnPixels = False,
+    allow_missing: AllowMissing = False,
+    skip_broken: SkipBroken = False,
+    official: Annotated[
+        bool,
+        typer.Option(
+            "--official", help="Tell candidates apart, and open images, as the paper's code does; see the docs."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score MMEB: 36 data sets, hit@1 with ties lost.
+
+    Reads both published layouts, TIGER-Lab/MMEB-eval and the one whose instructions stand apart. Writes JSON, CSV,
+    Markdown and an HTML page; a run that was stopped goes on. Also under torchrun.
+    """
+    from muco.data.mmeb_test import find_files
+    from muco.evaluate.mmeb import evaluate_mmeb
+
+    find_files(data)  # before the model: a mistyped path should not cost a minute
+    encoder, pixels = _encoder(model, own_pixels)
+    encoder.encoder.muco_processor.images_as_stored = official
+    _run(
+        evaluate_mmeb,
+        as_json,
+        model=encoder,
+        data=data,
+        output=output,
+        images=images,
+        tasks=task or None,
+        queries=queries,
+        seed=seed,
+        batch_size=batch_size,
+        allow_missing=allow_missing,
+        skip_broken=skip_broken,
+        official=official,
+        **pixels,
+        command=context.obj,
+        model_path=model,
+    )
+
+
+@app.command(
+    epilog=examples(
+        "muco evaluate mbeir --model MODEL --data M-BEIR --output scores/mbeir",
+        "muco evaluate mbeir -m MODEL -d M-BEIR -o scores/local --pool local --prompts first",
+    ),
+)
+def mbeir(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", "-d", help="The M-BEIR folder, as published.")],
+    output: Output,
+    pool: Annotated[PoolChoice, typer.Option(help="Rank among a task's own candidates, all of them, or both.")] = (
+        PoolChoice.both
+    ),
+    task: Annotated[
+        list[str], typer.Option(metavar="NAME", help="A task, as 'MSCOCO t0'; may be repeated. Without, all 16.")
+    ] = [],  # noqa: B006
+    prompts: Annotated[
+        Prompts, typer.Option(help="Which of a task's instructions a query gets: one drawn by the seed, or the first.")
+    ] = Prompts.random,
+    queries: Queries = None,
+    seed: Seed = 2023,
+    batch_size: BatchSize = 64,
+    own_pixels: OwnPixels = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A right candidate that no pool holds is an error, not a count.")
+    ] = False,
+    allow_missing: AllowMissing = False,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+) -> None:
+    """Score M-BEIR: 16 tasks, local and global pool.
+
+    hit@k is what M-BEIR calls Recall@k; true recall@k stands beside it. Pools are embedded once, in shards on disk, and
+    searched exactly. Writes JSON, CSV, Markdown, an HTML page and TREC runs. Also under torchrun.
+    """
+    from muco.evaluate.mbeir import check_folder, evaluate_mbeir
+
+    check_folder(data)  # before the model: a mistyped path should not cost a minute
+    encoder, pixels = _encoder(model, own_pixels)
+    _run(
+        evaluate_mbeir,
+        as_json,
+        model=encoder,
+        data=data,
+        output=output,
+        pools=("local", "global") if pool is PoolChoice.both else (pool.value,),
+        tasks=task or None,
+        prompts=prompts.value,
+        seed=seed,
+        queries=queries,
+        batch_size=batch_size,
+        strict=strict,
+        allow_missing=allow_missing,
+        skip_broken=skip_broken,
+        **pixels,
+        command=context.obj,
+        model_path=model,
+    )
+
+
+@app.command(
+    epilog=examples(
+        "muco evaluate beir --model MODEL --data scifact --output scores/scifact",
+        "muco evaluate beir -m MODEL -d pages/ -o scores/pages -k 5",
+    ),
+)
+def beir(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[
+        Path, typer.Option("--data", "-d", help="A folder with corpus.jsonl, queries.jsonl and qrels/, or of such.")
+    ],
+    output: Output,
+    split: Annotated[str, typer.Option(help="Judgements to use: qrels/SPLIT.tsv.")] = "test",
+    k: Annotated[int, typer.Option("-k", min=1, help="Depth of nDCG@k, recall@k and MRR@k.")] = 10,
+    instruction: Annotated[str, typer.Option(help="Text to put before every query.")] = "",
+    batch_size: BatchSize = 64,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+) -> None:
+    """Score any retrieval set in BEIR's form.
+
+    Queries and corpus may have images (a path in "image"), judgements may be graded. The first score is nDCG@k.
+    """
+    from muco.evaluate.beir import evaluate_beir
+
+    encoder, pixels = _encoder(model, own_pixels=True)
+    _run(
+        evaluate_beir,
+        as_json,
+        model=encoder,
+        data=data,
+        output=output,
+        split=split,
+        k=k,
+        instruction=instruction,
+        batch_size=batch_size,
+        skip_broken=skip_broken,
+        **pixels,
+        command=context.obj,
+        model_path=model,
+    )
+
+
+@app.command(epilog=examples("muco evaluate compare scores/old scores/new"))
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Output folder of an evaluation.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same data.")],
+    samples: Annotated[int, typer.Option(min=100, help="Bootstrap samples.")] = 10_000,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the interval.")] = 0.95,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare two results query by query.
+
+    Gives the difference per data set with a paired bootstrap interval.
+    """
+    from muco.evaluate.compare import compare, print_comparison
+
+    finish(compare(a, b, samples=samples, seed=seed, level=level), as_json, print_comparison)
+
+
+def _encoder(path: str, own_pixels: bool) -> tuple[Encoder, dict[str, str]]:
+    """The model with the benchmarks' limits of image size, and what results say of them."""
+    from muco import distributed
+    from muco.model import load
+    from muco.processor import EVALUATION_PIXELS
+
+    distributed.start()
+    encoder = load(path)
+    processor = encoder.encoder.muco_processor
+    if not own_pixels and processor.rotary_3d:  # other families have no such limits
+        processor.set_pixels(*EVALUATION_PIXELS)
+        return encoder, _pixels(processor, own=False)
+    return encoder, _pixels(processor, own=True)
+
+
+def _pixels(processor: Processor, *, own: bool) -> dict[str, str]:
+    """The limits of image size, here and in training; of several processes one says on stderr if they differ."""
+    from muco import distributed
+    from muco.evaluate.benchmark import OWN_PIXELS, pixels_differ
+
+    used, trained = (
+        "{} to {}".format(*pixels) if pixels else "" for pixels in (processor.pixels, processor.trained_pixels)
+    )
+    if own:
+        used = OWN_PIXELS if used == trained or not trained else f"{OWN_PIXELS}, {used}"
+    if distributed.rank() == 0:
+        for line in pixels_differ(used, trained):
+            print(f"muco evaluate: {line}", file=sys.stderr)
+    return {"pixels": used, "trained_pixels": trained}
+
+
+def _run(evaluate: Any, as_json: bool, **settings: Any) -> None:
+    """Runs a benchmark with progress; of several processes one speaks."""
+    from muco import distributed
+    from muco.base.terminal import progress_bar
+    from muco.evaluate.page import print_benchmark
+
+    with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:
+        result = evaluate(**settings, progress=progress if distributed.rank() == 0 else None)
+    if distributed.rank() == 0:
+        finish(result, as_json, print_benchmark)

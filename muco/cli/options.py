@@ -1,0 +1,26 @@
+"""What the commands share: options, and how they answer. No torch in this file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+USERS_INPUT, FAILED_CHECK = 1, 3
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder of a trained model, or its id on the Hugging Face hub.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass; does not change the result.")]
+Dimension = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cut vectors to their first so many numbers, for models trained with loss.dimensions."),
+]
+
+
+def examples(*lines: str) -> str:
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))  # \b keeps the lines as they are

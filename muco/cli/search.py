@@ -1,0 +1,144 @@
+"""``muco index`` and ``muco search``: each imports what it needs inside itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muco.base.terminal import finish, print_json, print_pairs
+from muco.cli.options import BatchSize, Dimension, Json, examples
+
+if TYPE_CHECKING:
+    pass
+
+Place = Annotated[
+    str, typer.Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
+]
+
+
+INDEX_EXAMPLES = examples(
+    "muco index photos/ --model runs/demo/run/model --index photos.index",
+    "muco index rows.jsonl --index rows.index --delete-missing",
+    "muco index --index photos.index --delete 2019/cat.jpg --delete 2019/dog.jpg",
+)
+SEARCH_EXAMPLES = examples(
+    'muco search --index photos.index --text "a red bicycle in the snow"',
+    'muco search -i photos.index --image cat.jpg -k 5 --where "year >= 2020" --json',
+    "muco search -i photos.index --like 2019/cat.jpg --exact",
+)
+
+
+class StorageName(StrEnum):
+    float32 = "float32"
+    int8 = "int8"
+    binary = "binary"
+
+
+def index(
+    context: typer.Context,
+    index: Place,
+    input: Annotated[
+        Path | None, typer.Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model folder or hub id; needed for a new index, else the index's own."),
+    ] = None,
+    storage: Annotated[
+        StorageName | None, typer.Option(help="Of a new index: how its vectors are kept; float32 by default.")
+    ] = None,
+    dimension: Dimension = None,
+    delete: Annotated[list[str], typer.Option("--delete", metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
+    delete_missing: Annotated[
+        bool, typer.Option("--delete-missing", help="Delete all rows of the index that INPUT does not have.")
+    ] = False,
+    batch_size: BatchSize = 32,
+    text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
+    id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that each hold the model; more than one run on Daft.")
+    ] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run the workers on this Ray cluster (ray://host:10001).")
+    ] = None,
+    errors: Annotated[
+        Path | None, typer.Option(help="JSONL file for the rows that cannot be used; default errors.jsonl in DIR.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make or update a search index.
+
+    Only what is new or changed is encoded. Inputs that cannot be read are listed, not fatal. An interrupted run goes on
+    when the same command is given again.
+    """
+    from muco.search.index import Index
+    from muco.search.update import build
+
+    if input is None and (not delete or delete_missing):
+        raise typer.BadParameter("give an INPUT, or rows to --delete", context)
+    result: dict[str, Any] = {}
+    if delete:
+        opened = Index.open(index)
+        result = {"deleted": opened.delete(delete), "total": len(opened)}
+    if input is not None:
+        found = build(
+            input,
+            index,
+            model,
+            storage=storage.value if storage else None,
+            dimension=dimension,
+            text_column=text_column,
+            image_column=image_column,
+            id_column=id_column,
+            delete_missing=delete_missing,
+            batch_size=batch_size,
+            workers=workers,
+            ray=ray,
+            errors=errors,
+        )
+        result = found | {"deleted": found["deleted"] + result.get("deleted", 0)}
+    finish(result, as_json, print_pairs)
+
+
+def search(
+    index: Place,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="What to look for, in words.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image to look for; with --text, both as one query.")] = None,
+    like: Annotated[str | None, typer.Option(metavar="ID", help="Find rows like this one.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many rows to find.")] = 10,
+    where: Annotated[
+        str | None, typer.Option(metavar="FILTER", help='Only rows of which this holds, e.g. "year > 2020".')
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact/--approximate", help="Compare with every row, instead of by the index of vectors.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Where the model of the index is now, if it has moved.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per row on stdout.")] = False,
+) -> None:
+    """Search an index.
+
+    By text, by image, by both, or for rows like one of its own. A terminal that can shows thumbnails.
+    """
+    from muco.search.index import Index
+
+    hits = Index.open(index, model).search(text, image=image, like=like, k=k, where=where, exact=exact)
+    if as_json:
+        from muco.search.columns import in_json
+
+        for hit in hits:
+            row = {"id": hit.id, "score": hit.score, "text": hit.text, "image": hit.image, "extra": in_json(hit.extra)}
+            print_json(row)
+        return
+    from rich.console import Console
+
+    from muco.search.terminal import protocol, show
+
+    show(hits, Console(file=sys.stdout), protocol(os.environ, sys.stdout))

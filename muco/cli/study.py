@@ -1,0 +1,78 @@
+"""``muco study``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from muco.base.terminal import finish, print_pairs
+from muco.cli.options import Json
+
+
+def study(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The study; without it all are listed.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for data, runs and the page.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds per run, 3 or 5 by the study; more can be added later.")
+    ] = None,
+    first_seed: Annotated[int, typer.Option(min=0, help="Where the seeds begin; fresh ones for a second look.")] = 0,
+    scale: Annotated[float, typer.Option(help="Of data and steps: 0.1 to try it in a tenth of the time.")] = 1.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the cores.")] = 1,
+    data: Annotated[
+        str | None, typer.Option(metavar="TRAIN", help="Train on these data instead of the scenes; give --test too.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(metavar="TEST", help="Held-out data that goes with --data.")] = None,
+    format: Annotated[str, typer.Option(help="Format of --data and --test, as in recipes.")] = "jsonl",
+    as_json: Json = False,
+) -> None:
+    """Repeat a claim of the paper at this machine's scale.
+
+    Trains and scores every run of the study with several seeds and writes a table, a plot and a page. Give the same
+    command again after an interruption, or with more seeds: only what is missing is run. Without a name it lists the
+    studies and what they ask.
+    """
+    from muco.study.studies import FLOPS, find_study, questions
+
+    if name is None:
+        finish(questions(), as_json, print_pairs)
+        return
+    if output is None:
+        raise typer.BadParameter("give a folder for data, runs and the page", param_hint="--output")
+    if (data is None) != (test is None):
+        raise typer.BadParameter("--data and --test go together", param_hint="--data")
+    if name == FLOPS:
+        _flops(context.obj, output, as_json, trains=(seeds, data) != (None, None) or scale != 1 or first_seed > 0)
+        return
+
+    from muco.study.design import Sets
+    from muco.study.report import print_study, write_report
+    from muco.study.results import table_as_json
+    from muco.study.run import run_study
+
+    chosen = find_study(name)
+    sets = Sets(data, test, format) if data is not None and test is not None else None
+    # Else it would end at once and leave the trainings that it has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    found = run_study(
+        chosen, output, seeds=seeds or chosen.seeds, first_seed=first_seed, scale=scale, jobs=jobs, sets=sets
+    )
+    page = write_report(chosen, found, output, context.obj)
+    if as_json:
+        found = {"study": name, "page": str(page), "table": table_as_json(chosen, found)}
+    finish(found, as_json, lambda value, console: print_study(chosen, value, console))
+
+
+def _flops(command: str, output: Path, as_json: bool, *, trains: bool) -> None:
+    from muco.errors import MucoError
+    from muco.study.true_sizes import print_flops, run_flops
+
+    if trains:
+        raise MucoError("the study flops counts and trains nothing; leave out --seeds, --scale, --data and --test")
+    finish(run_flops(output, command), as_json, print_flops)

@@ -1,0 +1,154 @@
+"""Reads the captions of images that ``muco data caption`` wrote, and adds them to data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from muco.data.fingerprint import file_digest
+from muco.dialogue import Content, ImageLike, Sample
+from muco.errors import DataError, ImageError
+from muco.images import image_digest
+
+if TYPE_CHECKING:
+    from muco.data.source import Data
+
+
+def sides_of(sample: Sample) -> Iterator[tuple[str, Content]]:
+    """("query" or "target", content) of all wordings of all turns."""
+    for turn in sample.turns:
+        yield from (("query", content) for content in turn.query)
+        yield from (("target", content) for content in turn.target)
+
+
+def uncaptioned(sample: Sample, side: tuple[str, Content]) -> tuple[ImageLike, ...]:
+    """The images that the caption of a content is about, if it has none yet."""
+    name, content = side
+    if content.caption:
+        return ()
+    return (*sample.images, *content.images) if name == "query" else content.images
+
+
+def captioned_digests(path: Path) -> set[bytes]:
+    return {_digest(path, line) for _, line in _lines(path)}
+
+
+def with_captions(data: Data, path: str | Path) -> Data:
+    """The data with the captions of a file on all contents that have images and no caption.
+
+    Args:
+        path: As ``muco data caption`` writes it.
+    Raises:
+        DataError: If the file is missing or a line of it cannot be read. A sample with an image that the file says
+            nothing about is an error on access; one whose caption failed stays without.
+    """
+    return CaptionedData(data, Captions(Path(path)))
+
+
+class Captions:
+    """The captions of a file by the digest of the image. In memory are 16 bytes for each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise DataError(f"{path}: no such file of captions; `muco data caption` makes it")
+        places = {_digest(path, line): start for start, line in _lines(path)}  # the later line counts
+        keys = np.array([int.from_bytes(digest[:8]) for digest in places], dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._starts = keys[order], np.fromiter(places.values(), np.int64, len(places))[order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, digest: str) -> str:
+        """The caption of an image, "" if there was none to be had.
+
+        Raises:
+            DataError: If the file says nothing about it.
+        """
+        key = np.uint64(int(digest[:16], 16))
+        first, end = (int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))
+        with self.path.open("rb") as file:
+            for start in self._starts[first:end].tolist():
+                file.seek(start)
+                line = json.loads(file.readline())
+                if line["image"] == digest:
+                    return line.get("caption", "")
+        raise DataError(f"{self.path}: nothing about the image {digest[:12]}…; run `muco data caption` again")
+
+    @property
+    def fingerprint(self) -> str:
+        return file_digest(self.path)
+
+
+class CaptionedData:
+    """Data with captions; anything else is asked of the data itself."""
+
+    def __init__(self, data: Data, captions: Captions) -> None:
+        self._data, self._captions = data, captions
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._data[index]
+        known: dict[int, str] = {}  # by the image as an object: one stands in many turns
+
+        def told(image: ImageLike) -> str:
+            if id(image) not in known:
+                try:
+                    known[id(image)] = self._captions[image_digest(image, where=sample.where)]
+                except ImageError:  # said where the image itself is read
+                    known[id(image)] = ""
+                except DataError as error:
+                    raise DataError(f"{sample.place}: {error}") from error
+            return known[id(image)]
+
+        def captioned(name: str, content: Content) -> Content:
+            captions = filter(None, map(told, uncaptioned(sample, (name, content))))
+            return replace(content, caption=content.caption or "; ".join(captions))
+
+        turns = [
+            replace(turn, **{name: [captioned(name, c) for c in getattr(turn, name)] for name in ("query", "target")})
+            for turn in sample.turns
+        ]
+        return sample.with_turns(turns)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the data's fingerprint and the bytes of the file of captions."""
+        return self._with(self._data.fingerprint)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # before the data is there, as while unpickling
+            raise AttributeError(name)
+        value = getattr(self._data, name)
+        return self._with(value) if name == "readable_fingerprint" else value
+
+    def _with(self, fingerprint: str) -> str:
+        return hashlib.sha256(f"{fingerprint} {self._captions.fingerprint}".encode()).hexdigest()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    from muco.base.journal import read_lines
+
+    for start, line in read_lines(path):
+        if not isinstance(line.get("caption", line.get("error")), str):
+            raise DataError(f"{path}: a line of {line.get('image')!r} has neither a caption nor an error")
+        yield start, line
+
+
+def _digest(path: Path, line: dict[str, Any]) -> bytes:
+    try:
+        digest = bytes.fromhex(line["image"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {line.get('image')!r}") from error
+    if len(digest) != 32:
+        raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {line['image']!r}")
+    return digest

@@ -1,0 +1,215 @@
+"""Judged retrieval data: queries, pools of candidates in JSONL files of any length, and judgements.
+
+One pass over a pool checks every line, and a line is read again when it is asked for. Of a million candidates ids,
+numbers and the places of lines are in memory, some 40 MB, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from muco.base.text import read_text
+from muco.data.left_out import LeftOut
+from muco.data.lines import HASHED, Row, as_object, file_state, raw_lines
+from muco.dialogue import Content
+from muco.errors import DataError, ImageError
+from muco.images import image_digest
+
+LONGEST_ID = 200  # bytes
+
+
+class LinePool:
+    """The candidates of a JSONL file, in its order.
+
+    Its fingerprint is made of the file's bytes and, where the pool has at most ``HASHED`` candidates, of the bytes of
+    every image. Reading a million images twice would take hours: of larger pools the sizes and modification times of
+    the images count instead, so a copy of the images that does not keep the times is embedded anew.
+
+    Args:
+        identify: The id of a line, from its object and "file:line"; a DataError where it has none.
+        read: Its content; a DataError where that is not as it must be.
+        form: Names what ``read`` does; raise it when the content of a candidate changes.
+        numbers: From all ids, as numpy bytes, to int64 [N]: the ``order`` of the pool.
+        left_out: Gets the rows whose content cannot be read or whose image is missing, if that is allowed.
+    Raises:
+        DataError: If the file cannot be read, a line is not JSON or has no id, an id occurs twice, or a content cannot
+            be used and may not be left out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        identify: Callable[[Row, str], str],
+        read: Callable[[Row, str], Content],
+        *,
+        form: str,
+        numbers: Callable[[np.ndarray], np.ndarray],
+        left_out: LeftOut | None = None,
+    ) -> None:
+        self.path, self.name, self._read = Path(path), name, read
+        self.left_out = LeftOut() if left_out is None else left_out
+        starts, lines = array("q"), array("q")
+        ids: list[bytes] = []
+        images: list[tuple[int, str]] = []  # row and path of those whose bytes may count
+        digest, times = hashlib.sha256(), hashlib.sha256()
+        self._state = file_state(self.path)
+        for start, line, number in raw_lines(self.path, digest):
+            where = f"{self.path}:{number}"
+            value, row = as_object(line, where), len(starts)
+            ids.append(_id_bytes(identify(value, where), where))
+            starts.append(start)
+            lines.append(number)
+            try:
+                paths = [str(image) for image in read(value, where).images]
+                for image in paths:
+                    times.update(_size_and_time(image, where))
+            except DataError as error:
+                self.left_out.add(row, error)
+                continue
+            if row < HASHED:
+                images += [(row, image) for image in paths]
+        self._starts, self._lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
+        if not ids:
+            raise DataError(f"{self.path}: the file holds no candidate")
+        self._ids = np.array(ids, dtype=bytes)
+        self._by_id = np.argsort(self._ids, kind="stable")
+        self._refuse_twice()
+        self.order = numbers(self._ids)
+        looks = times.hexdigest() if len(self) > HASHED else [self._digest(*image) for image in images]
+        lost = [sorted(self.left_out.reasons)] if self.left_out else []
+        parts = json.dumps([form, digest.hexdigest(), looks, *lost])
+        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> Candidate:
+        """Raises IndexError if there is no such row, DataError if the file changed since it was opened."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.path}")
+        where = f"{self.path}:{self._lines[row]}"
+        try:
+            with self.path.open("rb") as file:
+                changed = file_state(file.fileno()) != self._state  # then the place would be within another line
+                file.seek(int(self._starts[row]))
+                line = file.readline()
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({error.strerror})") from error
+        if changed:
+            raise DataError(f"{self.path}: the file changed since it was opened; start again")
+        return Candidate(self.id(row), self._read(as_object(line, where), where), where)
+
+    def id(self, row: int) -> str:
+        """The id of a row, without reading its line."""
+        return self._ids[row].decode()
+
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """The rows of ids, int64 [n]; -1 for one that the pool does not hold."""
+        wanted = np.array([id.encode() for id in ids], dtype=bytes)
+        place = np.searchsorted(self._ids, wanted, sorter=self._by_id)
+        rows = self._by_id[np.minimum(place, len(self) - 1)]
+        return np.where(self._ids[rows] == wanted, rows, -1).astype(np.int64)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}:{self._lines[row]}"
+
+    def _digest(self, row: int, image: str) -> str:
+        try:
+            return image_digest(image, where=self.where(row))
+        except ImageError as error:
+            self.left_out.add(row, error)
+            return ""
+
+    def _refuse_twice(self) -> None:
+        first, second = self._by_id[:-1], self._by_id[1:]
+        again = np.flatnonzero(self._ids[first] == self._ids[second])
+        if len(again):
+            row = again[np.argmin(second[again])]  # the one that comes first in the file
+            raise DataError(
+                f"{self.where(second[row])}: the id {self.id(second[row])!r} is also that of line "
+                f"{self._lines[first[row]]}; ids must be unique within a pool"
+            )
+
+
+def _id_bytes(id: str, where: str) -> bytes:
+    value = id.encode()
+    if len(value) > LONGEST_ID:
+        raise DataError(f"{where}: an id of {len(value)} bytes; at most {LONGEST_ID} are allowed")
+    return value
+
+
+def _size_and_time(image: str, where: str) -> bytes:
+    try:
+        status = os.stat(image)
+    except OSError as error:
+        raise ImageError(f"{where}: image {image} cannot be read ({error.strerror}); repair the row") from error
+    return f"{status.st_size} {status.st_mtime_ns}\n".encode()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate; ``where`` ("file:line") names it in errors."""
+
+    id: str
+    content: Content
+    where: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query and its judgements: candidate id -> grade; above 0 is relevant. With an ``error`` it has no content."""
+
+    id: str
+    content: Content
+    grades: Mapping[str, int]
+    where: str
+    error: DataError | None = None
+
+    @property
+    def relevant(self) -> list[str]:
+        return sorted(id for id, grade in self.grades.items() if grade > 0)
+
+
+Qrels = Mapping[str, Mapping[str, int]]  # query -> candidate -> grade
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Judgements in TREC's form (``query 0 candidate grade``, a fifth column is ignored) or BEIR's (a TSV with header).
+
+    Raises:
+        DataError: If the file cannot be read, or a line has another form, a grade that is no number, or a pair that was
+            judged before; names file and line.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    lines = read_text(path).splitlines()
+    beir = bool(lines) and lines[0].split() == ["query-id", "corpus-id", "score"]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (beir and number == 1):
+            continue
+        query, candidate, grade = _judgement(line, beir, f"{path}:{number}")
+        own = qrels.setdefault(query, {})
+        if candidate in own:
+            raise DataError(f"{path}:{number}: {candidate!r} is judged twice for {query!r}; keep one of the lines")
+        own[candidate] = grade
+    return qrels
+
+
+def _judgement(line: str, beir: bool, where: str) -> tuple[str, str, int]:
+    cells = line.split("\t") if beir else line.split()
+    if len(cells) != 3 if beir else len(cells) not in (4, 5):
+        form = "query-id, corpus-id and score, separated by tabs" if beir else "query, 0, candidate, grade"
+        raise DataError(f"{where}: {len(cells)} columns; a line of judgements has {form}")
+    query, candidate, grade = cells if beir else (cells[0], cells[2], cells[3])
+    try:
+        return query, candidate, int(grade)
+    except ValueError:
+        raise DataError(f"{where}: the grade must be a whole number, not {grade!r}") from None

@@ -1,0 +1,359 @@
+"""M-BEIR on disk: its 16 test tasks, their files, queries, judgements, instructions and pools.
+
+::
+
+    <data>/query/test/mbeir_{set}_task{N}_test.jsonl             query_txt, query_img_path, pos_cand_list …
+           qrels/test/mbeir_{set}_task{N}_test_qrels.txt         query 0 candidate grade task
+           cand_pool/local/mbeir_{set}_task{N}_cand_pool.jsonl   txt, img_path, modality; of MSCOCO …_test_cand_pool
+           instructions/query_instructions.tsv                   the prompts; no code holds them
+           mbeir_images/…                                        paths in the files count from <data>
+
+The global pool is the 16 local ones, one after another; ``cand_pool/global`` holds the same lines and is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from muco.data.judged import LinePool, Query
+from muco.data.left_out import LeftOut
+from muco.data.lines import Row, id_of, image_of, objects, raw_lines, text_of
+from muco.dialogue import Content
+from muco.errors import DataError
+
+Prompts = Literal["random", "first"]
+Key = tuple[int, str, str]  # data set, modality of the query, modality of the candidates
+
+DATA_SETS = tuple("VisualNews Fashion200K WebQA EDIS NIGHTS OVEN InfoSeek FashionIQ CIRR MSCOCO".split())  # by number
+MODALITIES = ("text", "image", "image,text")
+TASKS = {  # number -> modality of queries, of candidates; there is no task 5
+    0: ("text", "image"),
+    1: ("text", "text"),
+    2: ("text", "image,text"),
+    3: ("image", "text"),
+    4: ("image", "image"),
+    6: ("image,text", "text"),
+    7: ("image,text", "image"),
+    8: ("image,text", "image,text"),
+}
+NUMBERS = 10_000_000  # candidates that a data set may number
+FORM = "M-BEIR 1"  # of a candidate's content, see ``format_string``
+BLANK = " "  # what a text becomes of which nothing is left, for models embed no empty content
+
+_ID = re.compile(r"(0|[1-9][0-9]{0,2}):(0|[1-9][0-9]{0,6})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the 16 test tasks; its name is "MSCOCO t0"."""
+
+    data_set: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data_set} t{self.number}"
+
+    @property
+    def data_set_id(self) -> int:
+        return DATA_SETS.index(self.data_set)
+
+    @property
+    def k(self) -> int:
+        """Depth of the hit rate that counts."""
+        return 10 if self.data_set in ("Fashion200K", "FashionIQ") else 5
+
+    @property
+    def key(self) -> Key:
+        return (self.data_set_id, *TASKS[self.number])
+
+    def files(self, data: Path) -> dict[Literal["queries", "judgements", "pool"], Path]:
+        stem = f"mbeir_{self.data_set.lower()}_task{self.number}"
+        pool = f"{stem}_test_cand_pool" if self.data_set == "MSCOCO" else f"{stem}_cand_pool"
+        return {
+            "queries": data / "query" / "test" / f"{stem}_test.jsonl",
+            "judgements": data / "qrels" / "test" / f"{stem}_test_qrels.txt",
+            "pool": data / "cand_pool" / "local" / f"{pool}.jsonl",
+        }
+
+
+ALL = tuple(
+    Task(data_set, number)
+    for data_set, number in (
+        *(("VisualNews", 0), ("MSCOCO", 0), ("Fashion200K", 0), ("WebQA", 1), ("EDIS", 2), ("WebQA", 2)),
+        *(("VisualNews", 3), ("MSCOCO", 3), ("Fashion200K", 3), ("NIGHTS", 4), ("OVEN", 6), ("InfoSeek", 6)),
+        *(("FashionIQ", 7), ("CIRR", 7), ("OVEN", 8), ("InfoSeek", 8)),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a query file; the text is as it stands there, the image a path that can be opened from here.
+
+    With an ``error`` neither can be used.
+    """
+
+    id: str
+    text: str
+    image: str | None
+    positives: tuple[str, ...]
+    where: str
+    error: DataError | None = None
+
+
+def instructions_file(data: Path) -> Path:
+    return data / "instructions" / "query_instructions.tsv"
+
+
+def task_id(query: str, candidate: str) -> int:
+    """The number of the task that asks for candidates of one modality with queries of another; DataError if none."""
+    for number, modalities in TASKS.items():
+        if modalities == (query, candidate):
+            return number
+    raise DataError(f"no task of M-BEIR has queries of modality {query!r} and candidates of modality {candidate!r}")
+
+
+def format_string(text: str | None) -> str:
+    """A text as the benchmark puts it: no outer blanks or quotes, a large first letter, a full stop at the end."""
+    text = (text or "").replace("\r", "").strip().strip('"')
+    if text:
+        text = text[0].upper() + text[1:]
+        if text[-1] not in ".?!":
+            text += "."
+    return text
+
+
+def number_of(id: str) -> int:
+    """The int64 of "d:n": d * 10,000,000 + n; a ValueError if it is no such id."""
+    match = _ID.fullmatch(id)
+    if not match:
+        raise ValueError(f"{id!r} is no id of M-BEIR")
+    return int(match[1]) * NUMBERS + int(match[2])
+
+
+def data_set_of(id: str) -> int:
+    return number_of(id) // NUMBERS
+
+
+# ── pools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_pool(data: Path, task: Task, left_out: LeftOut | None = None) -> LinePool:
+    """The local pool of a task, every line checked.
+
+    Args:
+        left_out: See :class:`LinePool`.
+    Raises:
+        DataError: If the file cannot be read, a line is malformed, of another modality than the task's candidates or
+            without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
+    """
+
+    def read(row: Row, where: str) -> Content:
+        modality = modality_of(row, "modality", TASKS[task.number][1], where)
+        text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
+        content = Content(format_string(text), (image,) if image else ())
+        return Content(BLANK) if content.empty else content
+
+    return LinePool(
+        task.files(data)["pool"],
+        f"the pool of {task.name}",
+        lambda row, where: checked_id(row, "did", where),
+        read,
+        form=FORM,
+        numbers=_numbers,
+        left_out=left_out,
+    )
+
+
+def _numbers(ids: np.ndarray) -> np.ndarray:
+    return np.fromiter((number_of(id.decode()) for id in ids), dtype=np.int64, count=len(ids))
+
+
+# ── queries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_queries(data: Path, task: Task, left_out: LeftOut) -> list[Line]:
+    """The queries of a task in the order of their numbers, whatever that of the lines.
+
+    Args:
+        left_out: Whether a line may lack what its modality names, or have a text or image path that cannot be used.
+    Raises:
+        DataError: If the file cannot be read, an id occurs twice, or a line is malformed, belongs to another task,
+            or has no positive.
+    """
+    path = task.files(data)["queries"]
+    lines: dict[str, Line] = {}
+    for row, where in objects(path):
+        text = image = error = None
+        try:
+            modality = modality_of(row, "query_modality", TASKS[task.number][0], where)
+            text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), data, where)
+        except DataError as found:
+            left_out.check(found)
+            error = found
+        line = Line(checked_id(row, "qid", where), text or "", image, positives_of(row, where), where, error)
+        if row.get("task_id", task.number) != task.number:
+            raise DataError(f"{where}: 'task_id' is {row['task_id']!r:.60}, in a file of task {task.number}")
+        if line.id in lines:
+            raise DataError(f"{where}: the query {line.id!r} is also at {lines[line.id].where}; ids must be unique")
+        lines[line.id] = line
+    if not lines:
+        raise DataError(f"{path}: the file holds no query")
+    return [lines[id] for id in sorted(lines, key=number_of)]
+
+
+def positives_of(row: Row, where: str) -> tuple[str, ...]:
+    """The ids of a query's positives; the list holds ids or objects with one."""
+    given = row.get("pos_cand_list")
+    if not isinstance(given, list) or not given:
+        raise DataError(f"{where}: 'pos_cand_list' must be a list of at least one candidate, not {given!r:.60}")
+    return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
+
+
+def modality_of(row: Row, key: str, wanted: str, where: str) -> str:
+    """The modality of a line, which must be ``wanted``."""
+    modality = row.get(key)
+    if modality not in MODALITIES:
+        raise DataError(f"{where}: unknown {key} {modality!r:.60}; known are {', '.join(map(repr, MODALITIES))}")
+    if modality != wanted:
+        raise DataError(f"{where}: {key} is {modality!r}, in a file where it must be {wanted!r}")
+    return modality
+
+
+def sides_of(
+    row: Row, modality: str, keys: tuple[str, str, str], data: Path, where: str
+) -> tuple[str | None, str | None]:
+    """Text and image of a line; what its modality names must be there, anything else must not."""
+    text, image = text_of(row, keys[1], where), image_of(row, keys[2], data, where)
+    named = modality.split(",")
+    for kind, key, there, needed in (
+        ("text", keys[1], bool(text and text.strip()), text is None),
+        ("image", keys[2], image is not None, image is None),
+    ):
+        if (kind in named and needed) or (kind not in named and there):
+            said = "is missing" if needed else "is there"
+            raise DataError(f"{where}: {key!r} {said}, but {keys[0]!r} is {modality!r}; repair one of them")
+    return (text if "text" in named else None), image
+
+
+def checked_id(row: Row, key: str, where: str) -> str:
+    """An id of the benchmark's form; a DataError if it is another."""
+    value = id_of(row, key, where)
+    if not _ID.fullmatch(value):
+        raise DataError(f'{where}: {key!r} must be two numbers such as "9:1234", the second below 10^7, not {value!r}')
+    return value
+
+
+# ── instructions and judgements ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
+    """The prompts for each data set and pair of modalities; the first line is a header.
+
+    Raises:
+        DataError: If the file cannot be read, or a line has no prompt, an unknown modality, a data set that is no
+            number, or a key that was there before.
+    """
+    prompts: dict[Key, tuple[str, ...]] = {}
+    for number, line in _text_lines(path):
+        where, cells = f"{path}:{number}", [cell.strip() for cell in line.split("\t")]
+        if number == 1:
+            if len(cells) > 3 and cells[3].isdigit():
+                raise DataError(f"{where}: the first line must be a header, with the names of the columns")
+            continue
+        given = tuple(cell for cell in cells[4:] if cell)
+        if not given:
+            raise DataError(f"{where}: no prompt; columns are query_modality, cand_modality, dataset_name, dataset_id, "
+                            "prompt_1 …, separated by tabs")  # fmt: skip
+        for cell in cells[:2]:
+            if cell not in MODALITIES:
+                raise DataError(f"{where}: unknown modality {cell!r}; known are {', '.join(map(repr, MODALITIES))}")
+        if not re.fullmatch("[0-9]{1,3}", cells[3], re.ASCII):
+            raise DataError(f"{where}: dataset_id must be a number, not {cells[3]!r}")
+        key = (int(cells[3]), cells[0], cells[1])
+        if key in prompts:
+            raise DataError(f"{where}: a second line for data set {key[0]}, {key[1]} to {key[2]}; keep one")
+        prompts[key] = given
+    return prompts
+
+
+def choose(count: int, query: str, seed: int) -> int:
+    """Which of ``count`` prompts a query gets: a function of seed and query alone."""
+    return hash_of(seed, "prompt", query) % count
+
+
+def hash_of(seed: int, purpose: str, id: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {id}".encode()).digest()[:8], "big")
+
+
+def with_prompt(prompt: str, text: str) -> str:
+    return format_string(f"{format_string(prompt)} {text}")
+
+
+def read_judgements(path: Path, task: Task) -> dict[str, dict[str, int]]:
+    """Query -> candidate -> grade of the five columns ``query 0 candidate grade task``; a line twice counts once.
+
+    Raises:
+        DataError: If the file cannot be read, or a line has other columns, an id or grade that is none, another task,
+            or another grade than an earlier line has.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in _text_lines(path):
+        where, cells = f"{path}:{number}", line.split()
+        if len(cells) != 5:
+            raise DataError(f"{where}: {len(cells)} columns; a line has query, 0, candidate, grade and task")
+        query, _, candidate, grade, of_task = cells
+        for id in (query, candidate):
+            if not _ID.fullmatch(id):
+                raise DataError(f'{where}: an id must be two numbers such as "9:1234", not {id!r}')
+        if not re.fullmatch("-?[0-9]{1,9}", grade, re.ASCII):
+            raise DataError(f"{where}: the grade must be a whole number, not {grade!r}")
+        if of_task != str(task.number):
+            raise DataError(f"{where}: task {of_task!r}, in a file of task {task.number}")
+        if qrels.setdefault(query, {}).setdefault(candidate, int(grade)) != int(grade):
+            raise DataError(f"{where}: {candidate!r} has another grade for {query!r} before; keep one of them")
+    return qrels
+
+
+def _text_lines(path: Path) -> list[tuple[int, str]]:
+    """Numbers and texts of the lines that are not blank."""
+    lines = []
+    for _, line, number in raw_lines(path):
+        try:
+            lines.append((number, line.decode("utf-8-sig").rstrip("\r\n")))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
+    return lines
+
+
+def as_queries(
+    lines: Sequence[Line],
+    judgements: Mapping[str, Mapping[str, int]],
+    prompts: Sequence[str],
+    seed: int | None,
+) -> tuple[list[Query], list[int]]:
+    """Queries with their prompt in front, and how often each prompt was taken.
+
+    Args:
+        seed: Of the choice of prompts; None: always the first.
+    Raises:
+        DataError: If nothing is judged relevant for a query; names its line.
+    """
+    queries, taken = [], [0] * len(prompts)
+    for line in lines:
+        grades = judgements.get(line.id, {})
+        if not any(grade > 0 for grade in grades.values()):
+            raise DataError(f"{line.where}: nothing is judged relevant for the query {line.id!r}; add a judgement")
+        chosen = 0 if seed is None else choose(len(prompts), line.id, seed)
+        taken[chosen] += 1
+        content = Content(with_prompt(prompts[chosen], line.text), (line.image,) if line.image else ())
+        queries.append(Query(line.id, content, grades, line.where, line.error))
+    return queries, taken

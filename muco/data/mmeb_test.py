@@ -1,0 +1,423 @@
+"""MMEB on disk: its 36 data sets, and rows of both published layouts as the same queries and candidates.
+
+========= ================================================ ===========================================================
+layout    files and columns                                images
+========= ================================================ ===========================================================
+v1        ``<data>/<name>/test-*.parquet``:                ``<data>/eval_images/<path>``
+          qry_text, qry_img_path, tgt_text, tgt_img_path
+split     ``<data>/<name>/…test….parquet``:                ``<data>/image-tasks/<path>``
+          the same four, qry_inst and tgt_inst
+========= ================================================ ===========================================================
+
+Every row is a query with its own list of candidates, of which the first is right. In v1 the texts hold everything; in
+the split layout the instructions stand apart and are put in front again, which gives the text of v1. A content is then
+that text without ``<|image_1|>``, and the image: models put an image and a newline in front of a text by themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from muco.data.left_out import LeftOut
+from muco.data.lines import TOKEN, without_token
+from muco.dialogue import Content
+from muco.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Meta = Literal["classification", "vqa", "retrieval", "grounding"]
+Group = Literal["cls", "qa", "i2t", "t2i", "i2i"]  # how rows of the split layout are put together
+Layout = Literal["v1", "split"]
+Pair = tuple[str, str]  # text as in v1, image path; "" where there is none
+
+METAS: tuple[Meta, ...] = ("classification", "vqa", "retrieval", "grounding")
+COLUMNS = {
+    "v1": ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"),
+    "split": ("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "tgt_text", "tgt_img_path"),
+}
+IMAGES = {"v1": "eval_images", "split": "image-tasks"}
+BLANK = Content(" ")  # what an empty candidate becomes, for models embed no empty content
+ROWS = 1000  # queries of every published data set
+
+_TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of the 36.
+
+    Args:
+        name: Of its folder.
+        in_distribution: Whether the benchmark's training data has a part of it.
+        query_end, target_end: What the texts of v1 end with, where they are more than a bare answer or caption.
+    """
+
+    name: str
+    meta: Meta
+    in_distribution: bool
+    group: Group
+    query_end: str = "\n"
+    target_end: str = "\n"
+
+    @property
+    def finds_images(self) -> bool:
+        return self.group in ("t2i", "i2i")
+
+
+DATA_SETS = (
+    DataSet("ImageNet-1K", "classification", True, "cls"),
+    DataSet("N24News", "classification", True, "cls"),
+    DataSet("HatefulMemes", "classification", True, "cls"),
+    DataSet("VOC2007", "classification", True, "cls"),
+    DataSet("SUN397", "classification", True, "cls"),
+    DataSet("Place365", "classification", False, "cls"),
+    DataSet("ImageNet-A", "classification", False, "cls"),
+    DataSet("ImageNet-R", "classification", False, "cls"),
+    DataSet("ObjectNet", "classification", False, "cls"),
+    DataSet("Country211", "classification", False, "cls"),
+    DataSet("OK-VQA", "vqa", True, "qa"),
+    DataSet("A-OKVQA", "vqa", True, "qa"),
+    DataSet("DocVQA", "vqa", True, "qa"),
+    DataSet("InfographicsVQA", "vqa", True, "qa"),
+    DataSet("ChartQA", "vqa", True, "qa"),
+    DataSet("Visual7W", "vqa", True, "qa"),
+    DataSet("ScienceQA", "vqa", False, "qa"),
+    DataSet("VizWiz", "vqa", False, "qa"),
+    DataSet("GQA", "vqa", False, "qa"),
+    DataSet("TextVQA", "vqa", False, "qa"),
+    DataSet("VisDial", "retrieval", True, "t2i", query_end="\n\n"),
+    DataSet("CIRR", "retrieval", True, "i2i"),
+    DataSet("VisualNews_t2i", "retrieval", True, "t2i"),
+    DataSet("VisualNews_i2t", "retrieval", True, "i2t"),
+    DataSet("MSCOCO_t2i", "retrieval", True, "t2i"),
+    DataSet("MSCOCO_i2t", "retrieval", True, "i2t"),
+    DataSet("NIGHTS", "retrieval", True, "i2i"),
+    DataSet("WebQA", "retrieval", True, "t2i"),
+    DataSet("OVEN", "retrieval", False, "i2i"),
+    DataSet("FashionIQ", "retrieval", False, "i2i"),
+    DataSet("EDIS", "retrieval", False, "t2i"),
+    DataSet("Wiki-SS-NQ", "retrieval", False, "t2i"),
+    DataSet("MSCOCO", "grounding", True, "i2i", target_end=""),
+    DataSet("RefCOCO", "grounding", False, "i2i", target_end=""),
+    DataSet("RefCOCO-Matching", "grounding", False, "i2i"),
+    DataSet("Visual7W-Pointing", "grounding", False, "i2i", target_end=""),
+)
+NAMES = tuple(data_set.name for data_set in DATA_SETS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a data set.
+
+    Args:
+        files: In the order of their names; row numbers count through all of them.
+        root: What names of files in errors are relative to.
+        images: The folder of its images.
+    """
+
+    data_set: DataSet
+    layout: Layout
+    files: tuple[Path, ...]
+    rows: int
+    root: Path
+    images: Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a data set.
+
+    Args:
+        number: From 0 through all files.
+        where: For errors.
+        candidates: What is right comes first. In place of a content that cannot be used its error.
+        names: By which the official code tells candidates apart, see :func:`official_name`.
+    """
+
+    number: int
+    where: str
+    query: Content | DataError
+    candidates: tuple[Content | DataError, ...]
+    names: tuple[str, ...]
+
+
+def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """Looks for data sets below a folder.
+
+    Returns:
+        The files of each that is there, in the order of the benchmark, and for each that is not what was expected.
+    Raises:
+        DataError: If there is no such folder.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder; it must hold one folder per MMEB data set")
+    found, missing = {}, {}
+    for name in (name for name in NAMES if name in names):
+        folder = data / name
+        files = [p for p in folder.rglob("*.parquet") if _TEST.search(p.relative_to(folder).as_posix())]
+        if files:
+            found[name] = sorted(files, key=lambda p: p.as_posix())
+        else:
+            missing[name] = str(folder / "test-*.parquet")
+    return found, missing
+
+
+def open_source(data: Path, name: str, files: Sequence[Path], images: Path | None = None) -> Source:
+    """A data set of those files below ``data``, its layout recognised by their columns.
+
+    Args:
+        images: The folder of all images, where it is not the usual one of the layout.
+    Raises:
+        DataError: If a file cannot be read, a column is missing, or there is no folder of images.
+    """
+    data_set = next(data_set for data_set in DATA_SETS if data_set.name == name)
+    layouts, rows = [], 0
+    for file in files:
+        columns, count = _header(file)
+        layouts.append(_layout(file, columns))
+        rows += count
+    if len(set(layouts)) > 1:
+        raise DataError(f"{data / name}: files of both layouts, {files[0].name} is {layouts[0]}; keep one")
+    if not rows:
+        raise DataError(f"{files[0]}: the file has no rows")
+    folder = Path(images) if images is not None else data / IMAGES[layouts[0]]
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images of {name}, or name another folder")
+    return Source(data_set, layouts[0], tuple(files), rows, data, folder)
+
+
+def _header(file: Path) -> tuple[list[str], int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as opened:
+            return opened.schema_arrow.names, opened.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({_reason(error)}); download it again") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _layout(file: Path, names: Sequence[str]) -> Layout:
+    """The layout by the columns: whatever speaks of an instruction is the split one, even if it is misspelt."""
+    layout: Layout = "split" if any("inst" in name for name in names) else "v1"
+    expected = COLUMNS[layout]
+    for column in expected:
+        if names.count(column) == 1:
+            continue
+        if column in names:
+            raise DataError(f"{file}: the column {column!r} is there {names.count(column)} times; keep one")
+        near = difflib.get_close_matches(column, [name for name in names if name not in expected], n=1)
+        hint = f"; is it {near[0]!r}?" if near else "."
+        raise DataError(f"{file}: no column {column!r}{hint} Expected {', '.join(expected)}; found {', '.join(names)}")
+    return layout
+
+
+def read_questions(
+    source: Source, chosen: Collection[int] | None = None, left_out: LeftOut | None = None
+) -> Iterator[Question]:
+    """The rows of a data set in order, or those whose numbers are ``chosen``.
+
+    Args:
+        left_out: Whether a query or candidate may have a text that is not UTF-8 or an image outside of the folder of
+            images, and a query or ground truth be empty.
+    Raises:
+        DataError: If a row cannot be read, names no list of at least two candidates with a text and a path each, or
+            has a content that cannot be used and may not be left out; names file and row.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    content = functools.cache(functools.partial(_content, source.images))  # lists of one set hold the same candidates
+
+    def usable(where: str, said: str, *pair: str) -> Content | DataError:
+        try:
+            found = content(*pair)
+            if found is BLANK and said:
+                raise DataError(said)
+            return found
+        except DataError as error:
+            named = DataError(f"{where}: {error}")
+            left_out.check(named)
+            return named
+
+    for number, where, record in _records(source, chosen, left_out):
+        try:
+            query, pairs = _pairs(record, source)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        right, *wrong = pairs
+        yield Question(
+            number,
+            where,
+            usable(where, "the query is empty, it has neither text nor an image", *query),
+            (
+                usable(where, "the ground truth, the first candidate, is empty", *right),
+                *(usable(where, "", *pair) for pair in wrong),
+            ),
+            tuple(official_name(source.data_set, *pair) for pair in pairs),
+        )
+
+
+def official_name(data_set: DataSet, text: str, path: str) -> str:
+    """What the paper's evaluation code tells a candidate by; of candidates with one name it embeds the first.
+
+    Args:
+        text, path: The candidate as in v1.
+    Source: ``generate_cand_dataset`` of that code (arXiv 2602.06393); the instruction, which it has not in the name, is
+        the same for all candidates of a data set.
+    """
+    if not data_set.finds_images:
+        return text
+    caption = text.removesuffix(data_set.target_end).strip('"')
+    return path if data_set.group == "t2i" else f"{path}:{caption}"
+
+
+def _records(
+    source: Source, chosen: Collection[int] | None, left_out: LeftOut
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = 0  # number of the file's first row
+    for file in source.files:
+        shown, row = file.relative_to(source.root).as_posix(), 0
+        try:
+            with pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(16, columns=list(COLUMNS[source.layout])):
+                    for record in (batch.slice(i, 1) for i in range(len(batch))):
+                        if chosen is None or first + row in chosen:
+                            where = f"{shown} row {row}"
+                            yield first + row, where, _plain(record, where, left_out)
+                        row += 1
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{shown}: broken after row {row} ({_reason(error)}); download it again") from error
+        first += row
+
+
+def _plain(record: pa.RecordBatch, where: str, left_out: LeftOut) -> dict[str, Any]:
+    try:
+        return record.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        left_out.check(DataError(f"{where}: a text is not UTF-8 ({error.reason}); repair the file"))
+        columns = zip(record.schema.names, record.columns, strict=True)
+        return {name: _decoded(column.cast(_bytes(column.type)).to_pylist()[0]) for name, column in columns}
+
+
+def _bytes(type: pa.DataType) -> pa.DataType:
+    """The type of the same values as bytes, which are not checked."""
+    import pyarrow as pa
+
+    if pa.types.is_list(type) or pa.types.is_large_list(type):
+        return pa.list_(_bytes(type.value_type))
+    return pa.binary() if pa.types.is_string(type) or pa.types.is_large_string(type) else type
+
+
+def _decoded(value: Any) -> Any:
+    """Text whose bytes are not UTF-8 has half characters in their place, and is found by them."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+# ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _pairs(record: Mapping[str, Any], source: Source) -> tuple[Pair, list[Pair]]:
+    """The query and its candidates, (text of v1, image path)."""
+    paths = _strings(record, "tgt_img_path", may_be_null=True)
+    # Some files have the single string "" where no candidate has a text.
+    texts = [""] * len(paths) if record["tgt_text"] == "" else _strings(record, "tgt_text")
+    if len(texts) != len(paths):
+        raise DataError(
+            f"'tgt_text' holds {len(texts)} candidates and 'tgt_img_path' {len(paths)}; each needs a text and a path"
+        )
+    if len(texts) < 2:
+        raise DataError(f"the number of candidates is {len(texts)}; a query chooses from at least 2")
+    if source.layout == "v1":
+        text = _string(record, "qry_text")
+    else:
+        data_set, instruction = source.data_set, _string(record, "tgt_inst", may_be_null=True)
+        text = query_text(data_set, *(_string(record, name, may_be_null=True) for name in ("qry_inst", "qry_text")))
+        texts = [candidate_text(data_set, instruction, own) for own in texts]
+    return (text, _string(record, "qry_img_path", may_be_null=True)), list(zip(texts, paths, strict=True))
+
+
+def query_text(data_set: DataSet, instruction: str, text: str) -> str:
+    """The query's text in v1, from the two columns of the split layout.
+
+    A text after an image loses blanks before its inner newlines, as in the published evaluation; and whatever newlines
+    the columns end with, the result ends as v1 does.
+    """
+    if data_set.group == "t2i":
+        return _joined(instruction.rstrip(), text).rstrip("\n") + data_set.query_end
+    return _after_image(instruction, text) + data_set.query_end
+
+
+def candidate_text(data_set: DataSet, instruction: str, text: str) -> str:
+    """A candidate's text in v1: bare, or its image's instruction and caption."""
+    if not data_set.finds_images:
+        return text
+    return _after_image(instruction, text if text.strip() else "") + data_set.target_end
+
+
+def _after_image(instruction: str, text: str) -> str:
+    body = _joined(instruction.replace(TOKEN, "").strip(), text)
+    return f"{TOKEN}\n" + body.replace(" \n", "\n").rstrip("\n")
+
+
+def _joined(instruction: str, text: str) -> str:
+    return " ".join(part for part in (instruction, text) if part)
+
+
+def _string(record: Mapping[str, Any], column: str, *, may_be_null: bool = False) -> str:
+    value = record[column]
+    if value is None and may_be_null:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{column!r} must be a string, not {_type(value)}")
+    return value
+
+
+def _strings(record: Mapping[str, Any], column: str, *, may_be_null: bool = False) -> list[str]:
+    values = record[column]
+    if not isinstance(values, list):
+        raise DataError(f"{column!r} must be a list of strings, one per candidate, not {_type(values)}")
+    for place, value in enumerate(values):
+        if not isinstance(value, str) and not (value is None and may_be_null):
+            raise DataError(f"candidate {place} in {column!r} must be a string, not {_type(value)}")
+    return [value or "" for value in values]
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+# ── a pair as content ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _content(folder: Path, text: str, path: str) -> Content:
+    image = _image(folder, path) if path else None
+    text = without_token(text, has_image=image is not None)
+    return Content(text, (image,)) if image is not None else Content(text) if text else BLANK
+
+
+def _image(folder: Path, path: str) -> Path:
+    # Backslashes too: on Windows they separate, and no published path has any.
+    if (
+        "\0" in path
+        or PurePosixPath(path).is_absolute()
+        or Path(path).is_absolute()
+        or ".." in re.split(r"[/\\]", path)
+    ):
+        raise DataError(f"the image path {path!r} leaves the folder of images {folder}; give a path inside of it")
+    return folder / path

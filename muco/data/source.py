@@ -1,0 +1,20 @@
+"""What training and evaluation ask of data."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from muco.dialogue import Sample
+
+
+class Data(Protocol):
+    """What every source offers, and all that training and evaluation ask of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) that tells one state of the data from another, see :mod:`muco.data.fingerprint`."""
+        ...

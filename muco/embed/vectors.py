@@ -1,0 +1,104 @@
+"""Rows of images and texts become vectors, in bounded memory."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from muco.data.items import Row
+from muco.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+DECODERS = 4  # threads that open images while the model encodes
+
+ROW_BYTES = 1 << 30  # opened images of one row
+
+DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
+
+Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
+
+
+def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
+    """The rows in order, their images opened by threads up to ``ahead`` rows before they are asked for.
+
+    Fewer, down to one per thread, where as many images of the largest size so far would take over DECODED_BYTES.
+    """
+    window: deque[Future[Row]] = deque()
+    allowed, largest = DECODERS, 0
+    with ThreadPoolExecutor(DECODERS) as pool:
+        try:
+            for row in rows:
+                window.append(pool.submit(_open, row))
+                while len(window) > allowed:
+                    opened = window.popleft().result()
+                    largest = max(largest, opened.decoded_bytes)
+                    if largest:
+                        allowed = max(DECODERS, min(ahead, DECODED_BYTES // largest))
+                    yield opened
+            while window:
+                yield window.popleft().result()
+        finally:
+            for future in window:
+                future.cancel()
+
+
+def _open(row: Row) -> Row:
+    from muco.images import open_image
+
+    if not row.images:
+        return row
+    opened = replace(row, images=())
+    try:
+        for image in row.images:
+            opened = replace(opened, images=(*opened.images, open_image(image)))
+            if opened.decoded_bytes > ROW_BYTES:
+                raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; give fewer or smaller ones")
+    except DataError as error:
+        return replace(row, images=(), error=str(error))
+    return opened
+
+
+def in_batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
+    """Rows with opened images, as many at a time as pass together: fewer where their images are large."""
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == batch_size or sum(row.decoded_bytes for row in batch) > DECODED_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def encode_rows(encode: Encode, rows: list[Row]) -> list[Row]:
+    """Each row with its vector or its error, without its image; those that have an error already are not encoded."""
+    results = iter(_encode(encode, [row for row in rows if row.error is None]))
+    encoded = []
+    for row in rows:
+        result = next(results) if row.error is None else row.error
+        outcome = {"error": result} if isinstance(result, str) else {"vector": result}
+        encoded.append(replace(row, images=(), **outcome))
+    return encoded
+
+
+def _encode(encode: Encode, rows: list[Row]) -> list[np.ndarray | str]:
+    """A vector or a reason per row. One bad row must not cost its neighbours: its batch is then taken one by one."""
+    import numpy as np
+
+    if not rows:
+        return []
+    contents = [row.content for row in rows]
+    try:
+        vectors = encode(contents, batch_size=len(rows))
+    except DataError as error:
+        if len(rows) > 1:
+            return [_encode(encode, [row])[0] for row in rows]
+        return [re.sub(r"^input 0( turn 1)?: ", "", str(error))]  # the place in this call says nothing to the user
+    return [vector if np.isfinite(vector).all() else "the model's vector is not finite" for vector in vectors]

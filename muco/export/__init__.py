@@ -1,0 +1,5 @@
+"""Writes a model for others, and checks that plain transformers gives the same vectors."""
+
+from muco.export.export import export
+
+__all__ = ["export"]

@@ -1,0 +1,239 @@
+"""A model made ready for others: a folder for the sentence-transformers library, or one for vLLM.
+
+::
+
+    source ─load, cast─▶ model ─write─▶ DIR.part ─plain transformers─▶ vectors ─equal to the model's?─▶ DIR ─▶ hub
+
+A folder gets its name only when it gives the model's vectors (:mod:`muco.export.parity`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from muco.backbone import cast_weights, merge_adapters
+from muco.base.files import claimed, read_json, writing
+from muco.errors import CheckpointError, MucoError, OutputError
+from muco.export.card import ADAPTER, Format, _write_card
+from muco.export.parity import TOLERANCES, Parity, compare, examples, stock_vectors
+from muco.model import Model, from_backbone, load
+from muco.processor import Processor, first_line
+from muco.training.checkpoint import RUN_FILE, WEIGHTS_FILE, load_trained
+
+if TYPE_CHECKING:
+    from muco.training.recipe import Recipe
+
+INNER, WHOLE = "base_model.model.", "base_model.model.model."  # PEFT's names: of the inner model, within the whole one
+
+
+def export(
+    source: str,
+    output: Path,
+    *,
+    format: Format = "sentence-transformers",
+    adapters: Literal["merged", "separate"] = "merged",
+    dtype: str | None = None,
+    push: str | None = None,
+) -> dict[str, Any]:
+    """Writes a model for others and checks that its vectors are the same there.
+
+    Args:
+        source: A trained model or a hub id; or a checkpoint of a run (``RUN/checkpoints/checkpoint-N``), which still
+            has its adapters.
+        output: A folder that does not exist yet. It appears when the check has passed; otherwise what was written
+            stays beside it as ``NAME.part``.
+        format: "sentence-transformers" for the stock library, "vllm" for vLLM's server.
+        adapters: "merged" into the weights, or "separate" in the folder ``adapter``, in PEFT's form.
+        dtype: "float32", "bfloat16" or "float16"; as the source is if None, for a checkpoint as its run saves
+            (``model.save_dtype``). Adapters are folded in float32, then all is rounded once; separate ones are float32.
+        push: A repository on the Hugging Face hub, NAMESPACE/NAME, made private if it is new.
+    Returns:
+        ``ok`` and what was measured; ``output`` or, where the check failed, ``part``; ``url`` if pushed.
+    Raises:
+        OutputError: If ``output`` exists, cannot be written, or another process writes it.
+        CheckpointError: If the source cannot be loaded, or has no adapters to keep separate.
+        MucoError: If there is no token to push with, or the hub refuses.
+    """
+    _check_choice("format", format, get_args(Format))
+    _check_choice("adapters", adapters, ("merged", "separate"))
+    _check_choice("dtype", dtype, (None, *TOLERANCES))
+    with claimed(output, beside=True):
+        if output.exists():
+            raise OutputError(f"{output} already exists; choose another folder or delete it")
+        if push is not None:
+            _check_push(push)
+        model, recipe, own_dtype = _load(source)
+        if adapters == "separate":
+            _check_separable(source, model, format)
+        before = _vectors(model)
+        changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=adapters == "separate")
+        expected = _vectors(model) if changed else before
+        part = output.with_name(f"{output.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(part):
+            part.mkdir(parents=True)
+            _write(model, part, format, separate=adapters == "separate")
+            _write_card(part, source, format, model, recipe, separate=adapters == "separate")
+        parity = _check(part, expected, model, format, separate=adapters == "separate")
+        found = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
+        if changed:
+            found["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
+        if not parity.ok:
+            return found | {"part": str(part)}
+        os.replace(part, output)
+        return found | {"output": str(output)} | ({"url": _push(output, push)} if push else {})
+
+
+def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
+    if value not in accepted:
+        raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
+
+
+def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
+    """The model, the recipe where a run made it, and the precision in which it is saved if no other is asked for."""
+    from muco.training.recipe import from_dict, load_recipe
+
+    folder = Path(source)
+    if not (folder / WEIGHTS_FILE).is_file():
+        recipe, model = folder / "recipe.yaml", load(source, device="cpu")
+        return model, load_recipe(recipe) if recipe.is_file() else None, model.encoder.model.dtype
+    from muco.data import open_data
+    from muco.training.build import build_model, saved_dtype
+
+    run = folder.parent.parent / RUN_FILE
+    if not run.is_file():
+        raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
+    values = read_json(run)["recipe"] | {"output": str(run.parent)}
+    made_by = from_dict(values)
+    trained_on = made_by.data.train if made_by.model.tiny else ()  # a tiny model's tokenizer is made from its data
+    model = build_model(made_by, [open_data(data.path, data.format, data.options) for data in trained_on])
+    load_trained(model, folder)
+    own_dtype = saved_dtype(made_by, model.encoder.model)
+    if made_by.model.adapter is None:  # trained weights are held in float32, and frozen ones as they were
+        cast_weights(model.encoder.model, own_dtype)
+    return model.to("cpu").eval(), made_by, own_dtype
+
+
+def _check_separable(source: str, model: Model, format: Format) -> None:
+    backbone = model.encoder.model
+    if not hasattr(backbone, "peft_config"):
+        raise CheckpointError(
+            f"{source} has no adapters of its own (a finished model has them folded in); give a checkpoint of its run, "
+            "RUN/checkpoints/checkpoint-N, or leave --adapters at merged"
+        )
+    if format == "vllm" and backbone.peft_config["default"].use_dora:
+        raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
+
+
+def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
+    """Casts all weights, adapters folded in before; those that stay separate remain float32. Tells if any changed."""
+    backbone = model.encoder.model
+    adapted = hasattr(backbone, "peft_config")
+    weights = [p for p in backbone.parameters() if not (adapted and p.requires_grad)]  # without those of adapters
+    if all(weight.dtype == dtype for weight in weights):
+        return False
+    if not separate:
+        model.encoder.model = merge_adapters(backbone, dtype)
+        return True
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    return True
+
+
+def _vectors(model: Model) -> dict[str, Any]:
+    inputs = examples()
+    return dict(zip(inputs, model.encode([*inputs.values()], truncate_dim=None), strict=True))
+
+
+def _write(model: Model, folder: Path, format: Format, *, separate: bool) -> None:
+    processor: Processor = model.encoder.muco_processor
+    adapted = model.encoder.model
+    backbone = _without_adapters(adapted) if separate else merge_adapters(copy.deepcopy(adapted))
+    from_backbone(backbone, processor, device="cpu").save(str(folder), create_model_card=False)
+    if format == "vllm":
+        _write_whole(folder)
+    if separate:
+        _write_adapters(adapted, folder / ADAPTER, whole=format == "vllm")
+
+
+def _without_adapters(adapted: Any) -> nn.Module:
+    """The plain model. Embeddings of trained tokens are in it, for few readers of adapters know of them."""
+    embeddings = merge_adapters(copy.deepcopy(adapted)).get_input_embeddings().weight.data
+    plain = copy.deepcopy(adapted).unload()
+    plain.get_input_embeddings().weight.data = embeddings.clone()
+    return plain
+
+
+def _write_whole(folder: Path) -> None:
+    """Saves the weights again under the names of the ``…ForConditionalGeneration`` class, which vLLM's loaders read.
+
+    An embedding model has no language-model head; the class wants one and takes the input embeddings for it.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    whole = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    whole.save_pretrained(folder)
+
+
+def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    weights = {name: weight for name, weight in get_peft_model_state_dict(adapted).items() if "lora_" in name}
+    if whole:
+        weights = {name.replace(INNER, WHOLE, 1): weight for name, weight in weights.items()}
+    config = copy.deepcopy(adapted.peft_config["default"])
+    config.trainable_token_indices, config.inference_mode, config.base_model_name_or_path = None, True, ".."
+    folder.mkdir()
+    config.save_pretrained(str(folder))
+    save_file({k: w.detach().contiguous() for k, w in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def _check(folder: Path, expected: dict[str, Any], model: Model, format: Format, *, separate: bool) -> Parity:
+    dtype = str(model.encoder.model.dtype).removeprefix("torch.")
+    found = stock_vectors(folder, generation=format == "vllm", adapter=folder / ADAPTER if separate else None)
+    return compare(expected, found, dtype)
+
+
+# Model cards
+
+
+# The hub
+
+
+def _check_push(repository: str) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise MucoError(f"--push {repository!r} is no name of a repository: {first_line(error)}") from error
+    if repository.count("/") != 1:
+        raise MucoError(f"--push {repository!r}: write it as NAMESPACE/NAME")
+    if get_token() is None:
+        raise MucoError("--push needs a token of the Hugging Face hub: set HF_TOKEN or run 'hf auth login'")
+
+
+def _push(folder: Path, repository: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+    except (HfHubHTTPError, OSError) as error:
+        raise MucoError(f"{folder} is written, but the hub did not take it: {first_line(error)}") from error

@@ -1,0 +1,262 @@
+"""Reading images: whatever a user hands in becomes an upright RGB image of sane size, or an ImageError that names it.
+
+Files of strangers are read here, so the order matters: size in bytes, then format and size in pixels from the header,
+and only then the pixels. Nothing is fetched, nothing is guessed, and a truncated file is never filled up with grey.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import os
+import re
+import stat
+import threading
+import time
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from muco.dialogue import ImageLike
+from muco.errors import ImageError
+
+# Raster formats only: none that runs or reads others, and none whose decoder takes much more than the pixels take. JPEG
+# 2000 is left out, as a file of 57 kB and a million pixels can take 1.7 GB (measured, with precincts of two pixels).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+MAX_PIXELS = 89_478_485  # 268 MB as RGB; from here on Pillow warns of decompression bombs
+
+MAX_BYTES = 256 * 2**20
+
+MAX_ASPECT = 200  # the limit of Qwen2-VL's image processor
+
+SMALL_SIDE = 28  # one visual token of Qwen2-VL; an image with a shorter side becomes SMALL_SIZE (docs/paper.md, prompt)
+
+SMALL_SIZE = (56, 56)
+
+SETTLED = 2 * 10**9  # nanoseconds; the times of a file that was written just now may be those of its next version too
+
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+://|(http|https|data|file):)", re.IGNORECASE)  # "C:\x.png" is none
+
+_warning_filters = threading.Lock()  # the filters belong to the process; two threads must not swap them at once
+
+
+def open_image(
+    image: ImageLike,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    small_side: int = SMALL_SIDE,
+    as_stored: bool = False,
+    where: str = "",
+) -> Image.Image:
+    """An upright RGB image of its own (the input is never changed): EXIF orientation applied, transparency onto white.
+
+    Args:
+        image: A path, the bytes of an image file, or a Pillow image. Of an animation the first frame is taken.
+        max_pixels: More pixels than this are refused before they are decoded. Pillow's own limit
+            (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides, so a larger value alone allows no more.
+        small_side: An image with a side under this many pixels is stretched to 56 x 56; 0 leaves it as it is.
+        as_stored: Convert to RGB as Pillow alone does: orientation is ignored, transparency dropped, and pixels of more
+            than 8 bits clipped.
+        where: Names the row ("file:line") in errors.
+    Raises:
+        ImageError: If the image is missing, too large, truncated, broken, of another format or longer than 200 : 1.
+    """
+    name = _name(image, where)
+    opened = image if isinstance(image, Image.Image) else _read_header(read_bytes(image, name), name)
+    _check_size(opened.size, max_pixels, name)
+    try:
+        opened.load()
+        rgb = _as_stored(opened) if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error …
+        raise ImageError(f"{name}: the image is truncated or broken ({_reason(error)}); replace the file") from error
+    if min(rgb.size) < small_side:
+        rgb = rgb.resize(SMALL_SIZE, Image.Resampling.BICUBIC)
+    return rgb
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Endings of the names of files that :func:`open_image` reads (".jpg"), in lower case, as Pillow knows them."""
+    also = ("MPO", "DIB")  # what cameras and Windows call files of JPEG and BMP
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, format in known if format in (*FORMATS, *also))
+
+
+def resize_to_budget(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The image itself if it has at most ``max_pixels`` pixels, else a smaller one of the same aspect.
+
+    The model's own processor makes the final size; this only keeps what data loading workers hold and send small.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels must be at least 1, not {max_pixels}")
+    width, height = image.size
+    if width * height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (width * height))
+    # A thin image may shrink to less than one pixel: then that side stays 1 and the other takes the whole budget.
+    new_width = min(max(1, int(width * scale)), max_pixels)
+    new_height = max(1, min(int(height * scale), max_pixels // new_width))
+    return image.resize((new_width, new_height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def image_digest(image: ImageLike, *, where: str = "") -> str:
+    """What makes an image the same image, everywhere in MuCo: SHA-256 (hex), 64 characters.
+
+    Of a file, or the bytes of one: of these bytes, so a copy under another name is the same image. Of a Pillow image:
+    of its size and RGB pixels as :func:`open_image` gives them; it has no file, and never equals one. Digests of files
+    are remembered as long as size and time of the file stay as they are.
+
+    Raises:
+        ImageError: If the file is missing or too large, or the Pillow image cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        rgb = open_image(image, small_side=0, where=where)
+        digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
+        digest.update(rgb.tobytes())
+        return digest.hexdigest()
+    name = _name(image, where)
+    if isinstance(image, bytes):
+        return hashlib.sha256(read_bytes(image, name)).hexdigest()
+    status = _status(image, name)
+    if time.time_ns() - status.st_mtime_ns < SETTLED:
+        return hashlib.sha256(read_bytes(image, name)).hexdigest()
+    try:
+        return _file_digest(str(image), status.st_ino, status.st_size, status.st_mtime_ns)
+    except ImageError as error:
+        raise ImageError(f"{where}: {error}" if where else str(error)) from error
+
+
+@lru_cache(1 << 14)
+def _file_digest(path: str, *state: int) -> str:
+    return hashlib.sha256(read_bytes(path, path)).hexdigest()
+
+
+def is_url(path: str) -> bool:
+    """True for http:, https:, data:, file: and anything with ``scheme://``. MuCo fetches no images."""
+    return _URL.match(path) is not None
+
+
+def _name(image: ImageLike, where: str) -> str:
+    if isinstance(image, str) and is_url(image):
+        shown = image if len(image) <= 80 else image[:77] + "…"  # a data: URL may be megabytes long
+    elif isinstance(image, (str, Path)):
+        shown = str(image)
+    elif isinstance(image, bytes):
+        shown = "image bytes"
+    else:
+        shown = "Pillow image" if isinstance(image, Image.Image) else "image"
+    return f"{where}: {shown}" if where else shown
+
+
+def read_bytes(image: str | Path | bytes, name: str) -> bytes:
+    """The bytes of an image file, at most ``MAX_BYTES``; nothing says yet whether they are an image."""
+    data = image if isinstance(image, bytes) else _read_file(image, name)
+    if not data:
+        raise ImageError(f"{name}: the image is empty (0 bytes)")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{name}: {len(data):,} bytes; at most {MAX_BYTES:,} are read")
+    return data
+
+
+def _read_file(path: str | Path, name: str) -> bytes:
+    _status(path, name)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _status(path: str | Path, name: str) -> os.stat_result:
+    """Of a file that may be read: no URL, folder or pipe, and not too large."""
+    if not isinstance(path, (str, Path)):
+        raise ImageError(f"{name}: an image must be a path, bytes or a Pillow image, not {type(path).__name__}")
+    if isinstance(path, str) and is_url(path):
+        raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such image file") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte or a lone surrogate in the path
+        raise ImageError(f"{name!r}: cannot be read ({error})") from error
+    if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe that would block for ever
+        raise ImageError(f"{name}: not a file")
+    if status.st_size > MAX_BYTES:
+        raise ImageError(f"{name}: {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+    return status
+
+
+def _read_header(data: bytes, name: str) -> Image.Image:
+    try:
+        with _warning_filters, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name}: too many pixels, perhaps a decompression bomb ({error}); make it smaller") from error
+    except UnidentifiedImageError as error:
+        accepted = ", ".join(FORMATS[:-1]) + " or " + FORMATS[-1]
+        raise ImageError(f"{name}: not an image that can be read; it must be a sound {accepted}") from error
+    except Exception as error:  # as in open_image
+        raise ImageError(f"{name}: the image is truncated or broken ({_reason(error)}); replace the file") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: {width} x {height} has no pixels")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width} x {height} is over the limit of {max_pixels:,} pixels; make it smaller")
+    if max(size) > MAX_ASPECT * min(size):
+        raise ImageError(f"{name}: {width} x {height} is longer than {MAX_ASPECT} : 1; crop it")
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image without metadata. Pillow alone would clip 16-bit and float pixels to white or black."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        rgb = _from_16_bit(image, name).convert("RGB")
+    elif image.mode == "F":
+        rgb = _from_float(image, name).convert("RGB")
+    elif image.has_transparency_data:
+        if image.mode == "La":  # premultiplied grey: Pillow knows no way from it but to LA
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, "white")
+        rgb.paste(rgba, mask=rgba.getchannel("A"))
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(f"{name}: pixels of mode {image.mode} outside 0 … 65535; save it with 8 bits per channel")
+    levels = (values + 128) // 257
+    if isinstance(key := image.info.get("transparency"), int):  # the one grey value that a PNG calls transparent
+        levels[values == key] = 255
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def _from_float(image: Image.Image, name: str) -> Image.Image:
+    values = np.asarray(image)
+    if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused too
+        raise ImageError(f"{name}: float pixels outside 0 … 1; save it with 8 bits per channel")
+    return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

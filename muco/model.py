@@ -1,0 +1,256 @@
+"""The embedding model: load, encode, encode turns, save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import Tensor, nn
+
+from muco.backbone import load_backbone
+from muco.base.files import writing
+from muco.batch import DialogueBatch
+from muco.dialogue import Content, Dialogue, ImageLike, as_images
+from muco.encoder import Encoder, content_of, write_config
+from muco.errors import DataError, MucoError
+from muco.pooling import TurnPooling, shortened
+from muco.processor import Processor
+from muco.sizes import checked_dimension
+from muco.turns import embed_turns
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+TOKEN_BUDGET = 16384  # of a pass of turns
+
+STOCK_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}  # name -> folder
+
+
+class Model(SentenceTransformer):
+    """A universal multimodal embedding model; made by :func:`load` or :func:`from_backbone`."""
+
+    @property
+    def encoder(self) -> Encoder:
+        return self[0]
+
+    def embed(self, batch: DialogueBatch) -> Tensor:
+        """One vector per turn of a batch on the model's device: float32 [turns, dim], L2-normalised, with its graph."""
+        features: dict[str, Any] = dict(batch)
+        for module in self:
+            features = module(features)
+        return features["sentence_embedding"]
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
+        return self.encoder.preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
+
+    def is_singular_input(self, inputs: Any) -> bool:
+        return isinstance(inputs, (str, bytes, Mapping, Content)) or not isinstance(inputs, Iterable)
+
+    def encode(self, inputs: Any, **kwargs: Any) -> Any:
+        """Embeds strings, images (path, bytes, Pillow), mappings with ``text`` and/or ``image``, mixed in one call.
+
+        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``. An input that has
+        more tokens than the model's context is an error; set ``model.max_seq_length`` to have long texts cut.
+
+        Args:
+            inputs: One input, or several: a list, a column of a table, a generator, …
+            kwargs: Those of ``SentenceTransformer.encode``: ``batch_size``, ``show_progress_bar``; ``truncate_dim`` for
+                shorter vectors (Matryoshka), ``precision`` for quantised ones, …
+        Returns:
+            float32 [n, dim] in the order of the inputs, L2-normalised, shortened ones too ([dim] for one input).
+        Raises:
+            DataError: If an input is none of these, is empty, is too long, or its text holds a special token.
+            ImageError: If an image cannot be used.
+            MucoError: If the model's vectors are shorter than ``truncate_dim``.
+        """
+        if self.is_singular_input(inputs):
+            return self.encode([inputs], **kwargs)[0]
+        asked = kwargs.setdefault("truncate_dim", self.truncate_dim)
+        dimension = checked_dimension(asked, self.encoder.get_embedding_dimension())
+        if asked is not None:
+            kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
+        values = [_as_mapping(value, i) for i, value in enumerate(_listed(inputs))]
+        if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
+            return np.zeros((0, dimension), dtype=np.float32)
+        with self._telling_cuts():
+            return super().encode(values, **kwargs)
+
+    @contextmanager
+    def _telling_cuts(self) -> Iterator[None]:
+        """Warns of the texts that were cut within, if any."""
+        before = self.encoder.cut
+        yield
+        cut, self.encoder.cut = self.encoder.cut - before, before
+        if cut:
+            warnings.warn(
+                f"{cut} {'text was' if cut == 1 else 'texts were'} cut at the end, to max_seq_length = "
+                f"{self.max_seq_length} tokens with images and prompt",
+                stacklevel=4,
+            )
+
+    def encode_turns(
+        self, image: Any, queries: Sequence[Any], *, mode: Literal["isolated", "compounded"] = "isolated"
+    ) -> Float[np.ndarray, "k dim"]:
+        """Embeds many queries about one image, which is encoded once.
+
+        Args:
+            image: An image, several, or None.
+            queries: Texts; an empty one is the image itself.
+            mode: "isolated": each vector is the one of a call with this query alone. "compounded": a query also sees
+                the queries before it, as in the paper's training.
+        Returns:
+            float32 [k, dim], L2-normalised.
+        Raises:
+            DataError: If there is no query, or an empty one and no image.
+        """
+        return self._encode_turns([image], [queries], ["encode_turns"], mode, 1, TOKEN_BUDGET)[0]
+
+    def encode_turns_batch(
+        self,
+        images: Sequence[Any],
+        queries: Sequence[Sequence[Any]],
+        *,
+        mode: Literal["isolated", "compounded"] = "isolated",
+        batch_size: int = 8,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[Float[np.ndarray, "k dim"]]:
+        """:meth:`encode_turns` for many images, each with queries of its own, as many as it has.
+
+        In isolated mode the system text and the images pass once and keep their keys and values, which the queries
+        read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
+
+        Args:
+            images: For each dialogue an image, several, or None.
+            queries: For each dialogue its queries, at least one.
+            mode: As for :meth:`encode_turns`.
+            batch_size: Dialogues whose images are in memory at once; does not change the result.
+            token_budget: Most tokens that pass through the model at once, which bounds memory; does not change the
+                result. What one image needs by itself may exceed it.
+        Returns:
+            Per dialogue float32 [k, dim], L2-normalised.
+        Raises:
+            DataError: If a dialogue has no query, or an empty one and no image (named by its place, from 0), or
+                ``images`` and ``queries`` differ in length.
+        """
+        if len(images) != len(queries):
+            raise DataError(f"encode_turns_batch: {len(images)} images but {len(queries)} lists of queries")
+        places = [f"encode_turns_batch: dialogue {number}" for number in range(len(images))]
+        return self._encode_turns(images, queries, places, mode, batch_size, token_budget)
+
+    @torch.inference_mode()
+    def _encode_turns(
+        self, images: Sequence[Any], queries: Sequence[Any], places: Sequence[str], mode: str, size: int, budget: int
+    ) -> list[np.ndarray]:
+        if mode not in ("isolated", "compounded"):
+            raise MucoError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
+        dimension = checked_dimension(self.truncate_dim, self.encoder.get_embedding_dimension())
+        rows = zip(images, queries, places, strict=True)
+        dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]
+        self.eval()
+        vectors: list[Tensor] = []
+        with self._telling_cuts():
+            for start in range(0, len(dialogues), size):
+                vectors += embed_turns(self, dialogues[start : start + size], budget)
+        return [shortened(some, dimension).cpu().numpy() for some in vectors]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a vector changes it."""
+        settings = self.encoder.muco_processor.settings()
+        if self.max_seq_length != self.encoder.muco_processor.max_tokens:
+            settings["max_seq_length"] = self.max_seq_length
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Saves a stock SentenceTransformer folder; see the module's docstring."""
+        with writing(path):
+            super().save(path, *args, **kwargs)
+            _write_stock_modules(Path(path), self.encoder.get_embedding_dimension())
+
+
+def _write_stock_modules(folder: Path, dimension: int) -> None:
+    """Names the modules as every version of the stock library does, and vLLM, which knows the oldest names only."""
+    names = enumerate(STOCK_MODULES.items())
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in names
+    ]
+    others = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+    pooling = {
+        "word_embedding_dimension": dimension,
+        **{f"pooling_mode_{mode}": False for mode in others},
+        "pooling_mode_lasttoken": True,
+        "pooling_mode": "lasttoken",  # the new style
+        "include_prompt": True,  # last: vLLM takes the first true value for the mode
+    }
+    write_config(folder / "modules.json", modules)
+    write_config(folder / STOCK_MODULES["Pooling"] / "config.json", pooling)
+    shutil.rmtree(folder / f"1_{TurnPooling.__name__}")  # written by the library under our class's name
+
+
+def _listed(inputs: Iterable[Any]) -> list[Any]:
+    shape = getattr(inputs, "shape", (0,))
+    if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
+        raise DataError(
+            f"encode takes one input or a list of them, not a {type(inputs).__name__}; give one column of a table, "
+            "pixels as a Pillow image, and inputs in an order"
+        )
+    return list(inputs)
+
+
+def _as_mapping(value: Any, number: int) -> dict[str, Any]:
+    # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
+    # the caller's, so each input takes along the number by which an error names it.
+    where = f"input {number}"
+    content = content_of(value, where)
+    return {"text": content.text, "images": list[ImageLike](content.images), "where": where}
+
+
+def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:
+    if isinstance(queries, (str, bytes, Mapping)) or not isinstance(queries, Iterable):
+        raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
+    images, contents = as_images(image), tuple(content_of(query, place) for query in queries)
+    if not contents or (not images and any(content.empty for content in contents)):
+        raise DataError(f"{place}: give at least one query, and an image where a query is empty")
+    return Dialogue(images, contents, isolated, place)
+
+
+def from_backbone(model: nn.Module, processor: Processor, *, device: str | None = None) -> Model:
+    """An embedding model of a prepared backbone (see :mod:`muco.backbone`)."""
+    encoder = Encoder(model, processor)
+    return Model(modules=[encoder, TurnPooling(encoder.get_embedding_dimension()), Normalize()], device=device)
+
+
+def load(path: str | Path, *, device: str | None = None, truncate_dim: int | None = None, **kwargs: Any) -> Model:
+    """Loads a trained model, a released checkpoint of the paper, or a plain image-text-to-text model.
+
+    Args:
+        path: A folder or a hub id.
+        device: "cpu", "cuda", …; the best one there is if None.
+        truncate_dim: Vectors are cut to their first so many numbers and normalised again; for models trained with
+            ``loss.dimensions``. None: whole vectors.
+        kwargs: Those of :func:`muco.backbone.load_backbone`.
+    Raises:
+        CheckpointError: If weights are missing, or the folder is no such model.
+        MucoError: If the model's vectors are shorter than ``truncate_dim``.
+    """
+    model = from_backbone(*load_backbone(path, **kwargs), device=device)
+    checked_dimension(truncate_dim, model.get_embedding_dimension())
+    model.truncate_dim = truncate_dim
+    return model

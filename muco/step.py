@@ -1,0 +1,321 @@
+"""One training step of any size: embed in chunks, take the loss once, replay the chunks with gradient.
+
+::
+
+    parts ─see─▶ features of frozen vision, pixels dropped ─split by token budget─▶ chunks of dialogues
+    first pass    chunk ─embed, no graph─▶ vectors                        random state of each chunk is noted
+    loss          all vectors of all processes ─▶ scalar ─▶ d loss / d vectors
+    second pass   chunk ─embed, the same randomness─▶ vectors · their gradients ─▶ d loss / d weights
+
+Value and gradient are those of the plain step; activations of one chunk only are in memory at a time (gradient cache:
+Gao et al., arXiv 2101.06983). A step that is within the budget as a whole is made plainly, in one pass over its
+chunks. The library's own cached losses cut batches by rows of a rectangle and run the vision tower in both passes; for
+trees of turns, flattened images and kept features the cutting is :func:`muco.batch.split`. The replay of randomness is
+the library's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from sentence_transformers.base.losses.gradcache import RandContext
+from torch import Tensor
+
+from muco import distributed
+from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, join_ids, rows_of, split
+from muco.dialogue import single_turn
+from muco.errors import TrainingError
+from muco.loss import MultiTurnLoss
+from muco.model import Model
+from muco.negatives import Variety
+
+logger = logging.getLogger(__name__)
+SIDES = ("query", "target")
+GIB = 1 << 30
+UNLIMITED = 1 << 40  # tokens: the budget where none is asked for
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step found, on this process.
+
+    Args:
+        loss: In nats, the same on every process.
+        tokens: Of all dialogues, padding left out.
+        padding: Share of padding in what passed through the model.
+        chunks: Forward passes with gradient.
+        no_negative: Why no turn of the step has a negative, over all processes; "" where one has.
+    """
+
+    loss: Tensor
+    tokens: int
+    padding: float
+    chunks: int
+    no_negative: str = ""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Dialogues that pass through the model together: their side, and which vectors of the side they give."""
+
+    side: str
+    batch: DialogueBatch
+    turns: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.batch["input_ids"].numel()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A whole step's share of this process. Dialogues lie on the CPU, ``ids`` on the device.
+
+    A share without a turn has a dialogue per side all the same, so that this process makes passes as the others do.
+    """
+
+    sides: dict[str, DialogueBatch]
+    ids: dict[str, Tensor]
+    places: list[str]
+    variety: Variety
+
+
+class TrainingStep:
+    """Makes steps: called with the parts of a batch it leaves the gradients of the loss in the parameters.
+
+    Args:
+        model: On its device, in training mode.
+        loss: Its :meth:`~muco.loss.MultiTurnLoss.of_vectors` is applied.
+        token_budget: Most tokens that are in memory with their activations at once, padding included; None: no limit.
+            Where memory runs out it is halved and the step made again; the smaller budget is kept.
+        feature_memory: GiB of the device that may hold features of frozen vision; what is above waits in host memory.
+        autocast: Makes the context of one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: MultiTurnLoss,
+        *,
+        token_budget: int | None = None,
+        feature_memory: float = 8.0,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.loss, self.autocast = model, loss, autocast
+        self.token_budget, self.feature_memory = token_budget or UNLIMITED, feature_memory
+        self.keeps_features = model.encoder.vision_is_frozen
+        self.sharded = distributed.is_sharded(model)
+
+    def __call__(self, parts: Iterable[Mapping[str, Any]]) -> StepReport | None:
+        """Makes one step.
+
+        Args:
+            parts: From :func:`muco.training.batches.batch_of`, on the CPU; at least one, taken one at a time.
+        Returns:
+            None, and no gradients, if no process has a turn.
+        Raises:
+            TrainingError: If the loss is not finite, or one dialogue alone is more than memory holds.
+        """
+        batch = self._receive(parts)
+        varieties = distributed.gather_objects(batch.variety)
+        if not any(variety.turns for variety in varieties):
+            return None
+        while True:
+            self.token_budget = distributed.smallest(self.token_budget)
+            chunks = [_Chunk(side, *cut) for side in SIDES for cut in split(batch.sides[side], self.token_budget)]
+            # FSDP2 wants each forward pass followed by its backward pass
+            plain = sum(chunk.tokens for chunk in chunks) <= self.token_budget and not self.sharded
+            loss = self._plain(chunks, batch) if plain else self._cached(chunks, batch)
+            if loss is not None:
+                break
+            self._halve_budget(chunks, plain=plain)
+        distributed.sum_gradients(self.model.parameters())
+        tokens = sum(int(side["attention_mask"].sum()) for side in batch.sides.values())
+        passed = sum(chunk.tokens for chunk in chunks)
+        return StepReport(loss, tokens, 1 - tokens / passed, len(chunks), self.loss.why_no_negative(varieties))
+
+    def _receive(self, parts: Iterable[Mapping[str, Any]]) -> _Batch:
+        """Puts the parts together; as they come, images are replaced by their features where these cannot change."""
+        sides: dict[str, list[DialogueBatch]] = {side: [] for side in SIDES}
+        ids, vectors, places = [], [], []
+        room = self.feature_memory * GIB
+        for part in parts:
+            for side in SIDES if part["places"] else ():
+                batch, room = self._see(part[side], room)
+                sides[side].append(batch)
+            ids.append(part["ids"])
+            vectors.append(len(part["target"]["turn_rows"]) if part["places"] else 0)
+            places += part["places"]
+        joined = join_ids(ids, vectors)
+        idle = [] if places else [collate([single_turn("nothing")], self.model.encoder.muco_processor)]
+        return _Batch(
+            {side: join(batches or idle) for side, batches in sides.items()},
+            {key: values.to(self.model.device) for key, values in joined.items()},
+            places,
+            Variety.of(joined),
+        )
+
+    def _see(self, batch: DialogueBatch, room: float) -> tuple[DialogueBatch, float]:
+        """Runs the vision tower on a batch if it is frozen: the only time in this step.
+
+        Args:
+            room: Bytes of the device that features may still take.
+        Returns:
+            The batch with features for pixels, and the room that is left.
+        """
+        if not self.keeps_features or "pixel_values" not in batch:
+            return batch, room
+        features: list[tuple[Tensor, ...]] = []
+        tokens = self._visual_tokens(batch)
+        while len(features) < len(tokens):
+            images = _next_group(tokens, len(features), self.token_budget)
+            memory = _OutOfMemory()
+            with memory, torch.no_grad(), self.autocast():
+                seen = self.model.encoder.image_features(self._on_device(images_of(batch, images)))
+            if memory.happened:
+                self._shrink(int(tokens[images].sum()), possible=len(images) > 1)
+                continue
+            room -= sum(tensor.nbytes for image in seen for tensor in image)
+            features += seen if room >= 0 else [tuple(tensor.cpu() for tensor in image) for image in seen]
+        light = {key: value for key, value in batch.items() if key not in PATCH_KEYS}
+        return light | {"image_features": features}, room  # type: ignore[return-value]
+
+    def _visual_tokens(self, batch: DialogueBatch) -> Tensor:
+        """How many tokens each image has, int64 [images]."""
+        image_token = self.model.encoder.muco_processor.image_id
+        per_patch = (batch["input_ids"] == image_token).sum() / batch["image_patches"].sum()
+        return (batch["image_patches"] * per_patch).round().long()
+
+    def _plain(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:
+        """Each chunk once, all with their graphs; None if memory ran out on any process."""
+        memory = _OutOfMemory()
+        with memory:
+            vectors = [self._embed(chunk) for chunk in chunks]
+        if self._failed(memory):
+            return None
+        loss = self._loss(*(_side(side, chunks, vectors) for side in SIDES), batch)
+        with memory:
+            loss.backward()
+        return None if self._failed(memory) else loss.detach()
+
+    def _cached(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:
+        """The same in chunks; None if memory ran out on any process."""
+        memory = _OutOfMemory(caught=not self.sharded)  # else the other processes would wait for our part
+        passed = [*chunks, *self._idle(chunks)]
+        states, vectors = [], []
+        with memory, torch.no_grad():
+            for chunk in passed:
+                states.append(RandContext(self._any_parameter))
+                vectors.append(self._embed(chunk))
+        if self._failed(memory):
+            return None
+        leaves = {side: _side(side, chunks, vectors).requires_grad_() for side in SIDES}
+        loss = self._loss(leaves["query"], leaves["target"], batch)
+        loss.backward()
+        with memory:
+            for chunk, state, used in zip_longest(passed, states, [True] * len(chunks), fillvalue=False):
+                with state:
+                    replayed = self._embed(chunk)
+                gradient = leaves[chunk.side].grad[chunk.turns.to(replayed.device)]
+                (replayed * (gradient if used else torch.zeros_like(gradient))).sum().backward()
+        return None if self._failed(memory) else loss.detach()
+
+    def _idle(self, chunks: Sequence[_Chunk]) -> list[_Chunk]:
+        """Passes whose result is not used, so that all processes that share one sharded model make equally many."""
+        if not self.sharded:
+            return []
+        missing = distributed.largest(len(chunks)) - len(chunks)
+        small, turns = rows_of(chunks[-1].batch, torch.tensor([len(chunks[-1].batch["input_ids"]) - 1]))
+        return [_Chunk(chunks[-1].side, small, chunks[-1].turns[turns])] * missing
+
+    def _embed(self, chunk: _Chunk) -> Tensor:
+        with self.autocast():  # one per pass: autocast keeps cast weights, which without a graph are of no use with one
+            return self.model.embed(self._on_device(chunk.batch))
+
+    def _on_device(self, batch: Mapping[str, Any]) -> Any:
+        device = self.model.device
+        moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+        if "image_features" in batch:
+            moved["image_features"] = [tuple(t.to(device) for t in image) for image in batch["image_features"]]
+        return moved
+
+    @property
+    def _any_parameter(self) -> Tensor:
+        return next(self.model.parameters())
+
+    def _loss(self, query: Tensor, vectors: Tensor, batch: _Batch) -> Tensor:
+        query = query[: len(batch.ids["sample_ids"])]  # none of a share without a turn
+        loss = self.loss.of_vectors(query, vectors, batch.ids)
+        if torch.isfinite(loss):
+            return loss
+        bad = ~(torch.isfinite(query).all(dim=1) & torch.isfinite(vectors[batch.ids["target_rows"]]).all(dim=1))
+        rows = batch.sides["query"]["turn_rows"][: len(bad)][bad.cpu()].unique().tolist()
+        places = [place for own in distributed.gather_objects([batch.places[row] for row in rows]) for place in own]
+        shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
+        where = f"vectors are not finite for {shown}" if places else "all vectors are finite"
+        raise TrainingError(f"the loss is {loss.item()}; {where}")
+
+    def _failed(self, memory: _OutOfMemory) -> bool:
+        """Whether memory ran out on any process; then the gradients found so far are dropped."""
+        if not distributed.largest(int(memory.happened)):
+            return False
+        self.model.zero_grad(set_to_none=True)
+        return True
+
+    def _halve_budget(self, chunks: Sequence[_Chunk], *, plain: bool) -> None:
+        """Makes the budget smaller than what was in memory at once: all chunks in a plain step, one in a cached one."""
+        tokens = [chunk.tokens for chunk in chunks]
+        smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
+        self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
+
+    def _shrink(self, tokens: int, *, possible: bool) -> None:
+        before = min(self.token_budget, tokens)
+        if not possible:
+            raise TrainingError(
+                f"out of memory with one dialogue of {before} tokens at a time; lower model.max_pixels or turns.limit, "
+                "set model.activation_checkpointing, or spread the model with batch.sharding: fsdp"
+            )
+        self.token_budget = max(1, before // 2)
+        logger.warning("out of memory with %d tokens at once; going on with token_budget %d", before, self.token_budget)
+
+
+class _OutOfMemory:
+    """Suppresses the error of a device, or the host, that has no more memory, and remembers it."""
+
+    def __init__(self, *, caught: bool = True) -> None:
+        self.caught, self.happened = caught, False
+
+    def __enter__(self) -> _OutOfMemory:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception) or not should_reduce_batch_size(error):
+            return False
+        if not self.caught:
+            raise TrainingError(
+                "out of memory; a sharded step cannot be made again, so lower batch.token_budget and start anew"
+            ) from error
+        self.happened = True
+        clear_device_cache(garbage_collection=True)
+        return True
+
+
+def _next_group(sizes: Tensor, first: int, budget: int) -> Tensor:
+    """Numbers of the images from ``first`` on whose sizes together do not exceed the budget; at least one."""
+    fitting = int((sizes[first:].cumsum(0) <= budget).sum())
+    return torch.arange(first, first + max(1, fitting))
+
+
+def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:
+    """The vectors of a side in the order of its turns."""
+    own = [(chunk.turns, part) for chunk, part in zip(chunks, vectors, strict=False) if chunk.side == side]
+    turns, parts = (torch.cat(tensors) for tensors in zip(*own, strict=True))
+    return parts[turns.argsort().to(parts.device)]

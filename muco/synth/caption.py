@@ -1,0 +1,157 @@
+"""Captions of the images of training data: made once by a model that the user serves, kept in a file, read by training.
+
+::
+
+    {"image": "<SHA-256 of the image>", "caption": "a ring with …", "model": "…", "prompt": "muco-1 (…)"}
+    {"image": "<SHA-256 of the image>", "error": "refusal: …", "model": "…", "prompt": "muco-1 (…)"}
+
+Fine-tuning by reconstruction hides a caption in the place of an image (:mod:`muco.reconstruction`). Each image is asked
+about once, however often it stands in the data; a line is written when its answer is there, so that a killed run goes
+on with what is left. To ask about an image again, remove its line. Of two lines about an image the later one counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from muco.data.captions import captioned_digests, sides_of, uncaptioned
+from muco.dialogue import ImageLike
+from muco.errors import ImageError
+from muco.images import image_digest
+
+if TYPE_CHECKING:
+    from muco.data.source import Data
+    from muco.synth.endpoint import Endpoint
+    from muco.synth.prompts import Prompts
+
+MAX_PIXELS = 1 << 20  # of an image as it is sent
+ATTEMPTS = 3  # to get a caption that can be used
+
+Progress = Callable[[int, int], None]  # samples gone through, and all of them
+
+log = logging.getLogger(__name__)
+
+
+async def caption(
+    data: Data,
+    endpoint: Endpoint,
+    output: Path,
+    *,
+    prompts: Prompts,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Asks for a caption of every image of the data that has none, and appends it to ``output``.
+
+    Images of hard negatives are left out: nothing is reconstructed from them.
+
+    Args:
+        data: Captions of its own stand.
+        endpoint: Of a model that sees. It is checked before any work.
+        output: May hold captions of other data or by other models; they are kept.
+        max_pixels: Larger images are sent smaller.
+    Returns:
+        ``images`` of the data; how many of them were ``found`` in the file, ``captioned`` or ``failed``; ``stopped``,
+        the reason if the budget ended the run; ``output``; ``usage`` of the endpoint.
+    Raises:
+        DataError: If a row of the data or a line of the file cannot be read.
+        EndpointError: If the server or the model is missing, or nothing that it says is of use.
+        OutputError: If another process writes to ``output``.
+    """
+    from muco.base.journal import Journal
+    from muco.synth.flow import in_order
+    from muco.synth.limits import BudgetSpent
+
+    await endpoint.check(image=True)
+    counts: Counter[str] = Counter(images=0, found=0, captioned=0, failed=0)
+    held: list[dict[str, Any]] = []  # failures, until something succeeds: a server out of order must not be blamed on
+    stopped = None  # images
+
+    async def one(image: tuple[ImageLike, str]) -> None:
+        line = await _line(*image, endpoint, prompts, max_pixels)
+        if line is None or "error" in line:
+            counts["failed"] += 1
+            held.extend([line] if line else [])
+            return
+        counts["captioned"] += 1
+        for made in (line, *held):
+            journal.add(made)
+        held.clear()
+
+    with Journal(output) as journal, closing(_images(data, captioned_digests(output), counts, progress)) as images:
+        async with aclosing(in_order(images, one, ahead=2 * endpoint.limits.concurrency)) as lines:
+            try:
+                async for _ in lines:
+                    pass
+            except BudgetSpent as error:
+                stopped = str(error)
+        for line in held:
+            journal.add(line)
+    counts["failed"] += counts.pop("missing", 0)
+    return {**counts, "stopped": stopped, "output": str(output), "usage": endpoint.usage.as_dict()}
+
+
+async def _line(
+    image: ImageLike, digest: str, endpoint: Endpoint, prompts: Prompts, max_pixels: int
+) -> dict[str, Any] | None:
+    """The line of an image; None if the server did not answer, so that the next run asks again."""
+    from muco.synth.checks import caption_problem
+    from muco.synth.endpoint import Unanswered, seed_of
+    from muco.synth.messages import image_part, user
+
+    made = {"model": endpoint.model, "prompt": prompts.name}
+    reason = ""
+    try:
+        message = user(await asyncio.to_thread(image_part, image, max_pixels), prompts.filled(prompts.picture))
+        for attempt in range(ATTEMPTS):
+            answer = await endpoint.ask([message], seed=seed_of(digest, "picture", attempt))
+            problem = caption_problem(answer, prompts)
+            if problem is None:
+                endpoint.useful()
+                return {"image": digest, "caption": " ".join(answer.text.split()), **made}
+            reason = f"{problem}: {answer.text[:200]}"
+            endpoint.useless(reason)
+    except ImageError as error:
+        reason = str(error)
+    except Unanswered as error:
+        if error.passing:
+            log.warning("no caption for now: %s", error)
+            return None
+        reason = str(error)
+    return {"image": digest, "error": reason, **made}
+
+
+def _images(
+    data: Data, kept: set[bytes], counts: Counter[str], progress: Progress | None
+) -> Iterator[tuple[ImageLike, str]]:
+    """(Image, digest) of every image that has no line yet, each once."""
+    seen: set[bytes] = set()
+    for number in range(len(data)):
+        sample = data[number]
+        for image in (image for content in sides_of(sample) for image in uncaptioned(sample, content)):
+            try:
+                digest = image_digest(image, where=sample.where)
+            except ImageError as error:
+                log.warning("%s", error)
+                counts["missing"] += 1  # apart from the failed: those are counted on another thread
+                continue
+            key = bytes.fromhex(digest)
+            if key in seen:
+                continue
+            seen.add(key)
+            counts["images"] += 1
+            if key in kept:
+                counts["found"] += 1
+            else:
+                yield image, digest
+        if progress is not None:
+            progress(number + 1, len(data))
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────

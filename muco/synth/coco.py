@@ -1,0 +1,317 @@
+"""Turns from an annotated set in COCO's form, made by rule from boxes and captions; no model is asked.
+
+::
+
+    {"images": [{"id": 7, "file_name": "7.jpg", "width": 640, "height": 480}, …],
+     "categories": [{"id": 1, "name": "dog", "supercategory": "animal"}, …],
+     "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "bbox": [x, y, w, h], "iscrowd": 0}, …]}
+
+Files of captions have ``image_id`` and ``caption`` in their annotations. LVIS is read too: ``coco_url`` for a file
+name, ``neg_category_ids`` (checked to be absent) and ``not_exhaustive_category_ids`` (not all of them have boxes).
+
+The rules are in :mod:`muco.synth.coco_rules`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from muco.data.json_places import Scanner, checked_object, value_at
+from muco.data.jsonl import sample_to_row, write_jsonl
+from muco.data.lines import Row, file_state, image_of, open_unchanged, text_of
+from muco.dialogue import Sample
+from muco.errors import DataError
+from muco.synth.coco_rules import Picture, Thing, turns_of
+
+MAX_BYTES = 2 << 30  # of a JSON file; boxes take about 200 bytes of memory each, masks are never kept
+MAX_SIDE = 1_000_000  # px; larger numbers are no boxes
+NAMED = 10  # missing images that the log names
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Annotated:
+    """What :func:`read_coco` found. ``kinds`` gives the supercategory of every category, "" where it has none."""
+
+    pictures: list[Picture]  # by id
+    kinds: dict[str, str]  # by name
+    empty_boxes: int = 0
+    blank_captions: int = 0
+
+
+def convert_coco(
+    annotations: str | Path,
+    images: str | Path,
+    output: str | Path,
+    *,
+    captions: str | Path | None = None,
+    min_area: float = 0.01,
+    min_turns: int = 2,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes one JSON line per image, in the order of image ids; the same content gives the same bytes.
+
+    Args:
+        annotations, captions: Files in COCO's form.
+        images: The folder of the images, in which every ``file_name`` is.
+        output: Our JSONL file; it appears when it is whole, and replaces one that is there.
+        min_area: Share of the picture from which on a box is clear; smaller ones are never asked about.
+        min_turns: Images with fewer turns are left out.
+        seed: Of the draws among things that can be asked about.
+        limit: So many samples at most.
+        progress: Called with (images done, images in all).
+    Returns:
+        Counts: ``samples``, ``turns``, turns of each kind, ``too_few_turns``, ``missing_images``, ``empty_boxes`` and
+        ``blank_captions``, all left out; and ``output``.
+    Raises:
+        DataError: If a file is not as it must be (file, id and field are named), a number is out of range, all images
+            are missing, or no image has enough turns. Then nothing is written.
+    """
+    if not 0 <= min_area <= 1:
+        raise DataError(f"coco: min_area is {min_area}; give a share from 0 to 1")
+    for name, value in (("min_turns", min_turns), ("limit", 1 if limit is None else limit)):
+        if value < 1:
+            raise DataError(f"coco: {name} is {value}; give 1 or more")
+    if not Path(images).is_dir():
+        raise DataError(f"{images}: no such folder; it must hold the images of {annotations}")
+    found = read_coco(annotations, images, captions)
+    counts: Counter[str] = Counter()
+    missing: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for done, picture in enumerate(found.pictures, start=1):
+            if counts["samples"] == limit:
+                break
+            if progress:
+                progress(done, len(found.pictures))
+            if not os.path.isfile(picture.file):  # also where the name is too long for a file
+                missing.append(picture.file)
+                continue
+            turns = turns_of(picture, found.kinds, min_area=min_area, seed=seed)
+            if len(turns) < min_turns:
+                counts["too_few_turns"] += 1
+                continue
+            counts.update(["samples", *(str(turn.kind) for turn in turns)], turns=len(turns))
+            sample = Sample(Path(picture.file).absolute(), turns, id=str(picture.id))
+            yield sample_to_row(sample, Path(output).absolute().parent)
+        _refuse_nothing(counts, missing, annotations, images, min_turns)
+
+    write_jsonl(output, rows())
+    if missing:
+        log.warning("%d images are missing and left out: %s%s", len(missing), ", ".join(missing[:NAMED]),
+                    " …" if len(missing) > NAMED else "")  # fmt: skip
+    names = ("samples", "turns", "classification", "global", "local", "retrieval", "too_few_turns")
+    left_out = {
+        "missing_images": len(missing),
+        "empty_boxes": found.empty_boxes,
+        "blank_captions": found.blank_captions,
+    }
+    return {name: counts[name] for name in names} | left_out | {"output": str(output)}
+
+
+def _refuse_nothing(counts: Counter[str], missing: list[str], path: Any, images: Any, min_turns: int) -> None:
+    if counts["samples"]:
+        return
+    if missing and not counts["too_few_turns"]:
+        raise DataError(f"{path}: none of its {len(missing):,} images is in {images} (the first is {missing[0]}); give "
+                        "the folder that file names count from")  # fmt: skip
+    raise DataError(f"{path}: no image has {min_turns} turns; lower min_turns or min_area")
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>")  # tokens of models, which no text of data may hold
+
+
+def read_coco(annotations: str | Path, images: str | Path, captions: str | Path | None = None) -> Annotated:
+    """Reads files in COCO's form, a piece at a time; masks and other keys are passed over.
+
+    Boxes are cut where they leave the image by up to 1 px. Those without width or height are left out and counted, and
+    so are captions of blanks only.
+
+    Raises:
+        DataError: If a file cannot be read, is larger than 2 GiB or not JSON, a key is missing or of the wrong type, an
+            id is unknown or there twice, a box leaves the image by more than 1 px, a file name leaves the folder, or a
+            text holds a model's token. Messages name the file, the id and the field.
+    """
+    path = Path(annotations)
+    with _opened(path, ("categories", "images", "annotations")) as lists:
+        names, kinds = _categories(lists.entries("categories"))
+        pictures = _pictures(lists.entries("images"), Path(images), names)
+        taken: dict[int, None] = {}
+        empty = sum(_add_box(pictures, names, taken, *entry) for entry in lists.entries("annotations"))
+    found = Annotated([pictures[key] for key in sorted(pictures)], kinds, empty)
+    if captions is not None:
+        with _opened(Path(captions), ("annotations",)) as lists:
+            for entry, where in lists.entries("annotations"):
+                found.blank_captions += _add_caption(pictures, entry, where)
+    return found
+
+
+class _Lists:
+    """The lists of a file, of which one entry at a time is in memory."""
+
+    def __init__(self, file: BinaryIO, path: Path, needed: tuple[str, ...]) -> None:
+        self.file, self.path = file, path
+        self._places: dict[str, Any] = {}
+        scanner = Scanner(file, path)
+        if scanner.peek() != "{":
+            raise DataError(f"{path}: the file must hold one JSON object with the lists {', '.join(needed)}")
+        for key in scanner.members():
+            if key not in needed:
+                scanner.value()
+            elif scanner.peek() != "[" or key in self._places:
+                raise DataError(f"{path}: {key!r} must be one list; mend the file")
+            else:
+                self._places[key] = scanner.elements()
+        if scanner.peek():
+            raise DataError(f"{path}: there is more after the object, at byte {scanner.offset}; mend the file")
+        for key in needed:
+            if key not in self._places:
+                raise DataError(f"{path}: no list {key!r}; COCO's form has {', '.join(needed)} (captions in a file of "
+                                "their own)")  # fmt: skip
+
+    def entries(self, key: str) -> Iterator[tuple[Row, str]]:
+        """Every object of a list, and what names it in errors."""
+        one = {"categories": "category", "images": "image", "annotations": "annotation"}[key]
+        for number, place in enumerate(self._places[key]):
+            where = f"{self.path} {key}[{number}]"
+            entry = checked_object(value_at(self.file, place, where), f"the {one}", where)
+            yield entry, f"{self.path} {one} {entry['id']}" if isinstance(entry.get("id"), int) else where
+
+
+@contextmanager
+def _opened(path: Path, needed: tuple[str, ...]) -> Iterator[_Lists]:
+    state = file_state(path)
+    if state[0] > MAX_BYTES:
+        raise DataError(f"{path}: {state[0]:,} bytes; at most {MAX_BYTES:,} are read, split the file by images")
+    with open_unchanged(path, state) as file:
+        yield _Lists(file, path, needed)
+
+
+def _categories(entries: Iterator[tuple[Row, str]]) -> tuple[dict[int, str], dict[str, str]]:
+    """Names by category id, and the supercategory by name. Categories of the same name are one."""
+    given: dict[int, tuple[str, str]] = {}
+    for entry, where in entries:
+        key = _new_id(entry, given, where)
+        kind = _words(entry, "supercategory", where) if entry.get("supercategory") is not None else ""
+        name = _words(entry, "name", where)
+        if not name:
+            raise DataError(f"{where}: 'name' is blank; name the category")
+        given[key] = name, kind
+    short = {name: re.sub(r"\s*\([^()]*\)$", "", name) or name for name in {name for name, _ in given.values()}}
+    often = Counter(short.values())  # "bow (weapon)" keeps its note where there is another bow
+    names = {key: short[name] if often[short[name]] == 1 else name for key, (name, _) in given.items()}
+    return names, {
+        names[key]: given[key][1] for key in sorted(given, reverse=True)
+    }  # the lowest id comes last and wins
+
+
+def _pictures(entries: Iterator[tuple[Row, str]], folder: Path, names: Mapping[int, str]) -> dict[int, Picture]:
+    pictures: dict[int, Picture] = {}
+    for entry, where in entries:
+        key = _new_id(entry, pictures, where)
+        if "file_name" not in entry and (url := text_of(entry, "coco_url", where)):
+            entry["file_name"] = "/".join(url.split("/")[-2:])  # as LVIS names its images, by folder and file
+        file = image_of(entry, "file_name", folder, where)
+        if file is None:
+            raise DataError(f"{where}: no 'file_name'; name the file within {folder}")
+        width, height = (_number(entry.get(side), side, where) for side in ("width", "height"))
+        if width <= 0 or height <= 0:
+            raise DataError(f"{where}: 'width' and 'height' are {width:g} and {height:g}; give the image's size in px")
+        unsure = _names(entry, "not_exhaustive_category_ids", names, where) or frozenset()
+        absent = _names(entry, "neg_category_ids", names, where)
+        pictures[key] = Picture(key, file, width, height, unsure=unsure, absent=absent)
+    return pictures
+
+
+def _add_box(
+    pictures: Mapping[int, Picture], names: Mapping[int, str], taken: dict[int, None], entry: Row, where: str
+) -> bool:
+    """Puts a box on its picture; whether it was left out because it is empty."""
+    taken[_new_id(entry, taken, where)] = None
+    picture = _known(entry, "image_id", pictures, where)
+    name = _known(entry, "category_id", names, where)
+    crowd = entry.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise DataError(f"{where}: 'iscrowd' is {crowd!r:.60}; it must be 0 or 1")
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        raise DataError(f"{where}: 'bbox' must be [x, y, width, height], not {box!r:.60}")
+    x, y, w, h = (_number(value, "bbox", where) for value in box)
+    if w < 0 or h < 0 or min(x, y) < -1 or x + w > picture.width + 1 or y + h > picture.height + 1:
+        raise DataError(f"{where}: 'bbox' is {box}, which is not within its image of {picture.width:g} x "
+                        f"{picture.height:g} px (image {picture.id}); mend the annotation")  # fmt: skip
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, picture.width), min(y + h, picture.height)
+    if right <= left or bottom <= top:
+        return True
+    picture.things.append(Thing(name, left, top, right, bottom, bool(crowd)))
+    return False
+
+
+def _add_caption(pictures: Mapping[int, Picture], entry: Row, where: str) -> bool:
+    """Puts a caption on its picture; whether it was left out because it is blank."""
+    picture = _known(entry, "image_id", pictures, where)
+    text = _words(entry, "caption", where, name=False)
+    order = entry.get("id", 0)
+    if text:
+        picture.captions.append((order if isinstance(order, int) else 0, text))
+    return not text
+
+
+def _new_id(entry: Row, taken: Mapping[int, Any], where: str) -> int:
+    key = _id(entry.get("id"), "id", where)
+    if key in taken:
+        raise DataError(f"{where}: the id {key} is there twice; ids must be unique")
+    return key
+
+
+def _known(entry: Row, key: str, known: Mapping[int, Any], where: str) -> Any:
+    value = _id(entry.get(key), key, where)
+    if value not in known:
+        what = {"image_id": "images", "category_id": "categories"}[key]
+        raise DataError(f"{where}: {key!r} is {value}, which is not among the {len(known):,} {what}; mend the file")
+    return known[value]
+
+
+def _names(entry: Row, key: str, names: Mapping[int, str], where: str) -> frozenset[str] | None:
+    ids = entry.get(key)
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(isinstance(value, int) and value in names for value in ids):
+        raise DataError(f"{where}: {key!r} must be a list of category ids, not {ids!r:.60}")
+    return frozenset(names[value] for value in ids)
+
+
+def _id(value: Any, key: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{where}: {key!r} must be a whole number, not {value!r:.60}")
+    return value
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -MAX_SIDE <= value <= MAX_SIDE:
+        raise DataError(f"{where}: {key!r} holds {value!r:.60}, where a number of px must be")
+    return value
+
+
+def _words(entry: Row, key: str, where: str, *, name: bool = True) -> str:
+    """A text with single blanks; names in lower case and without underscores."""
+    text = text_of(entry, key, where)
+    if text is None:
+        raise DataError(f"{where}: no {key!r}; it must be a text")
+    if found := _SPECIAL.search(text):
+        raise DataError(f"{where}: {key!r} holds {found[0]}, a token of models; take it out")
+    return " ".join((text.replace("_", " ").lower() if name else text).split())

@@ -1,0 +1,309 @@
+"""Turns of an image by rule, from its boxes and captions.
+
+A rule asks only where the boxes leave no doubt, so most images get some of the turns and few get all:
+
+==============  ===================================================  ================================================
+kind            asks                                                 where
+==============  ===================================================  ================================================
+classification  what the main thing is                               the largest box has ``CLEARLY`` times the next
+global          which things, which kinds of things                  at least two of them
+global          how many of a category                               all its boxes are single and of the least area
+local           what is at a place                                   one box is there and no other reaches into it
+local           what is left or right of, above or below a thing     no other box on that side is level with it
+local           where a thing is, and of what size                   it is the only one of its category
+retrieval       a description                                        captions, else a sentence made of the boxes
+==============  ===================================================  ================================================
+
+Within an image a category is either named by questions or is the answer to one of them, never both, and no two turns
+have the same target. Answers are true as far as the annotation is complete.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from muco.dialogue import Turn
+from muco.synth.english import a, countable, is_plural, listed, number, plural
+
+CLEARLY = 1.5  # times the area of the next box
+SMALL, LARGE = 0.05, 0.25  # shares of the picture: at most, at least
+REACHES = 0.1  # share of a place that another box may cover
+MAX_LEVEL = 500  # boxes of an image that are compared with each other
+ROUNDS = 2  # how often a local or counting rule may ask
+MAX_LISTED = 8  # things in one answer
+
+PLACES = (
+    *("at the top left", "at the top", "at the top right"),
+    *("at the left", "in the center", "at the right"),
+    *("at the bottom left", "at the bottom", "at the bottom right"),
+)
+SIDES = ("to the left of", "to the right of", "above", "below")
+MAIN = ["What is the main thing in the picture?", "Name the largest thing.", "Which thing takes up the most room?"]
+THINGS = ["Which things can be seen clearly?", "List the things in the picture.", "What are the things shown here?"]
+KINDS = ["Which kinds of things are there?", "What sorts of things does the picture show?", "Name the kinds of things."]
+DESCRIBE = ["Describe the picture.", "Write a caption.", "What does the picture show?", "Sum up the picture."]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Thing:
+    """A box: the name of its category, its edges in px, and whether it holds a crowd instead of one thing."""
+
+    name: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+    crowd: bool = False
+
+    @property
+    def area(self) -> float:
+        return (self.right - self.left) * (self.bottom - self.top)
+
+
+@dataclass(slots=True)
+class Picture:
+    """An image with what is annotated on it; the order of the lists does not matter.
+
+    Args:
+        captions: As (id, text).
+        unsure: Names of categories of which boxes may be lacking.
+        absent: Names of categories known to be absent; None where all that have no box are.
+    """
+
+    id: int
+    file: str
+    width: float
+    height: float
+    things: list[Thing] = field(default_factory=list)
+    captions: list[tuple[int, str]] = field(default_factory=list)
+    unsure: frozenset[str] = frozenset()
+    absent: frozenset[str] | None = None
+
+
+def turns_of(picture: Picture, kinds: Mapping[str, str], *, min_area: float = 0.01, seed: int = 0) -> list[Turn]:
+    """The turns of one image in the order classification, global, local, retrieval; perhaps none.
+
+    Args:
+        kinds: The supercategory of every category by name, from which hard negatives are drawn.
+    """
+    return _Rules(picture, kinds, min_area, random.Random(f"{seed}:{picture.id}")).turns()
+
+
+class _Rules:
+    """The rules for one image; remembers which names are answers and which are in questions."""
+
+    def __init__(self, picture: Picture, kinds: Mapping[str, str], min_area: float, rng: random.Random) -> None:
+        self.picture, self.kinds, self.rng = picture, kinds, rng
+        self.least = min_area * picture.width * picture.height
+        self.things = sorted(picture.things)
+        self.boxes: dict[str, list[Thing]] = {}
+        for thing in self.things:
+            self.boxes.setdefault(thing.name, []).append(thing)
+        self.clear = [thing for thing in self.things if thing.area >= self.least and not thing.crowd]
+        self.exact = [name for name in self.boxes if self._is_exact(name)]
+        self.single = {name: self.boxes[name][0] for name in self.exact if len(self.boxes[name]) == 1}
+        areas = Counter(dict.fromkeys(self.boxes, 0.0))
+        for thing in self.things:
+            areas[thing.name] += thing.area * (thing.area >= self.least)
+        self.seen = sorted((name for name in areas if areas[name] > 0), key=lambda name: (-areas[name], name))
+        self.answers: set[str] = set()
+        self.asked: set[str] = set()
+        self._done: set[tuple[str, str]] = set()  # (rule, name)
+
+    def _is_exact(self, name: str) -> bool:
+        """Whether the number of boxes is the number of things, and all of them are clear."""
+        boxes = self.boxes[name]
+        return name not in self.picture.unsure and all(not t.crowd and t.area >= self.least for t in boxes)
+
+    def turns(self) -> list[Turn]:
+        main = self.main()
+        often = [self.place, self.where, self.size, self.count]
+        self.rng.shuffle(often)  # each takes names from the others; what can be asked least often comes first
+        rest = [rule() for rule in ROUNDS * [self.beside, *often]]
+        made = [turn for turn in (main, self.list_things(), self.list_kinds(), *rest) if turn is not None]
+        made.sort(key=lambda turn: ("classification", "global", "local").index(turn.kind))
+        used: dict[str, Turn] = {}
+        for turn in made:
+            used.setdefault(_plain(turn.target[0].text), turn)
+        describe = self.describe(set(used))
+        return [*used.values(), *([describe] if describe else [])]
+
+    def main(self) -> Turn | None:
+        ranked = sorted(self.things, key=lambda thing: -thing.area)
+        if not ranked or ranked[0] not in self.clear:
+            return None
+        if len(ranked) > 1 and ranked[0].area < CLEARLY * ranked[1].area:
+            return None
+        name = ranked[0].name
+        self.answers.add(name)
+        siblings = self._siblings(name)
+        return Turn(MAIN, a(name), "classification", [a(self.rng.choice(siblings))] if siblings else [])
+
+    def _siblings(self, name: str) -> list[str]:
+        """Categories of the same kind that are not on the image, by the boxes and by the captions."""
+        kind, absent = self.kinds.get(name, ""), self.picture.absent
+        if not kind and absent is None:
+            return []
+        said = " ".join(text for _, text in self.picture.captions).lower()
+        return sorted(
+            other
+            for other in (self.kinds if absent is None else absent)
+            if self.kinds.get(other, "") == kind
+            and other not in self.boxes
+            and other not in said
+            and plural(other) not in said
+        )
+
+    def list_things(self) -> Turn | None:
+        return Turn(THINGS, listed(self.seen), "global") if 2 <= len(self.seen) <= MAX_LISTED else None
+
+    def list_kinds(self) -> Turn | None:
+        kinds = list(dict.fromkeys(self.kinds.get(name, "") for name in self.seen))
+        if not 2 <= len(kinds) <= MAX_LISTED or "" in kinds:
+            return None
+        return Turn(KINDS, f"things of the kinds {listed(kinds)}", "global")
+
+    def count(self) -> Turn | None:
+        name = self._ask_about("count", [n for n in self.exact if len(self.boxes[n]) > 1 and countable(n)])
+        if name is None:
+            return None
+        many = plural(name)
+        asks = [f"How many {many} are there?", f"What is the number of {many}?", f"Count the {many}."]
+        return Turn(asks, f"{number(len(self.boxes[name]))} {many}", "global")
+
+    def place(self) -> Turn | None:
+        alone = [(place, thing) for place in range(9) if (thing := self._alone_at(place)) and self._free(thing.name)]
+        drawn = self._draw(alone)
+        if drawn is None:
+            return None
+        place, thing = PLACES[drawn[0]], drawn[1]
+        self.answers.add(thing.name)
+        asks = [f"What is {place}?", f"What can be seen {place} of the picture?", f"Name the thing {place}."]
+        return Turn(asks, a(thing.name), "local")
+
+    def _alone_at(self, place: int) -> Thing | None:
+        there = [thing for thing in self.clear if self._place(thing) == place]
+        if len(there) != 1 or sum(self._reaches(thing, place) for thing in self.things) != 1:
+            return None
+        return there[0]
+
+    def _place(self, thing: Thing) -> int | None:
+        """The index of its place in PLACES, None where it is not clearly at one."""
+        column = _third(thing.left, thing.right, self.picture.width)
+        row = _third(thing.top, thing.bottom, self.picture.height)
+        return None if row is None or column is None else 3 * row + column
+
+    def _reaches(self, thing: Thing, place: int) -> bool:
+        """Whether the box has its middle in a place, or covers more than a little of it."""
+        row, column = divmod(place, 3)
+        width, height = self.picture.width / 3, self.picture.height / 3
+        across = min(thing.right, (column + 1) * width) - max(thing.left, column * width)
+        down = min(thing.bottom, (row + 1) * height) - max(thing.top, row * height)
+        x, y = (thing.left + thing.right) / 2, (thing.top + thing.bottom) / 2
+        middle = column * width <= x <= (column + 1) * width and row * height <= y <= (row + 1) * height
+        return middle or (across > 0 and down > 0 and across * down > REACHES * width * height)
+
+    def beside(self) -> Turn | None:
+        pairs = []
+        for name, anchor in self.single.items() if len(self.things) <= MAX_LEVEL else ():
+            for side in SIDES if name not in self.answers else ():
+                beyond = [thing for thing in self.things if _beyond(thing, anchor, side)]
+                if len(beyond) != 1 or beyond[0] not in self.clear or beyond[0].name == name:
+                    continue
+                if self._free(beyond[0].name) and _faces(beyond[0], anchor, side):
+                    pairs.append((beyond[0], side, anchor))
+        drawn = self._draw(pairs)
+        if drawn is None:
+            return None
+        thing, side, anchor = drawn
+        self.answers.add(thing.name)
+        self.asked.add(anchor.name)
+        spot = f"directly {side} the {anchor.name}"
+        asks = [f"What is {spot}?", f"Name the thing {spot}.", f"What can be seen {spot}?"]
+        return Turn(asks, a(thing.name), "local")
+
+    def where(self) -> Turn | None:
+        name = self._ask_about("where", [n for n, t in self.single.items() if self._place(t) is not None])
+        if name is None:
+            return None
+        be = "are" if is_plural(name) else "is"
+        asks = [f"Where {be} the {name}?", f"In which part of the picture {be} the {name}?", f"Find the {name}."]
+        return Turn(asks, PLACES[self._place(self.single[name])], "local")
+
+    def size(self) -> Turn | None:
+        whole = self.picture.width * self.picture.height
+        name = self._ask_about("size", [n for n, t in self.single.items() if not SMALL < t.area / whole < LARGE])
+        if name is None:
+            return None
+        be, do = ("are", "do") if is_plural(name) else ("is", "does")
+        asks = [f"What size {be} the {name}?", f"How much of the picture {do} the {name} take up?",
+                f"What size {do} the {name} have in the picture?"]  # fmt: skip
+        small = self.single[name].area <= SMALL * whole
+        return Turn(asks, "small, a little part of it" if small else "large, a big part of it", "local")
+
+    def describe(self, used: set[str]) -> Turn | None:
+        texts = list(dict.fromkeys(text for _, text in sorted(self.picture.captions) if _plain(text) not in used))
+        if not texts and self.seen:
+            texts = [f"A picture of {listed([self._phrase(name) for name in self.seen[:MAX_LISTED]])}."]
+        return Turn(DESCRIBE, texts, "retrieval") if texts else None
+
+    def _phrase(self, name: str) -> str:
+        if name in self.single:
+            place = self._place(self.single[name])
+            return a(name) if place is None else f"{a(name)} {PLACES[place]}"
+        boxes = self.boxes[name]
+        if name in self.exact and countable(name):
+            return f"{number(len(boxes))} {plural(name)}"
+        return a(name) if len(boxes) == 1 and not boxes[0].crowd else plural(name)
+
+    def _free(self, name: str) -> bool:
+        return name not in self.answers and name not in self.asked
+
+    def _ask_about(self, rule: str, names: list[str]) -> str | None:
+        """One of the names that may stand in a question, and has not in one of this rule."""
+        name = self._draw([n for n in names if n not in self.answers and (rule, n) not in self._done])
+        if name is not None:
+            self.asked.add(name)
+            self._done.add((rule, name))
+        return name
+
+    def _draw(self, options: list[Any]) -> Any:
+        return self.rng.choice(options) if options else None
+
+
+def _third(low: float, high: float, size: float) -> int | None:
+    """0, 1 or 2 for what is clearly at the start, in the middle or at the end of a side; None for what is not."""
+    middle = low + high  # twice
+    if 2 * high <= size and 3 * middle <= 2 * size:
+        return 0
+    if 2 * low >= size and 3 * middle >= 4 * size:
+        return 2
+    return 1 if 4 * size <= 5 * middle <= 6 * size else None
+
+
+def _beyond(thing: Thing, anchor: Thing, side: str) -> bool:
+    """Whether a box has its middle on that side of the anchor's, and is level with a part of the anchor."""
+    across = (thing.left + thing.right) - (anchor.left + anchor.right)
+    down = (thing.top + thing.bottom) - (anchor.top + anchor.bottom)
+    if side in ("above", "below"):
+        level = min(thing.right, anchor.right) > max(thing.left, anchor.left)
+        return level and (down < 0 if side == "above" else down > 0)
+    level = min(thing.bottom, anchor.bottom) > max(thing.top, anchor.top)
+    return level and (across < 0 if side == "to the left of" else across > 0)
+
+
+def _faces(thing: Thing, anchor: Thing, side: str) -> bool:
+    """Whether a box is wholly on that side of the anchor, and at least half of the smaller one is level with it."""
+    across = min(thing.right, anchor.right) - max(thing.left, anchor.left)  # negative: the distance between them
+    down = min(thing.bottom, anchor.bottom) - max(thing.top, anchor.top)
+    if side in ("above", "below"):
+        return down <= 0 and 2 * across >= min(thing.right - thing.left, anchor.right - anchor.left)
+    return across <= 0 and 2 * down >= min(thing.bottom - thing.top, anchor.bottom - anchor.top)
+
+
+def _plain(text: str) -> str:
+    return text.casefold().strip(" .")

@@ -1,0 +1,141 @@
+"""A small Qwen2-VL of the real architecture with its tokenizer, for tests, the demo and dry runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from muco.processor import Processor, context_of
+from muco.sizes import TinyConfig
+from muco.template import QWEN_VL, SPECIAL_TOKENS
+
+
+def tiny_qwen2_vl(
+    texts: Iterable[str], config: TinyConfig | None = None, *, seed: int = 0
+) -> tuple[nn.Module, Processor]:
+    """A randomly initialised Qwen2-VL of the real architecture, with a tokenizer trained on ``texts``.
+
+    The fixed strings of the prompt are single tokens, which shortens a tiny model's sequences by almost half; the
+    prompt as a string is that of the full-size model.
+    """
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = config or TinyConfig()
+    tokenizer = train_tokenizer(texts, config.vocabulary)
+    side = config.patch * 2
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=config.patch,
+        merge_size=2,
+        size={"shortest_edge": side * side, "longest_edge": config.max_pixels},
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    head = config.width // config.heads
+    time = head // 8
+    model_config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": config.width,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "intermediate_size": config.feed_forward,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                # halves of a head's pairs: time, height, width (in Qwen2-VL 16, 24, 24 of 64)
+                "mrope_section": [head // 2 - 2 * (time + time // 2), time + time // 2, time + time // 2],
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids("<|im_end|>"),
+            "pad_token_id": ids("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": config.vision_depth,
+            "embed_dim": config.vision_width,
+            "hidden_size": config.width,
+            "num_heads": config.vision_heads,
+            "mlp_ratio": config.vision_mlp_ratio,
+            "patch_size": config.patch,
+            "spatial_merge_size": 2,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLModel._from_config(model_config, attn_implementation="sdpa")
+    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL, max_tokens=context_of(model_config))
+
+
+def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 32768) -> Processor:
+    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``.
+
+    Args:
+        config: The model's configuration, which states its context.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
+    tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
+    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL, max_tokens=context_of(config))
+
+
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+QWEN_PADS = ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+PROMPT_STRINGS = (QWEN_VL.head, QWEN_VL.tail)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocabulary: int,
+    *,
+    added: Sequence[str] = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, *PROMPT_STRINGS),
+) -> Any:
+    """A byte-level BPE tokenizer in Qwen's form (same pre-tokenisation) trained on ``texts``; ``added`` are special."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(_with_roles(texts), trainer)
+    core = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=core["vocab"],
+        merges=[tuple(merge) for merge in core["merges"]],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in added], special_tokens=True)
+    return tokenizer
+
+
+def _with_roles(texts: Iterable[str]) -> Iterable[str]:
+    # words begin a prompt without the space they have in running text, so both forms must be learnt
+    for text in texts:
+        yield text
+        yield " " + text
+    yield from ["user\n", "\n"] * 1000

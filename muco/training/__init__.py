@@ -1,0 +1,1 @@
+"""Training: recipe, mixture, batches, trainer, checkpoint."""

@@ -1,0 +1,91 @@
+"""The blind control: can a model's turns be matched with every pixel replaced by a constant?
+
+A retrieval score looks at single turns. A dialogue can leak in other ways, by the order of its questions above all, and
+only the training loss on the training's own dialogues shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from muco.dialogue import Sample
+from muco.loss import MultiTurnLoss
+from muco.training.batches import TrainingBatches
+from muco.training.mixture import Mixture
+from muco.training.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from muco.data.source import Data
+    from muco.model import Model
+
+SAMPLES, BATCHES = 32, 4
+BELOW = 0.9  # of the chance level: what the wording of questions tells about answers stays above this on our data
+
+
+class _Pictured:
+    """The samples of a set that have an image; the others need none to be answered."""
+
+    def __init__(self, data: Data, limit: int) -> None:
+        self.rows: list[Sample] = []
+        for index in range(len(data)):
+            if len(self.rows) < limit and data[index].images:
+                self.rows.append(data[index])
+        self.fingerprint = ""  # nothing is stored under it
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.rows[index]
+
+
+@torch.inference_mode()
+def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | None:
+    """The training loss of a recipe on held-out samples without their pixels, query to target.
+
+    Args:
+        recipe: What the model was trained with; its turns and temperature are used.
+    Returns:
+        ``loss`` in nats; ``chance``, ln(samples per batch): the loss of a model that knows the kind of a question and
+        nothing else; ``leaks``: whether the loss is clearly below; ``samples`` per batch. None if the data has fewer
+        than two samples with an image.
+    """
+    pictured = _Pictured(data, SAMPLES * BATCHES)
+    size = min(SAMPLES, len(pictured))
+    if size < 2:
+        return None
+    mixture = Mixture([len(pictured)], [1.0], size, recipe.seed)
+    turns = recipe.turns
+    if turns.mode == "reconstruction":  # its hidden texts give the answers away, as they are meant to
+        turns = replace(turns, mode="isolated")
+    batches = TrainingBatches([pictured], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=True)
+    loss = MultiTurnLoss(model, temperature=recipe.loss.temperature)
+    model.eval()
+    values = []
+    for step in range(len(pictured) // size):
+        batch = batches[step]
+        sides = [{k: v.to(model.device) for k, v in batch[side].items()} for side in ("query", "target")]
+        values.append(loss(sides, {k: v.to(model.device) for k, v in batch["ids"].items()}).item())
+    mean, chance = sum(values) / len(values), math.log(size)
+    return {"loss": mean, "chance": chance, "leaks": not mean >= BELOW * chance, "samples": size}
+
+
+def add_blind_loss(result: dict[str, Any], model: Model, data: Data, recipe: Recipe) -> None:
+    """Adds ``blind_loss`` to the result of an evaluation, and a warning if the turns can be matched without pixels."""
+    result["blind_loss"] = control = blind_loss(model, data, recipe)
+    if control and control["leaks"]:
+        result["warnings"].append(
+            f"the turns are matched without any pixel: blind loss {control['loss']:.2f} nats, below the "
+            f"{control['chance']:.2f} of chance; their order or the questions give the answers away"
+        )
+
+
+def recipe_of(model: str | Path) -> Recipe | None:
+    """The recipe that a model folder was trained with; None for a model that was not trained here."""
+    file = Path(model) / "recipe.yaml"
+    return load_recipe(file) if file.is_file() else None

@@ -1,0 +1,178 @@
+"""What a run reports: the samples it used and left out, its progress on the screen, TensorBoard, its token budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
+
+from muco import distributed
+from muco.base.files import write_text, writing
+from muco.base.text import escaped
+from muco.errors import TrainingError
+
+FEW = 10  # samples that cannot be used never stop a run, whatever their share
+
+
+class Record(TrainerCallback, ExportableState):
+    """Counts samples, those that could not be used, and turns left out as duplicates; checkpoints keep the counts.
+
+    Args:
+        output: The run's folder; every sample that is left out gets a line in its ``skipped-<process>.jsonl``.
+        max_broken: The share of samples that may be left out.
+    """
+
+    def __init__(self, output: Path, max_broken: float) -> None:
+        self.file, self.max_broken = output / f"skipped-{distributed.rank()}.jsonl", max_broken
+        self.own = {"samples": 0, "skipped": 0, "left_out_turns": 0}  # of this process since it began
+        self.before = dict(self.own)  # of all processes, in the checkpoint that was gone on from
+        self.total = dict(self.own)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets what a killed run listed after its last checkpoint: those steps are made again."""
+        if self.file.exists():
+            lines = [
+                line for line in self.file.read_text(encoding="utf-8").splitlines() if _step(line) < state.global_step
+            ]
+            write_text(self.file, "".join(f"{line}\n" for line in lines))
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Counts an item of :class:`muco.training.batches.TrainingBatches`.
+
+        Raises:
+            TrainingError: If more than ``FEW`` samples and more than the stated share could not be used.
+        """
+        skipped = part["skipped"]
+        self.own["samples"] += len(part["places"]) + len(skipped)
+        self.own["skipped"] += len(skipped)
+        self.own["left_out_turns"] += part["left_out"]
+        if not skipped:
+            return
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
+            file.writelines(escaped(json.dumps(row, ensure_ascii=False)) + "\n" for row in skipped)
+        broken, samples = self.own["skipped"], self.own["samples"]
+        if broken > max(FEW, self.max_broken * samples):
+            raise TrainingError(
+                f"{broken} of {samples} samples could not be used, more than data.max_broken: {self.max_broken:g} "
+                f"allows; they are listed in {self.file}, the last one: {skipped[-1]['reason']}"
+            )
+
+    def gather(self) -> dict[str, int]:
+        """The counts of all processes; all must call it."""
+        shares = distributed.gather_objects(self.own)
+        self.total = {key: before + sum(share[key] for share in shares) for key, before in self.before.items()}
+        return self.total
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self.total}
+
+    def go_on(self, counts: Mapping[str, int]) -> None:
+        """From the counts of a checkpoint."""
+        self.before = {key: counts[key] for key in self.own}
+
+
+def _step(line: str) -> float:
+    """The step of a line; that of one which was cut off by a kill is never reached."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
+class ScreenProgress(TrainerCallback):
+    """Shows a rich bar on a terminal; elsewhere prints one line per log step. Always on stderr."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.monotonic(), state.global_step
+        if not self.console.is_terminal:
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+        self.bar = Progress(TextColumn("training"), *columns, console=self.console)
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, status="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        status = self._status(state, logs or {})
+        if not status:
+            return
+        if self.bar:
+            self.bar.update(self.task, status=status)
+        else:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {status}", highlight=False)
+
+    def _status(self, state: Any, logs: dict[str, Any]) -> str:
+        if "loss" in logs:
+            speed = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
+            text = f"loss {float(logs['loss']):.3f}  lr {float(logs['learning_rate']):.1e}  {speed:.2f} s/step"
+            skipped = self.trainer.record.own["skipped"]
+            return text + (f"  {skipped} samples skipped" if skipped else "")
+        scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if "hit@1" in k]
+        return "  ".join(scores[:4])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class TensorBoardLog(TensorBoardCallback):
+    """transformers' own; a log that cannot be written is an OutputError."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.logging_dir):
+            super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.logging_dir):
+            super().on_log(*args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.logging_dir):
+            super().on_train_end(*args, **kwargs)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Keeps TensorBoard's thread from printing the error that the run ends with."""
+    usual = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__module__.partition(".")[0] != "tensorboard":
+            usual(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+
+
+class TokenBudget(TrainerCallback, ExportableState):
+    """The token budget in use; where memory ran out it is smaller than the recipe's, and checkpoints keep it so."""
+
+    def __init__(self, tokens: int | None) -> None:
+        self.tokens = tokens
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"tokens": self.tokens}, "attributes": {}}

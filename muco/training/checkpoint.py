@@ -1,0 +1,246 @@
+"""What a run leaves on disk, and how it is found again.
+
+::
+
+    <output>/
+    ├── run.json          the recipe, versions, data fingerprints: what the run is
+    ├── digests.json      of the data's files, so that a resumed run need not read them again
+    ├── checkpoints/      checkpoint-N: trained weights, optimizer, schedule, random states
+    ├── logs/             TensorBoard
+    └── model/            the finished model; appears whole or not at all
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from muco import distributed
+from muco.base.files import is_empty, read_json, write_json, writing
+from muco.base.machine import versions
+from muco.base.text import escaped
+from muco.data.fingerprint import RULE
+from muco.errors import CheckpointError, OutputError, RecipeError
+from muco.training.card import model_card
+from muco.training.recipe import Recipe, dump_recipe, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from muco.data.source import Data
+    from muco.model import Model
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "trained.safetensors"
+DIGESTS_FILE = "digests.json"
+OTHER_RULE = (
+    "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
+    "changed since is taken from its paths and numbers of samples alone"
+)
+
+
+def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
+    """What makes a run the same run: its recipe (but for the folder) and its data; and the versions it began with."""
+    settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
+    with ThreadPoolExecutor() as threads:
+        fingerprints = [*threads.map(partial(_fingerprint, recipe=recipe), sources)]
+    data = [
+        {"path": source.path, "samples": len(data), "fingerprint": fingerprint} | _missing(data)
+        for source, data, fingerprint in zip(recipe.data.train, sources, fingerprints, strict=True)
+    ]
+    return {"recipe": settings, "data": data, "fingerprint_rule": RULE, "versions": versions()}
+
+
+def _fingerprint(data: Data, recipe: Recipe) -> str:
+    if recipe.data.broken_images == "skip" and hasattr(data, "readable_fingerprint"):
+        return data.readable_fingerprint
+    return data.fingerprint
+
+
+def _missing(data: Data) -> dict[str, int]:
+    """What a source found missing when it was opened, and left out: rows without their image, candidates of no pool."""
+    names = ("missing", "missing_positives", "missing_negatives")
+    return {name: getattr(data, name) for name in names if hasattr(data, name)}
+
+
+def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
+    """Makes the folder this run's own.
+
+    Returns:
+        The finished model's folder if this very run is already complete, else None.
+    Raises:
+        OutputError: If the folder holds another run, something else, or a run that must not be resumed.
+    """
+    file = output / RUN_FILE
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; the output of a run is a folder")
+    if not file.is_file():
+        if output.is_dir() and not is_empty(output):
+            raise OutputError(f"{output} is not empty and holds no run; choose another output folder")
+        write_json(file, facts)
+        return None
+    known = read_json(file)
+    differing = _differing(known, facts)
+    if differing and not _begun(output):  # stopped before it had anything to lose, by a mistake in its recipe perhaps
+        write_json(file, facts)
+        return None
+    if differing:
+        raise OutputError(
+            f"{output} holds another run ({differing} differs); choose another output folder or delete it"
+        )
+    if not resume:
+        raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
+    model = output / "model"
+    if (model / "modules.json").is_file():
+        return model
+    if known.get("fingerprint_rule") != RULE:
+        log.warning(OTHER_RULE.format(output=output))
+        write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
+    return None
+
+
+def _begun(output: Path) -> bool:
+    return (output / "model").exists() or any((output / "checkpoints").glob("checkpoint-*"))
+
+
+def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
+    settings = _comparable(known["recipe"])
+    for group, value in _comparable(facts["recipe"]).items():
+        other = settings.get(group)
+        if other == value:
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            key = next(k for k in {**value, **other} if value.get(k) != other.get(k))
+            return f"{group}.{key}"
+        return group
+    told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
+    same = [d[told_by] for d in known["data"]] == [d[told_by] for d in facts["data"]]
+    return "" if same else "the training data"
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings, with the defaults of keys that an older version did not know."""
+    try:
+        values = to_dict(from_dict({"output": "", **settings}))
+    except RecipeError:  # of another version
+        return settings
+    data = values["data"]
+    data["epoch"] = settings["data"].get("epoch", "row_count")  # which it was before it could be chosen
+    if len(data["train"]) == 1:
+        data["train"][0]["weight"] = None  # of a single source it says nothing
+    if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
+        data["epoch"] = None  # nor does this
+    return {key: value for key, value in values.items() if key != "output"}
+
+
+def last_complete(output: Path, processes: int = 1) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed.
+
+    Raises:
+        OutputError: If the run was made with another number of processes: their random states do not carry over.
+    """
+    complete = []
+    for folder in (output / "checkpoints").glob("checkpoint-*"):
+        if fault := _fault(folder):
+            log.warning("%s is removed: it was not written to its end (%s)", folder, fault)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            complete.append(folder)
+    last = max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    made_with = len([*last.glob("rng_state*.pth")]) if last else processes
+    if made_with != processes:
+        raise OutputError(f"{last} was written by {made_with} processes; resume with as many, not with {processes}")
+    return last
+
+
+def _fault(folder: Path) -> str:
+    """Which file of a checkpoint is missing or cut; "" if none is. Reads what each file says of its own length."""
+    try:
+        # the trainer writes its state last
+        file = folder / "trainer_state.json"
+        json.loads(file.read_text(encoding="utf-8"))
+        file = folder / WEIGHTS_FILE
+        with safe_open(file, framework="pt"):
+            pass
+        random = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
+        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *random):
+            with zipfile.ZipFile(file):
+                pass
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{file.name}: {error}"
+    return ""
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, whole and on the CPU; with adapters these are few. Call on all processes."""
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: distributed.whole(p.detach()).cpu().contiguous() for name, p in trained}
+
+
+def save_trained(weights: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, str(folder / WEIGHTS_FILE))
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Reads the weights of a checkpoint into a model.
+
+    Raises:
+        CheckpointError: If the file does not hold exactly the weights that this model trains.
+    """
+    try:
+        weights = load_file(str(folder / WEIGHTS_FILE))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing or was cut ({error}); use another one") from error
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if set(weights) != trained:
+        odd = sorted(set(weights) ^ trained)
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the recipe's model, e.g. {odd[0]}")
+    assign_trained(model, weights)
+
+
+def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            distributed.assign(parameter, weights[name])
+
+
+def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
+    """Saves the finished model with its recipe, facts and card; the folder appears when all of it is there."""
+    with writing(output / "model", again=True):
+        return _save_final(output, model, recipe, facts, state)
+
+
+def _save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
+    final, part = output / "model", output / "model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save(str(part), create_model_card=False)
+    (part / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    history = [entry for entry in state.log_history if "loss" in entry]
+    done = {
+        **facts,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": state.global_step,
+        "loss": [[entry["step"], entry["loss"]] for entry in history],
+        "model_fingerprint": model.fingerprint,
+    }
+    write_json(part / RUN_FILE, done)
+    (part / "README.md").write_text(
+        escaped(model_card(recipe, done, model.get_embedding_dimension())), encoding="utf-8"
+    )
+    os.replace(part, final)
+    return final

@@ -1,0 +1,228 @@
+"""Floating-point operations of a training step: counted on a real batch, or on the meta device for the true sizes.
+
+What is counted are the multiplications and additions of matrix products (2 m n k for [m, n] x [n, k]), convolutions and
+attention, by torch's FlopCounterMode; not norms, activations, softmax or the optimizer. Attention is counted as two
+full products, whatever its mask: no discount for what a causal or a tree mask hides. Backward is twice forward where
+inputs and weights need a gradient, once where the weights are frozen; kernels that compute scores anew in backward are
+counted as if they had kept them. So one number holds on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from muco.backbone import VISION_NAMES, add_adapters, meta_backbone
+from muco.batch import tree_mask
+from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.sizes import Adapter
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLConfig
+
+    from muco.model import Model
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one step: forward through the vision tower, the rest of forward, and backward through both."""
+
+    vision: int
+    language: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.language + self.backward
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # shapes [rows, heads, tokens, dim]: scores are [queries, keys] per head, then their product with the values
+    rows, heads, queries, dim = query
+    return 2 * rows * heads * queries * key[2] * (dim + value[3])
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _attention(query, key, value)
+
+
+# torch has no formula for the CPU kernel and counts its attention as nothing; for the CUDA kernels it adds the
+# recomputation of the scores in backward, which the meta device (plain products) does not.
+_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention")
+    for suffix, formula in (("", _attention), ("_backward", _attention_backward))
+} | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def count_flops(forward: Callable[[], Tensor], *, backward: bool = True) -> Flops:
+    """Calls ``forward``, differentiates the scalar it returns if asked, and counts both.
+
+    What happens inside a module named like a vision tower is ``vision``.
+    """
+    with torch.set_grad_enabled(backward), _counter() as ahead:
+        value = forward()
+    with _counter() as back:
+        if backward:
+            value.backward()
+    counts = {name: sum(ops.values()) for name, ops in ahead.get_flop_counts().items()}
+    vision = sum(flops for name, flops in counts.items() if _is_tower(name.split(".")))
+    return Flops(vision, ahead.get_total_flops() - vision, back.get_total_flops())
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, depth=None, custom_mapping=_ATTENTION)
+
+
+def _is_tower(path: list[str]) -> bool:
+    return path[-1] in VISION_NAMES and not {*VISION_NAMES} & {*path[:-1]}  # some families nest two such names
+
+
+def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True, temperature: float = 0.02) -> Flops:
+    """Counts one training step: query forward, target forward, loss and, if asked, backward.
+
+    Args:
+        model: The step is really made and leaves its gradients in the parameters.
+        batch: From :func:`muco.training.batches.batch_of`, on the model's device.
+    """
+    loss = MultiTurnLoss(model, temperature=temperature)
+    return count_flops(lambda: loss([dict(batch["query"]), dict(batch["target"])], batch["ids"]), backward=backward)
+
+
+# Tokens of QWEN_VL's prompt under the true tokenizer, outside the turns: the system text and the user's role, and for
+# an image <|vision_start|>, <|vision_end|> and a newline.
+PROMPT_TOKENS = 14
+IMAGE_MARKS = 3
+
+# The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
+_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
+_SIZES: dict[str, dict[str, int]] = {
+    "2B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+}
+
+
+def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
+    """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
+    from transformers import Qwen2VLConfig
+
+    text = _SIZES[size]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return Qwen2VLConfig(
+        text_config={**text, "rope_parameters": rope, "bos_token_id": None},
+        vision_config={**_VISION, "hidden_size": text["hidden_size"]},
+    )
+
+
+def meta_step_flops(
+    config: Qwen2VLConfig,
+    *,
+    images: int,
+    turns: int,
+    visual_tokens: int = 782,
+    query_tokens: int = 30,
+    target_tokens: int = 20,
+    mode: Literal["isolated", "compounded"] = "isolated",
+    backward: bool = True,
+    vision_backward: bool = False,
+    adapter: Adapter | None = None,
+) -> Flops:
+    """Counts a training step of a Qwen2-VL of any size without its weights, on the meta device.
+
+    One image's two dialogues are counted and multiplied by ``images``; the loss is counted for all of them at once.
+
+    Args:
+        visual_tokens: Per image, of ``spatial_merge_size`` squared patches each; 0 for samples without an image.
+        query_tokens, target_tokens: What one more turn adds to either sequence, its share of the prompt included.
+        mode: Decides the attention mask. It does not change the count, see the module's docstring.
+        backward: False counts the forward passes alone.
+        vision_backward: Whether the vision tower is trained.
+        adapter: Low-rank adapters on a frozen language model; None trains all of its weights. DoRA's weight norms,
+            which do not grow with the batch, would be multiplied by ``images``, so only "lora" is accepted.
+    Raises:
+        ValueError: If a number is not positive, the mode unknown or the adapter not LoRA.
+    """
+    if min(images, turns, query_tokens, target_tokens) < 1 or visual_tokens < 0:
+        raise ValueError("images, turns and tokens must be positive")
+    if mode not in ("isolated", "compounded"):
+        raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
+    if adapter is not None and adapter.kind != "lora":
+        raise ValueError("only LoRA adapters can be counted for one image and multiplied")
+    model = _MetaModel(config, adapter, vision_backward)
+
+    def one_image() -> Tensor:
+        sides = ((visual_tokens, query_tokens), (0, target_tokens))
+        hidden = [model(visual, turns * tokens, tree=mode == "isolated" and turns > 1) for visual, tokens in sides]
+        return sum(states[0, -turns:].sum() for states in hidden)
+
+    def loss() -> Tensor:
+        shape = (images * turns, config.text_config.hidden_size)
+        query, target = (torch.empty(shape, device="meta", requires_grad=True) for _ in range(2))
+        return multi_turn_info_nce(query, target, torch.empty(shape[0], dtype=torch.long, device="meta"))
+
+    one, all_turns = (count_flops(forward, backward=backward) for forward in (one_image, loss))
+    return Flops(
+        vision=images * one.vision,
+        language=images * one.language + all_turns.language,
+        backward=images * one.backward + all_turns.backward,
+    )
+
+
+class _MetaModel(nn.Module):
+    """The two halves of a Qwen2-VL, joined without looking at values, of which meta tensors have none."""
+
+    def __init__(self, config: Qwen2VLConfig, adapter: Adapter | None, vision_backward: bool) -> None:
+        super().__init__()
+        model = meta_backbone(config)
+        self.visual, self.language = model.visual, model.language_model
+        if adapter is not None:
+            with torch.device("meta"):
+                add_adapters(model, adapter, [0, 1])
+        self.visual.requires_grad_(vision_backward)
+
+    def forward(self, visual_tokens: int, turn_tokens: int, *, tree: bool) -> Tensor:
+        text = torch.empty(PROMPT_TOKENS + turn_tokens, dtype=torch.long, device="meta")
+        embeds = [self.language.embed_tokens(text)]
+        if visual_tokens:
+            marks = torch.empty(IMAGE_MARKS, dtype=torch.long, device="meta")
+            embeds += [self.language.embed_tokens(marks), self._see(visual_tokens)]
+        sequence = torch.cat(embeds)[None]  # [1, L, D], in any order: every token costs the same
+        ids = torch.empty(sequence.shape[:2], dtype=torch.long, device="meta")
+        mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if tree else None  # type: ignore[typeddict-item]
+        positions = ids.expand(3, -1, -1)
+        output = self.language(inputs_embeds=sequence, attention_mask=mask, position_ids=positions, use_cache=False)
+        return output.last_hidden_state
+
+    def _see(self, visual_tokens: int) -> Tensor:
+        config = self.visual.config
+        patches = visual_tokens * config.spatial_merge_size**2
+        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        # positions and lengths are given, because the tower would read them off the grid's values
+        return self.visual(
+            torch.empty(patches, pixels, device="meta"),
+            grid_thw=None,
+            position_ids=torch.empty(patches, 2, dtype=torch.long, device="meta"),
+            cu_seqlens=torch.tensor([0, patches]),
+        ).pooler_output

@@ -1,0 +1,190 @@
+"""Which samples and turns make up step number n; :mod:`muco.training.batches` makes batches of them.
+
+Everything is a function of (seed, step), so that a run does not depend on the number of workers and a resumed run
+sees exactly what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from muco.data import open_data
+from muco.data.source import Data
+from muco.errors import DataError, RecipeError
+from muco.training.recipe import Recipe, TurnsRecipe
+
+ROUND = 1000  # steps after which every source has had its share, where a step has one source
+
+
+def open_sources(recipe: Recipe) -> list[Data]:
+    """The training sets of a recipe, in its order; a DataError if one cannot be opened."""
+    return [open_data(source.path, source.format, source.options) for source in recipe.data.train]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of a batch: where it comes from and the key of its random choices."""
+
+    source: int
+    index: int
+    position: int  # in the endless stream of its source, or of all sources
+
+
+class Mixture:
+    """An endless, seeded stream of batches from several sources.
+
+    Args:
+        lengths: Samples per source.
+        weights: Share of each source in every batch; the rounding is carried, so long-run shares are exact. None: the
+            sources are one, of all their samples.
+        batch_size: Samples per step.
+        one_source: Every batch comes from one source, and the shares are those of the batches.
+        epoch: What an epoch is, see :class:`muco.training.recipe.DataRecipe`.
+    Each source is gone through in a new random order per pass.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float] | None,
+        batch_size: int,
+        seed: int,
+        *,
+        one_source: bool = False,
+        epoch: str = "every_row",
+    ) -> None:
+        if not lengths or min(lengths) < 1:
+            raise DataError("a training source is empty; every source needs at least one sample")
+        self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
+        self.one_source, self.epoch, self.weighted = one_source, epoch, weights is not None
+        self._ends = list(accumulate(lengths))
+        self._streams = self.lengths if self.weighted or one_source else (self._ends[-1],)
+        if weights is not None and not one_source and batch_size * min(weights) < sum(weights):
+            raise RecipeError(
+                f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
+                "raise its weight or batch.size"
+            )
+        weights = self._streams if weights is None else weights
+        self._shares = np.cumsum(weights) / np.sum(weights)
+        self._shares[-1] = 1.0
+        self._remember()
+
+    @classmethod
+    def of(cls, recipe: Recipe, lengths: Sequence[int]) -> Mixture:
+        """The mixture of a recipe whose sources have these lengths."""
+        data = recipe.data
+        settings = {"one_source": data.one_source, "epoch": data.epoch}
+        return cls(lengths, data.weights, recipe.batch.size, recipe.seed, **settings)
+
+    def _remember(self) -> None:
+        self._order = lru_cache(maxsize=2 * len(self._streams))(self._permutation)
+        self._round = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getstate__(self) -> dict[str, Any]:  # caches do not pickle
+        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_round")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
+
+    def _permutation(self, stream: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1, stream, epoch]).permutation(self._streams[stream])
+
+    def draws(self, step: int) -> list[Draw]:
+        """The samples of a step."""
+        first, last = self._before(step), self._before(step + 1)
+        draws = []
+        for stream, length in enumerate(self._streams):
+            for position in range(first[stream], last[stream]):
+                epoch, place = divmod(position, length)
+                source, index = self._place(stream, int(self._order(stream, epoch)[place]))
+                draws.append(Draw(source, index, position))
+        return draws
+
+    def _place(self, stream: int, number: int) -> tuple[int, int]:
+        """Source and index of a sample of a stream."""
+        if len(self._streams) == len(self.lengths):
+            return stream, number
+        source = bisect_right(self._ends, number)
+        return source, number - (self._ends[source - 1] if source else 0)
+
+    def _before(self, step: int) -> list[int]:
+        """Samples of each stream before a step."""
+        if not self.one_source:
+            return self._shared(step * self.batch_size)
+        number, place = divmod(step, self._round_steps)
+        steps = self._steps(number) + np.bincount(self._round(number)[:place], minlength=len(self._streams))
+        return (steps * self.batch_size).tolist()
+
+    def _shared(self, count: int) -> list[int]:
+        """Shares a number of samples among the streams; what is left of rounding goes to later ones."""
+        ends = [int(np.floor(count * share + 1e-9)) for share in self._shares]
+        return [end - start for end, start in zip(ends, [0, *ends[:-1]], strict=True)]
+
+    @property
+    def _round_steps(self) -> int:
+        """Where a step has one source: the steps after which every source has had its share."""
+        return max(ROUND, len(self.lengths) ** 2) if self.weighted else sum(self._filled)
+
+    @property
+    def _filled(self) -> list[int]:
+        """Batches that the samples of each source fill, the last one perhaps in part."""
+        return [-(-length // self.batch_size) for length in self.lengths]
+
+    def _steps(self, rounds: int) -> np.ndarray:
+        """Steps of each source in the first rounds; what is left of rounding goes to the one of the largest share.
+
+        From one round to the next no number falls: others get at most one step more than their share
+        of it, and the largest share of the steps of a round is above their number.
+        """
+        if not self.weighted:
+            return rounds * np.array(self._filled)
+        count, shares = rounds * self._round_steps, np.diff(self._shares, prepend=0.0)
+        steps = np.floor(count * shares + 1e-9).astype(int)
+        steps[shares.argmax()] += count - steps.sum()
+        return steps
+
+    def _shuffled(self, number: int) -> np.ndarray:
+        """int64 [steps of a round]: the source of each step of round ``number``."""
+        sources = np.repeat(np.arange(len(self.lengths)), self._steps(number + 1) - self._steps(number))
+        return np.random.default_rng([self.seed, 6, number]).permutation(sources)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.epoch == "row_count" or len(self._streams) == 1:
+            return -(-self._ends[-1] // self.batch_size)
+        enough = 1
+        while not self._all_seen(enough):
+            enough *= 2
+        return bisect_left(range(enough), True, key=self._all_seen)
+
+    def _all_seen(self, steps: int) -> bool:
+        return all(seen >= length for seen, length in zip(self._before(steps), self._streams, strict=True))
+
+    def passes(self, steps: int) -> list[float]:
+        """How often the samples of each source are seen in the first ``steps`` steps, on average."""
+        seen = self._before(steps)
+        if len(seen) < len(self.lengths):
+            whole, rest = divmod(steps * self.batch_size, self._ends[-1])
+            of_rest = np.searchsorted(self._ends, self._order(0, whole)[:rest], side="right")
+            seen = whole * np.array(self.lengths) + np.bincount(of_rest, minlength=len(self.lengths))
+        return [float(count / length) for count, length in zip(seen, self.lengths, strict=True)]
+
+
+def turn_order(count: int, draw: Draw, row: int, step: int, turns: TurnsRecipe, seed: int) -> list[int]:
+    """Which turns of a sample are used in this step, and in which order (the same for query and target)."""
+    own = np.random.default_rng([seed, 2, draw.source, draw.position])
+    chosen = np.arange(count) if turns.limit is None else own.permutation(count)[: turns.limit]
+    if turns.order == "sample":
+        return own.permutation(chosen).tolist()
+    group = row % turns.order if isinstance(turns.order, int) else 0
+    # one random rank per turn number, shared by the group; samples with fewer turns use the first ranks
+    ranks = np.random.default_rng([seed, 3, step, group]).permutation(max(64, count))
+    return sorted(chosen.tolist(), key=lambda turn: ranks[turn])
