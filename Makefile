@@ -41,6 +41,6 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # A second environment with torchvision and without muco, in which the stock library must load what we save.
-$(STOCK): $(READY) tests/make_stock_environment.sh
-	@bash tests/make_stock_environment.sh $(VENV) .venv-stock
+$(STOCK): $(READY) tests/support/make_stock_environment.sh
+	@bash tests/support/make_stock_environment.sh $(VENV) .venv-stock
 	@touch $@

@@ -1,0 +1,625 @@
+"""muco search: exact equals a plain loop, filters only filter, and what the command prints."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.cells import cell_len
+from rich.console import Console
+
+from muco.base.terminal import finish
+from muco.cli import search as cli
+from muco.errors import MucoError
+from muco.search import Hit, Index
+from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
+from muco.search.index import HASHES
+from muco.search.storage import STORAGES, scores
+from muco.search.terminal import picture, protocol, show
+
+ROOT = Path(__file__).parents[2]
+DIMENSION = 32
+
+
+class Generated:
+    """Stands for the model that made the vectors of a test; nothing here is encoded."""
+
+    fingerprint = "generated"
+    encoder = SimpleNamespace(muco_processor=SimpleNamespace(settings=lambda: {"template": "generated"}))
+
+    def get_embedding_dimension(self) -> int:
+        return DIMENSION
+
+
+def unit(rng: np.random.Generator, count: int) -> np.ndarray:
+    centres = rng.standard_normal((40, DIMENSION))
+    vectors = centres[rng.integers(0, 40, count)] + 0.7 * rng.standard_normal((count, DIMENSION))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def filled(folder: Path, storage: str, vectors: np.ndarray, ids: list[str] | None = None) -> Index:
+    index = Index.create(folder, Generated(), storage=storage)
+    index.table.add_columns([pa.field("n", pa.int64()), pa.field("a word", pa.string())])
+    append(index, vectors, ids or [f"r{i:05}" for i in range(len(vectors))])
+    return index
+
+
+def append(index: Index, vectors: np.ndarray, ids: list[str]) -> None:
+    values = {"id": ids, "text": ids, "content_hash": ids, "row_hash": ids, "n": list(range(len(ids)))}
+    values["a word"] = [("even", "odd")[i % 2] for i in range(len(ids))]
+    values |= dict(zip(index.storage.columns, index.storage.arrays(vectors), strict=True))
+    schema = index.table.schema
+    columns = [values.get(name, pa.nulls(len(ids), schema.field(name).type)) for name in schema.names]
+    index.write(pa.table([*columns], schema=schema))
+
+
+def cosines(index: Index, vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """What the stored vectors of each way of storing give, straight from its definition."""
+    if index.storage.name == "binary":
+        vectors = np.where(vectors > 0, 1.0, -1.0)
+    elif index.storage.name == "int8":
+        vectors = np.round(vectors / np.abs(vectors).max(axis=1, keepdims=True) * 127)
+    return vectors @ query / np.linalg.norm(vectors, axis=1)
+
+
+@pytest.fixture(scope="module", params=STORAGES)
+def some(request, tmp_path_factory) -> tuple[Index, np.ndarray]:
+    vectors = unit(np.random.default_rng(0), 500)
+    return filled(tmp_path_factory.mktemp("some") / "index", request.param, vectors), vectors
+
+
+# ── what is found ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", [None, "`a word` = 'odd' AND n >= 100"])
+def test_exact_equals_a_plain_loop(some, where: str | None) -> None:
+    index, vectors = some
+    for query in unit(np.random.default_rng(1), 10):
+        scores = cosines(index, vectors, query)
+        allowed = [i for i in range(500) if where is None or (i % 2 == 1 and i >= 100)]
+        best = sorted(allowed, key=lambda i: (-round(float(scores[i]), 6), i))[:7]
+        hits = index.search(vector=3 * query, k=7, where=where, exact=True)
+        np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=1e-5)
+        assert {hit.id for hit in hits} == {f"r{i:05}" for i in best}
+        assert all(hit.extra["n"] == int(hit.id[1:]) and hit.text == hit.id for hit in hits)
+
+
+def test_like_finds_others(some) -> None:
+    index, vectors = some
+    for exact in (True, False):
+        hits = index.search(like="r00007", k=500, exact=exact)
+        assert len(hits) == 499 or not exact and len(hits) > 300
+        assert (
+            "r00007" not in {hit.id for hit in hits}
+            and [h.score for h in hits] == sorted([h.score for h in hits])[::-1]
+        )
+    query = index.storage.vectors(index.rows_by_id(["r00007"], index.storage.columns), DIMENSION)[0]
+    by_vector = index.search(vector=query, k=4, where="id != 'r00007'", exact=True)
+    assert [hit.id for hit in by_vector] == [hit.id for hit in index.search(like="r00007", k=4, exact=True)]
+
+
+def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
+    vectors = np.repeat(unit(np.random.default_rng(0), 1), 30, axis=0)
+    for storage in STORAGES:
+        index = filled(tmp_path / storage, storage, vectors)
+        assert [hit.id for hit in index.search(vector=vectors[0], k=30)] == [f"r{i:05}" for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ({}, "give one query"),
+        ({"text": "a", "like": "r00001"}, "give one query"),
+        ({"like": "nobody"}, "no row has the id 'nobody'"),
+        ({"like": "caf\udce9.png"}, "'id' holds half a character"),
+        ({"text": "a", "where": "id = '\ud800'"}, "'where' holds half a character"),
+        ({"vector": [1.0, 2.0]}, "32 finite numbers"),
+        ({"vector": [0.0] * 32}, "not all zero"),
+        ({"vector": [float("nan")] * 32}, "finite"),
+        ({"like": "r00001", "k": 0}, "k must be"),
+        ({"like": "r00001", "k": 10**9}, "k must be"),
+        ({"like": "r00001", "k": 1.5}, "k must be"),
+        ({"like": "r00001", "k": "3"}, "k must be"),
+        ({"vector": ["a"] * 32}, "32 numbers"),
+        ({"vector": torch.ones(32, requires_grad=True)}, "32 numbers"),
+        ({"text": "a"}, "does not say where its model is"),
+    ],
+)
+def test_queries_that_cannot_be(some, query: dict, says: str) -> None:
+    index = Index.open(some[0].path)
+    with pytest.raises(MucoError, match=says):
+        index.search(**query)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_an_index_of_vectors_is_built_finds_and_is_kept_fresh(storage: str, tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0), 12_000)
+    index = filled(tmp_path / "index", storage, vectors[:11_000])
+    index.optimize()
+    (name,) = [found.name for found in index.table.list_indices() if found.name.startswith("ann_")]
+    assert name == "ann_11000"
+    append(index, vectors[11_000:], [f"r{i:05}" for i in range(11_000, 12_000)])
+    assert index.search(vector=vectors[11_500], k=1)[0].id == "r11500"  # before it is in the index
+    index.optimize()
+    assert index.table.index_stats(name).num_unindexed_rows == 0
+    queries = unit(np.random.default_rng(0), 12_040)[12_000:]
+    reader = Index.open(tmp_path / "index")
+    found = [{hit.id for hit in reader.search(vector=query)} for query in queries]
+    right = [{f"r{i:05}" for i in np.argsort(-(vectors @ query))[:10]} for query in queries]
+    recall = sum(len(one & other) for one, other in zip(found, right, strict=True)) / 400
+    assert recall >= 0.95
+    few = reader.search(vector=queries[0], where="n in (3, 5, 70)", k=10)
+    assert {hit.extra["n"] for hit in few} == {3, 5, 70}  # a narrow filter loses nothing
+    assert reader.search(vector=queries[0], where="n < 0") == []
+
+
+def test_an_index_is_trained_anew_when_it_has_grown(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("muco.search.index.ANN_ROWS", 300)
+    vectors = unit(np.random.default_rng(0), 1300)
+    index = filled(tmp_path / "index", "float32", vectors[:300])
+    index.optimize()
+    append(index, vectors[300:], [f"r{i:05}" for i in range(300, 1300)])
+    index.optimize()
+    assert [i.name for i in index.table.list_indices() if i.name.startswith("ann_")] == ["ann_1300"]
+
+
+def test_many_threads_read_while_one_writes(tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0), 600)
+    index = filled(tmp_path / "index", "float32", vectors[:300])
+    reader = Index.open(tmp_path / "index")
+
+    def ask(number: int) -> bool:
+        return reader.search(vector=vectors[number], k=1)[0].id == f"r{number:05}"
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(ask, [i % 300 for i in range(200)])
+        for start in range(300, 600, 60):
+            append(index, vectors[start : start + 60], [f"r{i:05}" for i in range(start, start + 60)])
+            index.optimize()
+        assert all(asked)
+
+
+# ── filters ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COLUMNS = {
+    "id": pa.string(),
+    "n": pa.int64(),
+    "a word": pa.string(),
+    "Year": pa.date32(),
+    "price": pa.decimal128(5, 2),
+    "ok": pa.bool_(),
+    "date": pa.date32(),
+    "and": pa.int64(),
+    "x": pa.float64(),
+    "X": pa.float64(),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("n = 1", "`n` = 1"),
+        ("  ", None),
+        ("n=-15 or YEAR is not null", "`n` = -15 OR `Year` IS NOT NULL"),
+        ("`a word` LIKE 'it''s%' and not (n in (1, 2))", "`a word` LIKE 'it''s%' AND NOT ((`n` IN (1, 2)))"),
+        ("Lower(id) = 'x' and year > date '2020-01-01'", "lower(`id`) = 'x' AND `Year` > DATE '2020-01-01'"),
+        ("n == 1 or n = 2 and ok", "`n` = 1 OR `n` = 2 AND `ok`"),
+        ("(n = 1 or n = 2) and not ok is true", "(`n` = 1 OR `n` = 2) AND NOT (`ok` IS TRUE)"),
+        ("date = date '2020-01-01' and and > 1", "`date` = DATE '2020-01-01' AND `and` > 1"),
+        (
+            "n not between -.5 and 3 and x > 1.5e3",
+            "`n` NOT BETWEEN CAST('-0.5' AS DECIMAL(1, 1)) AND 3 AND `x` > 1.5e3",
+        ),
+        ("n = 1.5e3 or n = 5e-2", "`n` = CAST('1500' AS DECIMAL(4, 0)) OR `n` = CAST('0.05' AS DECIMAL(2, 2))"),
+        ("1.50 <= price and x > 0.5", "CAST('1.50' AS DECIMAL(3, 2)) <= `price` AND `x` > 0.5"),
+        ("coalesce(ok, false) and starts_with(id, 'a')", "coalesce(`ok`, FALSE) AND starts_with(`id`, 'a')"),
+    ],
+)
+def test_filters_that_pass(where: str, expected: str | None) -> None:
+    assert checked_filter(where, COLUMNS) == expected
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "n = 1; drop table rows",
+        "n = 1 -- comment",
+        "n = 1 /* comment */",
+        "n = 1 limit 5",
+        "id in (select id from rows)",
+        "exists(select 1)",
+        "length(repeat('x', 1000000000)) > 1",
+        "array_length(array_repeat(1, 1000000000)) > 0",
+        "read_csv('/etc/passwd')",
+        "random() < 0.5",
+        "version() = 'x'",
+        "n + 1 > 0",
+        "nothing = 1",
+        "n = 'open",
+        'id = "r1"',
+        "`id = 1",
+        "n = 0x1F",
+        "n = 1" + " or n = 1" * LONGEST,
+        "lower = 1",
+        "content_hash = 'x'",
+        "()",
+        "not " * 400 + "ok",
+        "(" * 900 + "ok" + ")" * 900,
+        "lower(" * 300 + "id" + ")" * 300 + " = 'x'",
+        "lower(id, id) = 'x'",
+        "1 2",
+        "id = '\ud800'",
+    ],
+)
+def test_filters_that_do_not(where: str) -> None:
+    with pytest.raises(MucoError, match="filter"):
+        checked_filter(where, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("id = 'red' n >= 2020", "'n >= 2020' (character 12): expected the end, AND or OR"),
+        ("id = 'red', n >= 2020", "', n >= 2020' (character 11): expected the end, AND or OR"),
+        ("id = 'red') AND (n >= 2020", "') AND (n >= 2020' (character 11): expected the end"),
+        ("(id = 'red')) AND n >= 2020", "') AND n >= 2020' (character 13): expected the end"),
+        ("((id = 'red') AND n >= 2020", "the end: expected )"),
+        ("n between 1 or 2", "'or 2' (character 13): expected AND"),
+        ("n = 1 = 2", "'= 2' (character 7): expected the end"),
+        ("n = ", "the end: expected a column, text or a number"),
+        ("n not = 1", "'= 1' (character 7): expected IN, BETWEEN, LIKE or ILIKE"),
+        ("n in (1, n)", "'n)' (character 10): expected text, a number, TRUE"),
+        ("ok is 1", "'1' (character 7): expected NULL, TRUE or FALSE"),
+        ("n = 'x'", "\"'x'\" (character 5): text cannot be compared with a number"),
+        ("n = id", "'id' (character 5): text cannot be compared with a number"),
+        ("n in (1, '2')", "(character 10): text cannot be compared with a number"),
+        ("n", "'n' (character 1): expected a condition, not a number"),
+        ("ok and id", "'id' (character 8): expected a condition, not text"),
+        ("n like '1%'", "\"n like '1%'\" (character 1): expected text, not a number"),
+        ("year > '2020-01-01'", "text cannot be compared with a date; write DATE '2020-01-31'"),
+        ("lower(n) = 'x'", "expected text, not a number"),
+        ("lower(id, id) = 'x'", "'lower' (character 1): takes 1 values, not 2"),
+        ("repeat(id) = 'x'", "'repeat' (character 1): not a function that may be used; functions: abs"),
+        ("nothing = 1", "'nothing' (character 1): not a column; columns: X, Year"),
+        ("ÿ = 1 and `nothing` = 1", "'ÿ' (character 1): not a column"),
+    ],
+)
+def test_a_refused_filter_says_where_and_why(where: str, says: str) -> None:
+    with pytest.raises(MucoError, match=re.escape(says)):
+        checked_filter(where, COLUMNS)
+
+
+def test_a_column_that_may_be_two_is_refused() -> None:
+    assert checked_filter("x = 1 and X = 2", COLUMNS) == "`x` = 1 AND `X` = 2"
+    columns = {"Ab": pa.int64(), "aB": pa.int64()}
+    with pytest.raises(MucoError, match="'ab' .*may be Ab or aB"):
+        checked_filter("ab = 1", columns)
+
+
+@pytest.mark.parametrize("where", ["`a word` > date 'x'", "n = 99999999999999999999", "n = date '2020-01-01'"])
+def test_what_lancedb_refuses_is_one_short_sentence(some, where: str) -> None:
+    with pytest.raises(MucoError, match="the filter") as error:
+        some[0].search(like="r00001", where=where)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300 and ".rs" not in str(error.value)
+
+
+@pytest.mark.parametrize(("start", "end", "levels"), [("(", ")", 1), ("not ", "", 1), ("not (", ")", 2)])
+def test_the_deepest_filter_takes_no_time(some, start: str, end: str, levels: int) -> None:
+    deep = DEEPEST // levels
+    started = time.perf_counter()
+    some[0].search(like="r00000", where=start * deep + "n = 1" + end * deep)
+    assert time.perf_counter() - started < 10
+    with pytest.raises(MucoError, match=f"more than {DEEPEST} parentheses"):
+        some[0].search(like="r00000", where=start * (deep + 1) + "n = 1" + end * (deep + 1))
+
+
+def test_a_long_filter_is_no_danger(some) -> None:
+    where = " or ".join(["n = 1"] * (LONGEST // 9))
+    assert [hit.extra["n"] for hit in some[0].search(like="r00000", where=where)] == [1]
+
+
+class Table:
+    """Rows in an index, and in SQLite, whose parser and evaluation are the reference: it reads all or none."""
+
+    def __init__(self, folder: Path) -> None:
+        rows = [
+            {"n": n, "f": f, "s": s, "ok": ok}
+            for n, f, s, ok in zip(
+                [None, -1, 0, 1, 2, 3, 1, 2, None, 5, 2, 1],
+                [0.5, None, 1.0, 1.5, 2.0, -0.5, 2.0, None, 1.5, 0.0, 2.5, 1.0],
+                ["a", "b", None, "ab", "B", "", "a%", "ba", "A", None, "a", "and"],
+                [True, False, None] * 4,
+                strict=True,
+            )
+        ]
+        self.index = Index.create(folder, Generated())
+        kinds = {"n": pa.int64(), "f": pa.float64(), "s": pa.string(), "ok": pa.bool_()}
+        self.index.table.add_columns([pa.field(name, kind) for name, kind in kinds.items()])
+        schema, ids = self.index.table.schema, [f"r{i}" for i in range(len(rows))]
+        values = {name: [row[name] for row in rows] for name in kinds} | dict.fromkeys(("id", *HASHES), ids)
+        vectors = self.index.storage.arrays(unit(np.random.default_rng(0), len(rows)))
+        values |= dict(zip(self.index.storage.columns, vectors, strict=True))
+        columns = [values.get(name, pa.nulls(len(ids), schema.field(name).type)) for name in schema.names]
+        self.index.write(pa.table([*columns], schema=schema))
+        self.database = sqlite3.connect(":memory:")
+        self.database.execute("PRAGMA case_sensitive_like = ON")
+        self.database.execute("CREATE TABLE t (id TEXT, text TEXT, image TEXT, n INTEGER, f REAL, s TEXT, ok INTEGER)")
+        for id, row in zip(ids, rows, strict=True):
+            self.database.execute("INSERT INTO t VALUES (?, NULL, NULL, ?, ?, ?, ?)", (id, *row.values()))
+
+    def found(self, where: str) -> set[str]:
+        return {hit.id for hit in self.index.search(vector=[1.0] * DIMENSION, where=where, k=50, exact=True)}
+
+    def expected(self, where: str) -> set[str]:
+        return {id for (id,) in self.database.execute(f"SELECT id FROM t WHERE {where}")}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Table:
+    return Table(tmp_path_factory.mktemp("table") / "index")
+
+
+NUMBERS = st.sampled_from("n f n f -1 0 1 2 1.5 .5 2. 1e0 abs(n) coalesce(n,2) (f) null".split())
+TEXTS = st.sampled_from("s s S `s` 'a' 'ab' 'A' '' 'it''s' lower(s) upper(s) coalesce(s,'a') null".split())
+COMPARED = st.sampled_from(["=", "!=", "<>", "<", "<=", ">", ">=", "=="])
+NOT = st.sampled_from(["", "not "])
+
+
+def comparisons(values: st.SearchStrategy[str], literals: list[str]) -> st.SearchStrategy[str]:
+    return st.one_of(
+        st.builds("{} {} {}".format, values, COMPARED, values),
+        st.builds("{} {}in ({}, {})".format, values, NOT, *2 * [st.sampled_from(literals)]),
+        st.builds("{} {}between {} and {}".format, values, NOT, values, values),
+        st.builds("{} is {}null".format, values, NOT),
+    )
+
+
+EXPRESSIONS = st.recursive(
+    st.one_of(
+        comparisons(NUMBERS, ["-1", "1", "2", "1.5", "3"]),
+        comparisons(TEXTS, ["'a'", "'ab'", "''"]),
+        st.builds("{} {}like {}".format, TEXTS, NOT, st.sampled_from(["'a%'", "'_'", "'%b%'", "s"])),
+        st.sampled_from(["ok", "ok = true", "ok is not false", "true", "not ok", "(n > 1) is true"]),
+    ),
+    lambda part: st.one_of(
+        st.builds("{} AND {}".format, part, part),
+        st.builds("{} or {}".format, part, part),
+        st.builds("not {}".format, part),
+        st.builds("({})".format, part),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=80)
+@given(EXPRESSIONS)
+def test_a_filter_finds_what_a_reference_finds(table: Table, where: str) -> None:
+    assert table.found(where) == table.expected(where)
+
+
+PIECES = st.sampled_from(
+    [" ", ",", "(", ")", "and", "or", "not", "=", "1", "'a'", "n", "s", "in", "null", "--", ";", "is"]
+)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn) -> str:
+    """An expression with a part cut out or something put in."""
+    where = draw(EXPRESSIONS)
+    start, end = sorted(draw(st.tuples(st.integers(0, len(where)), st.integers(0, len(where)))))
+    if draw(st.booleans()):
+        return where[:start] + where[end:]
+    return f"{where[:start]} {draw(PIECES)} {where[start:]}"
+
+
+@settings(max_examples=150)
+@given(spoiled())
+def test_a_spoiled_filter_finds_what_all_of_it_says_or_is_refused(table: Table, where: str) -> None:
+    try:
+        found = table.found(where)
+    except MucoError as error:
+        assert "the filter" in str(error)
+    else:
+        assert not where.strip() or found == table.expected(where)
+
+
+WORDS = st.sampled_from("n id `a` ( ) = < and or not in like is null 'x' 1 -2.5 , lower( between ; -- + select".split())
+
+
+@settings(max_examples=150)
+@given(st.one_of(st.text(max_size=40), st.lists(WORDS, max_size=12).map(" ".join)))
+def test_any_filter_gives_rows_or_one_sentence(plain: Index, where: str) -> None:
+    try:
+        hits = plain.search(like="r00000", where=where, k=3)
+    except MucoError as error:
+        assert "filter" in str(error)
+    else:
+        assert all(isinstance(hit, Hit) for hit in hits)
+    assert len(plain) == 20
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Index:
+    return filled(tmp_path_factory.mktemp("plain") / "index", "float32", unit(np.random.default_rng(0), 20))
+
+
+IDS = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("'\"`\\%_;-\n\0")), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=25)
+@given(st.lists(IDS, min_size=2, max_size=6, unique=True))
+def test_any_id_is_found_and_deleted_and_no_other(folders, ids: list[str]) -> None:
+    index = filled(folders.mktemp("ids") / "index", "float32", unit(np.random.default_rng(0), len(ids)), ids)
+    for id in ids:
+        assert [row["id"] for row in index.rows_by_id([id], ["id"]).to_pylist()] == [id]
+        assert {hit.id for hit in index.search(like=id)} == {*ids} - {id}
+        assert [hit.id for hit in index.search(like=ids[0], where=f"id = {quoted(id)}")] == [id] * (id != ids[0])
+    assert index.delete(ids[:1]) == 1
+    assert {id for part in index.ids() for id in part} == {*ids[1:]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory
+
+
+# ── the commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def muco(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "muco", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_from_files_to_hits(scenes: Path, tiny_model, tmp_path: Path) -> None:
+    tiny_model.save(str(tmp_path / "model"))
+    images, index = scenes / "images/test", tmp_path / "index"
+    found = json.loads(muco("index", images, "--model", tmp_path / "model", "--index", index, "--json").stdout)
+    assert (found["encoded"], found["total"]) == (16, 16)
+    image = images / "00003.png"
+    done = muco("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")
+    hits = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(hits) == 3 and hits[0]["id"] == "00003.png" and hits[0]["score"] == pytest.approx(1, abs=1e-6)
+    assert muco("index", "--index", index, "--delete", "00003.png", "--json").stdout == '{"deleted": 1, "total": 15}\n'
+    table = muco("search", "-i", index, "--image", image, "--text", "what is it?", "--where", "id < '00003'").stdout
+    assert "00002.png" in table and "00003.png" not in table and "score" in table
+    bad = muco("search", "-i", index, "--text", "x", "--where", "id = 1; drop", code=1)
+    assert bad.stderr.splitlines()[-1].startswith("muco: the filter: ';") and not bad.stdout
+    assert "no index there" in muco("search", "-i", images, "--text", "x", code=1).stderr
+    assert "give an INPUT" in muco("index", "-i", index, code=2).stderr
+
+
+JPEG = io.BytesIO()
+Image.new("RGB", (20, 10), "red").save(JPEG, "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"TERM": "xterm-kitty"}, "kitty"),
+        ({"TERM": "xterm-256color", "KITTY_WINDOW_ID": "1"}, "kitty"),
+        ({"TERM_PROGRAM": "iTerm.app"}, "iterm2"),
+        ({"LC_TERMINAL": "iTerm2"}, "iterm2"),
+        ({"TERM": "xterm-kitty", "TMUX": "/tmp/x"}, None),
+        ({"TERM": "screen.xterm", "TERM_PROGRAM": "WezTerm"}, None),
+        ({"TERM": "xterm-256color"}, None),
+        ({}, None),
+    ],
+)
+def test_which_terminal_shows_pictures(environment: dict, expected: str | None) -> None:
+    assert protocol(environment, SimpleNamespace(isatty=lambda: True)) == expected
+    assert protocol(environment, io.StringIO()) is None
+
+
+def test_pictures_are_whole() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "JPEG")
+    parts = picture(stream.getvalue(), "kitty").split("\x1b\\")[:-1]
+    heads, data = zip(*(part.removeprefix("\x1b_G").split(";") for part in parts), strict=True)
+    assert heads[0].startswith("a=T,f=100") and [head[-1] for head in heads] == ["1"] * (len(heads) - 1) + ["0"]
+    with Image.open(io.BytesIO(base64.b64decode("".join(data)))) as image:
+        assert image.size == (100, 100) and len(heads) > 1
+    assert base64.b64decode(picture(JPEG.getvalue(), "iterm2").rsplit(":", 1)[1][:-1]) == JPEG.getvalue()
+
+
+def test_a_strangers_text_does_not_steer_the_terminal() -> None:
+    hits = [Hit("a\x1b[2J", 0.5, "one\ntwo\x07\u202e [bold]x[/bold]", None, JPEG.getvalue(), {"k\x1b": "\x9b31m"})]
+    stream = io.StringIO()
+    show(hits, Console(file=stream, width=200))
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*stream.getvalue()}
+    assert "one two" in stream.getvalue() and "[bold]x[/bold]" in stream.getvalue()
+    show(hits, Console(file=stream, width=200), "kitty")
+    assert "\x1b_Ga=T" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_the_name_of_a_column_is_no_markup(width: int) -> None:
+    stream = io.StringIO()
+    show([Hit("a", 0.5, "text", None, None, {"[/red]": 1, "[bold]": 2})], Console(file=stream, width=width))
+    assert "[/red]" in stream.getvalue() and "[bold]" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 240])
+@pytest.mark.parametrize("columns", [0, 1, 12])
+def test_names_and_numbers_are_whole_however_narrow_the_terminal_is(width: int, columns: int) -> None:
+    extra = {f"column{c}": 123_000 + c for c in range(columns)} | {"word": "unbreakable-word", "empty": None}
+    texts = ("a red ring on a wooden table, seen from above", "blue")
+    hits = [Hit(f"photo-{i}", 0.91 - i / 10, text, f"images/2020/{i}.jpg", None, extra) for i, text in enumerate(texts)]
+    stream = io.StringIO()
+    show(hits, Console(file=stream, width=width))
+    lines = stream.getvalue().splitlines()
+    words = "photo-0 photo-1 0.9100 0.8100 images/2020/1.jpg score id text word unbreakable-word above blue"
+    for word in [*words.split(), *(word for name in extra if name != "empty" for word in (name, str(extra[name])))]:
+        assert any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", line) for line in lines), word
+    assert "empty" not in stream.getvalue() and "…" not in stream.getvalue()
+    if "┃" in stream.getvalue():
+        assert max(map(cell_len, lines)) <= width
+    assert ("┃" in stream.getvalue()) == (width >= {0: 120, 1: 120, 12: 240}[columns])
+
+
+# ── for programs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cosine_is_at_most_one() -> None:
+    vectors = unit(np.random.default_rng(3), 2000)
+    lengths = np.linalg.norm(vectors, axis=1)
+    plain = np.concatenate([vectors @ query / lengths for query in (*vectors[:50], *-vectors[:50])])
+    assert plain.max() > 1 and plain.min() < -1  # what rounding makes of equal vectors
+    found = np.concatenate([scores(vectors, query) for query in (*vectors[:50], *-vectors[:50])])
+    np.testing.assert_array_equal(found, np.clip(plain, -1, 1))
+
+
+def test_what_is_printed_for_programs_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    nan, infinity = float("nan"), float("-inf")
+    result = {
+        "score": nan,
+        "list": [1.5, infinity, (nan,)],
+        "of": {"x": nan},
+        "numpy": [np.float32(0.5), np.int64(3), np.array([1.0, nan])],
+        "day": date(2020, 1, 2),
+        "name": "ü\udcff",
+    }
+    finish(result, True, lambda *_: None)
+    printed = capsys.readouterr().out
+    printed.encode()
+    plain = {"score": None, "list": [1.5, None, [None]], "of": {"x": None}, "numpy": [0.5, 3, [1.0, None]]}
+    plain |= {"day": "2020-01-02", "name": "ü\udcff"}
+    assert json.loads(printed, parse_constant=pytest.fail) == plain and printed.count("\n") == 1
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after ``>&-``
+    finish({"name": "ü"}, True, lambda *_: None)
+
+
+def test_hits_as_json_say_null_for_nan(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model.save(str(tmp_path / "model"))
+    index = Index.create(tmp_path / "index", tiny_model, model_path=tmp_path / "model")
+    index.add([{"id": str(n), "text": "a red ring", "n": value} for n, value in enumerate((float("nan"), 1.5, None))])
+    query = {"text": "a red ring", "image": None, "like": None, "k": 10, "where": None, "exact": False, "model": None}
+    cli.search(str(tmp_path / "index"), **query, as_json=True)
+    hits = [json.loads(line, parse_constant=pytest.fail) for line in capsys.readouterr().out.splitlines()]
+    assert [hit["extra"]["n"] for hit in hits] == [None, 1.5, None] and max(hit["score"] for hit in hits) <= 1
