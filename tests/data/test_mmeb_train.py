@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from muco.data import rows as rows_module
+from muco.data import parquet as rows_module
 from muco.data.mmeb import CONFIGS, LONGEST_LITERAL, MMEBTrainData, negatives_of
 from muco.data.mmeb_test import DATA_SETS
 from muco.dialogue import Content, Sample
