@@ -19,6 +19,7 @@ from typing import Any
 
 from muco.base.files import write_json
 from muco.data.images import sample_images
+from muco.data.lines import file_state
 from muco.dialogue import ImageLike
 from muco.errors import DataError, ImageError
 from muco.images import SETTLED, image_digest
@@ -95,16 +96,16 @@ def file_digest(path: Path) -> str:
         DataError: If the file cannot be read, or changes meanwhile.
     """
     place = str(path.absolute())
+    before = file_state(path)
+    known = _known.get(place)
+    if known is not None and tuple(known[:2]) == before:
+        return known[2]
     try:
-        before = _state(path)
-        known = _known.get(place)
-        if known is not None and known[:2] == before:
-            return known[2]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        after = _state(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    after = file_state(path)
     if after != before:
         raise DataError(f"{path}: the file changed while it was read; start again when it is complete")
     if time.time_ns() - after[1] > SETTLED:
@@ -126,8 +127,3 @@ def recall(file: Path) -> None:
 def remember(file: Path) -> None:
     """Leaves the digests of all files that were read for another process."""
     write_json(file, _known)
-
-
-def _state(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]

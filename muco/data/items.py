@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muco.data.lines import check_texts, parsed, raw_lines, whole_text
+from muco.data.lines import check_texts, file_state, parsed, raw_lines, whole_text
+from muco.data.parquet import batches, read_header
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -266,14 +266,7 @@ def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[R
 
 
 def _parquet(path: Path, columns: Columns) -> Source:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            names, total = file.schema_arrow.names, file.metadata.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    names, total = read_header(path)
     if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
     if not {columns.text, *columns.images} & {*names}:
@@ -282,28 +275,17 @@ def _parquet(path: Path, columns: Columns) -> Source:
         raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
     if not total:
         raise DataError(f"{path}: the file has no rows")
-    stat = path.stat()
-    fingerprint = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    size, changed = file_state(path)
+    fingerprint = hashlib.sha256(f"{size} {changed}".encode()).hexdigest()
     return Source(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
 
 
 def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence[str]) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # A buffered reader without pre-buffering holds some pages, not a row group, which may be gigabytes of images.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        present = [name for name in (*columns.used, *further) if name in file.schema_arrow.names]
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        first = bisect_right(list(accumulate(sizes)), start)  # the row group of row `start`; those before stay unread
-        number = sum(sizes[:first])
-        try:
-            for batch in file.iter_batches(PARQUET_ROWS, row_groups=range(first, len(sizes)), columns=present):
-                for i in range(max(0, start - number), len(batch)):
-                    yield _parquet_record(batch, i, number + i, f"{path.name} row {number + i}")
-                number += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: broken after row {number}: {error}") from error
+    names = read_header(path)[0]
+    present = [name for name in (*columns.used, *further) if name in names]
+    for first, batch in batches(path, present, start, most_rows=PARQUET_ROWS):
+        for i in range(len(batch)):
+            yield _parquet_record(batch, i, first + i, f"{path.name} row {first + i}")
 
 
 def _parquet_record(batch: pa.RecordBatch, i: int, number: int, where: str) -> Record:

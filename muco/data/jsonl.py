@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import operator
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import numpy as np
 from muco.base.files import whole_file, writing
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import file_state, parsed, raw_lines, whole_text
+from muco.data.lines import check_unchanged, file_state, open_unchanged, parsed, position, raw_lines, whole_text
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError
 from muco.images import is_url
@@ -78,30 +76,17 @@ class JsonlData(Fingerprinted):
         return f"{self._shown}:{self._lines[self._position(index)]}"
 
     def _read_from(self) -> tuple[list[Path], str]:
-        self._open().close()  # refuses a file that has changed
+        check_unchanged(self._shown, self._state, self.path)
         return [self.path], "jsonl"
 
     def _position(self, index: int) -> int:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)} in {self._shown}")
-        return i % len(self)
+        return position(index, len(self), self._shown)
 
     def _row(self, i: int) -> Any:
-        with self._open() as file:
+        with open_unchanged(self.path, self._state, self._shown) as file:
             file.seek(int(self._starts[i]))
             line = file.readline()
         return parsed(line, self.where(i))
-
-    def _open(self) -> BufferedReader:
-        try:
-            file = self.path.open("rb")
-        except OSError as error:
-            raise DataError(f"{self._shown}: cannot be read ({error.strerror})") from error
-        if file_state(file.fileno()) != self._state:  # the offsets would point into the middle of other lines
-            file.close()
-            raise DataError(f"{self._shown}: the file changed since it was opened; open it again")
-        return file
 
 
 def sample_from_row(row: Any, folder: Path, where: str) -> Sample:

@@ -18,7 +18,7 @@ import numpy as np
 
 from muco.base.text import read_text
 from muco.data.left_out import LeftOut
-from muco.data.lines import HASHED, Row, as_object, file_state, raw_lines
+from muco.data.lines import HASHED, Row, as_object, file_state, open_unchanged, raw_lines
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
 from muco.images import image_digest
@@ -96,16 +96,10 @@ class LinePool:
         """Raises IndexError if there is no such row, DataError if the file changed since it was opened."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
-        where = f"{self.path}:{self._lines[row]}"
-        try:
-            with self.path.open("rb") as file:
-                changed = file_state(file.fileno()) != self._state  # then the place would be within another line
-                file.seek(int(self._starts[row]))
-                line = file.readline()
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror})") from error
-        if changed:
-            raise DataError(f"{self.path}: the file changed since it was opened; start again")
+        where = self.where(row)
+        with open_unchanged(self.path, self._state) as file:
+            file.seek(int(self._starts[row]))
+            line = file.readline()
         return Candidate(self.id(row), self._read(as_object(line, where), where), where)
 
     def id(self, row: int) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from muco.base.text import LONE_SURROGATE
 from muco.errors import DataError
 from muco.images import is_url
 
@@ -126,7 +127,7 @@ def whole_text(text: str, key: str) -> str:
     Raises:
         DataError: If it holds half a character, which is JSON ("\\ud800" alone) and which no tokenizer or file takes.
     """
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+    if LONE_SURROGATE.search(text):
         raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
     return text
 
@@ -191,14 +192,6 @@ def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str 
     return os.path.join(folder, inside)
 
 
-def file_state(file: Path | int) -> tuple[int, int]:
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return status.st_size, status.st_mtime_ns
-
-
 TOKEN = "<|image_1|>"
 
 _TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
@@ -213,7 +206,7 @@ def without_token(text: str, *, has_image: bool) -> str:
     return _TOKEN.sub("", text) if has_image else text.replace(TOKEN, "")
 
 
-def position(index: int, length: int, path: Path) -> int:
+def position(index: int, length: int, path: Path | str) -> int:
     """An index from 0; counts from the end where it is negative. IndexError if there is none."""
     i = operator.index(index)
     if not -length <= i < length:
@@ -239,13 +232,40 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
     return image_of({column: value}, column, folder, where)
 
 
+# ── files that must not change ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_state(file: Path | int) -> tuple[int, int]:
+    """Size in bytes and modification time in nanoseconds of a file, or of one that is open.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path | str, state: tuple[int, int], file: Path | int | None = None) -> None:
+    """Raises a DataError unless a file is as it was when its rows were found; they may lie elsewhere in it now.
+
+    Args:
+        path: Names it in the error.
+        file: What is looked at, where that is not ``path``.
+    """
+    if file_state(Path(path) if file is None else file) != state:
+        raise DataError(f"{path}: the file changed since it was opened; start again")
+
+
 @contextmanager
-def open_unchanged(path: Path, state: tuple[int, int]) -> Iterator[BinaryIO]:
-    """A file that still is as it was when its index was made; otherwise a DataError."""
+def open_unchanged(path: Path, state: tuple[int, int], shown: Path | str | None = None) -> Iterator[BinaryIO]:
+    """A file that is as it was when its rows were found; otherwise a DataError, which names it as ``shown``."""
+    shown = path if shown is None else shown
     try:
         with path.open("rb") as file:
-            if file_state(file.fileno()) != state:  # then the places would be within other rows
-                raise DataError(f"{path}: the file changed since it was opened; start again")
+            check_unchanged(shown, state, file.fileno())
             yield file
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise DataError(f"{shown}: cannot be read ({error.strerror or error})") from error

@@ -10,7 +10,7 @@
         …                anything else is not read
 
 The pictures are not published with it and have to be downloaded one by one, so that some are always missing. Which rows
-have their picture is found out once, shard by shard, and kept beside the rows (see :mod:`muco.data.parquet`).
+have their picture is found out once, shard by shard, and kept beside the rows (see :mod:`muco.data.rows`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 import os
 import stat
 from collections.abc import Sequence
@@ -31,8 +30,9 @@ import numpy as np
 
 from muco.base.files import locked, whole_file
 from muco.base.terminal import progress_bar
-from muco.data.lines import image_of, without_token
-from muco.data.parquet import Rows, cannot_write, choose_columns
+from muco.data.lines import image_of, position, without_token
+from muco.data.parquet import require_columns
+from muco.data.rows import Rows, cannot_write
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
 
@@ -46,7 +46,7 @@ _FILES = ("M3T_train/M3T.parquet", "M3T.parquet")
 class M3TData:
     """The rows of M3T whose picture is there, as samples of as many turns as a row has.
 
-    The first opening copies the columns (see :class:`muco.data.parquet.Rows`) and looks for every picture once per
+    The first opening copies the columns (see :class:`muco.data.rows.Rows`) and looks for every picture once per
     shard; an interrupted opening resumes. Later openings use what was found then; ``rescan=True`` looks again for
     pictures that were added or removed.
 
@@ -77,7 +77,7 @@ class M3TData:
         self.images, self.image_column = Path(images).absolute(), image_column
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold the images of {self.path.name}")
-        columns = choose_columns(self.path, ("qry", "pos_text", image_column), ("kind",))
+        columns = require_columns(self.path, ("qry", "pos_text", image_column), ("kind",))
         self._rows = Rows(self.path, columns, cache=cache)
         # Packed, 0.6 MB for 5 million rows: this travels to every worker, the numbers of the rows are made there.
         self._present = np.packbits(_present(self._rows, self.images, image_column, rescan=rescan))
@@ -130,9 +130,7 @@ class M3TData:
         return self.__dict__ | {"_numbers": None}
 
     def _row(self, index: int) -> int:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in {self.path}")
+        i = position(index, len(self), self.path)
         if self._numbers is None:
             bits = np.unpackbits(self._present, count=len(self._rows))
             self._numbers = np.flatnonzero(bits).astype(np.int32)

@@ -18,7 +18,6 @@ import difflib
 import hashlib
 import io
 import json
-import operator
 import re
 import tokenize
 from bisect import bisect_right
@@ -31,8 +30,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from muco.data.lines import TOKEN, image_of, text_of, without_token
-from muco.data.parquet import Rows, choose_columns
+from muco.data.lines import TOKEN, image_of, position, text_of, without_token
+from muco.data.parquet import require_columns
+from muco.data.rows import Rows
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
 
@@ -63,7 +63,7 @@ class MMEBTrainData:
     taken out of texts wherever it stands, with or without an image; where it is missing although there is an image,
     nothing has to be done, for models put images in front by themselves. Rows of which the query or the target has
     neither text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in
-    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.parquet.Rows`.
+    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
 
     Args:
         path: The folder of the configurations, or one of their files.
@@ -168,10 +168,7 @@ class MMEBTrainData:
         return self._fingerprint
 
     def _place(self, index: int) -> tuple[_Part, int]:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in {self.path}")
-        i %= len(self)
+        i = position(index, len(self), self.path)
         number = bisect_right(self._ends, i)
         return self._parts[number], int(self._parts[number].numbers[i - (self._ends[number - 1] if number else 0)])
 
@@ -210,7 +207,7 @@ class _Part:
     @classmethod
     def open(cls, config: str, file: Path, cache: str | Path | None) -> _Part:
         rows = Rows(
-            file, choose_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
+            file, require_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
         )
         batches = [batch for shard in range(rows.shards) for batch in rows.batches(shard)]
         no_query, no_target = (

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from muco.data.left_out import LeftOut
 from muco.data.lines import TOKEN, without_token
+from muco.data.parquet import batches, read_header
 from muco.dialogue import Content
 from muco.errors import DataError
 
@@ -44,6 +45,7 @@ COLUMNS = {
 }
 IMAGES = {"v1": "eval_images", "split": "image-tasks"}
 BLANK = Content(" ")  # what an empty candidate becomes, for models embed no empty content
+BATCH_ROWS = 16  # read at once: each has a list of some thousand candidates
 ROWS = 1000  # queries of every published data set
 
 _TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
@@ -181,7 +183,7 @@ def open_source(data: Path, name: str, files: Sequence[Path], images: Path | Non
     data_set = next(data_set for data_set in DATA_SETS if data_set.name == name)
     layouts, rows = [], 0
     for file in files:
-        columns, count = _header(file)
+        columns, count = read_header(file)
         layouts.append(_layout(file, columns))
         rows += count
     if len(set(layouts)) > 1:
@@ -192,21 +194,6 @@ def open_source(data: Path, name: str, files: Sequence[Path], images: Path | Non
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images of {name}, or name another folder")
     return Source(data_set, layouts[0], tuple(files), rows, data, folder)
-
-
-def _header(file: Path) -> tuple[list[str], int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as opened:
-            return opened.schema_arrow.names, opened.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({_reason(error)}); download it again") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _layout(file: Path, names: Sequence[str]) -> Layout:
@@ -285,23 +272,14 @@ def official_name(data_set: DataSet, text: str, path: str) -> str:
 def _records(
     source: Source, chosen: Collection[int] | None, left_out: LeftOut
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     first = 0  # number of the file's first row
     for file in source.files:
-        shown, row = file.relative_to(source.root).as_posix(), 0
-        try:
-            with pq.ParquetFile(file) as opened:
-                for batch in opened.iter_batches(16, columns=list(COLUMNS[source.layout])):
-                    for record in (batch.slice(i, 1) for i in range(len(batch))):
-                        if chosen is None or first + row in chosen:
-                            where = f"{shown} row {row}"
-                            yield first + row, where, _plain(record, where, left_out)
-                        row += 1
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{shown}: broken after row {row} ({_reason(error)}); download it again") from error
-        first += row
+        for row, batch in batches(file, COLUMNS[source.layout], most_rows=BATCH_ROWS):
+            for i in range(len(batch)):
+                if chosen is None or first + row + i in chosen:
+                    where = f"{file.relative_to(source.root).as_posix()} row {row + i}"
+                    yield first + row + i, where, _plain(batch.slice(i, 1), where, left_out)
+        first += read_header(file)[1]
 
 
 def _plain(record: pa.RecordBatch, where: str, left_out: LeftOut) -> dict[str, Any]:

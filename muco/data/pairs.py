@@ -37,7 +37,8 @@ from muco.data.lines import (
     text_of,
     without_token,
 )
-from muco.data.parquet import Rows, read_header
+from muco.data.parquet import read_header
+from muco.data.rows import Rows
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
 
@@ -74,7 +75,7 @@ class PairsData(Fingerprinted):
     also bytes or a struct of ``bytes`` and ``path``. Text loses the placeholder ``<|image_1|>``.
 
     Of CSV and JSONL the places of the rows are kept in memory. Of a Parquet file the columns that are used are copied
-    once, see :class:`muco.data.parquet.Rows`.
+    once, see :class:`muco.data.rows.Rows`.
 
     Args:
         path: A ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file. CSV has a header; quoted cells may hold newlines.

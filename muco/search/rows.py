@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.data.items import Columns, Row, Source, open_source
+from muco.data.parquet import batches
 from muco.errors import DataError
 from muco.search.columns import add_kinds, check_names, column_type, conform
 
@@ -103,20 +104,15 @@ def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
 
 def _parquet_empty(path: Path, names: Iterable[str]) -> frozenset[str]:
     """The columns that have no value in any row. Reads on only while there may be one."""
-    import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     empty = {*names}
-    try:
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            for batch in file.iter_batches(PARQUET_ROWS, columns=sorted(empty)) if empty else ():
-                missing = {name: pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py() for name in empty}
-                empty = {name for name in empty if missing[name]}
-                if not empty:
-                    break
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    stream = batches(path, sorted(empty), most_rows=PARQUET_ROWS) if empty else ()
+    for _, batch in stream:
+        missing = {name: pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py() for name in empty}
+        empty = {name for name in empty if missing[name]}
+        if not empty:
+            break
     return frozenset(empty)
 
 

@@ -182,7 +182,7 @@ def test_a_file_that_changes_is_refused(dataset):
     data[0]
     lines(dataset, "\n", dumped(ROW))
     for read in (lambda: data[0], lambda: data.fingerprint):
-        with pytest.raises(DataError, match=r"train.jsonl: the file changed since it was opened; open it again"):
+        with pytest.raises(DataError, match=r"train.jsonl: the file changed since it was opened; start again"):
             read()
     dataset.unlink()
     with pytest.raises(DataError, match="cannot be read"):

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from muco.base.files import locked, whole_file
 from muco.data import rows as rows_module
 from muco.data.m3t import M3TData
-from muco.data.parquet import Rows, choose_columns
+from muco.data.parquet import require_columns
+from muco.data.rows import Rows
 from muco.dialogue import Sample
 from muco.errors import DataError
 
@@ -275,7 +276,8 @@ def test_rows_are_those_of_the_file_however_they_are_cut(tmp_path_factory, monke
     rows = Rows(file, ("a", "b"))
     assert len(rows) == count and rows.shards == -(-count // shard)
     assert [rows[i] for i in range(count)] == [{"a": record["a"], "b": record["b"]} for record in made]
-    for index in (-1, count):
+    assert rows[-1] == rows[count - 1]
+    for index in (-count - 1, count):
         with pytest.raises(IndexError):
             rows[index]
 
@@ -298,7 +300,7 @@ def test_the_fingerprint_needs_the_file_that_was_opened(tmp_path):
     file = tree.write_tree(tmp_path, tree.records(3))
     data = opened(tmp_path)
     os.utime(file, ns=(1, 2))
-    with pytest.raises(DataError, match="the file changed since it was opened; open it again"):
+    with pytest.raises(DataError, match="the file changed since it was opened; start again"):
         _ = data.fingerprint
     file.unlink()
     with pytest.raises(DataError, match="M3T.parquet: cannot be read"):
@@ -334,7 +336,7 @@ def test_the_cache_may_be_elsewhere(tmp_path, small_shards):
 def test_a_cache_that_cannot_be_written(tmp_path):
     tree.write_tree(tmp_path, tree.records(3))
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(DataError, match="the cache cannot be written .*; give another folder as 'cache'"):
+    with pytest.raises(DataError, match="the cache cannot be written .*; pass another folder as 'cache'"):
         opened(tmp_path, cache=tmp_path / "taken")
 
 
@@ -377,7 +379,7 @@ def test_columns_are_checked(tmp_path):
     twice = pa.table([["a"], ["b"]], names=["qry", "qry"])
     pq.write_table(twice, file)
     with pytest.raises(DataError, match="the column 'qry' is there 2 times; keep one"):
-        choose_columns(file, ("qry",))
+        require_columns(file, ("qry",))
     tree.write_rows(file, tree.records(1))
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     with pytest.raises(DataError, match="the file has no rows"):

@@ -162,7 +162,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
 def test_an_index_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", pair(1))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match="cache: the cache cannot be written .*; give another folder as 'cache'"):
+    with pytest.raises(DataError, match="cache: the cache cannot be written .*; pass another folder as 'cache'"):
         ShardsData(shard, cache=tmp_path / "cache")
 
 
