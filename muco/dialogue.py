@@ -17,12 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from muco.errors import DataError
+from muco.base.json_text import type_of
+from muco.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Positions = Literal["restart", "run_on"]
+CONTENT_KEYS = ("text", "image", "images", "caption")
 ImageLike = Union[str, Path, bytes, "Image"]  # a path, the bytes of an image file, or an opened Pillow image
 
 
@@ -46,9 +48,11 @@ class Content:
         return not self.text and not self.images
 
 
-def as_content(value: Any) -> Content:
+def as_content(value: Any, name: str = "content") -> Content:
     """Reads a string, an image, a mapping with ``text``, ``image`` or ``images``, or a Content.
 
+    Args:
+        name: What errors call the value.
     Raises:
         DataError: If the value is none of these, or a mapping has other keys.
     """
@@ -57,15 +61,17 @@ def as_content(value: Any) -> Content:
     if isinstance(value, str):
         return Content(text=value)
     if isinstance(value, Mapping):
-        if unknown := set(value) - {"text", "image", "images", "caption"}:
-            accepted = "'text', 'image', 'images' and 'caption'"
-            raise DataError(f"unknown key {sorted(unknown)[0]!r} in content; accepted are {accepted}")
-        text, caption = value.get("text"), value.get("caption")
-        for name, words in (("text", text), ("caption", caption)):
-            if words is not None and not isinstance(words, str):
-                raise DataError(f"{name!r} must be a string, not {type(words).__name__}")
+        for key in value:
+            if key not in CONTENT_KEYS:
+                raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, CONTENT_KEYS)}")
+        texts = []
+        for key in ("text", "caption"):
+            text = value.get(key)
+            if not isinstance(text, str | None):
+                raise DataError(f"{key!r} must be a string, not {type_of(text)}")
+            texts.append(text or "")
         images = as_images(value.get("image")) + as_images(value.get("images"))
-        return Content(text or "", images, caption or "")
+        return Content(texts[0], images, texts[1])
     return Content(images=as_images(value))
 
 
@@ -87,12 +93,12 @@ def _is_pillow(value: Any) -> bool:
     return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(value).__mro__)
 
 
-def _paraphrases(value: Any) -> tuple[Content, ...]:
+def _paraphrases(value: Any, name: str) -> tuple[Content, ...]:
     if isinstance(value, (list, tuple)):
         if not value:
-            raise DataError("an empty list of paraphrases; give at least one")
-        return tuple(as_content(item) for item in value)
-    return (as_content(value),)
+            raise DataError(f"{name!r} is an empty list; give at least one wording")
+        return tuple(as_content(item, repr(name)) for item in value)
+    return (as_content(value, repr(name)),)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Turn:
         kind: A free label ("classification", "retrieval" …) by which evaluation groups its scores.
         negatives: Hard negatives, each like ``target``.
     Raises:
-        DataError: If a side has the wrong type or the target is empty.
+        DataError: If a side has the wrong type, or the target or a negative is empty.
     """
 
     query: Any
@@ -116,12 +122,14 @@ class Turn:
     negatives: Any = ()
 
     def __post_init__(self) -> None:
-        query, target = _paraphrases(self.query), _paraphrases(self.target)
-        if any(content.empty for content in target):
-            raise DataError("a turn has an empty target; every turn needs a query and a target")
+        query, target = _paraphrases(self.query, "query"), _paraphrases(self.target, "target")
+        negatives = tuple(as_content(item, "'negatives'") for item in self.negatives)
+        for name, contents in (("target", target), ("negatives", negatives)):
+            if any(content.empty for content in contents):
+                raise DataError(f"{name!r} is empty; give text, an image or both")
         object.__setattr__(self, "query", query)
         object.__setattr__(self, "target", target)
-        object.__setattr__(self, "negatives", tuple(as_content(item) for item in self.negatives))
+        object.__setattr__(self, "negatives", negatives)
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,10 @@ class Sample:
         object.__setattr__(self, "turns", tuple(self.turns))
         if not self.turns:
             raise DataError(f"{self.place}: a sample without turns; give at least one (query, target) pair")
-        if not self.image and any(content.empty for turn in self.turns for content in turn.query):
-            raise DataError(f"{self.place}: a turn has an empty query and the sample has no image")
+        for number, turn in enumerate(() if self.image else self.turns, start=1):
+            if any(content.empty for content in turn.query):
+                what = "an empty query means the sample's image, and there is none"
+                raise DataError(f"{self.place} turn {number}: 'query' is empty; give text, an image or both ({what})")
 
     @property
     def images(self) -> tuple[ImageLike, ...]:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muco.base.tables import print_readable
+from muco.base.text import SPECIAL_TOKEN
 from muco.data import open_data
 from muco.data.images import sample_images
 from muco.data.source import Data
@@ -29,8 +30,6 @@ from muco.images import image_digest, open_image
 MAX_LISTED = 20  # messages kept per kind of problem; the total is always counted
 MOST_FREQUENT = 5
 NO_KIND = "(no kind)"
-
-_SPECIAL = r"<\|[^<>|\s]{1,40}\|>"  # <|emb|>, <|image_pad|>, <|im_end|> …, whatever the model
 
 
 @dataclass
@@ -238,7 +237,7 @@ class _Texts:
         self._special_tokens = special_tokens
         self._tokenizer = tokenizer
         known = sorted(getattr(tokenizer, "all_special_tokens", ()), key=len, reverse=True)
-        self._pattern = re.compile("|".join([_SPECIAL, *map(re.escape, known)]))
+        self._pattern = re.compile("|".join([SPECIAL_TOKEN.pattern, *map(re.escape, known)]))
         self._words: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
         self._tokens: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
 

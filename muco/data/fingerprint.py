@@ -19,7 +19,7 @@ from typing import Any
 
 from muco.base.files import write_json
 from muco.data.images import sample_images
-from muco.data.lines import file_state
+from muco.data.places import file_state
 from muco.dialogue import ImageLike
 from muco.errors import DataError, ImageError
 from muco.images import SETTLED, image_digest

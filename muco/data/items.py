@@ -15,8 +15,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muco.data.lines import check_texts, file_state, parsed, raw_lines, whole_text
+from muco.base.json_text import type_of
+from muco.data.lines import check_texts, parsed, raw_lines, whole_text
 from muco.data.parquet import batches, read_header
+from muco.data.places import file_state
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -338,7 +340,7 @@ def _id(value: Any, number: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"'id' must be a string or a whole number, not {type(value).__name__}")
+        raise DataError(f"'id' must be a string or a whole number, not {type_of(value)}")
     return _string(value, "id") or number
 
 
@@ -347,7 +349,7 @@ def _string(value: Any, key: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise DataError(f"{key!r} must be a string, not {type(value).__name__}")
+        raise DataError(f"{key!r} must be a string, not {type_of(value)}")
     return whole_text(value, key) if value.strip() else None
 
 
@@ -390,7 +392,7 @@ def _image(value: Any, key: str, root: Path) -> Image | None:
     for given, kind in ((data, bytes), (value, str)):
         if not (given is None or isinstance(given, kind)):
             accepted = "a path or a list of paths (in Parquet also bytes)"
-            raise DataError(f"{key!r} must be {accepted}, not {type(given).__name__}")
+            raise DataError(f"{key!r} must be {accepted}, not {type_of(given)}")
     path = _string(value, key)
     if data is not None:
         return data, path

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from muco.base.json_text import type_of
 from muco.base.text import LONE_SURROGATE
 from muco.errors import DataError
 from muco.images import is_url
@@ -65,7 +64,7 @@ def as_object(line: bytes, where: str, *, constants: bool = False) -> Row:
     """The JSON object of a line, see :func:`parsed`; another value is a DataError."""
     value = parsed(line, where, constants=constants)
     if not isinstance(value, dict):
-        raise DataError(f"{where}: the line must be a JSON object, not {type(value).__name__}")
+        raise DataError(f"{where}: the line must be a JSON object, not {type_of(value)}")
     return value
 
 
@@ -206,14 +205,6 @@ def without_token(text: str, *, has_image: bool) -> str:
     return _TOKEN.sub("", text) if has_image else text.replace(TOKEN, "")
 
 
-def position(index: int, length: int, path: Path | str) -> int:
-    """An index from 0; counts from the end where it is negative. IndexError if there is none."""
-    i = operator.index(index)
-    if not -length <= i < length:
-        raise IndexError(f"row {i} of {length} in {path}")
-    return i % length
-
-
 def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:
     """The image of a cell: a path within ``folder``, bytes, a mapping of both (bytes go first), or None.
 
@@ -230,42 +221,3 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
     if isinstance(value, str) and is_url(value):
         raise DataError(f"{where}: {column!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
     return image_of({column: value}, column, folder, where)
-
-
-# ── files that must not change ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def file_state(file: Path | int) -> tuple[int, int]:
-    """Size in bytes and modification time in nanoseconds of a file, or of one that is open.
-
-    Raises:
-        DataError: If there is no such file.
-    """
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return status.st_size, status.st_mtime_ns
-
-
-def check_unchanged(path: Path | str, state: tuple[int, int], file: Path | int | None = None) -> None:
-    """Raises a DataError unless a file is as it was when its rows were found; they may lie elsewhere in it now.
-
-    Args:
-        path: Names it in the error.
-        file: What is looked at, where that is not ``path``.
-    """
-    if file_state(Path(path) if file is None else file) != state:
-        raise DataError(f"{path}: the file changed since it was opened; start again")
-
-
-@contextmanager
-def open_unchanged(path: Path, state: tuple[int, int], shown: Path | str | None = None) -> Iterator[BinaryIO]:
-    """A file that is as it was when its rows were found; otherwise a DataError, which names it as ``shown``."""
-    shown = path if shown is None else shown
-    try:
-        with path.open("rb") as file:
-            check_unchanged(shown, state, file.fileno())
-            yield file
-    except OSError as error:
-        raise DataError(f"{shown}: cannot be read ({error.strerror or error})") from error

@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 
 from muco.base.files import locked, whole_file
+from muco.base.json_text import type_of
 from muco.base.terminal import progress_bar
-from muco.data.lines import image_of, position, without_token
+from muco.data.lines import image_of, without_token
 from muco.data.parquet import require_columns
+from muco.data.places import position
 from muco.data.rows import Rows, cannot_write
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
@@ -166,7 +168,7 @@ def _find(path: Path) -> Path:
 
 def _turns(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"{column!r} must be a list with an element per turn, not {_type(value)}")
+        raise DataError(f"{column!r} must be a list with an element per turn, not {type_of(value)}")
     if not value:
         raise DataError(f"{column!r} is an empty list; a row needs at least one turn")
     return value
@@ -188,16 +190,12 @@ def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Co
     texts = []
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
-            raise DataError(f"turn {turn} of {column!r} must be a text or a list of texts, not {_type(text)}")
+            raise DataError(f"turn {turn} of {column!r} must be a text or a list of texts, not {type_of(text)}")
         text = without_token(text, has_image=has_image)
         if not text.strip():
             raise DataError(f"turn {turn} of {column!r} has an empty text; every turn needs a query and a target")
         texts.append(Content(text))
     return texts
-
-
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 # ── which images are there ───────────────────────────────────────────────────────────────────────────────────────────

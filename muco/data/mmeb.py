@@ -14,7 +14,6 @@ the captions qry_sentence and pos_sentence. "" and null stand for what is absent
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import io
 import json
@@ -30,11 +29,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from muco.data.lines import TOKEN, image_of, position, text_of, without_token
+from muco.base.json_text import type_of
+from muco.data.lines import TOKEN, image_of, text_of, without_token
 from muco.data.parquet import require_columns
+from muco.data.places import position
 from muco.data.rows import Rows
 from muco.dialogue import Content, Sample, Turn
-from muco.errors import DataError
+from muco.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -93,7 +94,7 @@ class MMEBTrainData:
         if rows_per_config is not None and (type(rows_per_config) is not int or rows_per_config < 1):
             raise DataError(f"{path}: rows_per_config must be a positive whole number, not {rows_per_config!r}")
         if split not in SPLITS:
-            raise DataError(f"{path}: unknown split {split!r}{_nearest(split, SPLITS)}")
+            raise DataError(f"{path}: unknown split {split!r}{did_you_mean(split, SPLITS)}")
         if self.path.is_dir():
             root, files = self.path, _find(self.path, configs, split)
         elif configs is not None:
@@ -264,7 +265,7 @@ def _find(folder: Path, configs: Sequence[str] | None, split: Split) -> dict[str
         raise DataError(f"configs must be a list of names, not the text {configs!r}")
     for config in configs or ():
         if config not in CONFIGS:
-            raise DataError(f"{folder}: unknown configuration {config!r}{_nearest(config, CONFIGS)}")
+            raise DataError(f"{folder}: unknown configuration {config!r}{did_you_mean(config, CONFIGS)}")
     if configs is not None:
         if len(set(configs)) < len(configs) or not configs:
             raise DataError(f"configs must name at least one configuration, and each once; they are {list(configs)}")
@@ -275,7 +276,7 @@ def _find(folder: Path, configs: Sequence[str] | None, split: Split) -> dict[str
         return found
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in CONFIGS):
         if _files_of(inner, split):
-            raise DataError(f"{inner}: unknown configuration {inner.name!r}{_nearest(inner.name, CONFIGS)}")
+            raise DataError(f"{inner}: unknown configuration {inner.name!r}{did_you_mean(inner.name, CONFIGS)}")
     found = {config: files for config in CONFIGS if (files := _files_of(folder / config, split))}
     if not found:
         what = f"<configuration>/{split}-*.parquet or <configuration>/*{_CAPTIONED}"
@@ -302,11 +303,6 @@ def _config_of(file: Path) -> str:
     return parent if parent in CONFIGS else file.stem
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; is it {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-
-
 def _counted(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
 
@@ -331,10 +327,10 @@ def _strings(value: Any, column: str) -> list[str]:
     if isinstance(value, str):
         value = _literal(value, column) if _LIST.match(value) else [value]
     if not isinstance(value, list):
-        raise DataError(f"{column!r} must be a string or a list of strings, not {type(value).__name__}")
+        raise DataError(f"{column!r} must be a string or a list of strings, not {type_of(value)}")
     for number, item in enumerate(value):
         if not isinstance(item, str | None):
-            raise DataError(f"negative {number} in {column!r} must be a string, not {type(item).__name__}")
+            raise DataError(f"negative {number} in {column!r} must be a string, not {type_of(item)}")
     return [item or "" for item in value]
 
 

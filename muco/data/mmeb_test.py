@@ -16,7 +16,6 @@ that text without ``<|image_1|>``, and the image: models put an image and a newl
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from muco.base.json_text import type_of
 from muco.data.left_out import LeftOut
 from muco.data.lines import TOKEN, without_token
-from muco.data.parquet import batches, read_header
+from muco.data.parquet import batches, read_header, require_columns
 from muco.dialogue import Content
 from muco.errors import DataError
 
@@ -199,15 +199,7 @@ def open_source(data: Path, name: str, files: Sequence[Path], images: Path | Non
 def _layout(file: Path, names: Sequence[str]) -> Layout:
     """The layout by the columns: whatever speaks of an instruction is the split one, even if it is misspelt."""
     layout: Layout = "split" if any("inst" in name for name in names) else "v1"
-    expected = COLUMNS[layout]
-    for column in expected:
-        if names.count(column) == 1:
-            continue
-        if column in names:
-            raise DataError(f"{file}: the column {column!r} is there {names.count(column)} times; keep one")
-        near = difflib.get_close_matches(column, [name for name in names if name not in expected], n=1)
-        hint = f"; is it {near[0]!r}?" if near else "."
-        raise DataError(f"{file}: no column {column!r}{hint} Expected {', '.join(expected)}; found {', '.join(names)}")
+    require_columns(file, COLUMNS[layout])
     return layout
 
 
@@ -362,22 +354,18 @@ def _string(record: Mapping[str, Any], column: str, *, may_be_null: bool = False
     if value is None and may_be_null:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{column!r} must be a string, not {_type(value)}")
+        raise DataError(f"{column!r} must be a string, not {type_of(value)}")
     return value
 
 
 def _strings(record: Mapping[str, Any], column: str, *, may_be_null: bool = False) -> list[str]:
     values = record[column]
     if not isinstance(values, list):
-        raise DataError(f"{column!r} must be a list of strings, one per candidate, not {_type(values)}")
+        raise DataError(f"{column!r} must be a list of strings, one per candidate, not {type_of(values)}")
     for place, value in enumerate(values):
         if not isinstance(value, str) and not (value is None and may_be_null):
-            raise DataError(f"candidate {place} in {column!r} must be a string, not {_type(value)}")
+            raise DataError(f"candidate {place} in {column!r} must be a string, not {type_of(value)}")
     return [value or "" for value in values]
-
-
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 # ── a pair as content ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -33,8 +33,8 @@ import numpy as np
 from muco.base.files import locked, whole_file
 from muco.base.terminal import progress_bar
 from muco.data.fingerprint import file_digest
-from muco.data.lines import check_unchanged, file_state, position
 from muco.data.parquet import BATCH_ROWS, batches, one_line, read_header
+from muco.data.places import check_unchanged, file_state, position
 from muco.errors import DataError
 
 if TYPE_CHECKING:

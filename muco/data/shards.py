@@ -32,7 +32,8 @@ import numpy as np
 from muco.base.files import whole_file
 from muco.base.terminal import progress_bar
 from muco.data.jsonl import sample_from_row
-from muco.data.lines import as_object, file_state, open_unchanged, position, text_of, without_token
+from muco.data.lines import as_object, text_of, without_token
+from muco.data.places import file_state, open_unchanged, position
 from muco.data.rows import cannot_write
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError

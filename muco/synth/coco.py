@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from muco.base.text import SPECIAL_TOKEN
 from muco.data.json_places import Scanner, checked_object, value_at
 from muco.data.jsonl import sample_to_row, write_jsonl
-from muco.data.lines import Row, file_state, image_of, open_unchanged, text_of
+from muco.data.lines import Row, image_of, text_of
+from muco.data.places import file_state, open_unchanged
 from muco.dialogue import Sample
 from muco.errors import DataError
 from muco.synth.coco_rules import Picture, Thing, turns_of
@@ -132,8 +134,6 @@ def _refuse_nothing(counts: Counter[str], missing: list[str], path: Any, images:
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>")  # tokens of models, which no text of data may hold
-
 
 def read_coco(annotations: str | Path, images: str | Path, captions: str | Path | None = None) -> Annotated:
     """Reads files in COCO's form, a piece at a time; masks and other keys are passed over.
@@ -176,8 +176,7 @@ class _Lists:
                 raise DataError(f"{path}: {key!r} must be one list; mend the file")
             else:
                 self._places[key] = scanner.elements()
-        if scanner.peek():
-            raise DataError(f"{path}: there is more after the object, at byte {scanner.offset}; mend the file")
+        scanner.end()
         for key in needed:
             if key not in self._places:
                 raise DataError(f"{path}: no list {key!r}; COCO's form has {', '.join(needed)} (captions in a file of "
@@ -312,6 +311,6 @@ def _words(entry: Row, key: str, where: str, *, name: bool = True) -> str:
     text = text_of(entry, key, where)
     if text is None:
         raise DataError(f"{where}: no {key!r}; it must be a text")
-    if found := _SPECIAL.search(text):
+    if found := SPECIAL_TOKEN.search(text):
         raise DataError(f"{where}: {key!r} holds {found[0]}, a token of models; take it out")
     return " ".join((text.replace("_", " ").lower() if name else text).split())

@@ -60,7 +60,7 @@ def test_the_check_goes_on_and_names_every_fault(faulty):
     assert not report.ok
     assert (report.rows, report.samples, report.turns, report.images) == (12, 10, 10, 5)
     assert report.bad_rows.listed == [
-        f"{faulty}:10: unknown key 'idd' in a row; did you mean 'id'? accepted are 'image', 'images', 'turns', 'id'",
+        f"{faulty}:10: unknown key 'idd' in a row; did you mean 'id'?",
         f"{faulty}:12:12: malformed JSON: Expecting value",
     ]
     assert report.missing_images.listed == [f"{faulty}:7: {faulty.parent / 'gone.png'}: no such image file"]

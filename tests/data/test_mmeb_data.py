@@ -173,11 +173,11 @@ WRONG = {
     ),
     "other type": (
         lambda rows: [row.update(tgt_text=1) for row in rows],
-        "row 0: 'tgt_text' must be a list of strings, one per candidate, not int",
+        "row 0: 'tgt_text' must be a list of strings, one per candidate, not a number",
     ),
     "some text": (
         lambda rows: [row.update(tgt_text="a") for row in rows],
-        "row 0: 'tgt_text' must be a list of strings, one per candidate, not str",
+        "row 0: 'tgt_text' must be a list of strings, one per candidate, not a string",
     ),
 }
 

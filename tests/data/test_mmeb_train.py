@@ -90,8 +90,8 @@ def test_configurations_can_be_chosen(tmp_path):
     tree.write_tree(tmp_path, ["CIRR", "NIGHTS", "WebQA"])
     assert list(MMEBTrainData(tmp_path, configs=["WebQA", "CIRR"]).configs) == ["WebQA", "CIRR"]
     for configs, message in (
-        (["ImageNet-1K"], "unknown configuration 'ImageNet-1K'; is it 'ImageNet_1K'"),
-        (["zzz"], "unknown configuration 'zzz'; known are ImageNet_1K, "),
+        (["ImageNet-1K"], "unknown configuration 'ImageNet-1K'; did you mean 'ImageNet_1K'"),
+        (["zzz"], "unknown configuration 'zzz'; accepted are ImageNet_1K, "),
         (["MSCOCO"], r"MSCOCO: no original-\*.parquet and no \*_generated_sentence.parquet; download the files"),
         (["CIRR", "CIRR"], "and each once"),
         ([], "at least one configuration"),
@@ -125,13 +125,13 @@ def test_what_is_not_there_or_has_another_name(tmp_path):
         MMEBTrainData(tmp_path / "nothing.parquet")
     with pytest.raises(DataError, match="no <configuration>/original-.*; configurations are ImageNet_1K, N24News"):
         MMEBTrainData(tmp_path)
-    with pytest.raises(DataError, match="unknown split 'diverse_instructions'; is it 'diverse_instruction'"):
+    with pytest.raises(DataError, match="unknown split 'diverse_instructions'; did you mean 'diverse_instruction'"):
         MMEBTrainData(tmp_path, split="diverse_instructions")
     tree.write_tree(tmp_path, ["CIRR"])
     with pytest.raises(DataError, match="pictures: no such folder; it must hold what the paths of images"):
         MMEBTrainData(tmp_path, images=tmp_path / "pictures")
     tree.write_rows(tree.file_of(tmp_path, "Visual7w"), [WITHOUT_NEGATIVES])
-    with pytest.raises(DataError, match="Visual7w: unknown configuration 'Visual7w'; is it 'Visual7W'"):
+    with pytest.raises(DataError, match="Visual7w: unknown configuration 'Visual7w'; did you mean 'Visual7W'"):
         MMEBTrainData(tmp_path)
 
 
@@ -260,11 +260,11 @@ def test_a_list_written_as_a_string_is_the_list(texts):
         ("['a'] + ['b']", "", "'neg_text' begins like a list but is none: "),
         ("['a' 'b']", "", "'neg_text' is a list without commas: "),
         ("['a', 'b'\n 'c']", "", "'neg_text' is a list without commas: "),
-        ("['a', 1]", "", "negative 1 in 'neg_text' must be a string, not int"),
+        ("['a', 1]", "", "negative 1 in 'neg_text' must be a string, not a number"),
         ("['a'], 'b'", "", "'neg_text' must be a string or a list of strings, not tuple"),
         ("['" + "a" * LONGEST_LITERAL + "']", "", "'neg_text' is a list of 1,048,580 characters; at most 1,048,576"),
         ("['a', " + "[" * 500, "", "'neg_text' begins like a list but is none: "),
-        (["a"], [["b"]], "negative 0 in 'neg_image_path' must be a string, not list"),
+        (["a"], [["b"]], "negative 0 in 'neg_image_path' must be a string, not a list"),
     ],
 )
 def test_bad_negatives_are_named(tmp_path, text, image, message):

@@ -317,7 +317,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("txt", b" \n", "the caption is empty; mend the sample or leave it out"),
         ("txt", b"\xff", "the .txt is not UTF-8 (invalid start byte); mend the sample"),
         ("json", b"{", "malformed JSON"),
-        ("json", b"[]", "the line must be a JSON object, not list"),
+        ("json", b"[]", "the line must be a JSON object, not a list"),
         (
             "json",
             b'{"text": "a", "url": "b"}',

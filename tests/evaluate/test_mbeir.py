@@ -531,7 +531,7 @@ POOL, QUERY = f"cand_pool/local/{NIGHTS}_cand_pool.jsonl", f"query/test/{NIGHTS}
 TEXTS = "cand_pool/local/mbeir_webqa_task1_cand_pool.jsonl"
 BAD_LINES = [
     (POOL, lambda row: '{"did": "4:1"', "malformed JSON"),
-    (POOL, lambda row: "[1]", "must be a JSON object, not list"),
+    (POOL, lambda row: "[1]", "must be a JSON object, not a list"),
     (POOL, lambda row: row | {"modality": "video"}, "unknown modality 'video'; known are 'text', 'image'"),
     (POOL, lambda row: row | {"modality": ["image"]}, "unknown modality"),
     (POOL, lambda row: row | {"modality": "text"}, "modality is 'text', in a file where it must be 'image'"),
