@@ -46,7 +46,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class TextLengths:
     """Exact statistics of text lengths; every wording counts once, an empty one not at all."""
 
     texts: int = 0
@@ -85,8 +85,8 @@ class Report:
     missing_images: Findings = field(default_factory=Findings)
     broken_images: Findings = field(default_factory=Findings)
     special_tokens: Findings = field(default_factory=Findings)  # rows whose text holds one
-    words: dict[str, Lengths] = field(default_factory=dict)  # "query", "target" -> lengths
-    tokens: dict[str, Lengths] | None = None  # the same in tokens, if a tokenizer was given
+    words: dict[str, TextLengths] = field(default_factory=dict)  # "query", "target" -> lengths
+    tokens: dict[str, TextLengths] | None = None  # the same in tokens, if a tokenizer was given
     kinds: dict[str, Repeats] = field(default_factory=dict)
 
     @property
@@ -250,10 +250,10 @@ class _Texts:
                 self._tokens[side].update(map(len, ids))
         self._find_special(sample)
 
-    def words(self) -> dict[str, Lengths]:
+    def words(self) -> dict[str, TextLengths]:
         return {side: _lengths(counts) for side, counts in self._words.items()}
 
-    def tokens(self) -> dict[str, Lengths] | None:
+    def tokens(self) -> dict[str, TextLengths] | None:
         if self._tokenizer is None:
             return None
         return {side: _lengths(counts) for side, counts in self._tokens.items()}
@@ -267,12 +267,12 @@ class _Texts:
                     return  # one message a row
 
 
-def _lengths(counts: Counter[int]) -> Lengths:
+def _lengths(counts: Counter[int]) -> TextLengths:
     texts = counts.total()
     if not texts:
-        return Lengths()
+        return TextLengths()
     mean = sum(length * count for length, count in counts.items()) / texts
-    return Lengths(texts, mean, _percentile(counts, 0.5), _percentile(counts, 0.95), max(counts))
+    return TextLengths(texts, mean, _percentile(counts, 0.5), _percentile(counts, 0.95), max(counts))
 
 
 def _percentile(counts: Counter[int], share: float) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.json_places import ArrayPlaces, Scanner, checked_object, value_at
-from muco.data.lines import Row, image_of, parsed, raw_lines, text_of
+from muco.data.lines import JsonObject, image_of, parsed, raw_lines, text_of
 from muco.data.places import LinePlaces, file_state, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
@@ -81,7 +81,7 @@ class LlavaData(Fingerprinted):
     def _read_from(self) -> tuple[list[Path], Any]:
         return [self.path], "LLaVA 1"
 
-    def _image_paths(self, entry: Row, where: str) -> list[str]:
+    def _image_paths(self, entry: JsonObject, where: str) -> list[str]:
         given = entry.get("image")
         found = [
             _image(item, self.images, where) for item in (given if isinstance(given, list) else [given]) if item != ""
@@ -183,7 +183,7 @@ class VisDialData(Fingerprinted):
 # ── entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _exchanges(entry: Row, has_image: bool, where: str) -> list[Turn]:
+def _exchanges(entry: JsonObject, has_image: bool, where: str) -> list[Turn]:
     """The turns of a LLaVA entry: messages of both sides by turns, beginning with the human."""
     messages = entry.get("conversations")
     if not isinstance(messages, list) or not messages:
@@ -207,7 +207,7 @@ def _exchanges(entry: Row, has_image: bool, where: str) -> list[Turn]:
     return [Turn(query, target, kind=KIND) for query, target in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def _message(message: Row, asks: bool, has_image: bool, where: str) -> str:
+def _message(message: JsonObject, asks: bool, has_image: bool, where: str) -> str:
     if not asks:
         return _text(message, "value", where)
     text = text_of(message, "value", where)
@@ -228,7 +228,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     return text
 
 
-def _entry_id(entry: Row, where: str) -> str | None:
+def _entry_id(entry: JsonObject, where: str) -> str | None:
     value = entry.get("id")
     return str(value) if isinstance(value, int) else text_of(entry, "id", where)
 

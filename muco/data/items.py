@@ -88,7 +88,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Source:
+class Items:
     """An input that yields its rows from any row number on.
 
     Args:
@@ -117,7 +117,7 @@ class Source:
             yield read_row(record, self.columns or COLUMNS, self.root, further)
 
 
-def open_source(path: Path, columns: Columns = COLUMNS) -> Source:
+def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
     """Checks the input as a whole, without opening images.
 
     Raises:
@@ -137,7 +137,7 @@ def open_source(path: Path, columns: Columns = COLUMNS) -> Source:
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Path) -> Items:
     from muco.images import image_suffixes
 
     state = state_of_images(path)
@@ -146,7 +146,7 @@ def _folder(path: Path) -> Source:
         found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
         looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
         raise DataError(f"{path}: no images in this folder ({looked}){hint}")
-    return Source(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
+    return Items(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,12 @@ def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterato
 # ── JSONL ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _jsonl(path: Path, columns: Columns) -> Source:
+def _jsonl(path: Path, columns: Columns) -> Items:
     digest = hashlib.sha256()
     total = sum(1 for _ in raw_lines(path, digest))
     if not total:
         raise DataError(f"{path}: the file has no rows")
-    return Source(path.parent, digest.hexdigest(), total, columns, partial(_jsonl_records, path))
+    return Items(path.parent, digest.hexdigest(), total, columns, partial(_jsonl_records, path))
 
 
 def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -267,7 +267,7 @@ def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[R
 # ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parquet(path: Path, columns: Columns) -> Source:
+def _parquet(path: Path, columns: Columns) -> Items:
     names, total = read_header(path)
     if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
@@ -279,7 +279,7 @@ def _parquet(path: Path, columns: Columns) -> Source:
         raise DataError(f"{path}: the file has no rows")
     size, changed = file_state(path)
     fingerprint = hashlib.sha256(f"{size} {changed}".encode()).hexdigest()
-    return Source(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
+    return Items(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
 
 
 def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence[str]) -> Iterator[Record]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from muco.base.json_text import type_of
 from muco.base.text import refuse_utf16
-from muco.data.lines import Row, parsed
+from muco.data.lines import JsonObject, parsed
 from muco.data.places import file_state, open_unchanged
 from muco.errors import DataError
 
@@ -20,7 +20,7 @@ PIECE = 1 << 20  # bytes read at once
 LONGEST_VALUE = 1 << 26  # bytes of one entry
 
 
-def checked_object(value: Any, name: str, where: str) -> Row:
+def checked_object(value: Any, name: str, where: str) -> JsonObject:
     """The value, if it is a JSON object; ``name`` says what it should be."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: {name} must be a JSON object, not {type_of(value)}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from muco.base.text import read_text
 from muco.data.left_out import LeftOut
-from muco.data.lines import HASHED, Row, as_object, raw_lines
+from muco.data.lines import HASHED, JsonObject, as_object, raw_lines
 from muco.data.places import LinePlaces
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
@@ -48,8 +48,8 @@ class LinePool:
         self,
         path: Path,
         name: str,
-        identify: Callable[[Row, str], str],
-        read: Callable[[Row, str], Content],
+        identify: Callable[[JsonObject, str], str],
+        read: Callable[[JsonObject, str], Content],
         *,
         form: str,
         numbers: Callable[[np.ndarray], np.ndarray],

@@ -19,7 +19,7 @@ MARK = b"\xef\xbb\xbf"  # of byte order, as Windows programs write it first
 LONGEST_LINE = 1 << 26  # bytes; a file of one huge line is not JSONL, and must not be read whole to find that out
 DEEPEST = 100  # brackets within brackets; what reads or writes JSON gives up at some 900, depending on who calls
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 # ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -53,14 +53,14 @@ def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def objects(path: Path, digest: Any = None) -> Iterator[tuple[Row, str]]:
+def objects(path: Path, digest: Any = None) -> Iterator[tuple[JsonObject, str]]:
     """The JSON object and "file:line" of every line that is not blank."""
     for _, line, number in raw_lines(path, digest):
         where = f"{path}:{number}"
         yield as_object(line, where), where
 
 
-def as_object(line: bytes, where: str, *, constants: bool = False) -> Row:
+def as_object(line: bytes, where: str, *, constants: bool = False) -> JsonObject:
     """The JSON object of a line, see :func:`parsed`; another value is a DataError."""
     value = parsed(line, where, constants=constants)
     if not isinstance(value, dict):
@@ -95,7 +95,7 @@ def parsed(line: bytes, where: str, *, constants: bool = False) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from muco.data.fingerprint import file_digest
-from muco.data.lines import Row, as_object, raw_lines
+from muco.data.lines import JsonObject, as_object, raw_lines
 from muco.data.mbeir_test import (
     BLANK,
     DATA_SETS,
@@ -189,7 +189,7 @@ class MBEIRTrainData:
         candidates = [self.pool[row] for row in dict.fromkeys(rows[:MAX_TARGETS])]
         return [candidate for candidate in candidates if candidate.modality == candidates[0].modality]
 
-    def _negatives(self, row: Row, positives: Sequence[str], where: str) -> list[Content]:
+    def _negatives(self, row: JsonObject, positives: Sequence[str], where: str) -> list[Content]:
         given = dict.fromkeys(id for id in _negative_ids(row, where) if id not in set(positives))
         numbers = np.array([number_of(id) for id in given], dtype=np.int64)
         rows = [row for row in self.pool.find(numbers) if row >= 0]
@@ -323,7 +323,7 @@ def _data_set(qid: str, where: str) -> int:
     return number
 
 
-def _negative_ids(row: Row, where: str) -> tuple[str, ...]:
+def _negative_ids(row: JsonObject, where: str) -> tuple[str, ...]:
     given = row.get("neg_cand_list")
     if given is None:
         return ()

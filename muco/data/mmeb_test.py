@@ -115,7 +115,7 @@ NAMES = tuple(data_set.name for data_set in DATA_SETS)
 
 
 @dataclass(frozen=True)
-class Source:
+class MMEBSet:
     """The files of a data set.
 
     Args:
@@ -172,7 +172,7 @@ def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, li
     return found, missing
 
 
-def open_source(data: Path, name: str, files: Sequence[Path], images: Path | None = None) -> Source:
+def open_set(data: Path, name: str, files: Sequence[Path], images: Path | None = None) -> MMEBSet:
     """A data set of those files below ``data``, its layout recognised by their columns.
 
     Args:
@@ -193,7 +193,7 @@ def open_source(data: Path, name: str, files: Sequence[Path], images: Path | Non
     folder = Path(images) if images is not None else data / IMAGES[layouts[0]]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images of {name}, or name another folder")
-    return Source(data_set, layouts[0], tuple(files), rows, data, folder)
+    return MMEBSet(data_set, layouts[0], tuple(files), rows, data, folder)
 
 
 def _layout(file: Path, names: Sequence[str]) -> Layout:
@@ -204,7 +204,7 @@ def _layout(file: Path, names: Sequence[str]) -> Layout:
 
 
 def read_questions(
-    source: Source, chosen: Collection[int] | None = None, left_out: LeftOut | None = None
+    source: MMEBSet, chosen: Collection[int] | None = None, left_out: LeftOut | None = None
 ) -> Iterator[Question]:
     """The rows of a data set in order, or those whose numbers are ``chosen``.
 
@@ -262,7 +262,7 @@ def official_name(data_set: DataSet, text: str, path: str) -> str:
 
 
 def _records(
-    source: Source, chosen: Collection[int] | None, left_out: LeftOut
+    source: MMEBSet, chosen: Collection[int] | None, left_out: LeftOut
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
     first = 0  # number of the file's first row
     for file in source.files:
@@ -302,7 +302,7 @@ def _decoded(value: Any) -> Any:
 # ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pairs(record: Mapping[str, Any], source: Source) -> tuple[Pair, list[Pair]]:
+def _pairs(record: Mapping[str, Any], source: MMEBSet) -> tuple[Pair, list[Pair]]:
     """The query and its candidates, (text of v1, image path)."""
     paths = _strings(record, "tgt_img_path", may_be_null=True)
     # Some files have the single string "" where no candidate has a text.

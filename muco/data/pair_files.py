@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from muco.data.lines import LONGEST_LINE, Row, as_object, raw_lines
+from muco.data.lines import LONGEST_LINE, JsonObject, as_object, raw_lines
 from muco.data.parquet import read_header
 from muco.data.places import LinePlaces
 from muco.data.rows import Rows
@@ -44,7 +44,7 @@ class JsonlTable(_TextTable):
             self._places.add(start, line)
         self.names = list(names)
 
-    def row(self, i: int) -> Row:
+    def row(self, i: int) -> JsonObject:
         return as_object(self._places.read(i), self.where(i))
 
 
@@ -63,7 +63,7 @@ class CsvTable(_TextTable):
                     self.names = cells
                     _refuse_twice(cells, f"{path}:{line}")
 
-    def row(self, i: int) -> Row:
+    def row(self, i: int) -> JsonObject:
         with self._places.open(i) as file:
             _, _, cells = next(_csv_rows(file, self.path, self.delimiter, self._places.line(i)))
         if len(cells) != len(self.names):
@@ -88,7 +88,7 @@ class ParquetTable:
     def where(self, i: int) -> str:
         return self._rows.where(i)
 
-    def row(self, i: int) -> Row:
+    def row(self, i: int) -> JsonObject:
         return self._rows[i]
 
 

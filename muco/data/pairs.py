@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import Row, image_cell, text_of, without_token
+from muco.data.lines import JsonObject, image_cell, text_of, without_token
 from muco.data.pair_files import CsvTable, open_table
 from muco.data.places import position
 from muco.dialogue import Content, Sample, Turn
@@ -116,13 +116,13 @@ class PairsData(Fingerprinted):
     def _read_from(self) -> tuple[list[Path], Any]:
         return [self.path], asdict(self.columns)
 
-    def _content(self, row: Row, text_column: str | None, image_column: str | None, where: str) -> Content:
+    def _content(self, row: JsonObject, text_column: str | None, image_column: str | None, where: str) -> Content:
         image = image_cell(row, image_column, self.images, where) if image_column else None
         text = (text_of(row, text_column, where) if text_column else None) or ""
         text = without_token(text, has_image=image is not None)
         return Content(text if text.strip() else "", () if image is None else (image,))
 
-    def _negatives(self, row: Row, where: str) -> list[Content]:
+    def _negatives(self, row: JsonObject, where: str) -> list[Content]:
         name = self.columns.negatives
         value = row.get(name) if name else None
         if value is None or (isinstance(value, str) and not value.strip()):

@@ -29,7 +29,7 @@ import numpy as np
 from muco import distributed
 from muco.data.judged import LinePool, Query
 from muco.data.left_out import LeftOut, counts
-from muco.data.lines import Row, id_of, image_of, objects, text_of
+from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import ranking
@@ -173,7 +173,7 @@ def _places(ids: np.ndarray) -> np.ndarray:
     return places
 
 
-def _content(row: Row, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
+def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
     parts = [text for key in keys if (text := (text_of(row, key, where) or "").strip())]
     image = image_of(row, "image", folder, where)
     if not parts and image is None:

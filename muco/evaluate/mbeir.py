@@ -24,8 +24,8 @@ from muco.data.judged import Query
 from muco.data.left_out import LeftOut, counts
 from muco.data.mbeir_test import (
     ALL,
+    MBEIRTask,
     Prompts,
-    Task,
     as_queries,
     data_set_of,
     hash_of,
@@ -185,11 +185,11 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
     }
 
 
-def depths(task: Task) -> tuple[int, ...]:
+def depths(task: MBEIRTask) -> tuple[int, ...]:
     return (1, 5, 10, 20, 50) if task.k == 10 else (1, 5, 10)
 
 
-def measures(task: Task) -> dict[str, Measure]:
+def measures(task: MBEIRTask) -> dict[str, Measure]:
     """hit@k and recall@k of a task, by name."""
 
     def at(k: int, measure: Callable[..., float]) -> Measure:
@@ -202,7 +202,7 @@ def measures(task: Task) -> dict[str, Measure]:
 # ── what is asked, and what is there ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _chosen(names: Sequence[str] | None) -> tuple[Task, ...]:
+def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
     if names is None:
         return ALL
     known = {task.name: task for task in ALL}
@@ -227,12 +227,12 @@ def _check(pools: Sequence[str], prompts: str, queries: int | None) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    todo: tuple[tuple[Task, PoolName], ...]
+    todo: tuple[tuple[MBEIRTask, PoolName], ...]
     missing: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
-def _plan(data: Path, chosen: Sequence[Task], pools: Sequence[PoolName], allow_missing: bool) -> _Plan:
+def _plan(data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool) -> _Plan:
     """What can be scored; a DataError that lists all missing files unless they are allowed to be."""
     check_folder(data)
     todo, missing, lost = [], [], []
@@ -287,7 +287,7 @@ class _Sources:
 
 
 def _ask(
-    data: Path, task: Task, instructions: Mapping, settings: Mapping[str, Any], left_out: LeftOut
+    data: Path, task: MBEIRTask, instructions: Mapping, settings: Mapping[str, Any], left_out: LeftOut
 ) -> tuple[Asked, dict[str, Any]]:
     """The queries of a task, and facts about them."""
     if task.key not in instructions:
@@ -318,7 +318,7 @@ def _ask(
 class _Source:
     """A task in a pool."""
 
-    def __init__(self, task: Task, pool: PoolName, asked: Asked, facts: Mapping[str, Any], pools: Pools) -> None:
+    def __init__(self, task: MBEIRTask, pool: PoolName, asked: Asked, facts: Mapping[str, Any], pools: Pools) -> None:
         self.task, self.pool, self.asked, self.pools = task, pool, asked, pools
         self.name = f"{task.name} {pool}"
         self._rows = pools.relevant(asked.queries)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco import distributed
-from muco.data.mmeb_test import BLANK, DATA_SETS, METAS, NAMES, find_files, open_source
+from muco.data.mmeb_test import BLANK, DATA_SETS, METAS, NAMES, find_files, open_set
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, mean_of
 from muco.evaluate.cache import EmbeddingCache
@@ -98,7 +98,7 @@ def evaluate_mmeb(
     chosen = _chosen(tasks)
     found, missing = find_files(data, chosen)
     _refuse_missing(missing, len(chosen), bool(found), allow_missing)
-    sources = [open_source(Path(data), name, paths, images) for name, paths in found.items()]
+    sources = [open_set(Path(data), name, paths, images) for name, paths in found.items()]
     fingerprint = model.fingerprint
     rules = RULES | (OFFICIAL if official else {})
     settings = {

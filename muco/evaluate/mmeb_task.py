@@ -14,7 +14,7 @@ import numpy as np
 
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
-from muco.data.mmeb_test import ROWS, Source, read_questions
+from muco.data.mmeb_test import ROWS, MMEBSet, read_questions
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
@@ -92,7 +92,7 @@ class Task:
     """
 
     def __init__(
-        self, source: Source, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
+        self, source: MMEBSet, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
     ) -> None:
         self.left_out = LeftOut(skip_broken)
         self.source, self.book, self.asked = source, Book(self.left_out), []
