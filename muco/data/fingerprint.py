@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -31,12 +32,12 @@ THREADS = 16  # they wait for the disk
 _known: dict[str, list[Any]] = {}  # absolute path -> size, modification time in ns, SHA-256 (hex) of a file
 
 
-class Fingerprinted:
+class Fingerprinted(ABC):
     """Gives data its fingerprints, which are found when first asked for and then kept."""
 
+    @abstractmethod
     def _read_from(self) -> tuple[Sequence[Path], Any]:
         """The files that hold the rows, and the options by which they are read, as JSON can hold them."""
-        raise NotImplementedError
 
     @cached_property
     def fingerprint(self) -> str:

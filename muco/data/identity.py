@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from muco.data import open_data
-from muco.data.items import image_files, open_items
+from muco.data.folders import image_files
+from muco.data.items import open_items
 from muco.data.source import Data
 from muco.dialogue import Content, ImageLike
 from muco.errors import ImageError

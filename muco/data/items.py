@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from muco.base.json_text import type_of
+from muco.data.folders import image_files, state_of_images, told_kinds
 from muco.data.lines import check_texts, parsed, raw_lines, whole_text
 from muco.data.parquet import batches, read_header
 from muco.data.places import file_state
 from muco.errors import DataError
+from muco.images import image_suffixes, is_url
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +30,6 @@ DIALOGUE = (
     "score dialogues with `muco evaluate`"
 )
 PARQUET_ROWS = 32  # rows read from a Parquet file at once: with images inside, each may weigh megabytes
-SHOWN_KINDS = 10  # of files passed over, in a sentence
 
 
 class Columns(NamedTuple):
@@ -138,8 +138,6 @@ def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
 
 
 def _folder(path: Path) -> Items:
-    from muco.images import image_suffixes
-
     state = state_of_images(path)
     if not state.total:
         hint = next((f"; did you mean {p}?" for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")), "")
@@ -147,85 +145,6 @@ def _folder(path: Path) -> Items:
         looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
         raise DataError(f"{path}: no images in this folder ({looked}){hint}")
     return Items(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """What a folder holds.
-
-    Args:
-        fingerprint: SHA-256 (hex) of names, sizes and times of the images.
-        total: Number of images.
-        passed_over: Other files by kind, see :func:`image_files`.
-    """
-
-    fingerprint: str
-    total: int
-    passed_over: Counter[str]
-
-
-def state_of_images(folder: Path) -> ImageFolder:
-    """Of the images in a folder and those below.
-
-    Raises:
-        DataError: If a folder cannot be listed.
-    """
-    digest, total, passed_over = hashlib.sha256(), 0, Counter[str]()
-    try:
-        for name, entry in image_files(folder, passed_over):
-            status = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-            total += 1
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error}") from error
-    return ImageFolder(digest.hexdigest(), total, passed_over)
-
-
-def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Relative names ("a/b.png") and entries of the images in a folder and those below, in the order of the names.
-
-    Hidden files and linked folders are left out.
-
-    Args:
-        passed_over: Counts the other files by kind: the ending of their names (".heic"), or "other".
-    """
-    from muco.images import image_suffixes
-
-    suffixes = image_suffixes()
-    for name, entry in _files(folder, ""):
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in suffixes:
-            yield name, entry
-        elif passed_over is not None:
-            passed_over[suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", suffix) else "other"] += 1
-
-
-def told_kinds(passed_over: Counter[str]) -> str:
-    """ "12 .heic, 3 .avif", the most frequent first."""
-    shown = [f"{count:,} {kind}" for kind, count in passed_over.most_common(SHOWN_KINDS)]
-    left = passed_over.total() - sum(count for _, count in passed_over.most_common(SHOWN_KINDS))
-    return ", ".join([*shown, f"{left:,} of further kinds"] if left else shown)
-
-
-def told_passed_over(folder: Path, passed_over: Counter[str]) -> str:
-    """The sentence that tells what of a folder is not read; "" if nothing was passed over."""
-    if not passed_over:
-        return ""
-    return (
-        f"{folder}: files of other kinds are passed over: {told_kinds(passed_over)}; to take photographs among them, "
-        "convert them to JPEG or PNG"
-    )
-
-
-def _files(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All files in the order of the names, one folder's listing in memory at a time."""
-    with os.scandir(folder) as scan:
-        entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
-    for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
-        if name.endswith("/"):
-            yield from _files(Path(entry.path), prefix + name)
-        elif not (entry.is_symlink() and entry.is_dir()):
-            yield prefix + name, entry
 
 
 def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -380,8 +299,6 @@ def _images_of(value: Any, key: str, root: Path) -> list[Image]:
 
 def _image(value: Any, key: str, root: Path) -> Image | None:
     """One image from a path, bytes, or the struct of Hugging Face data; None where it says nothing."""
-    from muco.images import is_url
-
     data = None
     if isinstance(value, dict):
         if unknown := [name for name in value if name not in ("bytes", "path")]:

@@ -33,9 +33,9 @@ from muco.base.files import write_json
 from muco.base.machine import versions
 from muco.base.tables import clean, print_whole, table_of_numbers
 from muco.base.terminal import progress_bar
-from muco.data.check import Findings
+from muco.data.check_report import Findings
+from muco.data.folders import told_passed_over
 from muco.data.identity import MIN_WORDS, ContentRows, ImageKeys, Keys, image_keys, keys_of
-from muco.data.items import told_passed_over
 from muco.data.jsonl import write_jsonl
 from muco.dialogue import ImageLike
 from muco.errors import DataError

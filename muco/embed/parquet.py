@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from muco.base.files import claimed, read_json, whole_file, write_json, writing
 from muco.base.machine import VERSION
 from muco.base.terminal import rows_bar
-from muco.data.items import Columns, Row, open_items, told_passed_over
+from muco.data.folders import told_passed_over
+from muco.data.items import Columns, Row, open_items
 from muco.embed.vectors import Encode, encode_rows, in_batches, opened_rows
 from muco.errors import DataError, OutputError
 from muco.sizes import checked_dimension

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco import distributed
-from muco.data.mmeb_test import BLANK, DATA_SETS, METAS, NAMES, find_files, open_set
+from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
+from muco.data.mmeb_test import BLANK, find_files, open_set
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, mean_of
 from muco.evaluate.cache import EmbeddingCache

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from muco.base.fetch import FetchError, FetchLimits, fetch
-from muco.data.items import image_files, state_of_images, told_passed_over
+from muco.data.folders import image_files, state_of_images, told_passed_over
 from muco.data.parquet import batches, read_header, require_columns
 from muco.data.places import file_state, open_unchanged
 from muco.data.shards import key_and_kind, members

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from muco.data import check as check_module
-from muco.data.check import NO_KIND, Repeats, Report, TextLengths, check, print_report
+from muco.data import check_report
+from muco.data.check import NO_KIND, check
+from muco.data.check_report import Repeats, Report, TextLengths, print_report
 from muco.data.jsonl import write_jsonl
 from muco.data.show import show
 from muco.dialogue import Sample, Turn
@@ -114,7 +115,7 @@ def test_copies_of_an_image_are_one_target(tmp_path):
 def test_lists_are_capped_and_totals_are_not(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [row(f"{i}.png") for i in range(75)])
     missing = check(tmp_path / "a.jsonl").missing_images
-    assert (missing.total, len(missing.listed)) == (75, check_module.MAX_LISTED)
+    assert (missing.total, len(missing.listed)) == (75, check_report.MAX_LISTED)
 
 
 class Samples(list):
