@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import os
 import re
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from muco.images import is_url
 HASHED = 50_000  # rows up to which the bytes of all images are read for a fingerprint
 MARK = b"\xef\xbb\xbf"  # of byte order, as Windows programs write it first
 LONGEST_LINE = 1 << 26  # bytes; a file of one huge line is not JSONL, and must not be read whole to find that out
+LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
 DEEPEST = 100  # brackets within brackets; what reads or writes JSON gives up at some 900, depending on who calls
 
 JsonObject = dict[str, Any]
@@ -221,3 +225,27 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
     if isinstance(value, str) and is_url(value):
         raise DataError(f"{where}: {column!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
     return image_of({column: value}, column, folder, where)
+
+
+def literal_list(text: str, name: str) -> list[Any]:
+    """A list that a text spells as Python or JSON does; nothing is run.
+
+    Args:
+        name: What errors call the text.
+    Raises:
+        DataError: If it is longer than ``LONGEST_LITERAL`` or not one such list.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_LITERAL:
+        raise DataError(f"{name} is a list of {len(text):,} characters; at most {LONGEST_LITERAL:,} are read")
+    try:
+        value = ast.literal_eval(text)
+        # Python joins strings without a comma between them into one, as numpy writes its arrays: never what was meant.
+        strings = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise DataError(f"{name} begins like a list but is none: {text[:60]!r}; fix the row") from error
+    if not isinstance(value, list):
+        raise DataError(f"{name} must be one list, not {text[:60]!r}")
+    if strings != sum(1 for _ in _texts(value)):
+        raise DataError(f"{name} is a list without commas: {text[:60]!r}; write it as Python or JSON does")
+    return value

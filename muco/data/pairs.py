@@ -13,7 +13,6 @@ and ``target``; or ``image`` with one of ``text`` and ``caption``. Anything else
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -21,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import JsonObject, image_cell, text_of, without_token
+from muco.data.lines import JsonObject, image_cell, literal_list, text_of, without_token
 from muco.data.pair_files import CsvTable, open_table
 from muco.data.places import position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, did_you_mean
-
-LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
 
 _NAMED = ("query_text", "query_image", "target_text", "target_image")
 _COMMON = (
@@ -128,7 +125,7 @@ class PairsData(Fingerprinted):
         if value is None or (isinstance(value, str) and not value.strip()):
             return []
         if isinstance(self._table, CsvTable) and value.strip()[0] == "[" and value.strip()[-1] == "]":
-            value = _literal_list(value.strip(), f"{where}: {name!r}")
+            value = literal_list(value, f"{where}: {name!r}")
         plain = "text" if self.columns.target_text else "image"
         contents = []
         for number, item in enumerate(value if isinstance(value, list) else [value]):
@@ -140,18 +137,6 @@ class PairsData(Fingerprinted):
                 raise DataError(f"{where}: negative {number} is empty; leave it out of {name!r}")
             contents.append(content)
         return contents
-
-
-def _literal_list(text: str, where: str) -> list[Any]:
-    if len(text) > LONGEST_LITERAL:
-        raise DataError(f"{where} is a list of {len(text)} characters; at most {LONGEST_LITERAL} are read")
-    try:
-        value = ast.literal_eval(text)  # reads constants only; nothing is run
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise DataError(f"{where} looks like a list and is none ({type(error).__name__}): {text:.60}") from error
-    if not isinstance(value, list):
-        raise DataError(f"{where} must be one list, not {text:.60}")
-    return value
 
 
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────

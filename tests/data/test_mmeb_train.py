@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from muco.data import rows as rows_module
-from muco.data.mmeb import CONFIGS, LONGEST_LITERAL, MMEBTrainData, negatives_of
+from muco.data.lines import LONGEST_LITERAL
+from muco.data.mmeb import MMEBTrainData, negatives_of
+from muco.data.mmeb_files import CONFIGS
 from muco.data.mmeb_test import DATA_SETS
 from muco.dialogue import Content, Sample
 from muco.errors import DataError
@@ -253,15 +255,15 @@ def test_a_list_written_as_a_string_is_the_list(texts):
 @pytest.mark.parametrize(
     ("text", "image", "message"),
     [
-        (["a", "b"], ["a.jpg"], "'neg_text' holds 2 negatives and 'neg_image_path' 1; mend one of them"),
-        ("a", "['a.jpg', 'b.jpg']", "'neg_text' holds 1 negatives and 'neg_image_path' 2; mend one of them"),
+        (["a", "b"], ["a.jpg"], "'neg_text' holds 2 negatives and 'neg_image_path' 1; fix one of them"),
+        ("a", "['a.jpg', 'b.jpg']", "'neg_text' holds 1 negatives and 'neg_image_path' 2; fix one of them"),
         ("['a', 'b'", "", "'neg_text' begins like a list but is none: "),
         ("['a', open('x')]", "", "'neg_text' begins like a list but is none: "),
         ("['a'] + ['b']", "", "'neg_text' begins like a list but is none: "),
         ("['a' 'b']", "", "'neg_text' is a list without commas: "),
         ("['a', 'b'\n 'c']", "", "'neg_text' is a list without commas: "),
         ("['a', 1]", "", "negative 1 in 'neg_text' must be a string, not a number"),
-        ("['a'], 'b'", "", "'neg_text' must be a string or a list of strings, not tuple"),
+        ("['a'], 'b'", "", "'neg_text' must be one list, not "),
         ("['" + "a" * LONGEST_LITERAL + "']", "", "'neg_text' is a list of 1,048,580 characters; at most 1,048,576"),
         ("['a', " + "[" * 500, "", "'neg_text' begins like a list but is none: "),
         (["a"], [["b"]], "negative 0 in 'neg_image_path' must be a string, not a list"),

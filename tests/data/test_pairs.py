@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.data import pairs
+from muco.data import lines
 from muco.data.pairs import PairsData
 from muco.dialogue import Content, Sample
 from muco.errors import DataError, ImageError
@@ -238,9 +238,9 @@ def test_negatives_of_targets_that_are_images_are_images(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "kind, cell, sentence",
     [
-        ("csv", "[1 +]", "'wrong' looks like a list and is none (SyntaxError): [1 +]"),
-        ("csv", "[__import__('os').getcwd()]", "'wrong' looks like a list and is none (ValueError)"),
-        ("csv", "[1], [2]", "'wrong' must be one list, not [1], [2]"),
+        ("csv", "[1 +]", "'wrong' begins like a list but is none: '[1 +]'"),
+        ("csv", "[__import__('os').getcwd()]", "'wrong' begins like a list but is none: "),
+        ("csv", "[1], [2]", "'wrong' must be one list, not '[1], [2]'"),
         ("csv", "[1]", "negative 0: 'text' must be a string or null, not 1"),
         ("csv", "['']", "negative 0 is empty; leave it out of 'wrong'"),
         ("jsonl", ["a", {"txt": "b"}], "negative 1 has 'txt'; accepted are 'text' and 'image'"),
@@ -256,7 +256,7 @@ def test_bad_negatives_are_named(tmp_path: Path, kind: str, cell: Any, sentence:
 
 
 def test_a_list_that_is_too_long_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "LONGEST_LITERAL", 8)
+    monkeypatch.setattr(lines, "LONGEST_LITERAL", 8)
     path = write(tmp_path, "csv", [{"query": "q", "target": "t", "wrong": "['a', 'b']"}])
     with pytest.raises(DataError, match=":2: 'wrong' is a list of 10 characters; at most 8 are read"):
         PairsData(path, negatives="wrong")[0]
