@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from muco.backbone import load_backbone
 from muco.base.files import writing
-from muco.batch import DialogueBatch
+from muco.batch import DialogueBatch, to
 from muco.dialogue import Content, Dialogue, ImageLike, as_images
 from muco.encoder import Encoder, content_of, write_config
 from muco.errors import DataError, MucoError
@@ -45,8 +45,8 @@ class Model(SentenceTransformer):
         return self[0]
 
     def embed(self, batch: DialogueBatch) -> Tensor:
-        """One vector per turn of a batch on the model's device: float32 [turns, dim], L2-normalised, with its graph."""
-        features: dict[str, Any] = dict(batch)
+        """One vector per turn of a batch, with its graph: float32 [turns, dim], L2-normalised, on this device."""
+        features = to(batch, self.device)
         for module in self:
             features = module(features)
         return features["sentence_embedding"]
@@ -161,8 +161,16 @@ class Model(SentenceTransformer):
         vectors: list[Tensor] = []
         with self._telling_cuts():
             for start in range(0, len(dialogues), size):
-                vectors += embed_turns(self, dialogues[start : start + size], budget)
+                vectors += self._embed_turns(dialogues[start : start + size], budget)
         return [shortened(some, dimension).cpu().numpy() for some in vectors]
+
+    def _embed_turns(self, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
+        vectors = embed_turns(self.encoder, self.embed, dialogues, token_budget)
+        if vectors is None:
+            contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
+            alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
+            vectors = list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
+        return vectors
 
     @property
     def fingerprint(self) -> str:

@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from torch import Tensor
 
 from muco.dialogue import Content, Dialogue, ImageLike
@@ -320,25 +319,3 @@ def _read_settings(path: str, local_files_only: bool, chat_template: Any) -> dic
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice that libraries append to it."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> np.ndarray:
-    """Multimodal rotary positions of a run of text lengths and images, beginning at ``start``.
-
-    Text advances all three axes by one per token. An image's tokens share the time position and are laid out by row
-    and column; what follows begins after the larger of both.
-
-    Returns:
-        int64 [3, tokens] (time, height, width).
-    Source: Qwen2-VL (arXiv 2409.12191), M-RoPE. Equal to the model's own ``get_rope_index`` (tests).
-    """
-    parts, position = [np.zeros((3, 0), dtype=np.int64)], start
-    for segment in segments:
-        if isinstance(segment, int):
-            parts.append(np.broadcast_to(np.arange(position, position + segment), (3, segment)))
-            position += segment
-            continue
-        time, height, width = segment.grid[0], segment.grid[1] // segment.merge, segment.grid[2] // segment.merge
-        parts.append(np.indices((time, height, width)).reshape(3, -1) + position)
-        position += max(height, width)
-    return np.concatenate(parts, axis=1)

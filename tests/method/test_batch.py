@@ -19,18 +19,17 @@ from muco.backbone import use_flex_attention
 from muco.batch import (
     PATCH_KEYS,
     DialogueBatch,
-    _stack_patches,
-    attention_bias,
+    _below_one_another,
     chunks_of,
     collate,
     join,
     split,
-    tree_block_mask,
-    tree_mask,
 )
 from muco.dialogue import Content, Dialogue
+from muco.encoder import attention_bias, tree_block_mask, tree_mask
 from muco.errors import DataError, ImageError
-from muco.processor import EncodedImage, rotary_positions
+from muco.layout import rotary_positions
+from muco.processor import EncodedImage
 
 BOTH_KINDS = ("qwen2_vl", "idefics3")  # flattened patches with a grid; tiles with a mask
 SIDES = ("right", "left")
@@ -193,7 +192,7 @@ def test_a_broken_image_is_named_by_its_row():
 
 def test_tiles_of_different_sizes_are_padded_with_zeros():
     tall, wide = torch.rand(1, 3, 6, 2) + 1, torch.rand(2, 3, 4, 5) + 1
-    stacked = _stack_patches([tall, wide])
+    stacked = _below_one_another([tall, wide])
     assert stacked.shape == (3, 3, 6, 5)
     assert torch.equal(stacked[:1, :, :6, :2], tall) and torch.equal(stacked[1:, :, :4, :5], wide)
     assert stacked.count_nonzero() == tall.numel() + wide.numel()

@@ -18,7 +18,7 @@ BUDGETS = (1, 97, 200, 400, 10**6)  # one row at a time; that do not divide, tha
 
 
 @pytest.fixture(scope="module")
-def samples(scenes) -> steps.Rows:
+def samples(scenes) -> steps.InMemory:
     return steps.ragged_samples(scenes)
 
 

@@ -57,7 +57,7 @@ def language_by_hand(batch) -> int:
     for side in ("query", "target"):
         rows, tokens = batch[side]["input_ids"].shape
         flops += rows * CONFIG.layers * (2 * tokens * linear_weights() + 4 * tokens * tokens * CONFIG.width)
-    turns = len(batch["ids"]["sample_ids"])
+    turns = len(batch["ids"])
     return flops + 2 * turns * turns * CONFIG.width
 
 
