@@ -40,8 +40,8 @@ from muco.processor import Processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import EMB
 from muco.tiny import tiny_qwen2_vl
-from muco.training.batches import Chosen, batch_of, prepare_turns
 from muco.training.flops import Flops, step_flops
+from muco.training.prepared import Chosen, batch_of, prepare_turns
 
 TURNS = (1, 2, 4, 7)
 MODES = ("isolated", "compounded")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class DialogueBatch(TypedDict):
-    """Tensors of several dialogues. Images stand in the order of their placeholders, row by row."""
+    """Tensors of several dialogues. Images are in the order of their placeholders, row by row."""
 
     input_ids: Int[Tensor, "B L"]
     attention_mask: Int[Tensor, "B L"]
@@ -72,7 +72,7 @@ def collate(
 
     Args:
         dialogues: At least one; any number of turns and images each, mixed.
-        padding_side: Changes where padding stands, never a vector.
+        padding_side: Changes where padding is, never a vector.
         truncate: Which end of a text is cut where its turn has too many tokens. Only text is ever cut, and only of
             turns that see no other turn's text.
         max_tokens: Most tokens that a turn may read, its images and the prompt included; None, or more than the

@@ -33,8 +33,8 @@ class Content:
     Empty content is allowed only where an image of the sample gives it meaning (the query "the image itself").
 
     Args:
-        caption: Says what is on the images, a query's also what is on those of its sample. It is never embedded as part
-            of the content; fine-tuning by reconstruction hides it in their place.
+        caption: Describes the images (for a query, the sample's too). It is never embedded as part of the content;
+            fine-tuning by reconstruction hides it in their place.
     """
 
     text: str = ""

@@ -96,7 +96,7 @@ class Encoder(InputModule):
 
         Raises:
             DataError: If an input is empty, its text holds a special token, or it has more tokens than the model
-                reads; the message gives its place in the list.
+                reads; the message names its place in the list.
         """
         if prompt:
             raise MucoError("this model takes no prompt; write the instruction into the text")
@@ -120,7 +120,7 @@ class Encoder(InputModule):
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether nothing that an image passes through before the language model is trained."""
+        """True if vision tower and connector are frozen."""
         parts = {*VISION_NAMES, *CONNECTOR_NAMES}
         return not any(p.requires_grad and parts & set(name.split(".")) for name, p in self.model.named_parameters())
 
@@ -191,8 +191,8 @@ def tree_mask(batch: DialogueBatch) -> Tensor | None:
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask [B, 1, L, L] as what is added to attention scores: 0 where it is True, else minus infinity.
 
-    All layers share it; of a boolean mask torch makes such a bias anew in every layer and keeps it for backward. Its
-    rows begin at multiples of 16 numbers, or kernels would copy it for that reason.
+    All layers share it; torch would turn a boolean mask into a bias again in every layer and keep each for backward.
+    Rows begin at multiples of 16 elements, because kernels would otherwise copy the bias.
     """
     *outer, length = mask.shape
     bias = torch.zeros(*outer, -(-length // 16) * 16, dtype=dtype, device=mask.device)[..., :length]
@@ -274,7 +274,7 @@ def content_of(value: Any, where: str) -> Content:
         if isinstance(value, (bytes, Mapping, list, tuple)):
             raise DataError(f"{where}: {error}") from None
     raise DataError(
-        f"{where} is of type {type(value).__name__}{', of texts' if pair else ''}; for each vector give a text, an "
+        f"{where} is of type {type(value).__name__}{', of texts' if pair else ''}; for each vector pass a text, an "
         "image (a path, bytes or a Pillow image), or a mapping with 'text' and 'image' or 'images'"
     )
 

@@ -38,10 +38,10 @@ def multi_turn_info_nce(
     Args:
         query: One vector per turn, L2-normalised; scores are taken in float32.
         target: Row i belongs to row i of ``query``.
-        sample_ids: Equal for turns of one sample; its other turns are no negatives ("logit masking").
+        sample_ids: Equal for turns of one sample; its other turns are not negatives ("logit masking").
         temperature: Divides the scores.
-        target_ids: Equal for identical targets, which are then no negatives of one another. None: only the sample
-            masks.
+        target_ids: Equal for identical targets, which are then not negatives of one another. None: only the
+            sample masks.
         symmetric: Average with the same loss of each target against every query. The paper has query to target only.
         hard_negatives: Further candidates, one vector each.
         hard_negative_turns: The turn that each hard negative was given for. It is also a negative of every turn of
@@ -131,7 +131,7 @@ def reconstruction_info_nce(
         negatives: Hard negatives, candidates of every term besides.
         joint: Every term chooses among all p and p2 (the paper); else among those of its own kind (the released code).
         sample_ids: Equal for pairs of one sample; None: every pair is a sample.
-        target_ids: Equal for identical targets, which are then no negatives of one another.
+        target_ids: Equal for identical targets, which are then not negatives of one another.
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
         negative_ids: The ``target_ids`` of the hard negatives; needed where both are given.
         mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
@@ -172,11 +172,9 @@ def reconstruction_info_nce(
     terms = {}
     for query_name, query in (("q", q), ("q2", q2)):
         for target_name, target, first in (("p", p, 0), ("p2", p2, len(p))):
-            if joint:
-                loss = _info_nce(query, torch.cat([p, p2, negatives]), together, temperature, first)
-            else:
-                loss = _info_nce(query, torch.cat([target, negatives]), separate, temperature)
-            terms[query_name + target_name] = loss
+            candidates, keep = ([p, p2], together) if joint else ([target], separate)
+            candidates = torch.cat([*candidates, negatives])
+            terms[query_name + target_name] = _info_nce(query, candidates, keep, temperature, first if joint else 0)
     return terms
 
 
@@ -219,11 +217,8 @@ class MultiTurnLoss(nn.Module):
         mask_same_image: bool = True,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.temperature = temperature
-        self.symmetric = symmetric
-        self.dimensions = tuple(dimensions)
-        self.mask_same_image = mask_same_image
+        self.model, self.dimensions = model, tuple(dimensions)
+        self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
         return self.of_vectors(*(self.model.embed(side) for side in sides), ids)

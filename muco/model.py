@@ -125,7 +125,7 @@ class Model(SentenceTransformer):
         batch_size: int = 8,
         token_budget: int = TOKEN_BUDGET,
     ) -> list[Float[np.ndarray, "k dim"]]:
-        """:meth:`encode_turns` for many images, each with queries of its own, as many as it has.
+        """:meth:`encode_turns` for many images, each with its own queries.
 
         In isolated mode the system text and the images pass once and keep their keys and values, which the queries
         read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
@@ -216,7 +216,7 @@ def _listed(inputs: Iterable[Any]) -> list[Any]:
     shape = getattr(inputs, "shape", (0,))
     if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
         raise DataError(
-            f"encode takes one input or a list of them, not a {type(inputs).__name__}; give one column of a table, "
+            f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
             "pixels as a Pillow image, and inputs in an order"
         )
     return list(inputs)
@@ -235,7 +235,7 @@ def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> 
         raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
     images, contents = as_images(image), tuple(content_of(query, place) for query in queries)
     if not contents or (not images and any(content.empty for content in contents)):
-        raise DataError(f"{place}: give at least one query, and an image where a query is empty")
+        raise DataError(f"{place}: pass at least one query, and an image where a query is empty")
     return Dialogue(images, contents, isolated, place)
 
 
@@ -250,12 +250,12 @@ def load(path: str | Path, *, device: str | None = None, truncate_dim: int | Non
 
     Args:
         path: A folder or a hub id.
-        device: "cpu", "cuda", …; the best one there is if None.
-        truncate_dim: Vectors are cut to their first so many numbers and normalised again; for models trained with
+        device: "cpu", "cuda", …; the best one available if None.
+        truncate_dim: Truncate vectors to the first N dimensions and normalise them again; for models trained with
             ``loss.dimensions``. None: whole vectors.
         kwargs: Those of :func:`muco.backbone.load_backbone`.
     Raises:
-        CheckpointError: If weights are missing, or the folder is no such model.
+        CheckpointError: If weights are missing, or the folder does not hold such a model.
         MucoError: If the model's vectors are shorter than ``truncate_dim``.
     """
     model = from_backbone(*load_backbone(path, **kwargs), device=device)

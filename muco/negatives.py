@@ -123,8 +123,8 @@ def allowed_negatives(
 
     Not allowed are targets of the same sample (the paper's logit mask: they answer other questions about the same
     image, and may well fit this one) and, with ``target_ids``, targets identical to the turn's own: "Ring" of another
-    image is the right answer, not a wrong one. ``rows`` asks for some turns only. Without
-    ``mask_same_image`` the other targets of the sample are allowed, only to show what the mask is for.
+    image is the right answer, not a wrong one. ``rows`` selects some turns. Without ``mask_same_image`` the other
+    targets of the sample are allowed, only to show what the mask is for.
     """
     owners = sample_ids if mask_same_image else torch.arange(len(sample_ids), device=sample_ids.device)
     allowed = owners[rows, None] != owners[None, :]
@@ -142,7 +142,7 @@ def allowed_hard_negatives(
 ) -> Bool[Tensor, "rows hard"]:
     """True where a hard negative is a negative of turn i: of its own turn, and of all turns of other samples.
 
-    With both ids, one that is identical to the turn's target is no negative of it. ``rows`` asks for some turns only.
+    With both ids, a hard negative identical to the turn's target is not its negative. ``rows`` selects some turns.
     """
     turns = torch.arange(len(sample_ids), device=sample_ids.device)
     allowed = turns[rows, None] == hard_negative_turns[None, :]

@@ -10,15 +10,15 @@ from muco.errors import MucoError
 
 
 def checked_dimension(dimension: int | None, whole: int) -> int:
-    """How many numbers a vector of ``whole`` numbers keeps if ``dimension`` of them are asked for (None: all).
+    """The dimension that vectors of dimension ``whole`` are truncated to; ``whole`` itself for None.
 
     Raises:
-        MucoError: If it has fewer.
+        MucoError: If ``dimension`` is not a whole number from 1 to ``whole``.
     """
     if dimension is None:
         return whole
     if isinstance(dimension, bool) or not isinstance(dimension, Integral) or not 0 < dimension <= whole:
-        raise MucoError(f"vectors of {whole} numbers cannot be shortened to {dimension}; give 1 to {whole}")
+        raise MucoError(f"vectors of {whole} dimensions cannot be shortened to {dimension}; pass 1 to {whole}")
     return dimension
 
 

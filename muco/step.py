@@ -65,8 +65,8 @@ class _Chunk:
     """Dialogues that pass through the model together.
 
     Args:
-        turns: Which vectors of the side they give.
-        used: Whether the vectors count; a pass that others wait for may be made in vain.
+        turns: Which vectors of the side are theirs.
+        used: Whether the vectors count; False for a pass made only because other processes wait for it.
     """
 
     side: str
@@ -123,7 +123,7 @@ class TrainingStep:
         """Makes one step.
 
         Args:
-            parts: From :func:`muco.training.batches.batch_of`, on the CPU; at least one, taken one at a time.
+            parts: From :func:`muco.training.prepared.batch_of`, on the CPU; at least one, taken one at a time.
         Returns:
             None, and no gradients, if no process has a turn.
         Raises:
@@ -291,7 +291,9 @@ class TrainingStep:
                 "set model.activation_checkpointing, or spread the model with batch.sharding: fsdp"
             )
         self.token_budget = max(1, before // 2)
-        logger.warning("out of memory with %d tokens at once; going on with token_budget %d", before, self.token_budget)
+        logger.warning(
+            "out of memory with %d tokens at once; continuing with token_budget %d", before, self.token_budget
+        )
 
 
 class _OutOfMemory:
@@ -308,7 +310,7 @@ class _OutOfMemory:
             return False
         if not self.caught:
             raise TrainingError(
-                "out of memory; a sharded step cannot be made again, so lower batch.token_budget and start anew"
+                "out of memory; a sharded step cannot be made again, so lower batch.token_budget and start again"
             ) from error
         self.happened = True
         clear_device_cache(garbage_collection=True)

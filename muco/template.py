@@ -1,4 +1,4 @@
-"""Dialogue -> prompt: which text stands where, and where each turn's ``<|emb|>`` is read.
+"""Dialogue -> prompt: which text comes where, and where each turn's ``<|emb|>`` is read.
 
 A prompt is a list of *pieces*, strings and images. It is cut into a trunk and branches only beside a special token
 (or where the tokenizer is known to split anyway), so that the token ids of the parts joined are those of the whole.
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """Stands for image number ``index`` of the dialogue inside a prompt."""
+    """The place of image number ``index`` of the dialogue in a prompt."""
 
     index: int
 
@@ -81,21 +81,20 @@ class Template:
         return self._isolated(dialogue) if dialogue.isolated else self._compounded(dialogue)
 
     def _isolated(self, dialogue: Dialogue) -> Prompt:
-        texts = [self._text(turn, bool(turn.images or dialogue.context)) for turn in dialogue.turns]
-        shared = self.shared_opening and not any(text[:1].isspace() for text in texts)
         context = self._images(0, len(dialogue.context))
-        if context:
-            trunk, opening = (self.head, self.user_open_image, *context[:-1]), context[-1]
+        if context:  # the text after its last image opens every turn
+            trunk: Pieces = (self.head, self.user_open_image, *context[:-1])
+            openings = [context[-1]] * len(dialogue.turns)
         else:
-            trunk, opening = (self.head,), None  # depends on how the turn's own content begins
-        shared = shared and (opening is not None or self.user_open == self.user_open_image)
-        if shared:
-            trunk = (*trunk, self.user_open if opening is None else opening)
+            trunk = (self.head,)
+            openings = [self.user_open_image if turn.images else self.user_open for turn in dialogue.turns]
+        texts = [self._text(turn, bool(turn.images or context)) for turn in dialogue.turns]
+        if self.shared_opening and len(set(openings)) == 1 and not any(text[:1].isspace() for text in texts):
+            trunk, openings = (*trunk, openings[0]), [""] * len(openings)
         branches, seen = [], len(dialogue.context)
-        for text, turn in zip(texts, dialogue.turns, strict=True):
-            start = (self.user_open_image if turn.images else self.user_open) if opening is None else opening
+        for opening, text, turn in zip(openings, texts, dialogue.turns, strict=True):
             images = self._images(seen, len(turn.images))
-            branches.append(_joined(("" if shared else start, *images, text, self.tail, EMB)))
+            branches.append(_joined((opening, *images, text, self.tail, EMB)))
             seen += len(turn.images)
         return Prompt(_joined(trunk), tuple(branches), True)
 

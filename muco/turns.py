@@ -5,9 +5,9 @@
     dialogues ─collate─▶ trees ─trunks──▶ [N, P] ─pass─▶ keys and values of every layer, kept
                            └───branches─▶ [R, L] ─pass, reading them─▶ one vector per turn
 
-The branches of a tree are *packed*: some of them stand in one row, one after another, under a mask by which each reads
-the trunk and itself. So what is kept is read once per pack, not once per turn, and no turn is multiplied with many
-others in vain. How full a pack is (``PACK``) and how many pass together (a token budget) changes the cost, never a
+The branches of a tree are *packed*: several share one row, one after another, under a mask by which each reads the
+trunk and itself. So the kept trunk is read once per pack, not once per turn, and little attention is wasted on masked
+turns. How full a pack is (``PACK``) and how many pass together (a token budget) changes the cost, never a
 vector.
 """
 
@@ -106,7 +106,7 @@ def _with_cache(
 
 @dataclass(frozen=True)
 class _Pack:
-    """Neighbouring branches that stand in one row, and the place of their trunk among those that passed with it."""
+    """Neighbouring branches in one row, and the place of their trunk among those that passed with it."""
 
     trunk: int
     span: Span
@@ -157,7 +157,7 @@ class _Trunks:
 
     Args:
         cache: Keys and values of each layer, [N, heads, P, dim] both.
-        real: Which of the P are no padding, bool [N, P].
+        real: Which of the P are not padding, bool [N, P].
     """
 
     cache: DynamicCache

@@ -91,7 +91,7 @@ def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True,
 
     Args:
         model: The step is really made and leaves its gradients in the parameters.
-        batch: From :func:`muco.training.batches.batch_of`, on the model's device.
+        batch: From :func:`muco.training.prepared.batch_of`, on the model's device.
     """
     pairs = len(batch["query"]["turn_rows"]) > len(batch["ids"])  # two vectors each: reconstruction
     loss = (ReconstructionLoss if pairs else MultiTurnLoss)(model, temperature=temperature)

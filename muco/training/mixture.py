@@ -24,7 +24,7 @@ ROUND = 1000  # steps after which every source has had its share, where a step h
 
 
 class Purpose:
-    """What random numbers are drawn for. Each purpose has a stream of its own, so that one draw moves no other."""
+    """What random numbers are drawn for: each purpose has its own stream, so a draw for one never shifts another."""
 
     ROWS = 1  # the order of a source's rows in a pass
     TURNS = 2  # which turns of a sample, and their order

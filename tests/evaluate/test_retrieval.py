@@ -431,7 +431,7 @@ def test_a_collapsed_model_scores_nothing_at_any_precision(precision):
 
 
 def test_a_dimension_that_the_vectors_lack_is_refused():
-    with pytest.raises(MucoError, match="vectors of 64 numbers cannot be shortened to 65"):
+    with pytest.raises(MucoError, match="vectors of 64 dimensions cannot be shortened to 65"):
         evaluate_retrieval(Words(), scenes(4), dimension=65)
 
 

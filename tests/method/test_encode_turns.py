@@ -279,7 +279,7 @@ def test_what_cannot_be_asked_is_refused_by_its_place():
     with pytest.raises(ValueError, match="2 images but 1 lists of queries"):
         ask([None, None], [["a"]])
     for queries in ([], [""]):
-        with pytest.raises(DataError, match="dialogue 1: give at least one query, and an image where"):
+        with pytest.raises(DataError, match="dialogue 1: pass at least one query, and an image where"):
             ask([PICTURES[0], None], [["a"], queries])
     with pytest.raises(DataError, match="dialogue 0: queries must be a list, not one str"):
         ask([PICTURES[0]], ["what is it?"])

@@ -23,7 +23,7 @@ from muco.negatives import SampleIds, TurnIds
 from muco.reconstruction import hide, reconstruction_dialogues
 from muco.step import TrainingStep
 from muco.template import MASK
-from muco.training.batches import Chosen, batch_of, prepare_pair
+from muco.training.prepared import Chosen, batch_of, prepare_pair
 from muco.training.recipe import from_dict
 
 PICTURE = Image.new("RGB", (56, 56), "red")

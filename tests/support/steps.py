@@ -26,8 +26,8 @@ from muco.model import Model, from_backbone, load
 from muco.sizes import Adapter
 from muco.step import TrainingStep
 from muco.template import SPECIAL_TOKENS
-from muco.training.batches import Chosen, batch_of, prepare_pair, prepare_turns
 from muco.training.build import shard_model
+from muco.training.prepared import Chosen, batch_of, prepare_pair, prepare_turns
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
 # how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one, all on one
