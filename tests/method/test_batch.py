@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from muco.backbone import use_flex_attention
 from muco.batch import (
+    OWNERS,
     PATCH_KEYS,
     DialogueBatch,
     _below_one_another,
@@ -24,6 +25,7 @@ from muco.batch import (
     collate,
     join,
     split,
+    to,
 )
 from muco.dialogue import Content, Dialogue
 from muco.encoder import attention_bias, tree_block_mask, tree_mask
@@ -368,6 +370,21 @@ def test_features_computed_before_take_the_place_of_pixels(family):
     for chunk, turns in split(seen, 1):
         together[turns] = embed(family, chunk)
     assert np.abs(together - expected).max() < 1e-5
+
+
+def test_every_tensor_of_a_batch_has_an_owner():
+    assert DialogueBatch.__annotations__.keys() - {"cut_turns"} == OWNERS.keys()
+
+
+@both_kinds
+def test_a_batch_moves_to_a_device_with_all_that_is_in_it(family):
+    encoder, batch, kept = model(family).encoder, batch_of(family, mixed()), object()
+    features = [tuple(torch.zeros(1) for _ in range(2)) for _ in batch["image_rows"]]
+    moved = to({**batch, "image_features": features, "past_key_values": kept}, "meta")
+    assert moved["past_key_values"] is kept and len(moved["image_features"]) == len(features)
+    tensors = [moved[key] for key in batch] + [tensor for image in moved["image_features"] for tensor in image]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert all(value.device == encoder.device for value in batch.values()), "the batch itself stays where it is"
 
 
 def every_cut(rows: list[int]) -> Iterator[list[list[int]]]:
