@@ -224,7 +224,8 @@ def rows_of(batch: DialogueBatch, spans: Sequence[Span]) -> tuple[DialogueBatch,
 
 def cut(batch: DialogueBatch, spans: Sequence[Span]) -> DialogueBatch:
     """A row per span, padded on the right; its turns and images come along in the order of the spans."""
-    rows, start, stop = (torch.tensor([getattr(s, name) for s in spans]) for name in ("row", "start", "stop"))
+    rows = torch.tensor([span.row for span in spans])
+    start, stop = torch.tensor([span.start for span in spans]), torch.tensor([span.stop for span in spans])
     columns = start[:, None] + torch.arange(int((stop - start).max()))
     inside = columns < stop[:, None]
     columns = columns.clamp(max=batch["input_ids"].shape[1] - 1)

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 from muco.errors import MucoError
+
+UNSTATED = 1 << 40  # tokenizers whose configuration has no length have an astronomical one
+
+
+def context_of(config: Any, tokenizer: Any = None) -> int | None:
+    """Most tokens that a model reads, as its configuration and its tokenizer state it; None if neither does."""
+    stated = (
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    )
+    return min((tokens for tokens in stated if tokens and tokens < UNSTATED), default=None)
 
 
 def checked_dimension(dimension: int | None, whole: int) -> int:

@@ -8,9 +8,11 @@ Source: arXiv 2602.06393, the prompt of the released checkpoints (docs/paper.md)
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from muco.base.text import LONE_SURROGATE
@@ -21,6 +23,8 @@ EMB = "<|emb|>"
 MASK = "<|mask|>"
 END = "<|im_end|>"  # of a message, in Qwen's prompt
 SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
+SETTINGS_FILE = "muco.json"
+SETTINGS_NOTE = re.compile(r"\{#- muco (.*?) -#\}")  # the same, at the head of the chat template
 
 
 @dataclass(frozen=True)
@@ -260,3 +264,29 @@ class SpecialTokenGuard:
                 raise DataError(
                     f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data"
                 )
+
+
+def read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict[str, Any] | None:
+    """What ``muco.json`` of a saved or hub model holds, or the note in its chat template; None if there is neither.
+
+    Raises:
+        CheckpointError: If the settings are broken, or of another version.
+    """
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(
+        path, SETTINGS_FILE, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False
+    )
+    note = SETTINGS_NOTE.match(chat_template) if isinstance(chat_template, str) else None
+    if file is None and note is None:
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8") if file else note[1])
+    except ValueError as error:
+        raise CheckpointError(f"{file or path}: not valid JSON: {error}") from error
+    known = {field.name for field in fields(Template)}
+    pixels = settings.get("pixels", [1, 1]) if isinstance(settings, dict) else None
+    sound = isinstance(pixels, list) and [type(limit) for limit in pixels] == [int, int]
+    if not sound or settings.get("format") != 1 or set(settings.get("template", ())) != known:
+        raise CheckpointError(f"{file or path}: written by another version of MuCo; this one reads format 1")
+    return settings
