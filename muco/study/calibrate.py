@@ -99,7 +99,7 @@ def _seconds(trainer: MuCoTrainer) -> list[float]:
 def _pairs_and_flops(trainer: MuCoTrainer, run: Mapping[str, Any]) -> dict[str, Any]:
     batches, temperature = trainer.batches, from_dict(run["recipe"]).loss.temperature
     return {
-        "pairs": statistics.mean(len(batches[step]["ids"]["sample_ids"]) for step in range(UNTIMED)),
+        "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(UNTIMED)),
         "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
         "threads": torch.get_num_threads(),
     }

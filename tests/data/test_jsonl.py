@@ -310,7 +310,7 @@ BAD_ROWS = [
     (turn_row(target={"txt": "a"}), "x:5 turn 1: unknown key 'txt' in 'target'; did you mean 'text'?"),
     (turn_row(target={"image": "https://a/b"}), "x:5 turn 1: 'image' is a URL"),
     (turn_row(target="half \ud800"), "x:5 turn 1: 'target' holds half a character"),
-    ({"turns": [{"query": "", "target": "t"}]}, "x:5 turn 1: 'query' is empty; give text, an image"),
+    ({"turns": [{"query": "", "target": "t"}]}, "x:5 turn 1: 'query' is empty; pass text, an image"),
 ]
 
 

@@ -321,7 +321,7 @@ def test_a_changed_working_directory_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = M3TData("a", images="a/images", cache="cache")
     monkeypatch.chdir(tmp_path / "b")
-    assert data[2].where == "a/M3T_train/M3T.parquet row 2" and Path(data[2].image[0]).is_file() and data.fingerprint
+    assert data[2].where == "a/M3T_train/M3T.parquet row 2" and Path(data[2].images[0]).is_file() and data.fingerprint
 
 
 def test_the_cache_may_be_elsewhere(tmp_path, small_shards):

@@ -72,7 +72,7 @@ def test_one_file_of_the_layout(tmp_path, name):
 def test_a_file_of_another_place_has_its_own_name_as_kind(tmp_path):
     file = tree.write_rows(tmp_path / "mine.parquet", [tree.pairs("CIRR")[0].record])
     data = MMEBTrainData(file, images=tmp_path)
-    assert data[0].turns[0].kind == "mine" and data[0].image[0] == str(tmp_path / "images/CIRR/Train/asked 0.jpg")
+    assert data[0].turns[0].kind == "mine" and data[0].images[0] == str(tmp_path / "images/CIRR/Train/asked 0.jpg")
 
 
 def test_older_names_are_read_where_there_are_no_others(tmp_path):
@@ -168,7 +168,7 @@ def test_the_placeholder_goes_wherever_it_stands(tmp_path, text, with_image, wit
     sample = one(tmp_path / "with", **dict(zip(columns, (text, "images/a.jpg"), strict=True)))[0]
     image = (str(tmp_path / "with" / "images/a.jpg"),)
     if side == "qry":
-        assert sample.image == image and sample.turns[0].query == (Content(with_image),)
+        assert sample.images == image and sample.turns[0].query == (Content(with_image),)
     else:
         assert sample.turns[0].target == (Content(with_image, image),)
     if without is None:
@@ -199,7 +199,7 @@ def test_rows_with_an_empty_side_are_left_out_and_counted(tmp_path):
 
 def test_null_is_absent(tmp_path):
     sample = one(tmp_path, qry_image_path=None, neg_text=None, neg_image_path=None, pos_image_path=None)[0]
-    assert sample.image == () and sample.turns[0].negatives == () and sample.turns[0].target[0].images == ()
+    assert sample.images == () and sample.turns[0].negatives == () and sample.turns[0].target[0].images == ()
 
 
 @pytest.mark.parametrize("column", ["qry_image_path", "pos_image_path", "neg_image_path"])

@@ -441,13 +441,13 @@ def test_the_leak_probe_looks_at_no_image_where_it_says_so(mode, scenes, tiny_mo
         f"leak/{view}/{what}" for view in ("sighted", "blank", "swapped") for what in ("turns", "dialogues")
     ]
     assert all(0 <= value <= 1 for value in views.values())
-    other_images = [replace(row, image=other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    other_images = [row.with_images(other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
     others = leak(tiny_model, other_images, recipe)
     for what in ("turns", "dialogues"):
         assert others[f"leak/blank/{what}"] == views[f"leak/blank/{what}"]
         assert others[f"leak/sighted/{what}"] == views[f"leak/swapped/{what}"]
     assert leak(tiny_model, rows[:1], recipe) == {}
-    assert leak(tiny_model, [replace(row, image=()) for row in rows], recipe) == {}
+    assert leak(tiny_model, [row.with_images(()) for row in rows], recipe) == {}
 
 
 def test_the_coherence_probe_is_the_measures_of_the_models_vectors(scenes, tiny_model):
