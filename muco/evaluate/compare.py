@@ -259,7 +259,7 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text("\n".join(_notes(result)), style="dim"))
 
 
-def as_markdown(result: Mapping[str, Any]) -> str:
+def comparison_markdown(result: Mapping[str, Any]) -> str:
     """The same as GitHub Markdown, ending in a newline; differences whose interval excludes 0 have a star."""
     rows = ((cells[0] + " *" * sure, *cells[1:]) for cells, sure in _rows(result))
     lines = [*markdown_table(COLUMNS, rows), "", "In per cent; \\*: the interval excludes 0.", ""]

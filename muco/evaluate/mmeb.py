@@ -14,19 +14,16 @@ The overall score is the mean of the 36 data sets, not of the four meta-tasks.
 
 from __future__ import annotations
 
-import difflib
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco import distributed
 from muco.data.mmeb_test import BLANK, DATA_SETS, METAS, NAMES, find_files, open_source
-from muco.errors import DataError, MucoError
-from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, mean_of
-from muco.evaluate.cache import EmbeddingCache
-from muco.evaluate.mmeb_task import Task
+from muco.errors import DataError, did_you_mean
+from muco.evaluate.benchmark import Progress, TaskResult, mean_of
+from muco.evaluate.driver import Benchmark, check_queries
+from muco.evaluate.mmeb_task import MmebTask
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -93,53 +90,37 @@ def evaluate_mmeb(
         MucoError: If ``queries`` is less than 1.
         OutputError: If the output cannot be written.
     """
-    if queries is not None and queries < 1:
-        raise MucoError(f"queries is {queries}; give at least 1 per data set, or leave it out")
+    check_queries(queries)
     chosen = _chosen(tasks)
     found, missing = find_files(data, chosen)
     _refuse_missing(missing, len(chosen), bool(found), allow_missing)
     sources = [open_source(Path(data), name, paths, images) for name, paths in found.items()]
-    fingerprint = model.fingerprint
+    run = Benchmark(
+        "mmeb", model, Path(data), Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
+    )
     rules = RULES | (OFFICIAL if official else {})
+    # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
+    places = sorted({str(source.images.resolve()) for source in sources})
+
+    def work(task: MmebTask) -> TaskResult:
+        log.info("%s: %d queries, %d contents", task.name, len(task.queries), len(task.needed))
+        return task.score(model, batch_size, run.cache(task.fingerprint), progress)
+
+    opened = (MmebTask(source, queries, seed, official=official, skip_broken=skip_broken) for source in sources)
+    results = run.score(opened, work, {"rules": rules, "images": places})
+    groups, overall = aggregates({result.name: result.score for result in results})
     settings = {
         "tasks": "all" if chosen == NAMES else list(chosen),
         "queries": queries,
         "seed": seed,
         "batch_size": batch_size,
-        "skip_broken": skip_broken,
-        "pixels": pixels,
-        "trained_pixels": trained_pixels,
-        "data": str(data),
+        **run.settings,
         "rules": rules,
     }
-    # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
-    places = sorted({str(source.images.resolve()) for source in sources})
-    key = {"benchmark": "mmeb", "model": fingerprint, "rules": rules, "images": places}
-    files = TaskFiles(Path(output), key, partial=skip_broken)
-    results = []
-    for source in sources:
-        task = Task(source, queries, seed, official=official, skip_broken=skip_broken)
-        done = distributed.first_only(functools.partial(files.find, source.data_set.name, task.fingerprint))
-        if done is None:
-            log.info("%s: %d queries, %d contents", source.data_set.name, len(task.asked), len(task.needed))
-            cache = EmbeddingCache(Path(output) / "cache", model=fingerprint, data=task.fingerprint)
-            done = task.score(model, batch_size, cache, progress)
-            distributed.first_only(functools.partial(files.add, done))
-        results.append(done)
-    groups, overall = aggregates({result.name: result.score for result in results})
-    result = benchmark_result(
-        "mmeb",
-        results,
-        groups,
-        overall=overall,
-        model={"path": model_path, "fingerprint": fingerprint},
-        settings=settings,
-        command=command,
-        missing=list(missing),
-        warnings=_warnings(results, missing, seed),
+    warnings = _warnings(results, missing, seed)
+    return run.write(
+        results, settings=settings, groups=groups, overall=overall, missing=list(missing), warnings=warnings
     )
-    distributed.first_only(functools.partial(_write, Path(output), result, results))
-    return result
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
@@ -161,9 +142,7 @@ def _chosen(tasks: Sequence[str] | None) -> tuple[str, ...]:
         raise DataError("no data set is named; name at least one, or none to score all 36")
     for name in tasks:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{name!r} is no data set of MMEB; {hint}There are {', '.join(NAMES)}")
+            raise DataError(f"{name!r} is not a data set of MMEB{did_you_mean(name, NAMES)}")
     return tuple(name for name in NAMES if name in tasks)
 
 
@@ -184,9 +163,3 @@ def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: i
     if missing:
         lines.append(f"data sets that were not found: {len(missing)}; so there is no overall score")
     return lines
-
-
-def _write(output: Path, result: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    from muco.evaluate.page import write_reports
-
-    write_reports(output, result, results)

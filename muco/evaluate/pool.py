@@ -78,6 +78,20 @@ class Vectors:
             for start in range(0, len(shard), rows):
                 yield np.asarray(shard[start : start + rows])  # read when used; nothing of it is kept
 
+    def row(self, number: int) -> np.ndarray:
+        """One vector, float32 [D].
+
+        Raises:
+            IndexError: If there is no such row.
+        """
+        first = 0
+        for file in self.files:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+            if number < first + len(shard):
+                return np.array(shard[number - first])
+            first += len(shard)
+        raise IndexError(f"row {number} of {first}")
+
     def health(self) -> metrics.Health:
         """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`.
 

@@ -26,7 +26,7 @@ def print_results(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text("\n".join(_notes(result)), style="dim"))
 
 
-def as_markdown(result: Mapping[str, Any]) -> str:
+def retrieval_markdown(result: Mapping[str, Any]) -> str:
     """The same table and notes as GitHub Markdown, ending in a newline."""
     lines = markdown_table(COLUMNS, (cells for cells, _ in _rows(result)))
     lines += ["", "In per cent.", *(f"- **Warning:** {line}" for line in result["warnings"])]
@@ -66,7 +66,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     return [*notes, f"{result['seconds']:.1f} s"]
 
 
-def warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> list[str]:
+def task_warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> list[str]:
     """Sentences about one task's scores that nobody should overlook.
 
     Args:

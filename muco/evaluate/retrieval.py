@@ -36,8 +36,8 @@ from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 from muco.evaluate.metrics import Precision
-from muco.evaluate.report import warnings
-from muco.evaluate.tasks import Builder, Task, read_turns
+from muco.evaluate.report import task_warnings
+from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def score_tasks(
     keys = book.in_order({key for task in builder.tasks for key in (*task.queries, *task.pool)})
     vectors = embed(keys, functools.partial(book.encode, model, batch_size), cache=cache, progress=progress)
     row_of = {key: row for row, key in enumerate(keys)}
-    vectors = metrics.shortened(vectors, checked_dimension(dimension, vectors.shape[1]))
+    vectors = metrics.truncated(vectors, checked_dimension(dimension, vectors.shape[1]))
     codes = metrics.reduced(vectors, precision)
     scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
     health = metrics.embedding_health(vectors)
@@ -180,7 +180,7 @@ def score_tasks(
         "warnings": [
             line
             for task, scores in scored
-            for line in warnings(task.label, scores, control=task.name if task.name in CONTROLS else None)
+            for line in task_warnings(task.label, scores, control=task.name if task.name in CONTROLS else None)
         ],
         "collapsed": health.collapsed or any(_collapsed(task, scores) for task, scores in scored),
         "non_finite": health.non_finite,
@@ -192,7 +192,7 @@ def score_tasks(
     }
 
 
-def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
+def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
     """Scores of one task by the dot products of ``codes``, and the health of ``vectors``.
 
     Args:
@@ -219,7 +219,7 @@ def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[st
         "pool": len(pool),
         "candidates_min": int(candidates.min()),
         "candidates_max": int(candidates.max()),
-        **{f"hit@{k}": metrics.hit_at(ranks, k) if k in reached else None for k in AT},
+        **{f"hit@{k}": metrics.hit_rate(ranks, k) if k in reached else None for k in AT},
         "mrr": metrics.mrr(ranks),
         **{f"chance@{k}": metrics.chance_hit(k, candidates) for k in AT},
         "most_common": float(counts.max() / len(queries)),  # hit@1 of always giving the same answer
@@ -227,7 +227,7 @@ def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[st
     }
 
 
-def _by_task(scored: Sequence[tuple[Task, dict[str, Any]]]) -> dict[str, Any]:
+def _by_task(scored: Sequence[tuple[RetrievalTask, dict[str, Any]]]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for task, scores in scored:
         if task.kind is None:
@@ -252,7 +252,7 @@ def _mean(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _collapsed(task: Task, scores: Mapping[str, Any]) -> bool:
+def _collapsed(task: RetrievalTask, scores: Mapping[str, Any]) -> bool:
     # Without the image, equal queries are as it should be.
     sides = ("pool",) if task.name in CONTROLS else ("queries", "pool")
     return any(scores["health"][side]["collapsed"] for side in sides)

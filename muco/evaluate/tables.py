@@ -63,7 +63,7 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def as_markdown(result: Mapping[str, Any]) -> str:
+def benchmark_markdown(result: Mapping[str, Any]) -> str:
     """Tables of tasks and groups, warnings and origin as GitHub Markdown, ending in a newline."""
     lines = [f"# {markdown(title_of(result))}: {markdown(result['model']['path'])}", ""]
     lines += [f"- **Warning:** {markdown(line)}" for line in warnings_of(result)]
@@ -159,8 +159,9 @@ def left_out_text(left_out: Mapping[str, int]) -> str:
 
 
 def group_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and cells of the groups, then of the overall score."""
     means = means_of(result)
-    for name in sorted(means, key="overall".__eq__):  # the groups in their order, then the overall score
+    for name in [*groups_of(result), *(["overall"] if "overall" in means else [])]:
         unknown = INCOMPLETE if name.startswith("overall") else "–"
         yield name, unknown if means[name] is None else percent(means[name])
 

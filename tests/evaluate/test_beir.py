@@ -298,7 +298,7 @@ def test_chance_is_what_random_orders_score(pool, k):
 
 def test_chance_of_ndcg_is_what_random_orders_score(texts, tmp_path):
     from muco.evaluate.beir import read_judged
-    from muco.evaluate.ranking import ndcg_at
+    from muco.evaluate.metrics import ndcg_at
 
     queries, _ = read_judged(texts, "test", "")
     ids, rng = [f"d{i}" for i in range(12)], np.random.default_rng(0)
