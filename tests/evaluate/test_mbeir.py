@@ -25,8 +25,8 @@ from muco.data import mbeir_test as mbeir_data
 from muco.data.mbeir_test import ALL, choose, format_string, number_of, open_pool, task_id
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError, MucoError
-from muco.evaluate import pool as pool_module
 from muco.evaluate import outcomes
+from muco.evaluate import pool as pool_module
 from muco.evaluate.mbeir import evaluate_mbeir, means
 
 ALL_NAMES = [f"{NAMES[data_set]} t{task}" for data_set, task in TASKS]
