@@ -6,7 +6,7 @@ pool       pools too large for memory: vectors in shards, exact search
 
 retrieval  any data of samples and turns (tasks, report)
 mmeb       36 data sets, local lists (mmeb_task: one of them)
-mbeir      16 tasks, local and global pool
+mbeir      16 tasks, local and global pool (mbeir_tasks: reading them)
 beir       any set in BEIR's form (with mbeir it shares asked: queries and pools, ranked: a task, outcomes: its scores)
 mteb       a model for the mteb package
 

@@ -223,10 +223,10 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
 def measures(k: int) -> dict[str, Measure]:
     """The scores of a set, by name."""
     return {
-        f"ndcg@{k}": lambda found, grades: metrics.ndcg_at(found, grades, k),
-        "hit@1": lambda found, grades: metrics.hit_at(found, grades, 1),
-        f"recall@{k}": lambda found, grades: metrics.recall_at(found, grades, k),
-        f"mrr@{k}": lambda found, grades: metrics.reciprocal_rank(found, grades, k),
+        f"ndcg@{k}": functools.partial(metrics.ndcg_at, k=k),
+        "hit@1": functools.partial(metrics.hit_at, k=1),
+        f"recall@{k}": functools.partial(metrics.recall_at, k=k),
+        f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
     }
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from muco.base.tables import markdown, markdown_table, print_whole, table_of_numbers
+from muco.base.html import count
+from muco.base.tables import markdown, markdown_table, print_report, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
 
@@ -253,15 +254,12 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
         if number == len(result["tasks"]):
             table.add_section()
         table.add_row(*map(Text, cells), style="bold" if sure else None)
-    print_whole(table, console)
-    for line in result["warnings"]:
-        console.print(Text(f"Warning: {line}", style="bold red"))
-    console.print(Text("\n".join(_notes(result)), style="dim"))
+    print_report(table, result["warnings"], _notes(result), console)
 
 
 def comparison_markdown(result: Mapping[str, Any]) -> str:
     """The same as GitHub Markdown, ending in a newline; differences whose interval excludes 0 have a star."""
-    rows = ((cells[0] + " *" * sure, *cells[1:]) for cells, sure in _rows(result))
+    rows = ((f"{cells[0]} *" if sure else cells[0], *cells[1:]) for cells, sure in _rows(result))
     lines = [*markdown_table(COLUMNS, rows), "", "In per cent; \\*: the interval excludes 0.", ""]
     lines += [f"- **Warning:** {markdown(line)}" for line in result["warnings"]]
     return "\n".join([*lines, *(f"- {markdown(note)}" for note in _notes(result))]) + "\n"
@@ -273,8 +271,7 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:
         shares = (f"{100 * task[key]:.1f}" for key in ("won", "lost", "equal"))
         yield (name, task["metric"], f"{task['queries']:,}", *_numbers(task), *shares), task["excludes_zero"]
     for label, mean in result["means"].items():
-        count = f"{mean['tasks']} task{'s' * (mean['tasks'] != 1)}"
-        yield (f"{label}, {count}", "", "", *_numbers(mean), "", "", ""), mean["excludes_zero"]
+        yield (f"{label}, {count(mean['tasks'], 'task')}", "", "", *_numbers(mean), "", "", ""), mean["excludes_zero"]
 
 
 def _numbers(scores: Mapping[str, Any]) -> tuple[str, ...]:

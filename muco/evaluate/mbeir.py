@@ -8,39 +8,20 @@ the 16 local ones searched as one. What the benchmark calls Recall@k is hit@k he
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from muco.data.judged import Query
-from muco.data.left_out import LeftOut
-from muco.data.mbeir_test import (
-    ALL,
-    Prompts,
-    Task,
-    as_queries,
-    data_set_of,
-    hash_of,
-    instructions_file,
-    open_pool,
-    read_instructions,
-    read_judgements,
-    read_queries,
-)
+from muco.data.mbeir_test import ALL, Prompts, Task, instructions_file
 from muco.errors import DataError, MucoError, did_you_mean
-from muco.evaluate import metrics
-from muco.evaluate.asked import JudgedQueries, Pools
 from muco.evaluate.benchmark import Progress, mean_of
 from muco.evaluate.driver import Benchmark, check_queries
-from muco.evaluate.outcomes import Measure
-from muco.evaluate.ranked import RankedTask, chance_of_hit, score_ranked
+from muco.evaluate.mbeir_tasks import Drawing, PoolName, open_tasks
+from muco.evaluate.ranked import score_ranked
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
-
-PoolName = Literal["local", "global"]
 
 GROUPS = {  # name -> numbers of its tasks
     "single to single": (0, 1, 3, 4),
@@ -90,7 +71,7 @@ def evaluate_mbeir(
         pools: "local", "global" or both. The global one needs the pools of all 16 tasks.
         tasks: Names such as "MSCOCO t0"; None: all 16.
         prompts: "random": one of a task's prompts for each query, by ``seed`` and the query's id; "first".
-        queries: So many of each task, drawn by ``seed`` and the query's id; None: all.
+        queries: How many of each task to ask, drawn by ``seed`` and the query's id; None: all.
         batch_size: Contents per forward pass; the scores do not depend on it.
         strict: Refuse positives that should be in the searched pool and are not. A local pool should hold those of its
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
@@ -115,8 +96,9 @@ def evaluate_mbeir(
     run = Benchmark(
         "mbeir", model, data, Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
     )
-    settings = {"prompts": prompts, "seed": seed, "queries": queries, "rules": RULES}
-    opened = _open_tasks(run, plan.todo, settings, strict)
+    drawing = Drawing(prompts, seed, queries)
+    settings = {**asdict(drawing), "rules": RULES}
+    opened = open_tasks(run, plan.todo, drawing, strict)
     results = score_ranked(run, opened, settings, progress)
     scores = {result.name: result.score for result in results}
     groups: dict[str, float | None] = {}
@@ -141,7 +123,7 @@ def evaluate_mbeir(
 def check_folder(data: Path) -> None:
     """Refuses what is no folder at all, with a DataError."""
     if not Path(data).is_dir():
-        raise DataError(f"{data}: no such folder; give the one that holds query, qrels, cand_pool and instructions")
+        raise DataError(f"{data}: no such folder; pass the one that holds query, qrels, cand_pool and instructions")
 
 
 def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None]:
@@ -155,20 +137,6 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
         f"{name} {pool}": mean_of(scores, [f"{task.name} {pool}" for task in own])
         for name, own in {**named, "overall": list(ALL)}.items()
     }
-
-
-def depths(task: Task) -> tuple[int, ...]:
-    return (1, 5, 10, 20, 50) if task.k == 10 else (1, 5, 10)
-
-
-def measures(task: Task) -> dict[str, Measure]:
-    """hit@k and recall@k of a task, by name."""
-
-    def at(k: int, measure: Callable[..., float]) -> Measure:
-        return lambda found, grades: measure(found, grades, k)
-
-    named = {"hit": metrics.hit_at, "recall": metrics.recall_at}
-    return {f"{name}@{k}": at(k, measure) for name, measure in named.items() for k in depths(task)}
 
 
 # ── what is asked, and what is there ─────────────────────────────────────────────────────────────────────────────────
@@ -234,128 +202,3 @@ def _plan(data: Path, chosen: Sequence[Task], pools: Sequence[PoolName], allow_m
 
 def _absent(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if not file.is_file()]
-
-
-def _open_tasks(
-    run: Benchmark, todo: Sequence[tuple[Task, PoolName]], settings: Mapping[str, Any], strict: bool
-) -> list[RankedTask]:
-    """Everything that is scored, read and checked; with ``strict`` a DataError for a positive that no pool holds."""
-    instructions = read_instructions(instructions_file(run.data))
-    tasks = dict.fromkeys(task for task, _ in todo)
-    whole = any(pool == "global" for _, pool in todo)
-    local = {task: open_pool(run.data, task, LeftOut(run.skip_broken)) for task in (ALL if whole else tasks)}
-    asked = {task: _ask(run.data, task, instructions, settings, LeftOut(run.skip_broken)) for task in tasks}
-    together = Pools(list(local.values())) if whole else None
-    opened = []
-    for task, pool in todo:
-        queries, facts = asked[task]
-        pools = together if together and pool == "global" else Pools([local[task]])
-        lost = _lost(queries.queries, pools)
-        if strict:
-            _refuse_lost(task, pool, lost)
-        opened.append(_ranked_task(run, task, pool, queries, pools, lost, facts))
-    return opened
-
-
-def _ask(
-    data: Path, task: Task, instructions: Mapping, settings: Mapping[str, Any], left_out: LeftOut
-) -> tuple[JudgedQueries, dict[str, Any]]:
-    """The queries of a task, and facts about them."""
-    if task.key not in instructions:
-        number, query, candidate = task.key
-        raise DataError(
-            f"{instructions_file(data)}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}"
-        )
-    lines, judgements = read_queries(data, task, left_out), read_judgements(task.files(data)["judgements"], task)
-    total, seed = len(lines), settings["seed"]
-    if settings["queries"] is not None and settings["queries"] < total:
-        drawn = sorted(lines, key=lambda line: (hash_of(seed, "query", line.id), line.id))[: settings["queries"]]
-        kept = {line.id for line in drawn}
-        lines = [line for line in lines if line.id in kept]
-    prompts = instructions[task.key]
-    queries, taken = as_queries(lines, judgements, prompts, seed if settings["prompts"] == "random" else None)
-    other = sum(set(query.relevant) != set(line.positives) for query, line in zip(queries, lines, strict=True))
-    return JudgedQueries(queries, left_out), {
-        "query": task.key[1],
-        "candidate": task.key[2],
-        "prompts": settings["prompts"],
-        "seed": seed,
-        "times each prompt was taken": taken,
-        "queries in the file": total,
-        "queries whose pos_cand_list is not what is judged relevant": other,
-    }
-
-
-def _lost(queries: Sequence[Query], pools: Pools) -> list[tuple[Query, str]]:
-    """Queries with each of their positives that the pools lack."""
-    return [
-        (query, id)
-        for query, rows in zip(queries, pools.relevant(queries), strict=True)
-        for id, row in zip(query.relevant, rows, strict=True)
-        if row < 0
-    ]
-
-
-def _refuse_lost(task: Task, pool: PoolName, lost: Sequence[tuple[Query, str]]) -> None:
-    """DataError for a positive that should be in the pool."""
-    for query, id in lost:
-        if pool == "global" or data_set_of(id) == task.data_set_id:
-            raise DataError(
-                f"{query.where}: the positive {id!r} of the query {query.id!r} is not in the {pool} pool; "
-                f"complete the pool, or score without strict"
-            )
-
-
-def _ranked_task(
-    run: Benchmark,
-    task: Task,
-    pool: PoolName,
-    queries: JudgedQueries,
-    pools: Pools,
-    lost: Sequence[tuple[Query, str]],
-    facts: Mapping[str, Any],
-) -> RankedTask:
-    """A task in a pool."""
-    rows = pools.relevant(queries.queries)
-    facts = {
-        "pool": pool,
-        **facts,
-        "positives": sum(map(len, rows)),
-        "positives that the pool lacks": len(lost),
-        "of those, of other data sets": sum(data_set_of(id) != task.data_set_id for _, id in lost),
-        "queries without a positive in the pool": sum(not (own >= 0).any() for own in rows),
-    }
-    name = f"{task.name} {pool}"
-    return RankedTask(
-        name=name,
-        queries=queries,
-        pools=pools,
-        metric=f"hit@{task.k}",
-        measures=measures(task),
-        depth=max(depths(task)),
-        chance=functools.partial(_chance, k=task.k),
-        facts=facts,
-        warnings=_warnings(facts, len(queries)),
-        cached_as=f"M-BEIR {task.name}",
-        run_file=run.output / "runs" / f"{name.replace(' ', '_')}.trec",
-    )
-
-
-def _chance(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, *, k: int) -> float:
-    return chance_of_hit([sum(grade > 0 for grade in own.values()) for own in held], pool, k)
-
-
-def _warnings(facts: Mapping[str, Any], asked: int) -> list[str]:
-    lines = []
-    if asked < (total := facts["queries in the file"]):
-        lines.append(f"only {asked} of {total} queries were asked, drawn with seed {facts['seed']}")
-    if lost := facts["positives that the pool lacks"]:
-        lines.append(
-            f"{lost} of {facts['positives']} positives are not in the {facts['pool']} pool, "
-            f"{facts['of those, of other data sets']} of them of other data sets; recall@k counts them as not found"
-        )
-    if empty := facts["queries without a positive in the pool"]:
-        lines.append(f"{empty} queries have no positive in the {facts['pool']} pool: nothing can be right for them")
-    if other := facts["queries whose pos_cand_list is not what is judged relevant"]:
-        lines.append(f"{other} queries have another pos_cand_list than the judgements, which count")
-    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from muco.base.tables import markdown_table, print_whole, table_of_numbers
+from muco.base.tables import markdown_table, print_report, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,10 +20,7 @@ def print_results(result: Mapping[str, Any], console: Console) -> None:
     table = table_of_numbers("Retrieval, %", COLUMNS)
     for cells, control in _rows(result):
         table.add_row(*(Text(cell) for cell in cells), style="dim" if control else None)
-    print_whole(table, console)
-    for line in result["warnings"]:
-        console.print(Text(f"Warning: {line}", style="bold red"))
-    console.print(Text("\n".join(_notes(result)), style="dim"))
+    print_report(table, result["warnings"], _notes(result), console)
 
 
 def retrieval_markdown(result: Mapping[str, Any]) -> str:

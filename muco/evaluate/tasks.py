@@ -185,7 +185,8 @@ def _table(positives: list[int], rivals: list[list[int]]) -> np.ndarray:
 
 
 def _made_of(content: Content) -> str:
-    return "+".join(["image"] * bool(content.images) + ["text"] * bool(content.text))
+    parts = {"image": content.images, "text": content.text}
+    return "+".join(name for name, part in parts.items() if part)
 
 
 def blackening(book: Book) -> Callable[[str], str]:
