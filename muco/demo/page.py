@@ -197,7 +197,7 @@ def _scores(results: Mapping[str, Any]) -> str:
     return section(
         "Scores on the held-out scenes",
         f"In per cent, before and after training. Answers are told from drawn answers to questions of the same kind "
-        f"({after['candidates']} candidates where there are so many); a tie counts as lost.",
+        f"({after['candidates']} candidates where there are enough); a tie counts as lost.",
         f"""<div class="card scroll scores"><table>
 <thead><tr><th></th><th class="pool"></th>{groups}</tr>
 <tr><th>task</th><th class="pool">candidates</th>{columns}</tr></thead>
@@ -208,7 +208,7 @@ def _scores(results: Mapping[str, Any]) -> str:
 def _table_rows(
     before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Class, title, explanation, scores before and after; the kinds of question stand under their mean."""
+    """Class, title, explanation, scores before and after; the kinds of question follow their mean."""
     names = [name for name in TASKS if name in after] + [name for name in after if name not in TASKS]
     for name in names:
         title, note = TASKS.get(name, (name, ""))
@@ -291,7 +291,7 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "command": f"<code>{escape(train['command'])}</code>",
         "machine": f"{_processor(machine)}, {count(machine['threads'], 'thread')}, {escape(machine['system'])}",
         "versions": escape(versions),
-        "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} numbers, "
+        "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} dimensions, "
         f"fingerprint <code>{escape(after['model'][:16])}</code>",
         "training": f"{train['steps']:,} steps of {settings['batch']['size']} images, "
         f"{results['before']['pairs_per_step']} pairs each; turns {escape(settings['turns']['mode'])}, "

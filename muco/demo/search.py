@@ -57,11 +57,11 @@ def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, An
     """Answers the demo's queries.
 
     Args:
-        data: The held-out scenes; the file that holds them stands beside ``images/``.
+        data: The held-out scenes; the file that holds them is beside ``images/``.
         parquet: The vectors of their images, from :func:`muco.embed.embed`.
         cache: Folder of the vectors that evaluation has already computed.
     Returns:
-        ``texts``, ``answers`` and ``mistakes``, all made of strings, numbers and image paths relative to the data.
+        ``texts``, ``missed_images`` and what :func:`answer_questions` returns; image paths are relative to the data.
         A rank is 1 + the number of other candidates that score at least as high.
     """
     encode = CachedEncoder(model, vector_cache.EmbeddingCache(cache, model=model.fingerprint, data=data.fingerprint))

@@ -6,11 +6,11 @@
            queries.jsonl       {"_id": "q1", "text": "…", "image": "…"}
            qrels/<split>.tsv   query-id  corpus-id  score, with a header; grades above 0 are relevant
 
-Title, text and image may each be left out, but not all of them. Image paths count from the set's folder. ``data`` is
-such a folder, or holds several: then each is a task of its own.
+Title, text and image may each be missing, but not all of them. Image paths are relative to the set's folder. ``data``
+is such a folder, or holds several: then each is a task of its own.
 
 The tool of BEIR leaves a candidate out that has the id of the query (ArguAna and Quora ask with documents of the
-corpus). Here it stays, for in other sets equal ids mean nothing; a fact of the task tells how many queries have one.
+corpus). Here it stays, because in other sets equal ids mean nothing. A fact of the task says how many queries have one.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ def evaluate_beir(
 ) -> dict[str, Any]:
     """Scores a model on a retrieval set, or on every one that is directly below a folder.
 
-    A task that ``output`` holds for this model, these settings and this data is not done again; vectors of a run that
-    was stopped are used. Call it on every process alike; the first one writes.
+    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
+    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
         output: Gets ``beir.json`` and its other forms, a file per task, and the vectors.
         split: Names the judgements. Queries that they do not name are left out and counted.
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
-        instruction: Stands before every query, with a blank between; candidates get none.
+        instruction: Put before every query, with a space between; candidates get none.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
-            results, with a warning if they differ.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
+            the results, with a warning if they differ.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
@@ -104,7 +104,7 @@ def evaluate_beir(
 def _folders(data: Path, split: str) -> list[Path]:
     """The sets in a folder, by name; a DataError that lists what all of them lack."""
     if not data.is_dir():
-        raise DataError(f"{data}: no such folder; give one with corpus.jsonl, queries.jsonl and qrels/{split}.tsv")
+        raise DataError(f"{data}: no such folder; pass one with corpus.jsonl, queries.jsonl and qrels/{split}.tsv")
     below = sorted(path for path in data.iterdir() if (path / "corpus.jsonl").is_file())
     folders = [data] if (data / "corpus.jsonl").is_file() or not below else below
     needed = [folder / name for folder in folders for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
@@ -115,7 +115,7 @@ def _folders(data: Path, split: str) -> list[Path]:
 
 
 def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
-    """The candidates of a set; equal scores will stand in the order of their ids.
+    """The candidates of a set; equal scores are ordered by their ids.
 
     Args:
         left_out: See :class:`LinePool`.
@@ -146,7 +146,7 @@ def _content(row: Row, keys: Sequence[str], folder: Path, where: str, instructio
     parts = [text for key in keys if (text := (text_of(row, key, where) or "").strip())]
     image = image_of(row, "image", folder, where)
     if not parts and image is None:
-        raise DataError(f"{where}: neither text nor image; give one of {', '.join([*keys, 'image'])}")
+        raise DataError(f"{where}: neither text nor image; add one of {', '.join([*keys, 'image'])}")
     return Content(" ".join([*([instruction] if instruction else []), *parts]), (image,) if image else ())
 
 

@@ -169,7 +169,7 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> metric, data, key and file of outcomes, for every task in a results folder."""
     files = sorted((folder / "tasks").glob("*.json")) if (folder / "tasks").is_dir() else []
     if not files:
-        raise DataError(f"{folder}: holds no results (tasks/*.json); give the output folder of a benchmark")
+        raise DataError(f"{folder}: holds no results (tasks/*.json); pass the output folder of a benchmark")
     found = {}
     for file in files:
         try:
@@ -179,7 +179,7 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
             task["left_out"] = result.get("left_out", {})
             name = result["name"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: is no result of a task ({error!r}); run the evaluation again") from error
+            raise DataError(f"{file}: is not a result of a task ({error!r}); run the evaluation again") from error
         if task["format"] != FORMAT:
             raise DataError(f"{file}: has format {task['format']}, not {FORMAT}; run the evaluation again")
         found[name] = task | {"file": folder / "outcomes" / f"{file.stem}.jsonl"}
@@ -195,7 +195,7 @@ def _outcomes(file: Path) -> dict[str, float]:
                 row = json.loads(line)
                 query, value = row["query"], float(row["value"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{file}:{number}: is no outcome ({error!r}); run the evaluation again") from error
+                raise DataError(f"{file}:{number}: is not an outcome ({error!r}); run the evaluation again") from error
             if not isinstance(query, str):
                 raise DataError(f"{file}:{number}: the query is {query!r}, not a string; run the evaluation again")
             if not math.isfinite(value):
@@ -221,7 +221,7 @@ def _reason(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> str | N
 
 
 def _partial(name: str, a: Mapping[str, int], b: Mapping[str, int]) -> list[str]:
-    """A warning where something was left out of one of the two, for that makes a task easier or harder."""
+    """A warning where something was left out of one of the two, because that makes a task easier or harder."""
     if not a and not b:
         return []
     said = (

@@ -61,8 +61,8 @@ def evaluate_mbeir(
 ) -> dict[str, Any]:
     """Scores a model on M-BEIR, or on some of its tasks.
 
-    A task that ``output`` holds for this model, these settings and this data is not done again; vectors of a run that
-    was stopped are used. Call it on every process alike; the first one writes.
+    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
+    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -75,11 +75,11 @@ def evaluate_mbeir(
         batch_size: Contents per forward pass; the scores do not depend on it.
         strict: Refuse positives that should be in the searched pool and are not. A local pool should hold those of its
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
-        allow_missing: Score what is there, instead of refusing to start where a file is missing.
+        allow_missing: Score what is available, instead of refusing to start if a file is missing.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
-            results, with a warning if they differ.
-        command, model_path: Told in the results.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
+            the results, with a warning if they differ.
+        command, model_path: Recorded in the results.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``mbeir.json`` holds; shares are 0 to 1. Tasks and groups have the pool in their names; "overall" is the
@@ -121,7 +121,7 @@ def evaluate_mbeir(
 
 
 def check_folder(data: Path) -> None:
-    """Refuses what is no folder at all, with a DataError."""
+    """Raises a DataError if the data is not a folder."""
     if not Path(data).is_dir():
         raise DataError(f"{data}: no such folder; pass the one that holds query, qrels, cand_pool and instructions")
 

@@ -31,12 +31,12 @@ def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray, *, 
     Args:
         scores: float [Q, C].
         positives: int [Q], the column of the right candidate.
-        identities: [C] or [Q, C], equal keys mark the same candidate: it is no rival of the right one.
+        identities: [C] or [Q, C], equal keys mark the same candidate, which is not a rival of the right one.
         tie: A rival within this distance below the right score counts as equal.
     Returns:
         int64 [Q]: 1 + the rivals that score at least as much; C + 1 where a score of the row is not finite.
     Raises:
-        ValueError: If the shapes disagree or a positive is no column.
+        ValueError: If the shapes disagree or a positive is not a column.
     """
     scores = np.asarray(scores, dtype=np.float32)
     positives = np.asarray(positives, dtype=np.int64)
@@ -84,7 +84,7 @@ def ranks_in_lists(queries: np.ndarray, pool: np.ndarray, lists: np.ndarray) -> 
         queries: float32 [Q, D].
         pool: float32 [P, D].
         lists: int [Q, C], rows of ``pool``: the right candidate first, then its rivals; shorter lists are filled up
-            with the right candidate, which is no rival of itself.
+            with the right candidate, which is not its own rival.
     Returns:
         int64 [Q].
     """

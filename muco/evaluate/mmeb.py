@@ -4,7 +4,7 @@
 
     data sets ─read_questions─▶ rows ─Task─▶ distinct contents ─embed─▶ vectors ─judge─▶ hit@1 per data set ─▶ means
 
-Every query ranks its own list, and the right candidate must beat all others: it is given first, so a rule that lets it
+Every query ranks its own list, and the right candidate must beat all others: it is listed first, so a rule that lets it
 win ties would give full marks to a model that maps everything to one point. Candidates are the same if their text and
 the bytes of their image are; copies of the right one are no rivals. What is embedded is each distinct content of a data
 set, once, in an order that the order of rows does not change.
@@ -64,8 +64,8 @@ def evaluate_mmeb(
 ) -> dict[str, Any]:
     """Scores a model on MMEB, or on some of its data sets.
 
-    Data sets that are found done in ``output`` for this model, these settings and unchanged data are not done again.
-    Call it on every process alike; the first one writes.
+    Run it again to resume: a data set that ``output`` holds for this model, these settings and this data is not
+    repeated. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -73,15 +73,15 @@ def evaluate_mmeb(
         output: Gets ``mmeb.json`` and its other forms, a file per data set, and the vectors.
         images: The folder of all images; None: ``eval_images`` or ``image-tasks`` in ``data``, by the layout.
         tasks: Names of data sets; None: all 36.
-        queries: So many of each data set, drawn by ``seed``; None: all.
+        queries: How many of each data set to ask, drawn by ``seed``; None: all.
         batch_size: Contents per forward pass; the scores do not depend on it.
-        allow_missing: Score what is there, instead of refusing to start where a data set is missing.
+        allow_missing: Score what is available, instead of refusing to start if a data set is missing.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         official: Tell candidates apart as the paper's code does, see :func:`muco.data.mmeb_test.official_name`.
             How images are opened is the model's own: set ``images_as_stored`` of its processor too.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
-            results, with a warning if they differ.
-        command, model_path: Told in the results.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
+            the results, with a warning if they differ.
+        command, model_path: Recorded in the results.
         progress: Called with (contents encoded, contents in all) of one data set after another.
     Returns:
         What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.

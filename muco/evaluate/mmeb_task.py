@@ -1,4 +1,4 @@
-"""One data set of MMEB: its rows as distinct contents, their vectors, and what became of every query."""
+"""One data set of MMEB: its rows as distinct contents, their vectors, and the outcome of every query."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Judged:
 class MmebTask:
     """One data set, read: its queries and their distinct contents.
 
-    ``fingerprint`` is of the numbers of the rows that are asked, their texts and the bytes of their images.
+    ``fingerprint`` covers the numbers of the rows that are asked, their texts and the bytes of their images.
 
     Args:
         queries, seed: See :func:`sample`.
@@ -253,7 +253,7 @@ def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
         return Judged(Outcome(name, 0.0, None, ()), rank)
     handicapped = scores.copy()
     handicapped[0] -= np.float32(metrics.TIE)
-    order = np.lexsort((columns == 0, -handicapped))[:FOUND]  # the right one stands where its rank says
+    order = np.lexsort((columns == 0, -handicapped))[:FOUND]  # the right one is where its rank says
     places = list(asked.places.values())
     found = tuple((str(places[column]), float(scores[column])) for column in order)
     margin = float(scores[1:].max() - scores[0])

@@ -1,4 +1,4 @@
-"""What became of ranked queries: scores, outcomes, failures, and what may make a score worthless.
+"""The results of ranked queries: scores, outcomes, failures, and what may make a score worthless.
 
 Candidates of equal score are ordered by their ids. If a pool has collapsed, all its scores are equal, and that order
 alone would decide who is found: its candidates then never count as right. A model that gives one vector to everything
@@ -92,7 +92,7 @@ class Searched:
             if health.collapsed and health.non_finite < health.rows:
                 lines.append(
                     f"all {health.rows} vectors of {pool.name} are the same: the model has collapsed, and no candidate "
-                    f"of that pool counts as right, for only the order of ids tells them apart"
+                    f"of that pool counts as right, because only the order of ids tells them apart"
                 )
         return lines
 
@@ -117,7 +117,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of the queries of a task.
+    """The results of the queries of a task.
 
     Args:
         scores: The mean of each measure over the queries.

@@ -189,7 +189,8 @@ def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:
         "the most."
     )
     if thumbnails.left_out:
-        words += f" Left out, so that the page stays small: {count(thumbnails.left_out, 'image')}; the names stand in."
+        left = count(thumbnails.left_out, "image")
+        words += f" Left out, so that the page stays small: {left}; their names are shown instead."
     tasks, opened = "", False
     for result in results:
         own = cards[result.name]

@@ -46,7 +46,7 @@ class Pool(Protocol):
     """Candidates in a fixed order.
 
     ``fingerprint`` changes when a candidate may have changed; ``order`` is int64 [N], unique per candidate: among equal
-    scores the candidate with the smaller one comes first, wherever it stands in the pool.
+    scores the candidate with the smaller one comes first, wherever it is in the pool.
     """
 
     name: str
@@ -124,7 +124,7 @@ def embed_pool(
     Beside a shard with rows of NaN, for candidates that were left out, is a ``.json`` file that says which and why.
 
     Args:
-        folder: Of all pools; made if it is not there. Of several processes each encodes its shards: call it on all of
+        folder: Of all pools; made if it does not exist. Of several processes each encodes its shards: call it on all of
             them with the same folder.
         left_out: Rows that cannot be embedded; afterwards also those that the model refused. None: it may refuse none.
         progress: Called with (done, total) candidates after every shard.
@@ -176,7 +176,7 @@ def _remove_partial(files: Sequence[Path]) -> None:
 
 
 def _whole(file: Path, pool: Pool, start: int) -> bool:
-    """Whether a shard is there with as many rows as it must have; its name appears when it is complete."""
+    """Whether a shard exists with all its rows; its name appears when it is complete."""
     if not file.is_file():
         return False
     try:
@@ -222,9 +222,9 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best candidates of every query by dot product, exactly.
 
-    A matrix product rounds equal scores apart by the place at which they stand. So it only picks who may be among the
+    A matrix product rounds equal scores apart, depending on their place. So it only picks who may be among the
     best; their scores are taken again in float64, pair by pair, and rounded to float32: equal vectors have equal
-    scores, in whatever blocks they came. Equal scores stand in the order of ``orders``.
+    scores, in whatever blocks they came. Equal scores are ordered by ``orders``.
 
     Args:
         queries: float32 [Q, D].
@@ -265,7 +265,7 @@ class _Best:
         if len(block) > self.k:
             filling = np.flatnonzero(np.isneginf(worst))  # else all of the first block would come in
             worst[filling] = np.partition(rough[filling], -self.k, axis=1)[:, -self.k]
-        # minus infinity never comes in, for it is not above the smallest number
+        # minus infinity never comes in, because it is not above the smallest number
         entering = rough >= np.maximum(worst - metrics.TIE, np.finfo(np.float32).min)[:, None]
         query, column = np.nonzero(entering)
         if len(query):

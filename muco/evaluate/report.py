@@ -58,7 +58,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         )
     limit = "" if result["limit"] is None else f" (the first {result['limit']})"
     notes.append(f"{result['samples']} samples{limit}, {result['turns']} turns, {result['encoded']} contents encoded")
-    notes.append(f"vectors of {result['dimension']} numbers, scored in {result['precision']}")
+    notes.append(f"vectors of {result['dimension']} dimensions, scored in {result['precision']}")
     notes.append(f"model {result['model'][:12]}, data {result['data'][:12]}, seed {result['seed']}")
     return [*notes, f"{result['seconds']:.1f} s"]
 
@@ -68,7 +68,7 @@ def task_warnings(label: str, scores: Mapping[str, Any], *, control: str | None)
 
     Args:
         label: Name of the task and kind.
-        scores: As ``evaluate_retrieval`` gives them for one task and kind.
+        scores: Of ``evaluate_retrieval``, for one task and kind.
         control: The task's name if it is one without the image ("answer_text_only", "blind"): there equal queries and
             low scores are as they should be, and high ones of "blind" are not.
     """

@@ -15,8 +15,8 @@ text_to_image, …    a query of a sample without image       all targets of suc
 =================== ======================================= ========================================================
 
 The identity of a content is its text and the bytes of its images. Pools hold each identity once, in the order of their
-digests, and every target that the data calls right for a query is no rival of the right one. The draw depends on (seed,
-query, candidate) only: neither the order of the samples nor the batch size changes it.
+digests, and every target that the data calls right for a query is not a rival of the right one. The draw depends on
+(seed, query, candidate) only: neither the order of the samples nor the batch size changes it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def evaluate_retrieval(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores a model on every task that the data can give.
+    """Scores a model on every task that the data allows.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -109,7 +109,7 @@ def evaluate_retrieval(
         "skipped" (task -> reason), "warnings", "collapsed", "non_finite", and all that tells where the scores come
         from. Shares are 0 to 1.
     Raises:
-        DataError: If the data gives no task at all, or a content cannot be read.
+        DataError: If the data allows no task at all, or a content cannot be read.
         MucoError: If ``candidates`` or ``limit`` is too small, or ``dimension`` too large.
         OutputError: If the output or cache folder cannot be written.
     """

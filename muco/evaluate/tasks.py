@@ -72,7 +72,7 @@ class RetrievalTask:
 
 
 class Builder:
-    """Makes all tasks that the turns can give (``tasks``) and says why the others cannot be (``skipped``)."""
+    """Makes all tasks that the turns allow (``tasks``) and says why the others are missing (``skipped``)."""
 
     def __init__(self, book: Book, turns: Sequence[TurnKeys]) -> None:
         self.book, self.turns = book, turns

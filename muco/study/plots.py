@@ -26,7 +26,7 @@ def plot(study: Study, found: Mapping[str, Any]) -> str:
 def plot_table(study: Study, found: Mapping[str, Any]) -> str:
     """A line per run; in each column a dot for the mean, a bar for the interval, faint dots for seeds.
 
-    More columns than ``BAND`` stand in further bands below.
+    More columns than ``BAND`` are in further bands below.
     """
     rows = table(study, found)
     bands = [study.columns[first : first + BAND] for first in range(0, len(study.columns), BAND)]

@@ -221,7 +221,7 @@ def test_a_partial_result_is_not_compared_with_a_whole_one_without_a_word(tmp_pa
 
 def test_folders_without_results_or_a_common_task_are_errors(tmp_path, pair):
     for empty in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(DataError, match=r"holds no results \(tasks/\*\.json\); give the output folder"):
+        with pytest.raises(DataError, match=r"holds no results \(tasks/\*\.json\); pass the output folder"):
             compare(pair[0], empty)
     other = folder(tmp_path / "other", {"OVEN local": {"q": 1.0}})
     with pytest.raises(DataError, match=r"no task that can be compared \(GQA: only A has it; OVEN local: only B"):
@@ -231,13 +231,13 @@ def test_folders_without_results_or_a_common_task_are_errors(tmp_path, pair):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("{", r"is no outcome \(JSONDecodeError"),
-        ('{"query": "q"}', r"is no outcome \(KeyError\('value'\)\)"),
-        ('{"query": "q", "value": null}', r"is no outcome \(TypeError"),
+        ("{", r"is not an outcome \(JSONDecodeError"),
+        ('{"query": "q"}', r"is not an outcome \(KeyError\('value'\)\)"),
+        ('{"query": "q", "value": null}', r"is not an outcome \(TypeError"),
         ('{"query": 7, "value": 1}', "the query is 7, not a string"),
         ('{"query": "q", "value": NaN}', "the value is nan, not a number"),
         ('{"query": "q0", "value": 1}', "the query 'q0' occurs twice"),
-        (b"\xff", r"is no outcome \(UnicodeDecodeError"),
+        (b"\xff", r"is not an outcome \(UnicodeDecodeError"),
     ],
 )
 def test_a_damaged_line_is_named(pair, line, reason):
@@ -255,7 +255,7 @@ def test_a_damaged_or_older_task_file_is_named(pair):
         compare(*pair)
     for text in ("{", "[]", '{"result": {}}'):
         file.write_text(text)
-        with pytest.raises(DataError, match=r"GQA\.json: is no result of a task .* run the evaluation again"):
+        with pytest.raises(DataError, match=r"GQA\.json: is not a result of a task .* run the evaluation again"):
             compare(*pair)
 
 

@@ -424,7 +424,7 @@ def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, precision
     assert 0.1 < hits[0] < hits[1]
     out = io.StringIO()
     print_results(short, Console(file=out, width=120))
-    assert f"vectors of 16 numbers, scored in {precision}" in out.getvalue()
+    assert f"vectors of 16 dimensions, scored in {precision}" in out.getvalue()
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
