@@ -257,28 +257,33 @@ class _Best:
         self.scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
 
     def add(self, block: np.ndarray, first: int) -> None:
+        """Lets the best candidates of a block in; ``first`` is the row of its first one."""
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is put aside below
             rough = self.queries @ block.T
-        worst = self.scores[:, -1].copy()
-        if not np.isfinite(rough).all():
-            rough[~np.isfinite(rough)] = -np.inf
-        if len(block) > self.k:
-            filling = np.flatnonzero(np.isneginf(worst))  # else all of the first block would come in
-            worst[filling] = np.partition(rough[filling], -self.k, axis=1)[:, -self.k]
-        # minus infinity never comes in, because it is not above the smallest number
-        entering = rough >= np.maximum(worst - metrics.TIE, np.finfo(np.float32).min)[:, None]
-        query, column = np.nonzero(entering)
+        if not (finite := np.isfinite(rough)).all():
+            rough[~finite] = -np.inf
+        query, column = np.nonzero(rough >= self._least(rough)[:, None])
         if len(query):
             self._merge(query, column + first, _exact(self.queries, block, query, column))
 
+    def _least(self, rough: np.ndarray) -> np.ndarray:
+        """The rough score with which a candidate may be among the best of its query, float32 [queries]."""
+        worst = self.scores[:, -1].copy()
+        if rough.shape[1] > self.k:
+            filling = np.flatnonzero(np.isneginf(worst))  # else all of the first block would come in
+            worst[filling] = np.partition(rough[filling], -self.k, axis=1)[:, -self.k]
+        # minus infinity never comes in, because it is not above the smallest number
+        return np.maximum(worst - metrics.TIE, np.finfo(np.float32).min)
+
     def _merge(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
         """Puts (query, row, score) triples, queries ascending, among the best of their queries."""
-        changed, place = np.unique(query, return_inverse=True)
-        place = np.concatenate([np.repeat(np.arange(len(changed)), self.k), place])
+        changed, entering = np.unique(query, return_inverse=True)
+        # the former best of the changed queries, then what enters: place of the query, row, score
+        place = np.concatenate([np.repeat(np.arange(len(changed)), self.k), entering])
         rows = np.concatenate([self.rows[changed].ravel(), rows])
         scores = np.concatenate([self.scores[changed].ravel(), scores])
-        ties = np.where(rows >= 0, self.order[rows], np.iinfo(np.int64).max)
-        sorting = np.lexsort((ties, -scores, place))
+        order = np.where(rows >= 0, self.order[rows], np.iinfo(np.int64).max)
+        sorting = np.lexsort((order, -scores, place))  # query by query, best first
         starts = np.searchsorted(place[sorting], np.arange(len(changed)))
         kept = sorting[starts[:, None] + np.arange(self.k)]  # every query has at least its former k
         self.rows[changed], self.scores[changed] = rows[kept], scores[kept]
