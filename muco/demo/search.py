@@ -62,7 +62,7 @@ def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, An
         cache: Folder of the vectors that evaluation has already computed.
     Returns:
         ``texts``, ``missed_images`` and what :func:`answer_questions` returns; image paths are relative to the data.
-        A rank is 1 + the number of other candidates that score at least as high; see :func:`muco.evaluate.metrics.ranks`.
+        A rank is that of :func:`muco.evaluate.metrics.ranks`: other candidates of the same score come first.
     """
     encode = CachedEncoder(model, vector_cache.EmbeddingCache(cache, model=model.fingerprint, data=data.fingerprint))
     scenes = Scenes(data, parquet)
