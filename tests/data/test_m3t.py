@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from muco.base.files import locked, whole_file
-from muco.data import rows as rows_module
+from muco.data import parquet as rows_module
 from muco.data.m3t import M3TData
 from muco.data.parquet import require_columns
 from muco.data.rows import Rows
@@ -205,9 +205,9 @@ def test_a_damaged_index_is_an_error(tmp_path, small_shards):
 
 KILLED = """
 import os, signal, sys
-from muco.data import rows
+from muco.data import parquet
 from muco.data.m3t import M3TData
-rows.SHARD_ROWS = 10
+parquet.SHARD_ROWS = 10
 done, replace = 0, os.replace
 def last(*paths):
     global done

@@ -17,7 +17,7 @@ from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.cache import Book, EmbeddingCache, embed
-from muco.evaluate.report import as_markdown, print_results
+from muco.evaluate.report import print_results, retrieval_markdown
 from muco.evaluate.retrieval import evaluate_retrieval
 
 COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "white": (255, 255, 255), "grey": (120,) * 3}
@@ -391,7 +391,7 @@ def test_reports_hold_every_task(capsys):
     result = evaluate_retrieval(Constant(), data, limit=10)
     out = io.StringIO()
     print_results(result, Console(file=out, width=120))
-    text, markdown = out.getvalue(), as_markdown(result)
+    text, markdown = out.getvalue(), retrieval_markdown(result)
     told = ["image_to_caption", "within", "blind", "(mean of kinds)", "(none)", "collapsed", "first 10"]
     for name in [*told, "skipped answer/lonely"]:
         assert name in text and name in markdown
@@ -421,7 +421,7 @@ def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, precision
     assert 0.1 < hits[0] < hits[1]
     out = io.StringIO()
     print_results(short, Console(file=out, width=120))
-    assert f"vectors of 16 numbers, scored in {precision}" in out.getvalue()
+    assert f"vectors of 16 dimensions, scored in {precision}" in out.getvalue()
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
