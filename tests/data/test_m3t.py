@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from muco.base.files import locked, whole_file
-from muco.data import parquet as rows_module
+from muco.data import rows as rows_module
 from muco.data.m3t import M3TData
 from muco.data.parquet import require_columns
 from muco.data.rows import Rows
