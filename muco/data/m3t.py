@@ -186,7 +186,7 @@ def _kinds(row: dict[str, Any], turns: int) -> Sequence[str | None]:
 def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Content]:
     """The paraphrases of one element, which is a text or a list of texts."""
     if value == []:
-        raise DataError(f"turn {turn} of {column!r} is an empty list; give at least one wording")
+        raise DataError(f"turn {turn} of {column!r} is an empty list; pass at least one wording")
     texts = []
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):

@@ -112,7 +112,7 @@ def test_the_placeholder_goes_wherever_it_stands(tmp_path):
         ({"pos_text": ["a", None]}, "turn 1 of 'pos_text' must be a text or a list of texts, not null"),
         ({"qry": [["a"], None]}, "turn 1 of 'qry' must be a text or a list of texts, not null"),
         ({"qry": [["a"], ["b", None]]}, "turn 1 of 'qry' must be a text or a list of texts, not null"),
-        ({"qry": [["a"], []]}, "turn 1 of 'qry' is an empty list; give at least one wording"),
+        ({"qry": [["a"], []]}, "turn 1 of 'qry' is an empty list; pass at least one wording"),
         ({"pos_text": ["a", " "]}, "turn 1 of 'pos_text' has an empty text"),
         ({"qry": [["a"], ["b", "<|image_1|>\n"]]}, "turn 1 of 'qry' has an empty text"),
         ({"kind": ["local"]}, "'kind' must have a word for each of the 2 turns, not ['local']"),
