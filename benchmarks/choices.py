@@ -54,7 +54,7 @@ def run_one(name: str, seed: int, args: argparse.Namespace) -> dict:
 
     import muco
     from muco.data import open_data
-    from muco.evaluate.retrieval import score_tasks
+    from muco.evaluate.retrieval import Scoring, score_tasks
     from muco.training.recipe import from_dict
 
     changes = dict(VARIANTS[name])
@@ -77,7 +77,8 @@ def run_one(name: str, seed: int, args: argparse.Namespace) -> dict:
     folder = muco.train(from_dict(values))
     seconds = time.perf_counter() - started
     losses = [loss for _, loss in json.loads((folder / "run.json").read_text())["loss"]]
-    tasks = score_tasks(muco.load(folder), open_data(f"{args.scenes}/dev.jsonl"), batch_size=256)["tasks"]
+    data = open_data(f"{args.scenes}/dev.jsonl")
+    tasks = score_tasks(muco.load(folder), data, Scoring(batch_size=256))["tasks"]
     scores = {task: tasks[task].get("mean", tasks[task])["hit@1"] for task in SCORES if task in tasks}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {

@@ -109,7 +109,7 @@ def reading(folder: Path, reads: int) -> dict[str, Any]:
     between = time.perf_counter()
     turns = sum(len(data[index].turns) for index in chosen)
     seconds = time.perf_counter() - between
-    if turns != reads * TURNS or not first.image:
+    if turns != reads * TURNS or not first.images:
         raise RuntimeError("a row has other turns than were written")
     return {"seconds": seconds, "first_seconds": between - start, "reads": reads, "rate": reads / seconds}
 
@@ -138,7 +138,7 @@ def as_row(sample: Sample, folder: Path) -> dict[str, Any]:
     return {
         "qry": [[content.text for content in turn.query] for turn in sample.turns],
         "pos_text": [turn.target[0].text for turn in sample.turns],
-        "qry_image_path": str(Path(sample.image[0]).relative_to(folder / "images")),
+        "qry_image_path": str(Path(sample.images[0]).relative_to(folder / "images")),
     }
 
 

@@ -23,7 +23,7 @@ from turns import Bench
 from muco.batch import collate
 from muco.dialogue import Dialogue, Sample, query_dialogue, target_dialogue
 from muco.processor import Processor
-from muco.training.batches import Chosen
+from muco.training.prepared import Chosen
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 

@@ -32,6 +32,7 @@ import transformers
 from PIL import Image
 
 from muco.backbone import add_adapters
+from muco.batch import to
 from muco.dialogue import Sample, Turn
 from muco.loss import MultiTurnLoss
 from muco.model import from_backbone
@@ -39,8 +40,8 @@ from muco.processor import Processor
 from muco.sizes import Adapter, TinyConfig
 from muco.template import EMB
 from muco.tiny import tiny_qwen2_vl
-from muco.training.batches import Chosen, batch_of, prepare_turns
 from muco.training.flops import Flops, step_flops
+from muco.training.prepared import Chosen, batch_of, prepare_turns
 
 TURNS = (1, 2, 4, 7)
 MODES = ("isolated", "compounded")
@@ -113,7 +114,7 @@ class Bench:
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.settings.device
-        return {key: {k: v.to(device) for k, v in batch[key].items()} for key in ("query", "target", "ids")}
+        return {key: to(batch[key], device) for key in ("query", "target")} | {"ids": batch["ids"].to(device)}
 
     def autocast(self) -> AbstractContextManager[Any]:
         kind = "cuda" if self.cuda else "cpu"
@@ -176,7 +177,7 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
     check_tokens(settings, cells, batches)
     for cell, batch in zip(cells, batches, strict=True):
         flops = bench.count(batch)
-        cell |= {"pairs": len(batch["ids"]["sample_ids"]), "flops": asdict(flops) | {"total": flops.total}}
+        cell |= {"pairs": len(batch["ids"]), "flops": asdict(flops) | {"total": flops.total}}
         cell["tokens"] = {side: batch[side]["input_ids"].shape[1] for side in ("query", "target")}
         cell["tokens"]["visual"] = int(batch["query"]["image_patches"][0]) // 4  # of them in a query row
         cell |= {"seconds": [], "collate_seconds": []}

@@ -79,7 +79,7 @@ def load_backbone(
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Keeps transformers from advising to train missing weights anew; here they are an error."""
+    """Keeps transformers from advising to train missing weights; here they are an error."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -111,7 +111,7 @@ def _check_loaded(source: str, info: Any) -> None:
     for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has wrongly shaped", mismatched)):
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise CheckpointError(f"the checkpoint {source!r} {what} weights: {shown}; it was not saved whole")
+            raise CheckpointError(f"the checkpoint {source!r} {what} weights: {shown}; the checkpoint is incomplete")
 
 
 def _grow_embeddings(model: nn.Module, tokens: int) -> None:
@@ -229,7 +229,7 @@ def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
     if hasattr(model, "peft_config"):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        # one layer at a time, for a device may not hold the whole model in float32
+        # one layer at a time, because a device may not hold the whole model in float32
         for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
             weight_dtype = layer.get_base_layer().weight.dtype
             layer.float().merge()

@@ -12,17 +12,19 @@ Source: arXiv 2602.06393, section 3 (multi-turn pre-training); docs/paper.md lis
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from muco.errors import DataError
+from muco.base.json_text import type_of
+from muco.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Positions = Literal["restart", "run_on"]
+CONTENT_KEYS = ("text", "image", "images", "caption")
 ImageLike = Union[str, Path, bytes, "Image"]  # a path, the bytes of an image file, or an opened Pillow image
 
 
@@ -33,8 +35,8 @@ class Content:
     Empty content is allowed only where an image of the sample gives it meaning (the query "the image itself").
 
     Args:
-        caption: Says what is on the images, a query's also what is on those of its sample. It is never embedded as part
-            of the content; fine-tuning by reconstruction hides it in their place.
+        caption: Describes the images (for a query, the sample's too). It is never embedded as part of the content;
+            fine-tuning by reconstruction hides it in their place.
     """
 
     text: str = ""
@@ -46,9 +48,14 @@ class Content:
         return not self.text and not self.images
 
 
-def as_content(value: Any) -> Content:
+ContentLike = Union[Content, str, Path, bytes, "Image", Mapping[str, Any]]  # what :func:`as_content` reads
+
+
+def as_content(value: object, name: str = "content") -> Content:
     """Reads a string, an image, a mapping with ``text``, ``image`` or ``images``, or a Content.
 
+    Args:
+        name: What errors call the value.
     Raises:
         DataError: If the value is none of these, or a mapping has other keys.
     """
@@ -57,19 +64,21 @@ def as_content(value: Any) -> Content:
     if isinstance(value, str):
         return Content(text=value)
     if isinstance(value, Mapping):
-        if unknown := set(value) - {"text", "image", "images", "caption"}:
-            accepted = "'text', 'image', 'images' and 'caption'"
-            raise DataError(f"unknown key {sorted(unknown)[0]!r} in content; accepted are {accepted}")
-        text, caption = value.get("text"), value.get("caption")
-        for name, words in (("text", text), ("caption", caption)):
-            if words is not None and not isinstance(words, str):
-                raise DataError(f"{name!r} must be a string, not {type(words).__name__}")
+        for key in value:
+            if key not in CONTENT_KEYS:
+                raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, CONTENT_KEYS)}")
+        texts = []
+        for key in ("text", "caption"):
+            text = value.get(key)
+            if not isinstance(text, str | None):
+                raise DataError(f"{key!r} must be a string, not {type_of(text)}")
+            texts.append(text or "")
         images = as_images(value.get("image")) + as_images(value.get("images"))
-        return Content(text or "", images, caption or "")
+        return Content(texts[0], images, texts[1])
     return Content(images=as_images(value))
 
 
-def as_images(value: Any) -> tuple[ImageLike, ...]:
+def as_images(value: object) -> tuple[ImageLike, ...]:
     """Reads nothing, one image (path, bytes or Pillow) or a sequence of them; bad types are a DataError."""
     if value is None:
         return ()
@@ -82,79 +91,98 @@ def as_images(value: Any) -> tuple[ImageLike, ...]:
     raise DataError(f"an image must be a path, bytes or a Pillow image, not {type(value).__name__}")
 
 
-def _is_pillow(value: Any) -> bool:
+def _is_pillow(value: object) -> bool:
     # By name, so that reading text-only data needs no Pillow.
     return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(value).__mro__)
 
 
-def _paraphrases(value: Any) -> tuple[Content, ...]:
+def _paraphrases(value: object, name: str) -> tuple[Content, ...]:
     if isinstance(value, (list, tuple)):
         if not value:
-            raise DataError("an empty list of paraphrases; give at least one")
-        return tuple(as_content(item) for item in value)
-    return (as_content(value),)
+            raise DataError(f"{name!r} is an empty list; pass at least one wording")
+        return tuple(as_content(item, repr(name)) for item in value)
+    return (as_content(value, repr(name)),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Turn:
     """One (query, target) pair.
 
     Args:
         query: A string, an image, a mapping with ``text`` and/or ``image``, or a list of paraphrases of which one is
-            drawn whenever the sample is used. Stored as a tuple of :class:`Content`. An empty string means the
-            sample's image itself.
+            drawn whenever the sample is used. An empty string means the sample's image itself.
         target: The same, never empty.
         kind: A free label ("classification", "retrieval" …) by which evaluation groups its scores.
         negatives: Hard negatives, each like ``target``.
+    Attributes:
+        query, target: The paraphrases.
     Raises:
-        DataError: If a side has the wrong type or the target is empty.
+        DataError: If a side has the wrong type, or the target or a negative is empty.
     """
 
-    query: Any
-    target: Any
-    kind: str | None = None
-    negatives: Any = ()
+    query: tuple[Content, ...]
+    target: tuple[Content, ...]
+    kind: str | None
+    negatives: tuple[Content, ...]
 
-    def __post_init__(self) -> None:
-        query, target = _paraphrases(self.query), _paraphrases(self.target)
-        if any(content.empty for content in target):
-            raise DataError("a turn has an empty target; every turn needs a query and a target")
-        object.__setattr__(self, "query", query)
-        object.__setattr__(self, "target", target)
-        object.__setattr__(self, "negatives", tuple(as_content(item) for item in self.negatives))
+    def __init__(
+        self,
+        query: ContentLike | Sequence[ContentLike],
+        target: ContentLike | Sequence[ContentLike],
+        kind: str | None = None,
+        negatives: Iterable[ContentLike] = (),
+    ) -> None:
+        asked, answers = _paraphrases(query, "query"), _paraphrases(target, "target")
+        wrong = tuple(as_content(item, "'negatives'") for item in negatives)
+        for name, contents in (("target", answers), ("negatives", wrong)):
+            if any(content.empty for content in contents):
+                raise DataError(f"{name!r} is empty; pass text, an image or both")
+        # frozen, so the fields are set past __setattr__, once
+        vars(self).update(query=asked, target=answers, kind=kind, negatives=wrong)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Sample:
-    """An image, several or none, and the turns about it. ``where`` ("file:line") only serves error messages.
+    """An image, several or none, and the turns about it.
 
+    Args:
+        image: A path, the bytes of a file, a Pillow image, or a sequence of these.
+        id: Samples without an image and of one source that have the same id are about the same thing: their targets
+            are not negatives of one another.
+        where: "file:line", for error messages only.
     Raises:
         DataError: If there is no turn, or a query is empty although the sample has no image.
     """
 
-    image: Any = None
-    turns: Sequence[Turn] = ()
-    id: str | None = None
-    where: str = field(default="", compare=False)
+    images: tuple[ImageLike, ...]
+    turns: tuple[Turn, ...]
+    id: str | None
+    where: str = field(compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "image", as_images(self.image))
-        object.__setattr__(self, "turns", tuple(self.turns))
+    def __init__(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        turns: Iterable[Turn] = (),
+        id: str | None = None,
+        where: str = "",
+    ) -> None:
+        vars(self).update(images=as_images(image), turns=tuple(turns), id=id, where=where)
         if not self.turns:
-            raise DataError(f"{self.place}: a sample without turns; give at least one (query, target) pair")
-        if not self.image and any(content.empty for turn in self.turns for content in turn.query):
-            raise DataError(f"{self.place}: a turn has an empty query and the sample has no image")
-
-    @property
-    def images(self) -> tuple[ImageLike, ...]:
-        return self.image
+            raise DataError(f"{self.place}: a sample without turns; pass at least one (query, target) pair")
+        for number, turn in enumerate(() if self.images else self.turns, start=1):
+            if any(content.empty for content in turn.query):
+                what = "an empty query means the sample's image, and there is none"
+                raise DataError(f"{self.place} turn {number}: 'query' is empty; pass text, an image or both ({what})")
 
     @property
     def place(self) -> str:
         return self.where or f"sample {self.id or '(no id)'}"
 
-    def with_turns(self, turns: Sequence[Turn]) -> Sample:
-        return replace(self, turns=tuple(turns))
+    def with_turns(self, turns: Iterable[Turn]) -> Sample:
+        return Sample(self.images, turns, self.id, self.where)
+
+    def with_images(self, images: Sequence[ImageLike]) -> Sample:
+        return Sample(images, self.turns, self.id, self.where)
 
 
 @dataclass(frozen=True)
@@ -175,7 +203,7 @@ class Dialogue:
     """One side of a sample, ready for a template.
 
     Args:
-        context: Images that all turns share; they stand once, at the front of the first turn.
+        context: Images that all turns share; they come once, at the front of the first turn.
         turns: The user's messages in order; each yields one embedding.
         isolated: If true, a turn sees the context and itself only; otherwise also every turn before it.
         reconstructs: Whether turns after the first, or the exchange, hold the mask token, which no text of data may
@@ -220,7 +248,7 @@ def target_dialogue(
     return Dialogue((), tuple(contents), isolated, sample.place, positions=positions)
 
 
-def single_turn(value: Any, where: str = "") -> Dialogue:
+def single_turn(value: ContentLike, where: str = "") -> Dialogue:
     """The dialogue of one input at inference: text, an image, or both.
 
     Raises:
@@ -228,5 +256,5 @@ def single_turn(value: Any, where: str = "") -> Dialogue:
     """
     content = as_content(value)
     if content.empty:
-        raise DataError(f"{where or 'input'}: nothing to embed; give text, an image or both")
+        raise DataError(f"{where or 'input'}: nothing to embed; pass text, an image or both")
     return Dialogue(content.images, (Content(text=content.text),), True, where)

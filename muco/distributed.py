@@ -1,4 +1,4 @@
-"""Several devices, one process each: the only file that imports torch.distributed. Alone, every function is trivial.
+"""Several devices, one process each: the only file that imports torch.distributed. With one process nothing happens.
 
 How a step is shared. Every process embeds its own samples. The vectors of all turns are gathered, and each process
 takes the loss over all of them, in which only its own vectors carry a gradient. What a parameter owes to all turns is
@@ -7,7 +7,7 @@ numbers of passes, with different numbers of turns, with and without images.
 
 Gradients are summed once, after the last backward pass of the step. DistributedDataParallel is not used: it starts to
 reduce during backward, so it needs exactly one backward pass per step that uses the same parameters everywhere, which
-neither the gradient cache nor processes without images can give.
+neither the gradient cache nor processes without images can offer.
 """
 
 from __future__ import annotations

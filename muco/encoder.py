@@ -19,13 +19,15 @@ from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
 
 from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, merge_adapters, reads_all_before
-from muco.batch import PATCH_KEYS, DialogueBatch, Truncate, attention_bias, collate, tree_block_mask, tree_mask
+from muco.batch import PATCH_KEYS, DialogueBatch, collate
 from muco.dialogue import Content, Dialogue, as_content, single_turn
 from muco.errors import DataError, MucoError
+from muco.layout import Truncate
 from muco.processor import Processor
 
 if TYPE_CHECKING:
-    pass
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 STOCK_TRANSFORMER = {  # what the stock library may be given, and the output it hands to the pooling
@@ -51,11 +53,19 @@ class Encoder(InputModule):
         self.cut = 0  # texts that were cut and that nobody was told of
 
     @property
-    def processor(self) -> Any:
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def processor(self) -> ProcessorMixin | PreTrainedTokenizerBase:
+        """What the library asks for: the family's own processor, or the tokenizer where there is none.
+
+        Inputs are prepared by ``muco_processor``, never by this.
+        """
         return self.muco_processor.stock or self.muco_processor.tokenizer
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.muco_processor.tokenizer
 
     @property
@@ -86,7 +96,7 @@ class Encoder(InputModule):
 
         Raises:
             DataError: If an input is empty, its text holds a special token, or it has more tokens than the model
-                reads; the message gives its place in the list.
+                reads; the message names its place in the list.
         """
         if prompt:
             raise MucoError("this model takes no prompt; write the instruction into the text")
@@ -110,7 +120,7 @@ class Encoder(InputModule):
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether nothing that an image passes through before the language model is trained."""
+        """True if vision tower and connector are frozen."""
         parts = {*VISION_NAMES, *CONNECTOR_NAMES}
         return not any(p.requires_grad and parts & set(name.split(".")) for name, p in self.model.named_parameters())
 
@@ -159,6 +169,53 @@ class Encoder(InputModule):
         model.save_pretrained(folder)
         self.muco_processor.save(folder)
         write_config(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
+
+
+def tree_mask(batch: DialogueBatch) -> Tensor | None:
+    """Who may attend to whom, bool [B, 1, L, L], or None where the usual causal mask says it all.
+
+    No token attends to padding but each padding token to itself, so that no row of the softmax is empty.
+    """
+    if "branch_ids" not in batch:
+        return None
+    branches, real = batch["branch_ids"], batch["attention_mask"].bool()
+    length = branches.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    same = branches[:, :, None] == branches[:, None, :]
+    trunk = (branches == 0)[:, None, :]
+    allowed = causal & (same | trunk) & real[:, None, :]
+    allowed = allowed | torch.eye(length, dtype=torch.bool, device=branches.device)
+    return allowed[:, None]
+
+
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask [B, 1, L, L] as what is added to attention scores: 0 where it is True, else minus infinity.
+
+    All layers share it; torch would turn a boolean mask into a bias again in every layer and keep each for backward.
+    Rows begin at multiples of 16 elements, because kernels would otherwise copy the bias.
+    """
+    *outer, length = mask.shape
+    bias = torch.zeros(*outer, -(-length // 16) * 16, dtype=dtype, device=mask.device)[..., :length]
+    return bias.masked_fill_(~mask, float("-inf"))
+
+
+def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
+    """The rule of :func:`tree_mask` for FlexAttention, which leaves out blocks in which nothing is allowed.
+
+    One mask serves all heads and layers.
+    """
+    if "branch_ids" not in batch:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    branches, real = batch["branch_ids"], batch["attention_mask"].bool()
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own_or_trunk = (branches[row, query] == branches[row, key]) | (branches[row, key] == 0)
+        return ((query >= key) & own_or_trunk & real[row, key]) | (query == key)
+
+    rows, length = branches.shape
+    return create_block_mask(allowed, rows, None, length, length, device=branches.device)
 
 
 def model_inputs(
@@ -217,7 +274,7 @@ def content_of(value: Any, where: str) -> Content:
         if isinstance(value, (bytes, Mapping, list, tuple)):
             raise DataError(f"{where}: {error}") from None
     raise DataError(
-        f"{where} is of type {type(value).__name__}{', of texts' if pair else ''}; for each vector give a text, an "
+        f"{where} is of type {type(value).__name__}{', of texts' if pair else ''}; for each vector pass a text, an "
         "image (a path, bytes or a Pillow image), or a mapping with 'text' and 'image' or 'images'"
     )
 

@@ -5,7 +5,7 @@ Letters: T turns of all samples of the batch · H hard negatives · D embedding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from muco.distributed import gather, rank
-from muco.negatives import Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
+from muco.distributed import gather
+from muco.negatives import TurnIds, Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 from muco.pooling import shortened
 
 
@@ -38,10 +38,10 @@ def multi_turn_info_nce(
     Args:
         query: One vector per turn, L2-normalised; scores are taken in float32.
         target: Row i belongs to row i of ``query``.
-        sample_ids: Equal for turns of one sample; its other turns are no negatives ("logit masking").
+        sample_ids: Equal for turns of one sample; its other turns are not negatives ("logit masking").
         temperature: Divides the scores.
-        target_ids: Equal for identical targets, which are then no negatives of one another. None: only the sample
-            masks.
+        target_ids: Equal for identical targets, which are then not negatives of one another. None: only the
+            sample masks.
         symmetric: Average with the same loss of each target against every query. The paper has query to target only.
         hard_negatives: Further candidates, one vector each.
         hard_negative_turns: The turn that each hard negative was given for. It is also a negative of every turn of
@@ -57,21 +57,18 @@ def multi_turn_info_nce(
     Source: arXiv 2602.06393, the MuCo loss and Figure 3 (logit masking).
     """
     _check(query, target, sample_ids, temperature, target_ids)
-    if hard_negatives is not None and (
-        hard_negative_turns is None or (target_ids is not None and hard_negative_ids is None)
-    ):
+    if hard_negatives is None:
+        hard_negatives, hard_negative_turns, hard_negative_ids = target[:0], sample_ids[:0], sample_ids[:0]
+    if hard_negative_turns is None or (target_ids is not None and hard_negative_ids is None):
         raise ValueError("hard_negatives need hard_negative_turns, and hard_negative_ids where target_ids are given")
-    candidates = target if hard_negatives is None else torch.cat([target, hard_negatives.to(target.dtype)])
+    candidates = torch.cat([target, hard_negatives.to(target.dtype)])
 
     def backward_negatives(rows: slice) -> Tensor:
         return allowed_negatives(sample_ids, target_ids, rows, mask_same_image=mask_same_image)
 
     def forward_negatives(rows: slice) -> Tensor:
-        allowed = backward_negatives(rows)
-        if hard_negatives is None:
-            return allowed
         hard = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids, rows)
-        return torch.cat([allowed, hard], dim=1)
+        return torch.cat([backward_negatives(rows), hard], dim=1)
 
     loss = _info_nce(query, candidates, forward_negatives, temperature)
     if symmetric:
@@ -134,7 +131,7 @@ def reconstruction_info_nce(
         negatives: Hard negatives, candidates of every term besides.
         joint: Every term chooses among all p and p2 (the paper); else among those of its own kind (the released code).
         sample_ids: Equal for pairs of one sample; None: every pair is a sample.
-        target_ids: Equal for identical targets, which are then no negatives of one another.
+        target_ids: Equal for identical targets, which are then not negatives of one another.
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
         negative_ids: The ``target_ids`` of the hard negatives; needed where both are given.
         mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
@@ -151,38 +148,33 @@ def reconstruction_info_nce(
         if side.shape != q.shape:
             raise ValueError(f"q and {name} must have the same shape, got {[*q.shape]} and {[*side.shape]}")
     _check(q, p, ids, temperature, target_ids)
-    if negatives is not None and target_ids is not None and negative_ids is None:
+    if negatives is None:
+        negatives, negative_ids = p[:0], ids[:0]
+    if target_ids is not None and negative_ids is None:
         raise ValueError("negatives need negative_ids where target_ids are given")
-    hard = [] if negatives is None else [negatives]
 
-    def allowed(rows: slice) -> Tensor:
-        return allowed_negatives(ids, target_ids, rows)
-
-    def hard_allowed(rows: slice) -> list[Tensor]:
-        if negatives is None:
-            return []
+    def hard_allowed(rows: slice) -> Tensor:
         if negative_pairs is not None:
-            return [allowed_hard_negatives(ids, negative_pairs, target_ids, negative_ids, rows)]
+            return allowed_hard_negatives(ids, negative_pairs, target_ids, negative_ids, rows)
         every = torch.ones(len(ids[rows]), len(negatives), dtype=torch.bool, device=q.device)
-        return [every if target_ids is None else target_ids[rows, None] != negative_ids[None, :]]
+        return every if target_ids is None else target_ids[rows, None] != negative_ids[None, :]
 
     def separate(rows: slice) -> Tensor:
-        return torch.cat([allowed(rows), *hard_allowed(rows)], dim=1)
+        return torch.cat([allowed_negatives(ids, target_ids, rows), hard_allowed(rows)], dim=1)
 
     def together(rows: slice) -> Tensor:
-        own = allowed(rows)
+        own = allowed_negatives(ids, target_ids, rows)
         if not mask_counterpart:
-            own = own | (torch.arange(len(ids), device=q.device)[rows, None] == torch.arange(len(ids), device=q.device))
-        return torch.cat([own, own, *hard_allowed(rows)], dim=1)
+            pairs = torch.arange(len(ids), device=q.device)
+            own = own | (pairs[rows, None] == pairs[None, :])
+        return torch.cat([own, own, hard_allowed(rows)], dim=1)
 
     terms = {}
     for query_name, query in (("q", q), ("q2", q2)):
-        for number, (target_name, target) in enumerate((("p", p), ("p2", p2))):
-            if joint:
-                candidates, first, keep = torch.cat([p, p2, *hard]), number * len(p), together
-            else:
-                candidates, first, keep = torch.cat([target, *hard]), 0, separate
-            terms[query_name + target_name] = _info_nce(query, candidates, keep, temperature, first)
+        for target_name, target, first in (("p", p, 0), ("p2", p2, len(p))):
+            candidates, keep = ([p, p2], together) if joint else ([target], separate)
+            candidates = torch.cat([*candidates, negatives])
+            terms[query_name + target_name] = _info_nce(query, candidates, keep, temperature, first if joint else 0)
     return terms
 
 
@@ -210,8 +202,8 @@ class MultiTurnLoss(nn.Module):
     Called with dialogues it embeds them with ``model``, twice, once per side; :meth:`of_vectors` takes vectors.
 
     Args:
-        dimensions: The loss is the mean over vectors cut to their first so many numbers and normalised again
-            (Matryoshka, arXiv 2205.13147); empty for whole vectors only.
+        dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised
+            again (Matryoshka, arXiv 2205.13147); empty: only over whole vectors.
         mask_same_image: See :func:`multi_turn_info_nce`.
     """
 
@@ -225,71 +217,48 @@ class MultiTurnLoss(nn.Module):
         mask_same_image: bool = True,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.temperature = temperature
-        self.symmetric = symmetric
-        self.dimensions = tuple(dimensions)
-        self.mask_same_image = mask_same_image
+        self.model, self.dimensions = model, tuple(dimensions)
+        self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
 
-    def forward(self, sides: list[dict[str, Tensor]], ids: dict[str, Tensor]) -> Tensor:
-        query, target = (self.model(side)["sentence_embedding"] for side in sides)
-        return self.of_vectors(query, target, ids)
+    def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
+        return self.of_vectors(*(self.model.embed(side) for side in sides), ids)
 
     def of_vectors(
-        self, query: Float[Tensor, "turns dim"], vectors: Float[Tensor, "vectors dim"], ids: dict[str, Tensor]
+        self, query: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"], ids: TurnIds
     ) -> Float[Tensor, ""]:
         """The loss over the turns of all processes, the same value on each; only the own vectors get a gradient.
 
         Args:
-            query: One vector per turn of this process.
-            vectors: All vectors of the target side: targets and hard negatives, as ``ids`` say.
-            ids: From :func:`muco.training.batches.batch_of`.
+            query: The vectors of the query side of this process.
+            vectors: Those of the target side: targets and hard negatives, as ``ids`` say.
         """
-        own_turns = torch.tensor([len(query)], device=query.device)
-        first = int(gather(own_turns)[: rank()].sum())  # turns of the processes before this one
-        query, target = gather(query), gather(vectors[ids["target_rows"]])
-        sample_ids = gather(ids["sample_ids"])
-        target_ids = gather(ids["target_ids"]) if "target_ids" in ids else None
-        hard = gather(vectors[ids["hard_negative_rows"]])
-        hard_turns, hard_ids = gather(ids["hard_negative_turns"] + first), gather(ids["hard_negative_ids"])
-        losses = [
-            self._value(
-                *(shortened(vectors, dimension) for vectors in (query, target, hard)),
-                sample_ids=sample_ids,
-                target_ids=target_ids,
-                hard_turns=hard_turns,
-                hard_ids=hard_ids,
-            )
-            for dimension in self.dimensions or (None,)
-        ]
+        query, vectors, ids = gather(query), gather(vectors), ids.gather()
+        parts = (*self.parts(query, vectors, ids), vectors[ids.hard_rows])
+        losses = []
+        for dimension in self.dimensions or (None,):
+            losses.append(self._value([shortened(part, dimension) for part in parts], ids))
         return torch.stack(losses).mean()
 
     def why_no_negative(self, parts: Sequence[Variety]) -> str:
         """Why this loss is 0 for a batch of these parts, whatever the model; "" where it is not."""
         return why_no_negative(parts, mask_same_image=self.mask_same_image)
 
-    def _value(
-        self,
-        query: Tensor,
-        target: Tensor,
-        hard: Tensor,
-        *,
-        sample_ids: Tensor,
-        target_ids: Tensor | None,
-        hard_turns: Tensor,
-        hard_ids: Tensor,
-    ) -> Tensor:
-        some = len(hard) > 0
+    def parts(self, query: Tensor, vectors: Tensor, ids: TurnIds) -> tuple[Tensor, ...]:
+        """The vectors that belong together, row by row: float32 [turns, dim] each."""
+        return query, vectors[ids.target_rows]
+
+    def _value(self, parts: Sequence[Tensor], ids: TurnIds) -> Tensor:
+        query, target, hard = parts
         return multi_turn_info_nce(
             query,
             target,
-            sample_ids,
+            ids.sample_ids,
             temperature=self.temperature,
-            target_ids=target_ids,
+            target_ids=ids.target_ids,
             symmetric=self.symmetric,
-            hard_negatives=hard if some else None,
-            hard_negative_turns=hard_turns if some else None,
-            hard_negative_ids=hard_ids if some else None,
+            hard_negatives=hard,
+            hard_negative_turns=ids.hard_turns,
+            hard_negative_ids=ids.hard_ids,
             mask_same_image=self.mask_same_image,
         )
 
@@ -297,7 +266,7 @@ class MultiTurnLoss(nn.Module):
 class ReconstructionLoss(MultiTurnLoss):
     """The mean of the four terms of :func:`reconstruction_info_nce` over the pairs of all processes.
 
-    Turns come in twos: a pair's first turn and its reconstruction.
+    Vectors come in twos on either side: that of the content itself, then that of its reconstruction.
 
     Args:
         joint, mask_counterpart: See there.
@@ -310,30 +279,20 @@ class ReconstructionLoss(MultiTurnLoss):
     def why_no_negative(self, parts: Sequence[Variety]) -> str:
         return "" if self.joint and not self.mask_counterpart else super().why_no_negative(parts)
 
-    def _value(
-        self,
-        query: Tensor,
-        target: Tensor,
-        hard: Tensor,
-        *,
-        sample_ids: Tensor,
-        target_ids: Tensor | None,
-        hard_turns: Tensor,
-        hard_ids: Tensor,
-    ) -> Tensor:
-        some = len(hard) > 0
+    def parts(self, query: Tensor, vectors: Tensor, ids: TurnIds) -> tuple[Tensor, ...]:
+        return query[0::2], query[1::2], vectors[ids.target_rows], vectors[ids.target_rows + 1]
+
+    def _value(self, parts: Sequence[Tensor], ids: TurnIds) -> Tensor:
+        *sides, hard = parts
         terms = reconstruction_info_nce(
-            query[0::2],
-            query[1::2],
-            target[0::2],
-            target[1::2],
-            negatives=hard if some else None,
+            *sides,
+            negatives=hard,
             temperature=self.temperature,
             joint=self.joint,
-            sample_ids=sample_ids[0::2],
-            target_ids=None if target_ids is None else target_ids[0::2],
-            negative_pairs=hard_turns // 2 if some else None,
-            negative_ids=hard_ids if some else None,
+            sample_ids=ids.sample_ids,
+            target_ids=ids.target_ids,
+            negative_pairs=ids.hard_turns,
+            negative_ids=ids.hard_ids,
             mask_counterpart=self.mask_counterpart,
         )
         return torch.stack([*terms.values()]).mean()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from muco.backbone import load_backbone
 from muco.base.files import writing
-from muco.batch import DialogueBatch
+from muco.batch import DialogueBatch, to
 from muco.dialogue import Content, Dialogue, ImageLike, as_images
 from muco.encoder import Encoder, content_of, write_config
 from muco.errors import DataError, MucoError
@@ -45,8 +45,8 @@ class Model(SentenceTransformer):
         return self[0]
 
     def embed(self, batch: DialogueBatch) -> Tensor:
-        """One vector per turn of a batch on the model's device: float32 [turns, dim], L2-normalised, with its graph."""
-        features: dict[str, Any] = dict(batch)
+        """One vector per turn of a batch, with its graph: float32 [turns, dim], L2-normalised, on this device."""
+        features = to(batch, self.device)
         for module in self:
             features = module(features)
         return features["sentence_embedding"]
@@ -125,7 +125,7 @@ class Model(SentenceTransformer):
         batch_size: int = 8,
         token_budget: int = TOKEN_BUDGET,
     ) -> list[Float[np.ndarray, "k dim"]]:
-        """:meth:`encode_turns` for many images, each with queries of its own, as many as it has.
+        """:meth:`encode_turns` for many images, each with its own queries.
 
         In isolated mode the system text and the images pass once and keep their keys and values, which the queries
         read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
@@ -161,8 +161,16 @@ class Model(SentenceTransformer):
         vectors: list[Tensor] = []
         with self._telling_cuts():
             for start in range(0, len(dialogues), size):
-                vectors += embed_turns(self, dialogues[start : start + size], budget)
+                vectors += self._embed_turns(dialogues[start : start + size], budget)
         return [shortened(some, dimension).cpu().numpy() for some in vectors]
+
+    def _embed_turns(self, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
+        vectors = embed_turns(self.encoder, self.embed, dialogues, token_budget)
+        if vectors is None:
+            contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
+            alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
+            vectors = list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
+        return vectors
 
     @property
     def fingerprint(self) -> str:
@@ -208,7 +216,7 @@ def _listed(inputs: Iterable[Any]) -> list[Any]:
     shape = getattr(inputs, "shape", (0,))
     if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
         raise DataError(
-            f"encode takes one input or a list of them, not a {type(inputs).__name__}; give one column of a table, "
+            f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
             "pixels as a Pillow image, and inputs in an order"
         )
     return list(inputs)
@@ -227,7 +235,7 @@ def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> 
         raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
     images, contents = as_images(image), tuple(content_of(query, place) for query in queries)
     if not contents or (not images and any(content.empty for content in contents)):
-        raise DataError(f"{place}: give at least one query, and an image where a query is empty")
+        raise DataError(f"{place}: pass at least one query, and an image where a query is empty")
     return Dialogue(images, contents, isolated, place)
 
 
@@ -242,12 +250,12 @@ def load(path: str | Path, *, device: str | None = None, truncate_dim: int | Non
 
     Args:
         path: A folder or a hub id.
-        device: "cpu", "cuda", …; the best one there is if None.
-        truncate_dim: Vectors are cut to their first so many numbers and normalised again; for models trained with
+        device: "cpu", "cuda", …; the best one available if None.
+        truncate_dim: Truncate vectors to the first N dimensions and normalise them again; for models trained with
             ``loss.dimensions``. None: whole vectors.
         kwargs: Those of :func:`muco.backbone.load_backbone`.
     Raises:
-        CheckpointError: If weights are missing, or the folder is no such model.
+        CheckpointError: If weights are missing, or the folder does not hold such a model.
         MucoError: If the model's vectors are shorter than ``truncate_dim``.
     """
     model = from_backbone(*load_backbone(path, **kwargs), device=device)

@@ -2,12 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from muco.distributed import gather, rank, world_size
+
+
+@dataclass(frozen=True)
+class SampleIds:
+    """What the loss needs to know about one sample of a batch, see :class:`TurnIds`.
+
+    Args:
+        target_rows: For each turn, its vector among those of the sample's target dialogue.
+        vectors: How many vectors the target dialogue has.
+    """
+
+    sample_id: int
+    target_rows: Sequence[int]
+    target_ids: Sequence[int]
+    hard_turns: Sequence[int]
+    hard_ids: Sequence[int]
+    vectors: int
+
+
+@dataclass(frozen=True)
+class TurnIds:
+    """The index tensors of the loss, int64: where the vectors of the turns are, and what counts as the same.
+
+    The ids of samples and contents are hashes, so batches of several processes can be put together. A pair trained by
+    reconstruction is one turn of two vectors on either side, which follow one another.
+
+    Args:
+        sample_ids: Equal for turns whose targets are not negatives of one another.
+        target_rows: The (first) vector of each turn on the target side.
+        hard_rows: The vector of each hard negative, also on the target side.
+        hard_turns: The turn that each hard negative belongs to.
+        hard_ids: The ``target_ids`` of the hard negatives.
+        target_ids: Equal for identical targets; None if identical targets are negatives of one another.
+        vectors: How many vectors the target side has.
+    """
+
+    sample_ids: Int[Tensor, " turns"]
+    target_rows: Int[Tensor, " turns"]
+    hard_rows: Int[Tensor, " hard"]
+    hard_turns: Int[Tensor, " hard"]
+    hard_ids: Int[Tensor, " hard"]
+    target_ids: Int[Tensor, " turns"] | None
+    vectors: int
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @classmethod
+    def of(cls, samples: Sequence[SampleIds], *, mask_identical_targets: bool = True) -> TurnIds:
+        """The ids of a batch of samples, whose hard negatives come after the targets of all of them."""
+        sample_ids: list[int] = []
+        target_rows, target_ids, hard_turns, hard_ids = list[int](), list[int](), list[int](), list[int]()
+        vectors = 0
+        for sample in samples:
+            target_rows += [vectors + row for row in sample.target_rows]
+            hard_turns += [len(sample_ids) + turn for turn in sample.hard_turns]
+            sample_ids += [sample.sample_id] * len(sample.target_ids)
+            target_ids += sample.target_ids
+            hard_ids += sample.hard_ids
+            vectors += sample.vectors
+        hard_rows = [vectors + number for number in range(len(hard_ids))]
+        lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids)
+        *tensors, marks = (torch.tensor(values, dtype=torch.long) for values in lists)
+        return cls(*tensors, marks if mask_identical_targets else None, vectors + len(hard_ids))
+
+    @classmethod
+    def join(cls, parts: Sequence[TurnIds]) -> TurnIds:
+        """The ids of a batch that comes in parts, whose vectors are joined in the same order."""
+        shifted = []
+        turns = vectors = 0
+        for part in parts:
+            shifted.append(part._after(turns, vectors))
+            turns, vectors = turns + len(part), vectors + part.vectors
+        names = parts[0]._tensors()
+        joined = {name: torch.cat([part._tensors()[name] for part in shifted]) for name in names}
+        return replace(parts[0], vectors=vectors, **joined)
+
+    def gather(self) -> TurnIds:
+        """The ids of all processes, in their order, for vectors that are gathered too."""
+        if world_size() == 1:
+            return self
+        counts = gather(torch.tensor([[len(self), self.vectors]], device=self.sample_ids.device))
+        own = self._after(*counts[: rank()].sum(dim=0).tolist())
+        gathered = {name: gather(tensor) for name, tensor in own._tensors().items()}
+        return replace(own, vectors=int(counts[:, 1].sum()), **gathered)
+
+    def to(self, device: torch.device | str) -> TurnIds:
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def _after(self, turns: int, vectors: int) -> TurnIds:
+        """The same ids where this many turns and vectors come before."""
+        return replace(
+            self,
+            target_rows=self.target_rows + vectors,
+            hard_rows=self.hard_rows + vectors,
+            hard_turns=self.hard_turns + turns,
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def allowed_negatives(
@@ -21,8 +123,8 @@ def allowed_negatives(
 
     Not allowed are targets of the same sample (the paper's logit mask: they answer other questions about the same
     image, and may well fit this one) and, with ``target_ids``, targets identical to the turn's own: "Ring" of another
-    image is the right answer, not a wrong one. ``rows`` asks for some turns only. Without
-    ``mask_same_image`` the other targets of the sample are allowed, only to show what the mask is for.
+    image is the right answer, not a wrong one. ``rows`` selects some turns. Without ``mask_same_image`` the other
+    targets of the sample are allowed, only to show what the mask is for.
     """
     owners = sample_ids if mask_same_image else torch.arange(len(sample_ids), device=sample_ids.device)
     allowed = owners[rows, None] != owners[None, :]
@@ -40,7 +142,7 @@ def allowed_hard_negatives(
 ) -> Bool[Tensor, "rows hard"]:
     """True where a hard negative is a negative of turn i: of its own turn, and of all turns of other samples.
 
-    With both ids, one that is identical to the turn's target is no negative of it. ``rows`` asks for some turns only.
+    With both ids, a hard negative identical to the turn's target is not its negative. ``rows`` selects some turns.
     """
     turns = torch.arange(len(sample_ids), device=sample_ids.device)
     allowed = turns[rows, None] == hard_negative_turns[None, :]
@@ -65,12 +167,12 @@ class Variety:
     hard: bool
 
     @classmethod
-    def of(cls, ids: Mapping[str, Tensor]) -> Variety:
-        """Of the ``ids`` of :func:`muco.training.batches.batch_of`, on the CPU."""
-        targets, owners = ids.get("target_ids"), ids["hard_negative_turns"]
-        hard = torch.ones(len(owners)) if targets is None else targets[owners] != ids["hard_negative_ids"]
+    def of(cls, ids: TurnIds) -> Variety:
+        """The variety of a part, whose ids are on the CPU."""
+        targets, owners = ids.target_ids, ids.hard_turns
+        hard = torch.ones(len(owners)) if targets is None else targets[owners] != ids.hard_ids
         two = None if targets is None else frozenset(targets.unique()[:2].tolist())
-        return cls(len(ids["sample_ids"]), frozenset(ids["sample_ids"].unique()[:2].tolist()), two, bool(hard.any()))
+        return cls(len(ids), frozenset(ids.sample_ids.unique()[:2].tolist()), two, bool(hard.any()))
 
 
 def why_no_negative(parts: Sequence[Variety], *, mask_same_image: bool = True) -> str:

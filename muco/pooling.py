@@ -23,17 +23,17 @@ def pool_turns(
 
 
 def shortened(vectors: Float[Tensor, "rows dim"], dimension: int | None) -> Float[Tensor, "rows shorter"]:
-    """The first ``dimension`` numbers of every vector, L2-normalised in float32; all of them unchanged where None.
+    """The first ``dimension`` dimensions of every vector, L2-normalised in float32; unchanged vectors for None.
 
-    Vectors of a model that was trained with ``loss.dimensions`` stay good ones when shortened (arXiv 2205.13147).
+    Vectors of a model trained with ``loss.dimensions`` can be shortened without much loss (arXiv 2205.13147).
 
     Raises:
-        ValueError: If the vectors have fewer numbers.
+        ValueError: If the vectors have fewer dimensions.
     """
     if dimension is None or dimension == vectors.shape[1]:
         return vectors
     if not 0 < dimension < vectors.shape[1]:
-        raise ValueError(f"vectors of {vectors.shape[1]} numbers cannot be shortened to {dimension}")
+        raise ValueError(f"vectors of {vectors.shape[1]} dimensions cannot be shortened to {dimension}")
     return normalize(vectors[:, :dimension].float(), dim=1)
 
 

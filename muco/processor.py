@@ -7,35 +7,33 @@ image half and the tokenizer are put together here. Other families go through th
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from torch import Tensor
 
 from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
 from muco.images import open_image
+from muco.sizes import context_of
 from muco.template import (
     EMB,
     QWEN_MODEL_TYPES,
     QWEN_VL,
+    SETTINGS_FILE,
     SPECIAL_TOKENS,
     SpecialTokenGuard,
     Template,
     from_chat_template,
+    read_settings,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SETTINGS_FILE = "muco.json"
-SETTINGS_NOTE = re.compile(r"\{#- muco (.*?) -#\}")  # the same, at the head of the chat template
-UNSTATED = 1 << 40  # tokenizers whose configuration has no length have an astronomical one
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 
@@ -240,7 +238,7 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         tokenizer.add_tokens(
             [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS], special_tokens=True
         )
-    settings = _read_settings(path, local_files_only, tokenizer.chat_template)
+    settings = read_settings(path, local_files_only, tokenizer.chat_template)
     template = Template(**settings["template"]) if settings else None
 
     if config.model_type in QWEN_MODEL_TYPES:
@@ -258,15 +256,6 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
     processor.max_tokens = context_of(config, tokenizer)
     _check_tokens(processor, config, path)
     return processor, not released
-
-
-def context_of(config: Any, tokenizer: Any = None) -> int | None:
-    """Most tokens that a model reads, as its configuration and its tokenizer state it; None if neither does."""
-    stated = (
-        getattr(config.get_text_config(), "max_position_embeddings", None),
-        getattr(tokenizer, "model_max_length", None),
-    )
-    return min((tokens for tokens in stated if tokens and tokens < UNSTATED), default=None)
 
 
 def _with_tokenizer(stock: Any, tokenizer: Any, path: str) -> Any:
@@ -296,49 +285,6 @@ def _check_tokens(processor: Processor, config: Any, path: str) -> None:
             raise CheckpointError(f"{path}: the tokenizer reads a prompt in parts differently than as a whole")
 
 
-def _read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict[str, Any] | None:
-    from transformers.utils.hub import cached_file
-
-    file = cached_file(
-        path, SETTINGS_FILE, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False
-    )
-    note = SETTINGS_NOTE.match(chat_template) if isinstance(chat_template, str) else None
-    if file is None and note is None:
-        return None
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8") if file else note[1])
-    except ValueError as error:
-        raise CheckpointError(f"{file or path}: not valid JSON: {error}") from error
-    known = {field.name for field in fields(Template)}
-    pixels = settings.get("pixels", [1, 1]) if isinstance(settings, dict) else None
-    sound = isinstance(pixels, list) and [type(limit) for limit in pixels] == [int, int]
-    if not sound or settings.get("format") != 1 or set(settings.get("template", ())) != known:
-        raise CheckpointError(f"{file or path}: written by another version of MuCo; this one reads format 1")
-    return settings
-
-
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice that libraries append to it."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> np.ndarray:
-    """Multimodal rotary positions of a run of text lengths and images, beginning at ``start``.
-
-    Text advances all three axes by one per token. An image's tokens share the time position and are laid out by row
-    and column; what follows begins after the larger of both.
-
-    Returns:
-        int64 [3, tokens] (time, height, width).
-    Source: Qwen2-VL (arXiv 2409.12191), M-RoPE. Equal to the model's own ``get_rope_index`` (tests).
-    """
-    parts, position = [np.zeros((3, 0), dtype=np.int64)], start
-    for segment in segments:
-        if isinstance(segment, int):
-            parts.append(np.broadcast_to(np.arange(position, position + segment), (3, segment)))
-            position += segment
-            continue
-        time, height, width = segment.grid[0], segment.grid[1] // segment.merge, segment.grid[2] // segment.merge
-        parts.append(np.indices((time, height, width)).reshape(3, -1) + position)
-        position += max(height, width)
-    return np.concatenate(parts, axis=1)

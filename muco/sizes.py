@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 from muco.errors import MucoError
 
+UNSTATED = 1 << 40  # tokenizers whose configuration has no length have an astronomical one
+
+
+def context_of(config: Any, tokenizer: Any = None) -> int | None:
+    """Most tokens that a model reads, as its configuration and its tokenizer state it; None if neither does."""
+    stated = (
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    )
+    return min((tokens for tokens in stated if tokens and tokens < UNSTATED), default=None)
+
 
 def checked_dimension(dimension: int | None, whole: int) -> int:
-    """How many numbers a vector of ``whole`` numbers keeps if ``dimension`` of them are asked for (None: all).
+    """The dimension that vectors of dimension ``whole`` are truncated to; ``whole`` itself for None.
 
     Raises:
-        MucoError: If it has fewer.
+        MucoError: If ``dimension`` is not a whole number from 1 to ``whole``.
     """
     if dimension is None:
         return whole
     if isinstance(dimension, bool) or not isinstance(dimension, Integral) or not 0 < dimension <= whole:
-        raise MucoError(f"vectors of {whole} numbers cannot be shortened to {dimension}; give 1 to {whole}")
+        raise MucoError(f"vectors of {whole} dimensions cannot be shortened to {dimension}; pass 1 to {whole}")
     return dimension
 
 

@@ -19,8 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,12 +28,12 @@ from sentence_transformers.base.losses.gradcache import RandContext
 from torch import Tensor
 
 from muco import distributed
-from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, join_ids, rows_of, split
+from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, rows_of, spans_of, split, to
 from muco.dialogue import single_turn
 from muco.errors import TrainingError
 from muco.loss import MultiTurnLoss
 from muco.model import Model
-from muco.negatives import Variety
+from muco.negatives import TurnIds, Variety
 
 logger = logging.getLogger(__name__)
 SIDES = ("query", "target")
@@ -63,11 +62,17 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Dialogues that pass through the model together: their side, and which vectors of the side they give."""
+    """Dialogues that pass through the model together.
+
+    Args:
+        turns: Which vectors of the side are theirs.
+        used: Whether the vectors count; False for a pass made only because other processes wait for it.
+    """
 
     side: str
     batch: DialogueBatch
     turns: Tensor
+    used: bool = True
 
     @property
     def tokens(self) -> int:
@@ -83,7 +88,7 @@ class _Batch:
     """
 
     sides: dict[str, DialogueBatch]
-    ids: dict[str, Tensor]
+    ids: TurnIds
     places: list[str]
     variety: Variety
 
@@ -118,7 +123,7 @@ class TrainingStep:
         """Makes one step.
 
         Args:
-            parts: From :func:`muco.training.batches.batch_of`, on the CPU; at least one, taken one at a time.
+            parts: From :func:`muco.training.prepared.batch_of`, on the CPU; at least one, taken one at a time.
         Returns:
             None, and no gradients, if no process has a turn.
         Raises:
@@ -145,23 +150,18 @@ class TrainingStep:
     def _receive(self, parts: Iterable[Mapping[str, Any]]) -> _Batch:
         """Puts the parts together; as they come, images are replaced by their features where these cannot change."""
         sides: dict[str, list[DialogueBatch]] = {side: [] for side in SIDES}
-        ids, vectors, places = [], [], []
+        ids, places = [], []
         room = self.feature_memory * GIB
         for part in parts:
             for side in SIDES if part["places"] else ():
                 batch, room = self._see(part[side], room)
                 sides[side].append(batch)
             ids.append(part["ids"])
-            vectors.append(len(part["target"]["turn_rows"]) if part["places"] else 0)
             places += part["places"]
-        joined = join_ids(ids, vectors)
+        joined = TurnIds.join(ids)
         idle = [] if places else [collate([single_turn("nothing")], self.model.encoder.muco_processor)]
-        return _Batch(
-            {side: join(batches or idle) for side, batches in sides.items()},
-            {key: values.to(self.model.device) for key, values in joined.items()},
-            places,
-            Variety.of(joined),
-        )
+        whole = {side: join(batches or idle) for side, batches in sides.items()}
+        return _Batch(whole, joined.to(self.model.device), places, Variety.of(joined))
 
     def _see(self, batch: DialogueBatch, room: float) -> tuple[DialogueBatch, float]:
         """Runs the vision tower on a batch if it is frozen: the only time in this step.
@@ -177,16 +177,21 @@ class TrainingStep:
         tokens = self._visual_tokens(batch)
         while len(features) < len(tokens):
             images = _next_group(tokens, len(features), self.token_budget)
-            memory = _OutOfMemory()
-            with memory, torch.no_grad(), self.autocast():
-                seen = self.model.encoder.image_features(self._on_device(images_of(batch, images)))
-            if memory.happened:
+            seen = self._features(images_of(batch, images))
+            if seen is None:
                 self._shrink(int(tokens[images].sum()), possible=len(images) > 1)
                 continue
             room -= sum(tensor.nbytes for image in seen for tensor in image)
             features += seen if room >= 0 else [tuple(tensor.cpu() for tensor in image) for image in seen]
         light = {key: value for key, value in batch.items() if key not in PATCH_KEYS}
         return light | {"image_features": features}, room  # type: ignore[return-value]
+
+    def _features(self, images: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:
+        """Of these images; None if memory ran out."""
+        memory = _OutOfMemory()
+        with memory, torch.no_grad(), self.autocast():
+            seen = self.model.encoder.image_features(to(images, self.model.device))
+        return None if memory.happened else seen
 
     def _visual_tokens(self, batch: DialogueBatch) -> Tensor:
         """How many tokens each image has, int64 [images]."""
@@ -201,7 +206,7 @@ class TrainingStep:
             vectors = [self._embed(chunk) for chunk in chunks]
         if self._failed(memory):
             return None
-        loss = self._loss(*(_side(side, chunks, vectors) for side in SIDES), batch)
+        loss = self._loss(_side("query", chunks, vectors), _side("target", chunks, vectors), batch)
         with memory:
             loss.backward()
         return None if self._failed(memory) else loss.detach()
@@ -217,15 +222,15 @@ class TrainingStep:
                 vectors.append(self._embed(chunk))
         if self._failed(memory):
             return None
-        leaves = {side: _side(side, chunks, vectors).requires_grad_() for side in SIDES}
+        leaves = {side: _side(side, passed, vectors).requires_grad_() for side in SIDES}
         loss = self._loss(leaves["query"], leaves["target"], batch)
         loss.backward()
         with memory:
-            for chunk, state, used in zip_longest(passed, states, [True] * len(chunks), fillvalue=False):
+            for chunk, state in zip(passed, states, strict=True):
                 with state:
                     replayed = self._embed(chunk)
                 gradient = leaves[chunk.side].grad[chunk.turns.to(replayed.device)]
-                (replayed * (gradient if used else torch.zeros_like(gradient))).sum().backward()
+                (replayed * (gradient if chunk.used else torch.zeros_like(gradient))).sum().backward()
         return None if self._failed(memory) else loss.detach()
 
     def _idle(self, chunks: Sequence[_Chunk]) -> list[_Chunk]:
@@ -233,35 +238,37 @@ class TrainingStep:
         if not self.sharded:
             return []
         missing = distributed.largest(len(chunks)) - len(chunks)
-        small, turns = rows_of(chunks[-1].batch, torch.tensor([len(chunks[-1].batch["input_ids"]) - 1]))
-        return [_Chunk(chunks[-1].side, small, chunks[-1].turns[turns])] * missing
+        small, turns = rows_of(chunks[-1].batch, spans_of(chunks[-1].batch)[-1:])
+        return [replace(chunks[-1], batch=small, turns=chunks[-1].turns[turns], used=False)] * missing
 
     def _embed(self, chunk: _Chunk) -> Tensor:
         with self.autocast():  # one per pass: autocast keeps cast weights, which without a graph are of no use with one
-            return self.model.embed(self._on_device(chunk.batch))
-
-    def _on_device(self, batch: Mapping[str, Any]) -> Any:
-        device = self.model.device
-        moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
-        if "image_features" in batch:
-            moved["image_features"] = [tuple(t.to(device) for t in image) for image in batch["image_features"]]
-        return moved
+            return self.model.embed(chunk.batch)
 
     @property
     def _any_parameter(self) -> Tensor:
         return next(self.model.parameters())
 
     def _loss(self, query: Tensor, vectors: Tensor, batch: _Batch) -> Tensor:
-        query = query[: len(batch.ids["sample_ids"])]  # none of a share without a turn
+        if not batch.places:  # the dialogue of a share without a turn
+            query, vectors = query[:0], vectors[:0]
         loss = self.loss.of_vectors(query, vectors, batch.ids)
         if torch.isfinite(loss):
             return loss
-        bad = ~(torch.isfinite(query).all(dim=1) & torch.isfinite(vectors[batch.ids["target_rows"]]).all(dim=1))
-        rows = batch.sides["query"]["turn_rows"][: len(bad)][bad.cpu()].unique().tolist()
+        rows = self._not_finite(batch, query, vectors)
         places = [place for own in distributed.gather_objects([batch.places[row] for row in rows]) for place in own]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
         where = f"vectors are not finite for {shown}" if places else "all vectors are finite"
         raise TrainingError(f"the loss is {loss.item()}; {where}")
+
+    def _not_finite(self, batch: _Batch, query: Tensor, vectors: Tensor) -> list[int]:
+        """Numbers of the samples with a vector that is not finite."""
+        if not batch.places:
+            return []
+        parts = self.loss.parts(query, vectors, batch.ids)
+        finite = torch.stack([torch.isfinite(part).all(dim=1) for part in parts]).all(dim=0)
+        owners = batch.sides["query"]["turn_rows"].view(len(batch.ids), -1)[:, 0]  # a reconstructed pair has two
+        return owners[~finite.cpu()].unique().tolist()
 
     def _failed(self, memory: _OutOfMemory) -> bool:
         """Whether memory ran out on any process; then the gradients found so far are dropped."""
@@ -284,7 +291,9 @@ class TrainingStep:
                 "set model.activation_checkpointing, or spread the model with batch.sharding: fsdp"
             )
         self.token_budget = max(1, before // 2)
-        logger.warning("out of memory with %d tokens at once; going on with token_budget %d", before, self.token_budget)
+        logger.warning(
+            "out of memory with %d tokens at once; continuing with token_budget %d", before, self.token_budget
+        )
 
 
 class _OutOfMemory:
@@ -301,7 +310,7 @@ class _OutOfMemory:
             return False
         if not self.caught:
             raise TrainingError(
-                "out of memory; a sharded step cannot be made again, so lower batch.token_budget and start anew"
+                "out of memory; a sharded step cannot be made again, so lower batch.token_budget and start again"
             ) from error
         self.happened = True
         clear_device_cache(garbage_collection=True)
@@ -316,6 +325,6 @@ def _next_group(sizes: Tensor, first: int, budget: int) -> Tensor:
 
 def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:
     """The vectors of a side in the order of its turns."""
-    own = [(chunk.turns, part) for chunk, part in zip(chunks, vectors, strict=False) if chunk.side == side]
+    own = [(c.turns, part) for c, part in zip(chunks, vectors, strict=True) if c.side == side and c.used]
     turns, parts = (torch.cat(tensors) for tensors in zip(*own, strict=True))
     return parts[turns.argsort().to(parts.device)]

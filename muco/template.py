@@ -1,4 +1,4 @@
-"""Dialogue -> prompt: which text stands where, and where each turn's ``<|emb|>`` is read.
+"""Dialogue -> prompt: which text comes where, and where each turn's ``<|emb|>`` is read.
 
 A prompt is a list of *pieces*, strings and images. It is cut into a trunk and branches only beside a special token
 (or where the tokenizer is known to split anyway), so that the token ids of the parts joined are those of the whole.
@@ -8,9 +8,11 @@ Source: arXiv 2602.06393, the prompt of the released checkpoints (docs/paper.md)
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from muco.base.text import LONE_SURROGATE
@@ -21,11 +23,13 @@ EMB = "<|emb|>"
 MASK = "<|mask|>"
 END = "<|im_end|>"  # of a message, in Qwen's prompt
 SPECIAL_TOKENS = (EMB, MASK)  # added to a tokenizer in this order
+SETTINGS_FILE = "muco.json"
+SETTINGS_NOTE = re.compile(r"\{#- muco (.*?) -#\}")  # the same, at the head of the chat template
 
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """Stands for image number ``index`` of the dialogue inside a prompt."""
+    """The place of image number ``index`` of the dialogue in a prompt."""
 
     index: int
 
@@ -81,21 +85,20 @@ class Template:
         return self._isolated(dialogue) if dialogue.isolated else self._compounded(dialogue)
 
     def _isolated(self, dialogue: Dialogue) -> Prompt:
-        texts = [self._text(turn, bool(turn.images or dialogue.context)) for turn in dialogue.turns]
-        shared = self.shared_opening and not any(text[:1].isspace() for text in texts)
         context = self._images(0, len(dialogue.context))
-        if context:
-            trunk, opening = (self.head, self.user_open_image, *context[:-1]), context[-1]
+        if context:  # the text after its last image opens every turn
+            trunk: Pieces = (self.head, self.user_open_image, *context[:-1])
+            openings = [context[-1]] * len(dialogue.turns)
         else:
-            trunk, opening = (self.head,), None  # depends on how the turn's own content begins
-        shared = shared and (opening is not None or self.user_open == self.user_open_image)
-        if shared:
-            trunk = (*trunk, self.user_open if opening is None else opening)
+            trunk = (self.head,)
+            openings = [self.user_open_image if turn.images else self.user_open for turn in dialogue.turns]
+        texts = [self._text(turn, bool(turn.images or context)) for turn in dialogue.turns]
+        if self.shared_opening and len(set(openings)) == 1 and not any(text[:1].isspace() for text in texts):
+            trunk, openings = (*trunk, openings[0]), [""] * len(openings)
         branches, seen = [], len(dialogue.context)
-        for text, turn in zip(texts, dialogue.turns, strict=True):
-            start = (self.user_open_image if turn.images else self.user_open) if opening is None else opening
+        for opening, text, turn in zip(openings, texts, dialogue.turns, strict=True):
             images = self._images(seen, len(turn.images))
-            branches.append(_joined(("" if shared else start, *images, text, self.tail, EMB)))
+            branches.append(_joined((opening, *images, text, self.tail, EMB)))
             seen += len(turn.images)
         return Prompt(_joined(trunk), tuple(branches), True)
 
@@ -261,3 +264,29 @@ class SpecialTokenGuard:
                 raise DataError(
                     f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data"
                 )
+
+
+def read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict[str, Any] | None:
+    """What ``muco.json`` of a saved or hub model holds, or the note in its chat template; None if there is neither.
+
+    Raises:
+        CheckpointError: If the settings are broken, or of another version.
+    """
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(
+        path, SETTINGS_FILE, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False
+    )
+    note = SETTINGS_NOTE.match(chat_template) if isinstance(chat_template, str) else None
+    if file is None and note is None:
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8") if file else note[1])
+    except ValueError as error:
+        raise CheckpointError(f"{file or path}: not valid JSON: {error}") from error
+    known = {field.name for field in fields(Template)}
+    pixels = settings.get("pixels", [1, 1]) if isinstance(settings, dict) else None
+    sound = isinstance(pixels, list) and [type(limit) for limit in pixels] == [int, int]
+    if not sound or settings.get("format") != 1 or set(settings.get("template", ())) != known:
+        raise CheckpointError(f"{file or path}: written by another version of MuCo; this one reads format 1")
+    return settings

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from muco.processor import Processor, context_of
-from muco.sizes import TinyConfig
+from muco.processor import Processor
+from muco.sizes import TinyConfig, context_of
 from muco.template import QWEN_VL, SPECIAL_TOKENS
 
 

@@ -5,34 +5,34 @@
     dialogues ─collate─▶ trees ─trunks──▶ [N, P] ─pass─▶ keys and values of every layer, kept
                            └───branches─▶ [R, L] ─pass, reading them─▶ one vector per turn
 
-The branches of a tree are *packed*: some of them stand in one row, one after another, under a mask by which each reads
-the trunk and itself. So what is kept is read once per pack, not once per turn, and no turn is multiplied with many
-others in vain. How full a pack is (``PACK``) and how many pass together (a token budget) changes the cost, never a
+The branches of a tree are *packed*: several share one row, one after another, under a mask by which each reads the
+trunk and itself. So the kept trunk is read once per pack, not once per turn, and little attention is wasted on masked
+turns. How full a pack is (``PACK``) and how many pass together (a token budget) changes the cost, never a
 vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from muco.backbone import reads_all_before
-from muco.batch import DialogueBatch, chunks_of, images_of, split, tree_mask
-from muco.dialogue import Content, Dialogue
-
-if TYPE_CHECKING:
-    from muco.model import Model
+from muco.batch import DialogueBatch, Span, chunks_of, cut, spans_of, split, to
+from muco.dialogue import Dialogue
+from muco.encoder import Encoder, tree_mask
 
 PACK = 256  # tokens of branches in one row: the best or near it at 4 to 64 turns, benchmarks/encode_turns.py
 
+Embed = Callable[[DialogueBatch], Tensor]  # one vector per turn of a batch: Model.embed
 
-def sharing(model: Model, longest: int) -> Literal["cache", "tree", "none"]:
+
+def sharing(encoder: Encoder, longest: int) -> Literal["cache", "tree", "none"]:
     """How isolated turns can share what they have in common, so that vectors are those of single turns.
 
     - "cache": what is shared passes once, its keys and values are kept. Every layer attends to all earlier tokens
@@ -45,144 +45,110 @@ def sharing(model: Model, longest: int) -> Literal["cache", "tree", "none"]:
     Args:
         longest: Tokens of the longest single turn, its image included.
     """
-    if not reads_all_before(model.encoder.model, longest):
+    if not reads_all_before(encoder.model, longest):
         return "none"
-    return "tree" if model.encoder.uses_flex_attention else "cache"
+    return "tree" if encoder.uses_flex_attention else "cache"
 
 
-def embed_turns(model: Model, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
+def embed_turns(
+    encoder: Encoder, embed: Embed, dialogues: Sequence[Dialogue], token_budget: int
+) -> list[Tensor] | None:
     """The vectors of every dialogue, float32 [turns, dim], L2-normalised, on the model's device.
 
     Args:
-        model: In eval mode.
+        encoder: In eval mode.
+        embed: The encoder and what follows it.
         dialogues: Isolated or not. They are collated together, so all their images are in memory at once.
         token_budget: Most tokens of a pass, padding and kept tokens included; one trunk, pack or row may exceed it.
+    Returns:
+        None if the turns cannot share anything: each has to pass alone.
     """
-    batch = model.encoder.collate(dialogues)
-    counts = [len(dialogue.turns) for dialogue in dialogues]
-    way = "tree"
+    batch = encoder.collate(dialogues)
+    way, trees = "tree", []
     if "branch_ids" in batch and all(dialogue.isolated for dialogue in dialogues):
-        forest = _Forest(batch, dialogues)
-        way = sharing(model, forest.longest) if forest.trunks else "none"
-    if way != "none":
-        model.encoder.cut += len(batch.get("cut_turns", ()))
+        trees = [_Tree.of(batch, row, dialogue) for row, dialogue in zip(spans_of(batch), dialogues, strict=True)]
+        shared = all(tree.trunk.length for tree in trees)
+        way = sharing(encoder, max(tree.longest for tree in trees)) if shared else "none"
+    if way == "none":
+        return None
+    encoder.cut += len(batch.get("cut_turns", ()))
     if way == "cache":
-        vectors = _with_cache(model, forest, token_budget)
-    elif way == "tree":
-        vectors = _in_passes(model, batch, token_budget)
+        vectors = _with_cache(encoder, embed, batch, trees, token_budget)
     else:
-        contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
-        vectors = model.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
-    return list(vectors.split(counts))
+        vectors = _in_passes(embed, batch, token_budget)
+    return list(vectors.split([len(dialogue.turns) for dialogue in dialogues]))
 
 
-def _in_passes(model: Model, batch: DialogueBatch, token_budget: int) -> Tensor:
+def _in_passes(embed: Embed, batch: DialogueBatch, token_budget: int) -> Tensor:
     """Whole dialogues, each in one row."""
     chunks = split(batch, token_budget)
-    vectors = torch.cat([model.embed(_on_device(model, chunk)) for chunk, _ in chunks])
+    vectors = torch.cat([embed(chunk) for chunk, _ in chunks])
     return vectors[torch.cat([turns for _, turns in chunks]).argsort()]
 
 
-def _with_cache(model: Model, forest: _Forest, token_budget: int) -> Tensor:
-    numbers, vectors = [], []
-    for rows in chunks_of(torch.tensor([trunk.length for trunk in forest.trunks]), token_budget):
-        trunks = _Trunks.of(model, forest.cut([forest.trunks[row] for row in rows.tolist()]))
-        packs = [(place, pack) for place, row in enumerate(rows.tolist()) for pack in forest.packs(row)]
+def _with_cache(
+    encoder: Encoder, embed: Embed, batch: DialogueBatch, trees: Sequence[_Tree], token_budget: int
+) -> Tensor:
+    turns: list[int] = []
+    vectors = []
+    for rows in chunks_of(torch.tensor([tree.trunk.length for tree in trees]), token_budget):
+        together = [trees[row] for row in rows.tolist()]
+        trunks = _Trunks.of(encoder, cut(batch, [tree.trunk for tree in together]))
+        packs = [_Pack(place, span) for place, tree in enumerate(together) for span in tree.packs()]
         kept = trunks.real.shape[1]
-        for chosen in chunks_of(torch.tensor([kept + pack.length for _, pack in packs]), token_budget):
-            places, spans = zip(*(packs[number] for number in chosen.tolist()), strict=True)
-            branches = _on_device(model, forest.cut(spans))
-            vectors.append(model.embed(branches | trunks.read_by(branches, torch.tensor(places))))
-            numbers += [turn for span in spans for turn in span.turns]
-    return torch.cat(vectors)[torch.tensor(numbers).argsort()]
+        for numbers in chunks_of(torch.tensor([kept + pack.span.length for pack in packs]), token_budget):
+            chosen = [packs[number] for number in numbers.tolist()]
+            branches = to(cut(batch, [pack.span for pack in chosen]), encoder.device)
+            vectors.append(embed(branches | trunks.read_by(branches, torch.tensor([pack.trunk for pack in chosen]))))
+            turns += [turn for pack in chosen for turn in pack.span.turns]
+    return torch.cat(vectors)[torch.tensor(turns).argsort()]
 
 
 @dataclass(frozen=True)
-class _Span:
-    """Columns ``start`` to ``stop`` of a row of a batch, and the numbers of the turns and images that stand there."""
+class _Pack:
+    """Neighbouring branches in one row, and the place of their trunk among those that passed with it."""
 
-    row: int
-    start: int
-    stop: int
-    turns: tuple[int, ...] = ()
-    images: tuple[int, ...] = ()
+    trunk: int
+    span: Span
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """A row of a batch, cut into its trunk and the branches of its turns; the trunk may be empty."""
+
+    trunk: Span
+    branches: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, batch: DialogueBatch, row: Span, dialogue: Dialogue) -> _Tree:
+        real = batch["attention_mask"][row.row].bool()
+        start = int(real.int().argmax())
+        stop = start + int((real & (batch["branch_ids"][row.row] == 0)).sum())
+        ends = (batch["turn_columns"][list(row.turns)] + 1).tolist()
+        images = [*accumulate([len(dialogue.context), *(len(turn.images) for turn in dialogue.turns)])]
+        trunk = Span(row.row, start, stop, (), row.images[: images[0]])
+        branches = []
+        for number, turn in enumerate(row.turns):
+            own = row.images[images[number] : images[number + 1]]
+            branches.append(Span(row.row, [stop, *ends][number], ends[number], (turn,), own))
+        return cls(trunk, tuple(branches))
 
     @property
-    def length(self) -> int:
-        return self.stop - self.start
+    def longest(self) -> int:
+        """Tokens of the longest turn, with the trunk."""
+        return self.trunk.length + max(branch.length for branch in self.branches)
 
-    def with_next(self, other: _Span) -> _Span:
-        return _Span(self.row, self.start, other.stop, self.turns + other.turns, self.images + other.images)
-
-
-class _Forest:
-    """A batch of trees, cut into trunks and branches.
-
-    ``trunks`` has one span per row, or none at all if any tree has no trunk, so that nothing is shared.
-    """
-
-    def __init__(self, batch: DialogueBatch, dialogues: Sequence[Dialogue]) -> None:
-        self.batch = batch
-        self.trunks: list[_Span] = []
-        self.branches: list[list[_Span]] = []
-        turn = image = 0
-        trunk = (batch["branch_ids"] == 0) & batch["attention_mask"].bool()
-        for row, dialogue in enumerate(dialogues):
-            start = int(batch["attention_mask"][row].argmax())
-            stop = start + int(trunk[row].sum())
-            context = len(dialogue.context)
-            self.trunks.append(_Span(row, start, stop, (), tuple(range(image, image + context))))
-            image += context
-            branches = []
-            for content in dialogue.turns:
-                start, stop = stop, int(batch["turn_columns"][turn]) + 1
-                own = len(content.images)
-                branches.append(_Span(row, start, stop, (turn,), tuple(range(image, image + own))))
-                turn, image = turn + 1, image + own
-            self.branches.append(branches)
-        self.longest = max(
-            trunk.length + branch.length
-            for trunk, branches in zip(self.trunks, self.branches, strict=True)
-            for branch in branches
-        )
-        if not all(trunk.length for trunk in self.trunks):
-            self.trunks = []
-
-    def packs(self, row: int) -> list[_Span]:
-        """The branches of a row, neighbours joined up to ``PACK`` tokens."""
-        first, *others = self.branches[row]
-        packs = [first]
-        for branch in others:
-            if packs[-1].length + branch.length > PACK:
+    def packs(self) -> list[Span]:
+        """The branches, neighbours joined up to ``PACK`` tokens."""
+        packs = [self.branches[0]]
+        for branch in self.branches[1:]:
+            last = packs[-1]
+            if last.length + branch.length > PACK:
                 packs.append(branch)
             else:
-                packs[-1] = packs[-1].with_next(branch)
+                turns, images = last.turns + branch.turns, last.images + branch.images
+                packs[-1] = replace(last, stop=branch.stop, turns=turns, images=images)
         return packs
-
-    def cut(self, spans: Sequence[_Span]) -> DialogueBatch:
-        """A row per span, padded on the right; its turns and images come along in the order of the spans."""
-        batch, length = self.batch, max(span.length for span in spans)
-
-        def padded(table: Tensor) -> Tensor:
-            parts = [table[..., span.row, span.start : span.stop] for span in spans]
-            return torch.stack([pad(part, (0, length - part.shape[-1])) for part in parts], dim=-2)
-
-        owners = [(row, span, turn) for row, span in enumerate(spans) for turn in span.turns]
-        part: DialogueBatch = {
-            "input_ids": padded(batch["input_ids"]),
-            "attention_mask": padded(batch["attention_mask"]),
-            "position_ids": padded(batch["position_ids"]),
-            "branch_ids": padded(batch["branch_ids"]),
-            "turn_rows": torch.tensor([row for row, _, _ in owners], dtype=torch.long),
-            "turn_columns": torch.tensor(
-                [int(batch["turn_columns"][turn]) - span.start for _, span, turn in owners], dtype=torch.long
-            ),
-        }
-        images = [(row, image) for row, span in enumerate(spans) for image in span.images]
-        if images:
-            part |= images_of(batch, torch.tensor([image for _, image in images]))  # type: ignore[assignment]
-            part["image_rows"] = torch.tensor([row for row, _ in images])
-        return part
 
 
 @dataclass(frozen=True)
@@ -191,18 +157,18 @@ class _Trunks:
 
     Args:
         cache: Keys and values of each layer, [N, heads, P, dim] both.
-        real: Which of the P are no padding, bool [N, P].
+        real: Which of the P are not padding, bool [N, P].
     """
 
     cache: DynamicCache
     real: Tensor
 
     @classmethod
-    def of(cls, model: Model, batch: DialogueBatch) -> _Trunks:
+    def of(cls, encoder: Encoder, batch: DialogueBatch) -> _Trunks:
         cache = DynamicCache()
         linear = {key: value for key, value in batch.items() if key != "branch_ids"}
-        moved = _on_device(model, linear)
-        model.encoder(moved | {"past_key_values": cache})
+        moved = to(linear, encoder.device)
+        encoder(moved | {"past_key_values": cache})
         return cls(cache, moved["attention_mask"].bool())
 
     def read_by(self, branches: Mapping[str, Tensor], places: Tensor) -> dict[str, Any]:
@@ -233,7 +199,3 @@ class _KeptLayer(DynamicLayer):
     def _after(self, kept: Tensor, new: Tensor) -> Tensor:
         own = kept.expand(len(new), -1, -1, -1) if len(kept) == 1 else kept[self.places]
         return torch.cat([own, new], dim=-2)
-
-
-def _on_device(model: Model, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.to(model.device) for key, value in batch.items()}

@@ -217,6 +217,36 @@ def is_empty(folder: Path) -> bool:
     return all(path.name == LOCK for path in folder.iterdir())
 
 
+def earlier_record(file: Path, asked: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a file says of an earlier call that asked for the same thing, or an empty dictionary.
+
+    A new folder is made. In one that holds other work nothing is touched.
+
+    Args:
+        file: JSON in the folder that a command writes, with the key "asked".
+        asked: What makes a call this call and not another.
+        kind: What the folder holds, such as "study".
+    Raises:
+        OutputError: If the folder holds the result of another call, or anything else.
+    """
+    folder, remedy = file.parent, "choose another output folder"
+    if file.is_file():
+        record = read_json(file)
+        known = record["asked"]
+        differing = [_difference(key, known.get(key), value) for key, value in asked.items() if known.get(key) != value]
+        if differing:
+            raise OutputError(f"{folder} holds another {kind} ({', '.join(differing)}); {remedy}")
+        return record
+    if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
+        raise OutputError(f"{folder} is not empty and holds no {kind}; {remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return {}
+
+
+def _difference(key: str, known: object, now: object) -> str:
+    return f"another {key}" if isinstance(now, Mapping) else f"{key} {known}, now {now}"
+
+
 def _wait(path: Path, file: Path, seconds: float) -> int:
     """The open file of the lock, once it is ours."""
     begun, told = time.monotonic(), False

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from muco.base.files import make_folder, take_lock, writing
+from muco.base.files import make_folder, take_lock, whole_file, writing
 from muco.errors import DataError, OutputError
 
 
@@ -63,13 +63,10 @@ class Journal:
 
     def replace(self, values: Iterable[dict[str, Any]]) -> None:
         """Has these lines instead of those so far, all at once."""
-        unfinished = self.path.with_name(f".{self.path.name}.tmp")
-        unfinished.unlink(missing_ok=True)
-        new = Journal(unfinished)
-        for value in values:
-            new.add(value)
-        os.fsync(new._file)
-        os.replace(unfinished, self.path)
+        with whole_file(self.path) as unfinished:
+            new = Journal(unfinished)
+            for value in values:
+                new.add(value)
         os.close(self._file)
         self._file = new._file  # and with it the lock
 

@@ -8,6 +8,16 @@ from typing import Any
 
 from muco.base.text import escaped
 
+TYPES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"} | {
+    list: "a list",
+    dict: "an object",
+}
+
+
+def type_of(value: Any) -> str:
+    """What JSON calls the type of a value ("a number"), for errors; of another value Python's word."""
+    return TYPES.get(type(value), type(value).__name__)
+
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:
     """One line of JSON. NaN and infinity, which JSON has no words for, are null; what it does not know is text.

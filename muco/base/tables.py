@@ -74,6 +74,16 @@ def print_whole(table: Table, console: Console) -> None:
     console.print(table, crop=False)
 
 
+def print_report(table: Table, warnings: Iterable[str], notes: Iterable[str], console: Console) -> None:
+    """Prints a table with :func:`print_whole`, then warnings, then notes, which are shown as plain text."""
+    from rich.text import Text
+
+    print_whole(table, console)
+    for line in warnings:
+        console.print(Text(f"Warning: {line}", style="bold red"))
+    console.print(Text("\n".join(notes), style="dim"))
+
+
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right; cells are escaped."""
     lines = ["| " + " | ".join(map(markdown, cells)) + " |" for cells in (columns, *rows)]

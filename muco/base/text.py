@@ -10,6 +10,7 @@ from typing import TextIO
 
 from muco.errors import DataError, MucoError
 
+SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>")  # <|emb|>, <|image_pad|>, <|im_end|> …, whatever the model
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 

@@ -58,7 +58,8 @@ def data_check(
 
     Reads all rows and images; counts, and names what is wrong by file, line and turn. Exit code 3 if anything is.
     """
-    from muco.data.check import check, print_report
+    from muco.data.check import check
+    from muco.data.check_report import print_report
 
     report = check(_open(path, format, option), tokenizer=model)
     finish(report.as_dict() if as_json else report, as_json, print_report)

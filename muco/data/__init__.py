@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from muco.data.source import Data
-from muco.errors import DataError
+from muco.errors import DataError, did_you_mean
 
 __all__ = ["FORMATS", "Data", "open_data"]
 
@@ -39,7 +38,7 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
         DataError: If the path is missing or of another kind, or the format or an option unknown.
     """
     if format not in FORMATS:
-        raise DataError(f"{path}: unknown format {format!r}{_nearest(format, FORMATS)}")
+        raise DataError(f"{path}: unknown format {format!r}{did_you_mean(format, FORMATS)}")
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -49,7 +48,9 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
     own = {key: value for key, value in (options or {}).items() if key != "captions"}
     for option in own:
         if option not in accepted:
-            raise DataError(f"{path}: unknown option {option!r} of the format {format!r}{_nearest(option, accepted)}")
+            raise DataError(
+                f"{path}: unknown option {option!r} of the format {format!r}{did_you_mean(option, accepted)}"
+            )
     if format == "jsonl":
         path = _jsonl_file(path)
     try:
@@ -61,11 +62,6 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
     from muco.data.captions import with_captions
 
     return with_captions(data, options["captions"])
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known) or 'none'}"
 
 
 def _jsonl_file(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""``muco data check``: what a data set holds and what is wrong with it, in one pass that goes on after bad rows."""
+"""``muco data check``: what a data set holds and what is wrong with it, in one pass that continues after bad rows."""
 
 from __future__ import annotations
 
@@ -8,108 +8,23 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from muco.base.tables import print_readable
+from muco.base.text import SPECIAL_TOKEN
 from muco.data import open_data
-from muco.data.images import sample_images
+from muco.data.check_report import Findings, Repeats, Report, TextLengths
+from muco.data.images import image_problem, sample_images
 from muco.data.source import Data
 from muco.dialogue import Content, ImageLike, Sample
 from muco.errors import CheckpointError, DataError, ImageError
-from muco.images import image_digest, open_image
+from muco.images import image_digest
 
-MAX_LISTED = 20  # messages kept per kind of problem; the total is always counted
 MOST_FREQUENT = 5
 NO_KIND = "(no kind)"
-
-_SPECIAL = r"<\|[^<>|\s]{1,40}\|>"  # <|emb|>, <|image_pad|>, <|im_end|> …, whatever the model
-
-
-@dataclass
-class Findings:
-    """Problems of one sort: how many, and the messages of the first ``MAX_LISTED``."""
-
-    total: int = 0
-    listed: list[str] = field(default_factory=list)
-
-    def add(self, message: str) -> None:
-        self.total += 1
-        if len(self.listed) < MAX_LISTED:
-            self.listed.append(message)
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Exact statistics of text lengths; every wording counts once, an empty one not at all."""
-
-    texts: int = 0
-    mean: float = 0.0
-    median: int = 0
-    p95: int = 0
-    max: int = 0
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """Identical targets of one kind.
-
-    ``share`` is the share of turns whose target occurs in another sample too (a target with several wordings counts
-    once per wording): such turns are wrong negatives of one another unless the loss masks them.
-    """
-
-    turns: int
-    distinct: int
-    share: float
-    most_frequent: list[tuple[str, int]]
-
-
-@dataclass
-class Report:
-    """All that :func:`check` found. ``ok`` is False if a row or an image cannot be used; repeats are no error."""
-
-    path: str
-    rows: int = 0
-    samples: int = 0  # rows that can be read
-    turns: int = 0
-    turns_per_sample: dict[int, int] = field(default_factory=dict)  # number of turns -> samples
-    images: int = 0  # distinct files
-    images_opened: bool = True
-    bad_rows: Findings = field(default_factory=Findings)
-    missing_images: Findings = field(default_factory=Findings)
-    broken_images: Findings = field(default_factory=Findings)
-    special_tokens: Findings = field(default_factory=Findings)  # rows whose text holds one
-    words: dict[str, Lengths] = field(default_factory=dict)  # "query", "target" -> lengths
-    tokens: dict[str, Lengths] | None = None  # the same in tokens, if a tokenizer was given
-    kinds: dict[str, Repeats] = field(default_factory=dict)
-
-    @property
-    def problems(self) -> dict[str, Findings]:
-        return {
-            "bad rows": self.bad_rows,
-            "missing images": self.missing_images,
-            "broken images": self.broken_images,
-            "special tokens in text": self.special_tokens,
-        }
-
-    @property
-    def ok(self) -> bool:
-        return self.samples > 0 and not any(findings.total for findings in self.problems.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with ``ok``; the keys of ``turns_per_sample`` become strings."""
-        plain = asdict(self)
-        plain["turns_per_sample"] = {str(turns): count for turns, count in self.turns_per_sample.items()}
-        for repeats in plain["kinds"].values():
-            repeats["most_frequent"] = [list(pair) for pair in repeats["most_frequent"]]
-        return {"ok": self.ok} | plain
 
 
 def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: Any = None) -> Report:
@@ -150,21 +65,12 @@ def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: An
     return report
 
 
-def print_report(report: Report, console: Console) -> None:
-    """The report for people. Text of the data is never read as markup."""
-    verdict = Text("ok", style="bold green") if report.ok else Text("not ok", style="bold red")
-    console.print(Text.assemble((report.path, "bold"), "  ", verdict), soft_wrap=True)
-    console.print(Padding(_counts(report), (1, 0)))
-    print_readable(_kind_table(report), console)
-    console.print()
-    print_readable(_length_table(report), console)
-    for name, findings in report.problems.items():
-        if findings.total:
-            console.print(Text(f"\n{name}: {findings.total:,}", style="bold red"))
-            for message in findings.listed:
-                console.print(Text(f"  {message}"), soft_wrap=True)  # unwrapped, so that file:line can be clicked
-            if left := findings.total - len(findings.listed):
-                console.print(Text(f"  … and {left:,} more"))
+@contextmanager
+def _progress(rows: int) -> Iterator[Iterable[int]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("checking rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress.track(range(rows))
 
 
 # ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,7 +101,7 @@ class _ImageChecks:
                 continue
             self._seen.add(key)
             self._report.images += 1
-            self._pending.append(self._pool.submit(_image_problem, image, sample.place, self._report.images_opened))
+            self._pending.append(self._pool.submit(image_problem, image, sample.place, self._report.images_opened))
             if len(self._pending) > 8 * self._threads:
                 self._take()
 
@@ -203,18 +109,6 @@ class _ImageChecks:
         if problem := self._pending.popleft().result():
             missing, message = problem
             (self._report.missing_images if missing else self._report.broken_images).add(message)
-
-
-def _image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
-    """(is the file missing?, message), or None for an image that can be used."""
-    if isinstance(image, (str, Path)) and not os.path.exists(image):
-        return True, f"{where}: {image}: no such image file"
-    try:
-        if opened:
-            open_image(image, where=where)
-    except ImageError as error:
-        return False, str(error)
-    return None
 
 
 def _file_name(image: ImageLike) -> str:
@@ -238,7 +132,7 @@ class _Texts:
         self._special_tokens = special_tokens
         self._tokenizer = tokenizer
         known = sorted(getattr(tokenizer, "all_special_tokens", ()), key=len, reverse=True)
-        self._pattern = re.compile("|".join([_SPECIAL, *map(re.escape, known)]))
+        self._pattern = re.compile("|".join([SPECIAL_TOKEN.pattern, *map(re.escape, known)]))
         self._words: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
         self._tokens: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
 
@@ -251,10 +145,10 @@ class _Texts:
                 self._tokens[side].update(map(len, ids))
         self._find_special(sample)
 
-    def words(self) -> dict[str, Lengths]:
+    def words(self) -> dict[str, TextLengths]:
         return {side: _lengths(counts) for side, counts in self._words.items()}
 
-    def tokens(self) -> dict[str, Lengths] | None:
+    def tokens(self) -> dict[str, TextLengths] | None:
         if self._tokenizer is None:
             return None
         return {side: _lengths(counts) for side, counts in self._tokens.items()}
@@ -268,12 +162,12 @@ class _Texts:
                     return  # one message a row
 
 
-def _lengths(counts: Counter[int]) -> Lengths:
+def _lengths(counts: Counter[int]) -> TextLengths:
     texts = counts.total()
     if not texts:
-        return Lengths()
+        return TextLengths()
     mean = sum(length * count for length, count in counts.items()) / texts
-    return Lengths(texts, mean, _percentile(counts, 0.5), _percentile(counts, 0.95), max(counts))
+    return TextLengths(texts, mean, _percentile(counts, 0.5), _percentile(counts, 0.95), max(counts))
 
 
 def _percentile(counts: Counter[int], share: float) -> int:
@@ -337,54 +231,3 @@ def _load_tokenizer(path: str | Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path}: no tokenizer can be loaded from it ({reason}); give a model folder") from error
-
-
-# ── on the screen ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def _progress(rows: int) -> Iterator[Iterable[int]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("checking rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress.track(range(rows))
-
-
-def _counts(report: Report) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    histogram = ", ".join(f"{turns} in {count:,}" for turns, count in report.turns_per_sample.items())
-    table.add_row("rows", f"{report.rows:,}", "")
-    table.add_row("samples", f"{report.samples:,}", "rows that can be read")
-    table.add_row("turns", f"{report.turns:,}", f"turns per sample: {histogram}" if histogram else "")
-    table.add_row("images", f"{report.images:,}", "each opened" if report.images_opened else "not opened")
-    table.columns[1].justify = "right"
-    return table
-
-
-def _kind_table(report: Report) -> Table:
-    table = Table(title="Targets by kind", title_justify="left", title_style="bold")
-    table.add_column("kind")
-    for name in ("turns", "distinct", "repeated"):
-        table.add_column(name, justify="right")
-    table.add_column("most frequent among the repeated", overflow="fold")
-    for kind, repeats in report.kinds.items():
-        frequent = ", ".join(f"{_short(text)} ({count:,})" for text, count in repeats.most_frequent)
-        cells = (f"{repeats.turns:,}", f"{repeats.distinct:,}", f"{repeats.share:.0%}")
-        table.add_row(Text(kind), *cells, Text(frequent or "–"))
-    return table
-
-
-def _length_table(report: Report) -> Table:
-    table = Table(title="Length of texts", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("texts", "mean", "median", "95 %", "max"):
-        table.add_column(name, justify="right")
-    for unit, sides in (("words", report.words), ("tokens", report.tokens or {})):
-        for side, length in sides.items():
-            row = (f"{length.texts:,}", f"{length.mean:.1f}", str(length.median), str(length.p95), f"{length.max:,}")
-            table.add_row(f"{side}, {unit}", *row)
-    return table
-
-
-def _short(text: str, width: int = 40) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

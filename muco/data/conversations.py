@@ -14,9 +14,7 @@ entry stands: opening takes a few megabytes of memory plus 16 bytes per entry, q
 
 from __future__ import annotations
 
-import difflib
 import re
-from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.json_places import Scanner, checked_object, value_at
-from muco.data.lines import Row, file_state, image_of, open_unchanged, position, raw_lines, text_of
+from muco.data.json_places import ArrayPlaces, Scanner, checked_object, value_at
+from muco.data.lines import JsonObject, image_of, parsed, raw_lines, text_of
+from muco.data.places import LinePlaces, file_state, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
 from muco.images import is_url
@@ -56,26 +55,25 @@ class LlavaData(Fingerprinted):
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
         self.path, self.images = Path(path), _image_folder(path, images)
-        self._state = file_state(self.path)
         if self.path.suffix in (".jsonl", ".ndjson"):
-            self._entries, self._lines = _line_places(self.path)
+            self._places: LinePlaces | ArrayPlaces = LinePlaces(self.path)
+            for start, _, line in raw_lines(self.path):
+                self._places.add(start, line)
         elif self.path.suffix == ".json":
-            with open_unchanged(self.path, self._state) as file:
-                self._entries, self._lines = _array_places(file, self.path), None
+            self._places = ArrayPlaces(self.path)
         else:
             raise DataError(f"{self.path}: unknown kind of conversations; give a .json or .jsonl file")
         if not len(self):
             raise DataError(f"{self.path}: the file holds no conversation")
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
         """Raises IndexError if there is no such entry, DataError if it is not as it must be."""
         i = position(index, len(self), self.path)
-        where = f"{self.path} row {i}" if self._lines is None else f"{self.path}:{self._lines[i]}"
-        with open_unchanged(self.path, self._state) as file:
-            entry = value_at(file, self._entries[i], where)
+        where = self._places.where(i)
+        entry = parsed(self._places.read(i), where, constants=True)
         entry = checked_object(entry, "the entry", where)
         images = self._image_paths(entry, where)
         return Sample(images, _exchanges(entry, bool(images), where), id=_entry_id(entry, where), where=where)
@@ -83,7 +81,7 @@ class LlavaData(Fingerprinted):
     def _read_from(self) -> tuple[list[Path], Any]:
         return [self.path], "LLaVA 1"
 
-    def _image_paths(self, entry: Row, where: str) -> list[str]:
+    def _image_paths(self, entry: JsonObject, where: str) -> list[str]:
         given = entry.get("image")
         found = [
             _image(item, self.images, where) for item in (given if isinstance(given, list) else [given]) if item != ""
@@ -185,13 +183,14 @@ class VisDialData(Fingerprinted):
 # ── entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _exchanges(entry: Row, has_image: bool, where: str) -> list[Turn]:
+def _exchanges(entry: JsonObject, has_image: bool, where: str) -> list[Turn]:
     """The turns of a LLaVA entry: messages of both sides by turns, beginning with the human."""
     messages = entry.get("conversations")
     if not isinstance(messages, list) or not messages:
-        near = difflib.get_close_matches("conversations", list(entry), n=1)
-        hint = f"; is it {near[0]!r}?" if near and messages is None else ""
-        raise DataError(f"{where}: 'conversations' must be a list of at least two messages, not {messages!r:.60}{hint}")
+        raise DataError(
+            f"{where}: 'conversations' must be a list of at least two messages, not {messages!r:.60}; the entry has "
+            f"{', '.join(entry):.100}"
+        )
     texts = []
     for number, message in enumerate(messages):
         place = f"{where} message {number}"
@@ -208,7 +207,7 @@ def _exchanges(entry: Row, has_image: bool, where: str) -> list[Turn]:
     return [Turn(query, target, kind=KIND) for query, target in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def _message(message: Row, asks: bool, has_image: bool, where: str) -> str:
+def _message(message: JsonObject, asks: bool, has_image: bool, where: str) -> str:
     if not asks:
         return _text(message, "value", where)
     text = text_of(message, "value", where)
@@ -229,7 +228,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     return text
 
 
-def _entry_id(entry: Row, where: str) -> str | None:
+def _entry_id(entry: JsonObject, where: str) -> str | None:
     value = entry.get("id")
     return str(value) if isinstance(value, int) else text_of(entry, "id", where)
 
@@ -250,28 +249,6 @@ def _image_folder(path: str | Path, images: str | Path | None) -> Path:
 # ── places in a large JSON file ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Places int64 [n, 2] and numbers int64 [n] of the lines that are not blank."""
-    places, numbers = array("q"), array("q")
-    for start, line, number in raw_lines(path):
-        places.extend((start, len(line)))
-        numbers.append(number)
-    return np.array(places, dtype=np.int64).reshape(-1, 2), np.array(numbers, dtype=np.int64)
-
-
-def _array_places(file: BinaryIO, path: Path) -> np.ndarray:
-    """Places of the elements of the one array in a file, int64 [n, 2]."""
-    scanner = Scanner(file, path)
-    if scanner.peek() != "[":
-        raise DataError(
-            f"{path}: the file must hold a JSON array of conversations; name it .jsonl if it has one a line"
-        )
-    places = scanner.elements()
-    if scanner.peek():
-        raise DataError(f"{path}: there is more after the array, at byte {scanner.offset}; mend the file")
-    return places
-
-
 def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarray]]:
     """The split, and the places of the elements of every list in "data"."""
     scanner, split, places = Scanner(file, path), "", {}
@@ -287,12 +264,7 @@ def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarr
             continue
         start, length = scanner.value()
         if key == "split":
-            split = str(_value_at_in(file, start, length, path))
+            here = file.tell()
+            split = str(value_at(file, (start, length), str(path)))
+            file.seek(here)
     return split, places
-
-
-def _value_at_in(file: BinaryIO, start: int, length: int, path: Path) -> Any:
-    here = file.tell()
-    value = value_at(file, np.array([start, length]), str(path))
-    file.seek(here)
-    return value

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 
 from muco.base.files import write_json
 from muco.data.images import sample_images
+from muco.data.places import file_state
 from muco.dialogue import ImageLike
 from muco.errors import DataError, ImageError
 from muco.images import SETTLED, image_digest
@@ -30,12 +32,12 @@ THREADS = 16  # they wait for the disk
 _known: dict[str, list[Any]] = {}  # absolute path -> size, modification time in ns, SHA-256 (hex) of a file
 
 
-class Fingerprinted:
+class Fingerprinted(ABC):
     """Gives data its fingerprints, which are found when first asked for and then kept."""
 
+    @abstractmethod
     def _read_from(self) -> tuple[Sequence[Path], Any]:
         """The files that hold the rows, and the options by which they are read, as JSON can hold them."""
-        raise NotImplementedError
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,16 +97,16 @@ def file_digest(path: Path) -> str:
         DataError: If the file cannot be read, or changes meanwhile.
     """
     place = str(path.absolute())
+    before = file_state(path)
+    known = _known.get(place)
+    if known is not None and tuple(known[:2]) == before:
+        return known[2]
     try:
-        before = _state(path)
-        known = _known.get(place)
-        if known is not None and known[:2] == before:
-            return known[2]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        after = _state(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    after = file_state(path)
     if after != before:
         raise DataError(f"{path}: the file changed while it was read; start again when it is complete")
     if time.time_ns() - after[1] > SETTLED:
@@ -126,8 +128,3 @@ def recall(file: Path) -> None:
 def remember(file: Path) -> None:
     """Leaves the digests of all files that were read for another process."""
     write_json(file, _known)
-
-
-def _state(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from muco.data import open_data
-from muco.data.items import image_files, open_source
+from muco.data.folders import image_files
+from muco.data.items import open_items
 from muco.data.source import Data
 from muco.dialogue import Content, ImageLike
 from muco.errors import ImageError
@@ -88,7 +89,7 @@ class Keys:
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Source:
+class ContentRows:
     """Rows of contents, whatever they come from; a folder without a JSONL file is a folder of images."""
 
     def __init__(self, source: Any) -> None:
@@ -100,7 +101,7 @@ class Source:
         if not isinstance(source, (str, Path)):
             self._data = source
         elif Path(source).is_dir() and not any(Path(source).glob("*.jsonl")):
-            self.passed_over = open_source(Path(source)).passed_over
+            self.passed_over = open_items(Path(source)).passed_over
             self._images = [Path(source) / name for name, _ in image_files(Path(source))]
         else:
             self._data = open_data(source)
@@ -124,7 +125,7 @@ class Source:
 
 
 def keys_of(
-    source: Source, look: Callable[[ImageLike], ImageKeys], threads: ThreadPoolExecutor, *, negatives: bool
+    source: ContentRows, look: Callable[[ImageLike], ImageKeys], threads: ThreadPoolExecutor, *, negatives: bool
 ) -> Iterator[Keys]:
     """Keys of every row in order.
 

@@ -1,18 +1,17 @@
-"""Reading images: whatever a user hands in becomes an upright RGB image of sane size, or an ImageError that names it.
-
-Files of strangers are read here, so the order matters: size in bytes, then format and size in pixels from the header,
-and only then the pixels. Nothing is fetched, nothing is guessed, and a truncated file is never filled up with grey.
-"""
+"""Images of a data set: those of a sample, whether one can be used, and whether two are the same."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 
 from PIL import Image
 
 from muco.dialogue import ImageLike, Sample
-from muco.images import _name, _status, image_digest
+from muco.errors import ImageError
+from muco.images import _name, _status, image_digest, open_image
 
 
 class SameImage:
@@ -46,3 +45,20 @@ def sample_images(sample: Sample) -> Iterator[ImageLike]:
     for turn in sample.turns:
         for content in (*turn.query, *turn.target, *turn.negatives):
             yield from content.images
+
+
+def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
+    """(is the file missing?, message), or None for an image that can be used.
+
+    Args:
+        where: Names the row in the message.
+        opened: Whether to open it; without, only whether there is a file is looked at.
+    """
+    if isinstance(image, (str, Path)) and not os.path.exists(image):
+        return True, f"{where}: {image}: no such image file"
+    try:
+        if opened:
+            open_image(image, where=where)
+    except ImageError as error:
+        return False, str(error)
+    return None

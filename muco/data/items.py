@@ -6,18 +6,21 @@ import hashlib
 import json
 import os
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from muco.base.json_text import type_of
+from muco.data.folders import image_files, state_of_images, told_kinds
 from muco.data.lines import check_texts, parsed, raw_lines, whole_text
+from muco.data.parquet import batches, read_header
+from muco.data.places import file_state
 from muco.errors import DataError
+from muco.images import image_suffixes, is_url
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,7 +30,6 @@ DIALOGUE = (
     "score dialogues with `muco evaluate`"
 )
 PARQUET_ROWS = 32  # rows read from a Parquet file at once: with images inside, each may weigh megabytes
-SHOWN_KINDS = 10  # of files passed over, in a sentence
 
 
 class Columns(NamedTuple):
@@ -86,7 +88,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Source:
+class Items:
     """An input that yields its rows from any row number on.
 
     Args:
@@ -115,7 +117,7 @@ class Source:
             yield read_row(record, self.columns or COLUMNS, self.root, further)
 
 
-def open_source(path: Path, columns: Columns = COLUMNS) -> Source:
+def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
     """Checks the input as a whole, without opening images.
 
     Raises:
@@ -135,95 +137,14 @@ def open_source(path: Path, columns: Columns = COLUMNS) -> Source:
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _folder(path: Path) -> Source:
-    from muco.images import image_suffixes
-
+def _folder(path: Path) -> Items:
     state = state_of_images(path)
     if not state.total:
         hint = next((f"; did you mean {p}?" for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")), "")
         found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
         looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
         raise DataError(f"{path}: no images in this folder ({looked}){hint}")
-    return Source(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """What a folder holds.
-
-    Args:
-        fingerprint: SHA-256 (hex) of names, sizes and times of the images.
-        total: Number of images.
-        passed_over: Other files by kind, see :func:`image_files`.
-    """
-
-    fingerprint: str
-    total: int
-    passed_over: Counter[str]
-
-
-def state_of_images(folder: Path) -> ImageFolder:
-    """Of the images in a folder and those below.
-
-    Raises:
-        DataError: If a folder cannot be listed.
-    """
-    digest, total, passed_over = hashlib.sha256(), 0, Counter[str]()
-    try:
-        for name, entry in image_files(folder, passed_over):
-            status = entry.stat(follow_symlinks=entry.is_file())  # of a broken link, its own
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-            total += 1
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error}") from error
-    return ImageFolder(digest.hexdigest(), total, passed_over)
-
-
-def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Relative names ("a/b.png") and entries of the images in a folder and those below, in the order of the names.
-
-    Hidden files and linked folders are left out.
-
-    Args:
-        passed_over: Counts the other files by kind: the ending of their names (".heic"), or "other".
-    """
-    from muco.images import image_suffixes
-
-    suffixes = image_suffixes()
-    for name, entry in _files(folder, ""):
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in suffixes:
-            yield name, entry
-        elif passed_over is not None:
-            passed_over[suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", suffix) else "other"] += 1
-
-
-def told_kinds(passed_over: Counter[str]) -> str:
-    """ "12 .heic, 3 .avif", the most frequent first."""
-    shown = [f"{count:,} {kind}" for kind, count in passed_over.most_common(SHOWN_KINDS)]
-    left = passed_over.total() - sum(count for _, count in passed_over.most_common(SHOWN_KINDS))
-    return ", ".join([*shown, f"{left:,} of further kinds"] if left else shown)
-
-
-def told_passed_over(folder: Path, passed_over: Counter[str]) -> str:
-    """The sentence that tells what of a folder is not read; "" if nothing was passed over."""
-    if not passed_over:
-        return ""
-    return (
-        f"{folder}: files of other kinds are passed over: {told_kinds(passed_over)}; to take photographs among them, "
-        "convert them to JPEG or PNG"
-    )
-
-
-def _files(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All files in the order of the names, one folder's listing in memory at a time."""
-    with os.scandir(folder) as scan:
-        entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
-    for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
-        if name.endswith("/"):
-            yield from _files(Path(entry.path), prefix + name)
-        elif not (entry.is_symlink() and entry.is_dir()):
-            yield prefix + name, entry
+    return Items(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
 
 
 def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -238,12 +159,12 @@ def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterato
 # ── JSONL ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _jsonl(path: Path, columns: Columns) -> Source:
+def _jsonl(path: Path, columns: Columns) -> Items:
     digest = hashlib.sha256()
     total = sum(1 for _ in raw_lines(path, digest))
     if not total:
         raise DataError(f"{path}: the file has no rows")
-    return Source(path.parent, digest.hexdigest(), total, columns, partial(_jsonl_records, path))
+    return Items(path.parent, digest.hexdigest(), total, columns, partial(_jsonl_records, path))
 
 
 def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -265,15 +186,8 @@ def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[R
 # ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parquet(path: Path, columns: Columns) -> Source:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            names, total = file.schema_arrow.names, file.metadata.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+def _parquet(path: Path, columns: Columns) -> Items:
+    names, total = read_header(path)
     if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
     if not {columns.text, *columns.images} & {*names}:
@@ -282,28 +196,17 @@ def _parquet(path: Path, columns: Columns) -> Source:
         raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
     if not total:
         raise DataError(f"{path}: the file has no rows")
-    stat = path.stat()
-    fingerprint = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    return Source(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
+    size, changed = file_state(path)
+    fingerprint = hashlib.sha256(f"{size} {changed}".encode()).hexdigest()
+    return Items(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
 
 
 def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence[str]) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # A buffered reader without pre-buffering holds some pages, not a row group, which may be gigabytes of images.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        present = [name for name in (*columns.used, *further) if name in file.schema_arrow.names]
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        first = bisect_right(list(accumulate(sizes)), start)  # the row group of row `start`; those before stay unread
-        number = sum(sizes[:first])
-        try:
-            for batch in file.iter_batches(PARQUET_ROWS, row_groups=range(first, len(sizes)), columns=present):
-                for i in range(max(0, start - number), len(batch)):
-                    yield _parquet_record(batch, i, number + i, f"{path.name} row {number + i}")
-                number += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: broken after row {number}: {error}") from error
+    names = read_header(path)[0]
+    present = [name for name in (*columns.used, *further) if name in names]
+    for first, batch in batches(path, present, start, most_rows=PARQUET_ROWS):
+        for i in range(len(batch)):
+            yield _parquet_record(batch, i, first + i, f"{path.name} row {first + i}")
 
 
 def _parquet_record(batch: pa.RecordBatch, i: int, number: int, where: str) -> Record:
@@ -356,7 +259,7 @@ def _id(value: Any, number: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"'id' must be a string or a whole number, not {type(value).__name__}")
+        raise DataError(f"'id' must be a string or a whole number, not {type_of(value)}")
     return _string(value, "id") or number
 
 
@@ -365,7 +268,7 @@ def _string(value: Any, key: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise DataError(f"{key!r} must be a string, not {type(value).__name__}")
+        raise DataError(f"{key!r} must be a string, not {type_of(value)}")
     return whole_text(value, key) if value.strip() else None
 
 
@@ -396,8 +299,6 @@ def _images_of(value: Any, key: str, root: Path) -> list[Image]:
 
 def _image(value: Any, key: str, root: Path) -> Image | None:
     """One image from a path, bytes, or the struct of Hugging Face data; None where it says nothing."""
-    from muco.images import is_url
-
     data = None
     if isinstance(value, dict):
         if unknown := [name for name in value if name not in ("bytes", "path")]:
@@ -408,7 +309,7 @@ def _image(value: Any, key: str, root: Path) -> Image | None:
     for given, kind in ((data, bytes), (value, str)):
         if not (given is None or isinstance(given, kind)):
             accepted = "a path or a list of paths (in Parquet also bytes)"
-            raise DataError(f"{key!r} must be {accepted}, not {type(given).__name__}")
+            raise DataError(f"{key!r} must be {accepted}, not {type_of(given)}")
     path = _string(value, key)
     if data is not None:
         return data, path

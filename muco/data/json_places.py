@@ -4,32 +4,67 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from muco.base.json_text import type_of
 from muco.base.text import refuse_utf16
-from muco.data.lines import Row, parsed
+from muco.data.lines import JsonObject, parsed
+from muco.data.places import file_state, open_unchanged
 from muco.errors import DataError
 
 PIECE = 1 << 20  # bytes read at once
 LONGEST_VALUE = 1 << 26  # bytes of one entry
 
 
-def checked_object(value: Any, name: str, where: str) -> Row:
+def checked_object(value: Any, name: str, where: str) -> JsonObject:
     """The value, if it is a JSON object; ``name`` says what it should be."""
     if not isinstance(value, dict):
-        raise DataError(f"{where}: {name} must be a JSON object, not {type(value).__name__}")
+        raise DataError(f"{where}: {name} must be a JSON object, not {type_of(value)}")
     return value
 
 
-def value_at(file: BinaryIO, place: np.ndarray, where: str) -> Any:
+def value_at(file: BinaryIO, place: Sequence[int], where: str) -> Any:
     """The JSON value at a place, (first byte, bytes)."""
     start, length = map(int, place)
     file.seek(start)
     return parsed(file.read(length), where, constants=True)  # as the scanner: who needs a number looks at it
+
+
+class ArrayPlaces:
+    """The elements of the one array in a JSON file; an element is read from the file when asked for.
+
+    Memory: 16 bytes an element.
+
+    Raises:
+        DataError: If the file cannot be read or holds anything but an array.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._state = path, file_state(path)
+        with open_unchanged(path, self._state) as file:
+            scanner = Scanner(file, path)
+            if scanner.peek() != "[":
+                raise DataError(f"{path}: the file must hold a JSON array; name it .jsonl if it has one entry a line")
+            self._places = scanner.elements()  # int64 [n, 2]
+            scanner.end()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def where(self, index: int) -> str:
+        """ "file row N", counted from 0."""
+        return f"{self.path} row {index}"
+
+    def read(self, index: int) -> bytes:
+        """The JSON of an element; a DataError if the file has changed."""
+        start, length = map(int, self._places[index])
+        with open_unchanged(self.path, self._state) as file:
+            file.seek(start)
+            return file.read(length)
 
 
 class Scanner:
@@ -118,6 +153,11 @@ class Scanner:
             yield json.loads(name)
             if self.take(",}") == "}":
                 return
+
+    def end(self) -> None:
+        """Raises a DataError if anything comes after the values that were stepped over."""
+        if self.peek():
+            raise DataError(f"{self.path}: there is more after the JSON value, at byte {self.offset}; fix the file")
 
     def _more(self, size: int) -> bool:
         """Reads on; what has been stepped over is dropped."""

@@ -12,38 +12,27 @@ relative to the file's folder; absolute ones and ``..`` are allowed, since the f
 
 from __future__ import annotations
 
-import difflib
 import json
-import operator
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from muco.base.files import whole_file, writing
+from muco.base.json_text import type_of
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import file_state, parsed, raw_lines, whole_text
-from muco.dialogue import Content, ImageLike, Sample, Turn
-from muco.errors import DataError
+from muco.data.lines import parsed, raw_lines, whole_text
+from muco.data.places import LinePlaces, position
+from muco.dialogue import Content, ImageLike, Sample, Turn, as_content
+from muco.errors import DataError, did_you_mean
 from muco.images import is_url
 
 _SAMPLE_KEYS = ("image", "images", "turns", "id")
 _TURN_KEYS = ("query", "target", "kind", "negatives")
-_CONTENT_KEYS = ("text", "image", "images", "caption")
-_JSON_NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"} | {
-    list: "a list",
-    dict: "an object",
-}
 
 
 class JsonlData(Fingerprinted):
     """The samples of a JSONL file, parsed when asked for; only the offsets of the lines are kept in memory.
-
-    The file is opened anew for every row, so that threads, forked workers and pickled copies share no handle.
 
     Args:
         path: The file. Blank lines and a byte-order mark are skipped.
@@ -54,14 +43,14 @@ class JsonlData(Fingerprinted):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.folder = self.path.parent
-        self._shown = str(path)  # errors name the file as the user did
-        self._state = file_state(Path(path))
-        self._starts, self._lines = _index(Path(path))  # int64 [n]: byte offset, line number from 1
+        self._places = LinePlaces(self.path, shown=str(path))  # errors name the file as the user did
+        for start, _, line in raw_lines(Path(path)):
+            self._places.add(start, line)
         if not len(self):
-            raise DataError(f"{self._shown}: the file holds no rows")
+            raise DataError(f"{path}: the file holds no rows")
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its images are absolute paths and its ``where`` is "file:line".
@@ -70,38 +59,17 @@ class JsonlData(Fingerprinted):
             IndexError: If there is no such row.
             DataError: If the row is not as it must be, or the file changed since it was opened.
         """
-        i = self._position(index)
-        return sample_from_row(self._row(i), self.folder, self.where(i))
+        where = self.where(index)
+        line = self._places.read(position(index, len(self), self._places.shown))
+        return sample_from_row(parsed(line, where), self.folder, where)
 
     def where(self, index: int) -> str:
         """ "file:line" of a row, also of one that cannot be read."""
-        return f"{self._shown}:{self._lines[self._position(index)]}"
+        return self._places.where(position(index, len(self), self._places.shown))
 
     def _read_from(self) -> tuple[list[Path], str]:
-        self._open().close()  # refuses a file that has changed
+        self._places.check()
         return [self.path], "jsonl"
-
-    def _position(self, index: int) -> int:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)} in {self._shown}")
-        return i % len(self)
-
-    def _row(self, i: int) -> Any:
-        with self._open() as file:
-            file.seek(int(self._starts[i]))
-            line = file.readline()
-        return parsed(line, self.where(i))
-
-    def _open(self) -> BufferedReader:
-        try:
-            file = self.path.open("rb")
-        except OSError as error:
-            raise DataError(f"{self._shown}: cannot be read ({error.strerror})") from error
-        if file_state(file.fileno()) != self._state:  # the offsets would point into the middle of other lines
-            file.close()
-            raise DataError(f"{self._shown}: the file changed since it was opened; open it again")
-        return file
 
 
 def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
@@ -120,14 +88,14 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
         sample_id = _optional_string(row, "id")
         turns = row.get("turns")
         if not isinstance(turns, list) or not turns:
-            given = "an empty list" if turns == [] else _type(turns)
+            given = "an empty list" if turns == [] else type_of(turns)
             raise DataError(f"'turns' must be a list of at least one turn, not {given}")
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     read = []
     for number, turn in enumerate(turns, start=1):
         try:
-            read.append(_turn(turn, folder, has_image=bool(images)))
+            read.append(_turn(turn, folder))
         except DataError as error:
             raise DataError(f"{where} turn {number}: {error}") from error
     return Sample(image=images, turns=read, id=sample_id, where=where)
@@ -164,62 +132,43 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-# ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and line numbers of the lines that are not blank, in one pass."""
-    starts, lines = array("q"), array("q")
-    for start, _, number in raw_lines(path):
-        starts.append(start)
-        lines.append(number)
-    return np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
-
-
 # ── the schema ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _turn(value: Any, folder: Path, has_image: bool) -> Turn:
+def _turn(value: Any, folder: Path) -> Turn:
     value = _object(value, _TURN_KEYS, "a turn")
     for side in ("query", "target"):
         if value.get(side) is None:
             raise DataError(f"the turn has no {side!r}; every turn needs a query and a target")
     negatives = value.get("negatives")
     if not isinstance(negatives, list | None):
-        raise DataError(f"'negatives' must be a list, not {_type(negatives)}")
+        raise DataError(f"'negatives' must be a list, not {type_of(negatives)}")
     return Turn(
-        query=_side(value["query"], folder, "query", may_be_empty=has_image),
+        query=_side(value["query"], folder, "query"),
         target=_side(value["target"], folder, "target"),
         kind=_optional_string(value, "kind"),
-        negatives=tuple(_content(item, folder, "negatives") for item in negatives or ()),
+        negatives=[_content(item, folder, "negatives") for item in negatives or ()],
     )
 
 
-def _side(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) -> tuple[Content, ...]:
-    """The paraphrases of a query or a target."""
+def _side(value: Any, folder: Path, key: str) -> Content | list[Content]:
+    """A query or a target, or its paraphrases."""
     if isinstance(value, list):
-        if not value:
-            raise DataError(f"{key!r} is an empty list; give at least one wording")
-        return tuple(_content(item, folder, key, may_be_empty=may_be_empty) for item in value)
-    return (_content(value, folder, key, may_be_empty=may_be_empty),)
+        return [_content(item, folder, key) for item in value]
+    return _content(value, folder, key)
 
 
-def _content(value: Any, folder: Path, key: str, *, may_be_empty: bool = False) -> Content:
-    if isinstance(value, str):
-        content = Content(text=whole_text(value, key))
-    elif isinstance(value, dict):
-        value = _object(value, _CONTENT_KEYS, repr(key))
-        text, caption = (_optional_string(value, name) or "" for name in ("text", "caption"))
-        content = Content(text, _images(value, folder), caption)
-    else:
-        raise DataError(f"{key!r} must be text or an object with 'text' and/or 'image', not {_type(value)}")
-    if content.images or content.text.strip():
-        return content
-    if content.text:
+def _content(value: Any, folder: Path, key: str) -> Content:
+    """What :func:`as_content` reads, with images as paths from ``folder``, and texts that are not only blanks."""
+    if isinstance(value, dict):
+        value = value | {"image": None, "images": _images(value, folder)}
+    elif not isinstance(value, str):
+        raise DataError(f"{key!r} must be text or an object with 'text' and/or 'image', not {type_of(value)}")
+    content = as_content(value, repr(key))
+    for text in (content.text, content.caption):
+        whole_text(text, key)
+    if content.text and not content.text.strip() and not content.images:
         raise DataError(f"{key!r} is only blanks; write text or leave it out")
-    if not may_be_empty:
-        hint = " (an empty query means the sample's image, and there is none)" if key == "query" else ""
-        raise DataError(f"{key!r} is empty; give text, an image or both{hint}")
     return content
 
 
@@ -235,7 +184,7 @@ def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
 
 def _image_path(value: Any, folder: Path, key: str) -> Path:
     if not isinstance(value, str):
-        raise DataError(f"{key!r} must be the path of an image, not {_type(value)}")
+        raise DataError(f"{key!r} must be the path of an image, not {type_of(value)}")
     if not value or "\0" in value:
         raise DataError(f"{key!r} is not a path: {value!r}; leave the key out where there is no image")
     if is_url(value):
@@ -245,12 +194,10 @@ def _image_path(value: Any, folder: Path, key: str) -> Path:
 
 def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{name} must be an object, not {_type(value)}")
+        raise DataError(f"{name} must be an object, not {type_of(value)}")
     for key in value:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"unknown key {key!r} in {name}; {hint}accepted are {', '.join(map(repr, keys))}")
+            raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, keys)}")
     return value
 
 
@@ -259,12 +206,8 @@ def _optional_string(value: dict[str, Any], key: str) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise DataError(f"{key!r} must be a string, not {_type(text)}")
+        raise DataError(f"{key!r} must be a string, not {type_of(text)}")
     return whole_text(text, key)
-
-
-def _type(value: Any) -> str:
-    return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
 # ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 
 from muco.base.text import read_text
 from muco.data.left_out import LeftOut
-from muco.data.lines import HASHED, Row, as_object, file_state, raw_lines
+from muco.data.lines import HASHED, JsonObject, as_object, raw_lines
+from muco.data.places import LinePlaces
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
 from muco.images import image_digest
@@ -48,8 +48,8 @@ class LinePool:
         self,
         path: Path,
         name: str,
-        identify: Callable[[Row, str], str],
-        read: Callable[[Row, str], Content],
+        identify: Callable[[JsonObject, str], str],
+        read: Callable[[JsonObject, str], Content],
         *,
         form: str,
         numbers: Callable[[np.ndarray], np.ndarray],
@@ -57,17 +57,15 @@ class LinePool:
     ) -> None:
         self.path, self.name, self._read = Path(path), name, read
         self.left_out = LeftOut() if left_out is None else left_out
-        starts, lines = array("q"), array("q")
         ids: list[bytes] = []
         images: list[tuple[int, str]] = []  # row and path of those whose bytes may count
         digest, times = hashlib.sha256(), hashlib.sha256()
-        self._state = file_state(self.path)
+        self._places = LinePlaces(self.path)
         for start, line, number in raw_lines(self.path, digest):
             where = f"{self.path}:{number}"
-            value, row = as_object(line, where), len(starts)
+            value, row = as_object(line, where), len(ids)
             ids.append(_id_bytes(identify(value, where), where))
-            starts.append(start)
-            lines.append(number)
+            self._places.add(start, number)
             try:
                 paths = [str(image) for image in read(value, where).images]
                 for image in paths:
@@ -77,7 +75,6 @@ class LinePool:
                 continue
             if row < HASHED:
                 images += [(row, image) for image in paths]
-        self._starts, self._lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
         if not ids:
             raise DataError(f"{self.path}: the file holds no candidate")
         self._ids = np.array(ids, dtype=bytes)
@@ -90,23 +87,14 @@ class LinePool:
         self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._places)
 
     def __getitem__(self, row: int) -> Candidate:
         """Raises IndexError if there is no such row, DataError if the file changed since it was opened."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
-        where = f"{self.path}:{self._lines[row]}"
-        try:
-            with self.path.open("rb") as file:
-                changed = file_state(file.fileno()) != self._state  # then the place would be within another line
-                file.seek(int(self._starts[row]))
-                line = file.readline()
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror})") from error
-        if changed:
-            raise DataError(f"{self.path}: the file changed since it was opened; start again")
-        return Candidate(self.id(row), self._read(as_object(line, where), where), where)
+        where = self.where(row)
+        return Candidate(self.id(row), self._read(as_object(self._places.read(row), where), where), where)
 
     def id(self, row: int) -> str:
         """The id of a row, without reading its line."""
@@ -120,7 +108,7 @@ class LinePool:
         return np.where(self._ids[rows] == wanted, rows, -1).astype(np.int64)
 
     def where(self, row: int) -> str:
-        return f"{self.path}:{self._lines[row]}"
+        return self._places.where(row)
 
     def _digest(self, row: int, image: str) -> str:
         try:
@@ -136,7 +124,7 @@ class LinePool:
             row = again[np.argmin(second[again])]  # the one that comes first in the file
             raise DataError(
                 f"{self.where(second[row])}: the id {self.id(second[row])!r} is also that of line "
-                f"{self._lines[first[row]]}; ids must be unique within a pool"
+                f"{self._places.line(first[row])}; ids must be unique within a pool"
             )
 
 

@@ -33,9 +33,9 @@ from muco.base.files import write_json
 from muco.base.machine import versions
 from muco.base.tables import clean, print_whole, table_of_numbers
 from muco.base.terminal import progress_bar
-from muco.data.check import Findings
-from muco.data.identity import MIN_WORDS, ImageKeys, Keys, Source, image_keys, keys_of
-from muco.data.items import told_passed_over
+from muco.data.check_report import Findings
+from muco.data.folders import told_passed_over
+from muco.data.identity import MIN_WORDS, ContentRows, ImageKeys, Keys, image_keys, keys_of
 from muco.data.jsonl import write_jsonl
 from muco.dialogue import ImageLike
 from muco.errors import DataError
@@ -72,8 +72,8 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
         OutputError: If the folder cannot be written.
     Memory: 16 bytes per image file, image and text of the evaluation data; of the training data one block of rows.
     """
-    sources = [Source(source) for source in _several(evaluation)]
-    training = [Source(source) for source in _several(train)]
+    sources = [ContentRows(source) for source in _several(evaluation)]
+    training = [ContentRows(source) for source in _several(train)]
     for side, given in (("training", training), ("evaluation", sources)):
         if not sum(map(len, given)):
             raise DataError(f"no {side} data: give at least one file or folder that holds some")
@@ -122,7 +122,7 @@ class _Index:
 
 
 class _Search:
-    def __init__(self, sources: list[Source], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, sources: list[ContentRows], threads: ThreadPoolExecutor) -> None:
         self.sources, self.threads = sources, threads
         self.starts = np.cumsum([0, *map(len, sources)])  # of each source's samples among all
         self.remembered = lru_cache(1 << 14)(image_keys)
@@ -133,7 +133,7 @@ class _Search:
         self.short = 0
         self._read_evaluation()
 
-    def _keys(self, sources: list[Source], side: str) -> Iterator[tuple[Source, int, Keys]]:
+    def _keys(self, sources: list[ContentRows], side: str) -> Iterator[tuple[ContentRows, int, Keys]]:
         total, done = sum(map(len, sources)), 0
         with progress_bar(f"{side} data") as progress:
             for source in sources:
@@ -160,7 +160,7 @@ class _Search:
         self.common = self.index["text"].drop_common()
         self.common_in_training: set[int] = set()
 
-    def pairs(self, training: list[Source]) -> Iterator[dict[str, Any]]:
+    def pairs(self, training: list[ContentRows]) -> Iterator[dict[str, Any]]:
         """One line per training row and evaluation sample that share something, in the order of the training data."""
         for source, i, keys in self._keys(training, "training"):
             self.common_in_training |= self.common & keys.texts.keys()
@@ -187,7 +187,7 @@ class _Search:
             self.listed.append(pair)
         return pair
 
-    def report(self, training: list[Source]) -> dict[str, Any]:
+    def report(self, training: list[ContentRows]) -> dict[str, Any]:
         spans = zip(self.sources, self.starts[:-1], self.starts[1:], strict=True)
         told = (told_passed_over(Path(source.name), source.passed_over) for source in (*training, *self.sources))
         warnings = [line for line in told if line]
@@ -226,7 +226,7 @@ def _by_kind(keys: Keys) -> dict[str, dict[int, str]]:
     }
 
 
-def _origin(source: Source) -> dict[str, str]:
+def _origin(source: ContentRows) -> dict[str, str]:
     return {"source": source.name, "fingerprint": source.digest.hexdigest()}
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
-import operator
 import os
 import re
+import tokenize
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from muco.base.json_text import type_of
+from muco.base.text import LONE_SURROGATE
 from muco.errors import DataError
 from muco.images import is_url
 
 HASHED = 50_000  # rows up to which the bytes of all images are read for a fingerprint
 MARK = b"\xef\xbb\xbf"  # of byte order, as Windows programs write it first
 LONGEST_LINE = 1 << 26  # bytes; a file of one huge line is not JSONL, and must not be read whole to find that out
+LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
 DEEPEST = 100  # brackets within brackets; what reads or writes JSON gives up at some 900, depending on who calls
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 # ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -53,18 +57,18 @@ def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def objects(path: Path, digest: Any = None) -> Iterator[tuple[Row, str]]:
+def objects(path: Path, digest: Any = None) -> Iterator[tuple[JsonObject, str]]:
     """The JSON object and "file:line" of every line that is not blank."""
     for _, line, number in raw_lines(path, digest):
         where = f"{path}:{number}"
         yield as_object(line, where), where
 
 
-def as_object(line: bytes, where: str, *, constants: bool = False) -> Row:
+def as_object(line: bytes, where: str, *, constants: bool = False) -> JsonObject:
     """The JSON object of a line, see :func:`parsed`; another value is a DataError."""
     value = parsed(line, where, constants=constants)
     if not isinstance(value, dict):
-        raise DataError(f"{where}: the line must be a JSON object, not {type(value).__name__}")
+        raise DataError(f"{where}: the line must be a JSON object, not {type_of(value)}")
     return value
 
 
@@ -95,7 +99,7 @@ def parsed(line: bytes, where: str, *, constants: bool = False) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -126,7 +130,7 @@ def whole_text(text: str, key: str) -> str:
     Raises:
         DataError: If it holds half a character, which is JSON ("\\ud800" alone) and which no tokenizer or file takes.
     """
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+    if LONE_SURROGATE.search(text):
         raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
     return text
 
@@ -191,14 +195,6 @@ def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str 
     return os.path.join(folder, inside)
 
 
-def file_state(file: Path | int) -> tuple[int, int]:
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return status.st_size, status.st_mtime_ns
-
-
 TOKEN = "<|image_1|>"
 
 _TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
@@ -211,14 +207,6 @@ def without_token(text: str, *, has_image: bool) -> str:
     one neighbouring blank does. Without an image only the token goes: such queries begin with their lone newline.
     """
     return _TOKEN.sub("", text) if has_image else text.replace(TOKEN, "")
-
-
-def position(index: int, length: int, path: Path) -> int:
-    """An index from 0; counts from the end where it is negative. IndexError if there is none."""
-    i = operator.index(index)
-    if not -length <= i < length:
-        raise IndexError(f"row {i} of {length} in {path}")
-    return i % length
 
 
 def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:
@@ -239,13 +227,25 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
     return image_of({column: value}, column, folder, where)
 
 
-@contextmanager
-def open_unchanged(path: Path, state: tuple[int, int]) -> Iterator[BinaryIO]:
-    """A file that still is as it was when its index was made; otherwise a DataError."""
+def literal_list(text: str, name: str) -> list[Any]:
+    """A list that a text spells as Python or JSON does; nothing is run.
+
+    Args:
+        name: What errors call the text.
+    Raises:
+        DataError: If it is longer than ``LONGEST_LITERAL`` or not one such list.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_LITERAL:
+        raise DataError(f"{name} is a list of {len(text):,} characters; at most {LONGEST_LITERAL:,} are read")
     try:
-        with path.open("rb") as file:
-            if file_state(file.fileno()) != state:  # then the places would be within other rows
-                raise DataError(f"{path}: the file changed since it was opened; start again")
-            yield file
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        value = ast.literal_eval(text)
+        # Python joins strings without a comma between them into one, as numpy writes its arrays: never what was meant.
+        strings = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise DataError(f"{name} begins like a list but is none: {text[:60]!r}; fix the row") from error
+    if not isinstance(value, list):
+        raise DataError(f"{name} must be one list, not {text[:60]!r}")
+    if strings != sum(1 for _ in _texts(value)):
+        raise DataError(f"{name} is a list without commas: {text[:60]!r}; write it as Python or JSON does")
+    return value

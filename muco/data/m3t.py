@@ -10,7 +10,7 @@
         …                anything else is not read
 
 The pictures are not published with it and have to be downloaded one by one, so that some are always missing. Which rows
-have their picture is found out once, shard by shard, and kept beside the rows (see :mod:`muco.data.parquet`).
+have their picture is found out once, shard by shard, and kept beside the rows (see :mod:`muco.data.rows`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 import os
 import stat
 from collections.abc import Sequence
@@ -30,9 +29,12 @@ from typing import Any
 import numpy as np
 
 from muco.base.files import locked, whole_file
+from muco.base.json_text import type_of
 from muco.base.terminal import progress_bar
 from muco.data.lines import image_of, without_token
-from muco.data.parquet import Rows, cannot_write, choose_columns
+from muco.data.parquet import require_columns
+from muco.data.places import position
+from muco.data.rows import Rows, cannot_write
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
 
@@ -46,7 +48,7 @@ _FILES = ("M3T_train/M3T.parquet", "M3T.parquet")
 class M3TData:
     """The rows of M3T whose picture is there, as samples of as many turns as a row has.
 
-    The first opening copies the columns (see :class:`muco.data.parquet.Rows`) and looks for every picture once per
+    The first opening copies the columns (see :class:`muco.data.rows.Rows`) and looks for every picture once per
     shard; an interrupted opening resumes. Later openings use what was found then; ``rescan=True`` looks again for
     pictures that were added or removed.
 
@@ -77,7 +79,7 @@ class M3TData:
         self.images, self.image_column = Path(images).absolute(), image_column
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold the images of {self.path.name}")
-        columns = choose_columns(self.path, ("qry", "pos_text", image_column), ("kind",))
+        columns = require_columns(self.path, ("qry", "pos_text", image_column), ("kind",))
         self._rows = Rows(self.path, columns, cache=cache)
         # Packed, 0.6 MB for 5 million rows: this travels to every worker, the numbers of the rows are made there.
         self._present = np.packbits(_present(self._rows, self.images, image_column, rescan=rescan))
@@ -130,9 +132,7 @@ class M3TData:
         return self.__dict__ | {"_numbers": None}
 
     def _row(self, index: int) -> int:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in {self.path}")
+        i = position(index, len(self), self.path)
         if self._numbers is None:
             bits = np.unpackbits(self._present, count=len(self._rows))
             self._numbers = np.flatnonzero(bits).astype(np.int32)
@@ -168,7 +168,7 @@ def _find(path: Path) -> Path:
 
 def _turns(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"{column!r} must be a list with an element per turn, not {_type(value)}")
+        raise DataError(f"{column!r} must be a list with an element per turn, not {type_of(value)}")
     if not value:
         raise DataError(f"{column!r} is an empty list; a row needs at least one turn")
     return value
@@ -186,20 +186,16 @@ def _kinds(row: dict[str, Any], turns: int) -> Sequence[str | None]:
 def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Content]:
     """The paraphrases of one element, which is a text or a list of texts."""
     if value == []:
-        raise DataError(f"turn {turn} of {column!r} is an empty list; give at least one wording")
+        raise DataError(f"turn {turn} of {column!r} is an empty list; pass at least one wording")
     texts = []
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
-            raise DataError(f"turn {turn} of {column!r} must be a text or a list of texts, not {_type(text)}")
+            raise DataError(f"turn {turn} of {column!r} must be a text or a list of texts, not {type_of(text)}")
         text = without_token(text, has_image=has_image)
         if not text.strip():
             raise DataError(f"turn {turn} of {column!r} has an empty text; every turn needs a query and a target")
         texts.append(Content(text))
     return texts
-
-
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 # ── which images are there ───────────────────────────────────────────────────────────────────────────────────────────

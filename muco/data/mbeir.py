@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from array import array
@@ -25,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from muco.data.fingerprint import file_digest
-from muco.data.lines import Row, as_object, file_state, open_unchanged, position, raw_lines
+from muco.data.lines import JsonObject, as_object, raw_lines
 from muco.data.mbeir_test import (
     BLANK,
     DATA_SETS,
@@ -41,8 +40,9 @@ from muco.data.mbeir_test import (
     sides_of,
     with_prompt,
 )
+from muco.data.places import file_state, open_unchanged, position
 from muco.dialogue import Content, Sample, Turn
-from muco.errors import DataError
+from muco.errors import DataError, did_you_mean
 
 MAX_TARGETS = 8  # positives of a query that become wordings of its target
 
@@ -189,7 +189,7 @@ class MBEIRTrainData:
         candidates = [self.pool[row] for row in dict.fromkeys(rows[:MAX_TARGETS])]
         return [candidate for candidate in candidates if candidate.modality == candidates[0].modality]
 
-    def _negatives(self, row: Row, positives: Sequence[str], where: str) -> list[Content]:
+    def _negatives(self, row: JsonObject, positives: Sequence[str], where: str) -> list[Content]:
         given = dict.fromkeys(id for id in _negative_ids(row, where) if id not in set(positives))
         numbers = np.array([number_of(id) for id in given], dtype=np.int64)
         rows = [row for row in self.pool.find(numbers) if row >= 0]
@@ -273,9 +273,7 @@ def _root(pool: Path) -> Path:
 def _known_set(name: str) -> str:
     by_lower = {known.lower(): known for known in DATA_SETS}
     if name.lower() not in by_lower:
-        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-        hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
-        raise DataError(f"unknown data set {name!r} of M-BEIR; {hint}known are {', '.join(DATA_SETS)}")
+        raise DataError(f"unknown data set {name!r} of M-BEIR{did_you_mean(name, DATA_SETS)}")
     return by_lower[name.lower()]
 
 
@@ -325,7 +323,7 @@ def _data_set(qid: str, where: str) -> int:
     return number
 
 
-def _negative_ids(row: Row, where: str) -> tuple[str, ...]:
+def _negative_ids(row: JsonObject, where: str) -> tuple[str, ...]:
     given = row.get("neg_cand_list")
     if given is None:
         return ()

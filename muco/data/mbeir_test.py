@@ -24,7 +24,7 @@ import numpy as np
 
 from muco.data.judged import LinePool, Query
 from muco.data.left_out import LeftOut
-from muco.data.lines import Row, id_of, image_of, objects, raw_lines, text_of
+from muco.data.lines import JsonObject, id_of, image_of, objects, raw_lines, text_of
 from muco.dialogue import Content
 from muco.errors import DataError
 
@@ -51,7 +51,7 @@ _ID = re.compile(r"(0|[1-9][0-9]{0,2}):(0|[1-9][0-9]{0,6})", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Task:
+class MBEIRTask:
     """One of the 16 test tasks; its name is "MSCOCO t0"."""
 
     data_set: str
@@ -85,7 +85,7 @@ class Task:
 
 
 ALL = tuple(
-    Task(data_set, number)
+    MBEIRTask(data_set, number)
     for data_set, number in (
         *(("VisualNews", 0), ("MSCOCO", 0), ("Fashion200K", 0), ("WebQA", 1), ("EDIS", 2), ("WebQA", 2)),
         *(("VisualNews", 3), ("MSCOCO", 3), ("Fashion200K", 3), ("NIGHTS", 4), ("OVEN", 6), ("InfoSeek", 6)),
@@ -146,7 +146,7 @@ def data_set_of(id: str) -> int:
 # ── pools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_pool(data: Path, task: Task, left_out: LeftOut | None = None) -> LinePool:
+def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> LinePool:
     """The local pool of a task, every line checked.
 
     Args:
@@ -156,7 +156,7 @@ def open_pool(data: Path, task: Task, left_out: LeftOut | None = None) -> LinePo
             without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
     """
 
-    def read(row: Row, where: str) -> Content:
+    def read(row: JsonObject, where: str) -> Content:
         modality = modality_of(row, "modality", TASKS[task.number][1], where)
         text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
         content = Content(format_string(text), (image,) if image else ())
@@ -180,7 +180,7 @@ def _numbers(ids: np.ndarray) -> np.ndarray:
 # ── queries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_queries(data: Path, task: Task, left_out: LeftOut) -> list[Line]:
+def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
     """The queries of a task in the order of their numbers, whatever that of the lines.
 
     Args:
@@ -210,7 +210,7 @@ def read_queries(data: Path, task: Task, left_out: LeftOut) -> list[Line]:
     return [lines[id] for id in sorted(lines, key=number_of)]
 
 
-def positives_of(row: Row, where: str) -> tuple[str, ...]:
+def positives_of(row: JsonObject, where: str) -> tuple[str, ...]:
     """The ids of a query's positives; the list holds ids or objects with one."""
     given = row.get("pos_cand_list")
     if not isinstance(given, list) or not given:
@@ -218,7 +218,7 @@ def positives_of(row: Row, where: str) -> tuple[str, ...]:
     return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
 
 
-def modality_of(row: Row, key: str, wanted: str, where: str) -> str:
+def modality_of(row: JsonObject, key: str, wanted: str, where: str) -> str:
     """The modality of a line, which must be ``wanted``."""
     modality = row.get(key)
     if modality not in MODALITIES:
@@ -229,7 +229,7 @@ def modality_of(row: Row, key: str, wanted: str, where: str) -> str:
 
 
 def sides_of(
-    row: Row, modality: str, keys: tuple[str, str, str], data: Path, where: str
+    row: JsonObject, modality: str, keys: tuple[str, str, str], data: Path, where: str
 ) -> tuple[str | None, str | None]:
     """Text and image of a line; what its modality names must be there, anything else must not."""
     text, image = text_of(row, keys[1], where), image_of(row, keys[2], data, where)
@@ -244,7 +244,7 @@ def sides_of(
     return (text if "text" in named else None), image
 
 
-def checked_id(row: Row, key: str, where: str) -> str:
+def checked_id(row: JsonObject, key: str, where: str) -> str:
     """An id of the benchmark's form; a DataError if it is another."""
     value = id_of(row, key, where)
     if not _ID.fullmatch(value):
@@ -298,7 +298,7 @@ def with_prompt(prompt: str, text: str) -> str:
     return format_string(f"{format_string(prompt)} {text}")
 
 
-def read_judgements(path: Path, task: Task) -> dict[str, dict[str, int]]:
+def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     """Query -> candidate -> grade of the five columns ``query 0 candidate grade task``; a line twice counts once.
 
     Raises:

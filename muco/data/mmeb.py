@@ -13,46 +13,36 @@ the captions qry_sentence and pos_sentence. "" and null stand for what is absent
 
 from __future__ import annotations
 
-import ast
-import difflib
 import hashlib
-import io
 import json
-import operator
 import re
-import tokenize
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from muco.data.lines import TOKEN, image_of, text_of, without_token
-from muco.data.parquet import Rows, choose_columns
+from muco.base.json_text import type_of
+from muco.data.lines import TOKEN, image_of, literal_list, text_of, without_token
+from muco.data.mmeb_files import SPLITS, Split, config_of, find_files
+from muco.data.parquet import require_columns
+from muco.data.places import position
+from muco.data.rows import Rows
 from muco.dialogue import Content, Sample, Turn
-from muco.errors import DataError
+from muco.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Split = Literal["original", "diverse_instruction"]
-
-SPLITS: tuple[Split, ...] = ("original", "diverse_instruction")
-CONFIGS = tuple(
-    "ImageNet_1K N24News HatefulMemes VOC2007 SUN397 OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W "
-    "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA MSCOCO".split()
-)
 QUERY = ("qry", "qry_image_path", "qry_sentence")  # columns of text, image and caption
 TARGET = ("pos_text", "pos_image_path", "pos_sentence")
 NEGATIVES = ("neg_text", "neg_image_path")
 FORM = 1  # raise when the samples made of a row change
-LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
 
-_CAPTIONED = "_generated_sentence.parquet"
 _LIST = re.compile(r"\s*\[\s*(['\"]|\]\s*\Z)")  # how a list of strings begins; an answer such as "[0.5, Red]" is a text
 
 
@@ -63,7 +53,7 @@ class MMEBTrainData:
     taken out of texts wherever it stands, with or without an image; where it is missing although there is an image,
     nothing has to be done, for models put images in front by themselves. Rows of which the query or the target has
     neither text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in
-    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.parquet.Rows`.
+    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
 
     Args:
         path: The folder of the configurations, or one of their files.
@@ -93,13 +83,13 @@ class MMEBTrainData:
         if rows_per_config is not None and (type(rows_per_config) is not int or rows_per_config < 1):
             raise DataError(f"{path}: rows_per_config must be a positive whole number, not {rows_per_config!r}")
         if split not in SPLITS:
-            raise DataError(f"{path}: unknown split {split!r}{_nearest(split, SPLITS)}")
+            raise DataError(f"{path}: unknown split {split!r}{did_you_mean(split, SPLITS)}")
         if self.path.is_dir():
-            root, files = self.path, _find(self.path, configs, split)
+            root, files = self.path, find_files(self.path, configs, split)
         elif configs is not None:
             raise DataError(f"{path}: configs can be chosen from a folder; this is one file")
         else:
-            root, files = self.path.absolute().parent.parent, {_config_of(self.path): [self.path]}
+            root, files = self.path.absolute().parent.parent, {config_of(self.path): [self.path]}
         self.images = (root if images is None else Path(images)).absolute()
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold what the paths of images are relative to")
@@ -168,10 +158,7 @@ class MMEBTrainData:
         return self._fingerprint
 
     def _place(self, index: int) -> tuple[_Part, int]:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in {self.path}")
-        i %= len(self)
+        i = position(index, len(self), self.path)
         number = bisect_right(self._ends, i)
         return self._parts[number], int(self._parts[number].numbers[i - (self._ends[number - 1] if number else 0)])
 
@@ -210,7 +197,7 @@ class _Part:
     @classmethod
     def open(cls, config: str, file: Path, cache: str | Path | None) -> _Part:
         rows = Rows(
-            file, choose_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
+            file, require_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
         )
         batches = [batch for shard in range(rows.shards) for batch in rows.batches(shard)]
         no_query, no_target = (
@@ -261,55 +248,6 @@ def _is_empty(batch: pa.RecordBatch, text: str, image: str, file: Path) -> np.nd
     return pc.and_(*empty).to_numpy(zero_copy_only=False)
 
 
-def _find(folder: Path, configs: Sequence[str] | None, split: Split) -> dict[str, list[Path]]:
-    """Configuration -> its files of a split, in the order of ``configs`` or of the benchmark."""
-    if isinstance(configs, str):
-        raise DataError(f"configs must be a list of names, not the text {configs!r}")
-    for config in configs or ():
-        if config not in CONFIGS:
-            raise DataError(f"{folder}: unknown configuration {config!r}{_nearest(config, CONFIGS)}")
-    if configs is not None:
-        if len(set(configs)) < len(configs) or not configs:
-            raise DataError(f"configs must name at least one configuration, and each once; they are {list(configs)}")
-        found = {config: _files_of(folder / config, split) for config in configs}
-        for config, files in found.items():
-            if not files:
-                raise DataError(f"{folder / config}: no {split}-*.parquet and no *{_CAPTIONED}; download the files")
-        return found
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in CONFIGS):
-        if _files_of(inner, split):
-            raise DataError(f"{inner}: unknown configuration {inner.name!r}{_nearest(inner.name, CONFIGS)}")
-    found = {config: files for config in CONFIGS if (files := _files_of(folder / config, split))}
-    if not found:
-        what = f"<configuration>/{split}-*.parquet or <configuration>/*{_CAPTIONED}"
-        raise DataError(f"{folder}: no {what}; configurations are {', '.join(CONFIGS)}")
-    return found
-
-
-def _files_of(folder: Path, split: Split) -> list[Path]:
-    files = sorted(folder.glob("*.parquet"))
-    captioned = [file for file in files if file.name.endswith(_CAPTIONED)]
-    captioned = [file for file in captioned if ("diverse_instruction" in file.name) == (split == "diverse_instruction")]
-    plain = [file for file in files if not file.name.endswith(_CAPTIONED)]
-    named = [file for file in plain if file.name.startswith(f"{split}-")]
-    if not named and split == "original":
-        named = [file for file in plain if file.name.startswith("train-")]
-    if named and captioned:
-        what = f"both {named[0].name} and {captioned[0].name} hold its {split} pairs"
-        raise DataError(f"{folder}: {what}; move one of them to another folder, or give one file")
-    return named or captioned
-
-
-def _config_of(file: Path) -> str:
-    parent = file.absolute().parent.name
-    return parent if parent in CONFIGS else file.stem
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; is it {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-
-
 def _counted(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
 
@@ -321,7 +259,7 @@ def negatives_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The hard negatives of a row as (text, path of an image), of which at least one is not ""."""
     texts, images = (_strings(row.get(column), column) for column in NEGATIVES)
     if texts and images and len(texts) != len(images):
-        raise DataError(f"'neg_text' holds {len(texts)} negatives and 'neg_image_path' {len(images)}; mend one of them")
+        raise DataError(f"'neg_text' holds {len(texts)} negatives and 'neg_image_path' {len(images)}; fix one of them")
     size = max(len(texts), len(images))
     pairs = zip(texts or [""] * size, images or [""] * size, strict=True)
     return [(text, image) for text, image in pairs if image or text.replace(TOKEN, "").strip()]
@@ -332,24 +270,10 @@ def _strings(value: Any, column: str) -> list[str]:
     if value is None or value == "":
         return []
     if isinstance(value, str):
-        value = _literal(value, column) if _LIST.match(value) else [value]
+        value = literal_list(value, repr(column)) if _LIST.match(value) else [value]
     if not isinstance(value, list):
-        raise DataError(f"{column!r} must be a string or a list of strings, not {type(value).__name__}")
+        raise DataError(f"{column!r} must be a string or a list of strings, not {type_of(value)}")
     for number, item in enumerate(value):
         if not isinstance(item, str | None):
-            raise DataError(f"negative {number} in {column!r} must be a string, not {type(item).__name__}")
+            raise DataError(f"negative {number} in {column!r} must be a string, not {type_of(item)}")
     return [item or "" for item in value]
-
-
-def _literal(value: str, column: str) -> Any:
-    if len(value) > LONGEST_LITERAL:
-        raise DataError(f"{column!r} is a list of {len(value):,} characters; at most {LONGEST_LITERAL:,} are read")
-    try:
-        read = ast.literal_eval(value.strip())
-        # Python joins strings without a comma between them into one, as numpy writes its arrays: never what was meant.
-        strings = sum(t.type == tokenize.STRING for t in tokenize.generate_tokens(io.StringIO(value.strip()).readline))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
-        raise DataError(f"{column!r} begins like a list but is none: {value[:60]!r}; mend the row") from error
-    if isinstance(read, list) and strings != sum(isinstance(item, str) for item in read):
-        raise DataError(f"{column!r} is a list without commas: {value[:60]!r}; write it as Python or JSON does")
-    return read

@@ -16,7 +16,6 @@ that text without ``<|image_1|>``, and the image: models put an image and a newl
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,96 +23,34 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from muco.base.json_text import type_of
 from muco.data.left_out import LeftOut
 from muco.data.lines import TOKEN, without_token
+from muco.data.mmeb_sets import DATA_SETS, NAMES, DataSet
+from muco.data.parquet import batches, read_header, require_columns
 from muco.dialogue import Content
 from muco.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Meta = Literal["classification", "vqa", "retrieval", "grounding"]
-Group = Literal["cls", "qa", "i2t", "t2i", "i2i"]  # how rows of the split layout are put together
 Layout = Literal["v1", "split"]
 Pair = tuple[str, str]  # text as in v1, image path; "" where there is none
 
-METAS: tuple[Meta, ...] = ("classification", "vqa", "retrieval", "grounding")
 COLUMNS = {
     "v1": ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"),
     "split": ("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "tgt_text", "tgt_img_path"),
 }
 IMAGES = {"v1": "eval_images", "split": "image-tasks"}
 BLANK = Content(" ")  # what an empty candidate becomes, for models embed no empty content
+BATCH_ROWS = 16  # read at once: each has a list of some thousand candidates
 ROWS = 1000  # queries of every published data set
 
 _TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """One of the 36.
-
-    Args:
-        name: Of its folder.
-        in_distribution: Whether the benchmark's training data has a part of it.
-        query_end, target_end: What the texts of v1 end with, where they are more than a bare answer or caption.
-    """
-
-    name: str
-    meta: Meta
-    in_distribution: bool
-    group: Group
-    query_end: str = "\n"
-    target_end: str = "\n"
-
-    @property
-    def finds_images(self) -> bool:
-        return self.group in ("t2i", "i2i")
-
-
-DATA_SETS = (
-    DataSet("ImageNet-1K", "classification", True, "cls"),
-    DataSet("N24News", "classification", True, "cls"),
-    DataSet("HatefulMemes", "classification", True, "cls"),
-    DataSet("VOC2007", "classification", True, "cls"),
-    DataSet("SUN397", "classification", True, "cls"),
-    DataSet("Place365", "classification", False, "cls"),
-    DataSet("ImageNet-A", "classification", False, "cls"),
-    DataSet("ImageNet-R", "classification", False, "cls"),
-    DataSet("ObjectNet", "classification", False, "cls"),
-    DataSet("Country211", "classification", False, "cls"),
-    DataSet("OK-VQA", "vqa", True, "qa"),
-    DataSet("A-OKVQA", "vqa", True, "qa"),
-    DataSet("DocVQA", "vqa", True, "qa"),
-    DataSet("InfographicsVQA", "vqa", True, "qa"),
-    DataSet("ChartQA", "vqa", True, "qa"),
-    DataSet("Visual7W", "vqa", True, "qa"),
-    DataSet("ScienceQA", "vqa", False, "qa"),
-    DataSet("VizWiz", "vqa", False, "qa"),
-    DataSet("GQA", "vqa", False, "qa"),
-    DataSet("TextVQA", "vqa", False, "qa"),
-    DataSet("VisDial", "retrieval", True, "t2i", query_end="\n\n"),
-    DataSet("CIRR", "retrieval", True, "i2i"),
-    DataSet("VisualNews_t2i", "retrieval", True, "t2i"),
-    DataSet("VisualNews_i2t", "retrieval", True, "i2t"),
-    DataSet("MSCOCO_t2i", "retrieval", True, "t2i"),
-    DataSet("MSCOCO_i2t", "retrieval", True, "i2t"),
-    DataSet("NIGHTS", "retrieval", True, "i2i"),
-    DataSet("WebQA", "retrieval", True, "t2i"),
-    DataSet("OVEN", "retrieval", False, "i2i"),
-    DataSet("FashionIQ", "retrieval", False, "i2i"),
-    DataSet("EDIS", "retrieval", False, "t2i"),
-    DataSet("Wiki-SS-NQ", "retrieval", False, "t2i"),
-    DataSet("MSCOCO", "grounding", True, "i2i", target_end=""),
-    DataSet("RefCOCO", "grounding", False, "i2i", target_end=""),
-    DataSet("RefCOCO-Matching", "grounding", False, "i2i"),
-    DataSet("Visual7W-Pointing", "grounding", False, "i2i", target_end=""),
-)
-NAMES = tuple(data_set.name for data_set in DATA_SETS)
-
-
-@dataclass(frozen=True)
-class Source:
+class MMEBSet:
     """The files of a data set.
 
     Args:
@@ -170,7 +107,7 @@ def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, li
     return found, missing
 
 
-def open_source(data: Path, name: str, files: Sequence[Path], images: Path | None = None) -> Source:
+def open_set(data: Path, name: str, files: Sequence[Path], images: Path | None = None) -> MMEBSet:
     """A data set of those files below ``data``, its layout recognised by their columns.
 
     Args:
@@ -181,7 +118,7 @@ def open_source(data: Path, name: str, files: Sequence[Path], images: Path | Non
     data_set = next(data_set for data_set in DATA_SETS if data_set.name == name)
     layouts, rows = [], 0
     for file in files:
-        columns, count = _header(file)
+        columns, count = read_header(file)
         layouts.append(_layout(file, columns))
         rows += count
     if len(set(layouts)) > 1:
@@ -191,41 +128,18 @@ def open_source(data: Path, name: str, files: Sequence[Path], images: Path | Non
     folder = Path(images) if images is not None else data / IMAGES[layouts[0]]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images of {name}, or name another folder")
-    return Source(data_set, layouts[0], tuple(files), rows, data, folder)
-
-
-def _header(file: Path) -> tuple[list[str], int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as opened:
-            return opened.schema_arrow.names, opened.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({_reason(error)}); download it again") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return MMEBSet(data_set, layouts[0], tuple(files), rows, data, folder)
 
 
 def _layout(file: Path, names: Sequence[str]) -> Layout:
     """The layout by the columns: whatever speaks of an instruction is the split one, even if it is misspelt."""
     layout: Layout = "split" if any("inst" in name for name in names) else "v1"
-    expected = COLUMNS[layout]
-    for column in expected:
-        if names.count(column) == 1:
-            continue
-        if column in names:
-            raise DataError(f"{file}: the column {column!r} is there {names.count(column)} times; keep one")
-        near = difflib.get_close_matches(column, [name for name in names if name not in expected], n=1)
-        hint = f"; is it {near[0]!r}?" if near else "."
-        raise DataError(f"{file}: no column {column!r}{hint} Expected {', '.join(expected)}; found {', '.join(names)}")
+    require_columns(file, COLUMNS[layout])
     return layout
 
 
 def read_questions(
-    source: Source, chosen: Collection[int] | None = None, left_out: LeftOut | None = None
+    source: MMEBSet, chosen: Collection[int] | None = None, left_out: LeftOut | None = None
 ) -> Iterator[Question]:
     """The rows of a data set in order, or those whose numbers are ``chosen``.
 
@@ -283,25 +197,16 @@ def official_name(data_set: DataSet, text: str, path: str) -> str:
 
 
 def _records(
-    source: Source, chosen: Collection[int] | None, left_out: LeftOut
+    source: MMEBSet, chosen: Collection[int] | None, left_out: LeftOut
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     first = 0  # number of the file's first row
     for file in source.files:
-        shown, row = file.relative_to(source.root).as_posix(), 0
-        try:
-            with pq.ParquetFile(file) as opened:
-                for batch in opened.iter_batches(16, columns=list(COLUMNS[source.layout])):
-                    for record in (batch.slice(i, 1) for i in range(len(batch))):
-                        if chosen is None or first + row in chosen:
-                            where = f"{shown} row {row}"
-                            yield first + row, where, _plain(record, where, left_out)
-                        row += 1
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{shown}: broken after row {row} ({_reason(error)}); download it again") from error
-        first += row
+        for row, batch in batches(file, COLUMNS[source.layout], most_rows=BATCH_ROWS):
+            for i in range(len(batch)):
+                if chosen is None or first + row + i in chosen:
+                    where = f"{file.relative_to(source.root).as_posix()} row {row + i}"
+                    yield first + row + i, where, _plain(batch.slice(i, 1), where, left_out)
+        first += read_header(file)[1]
 
 
 def _plain(record: pa.RecordBatch, where: str, left_out: LeftOut) -> dict[str, Any]:
@@ -332,7 +237,7 @@ def _decoded(value: Any) -> Any:
 # ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pairs(record: Mapping[str, Any], source: Source) -> tuple[Pair, list[Pair]]:
+def _pairs(record: Mapping[str, Any], source: MMEBSet) -> tuple[Pair, list[Pair]]:
     """The query and its candidates, (text of v1, image path)."""
     paths = _strings(record, "tgt_img_path", may_be_null=True)
     # Some files have the single string "" where no candidate has a text.
@@ -384,22 +289,18 @@ def _string(record: Mapping[str, Any], column: str, *, may_be_null: bool = False
     if value is None and may_be_null:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{column!r} must be a string, not {_type(value)}")
+        raise DataError(f"{column!r} must be a string, not {type_of(value)}")
     return value
 
 
 def _strings(record: Mapping[str, Any], column: str, *, may_be_null: bool = False) -> list[str]:
     values = record[column]
     if not isinstance(values, list):
-        raise DataError(f"{column!r} must be a list of strings, one per candidate, not {_type(values)}")
+        raise DataError(f"{column!r} must be a list of strings, one per candidate, not {type_of(values)}")
     for place, value in enumerate(values):
         if not isinstance(value, str) and not (value is None and may_be_null):
-            raise DataError(f"candidate {place} in {column!r} must be a string, not {_type(value)}")
+            raise DataError(f"candidate {place} in {column!r} must be a string, not {type_of(value)}")
     return [value or "" for value in values]
-
-
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 # ── a pair as content ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,36 +13,18 @@ and ``target``; or ``image`` with one of ``text`` and ``caption``. Anything else
 
 from __future__ import annotations
 
-import ast
-import csv
-import difflib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-
-import numpy as np
+from typing import Any
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import (
-    LONGEST_LINE,
-    Row,
-    as_object,
-    file_state,
-    image_cell,
-    open_unchanged,
-    position,
-    raw_lines,
-    text_of,
-    without_token,
-)
-from muco.data.parquet import Rows, read_header
+from muco.data.lines import JsonObject, image_cell, literal_list, text_of, without_token
+from muco.data.pair_files import CsvTable, open_table
+from muco.data.places import position
 from muco.dialogue import Content, Sample, Turn
-from muco.errors import DataError
-
-LOOKED_AT = 1000  # rows of a JSONL file whose keys are its columns
-LONGEST_LITERAL = 1 << 20  # characters of a list that is written as a string
+from muco.errors import DataError, did_you_mean
 
 _NAMED = ("query_text", "query_image", "target_text", "target_image")
 _COMMON = (
@@ -53,7 +35,7 @@ _COMMON = (
 
 
 @dataclass(frozen=True)
-class Columns:
+class PairColumns:
     """Which column says what; None where a side has no text or no image."""
 
     query_text: str | None = None
@@ -74,7 +56,7 @@ class PairsData(Fingerprinted):
     also bytes or a struct of ``bytes`` and ``path``. Text loses the placeholder ``<|image_1|>``.
 
     Of CSV and JSONL the places of the rows are kept in memory. Of a Parquet file the columns that are used are copied
-    once, see :class:`muco.data.parquet.Rows`.
+    once, see :class:`muco.data.rows.Rows`.
 
     Args:
         path: A ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file. CSV has a header; quoted cells may hold newlines.
@@ -105,16 +87,9 @@ class PairsData(Fingerprinted):
         self.images = Path(images) if images is not None else self.path.parent
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold the images of {self.path}")
-        given = Columns(query_text, query_image, target_text, target_image, negatives)
-        if self.path.suffix in (".csv", ".tsv"):
-            self._table: _Table = _Csv(self.path, "\t" if self.path.suffix == ".tsv" else ",")
-        elif self.path.suffix in (".jsonl", ".ndjson"):
-            self._table = _Jsonl(self.path)
-        elif self.path.suffix in (".parquet", ".pq"):
-            self._table = _Parquet(self.path, cache)
-        else:
-            raise DataError(f"{self.path}: unknown kind of pairs; give a .csv, .tsv, .jsonl or .parquet file")
-        self.columns = choose_columns(self.path, self._table.names, given)
+        given = PairColumns(query_text, query_image, target_text, target_image, negatives)
+        self._table = open_table(self.path, cache)
+        self.columns = find_columns(self.path, self._table.names, given)
         self._table.prepare(self.columns.used)
         if not len(self._table):
             raise DataError(f"{self.path}: the file has no rows")
@@ -132,25 +107,25 @@ class PairsData(Fingerprinted):
         for side, content in (("query", query), ("target", target)):
             if content.empty:
                 names = [name for key, name in asdict(self.columns).items() if name and key.startswith(side)]
-                raise DataError(f"{where}: no {side}, {' and '.join(map(repr, names))} says nothing; mend the row")
+                raise DataError(f"{where}: no {side}, {' and '.join(map(repr, names))} says nothing; fix the row")
         return Sample(turns=[Turn(query, target, negatives=self._negatives(row, where))], where=where)
 
     def _read_from(self) -> tuple[list[Path], Any]:
         return [self.path], asdict(self.columns)
 
-    def _content(self, row: Row, text_column: str | None, image_column: str | None, where: str) -> Content:
+    def _content(self, row: JsonObject, text_column: str | None, image_column: str | None, where: str) -> Content:
         image = image_cell(row, image_column, self.images, where) if image_column else None
         text = (text_of(row, text_column, where) if text_column else None) or ""
         text = without_token(text, has_image=image is not None)
         return Content(text if text.strip() else "", () if image is None else (image,))
 
-    def _negatives(self, row: Row, where: str) -> list[Content]:
+    def _negatives(self, row: JsonObject, where: str) -> list[Content]:
         name = self.columns.negatives
         value = row.get(name) if name else None
         if value is None or (isinstance(value, str) and not value.strip()):
             return []
-        if isinstance(value, str) and value.strip()[0] + value.strip()[-1] == "[]" and isinstance(self._table, _Csv):
-            value = _literal_list(value.strip(), f"{where}: {name!r}")
+        if isinstance(self._table, CsvTable) and value.strip()[0] == "[" and value.strip()[-1] == "]":
+            value = literal_list(value, f"{where}: {name!r}")
         plain = "text" if self.columns.target_text else "image"
         contents = []
         for number, item in enumerate(value if isinstance(value, list) else [value]):
@@ -164,178 +139,35 @@ class PairsData(Fingerprinted):
         return contents
 
 
-def _literal_list(text: str, where: str) -> list[Any]:
-    if len(text) > LONGEST_LITERAL:
-        raise DataError(f"{where} is a list of {len(text)} characters; at most {LONGEST_LITERAL} are read")
-    try:
-        value = ast.literal_eval(text)  # reads constants only; nothing is run
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise DataError(f"{where} looks like a list and is none ({type(error).__name__}): {text:.60}") from error
-    if not isinstance(value, list):
-        raise DataError(f"{where} must be one list, not {text:.60}")
-    return value
-
-
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def choose_columns(path: Path, names: Sequence[str], given: Columns) -> Columns:
-    """The columns that are used: those given, or the usual ones where that is unambiguous."""
-    found = f"found {', '.join(names)}"
+def find_columns(path: Path, names: Sequence[str], given: PairColumns) -> PairColumns:
+    """The columns that are used: those given, or the usual ones where the file has just one set of them.
+
+    Raises:
+        DataError: If a given column is missing, or it is not clear which one is the query or the target.
+    """
     for key, name in asdict(given).items():
         if name is not None and name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{path}: no column {name!r} (given as {key}); {hint}{found}")
+            raise DataError(f"{path}: no column {name!r} (given as {key}){did_you_mean(name, names)}")
     chosen = {key: name for key, name in asdict(given).items() if name is not None and key != "negatives"}
-    if not chosen:
-        usual = [{key: key for key in _NAMED if key in names}, *_COMMON]
-        known = {name for option in usual for name in option.values() if name in names}
-        fitting = [option for option in usual if option and set(option.values()) == known]
-        chosen = fitting[0] if fitting else {}
+    chosen = chosen or _usual_columns(names)
     for side in ("query", "target"):
         if not any(key.startswith(side) for key in chosen):
             raise DataError(
-                f"{path}: which column is the {side}? Name it by {side}_text or {side}_image; {found}; known by "
-                f"themselves are {', '.join(_NAMED)}, query with target, and image with text or caption"
+                f"{path}: which column is the {side}? Name it by {side}_text or {side}_image; found "
+                f"{', '.join(names)}; known by themselves are {', '.join(_NAMED)}, query with target, and image with "
+                "text or caption"
             )
-    return Columns(**chosen, negatives=given.negatives)
+    return PairColumns(**chosen, negatives=given.negatives)
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Table(Protocol):
-    names: list[str]
-
-    def prepare(self, columns: list[str]) -> None:
-        """Called once, with the columns that will be asked for."""
-
-    def __len__(self) -> int: ...
-    def row(self, i: int) -> Row: ...
-    def where(self, i: int) -> str: ...
-
-
-class _Jsonl:
-    def __init__(self, path: Path) -> None:
-        self.path, self._state = path, file_state(path)
-        starts, lines = array("q"), array("q")
-        names: dict[str, None] = {}
-        for start, line, number in raw_lines(path):
-            if len(starts) < LOOKED_AT:
-                names |= dict.fromkeys(as_object(line, f"{path}:{number}"))
-            starts.append(start)
-            lines.append(number)
-        self.names = list(names)
-        self._starts, self._lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
-
-    def prepare(self, columns: list[str]) -> None:
-        pass
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def row(self, i: int) -> Row:
-        with open_unchanged(self.path, self._state) as file:
-            file.seek(int(self._starts[i]))
-            line = file.readline()
-        return as_object(line, self.where(i))
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self._lines[i]}"
-
-
-class _Csv:
-    """Rows by the place of their first byte. A row is read by the parser that found its end."""
-
-    def __init__(self, path: Path, delimiter: str) -> None:
-        self.path, self.delimiter, self._state = path, delimiter, file_state(path)
-        starts, lines = array("q"), array("q")
-        self.names: list[str] = []
-        with open_unchanged(path, self._state) as file:
-            for start, line, cells in _csv_rows(file, path, delimiter):
-                if self.names:
-                    starts.append(start)
-                    lines.append(line)
-                    continue
-                self.names = cells
-                if twice := [name for name in cells if cells.count(name) > 1]:
-                    raise DataError(f"{path}:{line}: the column {twice[0]!r} is there twice; found {', '.join(cells)}")
-        self._starts, self._lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
-
-    def prepare(self, columns: list[str]) -> None:
-        pass
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def row(self, i: int) -> Row:
-        with open_unchanged(self.path, self._state) as file:
-            file.seek(int(self._starts[i]))
-            _, _, cells = next(_csv_rows(file, self.path, self.delimiter, int(self._lines[i])))
-        if len(cells) != len(self.names):
-            raise DataError(f"{self.where(i)}: {len(cells)} cells, and the header has {len(self.names)}; mend the row")
-        return {name: cell or None for name, cell in zip(self.names, cells, strict=True)}
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self._lines[i]}"
-
-
-def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iterator[tuple[int, int, list[str]]]:
-    """First byte, first line and cells of every row that is not blank, from where the file stands, at ``line``."""
-    lines = _TextLines(file, path, line)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        start, first = lines.offset, lines.number
-        try:
-            cells = next(reader, None)  # takes no more lines than the row has
-        except csv.Error as error:
-            raise DataError(f"{path}:{first}: not a row of CSV ({error}); mend its quotes") from error
-        if cells is None:
-            return
-        if cells:
-            yield start, first, cells
-
-
-class _TextLines:
-    """The lines of a file as text, with the place and number of the next one."""
-
-    def __init__(self, file: BinaryIO, path: Path, number: int) -> None:
-        self.file, self.path, self.number, self.offset = file, path, number, file.tell()
-
-    def __iter__(self) -> _TextLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.file.readline(LONGEST_LINE + 1)
-        if not line:
-            raise StopIteration
-        if len(line) > LONGEST_LINE:
-            raise DataError(f"{self.path}:{self.number}: the line is longer than {LONGEST_LINE >> 20} MiB")
-        try:
-            text = line.decode("utf-8" if self.offset else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}:{self.number}: not UTF-8 ({error}); save the file as UTF-8") from error
-        self.offset += len(line)
-        self.number += 1
-        return text
-
-
-class _Parquet:
-    def __init__(self, path: Path, cache: str | Path | None) -> None:
-        self.path, self.cache = path, cache
-        self.names = read_header(path)[0]
-        if twice := [name for name in self.names if self.names.count(name) > 1]:
-            raise DataError(f"{path}: the column {twice[0]!r} is there twice; found {', '.join(self.names)}")
-
-    def prepare(self, columns: list[str]) -> None:
-        self._rows = Rows(self.path, columns, cache=self.cache)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, i: int) -> Row:
-        return self._rows[i]
-
-    def where(self, i: int) -> str:
-        return f"{self.path} row {i}"
+def _usual_columns(names: Sequence[str]) -> dict[str, str]:
+    """The first set of usual names that the file has, if it has no usual name besides."""
+    named = {key: key for key in _NAMED if key in names}
+    usual = {*_NAMED, *chain.from_iterable(common.values() for common in _COMMON)}
+    for candidate in (named, *_COMMON):
+        if set(candidate.values()) == usual.intersection(names):
+            return candidate
+    return {}

@@ -23,7 +23,6 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -32,8 +31,9 @@ import numpy as np
 from muco.base.files import whole_file
 from muco.base.terminal import progress_bar
 from muco.data.jsonl import sample_from_row
-from muco.data.lines import as_object, file_state, open_unchanged, position, text_of, without_token
-from muco.data.parquet import cannot_write
+from muco.data.lines import as_object, text_of, without_token
+from muco.data.places import file_state, open_unchanged, position
+from muco.data.rows import cannot_write
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError
 from muco.images import MAX_BYTES
@@ -146,7 +146,7 @@ def _own_sample(value: dict[str, Any], image: bytes, id: str, where: str) -> Sam
     if named := _names_images(value):  # a path would be read from this machine, whatever the archive's maker wrote
         raise DataError(f"{where}: {named!r} in the .json; in a shard the image is a member, leave the key out")
     sample = sample_from_row(value | {"image": "member"}, Path(), where)
-    return replace(sample, image=image, id=sample.id if sample.id is not None else id)
+    return Sample(image, sample.turns, sample.id if sample.id is not None else id, sample.where)
 
 
 def _names_images(value: Any) -> str | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import colorsys
-import io
 import random
 from collections import Counter
 from html import escape
 from pathlib import Path
 
 from muco.base.files import write_text
+from muco.base.html import count, data_uri, document, made_by
 from muco.data import open_data
 from muco.data.source import Data
 from muco.dialogue import Content, ImageLike, Sample, Turn
@@ -20,7 +19,7 @@ from muco.images import open_image, resize_to_budget
 THUMB_PIXELS = 480 * 480
 MAX_TURNS = 24  # shown per sample; a line says how many are left out
 MAX_IMAGES = 8
-_MARK = '<meta name="generator" content="muco data show">'  # by it an older sheet is known and may be overwritten
+GENERATOR = "muco data show"  # by it an older sheet is known and may be overwritten
 
 
 def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int = 48, seed: int = 0) -> Path:
@@ -49,10 +48,10 @@ def _check_output(output: Path) -> None:
     if not output.exists():
         return
     if not output.is_file():
-        raise OutputError(f"{output}: is a folder; give the name of an HTML file")
+        raise OutputError(f"{output}: is a folder; pass the name of an HTML file")
     with output.open("rb") as file:
-        if _MARK.encode() not in file.read(1024):
-            raise OutputError(f"{output}: exists and is no contact sheet of MuCo; give another name or remove it")
+        if made_by(GENERATOR).encode() not in file.read(1024):
+            raise OutputError(f"{output}: exists and is not a contact sheet of MuCo; choose another name or remove it")
 
 
 def _sample_or_error(data: Data, index: int) -> Sample | DataError:
@@ -69,24 +68,13 @@ def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -
     kinds = Counter(turn.kind for sample in samples if isinstance(sample, Sample) for turn in sample.turns if turn.kind)
     colors = {kind: _color(i) for i, kind in enumerate(sorted(kinds))}
     legend = "".join(
-        f"<li style='--kind:{colors[kind]}'><span class=kind>{escape(kind)}</span> {count:,}</li>"
-        for kind, count in kinds.most_common()
+        f"<li style='--kind:{colors[kind]}'><span class=kind>{escape(kind)}</span> {number:,}</li>"
+        for kind, number in kinds.most_common()
     )
     turns = sum(len(sample.turns) for sample in samples if isinstance(sample, Sample))
     drawn = f"all {total:,} samples" if len(samples) == total else f"{len(samples):,} of {total:,} samples, seed {seed}"
     cards = "\n".join(_error_card(item) if isinstance(item, DataError) else _card(item, colors) for item in samples)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{_MARK}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(name)}: samples</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <h1>{escape(name)}</h1>
 <p>{drawn} · {turns:,} turns</p>
 <ul class="legend">{legend}</ul>
@@ -94,9 +82,8 @@ def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -
 <main>
 {cards}
 </main>
-</body>
-</html>
 """
+    return document(f"{name}: samples", body, _STYLE, generator=GENERATOR)
 
 
 def _card(sample: Sample, colors: dict[str, str]) -> str:
@@ -118,8 +105,7 @@ def _turn(turn: Turn, sample: Sample, colors: dict[str, str]) -> str:
     badge = f"<span class=kind>{escape(turn.kind)}</span>" if turn.kind else ""
     query = _wordings(turn.query, sample, empty="the image itself")
     target = _wordings(turn.target, sample)
-    count = len(turn.negatives)
-    negatives = _folded(f"{count} hard negative{'s' * (count > 1)}", turn.negatives, sample) if count else ""
+    negatives = _folded(count(len(turn.negatives), "hard negative"), turn.negatives, sample) if turn.negatives else ""
     return f"<li{style}>{badge}<div class='query'>{query}</div><div class='target'>{target}</div>{negatives}</li>"
 
 
@@ -127,7 +113,7 @@ def _wordings(contents: tuple[Content, ...], sample: Sample, empty: str = "") ->
     """The first paraphrase, and the others folded away."""
     first = _content(contents[0], sample, empty)
     others = contents[1:]
-    return first + (_folded(f"{len(others)} more wording{'s' * (len(others) > 1)}", others, sample) if others else "")
+    return first + (_folded(count(len(others), "more wording"), others, sample) if others else "")
 
 
 def _folded(summary: str, contents: tuple[Content, ...], sample: Sample) -> str:
@@ -163,18 +149,16 @@ def _thumb(image: ImageLike, where: str) -> str:
         return f"<p class='error'>{escape(str(error))}</p>"
     width, height = picture.size
     small = width * height <= 128 * 128
-    stream = io.BytesIO()
     if small:  # every pixel counts: lossless, and shown enlarged without blur
-        picture.save(stream, "PNG", optimize=True)
+        source = data_uri(picture, "PNG", optimize=True)
     else:
-        resize_to_budget(picture, THUMB_PIXELS).save(stream, "JPEG", quality=82)
-    source = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+        source = data_uri(resize_to_budget(picture, THUMB_PIXELS), "JPEG", quality=82)
     name = escape(Path(image).name if isinstance(image, (str, Path)) else "image", quote=True)
     attributes = f"alt='{name}' title='{name} · {width} × {height}' width='{width}' height='{height}'"
     return f"<img{' class=pixels' if small else ''} src='{source}' {attributes}>"
 
 
-_STYLE = """
+_STYLE = """\
 :root { color-scheme: light dark; --page: #f4f4f2; --card: #fff; --ink: #1c1d20; --soft: #63666d; --line: #e2e2de;
   --well: #ecece9; --bad: #b3261e }
 @media (prefers-color-scheme: dark) { :root { --page: #131417; --card: #1d1f23; --ink: #e9e9e6; --soft: #9a9da5;

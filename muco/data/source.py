@@ -7,6 +7,12 @@ from typing import Protocol
 from muco.dialogue import Sample
 
 
+class InMemory(list[Sample]):
+    """Samples in memory, as a source."""
+
+    fingerprint = ""  # nothing is stored under it
+
+
 class Data(Protocol):
     """What every source offers, and all that training and evaluation ask of one."""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
-import io
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
@@ -16,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from muco.base.files import write_text
-from muco.demo.chart import loss_curve
+from muco.base.html import count, data_uri, document, house_style, section, sign
+from muco.base.svg import loss_curve
 from muco.evaluate.retrieval import CONTROLS
 
 TASKS = {  # name -> title, explanation
@@ -56,7 +55,6 @@ def write_page(output: Path, record: Mapping[str, Any], scenes: Path) -> str:
 def page(record: Mapping[str, Any], scenes: Path) -> str:
     results = {name: stage["result"] for name, stage in record["stages"].items() if "result" in stage}
     image = cache(partial(_image, scenes))
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     sections = [
         _tiles(results),
         _texts(results["search"], image),
@@ -67,27 +65,15 @@ def page(record: Mapping[str, Any], scenes: Path) -> str:
         _missed_answers(results["search"], image),
         _run(record, results),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>MuCo demo</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <h1>One image, many turns: the MuCo demo</h1>
 {_summary(record, results)}
 </header>
 <main>
 {"".join(sections)}
 </main>
-</body>
-</html>
 """
+    return document("MuCo demo", body, house_style())
 
 
 # ---------------------------------------------------------------- pieces
@@ -97,7 +83,7 @@ def _summary(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     before, train, scenes = results["before"], results["train"], results["scenes"]
     stage = record["stages"]["train"]
     pairs = train["steps"] * before["pairs_per_step"]
-    interrupted = " after an interruption" * stage["interrupted"]
+    interrupted = " after an interruption" if stage["interrupted"] else ""
     return f"""<p>A Qwen2-VL of <b>{before["parameters"] / 1e6:.1f} million parameters</b> with random weights was
 trained in <b>{_duration(stage["seconds"])}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
 target, from {scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one
@@ -107,7 +93,7 @@ All of it ran on {_processor(train["machine"])}.</p>"""
 
 def _processor(machine: Mapping[str, Any]) -> str:
     name = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    return f"{escape(name or 'an unnamed processor')} ({_count(machine['cores'], 'core')})"
+    return f"{escape(name or 'an unnamed processor')} ({count(machine['cores'], 'core')})"
 
 
 def _tiles(results: Mapping[str, Any]) -> str:
@@ -137,7 +123,7 @@ def _tile(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tasks:
 
 def _texts(search: Mapping[str, Any], image: Any) -> str:
     cards = "".join(_text(query, image) for query in search["texts"])
-    return _section(
+    return section(
         "Text → image",
         "Captions that no held-out image has, and the images nearest to each, with the cosine of the two vectors. The "
         "marks say what of the query each picture shows. The model was trained on whole captions; a shorter text, such "
@@ -164,7 +150,7 @@ def _facts(facts: Mapping[str, bool]) -> str:
 
 
 def _answers(search: Mapping[str, Any], image: Any) -> str:
-    return _section(
+    return section(
         "Image + question → answer",
         f"One question about each of the first held-out images, right or wrong. Every answer is looked for among all "
         f"{search['candidates']:,} answers to any question in the set, so this is harder than the table below.",
@@ -174,7 +160,7 @@ def _answers(search: Mapping[str, Any], image: Any) -> str:
 
 def _asked(item: Mapping[str, Any], image: Any) -> str:
     rows = "".join(
-        f"<li>{_sign(found['text'] == item['right'])}<span>{escape(found['text'])}</span>"
+        f"<li>{sign(found['text'] == item['right'])}<span>{escape(found['text'])}</span>"
         f"<span>{found['score']:.3f}</span></li>"
         for found in item["found"]
     )
@@ -185,15 +171,11 @@ def _asked(item: Mapping[str, Any], image: Any) -> str:
 <h3>{escape(item["question"])}</h3><p class="kind">{escape(item["kind"])}</p><ol>{rows}</ol>{truth}</div></article>"""
 
 
-def _sign(right: bool) -> str:
-    return '<b class="good" title="right">✓</b>' if right else '<b class="bad" title="wrong">✗</b>'
-
-
 def _curve(results: Mapping[str, Any]) -> str:
     train, chance = results["train"], results["before"]["chance_loss"]
     wide = loss_curve(train["loss"], train["steps"], chance)
     narrow = loss_curve(train["loss"], train["steps"], chance, width=330, height=260)
-    return _section(
+    return section(
         "Loss",
         f"The contrastive loss of the training batches. A model that cannot tell its candidates apart stays at "
         f"{chance:.2f} nats: each pair is told from about {math.expm1(chance):.0f} others.",
@@ -207,17 +189,15 @@ def _curve(results: Mapping[str, Any]) -> str:
 def _scores(results: Mapping[str, Any]) -> str:
     before, after = results["before"], results["after"]
     rows = "".join(_row(*row) for row in _table_rows(before["tasks"], after["tasks"]))
-    groups = "".join(
-        f'<th class="group" colspan="{2 if name == "mrr" else 3}">{"MRR" if name == "mrr" else name}</th>'
-        for name in METRICS
-    )
-    columns = "".join(
-        f'<th class="group">before</th><th>after</th>{"" if name == "mrr" else "<th>chance</th>"}' for name in METRICS
-    )
-    return _section(
+    groups = columns = ""
+    for name in METRICS:
+        title, width, chance = ("MRR", 2, "") if name == "mrr" else (name, 3, "<th>chance</th>")
+        groups += f'<th class="group" colspan="{width}">{title}</th>'
+        columns += f'<th class="group">before</th><th>after</th>{chance}'
+    return section(
         "Scores on the held-out scenes",
         f"In per cent, before and after training. Answers are told from drawn answers to questions of the same kind "
-        f"({after['candidates']} candidates where there are so many); a tie counts as lost.",
+        f"({after['candidates']} candidates where there are enough); a tie counts as lost.",
         f"""<div class="card scroll scores"><table>
 <thead><tr><th></th><th class="pool"></th>{groups}</tr>
 <tr><th>task</th><th class="pool">candidates</th>{columns}</tr></thead>
@@ -228,7 +208,7 @@ def _scores(results: Mapping[str, Any]) -> str:
 def _table_rows(
     before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Class, title, explanation, scores before and after; the kinds of question stand under their mean."""
+    """Class, title, explanation, scores before and after; the kinds of question follow their mean."""
     names = [name for name in TASKS if name in after] + [name for name in after if name not in TASKS]
     for name in names:
         title, note = TASKS.get(name, (name, ""))
@@ -274,7 +254,7 @@ def _missed_images(missed: Mapping[str, Any], image: Any) -> str:
         f"Of {missed['of']:,} captions, {missed['count']:,} find another image than their own first. "
         "These are the first of them in the order of the set. Marked is where the caption of the found image differs."
     )
-    return _section("Mistakes: caption → image", text, f'<div class="cards">{cards}</div>')
+    return section("Mistakes: caption → image", text, f'<div class="cards">{cards}</div>')
 
 
 def _differing(caption: str, other: str) -> str:
@@ -296,7 +276,7 @@ def _missed_answers(search: Mapping[str, Any], image: Any) -> str:
         f"({_number(wrong / search['asked'])} %). The first such mistake at each of a scene's questions:"
     )
     cards = "".join(_asked(item, image) for item in search["missed_answers"])
-    return _section("Mistakes: image + question → answer", text, f'<div class="cards">{cards}</div>')
+    return section("Mistakes: image + question → answer", text, f'<div class="cards">{cards}</div>')
 
 
 # ---------------------------------------------------------------- what was run
@@ -309,9 +289,9 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     loss = settings["loss"]
     facts = {
         "command": f"<code>{escape(train['command'])}</code>",
-        "machine": f"{_processor(machine)}, {_count(machine['threads'], 'thread')}, {escape(machine['system'])}",
+        "machine": f"{_processor(machine)}, {count(machine['threads'], 'thread')}, {escape(machine['system'])}",
         "versions": escape(versions),
-        "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} numbers, "
+        "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} dimensions, "
         f"fingerprint <code>{escape(after['model'][:16])}</code>",
         "training": f"{train['steps']:,} steps of {settings['batch']['size']} images, "
         f"{results['before']['pairs_per_step']} pairs each; turns {escape(settings['turns']['mode'])}, "
@@ -321,7 +301,7 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "finished": escape(train["finished"]),
     }
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
-    return _section(
+    return section(
         "What was run",
         "All numbers of this page are in demo.json beside it, the loss curve and the whole recipe in run/model.",
         f'<div class="run"><div class="card scroll">{_seconds(record["stages"])}</div>'
@@ -330,13 +310,15 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _seconds(stages: Mapping[str, Any]) -> str:
-    done = {name: stages[name] for name in STAGES if "seconds" in stages[name]}
-    untimed = "<small>after an interruption; the time before it is not counted</small>"
-    rows = "".join(
-        f"<tr><th>{STAGES[name]}{untimed * stage['interrupted']}</th><td>{stage['seconds']:.1f}</td></tr>"
-        for name, stage in done.items()
-    )
-    total = sum(stage["seconds"] for stage in done.values())
+    rows, total = "", 0.0
+    for name, title in STAGES.items():
+        if "seconds" not in stages[name]:
+            continue
+        untimed = ""
+        if stages[name]["interrupted"]:
+            untimed = "<small>after an interruption; the time before it is not counted</small>"
+        rows += f"<tr><th>{title}{untimed}</th><td>{stages[name]['seconds']:.1f}</td></tr>"
+        total += stages[name]["seconds"]
     return f"""<table><thead><tr><th>stage</th><th>seconds</th></tr></thead><tbody>{rows}</tbody>
 <tfoot><tr><th>together</th><td>{total:.1f}</td></tr></tfoot></table>"""
 
@@ -344,24 +326,14 @@ def _seconds(stages: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- small things
 
 
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n{body}\n</section>\n"
-
-
-def _image(scenes: Path, name: str, text: str) -> str:
-    stream = io.BytesIO()
+def _image(scenes: Path, name: str, words: str) -> str:
     with Image.open(scenes / name) as picture:
-        picture.save(stream, "PNG", optimize=True)
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(text)}" title="{escape(text)}">'
+        source = data_uri(picture, "PNG", optimize=True)
+    return f'<img src="{source}" alt="{escape(words)}" title="{escape(words)}">'
 
 
 def _number(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _duration(seconds: float) -> str:

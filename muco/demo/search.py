@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from muco.data.source import Data
 from muco.dialogue import Content, Turn
 from muco.evaluate import cache as vector_cache
+from muco.evaluate import metrics
 from muco.evaluate.tasks import RETRIEVAL
 from muco.model import Model
 
@@ -55,12 +57,12 @@ def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, An
     """Answers the demo's queries.
 
     Args:
-        data: The held-out scenes; the file that holds them stands beside ``images/``.
+        data: The held-out scenes; the file that holds them is beside ``images/``.
         parquet: The vectors of their images, from :func:`muco.embed.embed`.
         cache: Folder of the vectors that evaluation has already computed.
     Returns:
-        ``texts``, ``answers`` and ``mistakes``, all made of strings, numbers and image paths relative to the data.
-        A rank is 1 + the number of other candidates that score at least as high.
+        ``texts``, ``missed_images`` and what :func:`answer_questions` returns; image paths are relative to the data.
+        A rank is that of :func:`muco.evaluate.metrics.ranks`: other candidates of the same score come first.
     """
     encode = CachedEncoder(model, vector_cache.EmbeddingCache(cache, model=model.fingerprint, data=data.fingerprint))
     scenes = Scenes(data, parquet)
@@ -79,16 +81,11 @@ class CachedEncoder:
 
     def __call__(self, contents: Sequence[Content]) -> np.ndarray:
         """float32 [n, d] in the order of the contents."""
-        book = self.book
-        keys = [book.add(content) for content in contents]
-        distinct = book.in_order(set(keys))
-
-        def encode(some: Sequence[str]) -> np.ndarray:
-            return self.model.encode([book.contents[key] for key in some], batch_size=64)
-
-        vectors = vector_cache.embed(distinct, encode, cache=self.cache)
-        row = {key: i for i, key in enumerate(distinct)}
-        return vectors[[row[key] for key in keys]]
+        keys = [self.book.add(content) for content in contents]
+        distinct = self.book.in_order(set(keys))
+        vectors = vector_cache.embed(distinct, partial(self.book.encode, self.model, 64), cache=self.cache)
+        row_of = {key: row for row, key in enumerate(distinct)}
+        return vectors[[row_of[key] for key in keys]]
 
 
 class Scenes:
@@ -122,6 +119,15 @@ def answer_text(query: TextQuery, scenes: Scenes, vector: np.ndarray) -> dict[st
     return {"query": query.text, "fitting": sum(map(all, shown)), "of": len(shown), "found": found}
 
 
+@dataclass(frozen=True)
+class Question:
+    """One turn of a scene, by their numbers."""
+
+    scene: int
+    number: int
+    turn: Turn
+
+
 def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
     """Every question about every image, answered among all answers of the set, captions left out.
 
@@ -131,38 +137,42 @@ def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
         ``candidates``: how many there are.
     """
     asked = [
-        (scene, number, turn)
+        Question(scene, number, turn)
         for scene, sample in enumerate(scenes.samples)
         for number, turn in enumerate(sample.turns)
         if turn.kind != RETRIEVAL
     ]
-    candidates = sorted({turn.target[0].text for _, _, turn in asked})
+    candidates = sorted({question.turn.target[0].text for question in asked})
     place = {text: i for i, text in enumerate(candidates)}
-    queries = encode([Content(turn.query[0].text, scenes.samples[scene].images) for scene, _, turn in asked])
+    queries = encode([Content(q.turn.query[0].text, scenes.samples[q.scene].images) for q in asked])
     scores = queries @ encode([Content(text) for text in candidates]).T
-    ranks = _ranks(scores, [place[turn.target[0].text] for _, _, turn in asked])
+    ranks = _ranks(scores, [place[question.turn.target[0].text] for question in asked])
 
     def shown(row: int) -> dict[str, Any]:
-        scene, _, turn = asked[row]
         best = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS]
-        return _asked(scenes.names[scene], turn, int(ranks[row])) | {
-            "found": [{"text": candidates[i], "score": float(scores[row, i])} for i in best]
-        }
+        found = [{"text": candidates[i], "score": float(scores[row, i])} for i in best]
+        return _asked(scenes.names[asked[row].scene], asked[row].turn, int(ranks[row])) | {"found": found}
 
-    wanted = list(enumerate(SHOWN_TURNS))
-    missed: dict[int, int] = {}
-    used = set(range(len(wanted)))
-    for row, (scene, number, _) in enumerate(asked):
-        if ranks[row] > 1 and scene not in used and number not in missed:
-            missed[number] = row
-            used.add(scene)
+    chosen = set(enumerate(SHOWN_TURNS))
+    first = [row for row, question in enumerate(asked) if (question.scene, question.number) in chosen]
+    missed = _first_missed(asked, ranks, set(range(len(SHOWN_TURNS))))
     return {
-        "answers": [shown(row) for row, (scene, number, _) in enumerate(asked) if (scene, number) in wanted],
-        "missed_answers": [shown(row) for _, row in sorted(missed.items())],
+        "answers": [shown(row) for row in first],
+        "missed_answers": [shown(row) for row in missed],
         "asked": len(asked),
         "right": int((ranks == 1).sum()),
         "candidates": len(candidates),
     }
+
+
+def _first_missed(asked: Sequence[Question], ranks: np.ndarray, used: set[int]) -> list[int]:
+    """For each turn number the first row with a wrong answer, each of another scene and of none in ``used``."""
+    missed: dict[int, int] = {}
+    for row, question in enumerate(asked):
+        if ranks[row] > 1 and question.scene not in used and question.number not in missed:
+            missed[question.number] = row
+            used = used | {question.scene}
+    return [row for _, row in sorted(missed.items())]
 
 
 def _asked(image: str, turn: Turn, rank: int) -> dict[str, Any]:
@@ -180,21 +190,23 @@ def missed_images(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
     scores = encode([Content(caption) for caption in scenes.captions]) @ scenes.vectors.T
     ranks = _ranks(scores, range(len(scenes.captions)))
     missed = np.flatnonzero(ranks > 1)
-    shown = [
-        {
-            "caption": scenes.captions[i],
-            "right": scenes.names[i],
-            "found": scenes.names[best],
-            "found_caption": scenes.captions[best],
-            "rank": int(ranks[i]),
-        }
-        for i in missed[:IMAGE_MISTAKES]
-        for best in [np.argmax(np.where(np.arange(len(ranks)) == i, -np.inf, scores[i]))]
-    ]
+    rivals = scores.copy()
+    np.fill_diagonal(rivals, -np.inf)
+    shown = []
+    for own in missed[:IMAGE_MISTAKES]:
+        best = int(np.argmax(rivals[own]))
+        shown.append(
+            {
+                "caption": scenes.captions[own],
+                "right": scenes.names[own],
+                "found": scenes.names[best],
+                "found_caption": scenes.captions[best],
+                "rank": int(ranks[own]),
+            }
+        )
     return {"count": len(missed), "of": len(ranks), "shown": shown}
 
 
 def _ranks(scores: np.ndarray, right: Sequence[int]) -> np.ndarray:
-    """int [n]: 1 + the number of other candidates whose score is at least that of the right one."""
-    own = scores[np.arange(len(scores)), right]
-    return (~(scores < own[:, None])).sum(axis=1)  # so that a score that is no number is a loss
+    """The rank of the right candidate of each row, int [n]; ties are lost."""
+    return metrics.ranks(scores, np.array(right), np.arange(scores.shape[1]))

@@ -1,9 +1,9 @@
-"""The seven stages of the demo, and the journal that lets a killed one go on.
+"""The seven stages of the demo. Each of them resumes by itself, so a demo that was killed is simply run again.
 
 ::
 
     <output>/
-    ├── demo.json             what was asked for; of each finished stage its result and seconds
+    ├── demo.json             what was asked for; of each stage its result and seconds
     ├── scenes/               1  the data
     │                         2  scores of the untrained model (in demo.json)
     ├── run/                  3  training; the model is in run/model
@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -33,8 +32,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from muco.base.files import claimed, is_empty, read_json, write_json
-from muco.base.machine import VERSION, versions
+from muco.base.files import claimed, earlier_record, write_json
+from muco.base.machine import VERSION, usable_cores, versions
 from muco.base.terminal import progress_bar
 from muco.data import open_data
 from muco.data.scenes import write_scenes
@@ -42,7 +41,7 @@ from muco.data.source import Data
 from muco.demo.page import STAGES, write_page
 from muco.demo.search import search
 from muco.embed import embed
-from muco.errors import OutputError, RecipeError
+from muco.errors import RecipeError
 from muco.evaluate.report import print_results
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.loss import chance_level
@@ -62,8 +61,8 @@ def run_demo(
 ) -> Path:
     """Makes data, trains, evaluates before and after, embeds, searches and writes one page.
 
-    Called again with the same arguments it goes on where it stopped; finished stages are not done again. Progress is
-    on stderr, the table of scores at the end on stdout, all numbers in ``<output>/demo.json``.
+    Run it again with the same arguments to resume: scenes, model and vectors that are finished are not made again.
+    Progress is on stderr, the table of scores at the end on stdout, all numbers in ``<output>/demo.json``.
 
     Args:
         output: A new or empty folder, or one of an earlier call with the same arguments.
@@ -79,28 +78,26 @@ def run_demo(
     recipe = demo_recipe(output, steps)
     asked = {"muco": VERSION, "train": train, "test": test, "seed": seed, "recipe": _settings(recipe)}
     with claimed(output):
-        journal = Journal(output, asked)
-        scenes = output / "scenes"
-
+        stages = Stages(output / "demo.json", asked)
+        scenes, cache = output / "scenes", output / "cache"
         making = partial(make_scenes, scenes, train=train, test=test, seed=seed)
-        journal.stage("scenes", making, makes=scenes)
+        stages.run("scenes", making, makes=scenes)
         held_out = open_data(scenes / "test.jsonl")
-        cache = output / "cache"
-        journal.stage("before", partial(score_untrained, recipe, held_out, cache))
+        stages.run("before", partial(score_untrained, recipe, held_out, cache))
 
         command = command_line(output, steps=steps, train=train, test=test, seed=seed)
         folder = Path(recipe.output) / "model"
-        journal.stage("train", partial(train_model, recipe, command), makes=folder)
+        stages.run("train", partial(train_model, recipe, command), makes=folder)
         model = load(folder)
-        after = journal.stage("after", partial(score, model, held_out, cache), of=model.fingerprint)
+        embedded = stages.result("after").get("model", model.fingerprint)  # by an earlier call
+        after = stages.run("after", partial(score, model, held_out, cache))
 
         vectors = output / "test-images.parquet"
-        resume = journal.last("embed").get("of", model.fingerprint) == model.fingerprint
-        embedding = partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume)
-        journal.stage("embed", embedding, of=model.fingerprint, makes=vectors)
-        journal.stage("search", partial(search, model, held_out, vectors, cache), of=model.fingerprint)
+        resume = embedded == model.fingerprint
+        stages.run("embed", partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume))
+        stages.run("search", partial(search, model, held_out, vectors, cache))
         report = output / "report.html"
-        journal.stage("page", lambda: write_page(report, journal.record, scenes), again=True)
+        stages.run("page", lambda: write_page(report, stages.record, scenes))
 
         print_results(after, Console(file=sys.stdout))
         return report
@@ -118,7 +115,7 @@ def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
     if steps is None:
         return recipe
     if steps < 1:
-        raise RecipeError(f"steps is {steps}; give at least 1")
+        raise RecipeError(f"steps is {steps}; pass at least 1")
     warmup = recipe.trainer["warmup_steps"] * steps // recipe.trainer["max_steps"]
     return replace(recipe, trainer={**recipe.trainer, "max_steps": steps, "warmup_steps": warmup})
 
@@ -135,73 +132,46 @@ def command_line(output: Path, **options: Any) -> str:
     return shlex.join(["muco", "demo", "--output", str(output), *(word for pair in given for word in pair)])
 
 
-# ---------------------------------------------------------------- the journal
-
-
-class Journal:
-    """``demo.json``: ``asked``, which makes a demo this demo, and per stage ``of``, ``begun``, ``seconds``, ``result``.
+class Stages:
+    """Does the stages, says so, and writes ``demo.json``: ``asked``, and of each stage begun, seconds and result.
 
     Args:
-        asked: What was asked for; a folder that was begun with anything else is refused.
+        asked: What makes a demo this demo; a folder that holds another one is refused.
     Raises:
         OutputError: If the folder holds another demo, or anything else.
     """
 
-    def __init__(self, output: Path, asked: Mapping[str, Any]) -> None:
-        self.file = output / "demo.json"
-        self.console = Console(stderr=True)
-        if self.file.is_file():
-            self.record = read_json(self.file)
-            known = self.record["asked"]
-            differing = [
-                f"{key} ({_short(known.get(key))}, now {_short(asked[key])})"
-                for key in asked
-                if known.get(key) != asked[key]
-            ]
-            if differing:
-                what = ", ".join(differing)
-                raise OutputError(
-                    f"{output} holds a demo with another {what}; choose another output folder or delete it"
-                )
-            return
-        if output.exists() and (not output.is_dir() or not is_empty(output)):
-            raise OutputError(f"{output} is not empty and holds no demo; choose another output folder")
-        self.record = {"asked": dict(asked), "stages": {}}
-        write_json(self.file, self.record)
+    def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
+        self.file, self.console = file, Console(stderr=True)
+        self.record = earlier_record(file, asked, "demo") or {"asked": dict(asked), "stages": {}}
+        write_json(file, self.record)
 
-    def last(self, name: str) -> dict[str, Any]:
-        """What is known of a stage; empty if it was never begun."""
-        return self.record["stages"].get(name, {})
+    def result(self, name: str) -> dict[str, Any]:
+        """What an earlier call found; empty if none did."""
+        return self.record["stages"].get(name, {}).get("result", {})
 
-    def stage(
-        self, name: str, work: Callable[[], Any], *, of: str = "", makes: Path | None = None, again: bool = False
-    ) -> Any:
-        """The result of ``work()``, or the known one of an earlier run.
+    def run(self, name: str, work: Callable[[], Any], makes: Path | None = None) -> Any:
+        """The result of ``work()``.
 
         Args:
-            of: What else the result depends on; a result of something else does not count.
-            makes: A file or folder that the stage makes; without it its result does not count.
-            again: Do the work even if it was done.
+            makes: Appears when the work is done. If it is there already, the seconds stay those of the call that made
+                it.
         """
-        known = self.last(name)
-        number = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {STAGES[name]}"
-        same = known.get("of") == of
-        if same and "result" in known and (makes is None or makes.exists()) and not again:
-            self.say(f"{number}: done before, in {known['seconds']:.1f} s")
-            return known["result"]
-        self.say(number)
-        begun = {"of": of, "begun": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._write(name, begun)
+        known = self.record["stages"].get(name, {})
+        done = makes is not None and makes.exists() and "seconds" in known
+        title = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {STAGES[name]}"
+        self._say(title)
+        # The work before a kill was not timed, so the page has to know that there was some.
+        stage = known if done else {"begun": now(), "interrupted": "begun" in known and "seconds" not in known}
+        self._write(name, stage)
         start = time.perf_counter()
         result = work()
         seconds = round(time.perf_counter() - start, 3)
-        # The work before a kill was not timed, so the page has to know that there was some.
-        interrupted = same and "result" not in known
-        self._write(name, {**begun, "seconds": seconds, "interrupted": interrupted, "result": result})
-        self.say(f"{number}: {seconds:.1f} s")
+        self._write(name, {"seconds": seconds, **stage, "result": result})
+        self._say(f"{title}: {seconds:.1f} s")
         return result
 
-    def say(self, line: str) -> None:
+    def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, name: str, stage: dict[str, Any]) -> None:
@@ -209,8 +179,8 @@ class Journal:
         write_json(self.file, self.record)
 
 
-def _short(value: Any) -> str:
-    return "another one" if isinstance(value, Mapping) else str(value)
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # ---------------------------------------------------------------- the work
@@ -246,7 +216,7 @@ def score(model: Model, data: Data, cache: Path) -> dict[str, Any]:
 
 
 def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
-    """Trains, or goes on training; the loss curve, and where and with what it was computed."""
+    """Trains, or resumes training; the loss curve, and where and with what it was computed."""
     folder = train(recipe)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts = {key: run[key] for key in ("steps", "loss", "finished")}
@@ -255,10 +225,9 @@ def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and system of this machine; None where the system does not tell."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "system": platform.platform(),

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from muco.base.files import claimed, read_json, whole_file, write_json, writing
 from muco.base.machine import VERSION
 from muco.base.terminal import rows_bar
-from muco.data.items import Columns, Row, open_source, told_passed_over
+from muco.data.folders import told_passed_over
+from muco.data.items import Columns, Row, open_items
 from muco.embed.vectors import Encode, encode_rows, in_batches, opened_rows
 from muco.errors import DataError, OutputError
 from muco.sizes import checked_dimension
@@ -83,7 +84,7 @@ def embed(
 
     if batch_size < 1 or shard_rows < 1:
         raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
-    source = open_source(Path(input), Columns(text_column, image_column, id_column))
+    source = open_items(Path(input), Columns(text_column, image_column, id_column))
     parts = Parts(Path(output), Path(input))
     with claimed(parts.output, beside=True):
         if isinstance(model, (str, Path)):

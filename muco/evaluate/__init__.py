@@ -1,18 +1,16 @@
 """Evaluation: scores of a model on data.
 
-metrics    ranks, hit@k, precision, health of vectors
-ranking    metrics of ranked lists with graded judgements; TREC files
+metrics    ranks, hit@k, nDCG, precision, health of vectors
 cache      contents and their vectors, on disk
 pool       pools too large for memory: vectors in shards, exact search
 
-retrieval  any data of samples and turns (tasks, report, blind; evaluator: the same during training)
-mmeb       36 data sets, local lists (mmeb_data: their files, mmeb_task: one of them)
-mbeir      16 tasks, local and global pool (mbeir_data: their files)
-beir       any set in BEIR's form (ranked, lines: what it shares with mbeir)
+retrieval  any data of samples and turns (tasks, report)
+mmeb       36 data sets, local lists (mmeb_task: one of them)
+mbeir      16 tasks, local and global pool (mbeir_tasks: reading them)
+beir       any set in BEIR's form (with mbeir it shares asked: queries and pools, ranked: a task, outcomes: its scores)
 mteb       a model for the mteb package
 
-benchmark  what every benchmark leaves behind, and how it goes on
-tables     terminal, CSV and Markdown; page, thumbnails: HTML; published: scores of others
+driver     how every benchmark runs, benchmark: what it leaves behind and resumes from
+tables     terminal, CSV and Markdown; page, thumbnails: HTML
 compare    two results with bootstrap intervals
-leak       training data in evaluation data (identity: when two things are the same)
 """

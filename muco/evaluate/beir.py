@@ -6,36 +6,35 @@
            queries.jsonl       {"_id": "q1", "text": "…", "image": "…"}
            qrels/<split>.tsv   query-id  corpus-id  score, with a header; grades above 0 are relevant
 
-Title, text and image may each be left out, but not all of them. Image paths count from the set's folder. ``data`` is
-such a folder, or holds several: then each is a task of its own.
+Title, text and image may each be missing, but not all of them. Image paths are relative to the set's folder. ``data``
+is such a folder, or holds several: then each is a task of its own.
 
 The tool of BEIR leaves a candidate out that has the id of the query (ArguAna and Quora ask with documents of the
-corpus). Here it stays, for in other sets equal ids mean nothing; a fact of the task tells how many queries have one.
+corpus). Here it stays, because in other sets equal ids mean nothing. A fact of the task says how many queries have one.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from muco import distributed
-from muco.data.judged import LinePool, Query
-from muco.data.left_out import LeftOut, counts
-from muco.data.lines import Row, id_of, image_of, objects, text_of
+from muco.data.judged import LinePool, Query, read_qrels
+from muco.data.left_out import LeftOut
+from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
-from muco.evaluate import ranking
-from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, gate, mean_of
-from muco.evaluate.cache import EmbeddingCache
-from muco.evaluate.ranked import Asked, Measure, Pools, Steps, Stores, ask, chance_of_ndcg
+from muco.evaluate import metrics
+from muco.evaluate.asked import JudgedQueries, Pools
+from muco.evaluate.benchmark import Progress, mean_of
+from muco.evaluate.driver import Benchmark
+from muco.evaluate.outcomes import Measure
+from muco.evaluate.ranked import RankedTask, chance_of_ndcg, score_ranked
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -48,8 +47,6 @@ RULES = {
     "chance": "of nDCG: every rank gains the mean grade of the corpus",
     "overall": "unweighted mean of tasks",
 }
-
-log = logging.getLogger(__name__)
 
 
 def evaluate_beir(
@@ -70,18 +67,18 @@ def evaluate_beir(
 ) -> dict[str, Any]:
     """Scores a model on a retrieval set, or on every one that is directly below a folder.
 
-    A task that ``output`` holds for this model, these settings and this data is not done again; vectors of a run that
-    was stopped are used. Call it on every process alike; the first one writes.
+    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
+    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
         output: Gets ``beir.json`` and its other forms, a file per task, and the vectors.
         split: Names the judgements. Queries that they do not name are left out and counted.
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
-        instruction: Stands before every query, with a blank between; candidates get none.
+        instruction: Put before every query, with a space between; candidates get none.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
-            results, with a warning if they differ.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
+            the results, with a warning if they differ.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
@@ -91,51 +88,23 @@ def evaluate_beir(
         OutputError: If the output cannot be written.
     """
     if k < 1:
-        raise MucoError(f"k is {k}; give at least 1")
-    data, output = Path(data), Path(output)
-    fingerprint, settings = model.fingerprint, {"split": split, "k": k, "instruction": instruction, "rules": RULES}
-    sources = [_Source(folder, split, k, instruction, skip_broken) for folder in _folders(data, split)]
-    # paths of images are on the page, so results found again must be of this folder
-    key = {"benchmark": "beir", "model": fingerprint, "data": str(data.resolve()), **settings}
-    files = TaskFiles(output, key, partial=skip_broken)
-    steps = Steps(sum(len(source.asked) + len(source.pool) for source in sources), progress)
-    stores = Stores(model, output / "cache" / "pools", batch_size, steps)
-    results = []
-    for source in sources:
-        done = distributed.first_only(functools.partial(files.find, source.name, source.fingerprint))
-        if done is None:
-            log.info("%s: %d queries, %d candidates", source.name, len(source.asked), len(source.pool))
-            cache = EmbeddingCache(output / "cache", model=fingerprint, data=f"BEIR {source.name}")
-            vectors = source.asked.embed(model, cache, batch_size, steps.part)
-            done = source.result(vectors, stores)
-            distributed.first_only(functools.partial(files.add, done))
-        steps.done(len(source.asked))
-        results.append(replace(done, outcomes=()))  # they are in files, and many
-    steps.finish()
-    result = benchmark_result(
-        "beir",
-        results,
-        {},
-        overall=mean_of({each.name: each.score for each in results}, [each.name for each in results]),
-        model={"path": model_path, "fingerprint": fingerprint},
-        settings={
-            **settings,
-            "batch_size": batch_size,
-            "skip_broken": skip_broken,
-            "pixels": pixels,
-            "trained_pixels": trained_pixels,
-            "data": str(data),
-        },
-        command=command,
+        raise MucoError(f"k is {k}; pass at least 1")
+    data = Path(data)
+    run = Benchmark(
+        "beir", model, data, Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
     )
-    distributed.first_only(functools.partial(_write, output, result, results))
-    return result
+    settings = {"split": split, "k": k, "instruction": instruction, "rules": RULES}
+    sets = [_open_set(folder, split, k, instruction, skip_broken) for folder in _folders(data, split)]
+    results = score_ranked(run, sets, settings, progress)
+    scores = {result.name: result.score for result in results}
+    settings |= {"batch_size": batch_size, **run.settings}
+    return run.write(results, settings=settings, groups={}, overall=mean_of(scores, list(scores)))
 
 
 def _folders(data: Path, split: str) -> list[Path]:
     """The sets in a folder, by name; a DataError that lists what all of them lack."""
     if not data.is_dir():
-        raise DataError(f"{data}: no such folder; give one with corpus.jsonl, queries.jsonl and qrels/{split}.tsv")
+        raise DataError(f"{data}: no such folder; pass one with corpus.jsonl, queries.jsonl and qrels/{split}.tsv")
     below = sorted(path for path in data.iterdir() if (path / "corpus.jsonl").is_file())
     folders = [data] if (data / "corpus.jsonl").is_file() or not below else below
     needed = [folder / name for folder in folders for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
@@ -146,7 +115,7 @@ def _folders(data: Path, split: str) -> list[Path]:
 
 
 def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
-    """The candidates of a set; equal scores will stand in the order of their ids.
+    """The candidates of a set; equal scores are ordered by their ids.
 
     Args:
         left_out: See :class:`LinePool`.
@@ -173,11 +142,11 @@ def _places(ids: np.ndarray) -> np.ndarray:
     return places
 
 
-def _content(row: Row, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
+def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
     parts = [text for key in keys if (text := (text_of(row, key, where) or "").strip())]
     image = image_of(row, "image", folder, where)
     if not parts and image is None:
-        raise DataError(f"{where}: neither text nor image; give one of {', '.join([*keys, 'image'])}")
+        raise DataError(f"{where}: neither text nor image; add one of {', '.join([*keys, 'image'])}")
     return Content(" ".join([*([instruction] if instruction else []), *parts]), (image,) if image else ())
 
 
@@ -196,7 +165,7 @@ def read_judged(
         left_out: Whether a query may have nothing that can be embedded.
     """
     left_out = LeftOut() if left_out is None else left_out
-    path, judgements = folder / "queries.jsonl", ranking.read_qrels(folder / "qrels" / f"{split}.tsv")
+    path, judgements = folder / "queries.jsonl", read_qrels(folder / "qrels" / f"{split}.tsv")
     queries: dict[str, Query] = {}
     for row, where in objects(path):
         query = id_of(row, "_id", where)
@@ -215,80 +184,51 @@ def read_judged(
     return judged, _Counts(len(queries) - len(judged), len(judgements.keys() - queries.keys()))
 
 
-class _Source:
-    """One set, read and checked."""
+WARNED = {  # fact -> what follows from it
+    "judged queries that queries.jsonl lacks": "they were not asked",
+    "queries for which nothing is relevant": "they score 0",
+    "judged candidates that the corpus lacks": "they are never found",
+}
 
-    def __init__(self, folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> None:
-        self.name, self.k = _name(folder), k
-        left_out = LeftOut(skip_broken)
-        queries, found = read_judged(folder, split, instruction, left_out)
-        self.asked, self.pool = Asked(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
-        self._rows = rows = [self.pool.find(list(query.grades)) for query in queries]
-        self.facts = {
-            "split": split,
-            "instruction": instruction,
-            "queries without judgements, left out": found.without_judgements,
-            "judged queries that queries.jsonl lacks": found.unknown,
-            "queries for which nothing is relevant": sum(not query.relevant for query in queries),
-            "judged candidates that the corpus lacks": int(sum((own < 0).sum() for own in rows)),
-            "queries that have the id of a candidate": int((self.pool.find([q.id for q in queries]) >= 0).sum()),
-        }
-        self.fingerprint = self.asked.fingerprint(self.name, json.dumps(self.facts), self.pool.fingerprint)
 
-    def result(self, vectors: np.ndarray, stores: Stores) -> TaskResult:
-        metric = f"ndcg@{self.k}"
-        scored = ask(self.asked, vectors, Pools([self.pool]), stores, measures(self.k), metric, self.k)
-        lost = self.pool.left_out
-        size = len(self.pool) - len(lost)
-        held = [
-            {
-                id: grade
-                for (id, grade), row in zip(query.grades.items(), own, strict=True)
-                if row >= 0 and row not in lost
-            }
-            for query, own in zip(self.asked.queries, (rows.tolist() for rows in self._rows), strict=True)
-        ]
-        chance = chance_of_ndcg(self.asked.queries, held, size, self.k)
-        return TaskResult(
-            name=self.name,
-            metric=metric,
-            scores=scored.scores,
-            queries=len(self.asked),
-            candidates=(size, size),
-            chance=chance,
-            data=self.fingerprint,
-            facts={**self.facts, **scored.facts},
-            warnings=(*self._warnings(), *scored.warnings, *gate(scored.scores[metric], chance, len(self.asked))),
-            outcomes=scored.outcomes,
-            failures=scored.failures,
-            left_out=counts(scored.broken, scored.missed),
-            broken=scored.broken,
-        )
-
-    def _warnings(self) -> list[str]:
-        told = {
-            "judged queries that queries.jsonl lacks": "they were not asked",
-            "queries for which nothing is relevant": "they score 0",
-            "judged candidates that the corpus lacks": "they are never found",
-        }
-        return [f"{self.facts[fact]} {fact}: {said}" for fact, said in told.items() if self.facts[fact]]
+def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> RankedTask:
+    """One set as a task, read and checked."""
+    left_out = LeftOut(skip_broken)
+    queries, found = read_judged(folder, split, instruction, left_out)
+    asked, pool = JudgedQueries(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
+    judged = [id for query in queries for id in query.grades]
+    facts = {
+        "split": split,
+        "instruction": instruction,
+        "queries without judgements, left out": found.without_judgements,
+        "judged queries that queries.jsonl lacks": found.unknown,
+        "queries for which nothing is relevant": sum(not query.relevant for query in queries),
+        "judged candidates that the corpus lacks": int((pool.find(judged) < 0).sum()),
+        "queries that have the id of a candidate": int((pool.find([q.id for q in queries]) >= 0).sum()),
+    }
+    return RankedTask(
+        name=_name(folder),
+        queries=asked,
+        pools=Pools([pool]),
+        metric=f"ndcg@{k}",
+        measures=measures(k),
+        depth=k,
+        chance=functools.partial(chance_of_ndcg, k=k),
+        facts=facts,
+        warnings=[f"{facts[fact]} {fact}: {said}" for fact, said in WARNED.items() if facts[fact]],
+        cached_as=f"BEIR {_name(folder)}",
+    )
 
 
 def measures(k: int) -> dict[str, Measure]:
     """The scores of a set, by name."""
     return {
-        f"ndcg@{k}": lambda found, grades: ranking.ndcg_at(found, grades, k),
-        "hit@1": lambda found, grades: ranking.hit_at(found, grades, 1),
-        f"recall@{k}": lambda found, grades: ranking.recall_at(found, grades, k),
-        f"mrr@{k}": lambda found, grades: ranking.reciprocal_rank(found, grades, k),
+        f"ndcg@{k}": functools.partial(metrics.ndcg_at, k=k),
+        "hit@1": functools.partial(metrics.hit_at, k=1),
+        f"recall@{k}": functools.partial(metrics.recall_at, k=k),
+        f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
     }
 
 
 def _name(folder: Path) -> str:
     return Path(os.path.abspath(folder)).name  # of ".", too
-
-
-def _write(output: Path, result: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    from muco.evaluate.page import write_reports
-
-    write_reports(output, result, results)

@@ -1,16 +1,16 @@
-"""What every benchmark of many tasks leaves behind, and how an interrupted one goes on.
+"""What every benchmark of many tasks leaves behind, and how an interrupted one resumes.
 
 ::
 
     <output>/
     ├── mmeb.json            scores of all tasks, their means, and all that tells where they come from
     ├── mmeb.csv .md .html   the same for other eyes
-    ├── tasks/NAME.json      one task, written when it is done: a run that is started again does not do it again
+    ├── tasks/NAME.json      one task, written when it is done: a run that is started again does not repeat it
     ├── outcomes/NAME.jsonl  one line per query: what `muco evaluate compare` reads
     ├── left_out/NAME.jsonl  one line per query or candidate that could not be embedded, where there are any
     └── cache/               vectors
 
-A task that is found done counts only for the same model, data and settings; everything else is made anew.
+A finished task counts only for the same model, data and settings; everything else is done again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TaskResult:
         candidates: Smallest and largest number that a query chose from.
         chance: Of ``metric``, 0 to 1, for a model that cannot tell candidates apart; None if unknown.
         data: Fingerprint of queries, candidates and judgements.
-        facts: What else a reader must know: pool, prompt choice, sampling, positives that no pool holds.
+        facts: Anything else a reader must know: pool, prompt choice, sampling, positives that no pool holds.
         warnings: Sentences that nobody should overlook.
         outcomes: One per query.
         failures: The worst ones, largest margin first, at most ``FAILURES``.
@@ -292,6 +292,6 @@ def write_trec_run(path: Path, run: Run, name: str) -> None:
         for rank, (candidate, score) in enumerate(found, start=1):
             cells = (query, "Q0", candidate, str(rank), f"{score:.9g}", name)
             if any(len(cell.split()) != 1 for cell in cells):
-                raise ValueError(f"an id or name with white space cannot stand in a TREC run: {cells}")
+                raise ValueError(f"an id or name with white space cannot be in a TREC run: {cells}")
             lines.append(" ".join(cells) + "\n")
     write_text(Path(path), "".join(lines))

@@ -1,7 +1,7 @@
 """Vectors on disk, so that an evaluation that was stopped, or is run again, encodes nothing twice.
 
 One folder per (model, data, kind of prompt); in it shards, each an ``.npy`` file named by the SHA-256 of its own bytes.
-A shard holds rows (content key, vector). A shard whose bytes do not give its name is damaged: it is removed with a
+A shard holds rows (content key, vector). A shard whose bytes do not match its name is damaged: it is removed with a
 message and its rows are encoded again. A run that is killed loses at most the shard it was working on.
 """
 
@@ -139,7 +139,7 @@ class EmbeddingCache:
     """The vectors that one model gave to the contents of one data set.
 
     Args:
-        root: Folder of all caches; made if it is not there.
+        root: Folder of all caches; made if it does not exist.
         model: The model's fingerprint.
         data: The data's fingerprint.
         prompt: How contents were put to the model; vectors of other prompts are other vectors.

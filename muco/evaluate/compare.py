@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from muco.base.tables import markdown, markdown_table, print_whole, table_of_numbers
+from muco.base.html import count
+from muco.base.tables import markdown, markdown_table, print_report, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
 
@@ -168,7 +169,7 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> metric, data, key and file of outcomes, for every task in a results folder."""
     files = sorted((folder / "tasks").glob("*.json")) if (folder / "tasks").is_dir() else []
     if not files:
-        raise DataError(f"{folder}: holds no results (tasks/*.json); give the output folder of a benchmark")
+        raise DataError(f"{folder}: holds no results (tasks/*.json); pass the output folder of a benchmark")
     found = {}
     for file in files:
         try:
@@ -178,7 +179,7 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
             task["left_out"] = result.get("left_out", {})
             name = result["name"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: is no result of a task ({error!r}); run the evaluation again") from error
+            raise DataError(f"{file}: is not a result of a task ({error!r}); run the evaluation again") from error
         if task["format"] != FORMAT:
             raise DataError(f"{file}: has format {task['format']}, not {FORMAT}; run the evaluation again")
         found[name] = task | {"file": folder / "outcomes" / f"{file.stem}.jsonl"}
@@ -194,7 +195,7 @@ def _outcomes(file: Path) -> dict[str, float]:
                 row = json.loads(line)
                 query, value = row["query"], float(row["value"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{file}:{number}: is no outcome ({error!r}); run the evaluation again") from error
+                raise DataError(f"{file}:{number}: is not an outcome ({error!r}); run the evaluation again") from error
             if not isinstance(query, str):
                 raise DataError(f"{file}:{number}: the query is {query!r}, not a string; run the evaluation again")
             if not math.isfinite(value):
@@ -220,7 +221,7 @@ def _reason(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> str | N
 
 
 def _partial(name: str, a: Mapping[str, int], b: Mapping[str, int]) -> list[str]:
-    """A warning where something was left out of one of the two, for that makes a task easier or harder."""
+    """A warning where something was left out of one of the two, because that makes a task easier or harder."""
     if not a and not b:
         return []
     said = (
@@ -253,15 +254,12 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
         if number == len(result["tasks"]):
             table.add_section()
         table.add_row(*map(Text, cells), style="bold" if sure else None)
-    print_whole(table, console)
-    for line in result["warnings"]:
-        console.print(Text(f"Warning: {line}", style="bold red"))
-    console.print(Text("\n".join(_notes(result)), style="dim"))
+    print_report(table, result["warnings"], _notes(result), console)
 
 
-def as_markdown(result: Mapping[str, Any]) -> str:
+def comparison_markdown(result: Mapping[str, Any]) -> str:
     """The same as GitHub Markdown, ending in a newline; differences whose interval excludes 0 have a star."""
-    rows = ((cells[0] + " *" * sure, *cells[1:]) for cells, sure in _rows(result))
+    rows = ((f"{cells[0]} *" if sure else cells[0], *cells[1:]) for cells, sure in _rows(result))
     lines = [*markdown_table(COLUMNS, rows), "", "In per cent; \\*: the interval excludes 0.", ""]
     lines += [f"- **Warning:** {markdown(line)}" for line in result["warnings"]]
     return "\n".join([*lines, *(f"- {markdown(note)}" for note in _notes(result))]) + "\n"
@@ -273,8 +271,7 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:
         shares = (f"{100 * task[key]:.1f}" for key in ("won", "lost", "equal"))
         yield (name, task["metric"], f"{task['queries']:,}", *_numbers(task), *shares), task["excludes_zero"]
     for label, mean in result["means"].items():
-        count = f"{mean['tasks']} task{'s' * (mean['tasks'] != 1)}"
-        yield (f"{label}, {count}", "", "", *_numbers(mean), "", "", ""), mean["excludes_zero"]
+        yield (f"{label}, {count(mean['tasks'], 'task')}", "", "", *_numbers(mean), "", "", ""), mean["excludes_zero"]
 
 
 def _numbers(scores: Mapping[str, Any]) -> tuple[str, ...]:

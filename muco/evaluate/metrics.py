@@ -1,5 +1,6 @@
-"""Ranks, hit@k, reduced precision and the health of vectors. Scores are float32 dot products of normalised rows.
+"""Ranks, hit@k, nDCG, reduced precision and the health of vectors.
 
+Scores are float32 dot products of normalised rows.
 A score is only believed when it beats every rival: ties are lost, and vectors that are not finite come last. So a
 model that maps everything to one point, or to NaN, scores 0 instead of passing by luck.
 
@@ -9,7 +10,8 @@ Letters: Q queries, C candidates, D dimension.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,12 +31,12 @@ def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray, *, 
     Args:
         scores: float [Q, C].
         positives: int [Q], the column of the right candidate.
-        identities: [C] or [Q, C], equal keys mark the same candidate: it is no rival of the right one.
+        identities: [C] or [Q, C], equal keys mark the same candidate, which is not a rival of the right one.
         tie: A rival within this distance below the right score counts as equal.
     Returns:
         int64 [Q]: 1 + the rivals that score at least as much; C + 1 where a score of the row is not finite.
     Raises:
-        ValueError: If the shapes disagree or a positive is no column.
+        ValueError: If the shapes disagree or a positive is not a column.
     """
     scores = np.asarray(scores, dtype=np.float32)
     positives = np.asarray(positives, dtype=np.int64)
@@ -82,7 +84,7 @@ def ranks_in_lists(queries: np.ndarray, pool: np.ndarray, lists: np.ndarray) -> 
         queries: float32 [Q, D].
         pool: float32 [P, D].
         lists: int [Q, C], rows of ``pool``: the right candidate first, then its rivals; shorter lists are filled up
-            with the right candidate, which is no rival of itself.
+            with the right candidate, which is not its own rival.
     Returns:
         int64 [Q].
     """
@@ -91,26 +93,6 @@ def ranks_in_lists(queries: np.ndarray, pool: np.ndarray, lists: np.ndarray) -> 
         scores = _dot(pool[lists[block]], queries[block][:, :, None])[:, :, 0]
         result[block] = ranks(scores, np.zeros(len(scores), dtype=np.int64), lists[block], tie=TIE)
     return result
-
-
-def top_k(queries: np.ndarray, pool: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best candidates of each query, best first; equal scores by lower index, not-finite scores last.
-
-    Returns:
-        indices int64 [Q, k] and scores float32 [Q, k], where k is at most the size of the pool.
-    """
-    k = min(k, len(pool))
-    indices = np.empty((len(queries), k), dtype=np.int64)
-    scores = np.empty((len(queries), k), dtype=np.float32)
-    for block in _blocks(len(queries), len(pool)):
-        values = _dot(queries[block], pool.T)
-        values[~np.isfinite(values)] = -np.inf
-        for i, row in enumerate(values, start=block.start):
-            # argpartition picks freely among equals at the border, so take everything that reaches the k-th score.
-            reach = np.flatnonzero(row >= np.partition(row, -k)[-k])
-            indices[i] = reach[np.argsort(-row[reach], kind="stable")][:k]
-            scores[i] = row[indices[i]]
-    return indices, scores
 
 
 def drawing(pool: Set[str], count: int, seed: int) -> Choose:
@@ -141,7 +123,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def hit_at(ranks: np.ndarray, k: int) -> float:
+def hit_rate(ranks: np.ndarray, k: int) -> float:
     """Share of queries whose right candidate is among the first k, 0 to 1."""
     return float(np.mean(np.asarray(ranks) <= k))
 
@@ -156,11 +138,58 @@ def chance_hit(k: int, candidates: int | np.ndarray) -> float:
     return float(np.mean(np.minimum(1.0, k / np.asarray(candidates))))
 
 
+# ── ranked lists with graded judgements ──────────────────────────────────────────────────────────────────────────────
+# k is the depth. *Relevant* is a candidate of a grade above 0. A list shorter than k counts as if wrong ones followed.
+
+Gain = Literal["linear", "exponential"]
+
+
+def hit_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    """1.0 if a relevant candidate is among the first k, else 0.0: what M-BEIR calls Recall@k, others Success@k."""
+    return float(any(grades.get(candidate, 0) > 0 for candidate in found[:k]))
+
+
+def recall_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    """Share of all relevant candidates that are among the first k; 0.0 where none is relevant."""
+    relevant = {candidate for candidate, grade in grades.items() if grade > 0}
+    return len(relevant.intersection(found[:k])) / len(relevant) if relevant else 0.0
+
+
+def ndcg_at(found: Sequence[str], grades: Mapping[str, int], k: int, *, gain: Gain = "linear") -> float:
+    """Discounted gain of the first k over that of the best possible list; 0.0 where nothing is relevant.
+
+    Args:
+        gain: "linear" (trec_eval, BEIR): the grade; "exponential": 2 ^ grade - 1. Negative grades count as 0.
+    Source: Järvelin and Kekäläinen, 2002; the discount is log2(rank + 1).
+    """
+    gained = [_gain(grades.get(candidate, 0), gain) for candidate in found[:k]]
+    best = sorted((_gain(grade, gain) for grade in grades.values()), reverse=True)[:k]
+    ideal = _discounted(best)
+    return _discounted(gained) / ideal if ideal else 0.0
+
+
+def _gain(grade: int, gain: Gain) -> float:
+    return float(max(0, grade)) if gain == "linear" else 2.0 ** max(0, grade) - 1
+
+
+def _discounted(gains: Sequence[float]) -> float:
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
+
+
+def reciprocal_rank(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    """1 / rank of the first relevant candidate, 0.0 if it is not among the first k."""
+    ranks = (rank for rank, candidate in enumerate(found[:k], start=1) if grades.get(candidate, 0) > 0)
+    first = next(ranks, None)
+    return 1 / first if first else 0.0
+
+
+# ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 Precision = Literal["float32", "int8", "binary"]
 
 
-def shortened(vectors: np.ndarray, dimension: int) -> np.ndarray:
-    """The first ``dimension`` numbers of each vector of float32 [n, D], L2-normalised; whole vectors as they are."""
+def truncated(vectors: np.ndarray, dimension: int) -> np.ndarray:
+    """The first ``dimension`` dimensions of float32 [n, D], L2-normalised again; whole vectors as they are."""
     if dimension == vectors.shape[1]:
         return vectors
     part = vectors[:, :dimension]

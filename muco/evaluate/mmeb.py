@@ -4,7 +4,7 @@
 
     data sets ─read_questions─▶ rows ─Task─▶ distinct contents ─embed─▶ vectors ─judge─▶ hit@1 per data set ─▶ means
 
-Every query ranks its own list, and the right candidate must beat all others: it is given first, so a rule that lets it
+Every query ranks its own list, and the right candidate must beat all others: it is listed first, so a rule that lets it
 win ties would give full marks to a model that maps everything to one point. Candidates are the same if their text and
 the bytes of their image are; copies of the right one are no rivals. What is embedded is each distinct content of a data
 set, once, in an order that the order of rows does not change.
@@ -14,19 +14,17 @@ The overall score is the mean of the 36 data sets, not of the four meta-tasks.
 
 from __future__ import annotations
 
-import difflib
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco import distributed
-from muco.data.mmeb_test import BLANK, DATA_SETS, METAS, NAMES, find_files, open_source
-from muco.errors import DataError, MucoError
-from muco.evaluate.benchmark import Progress, TaskFiles, TaskResult, benchmark_result, mean_of
-from muco.evaluate.cache import EmbeddingCache
-from muco.evaluate.mmeb_task import Task
+from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
+from muco.data.mmeb_test import BLANK, find_files, open_set
+from muco.errors import DataError, did_you_mean
+from muco.evaluate.benchmark import Progress, TaskResult, mean_of
+from muco.evaluate.driver import Benchmark, check_queries
+from muco.evaluate.mmeb_task import MmebTask
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder
@@ -67,8 +65,8 @@ def evaluate_mmeb(
 ) -> dict[str, Any]:
     """Scores a model on MMEB, or on some of its data sets.
 
-    Data sets that are found done in ``output`` for this model, these settings and unchanged data are not done again.
-    Call it on every process alike; the first one writes.
+    Run it again to resume: a data set that ``output`` holds for this model, these settings and this data is not
+    repeated. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -76,15 +74,15 @@ def evaluate_mmeb(
         output: Gets ``mmeb.json`` and its other forms, a file per data set, and the vectors.
         images: The folder of all images; None: ``eval_images`` or ``image-tasks`` in ``data``, by the layout.
         tasks: Names of data sets; None: all 36.
-        queries: So many of each data set, drawn by ``seed``; None: all.
+        queries: How many of each data set to ask, drawn by ``seed``; None: all.
         batch_size: Contents per forward pass; the scores do not depend on it.
-        allow_missing: Score what is there, instead of refusing to start where a data set is missing.
+        allow_missing: Score what is available, instead of refusing to start if a data set is missing.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         official: Tell candidates apart as the paper's code does, see :func:`muco.data.mmeb_test.official_name`.
             How images are opened is the model's own: set ``images_as_stored`` of its processor too.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Told in the
-            results, with a warning if they differ.
-        command, model_path: Told in the results.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
+            the results, with a warning if they differ.
+        command, model_path: Recorded in the results.
         progress: Called with (contents encoded, contents in all) of one data set after another.
     Returns:
         What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.
@@ -93,53 +91,37 @@ def evaluate_mmeb(
         MucoError: If ``queries`` is less than 1.
         OutputError: If the output cannot be written.
     """
-    if queries is not None and queries < 1:
-        raise MucoError(f"queries is {queries}; give at least 1 per data set, or leave it out")
+    check_queries(queries)
     chosen = _chosen(tasks)
     found, missing = find_files(data, chosen)
     _refuse_missing(missing, len(chosen), bool(found), allow_missing)
-    sources = [open_source(Path(data), name, paths, images) for name, paths in found.items()]
-    fingerprint = model.fingerprint
+    sources = [open_set(Path(data), name, paths, images) for name, paths in found.items()]
+    run = Benchmark(
+        "mmeb", model, Path(data), Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
+    )
     rules = RULES | (OFFICIAL if official else {})
+    # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
+    places = sorted({str(source.images.resolve()) for source in sources})
+
+    def work(task: MmebTask) -> TaskResult:
+        log.info("%s: %d queries, %d contents", task.name, len(task.queries), len(task.needed))
+        return task.score(model, batch_size, run.cache(task.fingerprint), progress)
+
+    opened = (MmebTask(source, queries, seed, official=official, skip_broken=skip_broken) for source in sources)
+    results = run.score(opened, work, {"rules": rules, "images": places})
+    groups, overall = aggregates({result.name: result.score for result in results})
     settings = {
         "tasks": "all" if chosen == NAMES else list(chosen),
         "queries": queries,
         "seed": seed,
         "batch_size": batch_size,
-        "skip_broken": skip_broken,
-        "pixels": pixels,
-        "trained_pixels": trained_pixels,
-        "data": str(data),
+        **run.settings,
         "rules": rules,
     }
-    # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
-    places = sorted({str(source.images.resolve()) for source in sources})
-    key = {"benchmark": "mmeb", "model": fingerprint, "rules": rules, "images": places}
-    files = TaskFiles(Path(output), key, partial=skip_broken)
-    results = []
-    for source in sources:
-        task = Task(source, queries, seed, official=official, skip_broken=skip_broken)
-        done = distributed.first_only(functools.partial(files.find, source.data_set.name, task.fingerprint))
-        if done is None:
-            log.info("%s: %d queries, %d contents", source.data_set.name, len(task.asked), len(task.needed))
-            cache = EmbeddingCache(Path(output) / "cache", model=fingerprint, data=task.fingerprint)
-            done = task.score(model, batch_size, cache, progress)
-            distributed.first_only(functools.partial(files.add, done))
-        results.append(done)
-    groups, overall = aggregates({result.name: result.score for result in results})
-    result = benchmark_result(
-        "mmeb",
-        results,
-        groups,
-        overall=overall,
-        model={"path": model_path, "fingerprint": fingerprint},
-        settings=settings,
-        command=command,
-        missing=list(missing),
-        warnings=_warnings(results, missing, seed),
+    warnings = _warnings(results, missing, seed)
+    return run.write(
+        results, settings=settings, groups=groups, overall=overall, missing=list(missing), warnings=warnings
     )
-    distributed.first_only(functools.partial(_write, Path(output), result, results))
-    return result
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
@@ -161,9 +143,7 @@ def _chosen(tasks: Sequence[str] | None) -> tuple[str, ...]:
         raise DataError("no data set is named; name at least one, or none to score all 36")
     for name in tasks:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{name!r} is no data set of MMEB; {hint}There are {', '.join(NAMES)}")
+            raise DataError(f"{name!r} is not a data set of MMEB{did_you_mean(name, NAMES)}")
     return tuple(name for name in NAMES if name in tasks)
 
 
@@ -184,9 +164,3 @@ def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: i
     if missing:
         lines.append(f"data sets that were not found: {len(missing)}; so there is no overall score")
     return lines
-
-
-def _write(output: Path, result: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    from muco.evaluate.page import write_reports
-
-    write_reports(output, result, results)

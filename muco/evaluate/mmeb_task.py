@@ -1,4 +1,4 @@
-"""One data set of MMEB: its rows as distinct contents, their vectors, and what became of every query."""
+"""One data set of MMEB: its rows as distinct contents, their vectors, and the outcome of every query."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
-from muco.data.mmeb_test import ROWS, Source, read_questions
+from muco.data.mmeb_test import ROWS, MMEBSet, read_questions
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
@@ -28,7 +28,7 @@ METRIC = "hit@1"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ListQuery:
     """One query by keys of the book.
 
     Args:
@@ -78,10 +78,10 @@ class Judged:
     tied: bool = False
 
 
-class Task:
+class MmebTask:
     """One data set, read: its queries and their distinct contents.
 
-    ``fingerprint`` is of the numbers of the rows that are asked, their texts and the bytes of their images.
+    ``fingerprint`` covers the numbers of the rows that are asked, their texts and the bytes of their images.
 
     Args:
         queries, seed: See :func:`sample`.
@@ -92,10 +92,11 @@ class Task:
     """
 
     def __init__(
-        self, source: Source, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
+        self, source: MMEBSet, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
     ) -> None:
         self.left_out = LeftOut(skip_broken)
-        self.source, self.book, self.asked = source, Book(self.left_out), []
+        self.source, self.book = source, Book(self.left_out)
+        self.name, self.queries = source.data_set.name, list[ListQuery]()
         keys: dict[Content, str] = {}  # lists share most of their candidates
         named: dict[str, str] = {}  # official name -> key of the first content
         digest = hashlib.sha256(source.data_set.name.encode())
@@ -112,17 +113,17 @@ class Task:
             candidates = [key_of(candidate, question.where) for candidate in question.candidates]
             if official:
                 candidates = [named.setdefault(*pair) for pair in zip(question.names, candidates, strict=True)]
-            asked = Asked(question.number, query, tuple(candidates))
+            asked = ListQuery(question.number, query, tuple(candidates))
             if len(asked.places) < 2:
                 raise DataError(f"{question.where}: all candidates are the same; a query needs a wrong one too")
-            self.asked.append(asked)
+            self.queries.append(asked)
             digest.update(json.dumps([asked.number, asked.query, asked.candidates]).encode())
         self.fingerprint = digest.hexdigest()
 
     @property
     def needed(self) -> set[str]:
         """Keys of all contents that are asked or ranked, and can be read."""
-        keys = {asked.query for asked in self.asked} | {key for asked in self.asked for key in asked.candidates}
+        keys = {asked.query for asked in self.queries} | {key for asked in self.queries for key in asked.candidates}
         return keys & self.book.contents.keys()
 
     def score(
@@ -133,10 +134,10 @@ class Task:
         encode = functools.partial(self.book.encode, model, batch_size)
         vectors = embed(keys, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
         lost = self.left_out.reasons.keys()
-        self.asked = [replace(asked, lost=lost) for asked in self.asked]
+        self.queries = [replace(asked, lost=lost) for asked in self.queries]
         row_of = {key: row for row, key in enumerate(keys)}
-        pool = sorted({row_of[key] for asked in self.asked for key in asked.places})
-        queries = sorted({row_of[asked.query] for asked in self.asked if asked.query not in lost})
+        pool = sorted({row_of[key] for asked in self.queries for key in asked.places})
+        queries = sorted({row_of[asked.query] for asked in self.queries if asked.query not in lost})
         health = {
             "query": metrics.embedding_health(vectors[queries]),
             "candidate": metrics.embedding_health(vectors[pool]),
@@ -144,7 +145,7 @@ class Task:
         # What is left of the differences in a collapsed pool is rounding: let all of them tie, and so be lost.
         candidates = np.zeros_like(vectors) if health["candidate"].collapsed else vectors
         judged = []
-        for asked in self.asked:
+        for asked in self.queries:
             if asked.missed:
                 judged.append(missed(asked))
                 continue
@@ -157,11 +158,11 @@ class Task:
     def _result(
         self, judged: Sequence[Judged], health: Mapping[str, metrics.Health], encoded: tuple[int, int]
     ) -> TaskResult:
-        data_set, source, asked = self.source.data_set, self.source, self.asked
+        data_set, source, asked = self.source.data_set, self.source, self.queries
         sizes = np.array([question.size for question in asked])
         ranks = np.array([one.rank for one in judged])
         # hit@5 says nothing where everyone hits five of five.
-        hits = {f"hit@{k}": metrics.hit_at(ranks, k) for k in (1, 5) if k < sizes.min()}
+        hits = {f"hit@{k}": metrics.hit_rate(ranks, k) for k in (1, 5) if k < sizes.min()}
         ties, repeated = sum(one.tied for one in judged), sum(question.repeats_truth for question in asked)
         chance = metrics.chance_hit(1, sizes)
         facts = {
@@ -202,8 +203,8 @@ class Task:
 
     def _broken(self) -> tuple[Broken, ...]:
         reasons = self.left_out.reasons
-        queries = [question.query for question in self.asked if question.query in reasons]
-        candidates = dict.fromkeys(key for question in self.asked for key in question.candidates if key in reasons)
+        queries = [question.query for question in self.queries if question.query in reasons]
+        candidates = dict.fromkeys(key for question in self.queries for key in question.candidates if key in reasons)
         return (
             *(Broken("query", reasons[key]) for key in queries),
             *(Broken("candidate", reasons[key]) for key in candidates),
@@ -212,7 +213,7 @@ class Task:
     def _failures(self, judged: Sequence[Judged]) -> tuple[Failure, ...]:
         lost = [
             (one.margin, asked, one.outcome.found)
-            for asked, one in zip(self.asked, judged, strict=True)
+            for asked, one in zip(self.queries, judged, strict=True)
             if one.rank > 1 and one.margin is not None
         ]
         lost.sort(key=lambda item: (-item[0], item[1].number))
@@ -234,12 +235,12 @@ def sample(rows: int, queries: int | None, seed: int) -> list[int]:
     return sorted(order[:queries])
 
 
-def missed(asked: Asked) -> Judged:
+def missed(asked: ListQuery) -> Judged:
     """The outcome of a query that cannot be answered: no candidate is found, and the right one is behind all."""
     return Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1)
 
 
-def judge(asked: Asked, scores: np.ndarray) -> Judged:
+def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
     """What became of a query.
 
     Args:
@@ -252,7 +253,7 @@ def judge(asked: Asked, scores: np.ndarray) -> Judged:
         return Judged(Outcome(name, 0.0, None, ()), rank)
     handicapped = scores.copy()
     handicapped[0] -= np.float32(metrics.TIE)
-    order = np.lexsort((columns == 0, -handicapped))[:FOUND]  # the right one stands where its rank says
+    order = np.lexsort((columns == 0, -handicapped))[:FOUND]  # the right one is where its rank says
     places = list(asked.places.values())
     found = tuple((str(places[column]), float(scores[column])) for column in order)
     margin = float(scores[1:].max() - scores[0])

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from muco.base.files import write_json, write_text
-from muco.base.tables import clean
+from muco.base.html import count, document, house_style, section, sign, text
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
-from muco.evaluate.published import NOTICE, Published, published
 from muco.evaluate.tables import (
     INCOMPLETE,
     as_csv,
-    as_markdown,
+    benchmark_markdown,
     candidates_text,
     columns_of,
     facts_text,
@@ -48,8 +45,9 @@ def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[Tas
     """
     name = result["benchmark"]
     write_json(Path(output) / f"{name}.json", result)
-    for suffix, text in ((".csv", as_csv(result)), (".md", as_markdown(result)), (".html", page(result, results))):
-        write_text(Path(output) / f"{name}{suffix}", text)
+    write_text(Path(output) / f"{name}.csv", as_csv(result))
+    write_text(Path(output) / f"{name}.md", benchmark_markdown(result))
+    write_text(Path(output) / f"{name}.html", page(result, results))
 
 
 def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails: int = THUMBNAILS) -> str:
@@ -58,36 +56,22 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
     Args:
         thumbnails: Characters that all images may take; what does not fit is named instead, and the page says so.
     """
-    references = published(result["benchmark"])
-    style = (files("muco.base") / "style.css", Path(__file__).with_name("page.css"))
     sections = {
-        "Groups": _groups(result, references),
-        "Tasks": _tasks(result, references),
+        "Groups": _groups(result),
+        "Tasks": _tasks(result),
         "All metrics": _table(result),
-        **({"Published scores": _references(result, references)} if references else {}),
         "Worst failures": _failures(results, Thumbnails(thumbnails)),
     }
     links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in sections)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{_text(title_of(result))}: {_text(result["model"]["path"])}</title>
-<style>
-{"".join(file.read_text(encoding="utf-8") for file in style)}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 {_head(result)}
 <nav>{links}</nav>
 </header>
 <main>
 {"".join(sections.values())}</main>
-</body>
-</html>
 """
+    style = house_style() + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return document(f"{title_of(result)}: {result['model']['path']}", body, style)
 
 
 # ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,12 +79,12 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
 
 def _head(result: Mapping[str, Any]) -> str:
     lead = "".join(
-        f'<p class="lead">{_overall(score)} <span>{_text(name)}</span></p>\n'
+        f'<p class="lead">{_overall(score)} <span>{text(name)}</span></p>\n'
         for name, score in means_of(result).items()
         if name.startswith("overall")
     )
-    items = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in origin(result).items())
-    return f"""<h1>{_text(title_of(result))}: {_text(result["model"]["path"])}</h1>
+    items = "".join(f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in origin(result).items())
+    return f"""<h1>{text(title_of(result))}: {text(result["model"]["path"])}</h1>
 {lead}{_warnings(warnings_of(result))}
 <dl class="card facts-list run-of">{items}</dl>"""
 
@@ -115,68 +99,53 @@ def _warnings(lines: Sequence[str]) -> str:
     first, more = (_items(part) for part in (lines[:WARNINGS], lines[WARNINGS:]))
     if more:
         more = f"<details><summary>{len(lines) - WARNINGS:,} more</summary>{more}</details>"
-    return f'<div class="alarm" role="alert"><h2>{_count(len(lines), "warning")}</h2>{first}{more}</div>'
+    return f'<div class="alarm" role="alert"><h2>{count(len(lines), "warning")}</h2>{first}{more}</div>'
 
 
 def _items(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
 
 # ── bars ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def _groups(result: Mapping[str, Any], references: Sequence[Published]) -> str:
-    scores = means_of(result)
-    missing = '<p class="flag">not all of its tasks were scored</p>'
-    cards = "".join(
-        f"<li class=card><h3>{_text(name)}</h3>{_bars(name, score, None, references)}{missing * (score is None)}</li>"
-        for name, score in scores.items()
-    )
-    return _section("Groups", "Unweighted means over tasks, in per cent.", _legend(references) + _list(cards))
+LEGEND = """<ul class="legend"><li><i class="ours"></i>this model, measured</li>
+<li><i class="chance"></i>chance</li></ul>"""
 
 
-def _tasks(result: Mapping[str, Any], references: Sequence[Published]) -> str:
-    cards = "".join(_task(name, task, references) for name, task in result["tasks"].items())
-    text = "The metric that counts, in per cent. Each task lists what its number rests on."
-    return _section("Tasks", text, _legend(references) + _list(cards))
+def _groups(result: Mapping[str, Any]) -> str:
+    cards = []
+    for name, score in means_of(result).items():
+        missing = '<p class="flag">not all of its tasks were scored</p>' if score is None else ""
+        cards.append(f"<li class=card><h3>{text(name)}</h3>{_bar(score)}{missing}</li>")
+    return _section("Groups", "Unweighted means over tasks, in per cent.", LEGEND + _list(cards))
 
 
-def _task(name: str, task: Mapping[str, Any], references: Sequence[Published]) -> str:
+def _tasks(result: Mapping[str, Any]) -> str:
+    cards = [_task(name, task) for name, task in result["tasks"].items()]
+    words = "The metric that counts, in per cent. Each task lists what its number rests on."
+    return _section("Tasks", words, LEGEND + _list(cards))
+
+
+def _task(name: str, task: Mapping[str, Any]) -> str:
     note = f"{task['metric']}, {task['queries']:,} queries, {candidates_text(task['candidates'])} candidates"
     if task["chance"] is not None:
         note += f", chance {percent(task['chance'])} %"
     if told := task["left_out"]:
         note += f", left out {told['queries']:,} queries and {told['candidates']:,} candidates"
-    facts = f'<p class="note">{_text(facts_text(task["facts"]))}</p>' if task["facts"] else ""
-    flags = "".join(f'<p class="flag">{_text(line)}</p>' for line in task["warnings"])
-    bars = _bars(name, task["score"], task["chance"], references)
-    return f'<li class=card><h3>{_text(name)}</h3><p class="note">{_text(note)}</p>{facts}{bars}{flags}</li>'
+    facts = f'<p class="note">{text(facts_text(task["facts"]))}</p>' if task["facts"] else ""
+    flags = "".join(f'<p class="flag">{text(line)}</p>' for line in task["warnings"])
+    bar = _bar(task["score"], task["chance"])
+    return f'<li class=card><h3>{text(name)}</h3><p class="note">{text(note)}</p>{facts}{bar}{flags}</li>'
 
 
-def _bars(name: str, score: float | None, chance: float | None, references: Sequence[Published]) -> str:
-    bars = _bar("this model", "ours", None if score is None else 100 * score, chance)
-    for reference in references:
-        if reference.main and name in reference.scores:
-            bars += _bar(reference.model, "theirs", reference.scores[name])
-    return bars
-
-
-def _bar(who: str, kind: str, value: float | None, chance: float | None = None) -> str:
-    """One bar; ``value`` in per cent."""
-    width = min(100.0, max(0.0, value or 0.0))
+def _bar(score: float | None, chance: float | None = None) -> str:
+    """A bar of the score, 0 to 1, with a mark at chance."""
+    width = 100 * min(1.0, max(0.0, score or 0.0))
     mark = "" if chance is None else f'<b style="left:{100 * chance:.2f}%"></b>'
-    own = " own" if kind == "ours" else ""
-    title = f"{who}: {NOTICE}" if kind == "theirs" else who
-    return f"""<div class="bar{own}" title="{_text(title)}"><span class="who">{_text(who)}</span>
-<span class="track"><i class="{kind}" style="width:{width:.2f}%"></i>{mark}</span>
-<span class="value">{"–" if value is None else f"{value:.1f}"}</span></div>"""
-
-
-def _legend(references: Sequence[Published]) -> str:
-    theirs = f'<li><i class="theirs"></i>{NOTICE}</li>' if any(r.main for r in references) else ""
-    return f"""<ul class="legend"><li><i class="ours"></i>this model, measured</li>{theirs}
-<li><i class="chance"></i>chance</li></ul>"""
+    return f"""<div class="bar" title="this model"><span class="who">this model</span>
+<span class="track"><i class="ours" style="width:{width:.2f}%"></i>{mark}</span>
+<span class="value">{percent(score)}</span></div>"""
 
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -187,40 +156,18 @@ def _table(result: Mapping[str, Any]) -> str:
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task["scores"]))
     columns = columns_of(result)
     last = columns[columns.index("chance") :]
-    heads = "".join(f"<th>{_text(name)}</th>" for name in ("task", *metrics, *last))
+    heads = "".join(f"<th>{text(name)}</th>" for name in ("task", *metrics, *last))
     mixed = len({task["metric"] for task in tasks.values()}) > 1  # then each row says which of its numbers counts
-    rows = "".join(
-        f"<tr><th>{_text(name)}"
-        + _small("counts: " + task["metric"]) * mixed
-        + "</th>"
-        + "".join(f"<td>{percent(task['scores'].get(metric))}</td>" for metric in metrics)
-        + f"<td>{percent(task['chance'])}</td><td>{task['queries']:,}</td>"
-        f"<td>{candidates_text(task['candidates'])}</td>"
-        + f"<td>{left_out_text(task['left_out'])}</td>" * ("left out" in last)
-        + "</tr>"
-        for name, task in tasks.items()
-    )
+    rows = ""
+    for name, task in tasks.items():
+        counts = f"<small>counts: {text(task['metric'])}</small>" if mixed else ""
+        scores = [percent(task["scores"].get(metric)) for metric in metrics]
+        cells = [*scores, percent(task["chance"]), f"{task['queries']:,}", candidates_text(task["candidates"])]
+        if "left out" in last:
+            cells.append(left_out_text(task["left_out"]))
+        rows += f"<tr><th>{text(name)}{counts}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     body = _scrolled("all scores", f'<table class="all"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
     return _section("All metrics", "Every metric of every task, in per cent.", body)
-
-
-def _references(result: Mapping[str, Any], references: Sequence[Published]) -> str:
-    scores = means_of(result)
-    names = [name for name in scores if any(name in reference.scores for reference in references)]
-    own = "".join(f"<td>{percent(scores[name])}</td>" for name in names)
-    rows = f'<tr class="own"><th>this model<small>measured</small></th>{own}</tr>'
-    for reference in references:
-        values = [reference.scores.get(name) for name in names]
-        if any(value is not None for value in values):
-            cells = "".join(f"<td>{'–' if value is None else f'{value:.1f}'}</td>" for value in values)
-            rows += f"<tr><th>{_text(reference.model)}{_small(reference.source)}</th>{cells}</tr>"
-    heads = "".join(f"<th>{_text(name)}</th>" for name in ("model", *names))
-    text = (
-        f"All scores but those of the first row were {NOTICE}. They compare only with scores on the same pool and all "
-        "queries; texts, image sizes and the handling of ties may differ."
-    )
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    return _section("Published scores", text, _scrolled("published scores", table))
 
 
 def _scrolled(label: str, table: str) -> str:
@@ -237,27 +184,31 @@ def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:
         for result, failure in zip(results, rank, strict=True):
             if failure is not None:
                 cards[result.name].append(_failure(failure, thumbnails))
-    text = (
+    words = (
         "Queries whose best candidate is wrong, worst first: those where the wrong candidate beats the right one by "
         "the most."
     )
     if thumbnails.left_out:
-        text += f" Left out, so that the page stays small: {_count(thumbnails.left_out, 'image')}; the names stand in."
-    opened = next((name for name, items in cards.items() if items), None)
-    tasks = "".join(
-        f'<details class="card worst"{" open" * (result.name == opened)}><summary><b>{_text(result.name)}</b>'
-        f"<span>{percent(result.score)} % {_text(result.metric)}, "
-        f"{_count(len(cards[result.name]), 'failure')} shown</span></summary>{''.join(cards[result.name])}</details>"
-        for result in results
-    )
-    return _section("Worst failures", text, tasks)
+        left = count(thumbnails.left_out, "image")
+        words += f" Left out, so that the page stays small: {left}; their names are shown instead."
+    tasks, opened = "", False
+    for result in results:
+        own = cards[result.name]
+        open_now = " open" if own and not opened else ""
+        opened = opened or bool(own)
+        told = f"{percent(result.score)} % {text(result.metric)}, {count(len(own), 'failure')} shown"
+        tasks += (
+            f'<details class="card worst"{open_now}><summary><b>{text(result.name)}</b><span>{told}</span></summary>'
+            f"{''.join(own)}</details>"
+        )
+    return _section("Worst failures", words, tasks)
 
 
 def _failure(failure: Failure, thumbnails: Thumbnails) -> str:
     # in the order of reading, which is the order in which images take their room
     query, right = _shown(failure.query, thumbnails), _shown(failure.right, thumbnails)
     found = "".join(
-        f'<li><p class="score">{_sign(candidate.id == failure.right.id)}{score:.3f}</p>'
+        f'<li><p class="score">{sign(candidate.id == failure.right.id)}{score:.3f}</p>'
         f"{_shown(candidate, thumbnails)}</li>"
         for candidate, score in failure.found
     )
@@ -268,39 +219,23 @@ def _failure(failure: Failure, thumbnails: Thumbnails) -> str:
 
 def _shown(shown: Shown, thumbnails: Thumbnails) -> str:
     images = "".join(map(thumbnails.html, shown.images))
-    text = shown.text.strip()
-    if len(text) > TEXT:
-        text = f"{text[:TEXT]}… ({len(text):,} characters)"
-    words = f'<p dir="auto">{_text(text)}</p>' if text else ""
-    return f'<div class="thing">{images}{words}<p class="name" dir="auto">{_text(shown.id[:200])}</p></div>'
-
-
-def _sign(right: bool) -> str:
-    return '<b class="good" title="right">✓</b>' if right else '<b class="bad" title="wrong">✗</b>'
+    words = shown.text.strip()
+    if len(words) > TEXT:
+        words = f"{words[:TEXT]}… ({len(words):,} characters)"
+    said = f'<p dir="auto">{text(words)}</p>' if words else ""
+    return f'<div class="thing">{images}{said}<p class="name" dir="auto">{text(shown.id[:200])}</p></div>'
 
 
 # ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _section(title: str, text: str, body: str) -> str:
-    return f'<section id="{_anchor(title)}">\n<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n{body}\n</section>\n'
+def _section(title: str, words: str, body: str) -> str:
+    return section(title, words, body, anchor=_anchor(title))
 
 
 def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _small(text: str) -> str:
-    return f"<small>{_text(text)}</small>"
-
-
-def _list(cards: str) -> str:
-    return f'<ul class="bars">{cards}</ul>'
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
-def _text(text: str) -> str:
-    return escape(clean(text))
+def _list(cards: Sequence[str]) -> str:
+    return f'<ul class="bars">{"".join(cards)}</ul>'

@@ -46,7 +46,7 @@ class Pool(Protocol):
     """Candidates in a fixed order.
 
     ``fingerprint`` changes when a candidate may have changed; ``order`` is int64 [N], unique per candidate: among equal
-    scores the candidate with the smaller one comes first, wherever it stands in the pool.
+    scores the candidate with the smaller one comes first, wherever it is in the pool.
     """
 
     name: str
@@ -77,6 +77,20 @@ class Vectors:
             shard = np.load(file, mmap_mode="r", allow_pickle=False)
             for start in range(0, len(shard), rows):
                 yield np.asarray(shard[start : start + rows])  # read when used; nothing of it is kept
+
+    def row(self, number: int) -> np.ndarray:
+        """One vector, float32 [D].
+
+        Raises:
+            IndexError: If there is no such row.
+        """
+        first = 0
+        for file in self.files:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+            if number < first + len(shard):
+                return np.array(shard[number - first])
+            first += len(shard)
+        raise IndexError(f"row {number} of {first}")
 
     def health(self) -> metrics.Health:
         """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`.
@@ -110,7 +124,7 @@ def embed_pool(
     Beside a shard with rows of NaN, for candidates that were left out, is a ``.json`` file that says which and why.
 
     Args:
-        folder: Of all pools; made if it is not there. Of several processes each encodes its shards: call it on all of
+        folder: Of all pools; made if it does not exist. Of several processes each encodes its shards: call it on all of
             them with the same folder.
         left_out: Rows that cannot be embedded; afterwards also those that the model refused. None: it may refuse none.
         progress: Called with (done, total) candidates after every shard.
@@ -162,7 +176,7 @@ def _remove_partial(files: Sequence[Path]) -> None:
 
 
 def _whole(file: Path, pool: Pool, start: int) -> bool:
-    """Whether a shard is there with as many rows as it must have; its name appears when it is complete."""
+    """Whether a shard exists with all its rows; its name appears when it is complete."""
     if not file.is_file():
         return False
     try:
@@ -208,9 +222,9 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best candidates of every query by dot product, exactly.
 
-    A matrix product rounds equal scores apart by the place at which they stand. So it only picks who may be among the
+    A matrix product rounds equal scores apart, depending on their place. So it only picks who may be among the
     best; their scores are taken again in float64, pair by pair, and rounded to float32: equal vectors have equal
-    scores, in whatever blocks they came. Equal scores stand in the order of ``orders``.
+    scores, in whatever blocks they came. Equal scores are ordered by ``orders``.
 
     Args:
         queries: float32 [Q, D].
@@ -243,28 +257,33 @@ class _Best:
         self.scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
 
     def add(self, block: np.ndarray, first: int) -> None:
+        """Lets the best candidates of a block in; ``first`` is the row of its first one."""
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is put aside below
             rough = self.queries @ block.T
-        worst = self.scores[:, -1].copy()
-        if not np.isfinite(rough).all():
-            rough[~np.isfinite(rough)] = -np.inf
-        if len(block) > self.k:
-            filling = np.flatnonzero(np.isneginf(worst))  # else all of the first block would come in
-            worst[filling] = np.partition(rough[filling], -self.k, axis=1)[:, -self.k]
-        # minus infinity never comes in, for it is not above the smallest number
-        entering = rough >= np.maximum(worst - metrics.TIE, np.finfo(np.float32).min)[:, None]
-        query, column = np.nonzero(entering)
+        if not (finite := np.isfinite(rough)).all():
+            rough[~finite] = -np.inf
+        query, column = np.nonzero(rough >= self._least(rough)[:, None])
         if len(query):
             self._merge(query, column + first, _exact(self.queries, block, query, column))
 
+    def _least(self, rough: np.ndarray) -> np.ndarray:
+        """The rough score with which a candidate may be among the best of its query, float32 [queries]."""
+        worst = self.scores[:, -1].copy()
+        if rough.shape[1] > self.k:
+            filling = np.flatnonzero(np.isneginf(worst))  # else all of the first block would come in
+            worst[filling] = np.partition(rough[filling], -self.k, axis=1)[:, -self.k]
+        # minus infinity never comes in, because it is not above the smallest number
+        return np.maximum(worst - metrics.TIE, np.finfo(np.float32).min)
+
     def _merge(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
         """Puts (query, row, score) triples, queries ascending, among the best of their queries."""
-        changed, place = np.unique(query, return_inverse=True)
-        place = np.concatenate([np.repeat(np.arange(len(changed)), self.k), place])
+        changed, entering = np.unique(query, return_inverse=True)
+        # the former best of the changed queries, then what enters: place of the query, row, score
+        place = np.concatenate([np.repeat(np.arange(len(changed)), self.k), entering])
         rows = np.concatenate([self.rows[changed].ravel(), rows])
         scores = np.concatenate([self.scores[changed].ravel(), scores])
-        ties = np.where(rows >= 0, self.order[rows], np.iinfo(np.int64).max)
-        sorting = np.lexsort((ties, -scores, place))
+        order = np.where(rows >= 0, self.order[rows], np.iinfo(np.int64).max)
+        sorting = np.lexsort((order, -scores, place))  # query by query, best first
         starts = np.searchsorted(place[sorting], np.arange(len(changed)))
         kept = sorting[starts[:, None] + np.arange(self.k)]  # every query has at least its former k
         self.rows[changed], self.scores[changed] = rows[kept], scores[kept]

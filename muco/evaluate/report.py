@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from muco.base.tables import markdown_table, print_whole, table_of_numbers
+from muco.base.tables import markdown_table, print_report, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,13 +20,10 @@ def print_results(result: Mapping[str, Any], console: Console) -> None:
     table = table_of_numbers("Retrieval, %", COLUMNS)
     for cells, control in _rows(result):
         table.add_row(*(Text(cell) for cell in cells), style="dim" if control else None)
-    print_whole(table, console)
-    for line in result["warnings"]:
-        console.print(Text(f"Warning: {line}", style="bold red"))
-    console.print(Text("\n".join(_notes(result)), style="dim"))
+    print_report(table, result["warnings"], _notes(result), console)
 
 
-def as_markdown(result: Mapping[str, Any]) -> str:
+def retrieval_markdown(result: Mapping[str, Any]) -> str:
     """The same table and notes as GitHub Markdown, ending in a newline."""
     lines = markdown_table(COLUMNS, (cells for cells, _ in _rows(result)))
     lines += ["", "In per cent.", *(f"- **Warning:** {line}" for line in result["warnings"])]
@@ -61,17 +58,17 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         )
     limit = "" if result["limit"] is None else f" (the first {result['limit']})"
     notes.append(f"{result['samples']} samples{limit}, {result['turns']} turns, {result['encoded']} contents encoded")
-    notes.append(f"vectors of {result['dimension']} numbers, scored in {result['precision']}")
+    notes.append(f"vectors of {result['dimension']} dimensions, scored in {result['precision']}")
     notes.append(f"model {result['model'][:12]}, data {result['data'][:12]}, seed {result['seed']}")
     return [*notes, f"{result['seconds']:.1f} s"]
 
 
-def warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> list[str]:
+def task_warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> list[str]:
     """Sentences about one task's scores that nobody should overlook.
 
     Args:
         label: Name of the task and kind.
-        scores: As ``evaluate_retrieval`` gives them for one task and kind.
+        scores: Of ``evaluate_retrieval``, for one task and kind.
         control: The task's name if it is one without the image ("answer_text_only", "blind"): there equal queries and
             low scores are as they should be, and high ones of "blind" are not.
     """

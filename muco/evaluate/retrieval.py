@@ -15,8 +15,8 @@ text_to_image, …    a query of a sample without image       all targets of suc
 =================== ======================================= ========================================================
 
 The identity of a content is its text and the bytes of its images. Pools hold each identity once, in the order of their
-digests, and every target that the data calls right for a query is no rival of the right one. The draw depends on (seed,
-query, candidate) only: neither the order of the samples nor the batch size changes it.
+digests, and every target that the data calls right for a query is not a rival of the right one. The draw depends on
+(seed, query, candidate) only: neither the order of the samples nor the batch size changes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 from muco.evaluate.metrics import Precision
-from muco.evaluate.report import warnings
-from muco.evaluate.tasks import Builder, Task, read_turns
+from muco.evaluate.report import task_warnings
+from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
@@ -51,6 +51,28 @@ RULES = {
     "identity": "text and image bytes; the first paraphrase; any target the data calls right for a query is no rival",
     "draw": "the targets of the same kind with the smallest hash of (seed, query, target)",
 }
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How tasks are made and scored; the fields are arguments of :func:`evaluate_retrieval`.
+
+    Raises:
+        MucoError: If ``candidates`` or ``limit`` is too small.
+    """
+
+    batch_size: int = 64
+    candidates: int = 100
+    seed: int = 0
+    limit: int | None = None
+    dimension: int | None = None
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise MucoError(f"candidates is {self.candidates}; it counts the right target too, so pass at least 2")
+        if self.limit is not None and self.limit < 1:
+            raise MucoError(f"limit is {self.limit}; pass at least 1 sample, or leave it out")
 
 
 def evaluate_retrieval(
@@ -67,7 +89,7 @@ def evaluate_retrieval(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores a model on every task that the data can give.
+    """Scores a model on every task that the data allows.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -77,7 +99,7 @@ def evaluate_retrieval(
         batch_size: Contents per forward pass; the scores do not depend on it.
         candidates: Size of the drawn lists of "answer", the right target included; fewer where fewer exist.
         seed: Of the draw.
-        limit: Only the first so many samples of the data.
+        limit: Only the first N samples of the data.
         dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
             values cost no encoding.
         cache: Folder of encoded vectors, used again only for the same model and data.
@@ -87,25 +109,15 @@ def evaluate_retrieval(
         "skipped" (task -> reason), "warnings", "collapsed", "non_finite", and all that tells where the scores come
         from. Shares are 0 to 1.
     Raises:
-        DataError: If the data gives no task at all, or a content cannot be read.
+        DataError: If the data allows no task at all, or a content cannot be read.
         MucoError: If ``candidates`` or ``limit`` is too small, or ``dimension`` too large.
         OutputError: If the output or cache folder cannot be written.
     """
     start = time.perf_counter()
+    scoring = Scoring(batch_size, candidates, seed, limit, dimension, precision)
     origin = {"model": model.fingerprint, "data": data.fingerprint}
     store = None if cache is None else EmbeddingCache(cache, **origin)
-    result = score_tasks(
-        model,
-        data,
-        batch_size=batch_size,
-        candidates=candidates,
-        seed=seed,
-        limit=limit,
-        dimension=dimension,
-        precision=precision,
-        cache=store,
-        progress=progress,
-    )
+    result = score_tasks(model, data, scoring, cache=store, progress=progress)
     result |= origin | {
         "rules": RULES,
         "candidates": candidates,
@@ -141,26 +153,18 @@ def write_result(
 def score_tasks(
     model: Embedder,
     data: Data,
+    scoring: Scoring,
     *,
-    batch_size: int = 64,
-    candidates: int = 100,
-    seed: int = 0,
-    limit: int | None = None,
-    dimension: int | None = None,
-    precision: Precision = "float32",
     cache: EmbeddingCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The scores of :func:`evaluate_retrieval` without their origin: takes no fingerprint and writes no file."""
-    if candidates < 2:
-        raise MucoError(f"candidates is {candidates}; it counts the right target too, so give at least 2")
-    if limit is not None and limit < 1:
-        raise MucoError(f"limit is {limit}; give at least 1 sample, or leave it out")
+    limit, precision = scoring.limit, scoring.precision
     book = Book()
     samples = len(data) if limit is None else min(limit, len(data))
     turns = [turn for i in range(samples) for turn in read_turns(book, i, data[i])]
     builder = Builder(book, turns)
-    builder.build(candidates, seed)
+    builder.build(scoring.candidates, scoring.seed)
     if not builder.tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in builder.skipped.items())
         raise DataError(
@@ -168,20 +172,17 @@ def score_tasks(
         )
 
     keys = book.in_order({key for task in builder.tasks for key in (*task.queries, *task.pool)})
-    vectors = embed(keys, functools.partial(book.encode, model, batch_size), cache=cache, progress=progress)
+    encode = functools.partial(book.encode, model, scoring.batch_size)
+    vectors = embed(keys, encode, cache=cache, progress=progress)
     row_of = {key: row for row, key in enumerate(keys)}
-    vectors = metrics.shortened(vectors, checked_dimension(dimension, vectors.shape[1]))
+    vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
     codes = metrics.reduced(vectors, precision)
     scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
     health = metrics.embedding_health(vectors)
     return {
         "tasks": _by_task(scored),
         "skipped": builder.skipped,
-        "warnings": [
-            line
-            for task, scores in scored
-            for line in warnings(task.label, scores, control=task.name if task.name in CONTROLS else None)
-        ],
+        "warnings": [line for task, scores in scored for line in _warnings(task, scores)],
         "collapsed": health.collapsed or any(_collapsed(task, scores) for task, scores in scored),
         "non_finite": health.non_finite,
         "samples": samples,
@@ -192,7 +193,7 @@ def score_tasks(
     }
 
 
-def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
+def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
     """Scores of one task by the dot products of ``codes``, and the health of ``vectors``.
 
     Args:
@@ -219,7 +220,7 @@ def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[st
         "pool": len(pool),
         "candidates_min": int(candidates.min()),
         "candidates_max": int(candidates.max()),
-        **{f"hit@{k}": metrics.hit_at(ranks, k) if k in reached else None for k in AT},
+        **{f"hit@{k}": metrics.hit_rate(ranks, k) if k in reached else None for k in AT},
         "mrr": metrics.mrr(ranks),
         **{f"chance@{k}": metrics.chance_hit(k, candidates) for k in AT},
         "most_common": float(counts.max() / len(queries)),  # hit@1 of always giving the same answer
@@ -227,7 +228,11 @@ def score(task: Task, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[st
     }
 
 
-def _by_task(scored: Sequence[tuple[Task, dict[str, Any]]]) -> dict[str, Any]:
+def _warnings(task: RetrievalTask, scores: Mapping[str, Any]) -> list[str]:
+    return task_warnings(task.label, scores, control=task.name if task.name in CONTROLS else None)
+
+
+def _by_task(scored: Sequence[tuple[RetrievalTask, dict[str, Any]]]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for task, scores in scored:
         if task.kind is None:
@@ -252,7 +257,7 @@ def _mean(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _collapsed(task: Task, scores: Mapping[str, Any]) -> bool:
+def _collapsed(task: RetrievalTask, scores: Mapping[str, Any]) -> bool:
     # Without the image, equal queries are as it should be.
     sides = ("pool",) if task.name in CONTROLS else ("queries", "pool")
     return any(scores["health"][side]["collapsed"] for side in sides)

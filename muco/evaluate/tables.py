@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from muco.base.tables import clean, markdown, markdown_table, print_whole, table_of_numbers
+from muco.base.tables import clean, markdown, markdown_table, print_report, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,18 +20,8 @@ if TYPE_CHECKING:
 COLUMNS = ("task", "metric", "score", "chance", "queries", "candidates")
 CSV_COLUMNS = (
     *("kind", "name", "metric", "score", "queries", "candidates_min", "candidates_max", "chance", "scores", "facts"),
-    *(
-        "left_out",
-        "data",
-        "warnings",
-        "benchmark",
-        "model",
-        "model_fingerprint",
-        "settings",
-        "versions",
-        "command",
-        "date",
-    ),
+    *("left_out", "data", "warnings", "benchmark", "model", "model_fingerprint", "settings", "versions"),
+    *("command", "date"),
 )
 INCOMPLETE = "not all tasks were scored"
 
@@ -50,20 +40,17 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     table = table_of_numbers(f"{title_of(result)}, %", columns_of(result))
     for cells in task_rows(result):
         table.add_row(*map(Text, cells))
-    for i, (name, score) in enumerate(group_rows(result)):
-        if i == 0:
-            table.add_section()
+    table.add_section()
+    for name, score in group_rows(result):
         table.add_row(Text(name), "", Text(score), style="bold")
-    print_whole(table, console)
-    for line in warnings_of(result):
-        console.print(Text(f"Warning: {line}", style="bold red"))
-    console.print(Text("\n".join(f"{name} {value}" for name, value in origin(result).items()), style="dim"))
+    notes = (f"{name} {value}" for name, value in origin(result).items())
+    print_report(table, warnings_of(result), notes, console)
 
 
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def as_markdown(result: Mapping[str, Any]) -> str:
+def benchmark_markdown(result: Mapping[str, Any]) -> str:
     """Tables of tasks and groups, warnings and origin as GitHub Markdown, ending in a newline."""
     lines = [f"# {markdown(title_of(result))}: {markdown(result['model']['path'])}", ""]
     lines += [f"- **Warning:** {markdown(line)}" for line in warnings_of(result)]
@@ -159,8 +146,10 @@ def left_out_text(left_out: Mapping[str, int]) -> str:
 
 
 def group_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and cells of the groups, then of the overall score."""
     means = means_of(result)
-    for name in sorted(means, key="overall".__eq__):  # the groups in their order, then the overall score
+    overall = [name for name in means if name == "overall"]
+    for name in [*groups_of(result), *overall]:
         unknown = INCOMPLETE if name.startswith("overall") else "–"
         yield name, unknown if means[name] is None else percent(means[name])
 

@@ -17,7 +17,7 @@ RETRIEVAL = "retrieval"  # the kind of the turn whose target is the caption
 
 
 @dataclass(frozen=True)
-class Asked:
+class TurnKeys:
     """One turn as evaluation sees it. ``query`` (images of the sample + question), ``target`` and ``image`` (the
     images of the sample alone, None without) are keys of the book; ``sample`` is the sample's index."""
 
@@ -28,19 +28,19 @@ class Asked:
     image: str | None
 
 
-def read_turns(book: Book, index: int, sample: Sample) -> list[Asked]:
+def read_turns(book: Book, index: int, sample: Sample) -> list[TurnKeys]:
     """Enters the first paraphrase of every turn of a sample in the book."""
     image = book.add(Content(images=sample.images), sample.place) if sample.images else None
     turns = []
     for turn in sample.turns:
         question = turn.query[0]
         query = book.add(Content(question.text, sample.images + question.images), sample.place)
-        turns.append(Asked(index, turn.kind or "(none)", query, book.add(turn.target[0], sample.place), image))
+        turns.append(TurnKeys(index, turn.kind or "(none)", query, book.add(turn.target[0], sample.place), image))
     return turns
 
 
 @dataclass(frozen=True)
-class Task:
+class RetrievalTask:
     """Queries, and the pool in which each has its right target.
 
     Args:
@@ -72,11 +72,11 @@ class Task:
 
 
 class Builder:
-    """Makes all tasks that the turns can give (``tasks``) and says why the others cannot be (``skipped``)."""
+    """Makes all tasks that the turns allow (``tasks``) and says why the others are missing (``skipped``)."""
 
-    def __init__(self, book: Book, turns: Sequence[Asked]) -> None:
+    def __init__(self, book: Book, turns: Sequence[TurnKeys]) -> None:
         self.book, self.turns = book, turns
-        self.tasks: list[Task] = []
+        self.tasks: list[RetrievalTask] = []
         self.skipped: dict[str, str] = {}
         self.rights: dict[str, set[str]] = defaultdict(set)
         for turn in turns:
@@ -97,7 +97,7 @@ class Builder:
         pool: Iterable[str] = (),
         rights: Mapping[str, set[str]] | None = None,
         choose: metrics.Choose | None = None,
-    ) -> Task | None:
+    ) -> RetrievalTask | None:
         """Adds a task of (query, right target) pairs; the pool is at least their targets.
 
         A query whose target has no rival is left out, and a task without queries is skipped.
@@ -115,7 +115,7 @@ class Builder:
                 relevant.append(sorted(place[key] for key in right))
                 rivals.append([place[key] for key in others])
         lists = None if choose is None or not queries else _table(positives, rivals)
-        task = Task(name, kind, queries, pool, np.array(positives, dtype=np.int64), relevant, lists)
+        task = RetrievalTask(name, kind, queries, pool, np.array(positives, dtype=np.int64), relevant, lists)
         if not queries:
             self.skipped[task.label] = "no query has two different targets to choose from" if pairs else "no such turns"
             return None
@@ -185,7 +185,8 @@ def _table(positives: list[int], rivals: list[list[int]]) -> np.ndarray:
 
 
 def _made_of(content: Content) -> str:
-    return "+".join(["image"] * bool(content.images) + ["text"] * bool(content.text))
+    parts = {"image": content.images, "text": content.text}
+    return "+".join(name for name, part in parts.items() if part)
 
 
 def blackening(book: Book) -> Callable[[str], str]:

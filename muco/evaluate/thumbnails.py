@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from html import escape
 from pathlib import Path
 
-from muco.base.tables import clean
+from muco.base.html import data_uri, text
 from muco.errors import ImageError
 from muco.images import open_image
 
@@ -27,9 +24,9 @@ class Thumbnails:
 
     def html(self, image: str) -> str:
         """The image, or its name where it cannot be read or does not fit any more."""
-        name = escape(clean(Path(image).name))
+        name = text(Path(image).name)
         if not self.full and image not in self._made:
-            self._made[image] = _data_uri(image)
+            self._made[image] = _thumbnail(image)
         if image in self._made and (uri := self._made[image]) is None:
             return f'<span class="gone">{name}: the image is missing or cannot be read</span>'
         if self.full or len(uri) > self.room:
@@ -39,12 +36,10 @@ class Thumbnails:
         return f'<img src="{uri}" alt="{name}" title="{name}" loading="lazy">'
 
 
-def _data_uri(image: str) -> str | None:
+def _thumbnail(image: str) -> str | None:
     try:
         picture = open_image(image, small_side=0)
     except ImageError:
         return None
     picture.thumbnail((SIDE, SIDE))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=72)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    return data_uri(picture, "JPEG", quality=72)

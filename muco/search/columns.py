@@ -19,6 +19,7 @@ from uuid import UUID
 
 import numpy as np
 
+from muco.base.text import LONE_SURROGATE
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> No
             raise DataError(f"{where}: the name of a column must be text, not {name!r}; rename it")
         if name in reserved or name.startswith("_"):
             raise DataError(f"{where}: the index has a column {name!r} of its own; give the input's another name")
-        if not name or set(name) & set(".`\0") or not _unicode(name):
+        if not name or set(name) & set(".`\0") or LONE_SURROGATE.search(name):
             raise DataError(f"{where}: a column cannot be called {name!r} (no '.' and no '`'); give it another name")
 
 
@@ -228,7 +229,7 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
     if _is_text(kind):
         text = in_json(value)
         text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-        if not _unicode(text):
+        if LONE_SURROGATE.search(text):
             raise DataError("half of a character (a lone surrogate) cannot be kept; correct the text")
         return text
     whole = type(value) is int and types.is_int64(kind) and _in_64_bits(value)
@@ -248,14 +249,6 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
 
 def _in_64_bits(value: int) -> bool:
     return -(2**63) <= value < 2**63
-
-
-def _unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def in_json(value: Any) -> Any:

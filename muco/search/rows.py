@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from muco.data.items import Columns, Row, Source, open_source
+from muco.data.items import Columns, Items, Row, open_items
+from muco.data.parquet import batches
 from muco.errors import DataError
 from muco.search.columns import add_kinds, check_names, column_type, conform
 
@@ -47,7 +48,7 @@ class Input:
         empty: Those of them without any value.
     """
 
-    source: Source
+    source: Items
     extra: dict[str, pa.DataType]
     empty: frozenset[str]
 
@@ -63,7 +64,7 @@ def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
     Raises:
         DataError: If it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
-    source = open_source(path, columns)
+    source = open_items(path, columns)
     if path.suffix in (".parquet", ".pq"):
         extra = _parquet_types(path, columns)
         empty = _parquet_empty(path, extra)
@@ -81,7 +82,7 @@ def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataTyp
         return Entry(replace(row, error=row.error or str(error)))
 
 
-def _types_of(source: Source) -> dict[str, pa.DataType]:
+def _types_of(source: Items) -> dict[str, pa.DataType]:
     """Of the further columns of a JSONL file, by looking at every row; a folder has none."""
     kinds: dict[str, pa.DataType] = {}
     if source.columns is None:
@@ -103,20 +104,15 @@ def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
 
 def _parquet_empty(path: Path, names: Iterable[str]) -> frozenset[str]:
     """The columns that have no value in any row. Reads on only while there may be one."""
-    import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     empty = {*names}
-    try:
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            for batch in file.iter_batches(PARQUET_ROWS, columns=sorted(empty)) if empty else ():
-                missing = {name: pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py() for name in empty}
-                empty = {name for name in empty if missing[name]}
-                if not empty:
-                    break
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    stream = batches(path, sorted(empty), most_rows=PARQUET_ROWS) if empty else ()
+    for _, batch in stream:
+        missing = {name: pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py() for name in empty}
+        empty = {name for name in empty if missing[name]}
+        if not empty:
+            break
     return frozenset(empty)
 
 

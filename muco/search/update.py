@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from muco.base.files import whole_file, writing
 from muco.base.terminal import rows_bar
 from muco.base.text import escaped
-from muco.data.items import Columns, Row, told_passed_over
+from muco.data.folders import told_passed_over
+from muco.data.items import Columns, Row
 from muco.errors import DataError, MucoError
 from muco.search.columns import add_kinds, check_names, common
 from muco.search.encode import Encoder, encoded, on_daft

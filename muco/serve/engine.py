@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from muco.batch import DialogueBatch, Truncate, collate, join
+from muco.batch import DialogueBatch, collate, join
 from muco.dialogue import Content, Dialogue
 from muco.errors import DataError
+from muco.layout import Truncate
 from muco.processor import Processor
 from muco.serve.images import ImageLimits, decode
 
@@ -165,5 +166,5 @@ class Engine(Preparation):
             images, texts = [one.images for one in prepared], [one.item.texts for one in prepared]
             return self.model.encode_turns_batch(images, texts, mode=mode)
         batch = join([one.batch for one in prepared if one.batch is not None])
-        found = self.model.embed({key: value.to(self.model.device) for key, value in batch.items()})  # type: ignore[arg-type]
+        found = self.model.embed(batch)
         return [*found.cpu().numpy()[:, None]]

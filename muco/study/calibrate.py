@@ -1,9 +1,8 @@
 """What a step of each run costs: ``python -m muco.study.calibrate FOLDER``, which holds a ``job.json``.
 
-Runs that shall cost the same need to know it before they begin. So the study makes a few true steps of each of them,
-with nothing beside, and keeps the numbers: a study that goes on uses those it began with. What else a machine does only
-ever adds to a step's time, and comes and goes; so the runs take turns, several times over, and of the tries of a step
-the quickest counts.
+Runs of equal cost need to know it before they begin. So the study makes a few real steps of each of them, with nothing
+beside, and keeps the numbers: a study that is resumed uses those it began with. Other work of the machine only adds to
+a step's time, and comes and goes. So the runs take turns, several times over, and each step's quickest try counts.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def _seconds(trainer: MuCoTrainer) -> list[float]:
 def _pairs_and_flops(trainer: MuCoTrainer, run: Mapping[str, Any]) -> dict[str, Any]:
     batches, temperature = trainer.batches, from_dict(run["recipe"]).loss.temperature
     return {
-        "pairs": statistics.mean(len(batches[step]["ids"]["sample_ids"]) for step in range(UNTIMED)),
+        "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(UNTIMED)),
         "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
         "threads": torch.get_num_threads(),
     }

@@ -16,7 +16,7 @@ Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" a
 
 @dataclass(frozen=True)
 class Equal:
-    """A run makes as many steps as cost what another run costs.
+    """A run makes the number of steps that costs what another run costs.
 
     Args:
         to: That run's name.
@@ -35,7 +35,7 @@ class Run:
         name: As the table shows it.
         recipe: What differs from the study's base recipe. ``{data}`` in a path is the study's data folder, ``{train}``
             and ``{test}`` are its sets, or those of a user.
-        start: The run whose model this one goes on from; None: from what the recipe says.
+        start: The run whose model this one starts from; None: from what the recipe says.
         shown: Whether the table has a row for it.
         test: Its held-out set, where it is not the study's.
         equal: Sets its steps, and its warm-up steps in proportion; what the recipe says of them is not used.
@@ -89,7 +89,7 @@ class Study:
         base: The recipe that all runs share.
         prepare: Writes the data into a folder, given the scale: 1.0 for all of it.
         test: The held-out set.
-        compared: Pairs of runs (a, b) of which the page gives a − b, paired by seed.
+        compared: Pairs of runs (a, b) of which the page shows a − b, paired by seed.
         notes: What a reader has to know to read the table.
         probes: Names of :data:`muco.study.probes.PROBES`, whose scores every run gets besides.
         seeds: How many there are unless more are asked for.
@@ -234,5 +234,5 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 def checked_scale(scale: float) -> float:
     if not 0 < scale <= 100:
-        raise MucoError(f"--scale is {scale:g}; give more than 0, e.g. 0.1 for a tenth of the steps and of the data")
+        raise MucoError(f"--scale is {scale:g}; pass more than 0, e.g. 0.1 for a tenth of the steps and of the data")
     return scale

@@ -1,7 +1,7 @@
 """One training of a study and its scores: ``python -m muco.study.one FOLDER``, which holds a ``job.json``.
 
-A process of its own, so that runs share nothing and several can go on side by side. Killed, it goes on from its last
-checkpoint when it is started again; ``result.json`` appears when all is done.
+A process of its own, so that runs share nothing and several can run side by side. After a kill it resumes from its last
+checkpoint; ``result.json`` appears when all is done.
 """
 
 from __future__ import annotations

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from muco.data.source import InMemory
 from muco.dialogue import Content, Sample
+from muco.negatives import TurnIds
 from muco.training.batches import TrainingBatches
+from muco.training.blind import pictured
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe
 
@@ -120,32 +123,6 @@ def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
 # ── on a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Rows:
-    """Samples in memory, as batches take them."""
-
-    fingerprint = ""  # nothing is stored under it
-
-    def __init__(self, rows: Sequence[Sample]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
-
-
-def _pictured(data: Data, limit: int) -> list[Sample]:
-    rows: list[Sample] = []
-    for index in range(len(data)):
-        if len(rows) == limit:
-            break
-        sample = data[index]
-        if sample.images:
-            rows.append(sample)
-    return rows
-
-
 def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
     """How well query and target dialogues are matched with the images as they are, black, and another sample's.
 
@@ -157,10 +134,10 @@ def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
         Swapped: the image is that of another sample, the target that of the question. Nothing if the data has fewer
         than two samples with an image.
     """
-    rows = _pictured(data, SAMPLES * BATCHES)
+    rows = pictured(data, SAMPLES * BATCHES)
     if len(rows) < 2:
         return {}
-    swapped = [replace(row, image=other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    swapped = InMemory(row.with_images(other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True))
     scores: dict[str, float] = {}
     for view, own, blind in (("sighted", rows, False), ("blank", rows, True), ("swapped", swapped, False)):
         found = [_matched(*batch) for batch in _dialogues(model, own, recipe, blind=blind)]
@@ -168,17 +145,18 @@ def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
     return scores
 
 
-def _matched(query: np.ndarray, target: np.ndarray, ids: dict[str, np.ndarray]) -> dict[str, float]:
+def _matched(query: np.ndarray, target: np.ndarray, ids: TurnIds) -> dict[str, float]:
+    sample_ids = ids.sample_ids.numpy()
     return {
-        "turns": turns_found(query, target, ids["sample_ids"], ids["target_ids"]),
-        "dialogues": dialogues_found(query, target, ids["sample_ids"]),
+        "turns": turns_found(query, target, sample_ids, ids.target_ids.numpy()),
+        "dialogues": dialogues_found(query, target, sample_ids),
     }
 
 
 @torch.inference_mode()
 def _dialogues(
-    model: Model, rows: Sequence[Sample], recipe: Recipe, *, blind: bool
-) -> list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    model: Model, rows: InMemory, recipe: Recipe, *, blind: bool
+) -> list[tuple[np.ndarray, np.ndarray, TurnIds]]:
     """Query vectors, target vectors and ids of batches of whole samples, as training makes them."""
     size = min(SAMPLES, len(rows))
     turns = replace(recipe.turns, limit=None, image_turn=None)
@@ -186,15 +164,13 @@ def _dialogues(
         turns = replace(turns, mode="isolated")
     mixture = Mixture([len(rows)], [1.0], size, recipe.seed)
     processor = model.encoder.muco_processor
-    batches = TrainingBatches([_Rows(rows)], mixture, processor, turns, seed=recipe.seed, blind=blind)
+    batches = TrainingBatches([rows], mixture, processor, turns, seed=recipe.seed, blind=blind)
     model.eval()
     made = []
     for step in range(len(rows) // size):
-        batch: Any = batches[step]
-        sides = [{k: v.to(model.device) for k, v in batch[side].items()} for side in ("query", "target")]
-        query, target = (model.embed(side).cpu().numpy() for side in sides)
-        ids = {name: tensor.numpy() for name, tensor in batch["ids"].items()}
-        made.append((query, target[ids["target_rows"]], ids))
+        batch = batches[step]
+        query, target = (model.embed(batch[side]).cpu().numpy() for side in ("query", "target"))
+        made.append((query, target[batch["ids"].target_rows.numpy()], batch["ids"]))
     return made
 
 
@@ -210,7 +186,7 @@ def coherence(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
         of an image with its own caption and with those of others) and ``turns`` (:func:`agreement` of an image's
         questions with each other, left out where no sample has two). Nothing if there are fewer than two such samples.
     """
-    rows = [row for row in _pictured(data, DESCRIBED) if any(turn.kind == CAPTION for turn in row.turns)]
+    rows = [row for row in pictured(data, DESCRIBED) if any(turn.kind == CAPTION for turn in row.turns)]
     if len(rows) < 2:
         return {}
     described = [next(turn for turn in row.turns if turn.kind == CAPTION) for row in rows]

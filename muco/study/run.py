@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muco.base.files import claimed, is_empty, read_json, write_json, writing
-from muco.base.machine import VERSION
+from muco.base.files import claimed, earlier_record, read_json, write_json, writing
+from muco.base.machine import VERSION, usable_cores
 from muco.base.terminal import progress_bar
 from muco.errors import MucoError, OutputError
 from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
@@ -61,7 +61,7 @@ def run_study(
     """
     if seeds < 1 or jobs < 1 or first_seed < 0:
         raise MucoError(
-            f"--seeds is {seeds}, --first-seed {first_seed} and --jobs {jobs}; give at least 1 seed, a first seed of 0 "
+            f"--seeds is {seeds}, --first-seed {first_seed} and --jobs {jobs}; pass at least 1 seed, a first seed of 0 "
             "or more, and at least 1 job"
         )
     asked = {"study": study.name, "scale": checked_scale(scale), "muco": VERSION}
@@ -76,7 +76,7 @@ def run_study(
         settings = {"scale": scale, "sets": sets}
         costs = _costs(study, output, first_seed, jobs, **settings)
         todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
-        _make_runs(study, output, todo, jobs, costs, **settings)
+        _Runs(study, output, todo, jobs, costs, **settings).make()
         results = [
             {"name": name, "seed": seed, "result": _result(folder_of(output, name, seed)) or {}} for name, seed in todo
         ]
@@ -96,18 +96,13 @@ def _check_sets(study: Study, sets: Sets) -> None:
 
 
 def claim(output: Path, asked: dict[str, Any]) -> None:
-    """Makes the folder of a study, or finds that it is the study's already; else an OutputError."""
-    file = output / "study.json"
-    if file.is_file():
-        known = read_json(file)["asked"]
-        differing = [f"{key} {known.get(key)}, now {value}" for key, value in asked.items() if known.get(key) != value]
-        if differing:
-            raise OutputError(f"{output} holds another study ({', '.join(differing)}); choose another output folder")
-        return
-    if output.exists() and (not output.is_dir() or not is_empty(output)):
-        raise OutputError(f"{output} is not empty and holds no study; choose another output folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"asked": asked, "runs": []})
+    """Makes the folder of a study, or finds that it is this study's already.
+
+    Raises:
+        OutputError: If the folder holds another study, or anything else.
+    """
+    if not earlier_record(output / "study.json", asked, "study"):
+        write_json(output / "study.json", {"asked": asked, "runs": []})
 
 
 def _make_data(study: Study, output: Path, scale: float) -> None:
@@ -162,40 +157,67 @@ def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> di
     return found
 
 
-def _make_runs(
-    study: Study,
-    output: Path,
-    todo: Sequence[tuple[str, int]],
-    jobs: int,
-    costs: Costs,
-    *,
-    scale: float,
-    sets: Sets | None,
-) -> None:
-    """Starts a run as soon as the one it goes on from is done and there is room; the first that fails stops all."""
-    waiting, going = list(todo), dict[tuple[str, int], subprocess.Popen]()
-    with progress_bar(study.name) as progress:
-        try:
-            while waiting or going:
-                for key in [key for key, process in going.items() if process.poll() is not None]:
-                    _check(folder_of(output, *key), going.pop(key))
-                undone = {*waiting, *going}
-                ready = [key for key in waiting if (study.run(key[0]).start, key[1]) not in undone]
-                for name, seed in ready[: jobs - len(going)]:
-                    waiting.remove((name, seed))
-                    run = study.run(name)
-                    job: dict[str, Any] = {
-                        "recipe": recipe_of(study, run, seed, scale, output, costs=costs, sets=sets),
-                        "test": filled(run.test or study.test, output, sets),
-                    }
-                    job |= {"format": sets.format} if sets else {}
-                    job |= {"probes": [*study.probes]} if study.probes else {}
-                    if not _is_done(folder_of(output, name, seed), job):
-                        going[name, seed] = _start(folder_of(output, name, seed), job, "muco.study.one", jobs)
-                progress(len(todo) - len(waiting) - len(going), len(todo))
-                time.sleep(POLL)
-        finally:
-            _stop([*going.values()])
+Key = tuple[str, int]  # name of a run, and seed
+
+
+class _Runs:
+    """The runs of a study that are to be made, each in a process of its own, at most ``jobs`` at a time.
+
+    A run starts when the one it builds on is done.
+    """
+
+    def __init__(
+        self, study: Study, output: Path, todo: Sequence[Key], jobs: int, costs: Costs, scale: float, sets: Sets | None
+    ) -> None:
+        self.study, self.output, self.jobs = study, output, jobs
+        self.costs, self.scale, self.sets = costs, scale, sets
+        self.waiting = list(todo)
+        self.going: dict[Key, subprocess.Popen] = {}
+
+    def make(self) -> None:
+        """Makes all of them; the first one that fails stops all."""
+        total = len(self.waiting)
+        with progress_bar(self.study.name) as progress:
+            try:
+                while self.waiting or self.going:
+                    self.reap()
+                    for key in self.ready()[: self.jobs - len(self.going)]:
+                        self.start(key)
+                    progress(total - len(self.waiting) - len(self.going), total)
+                    time.sleep(POLL)
+            finally:
+                _stop([*self.going.values()])
+
+    def reap(self) -> None:
+        """Forgets the processes that ended; a MucoError if one failed."""
+        ended = [key for key, process in self.going.items() if process.poll() is not None]
+        for key in ended:
+            _check(folder_of(self.output, *key), self.going.pop(key))
+
+    def ready(self) -> list[Key]:
+        """Those that wait for no other run."""
+        undone = {*self.waiting, *self.going}
+        return [(name, seed) for name, seed in self.waiting if (self.study.run(name).start, seed) not in undone]
+
+    def start(self, key: Key) -> None:
+        """Starts a run, unless its result is there."""
+        self.waiting.remove(key)
+        folder, job = folder_of(self.output, *key), self.job(*key)
+        if not _is_done(folder, job):
+            self.going[key] = _start(folder, job, "muco.study.one", self.jobs)
+
+    def job(self, name: str, seed: int) -> dict[str, Any]:
+        """What ``job.json`` says, see :func:`muco.study.one.run_job`."""
+        run, study = self.study.run(name), self.study
+        job: dict[str, Any] = {
+            "recipe": recipe_of(study, run, seed, self.scale, self.output, costs=self.costs, sets=self.sets),
+            "test": filled(run.test or study.test, self.output, self.sets),
+        }
+        if self.sets:
+            job["format"] = self.sets.format
+        if study.probes:
+            job["probes"] = [*study.probes]
+        return job
 
 
 def _is_done(folder: Path, job: dict[str, Any]) -> bool:
@@ -209,8 +231,7 @@ def _start(folder: Path, job: dict[str, Any], module: str, jobs: int) -> subproc
     """A process of its share of the cores that does what ``job.json`` in its folder says."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", job)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", module, str(folder)]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

@@ -164,7 +164,7 @@ def _row(name: str, values: Mapping[str, float], digits: int) -> list[str]:
 
 
 def _plot(flops: Mapping[str, Any]) -> str:
-    from muco.study.plots import Mark, chart
+    from muco.base.svg import Mark, chart
 
     size = next(iter(flops))
     lines = {"the paper": PAPER} if size == "2B" else {}

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Set
 from pathlib import PurePath
 
-from muco.base.text import LONE_SURROGATE
+from muco.base.text import LONE_SURROGATE, SPECIAL_TOKEN
 from muco.synth.endpoint import Answer
 from muco.synth.prompts import Prompts
 
@@ -22,8 +22,8 @@ FOREIGN = 0.3  # share of letters of another script from which a text is in anot
 SHORTEST_CAPTION = 3  # words
 
 _SPECIAL = re.compile(
-    r"<\|[^<>]{1,40}\|>"  # <|im_end|>, <|emb|>, <|image_1|> …
-    r"|</?(?:s|unk|pad|bos|eos|cls|sep|mask|image|img|video|think|start_of_turn|end_of_turn|image_soft_token)>"
+    SPECIAL_TOKEN.pattern
+    + r"|</?(?:s|unk|pad|bos|eos|cls|sep|mask|image|img|video|think|start_of_turn|end_of_turn|image_soft_token)>"
     r"|\[/?(?:INST|SEP|CLS|MASK|PAD|UNK|IMG)\]",
     re.IGNORECASE,
 )

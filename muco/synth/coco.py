@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from muco.base.text import SPECIAL_TOKEN
 from muco.data.json_places import Scanner, checked_object, value_at
 from muco.data.jsonl import sample_to_row, write_jsonl
-from muco.data.lines import Row, file_state, image_of, open_unchanged, text_of
+from muco.data.lines import JsonObject, image_of, text_of
+from muco.data.places import file_state, open_unchanged
 from muco.dialogue import Sample
 from muco.errors import DataError
 from muco.synth.coco_rules import Picture, Thing, turns_of
@@ -132,8 +134,6 @@ def _refuse_nothing(counts: Counter[str], missing: list[str], path: Any, images:
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>")  # tokens of models, which no text of data may hold
-
 
 def read_coco(annotations: str | Path, images: str | Path, captions: str | Path | None = None) -> Annotated:
     """Reads files in COCO's form, a piece at a time; masks and other keys are passed over.
@@ -176,14 +176,13 @@ class _Lists:
                 raise DataError(f"{path}: {key!r} must be one list; mend the file")
             else:
                 self._places[key] = scanner.elements()
-        if scanner.peek():
-            raise DataError(f"{path}: there is more after the object, at byte {scanner.offset}; mend the file")
+        scanner.end()
         for key in needed:
             if key not in self._places:
                 raise DataError(f"{path}: no list {key!r}; COCO's form has {', '.join(needed)} (captions in a file of "
                                 "their own)")  # fmt: skip
 
-    def entries(self, key: str) -> Iterator[tuple[Row, str]]:
+    def entries(self, key: str) -> Iterator[tuple[JsonObject, str]]:
         """Every object of a list, and what names it in errors."""
         one = {"categories": "category", "images": "image", "annotations": "annotation"}[key]
         for number, place in enumerate(self._places[key]):
@@ -201,7 +200,7 @@ def _opened(path: Path, needed: tuple[str, ...]) -> Iterator[_Lists]:
         yield _Lists(file, path, needed)
 
 
-def _categories(entries: Iterator[tuple[Row, str]]) -> tuple[dict[int, str], dict[str, str]]:
+def _categories(entries: Iterator[tuple[JsonObject, str]]) -> tuple[dict[int, str], dict[str, str]]:
     """Names by category id, and the supercategory by name. Categories of the same name are one."""
     given: dict[int, tuple[str, str]] = {}
     for entry, where in entries:
@@ -219,7 +218,7 @@ def _categories(entries: Iterator[tuple[Row, str]]) -> tuple[dict[int, str], dic
     }  # the lowest id comes last and wins
 
 
-def _pictures(entries: Iterator[tuple[Row, str]], folder: Path, names: Mapping[int, str]) -> dict[int, Picture]:
+def _pictures(entries: Iterator[tuple[JsonObject, str]], folder: Path, names: Mapping[int, str]) -> dict[int, Picture]:
     pictures: dict[int, Picture] = {}
     for entry, where in entries:
         key = _new_id(entry, pictures, where)
@@ -238,7 +237,7 @@ def _pictures(entries: Iterator[tuple[Row, str]], folder: Path, names: Mapping[i
 
 
 def _add_box(
-    pictures: Mapping[int, Picture], names: Mapping[int, str], taken: dict[int, None], entry: Row, where: str
+    pictures: Mapping[int, Picture], names: Mapping[int, str], taken: dict[int, None], entry: JsonObject, where: str
 ) -> bool:
     """Puts a box on its picture; whether it was left out because it is empty."""
     taken[_new_id(entry, taken, where)] = None
@@ -261,7 +260,7 @@ def _add_box(
     return False
 
 
-def _add_caption(pictures: Mapping[int, Picture], entry: Row, where: str) -> bool:
+def _add_caption(pictures: Mapping[int, Picture], entry: JsonObject, where: str) -> bool:
     """Puts a caption on its picture; whether it was left out because it is blank."""
     picture = _known(entry, "image_id", pictures, where)
     text = _words(entry, "caption", where, name=False)
@@ -271,14 +270,14 @@ def _add_caption(pictures: Mapping[int, Picture], entry: Row, where: str) -> boo
     return not text
 
 
-def _new_id(entry: Row, taken: Mapping[int, Any], where: str) -> int:
+def _new_id(entry: JsonObject, taken: Mapping[int, Any], where: str) -> int:
     key = _id(entry.get("id"), "id", where)
     if key in taken:
         raise DataError(f"{where}: the id {key} is there twice; ids must be unique")
     return key
 
 
-def _known(entry: Row, key: str, known: Mapping[int, Any], where: str) -> Any:
+def _known(entry: JsonObject, key: str, known: Mapping[int, Any], where: str) -> Any:
     value = _id(entry.get(key), key, where)
     if value not in known:
         what = {"image_id": "images", "category_id": "categories"}[key]
@@ -286,7 +285,7 @@ def _known(entry: Row, key: str, known: Mapping[int, Any], where: str) -> Any:
     return known[value]
 
 
-def _names(entry: Row, key: str, names: Mapping[int, str], where: str) -> frozenset[str] | None:
+def _names(entry: JsonObject, key: str, names: Mapping[int, str], where: str) -> frozenset[str] | None:
     ids = entry.get(key)
     if ids is None:
         return None
@@ -307,11 +306,11 @@ def _number(value: Any, key: str, where: str) -> float:
     return value
 
 
-def _words(entry: Row, key: str, where: str, *, name: bool = True) -> str:
+def _words(entry: JsonObject, key: str, where: str, *, name: bool = True) -> str:
     """A text with single blanks; names in lower case and without underscores."""
     text = text_of(entry, key, where)
     if text is None:
         raise DataError(f"{where}: no {key!r}; it must be a text")
-    if found := _SPECIAL.search(text):
+    if found := SPECIAL_TOKEN.search(text):
         raise DataError(f"{where}: {key!r} holds {found[0]}, a token of models; take it out")
     return " ".join((text.replace("_", " ").lower() if name else text).split())

@@ -24,6 +24,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from muco.dialogue import Turn
@@ -35,6 +36,7 @@ REACHES = 0.1  # share of a place that another box may cover
 MAX_LEVEL = 500  # boxes of an image that are compared with each other
 ROUNDS = 2  # how often a local or counting rule may ask
 MAX_LISTED = 8  # things in one answer
+KIND_ORDER = ("classification", "global", "local")
 
 PLACES = (
     *("at the top left", "at the top", "at the top right"),
@@ -120,13 +122,15 @@ class _Rules:
         return name not in self.picture.unsure and all(not t.crowd and t.area >= self.least for t in boxes)
 
     def turns(self) -> list[Turn]:
-        main = self.main()
+        asked = [self.main(), self.list_things(), self.list_kinds()]
         often = [self.place, self.where, self.size, self.count]
         self.rng.shuffle(often)  # each takes names from the others; what can be asked least often comes first
-        rest = [rule() for rule in ROUNDS * [self.beside, *often]]
-        made = [turn for turn in (main, self.list_things(), self.list_kinds(), *rest) if turn is not None]
-        made.sort(key=lambda turn: ("classification", "global", "local").index(turn.kind))
-        used: dict[str, Turn] = {}
+        for _ in range(ROUNDS):
+            for rule in (self.beside, *often):
+                asked.append(rule())
+        made = [turn for turn in asked if turn is not None]
+        made.sort(key=lambda turn: KIND_ORDER.index(turn.kind))
+        used: dict[str, Turn] = {}  # target -> the first turn that has it
         for turn in made:
             used.setdefault(_plain(turn.target[0].text), turn)
         describe = self.describe(set(used))
@@ -208,15 +212,16 @@ class _Rules:
         return middle or (across > 0 and down > 0 and across * down > REACHES * width * height)
 
     def beside(self) -> Turn | None:
-        pairs = []
-        for name, anchor in self.single.items() if len(self.things) <= MAX_LEVEL else ():
-            for side in SIDES if name not in self.answers else ():
-                beyond = [thing for thing in self.things if _beyond(thing, anchor, side)]
-                if len(beyond) != 1 or beyond[0] not in self.clear or beyond[0].name == name:
-                    continue
-                if self._free(beyond[0].name) and _faces(beyond[0], anchor, side):
-                    pairs.append((beyond[0], side, anchor))
-        drawn = self._draw(pairs)
+        if len(self.things) > MAX_LEVEL:
+            return None
+        anchors = [anchor for name, anchor in self.single.items() if name not in self.answers]
+        drawn = self._draw(
+            [
+                (thing, side, anchor)
+                for anchor, side in product(anchors, SIDES)
+                if (thing := self._alone_beside(anchor, side)) is not None
+            ]
+        )
         if drawn is None:
             return None
         thing, side, anchor = drawn
@@ -225,6 +230,13 @@ class _Rules:
         spot = f"directly {side} the {anchor.name}"
         asks = [f"What is {spot}?", f"Name the thing {spot}.", f"What can be seen {spot}?"]
         return Turn(asks, a(thing.name), "local")
+
+    def _alone_beside(self, anchor: Thing, side: str) -> Thing | None:
+        """The one thing on that side of the anchor, if it can be asked for and its box faces the anchor's."""
+        beyond = [thing for thing in self.things if _beyond(thing, anchor, side)]
+        if len(beyond) != 1 or beyond[0] not in self.clear or beyond[0].name == anchor.name:
+            return None
+        return beyond[0] if self._free(beyond[0].name) and _faces(beyond[0], anchor, side) else None
 
     def where(self) -> Turn | None:
         name = self._ask_about("where", [n for n, t in self.single.items() if self._place(t) is not None])
@@ -285,24 +297,35 @@ def _third(low: float, high: float, size: float) -> int | None:
     return 1 if 4 * size <= 5 * middle <= 6 * size else None
 
 
+Span = tuple[float, float]
+
+
+def _spans(thing: Thing, side: str) -> tuple[Span, Span]:
+    """The span of a box in the direction of a side, and the one across it."""
+    across, down = (thing.left, thing.right), (thing.top, thing.bottom)
+    return (down, across) if side in ("above", "below") else (across, down)
+
+
+def _shared(one: Span, other: Span) -> float:
+    """The length that two spans share; where they share none, minus the distance between them."""
+    return min(one[1], other[1]) - max(one[0], other[0])
+
+
 def _beyond(thing: Thing, anchor: Thing, side: str) -> bool:
     """Whether a box has its middle on that side of the anchor's, and is level with a part of the anchor."""
-    across = (thing.left + thing.right) - (anchor.left + anchor.right)
-    down = (thing.top + thing.bottom) - (anchor.top + anchor.bottom)
-    if side in ("above", "below"):
-        level = min(thing.right, anchor.right) > max(thing.left, anchor.left)
-        return level and (down < 0 if side == "above" else down > 0)
-    level = min(thing.bottom, anchor.bottom) > max(thing.top, anchor.top)
-    return level and (across < 0 if side == "to the left of" else across > 0)
+    (along, level), (anchor_along, anchor_level) = _spans(thing, side), _spans(anchor, side)
+    if _shared(level, anchor_level) <= 0:
+        return False
+    if side in ("above", "to the left of"):
+        return sum(along) < sum(anchor_along)
+    return sum(along) > sum(anchor_along)
 
 
 def _faces(thing: Thing, anchor: Thing, side: str) -> bool:
     """Whether a box is wholly on that side of the anchor, and at least half of the smaller one is level with it."""
-    across = min(thing.right, anchor.right) - max(thing.left, anchor.left)  # negative: the distance between them
-    down = min(thing.bottom, anchor.bottom) - max(thing.top, anchor.top)
-    if side in ("above", "below"):
-        return down <= 0 and 2 * across >= min(thing.right - thing.left, anchor.right - anchor.left)
-    return across <= 0 and 2 * down >= min(thing.bottom - thing.top, anchor.bottom - anchor.top)
+    (along, level), (anchor_along, anchor_level) = _spans(thing, side), _spans(anchor, side)
+    smaller = min(level[1] - level[0], anchor_level[1] - anchor_level[0])
+    return _shared(along, anchor_along) <= 0 and 2 * _shared(level, anchor_level) >= smaller
 
 
 def _plain(text: str) -> str:

@@ -12,19 +12,21 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 from muco.base.fetch import FetchError, FetchLimits, fetch
-from muco.data.items import image_files, state_of_images, told_passed_over
+from muco.data.folders import image_files, state_of_images, told_passed_over
+from muco.data.parquet import batches, read_header, require_columns
+from muco.data.places import file_state, open_unchanged
+from muco.data.shards import key_and_kind, members
 from muco.errors import DataError, ImageError
 from muco.images import image_suffixes, read_bytes
 
 URL_COLUMNS = ("url", "URL")  # as published lists of pictures call it
 SHARD_KINDS = ("jpg", "jpeg", "png", "webp")
-BATCH_ROWS = 4096  # rows of URLs in memory
 LONGEST_NAME = 300  # characters
 
 log = logging.getLogger(__name__)
@@ -184,10 +186,16 @@ class UrlSource(Source):
         return fetch(ref, self.limits)
 
     def _pictures_of(self, file: Path, first: int, start: int) -> Iterator[Picture]:
-        for row, values in _rows(file, self.columns, start):
-            url = (values[0] or "").strip()
-            name = str(values[1]) if len(values) > 1 and values[1] is not None else without_query(url)
-            yield Picture(first + row, name[:LONGEST_NAME] or f"{file.name} row {row}", url)
+        for number, batch in batches(file, self.columns, start):
+            try:
+                urls, names = batch.column(0).to_pylist(), batch.column(-1).to_pylist()
+            except UnicodeDecodeError as error:
+                reason = f"text that is not UTF-8 after row {number} ({error.reason})"
+                raise DataError(f"{file}: {reason}; repair the file") from error
+            for row, (url, name) in enumerate(zip(urls, names, strict=True), start=number):
+                url = (url or "").strip()
+                name = without_query(url) if name is None or len(self.columns) == 1 else str(name)
+                yield Picture(first + row, name[:LONGEST_NAME] or f"{file.name} row {row}", url)
 
 
 def without_query(url: str) -> str:
@@ -196,9 +204,6 @@ def without_query(url: str) -> str:
 
 
 def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None, limits: FetchLimits) -> Source:
-    from muco.data.lines import file_state
-    from muco.data.parquet import choose_columns, read_header
-
     found = read_header(files[0])[0]
     if url is None:
         url = next((column for column in URL_COLUMNS if column in found), None)
@@ -207,7 +212,7 @@ def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None,
         raise DataError(f"{files[0]}: no column {wanted}; it has {', '.join(found)}; name the one that holds the URLs")
     columns = tuple(column for column in (url, name) if column is not None)
     for file in files:
-        choose_columns(file, columns)
+        require_columns(file, columns)
         _check_strings(file, url)
     rows = tuple(read_header(file)[1] for file in files)
     if not sum(rows):
@@ -224,30 +229,6 @@ def _check_strings(file: Path, column: str) -> None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"{file}: the column {column!r} must hold URLs as strings, not {kind}")
-
-
-def _rows(file: Path, columns: Sequence[str], start: int) -> Iterator[tuple[int, list]]:
-    """(Row, values in the order of the columns) from row ``start`` on; row groups before that stay unread."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as opened:
-            ends = [*accumulate(opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups))]
-            group = next((n for n, end in enumerate(ends) if end > start), len(ends))
-            row = ends[group - 1] if group else 0
-            for batch in opened.iter_batches(BATCH_ROWS, row_groups=range(group, len(ends)), columns=list(columns)):
-                values = [batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns]
-                for record in zip(*values, strict=True):
-                    if row >= start:
-                        yield row, [*record]
-                    row += 1
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: text that is not UTF-8 after row {row} ({error.reason}); repair the file") from error
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file}: broken after row {row} ({reason}); download it again") from error
 
 
 # ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,8 +254,6 @@ class ShardSource(Source):
             first += len(found)
 
     def read(self, ref: str) -> bytes:
-        from muco.data.lines import open_unchanged
-
         shard, place, size = map(int, ref.split(":"))
         with open_unchanged(self.files[shard], self.states[shard]) as file:
             file.seek(place)
@@ -285,9 +264,6 @@ class ShardSource(Source):
 
     def _members(self, shard: int) -> list[tuple[str, str]]:
         """Name and "place:size" of every image of a shard."""
-        from muco.data.lines import open_unchanged
-        from muco.data.shards import key_and_kind, members
-
         with open_unchanged(self.files[shard], self.states[shard]) as file:
             return [
                 (member.name.removeprefix("./"), f"{member.offset_data}:{member.size}")
@@ -297,8 +273,6 @@ class ShardSource(Source):
 
 
 def _open_shards(path: Path, files: list[Path]) -> Source:
-    from muco.data.lines import file_state
-
     states = tuple(file_state(file) for file in files)
     for file in files:
         _check_end(file)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from muco.dialogue import Sample
+from muco.data.source import InMemory
 from muco.loss import MultiTurnLoss
 from muco.training.batches import TrainingBatches
 from muco.training.mixture import Mixture
@@ -27,21 +28,10 @@ SAMPLES, BATCHES = 32, 4
 BELOW = 0.9  # of the chance level: what the wording of questions tells about answers stays above this on our data
 
 
-class _Pictured:
-    """The samples of a set that have an image; the others need none to be answered."""
-
-    def __init__(self, data: Data, limit: int) -> None:
-        self.rows: list[Sample] = []
-        for index in range(len(data)):
-            if len(self.rows) < limit and data[index].images:
-                self.rows.append(data[index])
-        self.fingerprint = ""  # nothing is stored under it
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
+def pictured(data: Data, limit: int) -> InMemory:
+    """The first ``limit`` samples that have an image; the others need none to be answered."""
+    rows = (data[index] for index in range(len(data)))
+    return InMemory(islice((sample for sample in rows if sample.images), limit))
 
 
 @torch.inference_mode()
@@ -55,22 +45,21 @@ def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | Non
         nothing else; ``leaks``: whether the loss is clearly below; ``samples`` per batch. None if the data has fewer
         than two samples with an image.
     """
-    pictured = _Pictured(data, SAMPLES * BATCHES)
-    size = min(SAMPLES, len(pictured))
+    samples = pictured(data, SAMPLES * BATCHES)
+    size = min(SAMPLES, len(samples))
     if size < 2:
         return None
-    mixture = Mixture([len(pictured)], [1.0], size, recipe.seed)
+    mixture = Mixture([len(samples)], [1.0], size, recipe.seed)
     turns = recipe.turns
     if turns.mode == "reconstruction":  # its hidden texts give the answers away, as they are meant to
         turns = replace(turns, mode="isolated")
-    batches = TrainingBatches([pictured], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=True)
+    batches = TrainingBatches([samples], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=True)
     loss = MultiTurnLoss(model, temperature=recipe.loss.temperature)
     model.eval()
     values = []
-    for step in range(len(pictured) // size):
+    for step in range(len(samples) // size):
         batch = batches[step]
-        sides = [{k: v.to(model.device) for k, v in batch[side].items()} for side in ("query", "target")]
-        values.append(loss(sides, {k: v.to(model.device) for k, v in batch["ids"].items()}).item())
+        values.append(loss([batch["query"], batch["target"]], batch["ids"].to(model.device)).item())
     mean, chance = sum(values) / len(values), math.log(size)
     return {"loss": mean, "chance": chance, "leaks": not mean >= BELOW * chance, "samples": size}
 

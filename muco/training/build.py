@@ -98,7 +98,7 @@ def check_budget(recipe: Recipe, batch: Mapping[str, Any]) -> None:
     """Refuses a token budget that is less than a single dialogue of a batch needs.
 
     Args:
-        batch: From :func:`muco.training.batches.batch_of`.
+        batch: From :func:`muco.training.prepared.batch_of`.
     Raises:
         RecipeError: With the numbers and the sample.
     """
@@ -121,7 +121,7 @@ def check_negatives(loss: MultiTurnLoss, batch: Mapping[str, Any], sources: Sequ
     """Refuses data of a single sample that gives none of its turns a negative; where more can be drawn, a step tells.
 
     Args:
-        batch: Of this sample, from :func:`muco.training.batches.batch_of`.
+        batch: Of this sample, from :func:`muco.training.prepared.batch_of`.
     Raises:
         DataError: With the reason.
     """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from muco.errors import MucoError
-from muco.evaluate.retrieval import score_tasks
+from muco.evaluate.retrieval import Scoring, score_tasks
 
 if TYPE_CHECKING:
     from muco.data.source import Data
@@ -56,7 +56,7 @@ class RetrievalEvaluator(BaseEvaluator):
         Raises:
             MucoError: If the data does not give the primary metric.
         """
-        result = score_tasks(model, self.data, **self.options)
+        result = score_tasks(model, self.data, Scoring(**self.options))
         metrics = {"collapsed": float(result["collapsed"])}
         for name, scores in result["tasks"].items():
             scores = scores.get("mean", scores)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from muco.backbone import VISION_NAMES, add_adapters, meta_backbone
-from muco.batch import tree_mask
-from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.encoder import tree_mask
+from muco.loss import MultiTurnLoss, ReconstructionLoss, multi_turn_info_nce
 from muco.sizes import Adapter
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True,
 
     Args:
         model: The step is really made and leaves its gradients in the parameters.
-        batch: From :func:`muco.training.batches.batch_of`, on the model's device.
+        batch: From :func:`muco.training.prepared.batch_of`, on the model's device.
     """
-    loss = MultiTurnLoss(model, temperature=temperature)
+    pairs = len(batch["query"]["turn_rows"]) > len(batch["ids"])  # two vectors each: reconstruction
+    loss = (ReconstructionLoss if pairs else MultiTurnLoss)(model, temperature=temperature)
     return count_flops(lambda: loss([dict(batch["query"]), dict(batch["target"])], batch["ids"]), backward=backward)
 
 

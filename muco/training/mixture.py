@@ -23,6 +23,23 @@ from muco.training.recipe import Recipe, TurnsRecipe
 ROUND = 1000  # steps after which every source has had its share, where a step has one source
 
 
+class Purpose:
+    """What random numbers are drawn for: each purpose has its own stream, so a draw for one never shifts another."""
+
+    ROWS = 1  # the order of a source's rows in a pass
+    TURNS = 2  # which turns of a sample, and their order
+    SHARED_ORDER = 3  # an order of turns that samples share
+    WORDING = 4  # paraphrases and hard negatives
+    MASKS = 5  # what reconstruction hides
+    SOURCES = 6  # the order of the sources, where a step has one
+    WARM_UP = 5  # also that of MASKS; another number would change what is trained
+
+
+def generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
+    """Random numbers for a purpose; the same ones for the same key, whatever was drawn before."""
+    return np.random.default_rng([seed, purpose, *key])
+
+
 def open_sources(recipe: Recipe) -> list[Data]:
     """The training sets of a recipe, in its order; a DataError if one cannot be opened."""
     return [open_data(source.path, source.format, source.options) for source in recipe.data.train]
@@ -95,7 +112,7 @@ class Mixture:
         self._remember()
 
     def _permutation(self, stream: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 1, stream, epoch]).permutation(self._streams[stream])
+        return generator(self.seed, Purpose.ROWS, stream, epoch).permutation(self._streams[stream])
 
     def draws(self, step: int) -> list[Draw]:
         """The samples of a step."""
@@ -154,7 +171,7 @@ class Mixture:
     def _shuffled(self, number: int) -> np.ndarray:
         """int64 [steps of a round]: the source of each step of round ``number``."""
         sources = np.repeat(np.arange(len(self.lengths)), self._steps(number + 1) - self._steps(number))
-        return np.random.default_rng([self.seed, 6, number]).permutation(sources)
+        return generator(self.seed, Purpose.SOURCES, number).permutation(sources)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -180,11 +197,11 @@ class Mixture:
 
 def turn_order(count: int, draw: Draw, row: int, step: int, turns: TurnsRecipe, seed: int) -> list[int]:
     """Which turns of a sample are used in this step, and in which order (the same for query and target)."""
-    own = np.random.default_rng([seed, 2, draw.source, draw.position])
+    own = generator(seed, Purpose.TURNS, draw.source, draw.position)
     chosen = np.arange(count) if turns.limit is None else own.permutation(count)[: turns.limit]
     if turns.order == "sample":
         return own.permutation(chosen).tolist()
     group = row % turns.order if isinstance(turns.order, int) else 0
     # one random rank per turn number, shared by the group; samples with fewer turns use the first ranks
-    ranks = np.random.default_rng([seed, 3, step, group]).permutation(max(64, count))
+    ranks = generator(seed, Purpose.SHARED_ORDER, step, group).permutation(max(64, count))
     return sorted(chosen.tolist(), key=lambda turn: ranks[turn])

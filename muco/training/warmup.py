@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from muco.batch import prepare
+from muco.batch import to
 from muco.data.source import Data
 from muco.dialogue import Dialogue, Sample
 from muco.encoder import Encoder, model_inputs
 from muco.errors import DataError
+from muco.layout import prepare
+from muco.training.mixture import Purpose, generator
 from muco.training.recipe import WarmUpRecipe
 
 BARREN = 10_000  # samples without a text after which none is expected
@@ -29,7 +31,7 @@ def warm_up(
     Returns:
         The mean loss of the last tenth of the steps, in nats per token.
     """
-    rng = np.random.default_rng([seed, 5])
+    rng = generator(seed, Purpose.WARM_UP)
     trained = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     losses: list[float] = []
@@ -78,8 +80,7 @@ def _texts_of(sample: Sample, rng: np.random.Generator) -> list[Dialogue]:
 
 def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tensor:
     """Mean next-token cross-entropy of text prompts, padding left out."""
-    batch = encoder.collate(dialogues)
-    batch = {key: value.to(next(encoder.parameters()).device) for key, value in batch.items()}
+    batch = to(encoder.collate(dialogues), encoder.device)
     hidden = encoder.model(**model_inputs(batch, encoder.muco_processor, encoder.model.dtype)).last_hidden_state
     logits = hidden[:, :-1] @ encoder.model.get_input_embeddings().weight.T
     labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)

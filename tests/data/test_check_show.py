@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from muco.data import check as check_module
-from muco.data.check import NO_KIND, Lengths, Repeats, Report, check, print_report
+from muco.data import check_report
+from muco.data.check import NO_KIND, check
+from muco.data.check_report import Repeats, Report, TextLengths, print_report
 from muco.data.jsonl import write_jsonl
 from muco.data.show import show
 from muco.dialogue import Sample, Turn
@@ -60,7 +61,7 @@ def test_the_check_goes_on_and_names_every_fault(faulty):
     assert not report.ok
     assert (report.rows, report.samples, report.turns, report.images) == (12, 10, 10, 5)
     assert report.bad_rows.listed == [
-        f"{faulty}:10: unknown key 'idd' in a row; did you mean 'id'? accepted are 'image', 'images', 'turns', 'id'",
+        f"{faulty}:10: unknown key 'idd' in a row; did you mean 'id'?",
         f"{faulty}:12:12: malformed JSON: Expecting value",
     ]
     assert report.missing_images.listed == [f"{faulty}:7: {faulty.parent / 'gone.png'}: no such image file"]
@@ -114,7 +115,7 @@ def test_copies_of_an_image_are_one_target(tmp_path):
 def test_lists_are_capped_and_totals_are_not(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [row(f"{i}.png") for i in range(75)])
     missing = check(tmp_path / "a.jsonl").missing_images
-    assert (missing.total, len(missing.listed)) == (75, check_module.MAX_LISTED)
+    assert (missing.total, len(missing.listed)) == (75, check_report.MAX_LISTED)
 
 
 class Samples(list):
@@ -152,10 +153,12 @@ def test_counts_equal_a_slow_recount(samples):
     for side in ("query", "target"):
         lengths = [len(text.split()) for _, turn in turns if (text := getattr(turn, side)[0].text)]
         if not lengths:
-            assert report.words[side] == Lengths()
+            assert report.words[side] == TextLengths()
             continue
         median, p95 = (int(np.quantile(lengths, q, method="inverted_cdf")) for q in (0.5, 0.95))
-        assert report.words[side] == Lengths(len(lengths), pytest.approx(np.mean(lengths)), median, p95, max(lengths))
+        assert report.words[side] == TextLengths(
+            len(lengths), pytest.approx(np.mean(lengths)), median, p95, max(lengths)
+        )
 
 
 def test_images_in_memory_are_checked_too():
@@ -187,7 +190,7 @@ def test_lengths_in_tokens_and_the_tokenizers_own_special_tokens(tmp_path, token
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [row("a.png", query="q!q", target="t"), row("a.png", target="t <image>")])
     report = check(path, tokenizer=tokenizer_folder)
-    assert report.tokens["query"] == Lengths(texts=2, mean=2.0, median=1, p95=3, max=3)
+    assert report.tokens["query"] == TextLengths(texts=2, mean=2.0, median=1, p95=3, max=3)
     assert [message.split(": ")[0] for message in report.special_tokens.listed] == [f"{path}:2 turn 1"]
     assert check(path).special_tokens.total == 0 and check(path).tokens is None
 
@@ -218,7 +221,7 @@ def test_the_report_is_json_and_a_table(faulty):
 def test_the_report_cuts_no_name_and_no_number(width):
     names = ("classification", "of-twenty-chars-in-all")
     kinds = {name: Repeats(1_234_567, 7_055, 0.99, [("a ring", 1_200)]) for name in names}
-    words = {side: Lengths(8_234_567, 12.3, 11, 40, 12_345) for side in ("query", "target")}
+    words = {side: TextLengths(8_234_567, 12.3, 11, 40, 12_345) for side in ("query", "target")}
     report = Report("a.jsonl", rows=2_400, samples=2_399, turns_per_sample={7: 2_399}, kinds=kinds, words=words)
     console = Console(file=io.StringIO(), width=width)
     print_report(report, console)

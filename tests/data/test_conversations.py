@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.data import conversations, json_places
+from muco.data import json_places
 from muco.data.conversations import LlavaData, VisDialData
 from muco.dialogue import Sample
 from muco.errors import DataError
@@ -97,11 +97,11 @@ def test_answers_keep_what_looks_like_a_placeholder_and_images_may_be_several(tm
 @pytest.mark.parametrize(
     "bad, sentence",
     [
-        ([], "the entry must be a JSON object, not list"),
+        ([], "the entry must be a JSON object, not a list"),
         ({"id": "1"}, "'conversations' must be a list of at least two messages, not None"),
         (
             {"id": "1", "conversation": []},
-            "'conversations' must be a list of at least two messages, not None; is it 'conv",
+            "'conversations' must be a list of at least two messages, not None; the entry has id, conversation",
         ),
         (entry("a"), "the last message, 0, has no answer; every question needs one"),
         (entry("a", "b", "c"), "the last message, 2, has no answer; every question needs one"),
@@ -114,7 +114,7 @@ def test_answers_keep_what_looks_like_a_placeholder_and_images_may_be_several(tm
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 0: 'from' is 'gpt', where 'human' must be"),
         ({"conversations": [{"from": "human", "value": "a"}] * 2}, "message 1: 'from' is 'human', where 'gpt' must be"),
         ({"conversations": [{"from": "system", "value": "a"}]}, "message 0: 'from' is 'system'; it must be 'human' or"),
-        ({"conversations": ["a"]}, "message 0: the message must be a JSON object, not str"),
+        ({"conversations": ["a"]}, "message 0: the message must be a JSON object, not a string"),
         ({"conversations": [{"from": "human"}]}, "message 0: no 'value'; a message says something"),
         ({"conversations": [{"from": "human", "value": 1}]}, "message 0: 'value' must be a string or null, not 1"),
     ],
@@ -133,13 +133,13 @@ def test_a_bad_entry_is_named(tmp_path: Path, bad: Any, sentence: str) -> None:
     "content, sentence",
     [
         ("[1]".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
-        (b"", "must hold a JSON array of conversations; name it .jsonl if it has one a line"),
-        (b'{"a": 1}', "must hold a JSON array of conversations; name it .jsonl"),
+        (b"", "must hold a JSON array; name it .jsonl if it has one entry a line"),
+        (b'{"a": 1}', "must hold a JSON array; name it .jsonl"),
         (b"[]", "the file holds no conversation"),
         (b"[{}", "not JSON, the end of the file at byte 3 where , or ] must be; download the file again"),
         (b"[{} {}]", "not JSON, '{' at byte 4 where , or ] must be"),
         (b"[{}, {]", "not JSON at byte 5 ("),
-        (b"[{}] 5", "there is more after the array, at byte 5; mend the file"),
+        (b"[{}] 5", "there is more after the JSON value, at byte 5; fix the file"),
         (b"[" * 9 + b"]", "not JSON"),
         (b"[" * 100_000, "not JSON at byte 1 (nested too deep)"),
     ],
@@ -207,7 +207,7 @@ def test_elements_are_found_wherever_pieces_end(
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
         patch.setattr(json_places, "PIECE", piece)
-        places = conversations._array_places(file, path)
+        places = json_places.Scanner(file, path).elements()
         assert [json_places.value_at(file, place, "here") for place in places] == values
 
 
@@ -231,7 +231,7 @@ def test_an_entry_that_does_not_end_is_not_read_to_the_end(tmp_path: Path, monke
     read = []
     with path.open("rb") as file, pytest.raises(DataError, match=r"talk.json: not JSON at byte 1 \("):
         try:
-            conversations._array_places(file, path)
+            json_places.Scanner(file, path).elements()
         finally:
             read.append(file.tell())
     assert read[0] < 20_000
@@ -288,13 +288,13 @@ def test_the_names_of_images_can_be_chosen_and_a_caption_can_be_a_turn(tmp_path:
 @pytest.mark.parametrize(
     "bad, sentence",
     [
-        (5, ": the dialogue must be a JSON object, not int"),
+        (5, ": the dialogue must be a JSON object, not a number"),
         (dialog(), ": 'dialog' must be a list of at least one question, not []"),
         (dialog((0, 0), (3, 0)), " turn 2: 'question' is 3; it must be a number below 3, of data.questions"),
         (dialog((0, -1)), " turn 1: 'answer' is -1; it must be a number below 4, of data.answers"),
         (dialog((0, True)), " turn 1: 'answer' is True; it must be a number below 4"),
         ({"image_id": 7, "dialog": [{"question": 0}]}, " turn 1: no 'answer'; a turn needs a question and an answer"),
-        ({"image_id": 7, "dialog": ["why"]}, " turn 1: the turn must be a JSON object, not str"),
+        ({"image_id": 7, "dialog": ["why"]}, " turn 1: the turn must be a JSON object, not a string"),
         (dialog((0, 0), image_id="7"), ": 'image_id' must be a number, not '7'"),
     ],
 )

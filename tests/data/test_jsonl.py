@@ -182,7 +182,7 @@ def test_a_file_that_changes_is_refused(dataset):
     data[0]
     lines(dataset, "\n", dumped(ROW))
     for read in (lambda: data[0], lambda: data.fingerprint):
-        with pytest.raises(DataError, match=r"train.jsonl: the file changed since it was opened; open it again"):
+        with pytest.raises(DataError, match=r"train.jsonl: the file changed since it was opened; start again"):
             read()
     dataset.unlink()
     with pytest.raises(DataError, match="cannot be read"):
@@ -279,7 +279,7 @@ BAD_ROWS = [
     ([], "x:5: a row must be an object, not a list"),
     (None, "x:5: a row must be an object, not null"),
     (ROW | {"imgae": "b.png"}, "x:5: unknown key 'imgae' in a row; did you mean 'image'?"),
-    (ROW | {"zzz": 1}, "x:5: unknown key 'zzz' in a row; accepted are 'image', 'images', 'turns', 'id'"),
+    (ROW | {"zzz": 1}, "x:5: unknown key 'zzz' in a row; accepted are image, images, turns, id"),
     (ROW | {"id": 7}, "x:5: 'id' must be a string, not a number"),
     (ROW | {"image": 7}, "x:5: 'image' must be the path of an image, not a number"),
     (ROW | {"image": [None]}, "x:5: 'image' must be the path of an image, not null"),
@@ -310,7 +310,7 @@ BAD_ROWS = [
     (turn_row(target={"txt": "a"}), "x:5 turn 1: unknown key 'txt' in 'target'; did you mean 'text'?"),
     (turn_row(target={"image": "https://a/b"}), "x:5 turn 1: 'image' is a URL"),
     (turn_row(target="half \ud800"), "x:5 turn 1: 'target' holds half a character"),
-    ({"turns": [{"query": "", "target": "t"}]}, "x:5 turn 1: 'query' is empty; give text, an image"),
+    ({"turns": [{"query": "", "target": "t"}]}, "x:5 turn 1: 'query' is empty; pass text, an image"),
 ]
 
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from muco.base.files import locked, whole_file
-from muco.data import parquet as rows_module
+from muco.data import rows as rows_module
 from muco.data.m3t import M3TData
-from muco.data.parquet import Rows, choose_columns
+from muco.data.parquet import require_columns
+from muco.data.rows import Rows
 from muco.dialogue import Sample
 from muco.errors import DataError
 
@@ -106,12 +107,12 @@ def test_the_placeholder_goes_wherever_it_stands(tmp_path):
         ({"pos_text": ["a"]}, "'qry' has 2 turns and 'pos_text' 1; each turn needs both"),
         ({"qry": [], "pos_text": []}, "'qry' is an empty list; a row needs at least one turn"),
         ({"qry": None}, "'qry' must be a list with an element per turn, not null"),
-        ({"qry": "one text"}, "'qry' must be a list with an element per turn, not str"),
-        ({"pos_text": [1, 2]}, "turn 0 of 'pos_text' must be a text or a list of texts, not int"),
+        ({"qry": "one text"}, "'qry' must be a list with an element per turn, not a string"),
+        ({"pos_text": [1, 2]}, "turn 0 of 'pos_text' must be a text or a list of texts, not a number"),
         ({"pos_text": ["a", None]}, "turn 1 of 'pos_text' must be a text or a list of texts, not null"),
         ({"qry": [["a"], None]}, "turn 1 of 'qry' must be a text or a list of texts, not null"),
         ({"qry": [["a"], ["b", None]]}, "turn 1 of 'qry' must be a text or a list of texts, not null"),
-        ({"qry": [["a"], []]}, "turn 1 of 'qry' is an empty list; give at least one wording"),
+        ({"qry": [["a"], []]}, "turn 1 of 'qry' is an empty list; pass at least one wording"),
         ({"pos_text": ["a", " "]}, "turn 1 of 'pos_text' has an empty text"),
         ({"qry": [["a"], ["b", "<|image_1|>\n"]]}, "turn 1 of 'qry' has an empty text"),
         ({"kind": ["local"]}, "'kind' must have a word for each of the 2 turns, not ['local']"),
@@ -275,7 +276,8 @@ def test_rows_are_those_of_the_file_however_they_are_cut(tmp_path_factory, monke
     rows = Rows(file, ("a", "b"))
     assert len(rows) == count and rows.shards == -(-count // shard)
     assert [rows[i] for i in range(count)] == [{"a": record["a"], "b": record["b"]} for record in made]
-    for index in (-1, count):
+    assert rows[-1] == rows[count - 1]
+    for index in (-count - 1, count):
         with pytest.raises(IndexError):
             rows[index]
 
@@ -298,7 +300,7 @@ def test_the_fingerprint_needs_the_file_that_was_opened(tmp_path):
     file = tree.write_tree(tmp_path, tree.records(3))
     data = opened(tmp_path)
     os.utime(file, ns=(1, 2))
-    with pytest.raises(DataError, match="the file changed since it was opened; open it again"):
+    with pytest.raises(DataError, match="the file changed since it was opened; start again"):
         _ = data.fingerprint
     file.unlink()
     with pytest.raises(DataError, match="M3T.parquet: cannot be read"):
@@ -319,7 +321,7 @@ def test_a_changed_working_directory_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = M3TData("a", images="a/images", cache="cache")
     monkeypatch.chdir(tmp_path / "b")
-    assert data[2].where == "a/M3T_train/M3T.parquet row 2" and Path(data[2].image[0]).is_file() and data.fingerprint
+    assert data[2].where == "a/M3T_train/M3T.parquet row 2" and Path(data[2].images[0]).is_file() and data.fingerprint
 
 
 def test_the_cache_may_be_elsewhere(tmp_path, small_shards):
@@ -334,7 +336,7 @@ def test_the_cache_may_be_elsewhere(tmp_path, small_shards):
 def test_a_cache_that_cannot_be_written(tmp_path):
     tree.write_tree(tmp_path, tree.records(3))
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(DataError, match="the cache cannot be written .*; give another folder as 'cache'"):
+    with pytest.raises(DataError, match="the cache cannot be written .*; pass another folder as 'cache'"):
         opened(tmp_path, cache=tmp_path / "taken")
 
 
@@ -377,7 +379,7 @@ def test_columns_are_checked(tmp_path):
     twice = pa.table([["a"], ["b"]], names=["qry", "qry"])
     pq.write_table(twice, file)
     with pytest.raises(DataError, match="the column 'qry' is there 2 times; keep one"):
-        choose_columns(file, ("qry",))
+        require_columns(file, ("qry",))
     tree.write_rows(file, tree.records(1))
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     with pytest.raises(DataError, match="the file has no rows"):

@@ -176,7 +176,7 @@ def test_the_fingerprint_changes_with_what_is_read(tree: Path) -> None:
     "change, sentence",
     [
         (lambda row: "{", "malformed JSON"),
-        (lambda row: "[]", "the line must be a JSON object, not list"),
+        (lambda row: "[]", "the line must be a JSON object, not a list"),
         (lambda row: row | {"qid": 7}, "'qid' must be a string or null, not 7"),
         (lambda row: row | {"qid": "8-1"}, "'qid' must be two numbers such as"),
         (lambda row: row | {"qid": "12:1"}, "the query '12:1' is of data set 12; M-BEIR has 0 to 9"),

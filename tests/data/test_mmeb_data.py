@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from muco.data.lines import without_token
-from muco.data.mmeb_test import Question, Source, find_files, open_source, read_questions
+from muco.data.mmeb_test import MMEBSet, Question, find_files, open_set, read_questions
 from muco.dialogue import Content, single_turn
 from muco.errors import DataError, ImageError
 from muco.evaluate.mmeb import evaluate_mmeb
 from muco.template import QWEN_VL
 
 
-def opened(folder: Path, name: str) -> Source:
-    return open_source(folder, name, find_files(folder)[0][name])
+def opened(folder: Path, name: str) -> MMEBSet:
+    return open_set(folder, name, find_files(folder)[0][name])
 
 
 def questions(folder: Path, name: str) -> list[Question]:
@@ -173,11 +173,11 @@ WRONG = {
     ),
     "other type": (
         lambda rows: [row.update(tgt_text=1) for row in rows],
-        "row 0: 'tgt_text' must be a list of strings, one per candidate, not int",
+        "row 0: 'tgt_text' must be a list of strings, one per candidate, not a number",
     ),
     "some text": (
         lambda rows: [row.update(tgt_text="a") for row in rows],
-        "row 0: 'tgt_text' must be a list of strings, one per candidate, not str",
+        "row 0: 'tgt_text' must be a list of strings, one per candidate, not a string",
     ),
 }
 

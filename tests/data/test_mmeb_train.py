@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from muco.data import parquet as rows_module
-from muco.data.mmeb import CONFIGS, LONGEST_LITERAL, MMEBTrainData, negatives_of
+from muco.data import rows as rows_module
+from muco.data.lines import LONGEST_LITERAL
+from muco.data.mmeb import MMEBTrainData, negatives_of
+from muco.data.mmeb_files import CONFIGS
 from muco.data.mmeb_test import DATA_SETS
 from muco.dialogue import Content, Sample
 from muco.errors import DataError
@@ -70,7 +72,7 @@ def test_one_file_of_the_layout(tmp_path, name):
 def test_a_file_of_another_place_has_its_own_name_as_kind(tmp_path):
     file = tree.write_rows(tmp_path / "mine.parquet", [tree.pairs("CIRR")[0].record])
     data = MMEBTrainData(file, images=tmp_path)
-    assert data[0].turns[0].kind == "mine" and data[0].image[0] == str(tmp_path / "images/CIRR/Train/asked 0.jpg")
+    assert data[0].turns[0].kind == "mine" and data[0].images[0] == str(tmp_path / "images/CIRR/Train/asked 0.jpg")
 
 
 def test_older_names_are_read_where_there_are_no_others(tmp_path):
@@ -90,8 +92,8 @@ def test_configurations_can_be_chosen(tmp_path):
     tree.write_tree(tmp_path, ["CIRR", "NIGHTS", "WebQA"])
     assert list(MMEBTrainData(tmp_path, configs=["WebQA", "CIRR"]).configs) == ["WebQA", "CIRR"]
     for configs, message in (
-        (["ImageNet-1K"], "unknown configuration 'ImageNet-1K'; is it 'ImageNet_1K'"),
-        (["zzz"], "unknown configuration 'zzz'; known are ImageNet_1K, "),
+        (["ImageNet-1K"], "unknown configuration 'ImageNet-1K'; did you mean 'ImageNet_1K'"),
+        (["zzz"], "unknown configuration 'zzz'; accepted are ImageNet_1K, "),
         (["MSCOCO"], r"MSCOCO: no original-\*.parquet and no \*_generated_sentence.parquet; download the files"),
         (["CIRR", "CIRR"], "and each once"),
         ([], "at least one configuration"),
@@ -125,13 +127,13 @@ def test_what_is_not_there_or_has_another_name(tmp_path):
         MMEBTrainData(tmp_path / "nothing.parquet")
     with pytest.raises(DataError, match="no <configuration>/original-.*; configurations are ImageNet_1K, N24News"):
         MMEBTrainData(tmp_path)
-    with pytest.raises(DataError, match="unknown split 'diverse_instructions'; is it 'diverse_instruction'"):
+    with pytest.raises(DataError, match="unknown split 'diverse_instructions'; did you mean 'diverse_instruction'"):
         MMEBTrainData(tmp_path, split="diverse_instructions")
     tree.write_tree(tmp_path, ["CIRR"])
     with pytest.raises(DataError, match="pictures: no such folder; it must hold what the paths of images"):
         MMEBTrainData(tmp_path, images=tmp_path / "pictures")
     tree.write_rows(tree.file_of(tmp_path, "Visual7w"), [WITHOUT_NEGATIVES])
-    with pytest.raises(DataError, match="Visual7w: unknown configuration 'Visual7w'; is it 'Visual7W'"):
+    with pytest.raises(DataError, match="Visual7w: unknown configuration 'Visual7w'; did you mean 'Visual7W'"):
         MMEBTrainData(tmp_path)
 
 
@@ -166,7 +168,7 @@ def test_the_placeholder_goes_wherever_it_stands(tmp_path, text, with_image, wit
     sample = one(tmp_path / "with", **dict(zip(columns, (text, "images/a.jpg"), strict=True)))[0]
     image = (str(tmp_path / "with" / "images/a.jpg"),)
     if side == "qry":
-        assert sample.image == image and sample.turns[0].query == (Content(with_image),)
+        assert sample.images == image and sample.turns[0].query == (Content(with_image),)
     else:
         assert sample.turns[0].target == (Content(with_image, image),)
     if without is None:
@@ -197,7 +199,7 @@ def test_rows_with_an_empty_side_are_left_out_and_counted(tmp_path):
 
 def test_null_is_absent(tmp_path):
     sample = one(tmp_path, qry_image_path=None, neg_text=None, neg_image_path=None, pos_image_path=None)[0]
-    assert sample.image == () and sample.turns[0].negatives == () and sample.turns[0].target[0].images == ()
+    assert sample.images == () and sample.turns[0].negatives == () and sample.turns[0].target[0].images == ()
 
 
 @pytest.mark.parametrize("column", ["qry_image_path", "pos_image_path", "neg_image_path"])
@@ -253,18 +255,18 @@ def test_a_list_written_as_a_string_is_the_list(texts):
 @pytest.mark.parametrize(
     ("text", "image", "message"),
     [
-        (["a", "b"], ["a.jpg"], "'neg_text' holds 2 negatives and 'neg_image_path' 1; mend one of them"),
-        ("a", "['a.jpg', 'b.jpg']", "'neg_text' holds 1 negatives and 'neg_image_path' 2; mend one of them"),
+        (["a", "b"], ["a.jpg"], "'neg_text' holds 2 negatives and 'neg_image_path' 1; fix one of them"),
+        ("a", "['a.jpg', 'b.jpg']", "'neg_text' holds 1 negatives and 'neg_image_path' 2; fix one of them"),
         ("['a', 'b'", "", "'neg_text' begins like a list but is none: "),
         ("['a', open('x')]", "", "'neg_text' begins like a list but is none: "),
         ("['a'] + ['b']", "", "'neg_text' begins like a list but is none: "),
         ("['a' 'b']", "", "'neg_text' is a list without commas: "),
         ("['a', 'b'\n 'c']", "", "'neg_text' is a list without commas: "),
-        ("['a', 1]", "", "negative 1 in 'neg_text' must be a string, not int"),
-        ("['a'], 'b'", "", "'neg_text' must be a string or a list of strings, not tuple"),
+        ("['a', 1]", "", "negative 1 in 'neg_text' must be a string, not a number"),
+        ("['a'], 'b'", "", "'neg_text' must be one list, not "),
         ("['" + "a" * LONGEST_LITERAL + "']", "", "'neg_text' is a list of 1,048,580 characters; at most 1,048,576"),
         ("['a', " + "[" * 500, "", "'neg_text' begins like a list but is none: "),
-        (["a"], [["b"]], "negative 0 in 'neg_image_path' must be a string, not list"),
+        (["a"], [["b"]], "negative 0 in 'neg_image_path' must be a string, not a list"),
     ],
 )
 def test_bad_negatives_are_named(tmp_path, text, image, message):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.data import pairs
+from muco.data import lines
 from muco.data.pairs import PairsData
 from muco.dialogue import Content, Sample
 from muco.errors import DataError, ImageError
@@ -143,9 +143,7 @@ def test_named_columns_are_used_and_no_others(tmp_path: Path) -> None:
     assert both(data[0])[0] == Content("why", (str(tmp_path / "0.png"),))
     with pytest.raises(DataError, match="which column is the target\\? Name it by target_text or target_image; found"):
         PairsData(path, query_text="question")
-    with pytest.raises(
-        DataError, match="no column 'quesion' \\(given as query_text\\); did you mean 'question'\\? found"
-    ):
+    with pytest.raises(DataError, match="no column 'quesion' \\(given as query_text\\); did you mean 'question'\\?"):
         PairsData(path, query_text="quesion", target_text="answer")
 
 
@@ -203,7 +201,7 @@ def test_placeholders_are_taken_out_of_text(tmp_path: Path, text: str, with_imag
     data = PairsData(write(tmp_path, "csv", rows))
     assert both(data[0])[0].text == with_image
     if without is None:
-        with pytest.raises(DataError, match="no query, 'query_text' and 'query_image' says nothing; mend the row"):
+        with pytest.raises(DataError, match="no query, 'query_text' and 'query_image' says nothing; fix the row"):
             data[1]
     else:
         assert both(data[1])[0].text == without
@@ -240,9 +238,9 @@ def test_negatives_of_targets_that_are_images_are_images(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "kind, cell, sentence",
     [
-        ("csv", "[1 +]", "'wrong' looks like a list and is none (SyntaxError): [1 +]"),
-        ("csv", "[__import__('os').getcwd()]", "'wrong' looks like a list and is none (ValueError)"),
-        ("csv", "[1], [2]", "'wrong' must be one list, not [1], [2]"),
+        ("csv", "[1 +]", "'wrong' begins like a list but is none: '[1 +]'"),
+        ("csv", "[__import__('os').getcwd()]", "'wrong' begins like a list but is none: "),
+        ("csv", "[1], [2]", "'wrong' must be one list, not '[1], [2]'"),
         ("csv", "[1]", "negative 0: 'text' must be a string or null, not 1"),
         ("csv", "['']", "negative 0 is empty; leave it out of 'wrong'"),
         ("jsonl", ["a", {"txt": "b"}], "negative 1 has 'txt'; accepted are 'text' and 'image'"),
@@ -258,7 +256,7 @@ def test_bad_negatives_are_named(tmp_path: Path, kind: str, cell: Any, sentence:
 
 
 def test_a_list_that_is_too_long_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "LONGEST_LITERAL", 8)
+    monkeypatch.setattr(lines, "LONGEST_LITERAL", 8)
     path = write(tmp_path, "csv", [{"query": "q", "target": "t", "wrong": "['a', 'b']"}])
     with pytest.raises(DataError, match=":2: 'wrong' is a list of 10 characters; at most 8 are read"):
         PairsData(path, negatives="wrong")[0]
@@ -270,11 +268,11 @@ def test_a_list_that_is_too_long_is_not_parsed(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        (b"query,target\na,b,c\n", ":2: 3 cells, and the header has 2; mend the row"),
-        (b"query,target\n\n\na\n", ":4: 1 cells, and the header has 2; mend the row"),
-        (b"query,target\na,\n", ":2: no target, 'target' says nothing; mend the row"),
-        (b"query,target\n  ,b\n", ":2: no query, 'query' says nothing; mend the row"),
-        (b'query,target\na,"b\nc\n', ":2: not a row of CSV (unexpected end of data); mend its quotes"),
+        (b"query,target\na,b,c\n", ":2: 3 cells, and the header has 2; fix the row"),
+        (b"query,target\n\n\na\n", ":4: 1 cells, and the header has 2; fix the row"),
+        (b"query,target\na,\n", ":2: no target, 'target' says nothing; fix the row"),
+        (b"query,target\n  ,b\n", ":2: no query, 'query' says nothing; fix the row"),
+        (b'query,target\na,"b\nc\n', ":2: not a row of CSV (unexpected end of data); fix its quotes"),
         (b'query,target\na,"b"c\n', ":2: not a row of CSV ("),
         (b"query,target\na,b\n\xff,d\n", ":3: not UTF-8 ("),
         (b"query,target,query\na,b,c\n", ":1: the column 'query' is there twice; found query, target, query"),
@@ -294,7 +292,7 @@ def test_bad_csv_is_named_by_line(tmp_path: Path, content: bytes, sentence: str)
     "content, sentence",
     [
         ('{"query": "a", "target": "b"}\n{\n', ":2:1: malformed JSON"),
-        ('{"query": "a", "target": "b"}\n[1]\n', ":2: the line must be a JSON object, not list"),
+        ('{"query": "a", "target": "b"}\n[1]\n', ":2: the line must be a JSON object, not a list"),
         ('{"query": 3, "target": "b"}\n', ":1: 'query' must be a string or null, not 3"),
         ('{"query": "\\ud800", "target": "b"}\n', ":1: 'query' holds half a character"),
     ],
@@ -309,7 +307,7 @@ def test_bad_jsonl_is_named_by_line(tmp_path: Path, content: str, sentence: str)
 
 def test_bad_parquet_is_named_by_row(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet", [{"query": "a", "target": "b"}, {"query": None, "target": "c"}])
-    with pytest.raises(DataError, match=r"pairs.parquet row 1: no query, 'query' says nothing; mend the row"):
+    with pytest.raises(DataError, match=r"pairs.parquet row 1: no query, 'query' says nothing; fix the row"):
         everything(PairsData(path))
     pq.write_table(pa.table([["a"], ["b"]], names=["query", "query"]), path)
     with pytest.raises(DataError, match="the column 'query' is there twice; found query, query"):

@@ -162,7 +162,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
 def test_an_index_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", pair(1))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match="cache: the cache cannot be written .*; give another folder as 'cache'"):
+    with pytest.raises(DataError, match="cache: the cache cannot be written .*; pass another folder as 'cache'"):
         ShardsData(shard, cache=tmp_path / "cache")
 
 
@@ -317,7 +317,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("txt", b" \n", "the caption is empty; mend the sample or leave it out"),
         ("txt", b"\xff", "the .txt is not UTF-8 (invalid start byte); mend the sample"),
         ("json", b"{", "malformed JSON"),
-        ("json", b"[]", "the line must be a JSON object, not list"),
+        ("json", b"[]", "the line must be a JSON object, not a list"),
         (
             "json",
             b'{"text": "a", "url": "b"}',

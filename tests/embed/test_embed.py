@@ -25,7 +25,7 @@ import muco.data.items
 import muco.data.lines
 import muco.embed
 from muco.base.files import claimed
-from muco.data.items import COLUMNS, open_source
+from muco.data.items import COLUMNS, open_items
 from muco.dialogue import as_content
 from muco.embed import embed
 from muco.errors import DataError, OutputError
@@ -141,7 +141,7 @@ def test_output_schema_and_what_its_metadata_name(tmp_path: Path) -> None:
     assert [schema.field(name).type for name in ("id", "text", "image")] == [pa.string()] * 3
     assert schema.metadata[b"muco.model"] == b"a" * 64 and schema.metadata[b"muco.dimension"] == b"24"
     assert schema.metadata[b"muco.version"].decode() == muco.__version__
-    assert schema.metadata[b"muco.input"].decode() == open_source(tmp_path / "items.jsonl", COLUMNS).fingerprint
+    assert schema.metadata[b"muco.input"].decode() == open_items(tmp_path / "items.jsonl", COLUMNS).fingerprint
     assert schema.metadata[b"muco.image_root"].decode() == str(tmp_path.resolve())
     assert summary["model"] == "a" * 64 and summary["output"] == str(tmp_path / "new" / "out.parquet")
     assert summary["rows_per_second"] == pytest.approx(3 / summary["seconds"], rel=0.5)
@@ -325,7 +325,7 @@ def test_a_large_row_group_is_read_in_pieces_and_finished_groups_not_at_all(tmp_
     table = pa.table({"image": images, "id": [str(i) for i in range(400)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=300, write_batch_size=16)
     del table
-    source = open_source(tmp_path / "a.parquet", COLUMNS)
+    source = open_items(tmp_path / "a.parquet", COLUMNS)
     before, peak = pa.total_allocated_bytes(), 0
     for i, row in enumerate(source.rows(0)):
         assert (row.number, row.id, row.images) == (i, str(i), (images[i],))
@@ -369,7 +369,7 @@ def test_damage_in_a_finished_row_group_is_not_met_and_in_another_named(tmp_path
     with path.open("r+b") as file:
         file.seek(column.data_page_offset)
         file.write(b"\xff" * column.total_compressed_size)
-    rows = open_source(path, COLUMNS).rows
+    rows = open_items(path, COLUMNS).rows
     assert [row.number for row in rows(100)] == list(range(100, 200))
     with pytest.raises(DataError, match="a.parquet: broken after row 0"):
         list(rows(0))
@@ -529,10 +529,10 @@ def test_a_changed_folder_or_parquet_file_is_noticed(tmp_path: Path, kind: str) 
     else:
         source = changed = tmp_path / "in.parquet"
         pq.write_table(pa.table({"text": ["one"]}), source)
-    before = open_source(source, COLUMNS).fingerprint
-    assert open_source(source, COLUMNS).fingerprint == before
+    before = open_items(source, COLUMNS).fingerprint
+    assert open_items(source, COLUMNS).fingerprint == before
     os.utime(changed, ns=(1, 1))
-    assert open_source(source, COLUMNS).fingerprint != before
+    assert open_items(source, COLUMNS).fingerprint != before
 
 
 def test_files_of_others_are_never_replaced(tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_bad_rows_are_listed_and_the_others_embedded(tmp_path: Path) -> None:
         4: ({"id": "token", "text": "a <|emb|> b"}, "special token"),
         6: ('{"text": ', "malformed JSON"),
         7: ("[1]", "not an object"),
-        8: ({"text": 5}, "'text' must be a string, not int"),
+        8: ({"text": 5}, "'text' must be a string, not a number"),
         9: ({"image": ["good.png", 5]}, "'image' must be a path or a list of paths"),
         10: ({"id": True, "text": "x"}, "'id' must be a string"),
         11: ({"text": "\ud800"}, "'text' holds half a character"),
@@ -653,7 +653,7 @@ BAD_ROWS = [
     (b'{"text": "a", "x": "\\ud800"}', "'x' holds half a character"),
     (b'{"text": "a", "x": [{"y": "\\udc80"}]}', "'x' holds half a character"),
     (b'{"text": "a", "\\ud800": 1}', "holds half a character"),
-    (b'{"text": ["a"]}', "'text' must be a string, not list"),
+    (b'{"text": ["a"]}', "'text' must be a string, not a list"),
     (b'{"text": "a", "image": 7}', "'image' must be a path or a list of paths"),
     (b'{"text": "a", "image": {"url": "a.png"}}', "unknown key 'url' in 'image'"),
     (b'{"text": "a", "image": {"bytes": "a.png"}}', "'image' must be a path or a list of paths"),

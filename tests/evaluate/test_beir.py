@@ -220,12 +220,12 @@ def test_what_the_judgements_get_wrong_is_counted(texts, tmp_path):
         ("corpus.jsonl", {"text": "x"}, "'_id' must be an id, not None"),
         ("corpus.jsonl", {"_id": "", "text": "x"}, "'_id' must be an id, not ''"),
         ("corpus.jsonl", {"_id": "d\t9", "text": "x"}, "'_id' must be an id"),
-        ("corpus.jsonl", {"_id": "d9", "text": " "}, "neither text nor image; give one of title, text, image"),
+        ("corpus.jsonl", {"_id": "d9", "text": " "}, "neither text nor image; add one of title, text, image"),
         ("corpus.jsonl", {"_id": "d9", "text": 5}, "'text' must be a string or null, not 5"),
         ("corpus.jsonl", {"_id": "d9", "image": "../1.png"}, "'image' is '../1.png'; give the path of an image within"),
         ("corpus.jsonl", {"_id": "d9", "image": "1.png"}, "1.png cannot be read"),
         ("queries.jsonl", {"_id": "q0", "text": "x"}, "the query 'q0' is also at"),
-        ("queries.jsonl", {"_id": "q9"}, "neither text nor image; give one of text, image"),
+        ("queries.jsonl", {"_id": "q9"}, "neither text nor image; add one of text, image"),
     ],
 )
 def test_a_bad_line_is_named(texts, tmp_path, file, row, said):
@@ -298,7 +298,7 @@ def test_chance_is_what_random_orders_score(pool, k):
 
 def test_chance_of_ndcg_is_what_random_orders_score(texts, tmp_path):
     from muco.evaluate.beir import read_judged
-    from muco.evaluate.ranking import ndcg_at
+    from muco.evaluate.metrics import ndcg_at
 
     queries, _ = read_judged(texts, "test", "")
     ids, rng = [f"d{i}" for i in range(12)], np.random.default_rng(0)

@@ -14,7 +14,7 @@ from rich.console import Console
 from muco.errors import DataError, MucoError
 from muco.evaluate import compare as module
 from muco.evaluate.benchmark import Outcome, TaskFiles, TaskResult
-from muco.evaluate.compare import as_markdown, bootstrap, compare, interval, print_comparison
+from muco.evaluate.compare import bootstrap, compare, comparison_markdown, interval, print_comparison
 
 
 def folder(path: Path, tasks: Mapping[str, Mapping[str, float]], *, metric="hit@1", data="d" * 64, **key) -> Path:
@@ -165,7 +165,9 @@ def test_pools_have_means_of_their_own_since_they_share_queries(tmp_path):
         "overall local": 1,
     }
     assert result["means"]["overall local"]["interval"] == result["tasks"]["OVEN t6 local"]["interval"]
-    assert "| overall global, 2 tasks" in as_markdown(result) and "| overall local, 1 task" in as_markdown(result)
+    assert "| overall global, 2 tasks" in comparison_markdown(
+        result
+    ) and "| overall local, 1 task" in comparison_markdown(result)
 
 
 # ── what cannot be compared ──────────────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +221,7 @@ def test_a_partial_result_is_not_compared_with_a_whole_one_without_a_word(tmp_pa
 
 def test_folders_without_results_or_a_common_task_are_errors(tmp_path, pair):
     for empty in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(DataError, match=r"holds no results \(tasks/\*\.json\); give the output folder"):
+        with pytest.raises(DataError, match=r"holds no results \(tasks/\*\.json\); pass the output folder"):
             compare(pair[0], empty)
     other = folder(tmp_path / "other", {"OVEN local": {"q": 1.0}})
     with pytest.raises(DataError, match=r"no task that can be compared \(GQA: only A has it; OVEN local: only B"):
@@ -229,13 +231,13 @@ def test_folders_without_results_or_a_common_task_are_errors(tmp_path, pair):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("{", r"is no outcome \(JSONDecodeError"),
-        ('{"query": "q"}', r"is no outcome \(KeyError\('value'\)\)"),
-        ('{"query": "q", "value": null}', r"is no outcome \(TypeError"),
+        ("{", r"is not an outcome \(JSONDecodeError"),
+        ('{"query": "q"}', r"is not an outcome \(KeyError\('value'\)\)"),
+        ('{"query": "q", "value": null}', r"is not an outcome \(TypeError"),
         ('{"query": 7, "value": 1}', "the query is 7, not a string"),
         ('{"query": "q", "value": NaN}', "the value is nan, not a number"),
         ('{"query": "q0", "value": 1}', "the query 'q0' occurs twice"),
-        (b"\xff", r"is no outcome \(UnicodeDecodeError"),
+        (b"\xff", r"is not an outcome \(UnicodeDecodeError"),
     ],
 )
 def test_a_damaged_line_is_named(pair, line, reason):
@@ -253,7 +255,7 @@ def test_a_damaged_or_older_task_file_is_named(pair):
         compare(*pair)
     for text in ("{", "[]", '{"result": {}}'):
         file.write_text(text)
-        with pytest.raises(DataError, match=r"GQA\.json: is no result of a task .* run the evaluation again"):
+        with pytest.raises(DataError, match=r"GQA\.json: is not a result of a task .* run the evaluation again"):
             compare(*pair)
 
 
@@ -282,7 +284,7 @@ def test_table_and_markdown_show_data_as_text_and_mark_what_is_sure(tmp_path):
     assert [task["excludes_zero"] for task in result["tasks"].values()] == [True, False]
     stream = io.StringIO()
     print_comparison(result, Console(file=stream, width=160))
-    text, quoted = stream.getvalue(), as_markdown(result)
+    text, quoted = stream.getvalue(), comparison_markdown(result)
     assert "[red]a|b" in text and "+100.00" in text and "1 of 2 intervals exclude 0" in text
     assert r"| \[red\]a\|b \* | hit@1 | 50 | 0.0 | 100.0 | +100.00 | +100.00 to +100.00 | 100.0 | 0.0 | 0.0 |" in quoted
     assert "| even | hit@1 | 50 | 0.0 | 0.0 | +0.00 | +0.00 to +0.00 | 0.0 | 0.0 | 100.0 |" in quoted

@@ -92,29 +92,9 @@ def test_equal_vectors_tie_wherever_they_stand(n):
     assert set(metrics.ranks_in_lists(pool, pool, lists)) == {n}
 
 
-@given(st.integers(1, 9), hnp.arrays(np.float32, (3, 7), elements=st.sampled_from([-1, 0, 0.5, 1, math.nan])))
-def test_top_k_is_a_stable_sort(k, scores):
-    queries, pool = np.eye(3, dtype=np.float32), scores.T.copy()
-    if not np.isfinite(scores).all():  # a product with NaN leaves no finite row; give each query its own pool
-        pool = np.nan_to_num(pool, nan=-9.0)
-    indices, values = metrics.top_k(queries, pool, k)
-    assert indices.shape == (3, min(k, 7))
-    for row, found, value in zip(pool.T, indices, values, strict=True):
-        expected = sorted(range(7), key=lambda i: (-row[i], i))[:k]
-        assert found.tolist() == expected
-        assert value.tolist() == row[expected].tolist()
-
-
-def test_top_k_puts_what_is_not_finite_last():
-    pool = np.array([[1, 0], [np.nan, 0], [2, 0], [np.inf, 0]], dtype=np.float32)
-    indices, scores = metrics.top_k(np.array([[1, 0]], dtype=np.float32), pool, 4)
-    assert indices.tolist() == [[2, 0, 1, 3]]
-    assert scores[0, :2].tolist() == [2, 1]
-
-
 def test_hit_mrr_and_chance():
     found = np.array([1, 2, 4, 11])
-    assert [metrics.hit_at(found, k) for k in (1, 2, 10, 11)] == [0.25, 0.5, 0.75, 1.0]
+    assert [metrics.hit_rate(found, k) for k in (1, 2, 10, 11)] == [0.25, 0.5, 0.75, 1.0]
     assert metrics.mrr(found) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1 / 11) / 4)
     assert metrics.chance_hit(5, 100) == 0.05
     assert metrics.chance_hit(5, np.array([2, 10])) == 0.75
@@ -123,7 +103,7 @@ def test_hit_mrr_and_chance():
 def test_chance_is_what_random_vectors_reach():
     rng = np.random.default_rng(3)
     found = metrics.ranks_in_pool(unit(rng, 4000), unit(rng, 20), rng.integers(0, 20, 4000), [[]] * 4000)
-    assert metrics.hit_at(found, 5) == pytest.approx(metrics.chance_hit(5, 20), abs=0.03)
+    assert metrics.hit_rate(found, 5) == pytest.approx(metrics.chance_hit(5, 20), abs=0.03)
 
 
 def test_health():
@@ -167,7 +147,7 @@ def test_draws_are_even_and_differ_by_query_and_seed():
 def test_codes_order_candidates_as_an_index_of_them_does(dimension):
     rng = np.random.default_rng(0)
     whole = unit(rng, 40)
-    vectors = metrics.shortened(whole, dimension)
+    vectors = metrics.truncated(whole, dimension)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert np.allclose(vectors * np.linalg.norm(whole[:, :dimension], axis=1, keepdims=True), whole[:, :dimension])
     queries, pool = vectors[:8], vectors[8:]

@@ -25,7 +25,7 @@ from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.benchmark import read_outcomes
 from muco.evaluate.mmeb import aggregates, evaluate_mmeb
-from muco.evaluate.mmeb_task import Asked, judge, sample
+from muco.evaluate.mmeb_task import ListQuery, judge, sample
 from muco.evaluate.page import print_benchmark
 
 LAYOUTS = ("v1", "split")
@@ -185,7 +185,7 @@ def test_a_candidate_is_its_text_and_its_image(tmp_path, best):
 )
 def test_a_rank_is_one_and_the_rivals_that_are_not_beaten(values):
     values = np.array(values, np.float32)
-    judged = judge(Asked(3, "q", tuple(str(i) for i in range(len(values)))), values)
+    judged = judge(ListQuery(3, "q", tuple(str(i) for i in range(len(values)))), values)
     if np.isnan(values).any():
         assert (judged.rank, judged.margin) == (len(values) + 1, None)
         assert (judged.outcome.rank, judged.outcome.value, judged.outcome.found) == (None, 0.0, ())
@@ -525,13 +525,13 @@ def test_wrong_arguments_are_named(trees, tmp_path):
     def run(**options) -> dict:
         return evaluate_mmeb(tree.Oracle(expected), folder, tmp_path, **options)
 
-    with pytest.raises(DataError, match=r"'ImageNet_1K' is no data set of MMEB; did you mean 'ImageNet-1K'\?"):
+    with pytest.raises(DataError, match=r"'ImageNet_1K' is not a data set of MMEB; did you mean 'ImageNet-1K'\?"):
         run(tasks=["CIRR", "ImageNet_1K"])
-    with pytest.raises(DataError, match=r"'CIFAR-100' is no data set of MMEB"):
+    with pytest.raises(DataError, match=r"'CIFAR-100' is not a data set of MMEB"):
         run(tasks=["CIFAR-100"])
     with pytest.raises(DataError, match="no data set is named"):
         run(tasks=[])
-    with pytest.raises(MucoError, match="queries is 0; give at least 1"):
+    with pytest.raises(MucoError, match="queries is 0; pass at least 1"):
         run(queries=0)
     assert list(run(tasks=["MSCOCO", "GQA", "GQA"])["tasks"]) == ["GQA", "MSCOCO"], "the order is the benchmark's"
     (tmp_path / "file").touch()

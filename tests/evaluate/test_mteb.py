@@ -14,8 +14,8 @@ from PIL import Image  # noqa: E402
 
 from muco.data import open_data  # noqa: E402
 from muco.errors import MucoError  # noqa: E402
+from muco.evaluate.metrics import ndcg_at  # noqa: E402
 from muco.evaluate.mteb import MtebEncoder, _contents  # noqa: E402
-from muco.evaluate.ranking import ndcg_at  # noqa: E402
 
 PROMPT = "Find the caption of the scene."
 

@@ -1,4 +1,4 @@
-"""The reports say the same, no data becomes markup or a formula, and nobody's score is mistaken for ours."""
+"""The reports say the same, no data becomes markup or a formula, and no score stands without its pool."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from muco.errors import OutputError
 from muco.evaluate import thumbnails
 from muco.evaluate.benchmark import Failure, Shown, TaskResult, benchmark_result
 from muco.evaluate.page import page, print_benchmark, write_reports
-from muco.evaluate.published import MBEIR, MBEIR_GROUPS, MMEB, MMEB_GROUPS, NOTICE, published
-from muco.evaluate.tables import as_csv, as_markdown
+from muco.evaluate.tables import as_csv, benchmark_markdown
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
 MODEL = {"path": "models/<i>tiny</i>", "fingerprint": "f" * 64}
@@ -100,43 +99,6 @@ def assert_self_contained(checked: Checked) -> None:
         assert attributes.get("src", "data:").startswith("data:")
 
 
-# ── published scores ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_published_rows_of_single_tasks_add_up_to_the_published_groups():
-    complete = 0
-    for row in MMEB:
-        names = [name for name in row.scores if name not in MMEB_GROUPS]
-        if len(names) == 36:
-            complete += 1
-            spans = {"classification": (0, 10), "vqa": (10, 20), "retrieval": (20, 32), "grounding": (32, 36)}
-            for group, (first, last) in spans.items():
-                mean = sum(row.scores[name] for name in names[first:last]) / (last - first)
-                assert mean == pytest.approx(row.scores[group], abs=0.0501), (row.model, group)
-            assert sum(row.scores[n] for n in names) / 36 == pytest.approx(row.scores["overall"], abs=0.0501)
-    assert complete == 3
-    spans = [[0, 1, 2, 3, 6, 7, 8, 9], [4, 5], [10, 11, 12, 13], [14, 15], range(16)]
-    rows = [row for row in MBEIR if len(row.scores) == 21]
-    assert {row.model for row in rows} == {"UniIR CLIP_SF", "LamRA-Ret-7B"}
-    for row in rows:
-        scores = [row.scores[name] for name in row.scores if name not in MBEIR_GROUPS]
-        for group, span in zip(MBEIR_GROUPS, spans, strict=True):
-            assert sum(scores[i] for i in span) / len(span) == pytest.approx(row.scores[group], abs=0.0501)
-
-
-def test_published_scores_have_known_names_and_sources():
-    assert published("M-BEIR") is MBEIR and published("mmeb") is MMEB and published("beir") == ()
-    names = {name for row in MMEB if row.main for name in row.scores}
-    assert len(names) == 36 + 7 and {"ImageNet-1K", "Wiki-SS-NQ", "MSCOCO_i2t", "in-distribution"} < names
-    for row in MBEIR:
-        assert all(name.endswith((" global", " local")) for name in row.scores), "a score without its pool"
-        assert row.scores and row.source
-    assert {r.model: r.scores for r in MMEB}["MuCo-2B"]["overall"] == 69.5
-    assert len({row.model for row in MMEB}) == len(MMEB)
-    overall = [row.scores["overall"] for row in MMEB]
-    assert overall == sorted(overall, reverse=True)
-
-
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -175,14 +137,14 @@ def test_any_text_survives_in_every_report(text):
     result = result_of([task(text, facts={"note": text}, warnings=(text,))])
     for row in rows_of(as_csv(result)):
         assert all(not value.lstrip()[:1] or value.lstrip()[0] not in "=+-@" for value in row.values())
-    tables = [line for line in as_markdown(result).split("\n") if line.startswith("|")]
+    tables = [line for line in benchmark_markdown(result).split("\n") if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {3, 7}
     assert_self_contained(Checked(page(result, [task(text, failures=(failure(Shown(text, text)),))])))
 
 
 def test_markdown_shows_data_as_it_is():
     assert markdown("a|b_c _d_ <i>\n*x* \\") == r"a\|b_c \_d\_ \<i\> \*x\* \\"
-    text = as_markdown(result_of([task(warnings=("low",))], missing=["GQA"]))
+    text = benchmark_markdown(result_of([task(warnings=("low",))], missing=["GQA"]))
     assert "| VOC2007 | hit@1 | 50.0 | 5.0 | 1,000 | 20 |" in text
     assert "| vqa | – |" in text and "| overall | 50.0 |" in text
     assert text.index("**Warning:** no data was found for GQA") < text.index("| task |")
@@ -195,7 +157,7 @@ def test_a_missing_overall_is_said_everywhere():
     stream = io.StringIO()
     print_benchmark(result, Console(file=stream, width=120))
     assert rows_of(as_csv(result))[-1]["score"] == ""
-    for text in (as_csv(result), as_markdown(result), page(result, []), stream.getvalue()):
+    for text in (as_csv(result), benchmark_markdown(result), page(result, []), stream.getvalue()):
         assert "not all tasks were scored" in text
 
 
@@ -259,44 +221,32 @@ def test_the_page_is_one_safe_file_in_which_data_is_text(tmp_path):
     assert checked.all("details") == [{"class": "card worst", "open": None}]
 
 
-def test_published_scores_are_marked_as_such_and_ours_as_measured():
-    result = result_of([task()])
-    checked = Checked(page(result, []))
-    text = " ".join("".join(checked.text).split())
-    assert f"All scores but those of the first row were {NOTICE}" in text
-    theirs = [bar for bar in checked.all("div") if NOTICE in (bar.get("title") or "")]
-    with_task = [row for row in MMEB if row.main and "VOC2007" in row.scores]
-    assert len(with_task) == 4
-    assert sum(bar["title"].startswith("VLM2Vec-V2.0-2B") for bar in theirs) == 4  # classification, vqa, overall, task
-    assert [bar["title"] for bar in checked.all("div") if bar.get("class") == "bar own"] == ["this model"] * 4
-    widths = [a["style"] for a in checked.all("i") if a.get("class") == "theirs" and "style" in a]
-    assert "width:84.90%" in widths, "VLM2Vec-V2.0-2B on VOC2007"
-    plain = page(result_of([task()], name="other"), [])
-    assert NOTICE not in plain and "Published scores" not in plain
+def test_a_bar_is_as_long_as_its_score_with_a_mark_at_chance():
+    text = page(result_of([task()]), [])
+    card = re.search(r"<h3>VOC2007</h3>(.*?)</li>", text, re.DOTALL)[1]
+    assert 'style="width:50.00%"' in card and 'style="left:5.00%"' in card and '<span class="value">50.0</span>' in card
+    assert text.count('class="bar"') == 4, "two groups, the overall score and the task"
 
 
 def test_links_lead_to_sections_and_tables_can_be_scrolled_by_keyboard():
     checked = Checked(page(result_of([task(), task("OVEN local", metric="mrr")]), []))
     ids = [section["id"] for section in checked.all("section")]
-    assert [link["href"] for link in checked.all("a")] == [f"#{name}" for name in ids] and len(ids) == 5
+    assert [link["href"] for link in checked.all("a")] == [f"#{name}" for name in ids] and len(ids) == 4
     scrolled = [box for box in checked.all("div") if "scroll" in (box.get("class") or "")]
-    assert len(scrolled) == 2 and all(box["tabindex"] == "0" and box["aria-label"] for box in scrolled)
+    assert len(scrolled) == 1 and all(box["tabindex"] == "0" and box["aria-label"] for box in scrolled)
     assert "counts: mrr" in "".join(checked.text) and "counts:" not in page(result_of([task()]), [])
 
 
-def test_a_pool_is_compared_with_scores_of_that_pool_only():
+def test_no_score_stands_without_its_pool():
     names = [f"OVEN t6 {pool}" for pool in ("local", "global")]
     result = result_of([task(name) for name in names], name="mbeir")
     result["groups"] = {"overall local": 0.5, "overall global": 0.25}
     text = page(result, [])
     cards = dict(re.findall(r"<h3>([^<]*)</h3>(.*?)</li>", text, re.DOTALL))
     assert list(cards) == ["overall local", "overall global", *names], "no third overall"
-    assert "LamRA-Ret-7B" in cards["OVEN t6 global"] and "MuCo-2B" in cards["overall global"]
-    assert NOTICE not in cards["OVEN t6 local"] + cards["overall local"]
     leads = re.findall(r'class="lead"><b>(.*?)<small>%</small></b> <span>(.*?)</span>', text)
     assert leads == [("50.0", "overall local"), ("25.0", "overall global")], "no score without its pool"
-    assert "| overall |" not in as_markdown(result) and "| overall global | 25.0 |" in as_markdown(result)
-    assert re.search(r"U-MARVEL.*?<td>63\.2</td><td>60\.7</td>", text, re.DOTALL)
+    assert "| overall |" not in benchmark_markdown(result) and "| overall global | 25.0 |" in benchmark_markdown(result)
 
 
 def test_warnings_stand_above_all_scores_and_at_their_task():

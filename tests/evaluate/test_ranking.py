@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from muco.data.judged import read_qrels
 from muco.errors import DataError
 from muco.evaluate.benchmark import write_trec_run
-from muco.evaluate.ranking import hit_at, ndcg_at, recall_at, reciprocal_rank
+from muco.evaluate.metrics import hit_at, ndcg_at, recall_at, reciprocal_rank
 
 GRADES = {"a": 2, "b": 1, "c": 0, "d": 3, "e": -1}
 

@@ -6,7 +6,6 @@ import io
 import json
 import random
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.cache import Book, EmbeddingCache, embed
-from muco.evaluate.report import as_markdown, print_results
+from muco.evaluate.report import print_results, retrieval_markdown
 from muco.evaluate.retrieval import evaluate_retrieval
 
 COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "white": (255, 255, 255), "grey": (120,) * 3}
@@ -250,7 +249,7 @@ def test_a_model_that_ignores_images_is_reported():
 
 def test_a_question_that_tells_the_answer_is_reported_as_a_leak():
     told = [
-        Sample(s.image, [Turn(f"caption {s.turns[3].target[0].text}", s.turns[3].target, "retrieval")])
+        Sample(s.images, [Turn(f"caption {s.turns[3].target[0].text}", s.turns[3].target, "retrieval")])
         for s in scenes()
     ]
     result = evaluate_retrieval(Words(), Samples(told))
@@ -351,7 +350,7 @@ def test_a_content_that_the_model_refuses_is_named_by_its_row():
             return super().vector(content)
 
     data = scenes(9)
-    data[5] = replace(data[5], turns=(Turn("q", "a <|emb|>", "x"), *data[5].turns[1:]))
+    data[5] = data[5].with_turns([Turn("q", "a <|emb|>", "x"), *data[5].turns[1:]])
     with pytest.raises(DataError, match=r"^scenes.jsonl:6: .*special token"):
         evaluate_retrieval(Strict(), data)
 
@@ -387,14 +386,12 @@ def test_each_distinct_content_is_encoded_once():
 
 def test_reports_hold_every_task(capsys):
     data = scenes(12)
-    data[0] = replace(
-        data[0],
-        turns=(*data[0].turns, Turn("q", "x", "a|[bold]b"), Turn("r", "y", "a|[bold]b"), Turn("s", "z", "lonely")),
-    )
+    more = (Turn("q", "x", "a|[bold]b"), Turn("r", "y", "a|[bold]b"), Turn("s", "z", "lonely"))
+    data[0] = data[0].with_turns([*data[0].turns, *more])
     result = evaluate_retrieval(Constant(), data, limit=10)
     out = io.StringIO()
     print_results(result, Console(file=out, width=120))
-    text, markdown = out.getvalue(), as_markdown(result)
+    text, markdown = out.getvalue(), retrieval_markdown(result)
     told = ["image_to_caption", "within", "blind", "(mean of kinds)", "(none)", "collapsed", "first 10"]
     for name in [*told, "skipped answer/lonely"]:
         assert name in text and name in markdown
@@ -424,7 +421,7 @@ def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, precision
     assert 0.1 < hits[0] < hits[1]
     out = io.StringIO()
     print_results(short, Console(file=out, width=120))
-    assert f"vectors of 16 numbers, scored in {precision}" in out.getvalue()
+    assert f"vectors of 16 dimensions, scored in {precision}" in out.getvalue()
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
@@ -434,7 +431,7 @@ def test_a_collapsed_model_scores_nothing_at_any_precision(precision):
 
 
 def test_a_dimension_that_the_vectors_lack_is_refused():
-    with pytest.raises(MucoError, match="vectors of 64 numbers cannot be shortened to 65"):
+    with pytest.raises(MucoError, match="vectors of 64 dimensions cannot be shortened to 65"):
         evaluate_retrieval(Words(), scenes(4), dimension=65)
 
 
@@ -445,8 +442,8 @@ def on_disk(folder: Path, n: int = 12) -> Samples:
     rows = Samples()
     for i, sample in enumerate(scenes(n)):
         path = folder / f"{i}.png"
-        path.write_bytes(sample.image[0])
-        rows.append(replace(sample, image=path))
+        path.write_bytes(sample.images[0])
+        rows.append(sample.with_images(path))
     return rows
 
 

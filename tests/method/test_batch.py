@@ -17,20 +17,21 @@ from torch.nn.attention.flex_attention import create_mask
 
 from muco.backbone import use_flex_attention
 from muco.batch import (
+    OWNERS,
     PATCH_KEYS,
     DialogueBatch,
-    _stack_patches,
-    attention_bias,
+    _below_one_another,
     chunks_of,
     collate,
     join,
     split,
-    tree_block_mask,
-    tree_mask,
+    to,
 )
 from muco.dialogue import Content, Dialogue
+from muco.encoder import attention_bias, tree_block_mask, tree_mask
 from muco.errors import DataError, ImageError
-from muco.processor import EncodedImage, rotary_positions
+from muco.layout import rotary_positions
+from muco.processor import EncodedImage
 
 BOTH_KINDS = ("qwen2_vl", "idefics3")  # flattened patches with a grid; tiles with a mask
 SIDES = ("right", "left")
@@ -193,7 +194,7 @@ def test_a_broken_image_is_named_by_its_row():
 
 def test_tiles_of_different_sizes_are_padded_with_zeros():
     tall, wide = torch.rand(1, 3, 6, 2) + 1, torch.rand(2, 3, 4, 5) + 1
-    stacked = _stack_patches([tall, wide])
+    stacked = _below_one_another([tall, wide])
     assert stacked.shape == (3, 3, 6, 5)
     assert torch.equal(stacked[:1, :, :6, :2], tall) and torch.equal(stacked[1:, :, :4, :5], wide)
     assert stacked.count_nonzero() == tall.numel() + wide.numel()
@@ -369,6 +370,21 @@ def test_features_computed_before_take_the_place_of_pixels(family):
     for chunk, turns in split(seen, 1):
         together[turns] = embed(family, chunk)
     assert np.abs(together - expected).max() < 1e-5
+
+
+def test_every_tensor_of_a_batch_has_an_owner():
+    assert DialogueBatch.__annotations__.keys() - {"cut_turns"} == OWNERS.keys()
+
+
+@both_kinds
+def test_a_batch_moves_to_a_device_with_all_that_is_in_it(family):
+    encoder, batch, kept = model(family).encoder, batch_of(family, mixed()), object()
+    features = [tuple(torch.zeros(1) for _ in range(2)) for _ in batch["image_rows"]]
+    moved = to({**batch, "image_features": features, "past_key_values": kept}, "meta")
+    assert moved["past_key_values"] is kept and len(moved["image_features"]) == len(features)
+    tensors = [moved[key] for key in batch] + [tensor for image in moved["image_features"] for tensor in image]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert all(value.device == encoder.device for value in batch.values()), "the batch itself stays where it is"
 
 
 def every_cut(rows: list[int]) -> Iterator[list[list[int]]]:

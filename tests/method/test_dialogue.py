@@ -31,16 +31,17 @@ def test_both_sides_keep_the_order_and_the_image_stands_once():
 
 def test_an_empty_query_means_the_image_itself():
     assert Sample(image="a.png", turns=[Turn("", "p")]).turns[0].query == (Content(),)
-    with pytest.raises(DataError, match="empty query"):
+    with pytest.raises(DataError, match="sample .* turn 1: 'query' is empty"):
         Sample(turns=[Turn("", "p")])
 
 
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: Turn("q", ""), "empty target"),
-        (lambda: Turn("q", []), "empty list"),
-        (lambda: Turn({"txt": "q"}, "p"), "txt"),
+        (lambda: Turn("q", ""), "'target' is empty"),
+        (lambda: Turn("q", "p", negatives=[""]), "'negatives' is empty"),
+        (lambda: Turn("q", []), "'target' is an empty list"),
+        (lambda: Turn({"txt": "q"}, "p"), "unknown key 'txt' in 'query'; did you mean 'text'?"),
         (lambda: Turn({"text": 3}, "p"), "string"),
         (lambda: Turn(3, "p"), "int"),
         (lambda: Sample(image="a.png", where="f.jsonl:3"), "f.jsonl:3"),

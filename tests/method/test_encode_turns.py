@@ -221,7 +221,7 @@ def windowed(tmp_path: Any, window: int) -> Model:
 @pytest.mark.parametrize(("window", "way"), [(12, "none"), (4096, "cache")])
 def test_a_window_of_attention_is_respected(tmp_path, window, way):
     narrow = windowed(tmp_path, window)
-    assert sharing(narrow, 60) == way
+    assert sharing(narrow.encoder, 60) == way
     got = narrow.encode_turns(PICTURES[0], QUERIES)
     assert close(got, one_by_one(narrow, [PICTURES[0]], QUERIES))
     tree = narrow.encoder.collate([Dialogue((PICTURES[0],), tuple(Content(query) for query in QUERIES), True)])
@@ -240,7 +240,7 @@ def test_a_window_of_attention_is_respected(tmp_path, window, way):
 def test_flex_attention_takes_the_tree_in_one_pass(family, monkeypatch):
     flex = muco.load(checkpoint(family), device="cpu", local_files_only=True)
     use_flex_attention(flex.encoder.model)
-    assert sharing(flex, 60) == "tree" and sharing(model(family), 60) == "cache"
+    assert sharing(flex.encoder, 60) == "tree" and sharing(model(family).encoder, 60) == "cache"
     with Passes(flex, monkeypatch) as passes, torch.compiler.set_stance("force_eager"):
         got = flex.encode_turns(PICTURES[0], QUERIES)
     assert len(passes.tokens) == 1 and not passes.kept
@@ -255,7 +255,7 @@ def test_layers_of_another_kind_share_nothing(change, tmp_path):
     config = other.encoder.model.config.get_text_config()
     for key, value in change.items():
         setattr(config, key, value)
-    assert sharing(other, 60) == "none"
+    assert sharing(other.encoder, 60) == "none"
 
 
 def test_a_prompt_that_shares_nothing_passes_alone(monkeypatch):
@@ -279,7 +279,7 @@ def test_what_cannot_be_asked_is_refused_by_its_place():
     with pytest.raises(ValueError, match="2 images but 1 lists of queries"):
         ask([None, None], [["a"]])
     for queries in ([], [""]):
-        with pytest.raises(DataError, match="dialogue 1: give at least one query, and an image where"):
+        with pytest.raises(DataError, match="dialogue 1: pass at least one query, and an image where"):
             ask([PICTURES[0], None], [["a"], queries])
     with pytest.raises(DataError, match="dialogue 0: queries must be a list, not one str"):
         ask([PICTURES[0]], ["what is it?"])

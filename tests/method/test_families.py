@@ -166,7 +166,7 @@ def as_dialogue(images: list[Any], texts: list[str], isolated: bool) -> Dialogue
 @every_family
 def test_encode_turns_refuses_nothing_to_embed(family):
     for images, queries in ((None, []), (image(60, 60), []), (None, ["a", ""])):
-        with pytest.raises(DataError, match="encode_turns: give at least one query"):
+        with pytest.raises(DataError, match="encode_turns: pass at least one query"):
             model(family).encode_turns(images, queries)
     with pytest.raises(ValueError, match="mode must be 'isolated' or 'compounded', got 'joined'"):
         model(family).encode_turns(None, ["a"], mode="joined")

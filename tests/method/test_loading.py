@@ -99,7 +99,7 @@ def test_shorter_vectors_are_unit_vectors_wherever_they_are_asked_for(family, tm
     assert short.fingerprint == whole.fingerprint
     short.save(str(tmp_path / "saved"))
     assert close(load(tmp_path / "saved").encode(inputs()), whole.encode(inputs())), "weights are saved whole"
-    with pytest.raises(muco.MucoError, match=r"cannot be shortened to 4096; give 1 to \d+"):
+    with pytest.raises(muco.MucoError, match=r"cannot be shortened to 4096; pass 1 to \d+"):
         load(checkpoint(family), truncate_dim=4096)
 
 
@@ -147,7 +147,7 @@ def test_encode_says_what_it_takes():
     for inputs in (column, (text for text in "ab"), ("a", "b"), np.array(["a", "b"]), {"a": 1, "b": 2}.keys()):
         assert close(qwen.encode(inputs), expected)
     for inputs, said in (
-        ([("a", "b")], "input 0 is of type tuple, of texts; for each vector give a text, an image"),
+        ([("a", "b")], "input 0 is of type tuple, of texts; for each vector pass a text, an image"),
         (["a", ["a.png"]], "input 1 is of type list, of texts"),
         (["a", float("nan")], "input 1 is of type float; for each vector"),
         (3, "input 0 is of type int"),
@@ -325,7 +325,7 @@ def test_a_weight_of_another_shape_is_named(copied, family, part):
 def test_many_missing_weights_are_counted(copied):
     folder = copied("qwen2_vl")
     change(folder, lambda weights: [weights.pop(name) for name in list(weights) if "visual" in name])
-    refused(folder, "lacks weights: model.visual.blocks.0.attn.proj.bias, ", "more; it was not saved whole")
+    refused(folder, "lacks weights: model.visual.blocks.0.attn.proj.bias, ", "more; the checkpoint is incomplete")
 
 
 def weight_of(folder: Path, part: str) -> str:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 import muco
 from muco.loss import MultiTurnLoss, chance_level, multi_turn_info_nce
+from muco.negatives import TurnIds
 
 
 def slow_loss(query, target, sample_ids, temperature, target_ids=None, hard=(), hard_turns=(), hard_ids=()):
@@ -75,20 +76,23 @@ def test_without_the_mask_other_turns_of_the_image_are_negatives(batch, with_ids
     assert value.item() == pytest.approx(slow_loss(query, target, every_turn_a_sample, 0.1, ids), abs=1e-5)
 
 
+def plain_ids(sample_ids: torch.Tensor) -> TurnIds:
+    """A target per turn, in order; no hard negatives, and no identical targets marked."""
+    numbers, none = torch.arange(len(sample_ids)), torch.empty(0, dtype=torch.long)
+    return TurnIds(sample_ids, numbers, none, none, none, None, vectors=len(numbers))
+
+
 def test_the_module_passes_the_mask_on():
     torch.manual_seed(0)
     query, target = (normalize(torch.randn(6, 8), dim=1) for _ in range(2))
-    none = torch.empty(0, dtype=torch.long)
-    ids = {"sample_ids": torch.arange(6) // 2, "target_rows": torch.arange(6)} | dict.fromkeys(
-        ("hard_negative_rows", "hard_negative_turns", "hard_negative_ids"), none
-    )
+    ids = plain_ids(torch.arange(6) // 2)
     for symmetric in (False, True):
         values = [
             MultiTurnLoss(torch.nn.Identity(), symmetric=symmetric, mask_same_image=mask).of_vectors(query, target, ids)
             for mask in (True, False)
         ]
         own = [
-            multi_turn_info_nce(query, target, ids["sample_ids"], symmetric=symmetric, mask_same_image=mask)
+            multi_turn_info_nce(query, target, ids.sample_ids, symmetric=symmetric, mask_same_image=mask)
             for mask in (True, False)
         ]
         assert values == own and values[1] > values[0] + 0.1  # more negatives, a higher loss
@@ -210,13 +214,11 @@ def test_a_loss_over_parts_of_vectors_is_the_mean_over_the_parts():
     torch.manual_seed(0)
     query, target = (normalize(torch.randn(6, 8), dim=1) for _ in range(2))
     numbers = torch.arange(6)
-    none = torch.empty(0, dtype=torch.long)
-    ids = {"sample_ids": numbers, "target_rows": numbers} | dict.fromkeys(
-        ("hard_negative_rows", "hard_negative_turns", "hard_negative_ids"), none
-    )
     expected = [
         multi_turn_info_nce(*(normalize(side[:, :d], dim=1) for side in (query, target)), numbers, temperature=0.2)
         for d in (2, 5, 8)
     ]
     loss = MultiTurnLoss(torch.nn.Identity(), temperature=0.2, dimensions=(2, 5, 8))
-    assert loss.of_vectors(query, target, ids).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
+    assert loss.of_vectors(query, target, plain_ids(numbers)).item() == pytest.approx(
+        torch.stack(expected).mean().item(), rel=1e-6
+    )

@@ -19,10 +19,11 @@ import muco
 from muco.data import open_data
 from muco.dialogue import Content, Sample, Turn
 from muco.loss import ReconstructionLoss, reconstruction_info_nce
+from muco.negatives import SampleIds, TurnIds
 from muco.reconstruction import hide, reconstruction_dialogues
 from muco.step import TrainingStep
 from muco.template import MASK
-from muco.training.batches import Chosen, batch_of, prepare_pair
+from muco.training.prepared import Chosen, batch_of, prepare_pair
 from muco.training.recipe import from_dict
 
 PICTURE = Image.new("RGB", (56, 56), "red")
@@ -200,6 +201,32 @@ def test_wrong_arguments_are_named(changes, word):
 
 
 # ---------------------------------------------------------------- steps and runs
+
+
+def test_the_module_takes_pairs_apart():
+    """Each side's vectors come in twos, hard negatives after them; a pair has one id."""
+    torch.manual_seed(0)
+    query, vectors = (normalize(torch.randn(count, 8), dim=1) for count in (6, 8))
+    one = SampleIds(1, target_rows=[0], target_ids=[5], hard_turns=[0], hard_ids=[7], vectors=2)
+    two = SampleIds(2, target_rows=[0], target_ids=[7], hard_turns=[0], hard_ids=[9], vectors=2)
+    three = SampleIds(2, target_rows=[0], target_ids=[6], hard_turns=[], hard_ids=[], vectors=2)
+    for joint in (False, True):
+        loss = ReconstructionLoss(torch.nn.Identity(), temperature=0.3, joint=joint)
+        terms = reconstruction_info_nce(
+            query[[0, 2, 4]],
+            query[[1, 3, 5]],
+            vectors[[0, 2, 4]],
+            vectors[[1, 3, 5]],
+            negatives=vectors[6:],
+            temperature=0.3,
+            joint=joint,
+            sample_ids=torch.tensor([1, 2, 2]),
+            target_ids=torch.tensor([5, 7, 6]),
+            negative_pairs=torch.tensor([0, 1]),
+            negative_ids=torch.tensor([7, 9]),
+        )
+        value = loss.of_vectors(query, vectors, TurnIds.of([one, two, three]))
+        assert value.item() == pytest.approx(sum(terms.values()).item() / 4, rel=1e-6)
 
 
 REQUESTS = ("Say it in words.", "Guess the rest of it.")

@@ -18,7 +18,7 @@ BUDGETS = (1, 97, 200, 400, 10**6)  # one row at a time; that do not divide, tha
 
 
 @pytest.fixture(scope="module")
-def samples(scenes) -> steps.Rows:
+def samples(scenes) -> steps.InMemory:
     return steps.ragged_samples(scenes)
 
 
@@ -164,7 +164,7 @@ def test_out_of_memory_halves_the_budget_and_repeats_the_step(tiny_model, sample
     with caplog.at_level(logging.WARNING, "muco"):
         steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
     assert device.failed and step.token_budget <= 300
-    assert f"going on with token_budget {step.token_budget}" in caplog.text
+    assert f"continuing with token_budget {step.token_budget}" in caplog.text
     failures = len(device.failed)
     model.zero_grad(set_to_none=True)
     steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)

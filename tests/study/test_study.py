@@ -25,10 +25,8 @@ from muco import MucoError, OutputError
 from muco.base.files import write_json
 from muco.cli import main
 from muco.data import open_data
-from muco.sizes import TinyConfig
 from muco.study.calibrate import seconds_of
 from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
-from muco.study.larger import LARGER
 from muco.study.one import run_job
 from muco.study.plots import plot
 from muco.study.probes import (
@@ -48,7 +46,6 @@ from muco.study.results import Estimate, differences, point_values, table, table
 from muco.study.run import run_study
 from muco.study.studies import FLOPS, STUDIES, find_study, questions
 from muco.study.true_sizes import ASSUMPTIONS, run_flops, tokens_per_turn
-from muco.tiny import tiny_qwen2_vl
 from muco.training.build import make_loss
 from muco.training.recipe import TurnsRecipe, from_dict
 
@@ -145,7 +142,7 @@ def test_the_masks_of_the_study_reach_the_loss(tiny_model, tmp_path):
 
 
 def test_what_cannot_be_studied_is_said(scenes, tmp_path):
-    with pytest.raises(MucoError, match="unknown study 'fine'; there are turns, masks, .*flops"):
+    with pytest.raises(MucoError, match="unknown study 'fine'; did you mean 'finetune'"):
         find_study("fine")
     for bad in ({"seeds": 0}, {"jobs": 0}, {"first_seed": -1}):
         with pytest.raises(MucoError, match="--seeds is .* --first-seed .* --jobs"):
@@ -303,15 +300,6 @@ def test_data_of_a_user_take_the_place_of_the_scenes(scenes, tmp_path):
     assert [name for name, study in STUDIES.items() if study.needs_scenes] == ["masks", "negatives", "finetune"]
 
 
-def test_the_larger_studies_have_a_model_of_the_size_that_their_pages_say():
-    sizes = TinyConfig(**LARGER["model"]["tiny"])
-    model, _ = tiny_qwen2_vl(["a red star left of a blue ring"], sizes)
-    count = sum(weight.numel() for name, weight in model.named_parameters() if "embed_tokens" not in name)
-    assert 26e6 < count + sizes.vocabulary * sizes.width < 28e6
-    for name in ("turns-larger", "order-larger"):
-        assert "27 million parameters" in STUDIES[name].notes[0]
-
-
 def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scenes, tmp_path):
     train, test = str(scenes / "train.jsonl"), str(scenes / "test.jsonl")
     with pytest.raises(MucoError, match="the study finetune is made of the scenes' structure; leave out --data"):
@@ -441,13 +429,13 @@ def test_the_leak_probe_looks_at_no_image_where_it_says_so(mode, scenes, tiny_mo
         f"leak/{view}/{what}" for view in ("sighted", "blank", "swapped") for what in ("turns", "dialogues")
     ]
     assert all(0 <= value <= 1 for value in views.values())
-    other_images = [replace(row, image=other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    other_images = [row.with_images(other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
     others = leak(tiny_model, other_images, recipe)
     for what in ("turns", "dialogues"):
         assert others[f"leak/blank/{what}"] == views[f"leak/blank/{what}"]
         assert others[f"leak/sighted/{what}"] == views[f"leak/swapped/{what}"]
     assert leak(tiny_model, rows[:1], recipe) == {}
-    assert leak(tiny_model, [replace(row, image=()) for row in rows], recipe) == {}
+    assert leak(tiny_model, [row.with_images(()) for row in rows], recipe) == {}
 
 
 def test_the_coherence_probe_is_the_measures_of_the_models_vectors(scenes, tiny_model):

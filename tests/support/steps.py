@@ -19,14 +19,15 @@ from torch import Tensor
 from muco import distributed
 from muco.backbone import add_adapters, freeze_vision, hold_trained_in_float32
 from muco.data import open_data
+from muco.data.source import InMemory
 from muco.dialogue import Sample, Turn
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model, from_backbone, load
 from muco.sizes import Adapter
 from muco.step import TrainingStep
 from muco.template import SPECIAL_TOKENS
-from muco.training.batches import Chosen, batch_of, prepare_pair, prepare_turns
 from muco.training.build import shard_model
+from muco.training.prepared import Chosen, batch_of, prepare_pair, prepare_turns
 
 LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
 # how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one, all on one
@@ -56,15 +57,11 @@ CASES = {
 }
 
 
-class Rows(list):
-    fingerprint = "rows"
-
-
-def ragged_samples(scenes: Path) -> Rows:
+def ragged_samples(scenes: Path) -> InMemory:
     """Many turns and one; no, one and two images; an image as target; hard negatives; equal targets; one id twice."""
     images = sorted((scenes / "images" / "train").glob("*.png"))
     data = open_data(scenes / "train.jsonl")
-    return Rows(
+    return InMemory(
         [
             data[0],
             Sample(turns=[Turn("what is red?", "a circle", negatives=["a square", "a star"])], id="twice"),

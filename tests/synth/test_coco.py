@@ -553,7 +553,7 @@ TWICE = {
         ([], r"boxes\.json: the file must hold one JSON object"),
         ("", r"boxes\.json: the file must hold one JSON object"),
         (json.dumps(instances())[:-9], r"boxes\.json: not JSON"),
-        (json.dumps(instances()) + "{}", r"boxes\.json: there is more after the object"),
+        (json.dumps(instances()) + "{}", r"boxes\.json: there is more after the JSON value"),
         ('{"images": ' + "[" * 100_000, r"boxes\.json: not JSON at byte \d+ \(nested too deep"),
         (instances() | {"annotations": [[]]}, r"boxes\.json annotations\[0\]: the annotation must be a JSON object"),
         (TWICE["images"], r"boxes\.json image 7: the id 7 is there twice"),

@@ -106,7 +106,7 @@ def test_all_formats_train_one_model(sources, tmp_path):
         ("m3", {}, "unknown format 'm3'; did you mean 'm3t'?"),
         ("m3t", {"image": "x"}, "unknown option 'image' of the format 'm3t'; did you mean 'images'?"),
         ("m3t", {}, "options of the format 'm3t': .*images"),
-        ("jsonl", {"images": "x"}, "unknown option 'images' of the format 'jsonl'; there are none"),
+        ("jsonl", {"images": "x"}, "unknown option 'images' of the format 'jsonl'; accepted are none"),
     ],
 )
 def test_unknown_formats_and_options_are_named(sources, format, options, sentence):

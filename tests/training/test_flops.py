@@ -18,8 +18,8 @@ from muco.dialogue import Sample, Turn
 from muco.model import from_backbone
 from muco.sizes import Adapter, TinyConfig
 from muco.tiny import tiny_qwen2_vl
-from muco.training.batches import Chosen, batch_of, prepare_turns
 from muco.training.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
+from muco.training.prepared import Chosen, batch_of, prepare_turns
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TinyConfig(width=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vision_width=32, vision_depth=3)
@@ -57,7 +57,7 @@ def language_by_hand(batch) -> int:
     for side in ("query", "target"):
         rows, tokens = batch[side]["input_ids"].shape
         flops += rows * CONFIG.layers * (2 * tokens * linear_weights() + 4 * tokens * tokens * CONFIG.width)
-    turns = len(batch["ids"]["sample_ids"])
+    turns = len(batch["ids"])
     return flops + 2 * turns * turns * CONFIG.width
 
 

@@ -15,19 +15,18 @@ from torch.utils.data import DataLoader
 
 from muco import Content, DataError, ImageError, RecipeError, Sample, Turn
 from muco import processor as processor_module
-from muco.batch import join, join_ids, split, tree_mask
+from muco.batch import join, split
 from muco.data import open_data
+from muco.data.source import InMemory
+from muco.encoder import tree_mask
 from muco.images import image_digest, open_image
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.negatives import TurnIds
 from muco.training import batches as batches_module
 from muco.training import mixture as mixture_module
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches, with_image_turn
 from muco.training.mixture import Draw, Mixture, turn_order
 from muco.training.recipe import TurnsRecipe
-
-
-class Rows(list):
-    fingerprint = "rows"
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,17 +133,17 @@ def test_samples_are_one_by_their_image_else_by_id_and_source(tiny_model, scenes
     first, second = sorted((scenes / "images" / "train").glob("*.png"))[:2]
     copy = shutil.copy(first, tmp_path / "copy.png")
 
-    def source(number: int, image: Path | bytes | str) -> Rows:
+    def source(number: int, image: Path | bytes | str) -> InMemory:
         seen = [Sample(image, [Turn("what?", f"{number} seen")], id=f"{number} own"), Sample(image, [Turn("a", "b")])]
         named = [Sample(turns=[Turn("what?", f"{number}.{n}")], id="0001") for n in range(2)]
-        return Rows([*seen, Sample(second, [Turn("c", "d")], id="0001"), *named, Sample(turns=[Turn("e", "f")])])
+        return InMemory([*seen, Sample(second, [Turn("c", "d")], id="0001"), *named, Sample(turns=[Turn("e", "f")])])
 
     sources = [source(n, image) for n, image in enumerate((first, copy, first.read_bytes()))]
     processor, mixture = tiny_model.encoder.muco_processor, Mixture([6] * 3, [1.0] * 3, 18, 0)
     one = TrainingBatches(sources, mixture, processor, TurnsRecipe())[0]
     kinds = ["first", "first", "second", "named", "named", "alone"]
     expected = [kinds[d.index] if d.index < 3 else (kinds[d.index], d.source) for d in mixture.draws(0)]
-    ids = one["ids"]["sample_ids"].tolist()
+    ids = one["ids"].sample_ids.tolist()
     assert [[a == b for b in ids] for a in ids] == [[a == b for b in expected] for a in expected]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(batches_module, "SameImage", image_digest)  # slower, and the same
@@ -186,6 +185,8 @@ def test_limit_draws_other_turns_each_time():
 def same(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, TurnIds):
+        return same(vars(a), vars(b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -232,8 +233,7 @@ def test_a_step_comes_in_parts_and_goes_on_where_it_is_asked_to(batches, monkeyp
     assert [[len(part["places"]) for part in parts] for parts in steps] == [[4, 2]] * 3
     for parts, item in zip(steps, whole[1:], strict=True):
         assert [place for part in parts for place in part["places"]] == item["places"]
-        vectors = [len(part["target"]["turn_rows"]) for part in parts]
-        assert same(join_ids([part["ids"] for part in parts], vectors), item["ids"])
+        assert same(TurnIds.join([part["ids"] for part in parts]), item["ids"])
         for side in ("query", "target"):
             joined = join([part[side] for part in parts])
             (cut, turns), (expected, _) = (split(batch, 10**6)[0] for batch in (joined, item[side]))
@@ -252,14 +252,14 @@ def test_processes_share_a_step_whole_and_without_overlap(batches, processes):
     shares = [TrainingBatches(*settings, rank=rank, world_size=processes)[3] for rank in range(processes)]
     places = [share["places"] for share in shares]
     assert sorted(sum(places, [])) == sorted(whole["places"]) and all(places)
-    ids = join_ids([share["ids"] for share in shares], [len(share["target"]["turn_rows"]) for share in shares])
+    ids = TurnIds.join([share["ids"] for share in shares])
     for key in ("sample_ids", "target_ids"):  # the same image and the same text have one id everywhere
-        assert sorted(ids[key].tolist()) == sorted(whole["ids"][key].tolist())
-    assert len(ids["target_rows"]) == len(whole["ids"]["target_rows"])
+        assert sorted(getattr(ids, key).tolist()) == sorted(getattr(whole["ids"], key).tolist())
+    assert len(ids) == len(whole["ids"])
 
 
 def test_ids_mark_samples_and_identical_targets(tiny_model):
-    rows = Rows(
+    rows = InMemory(
         [
             Sample(turns=[Turn("a", "Ring"), Turn("b", "Gold")], id="x"),
             Sample(turns=[Turn("c", "Ring ", negatives=["Gold", "Stone"])]),
@@ -268,18 +268,19 @@ def test_ids_mark_samples_and_identical_targets(tiny_model):
     )
     processor = tiny_model.encoder.muco_processor
     made = TrainingBatches([rows], Mixture([3], [1.0], 3, 0), processor, TurnsRecipe(order="batch"))[0]
-    ids = {k: v.tolist() for k, v in made["ids"].items()}
+    ids = made["ids"]
+    target_ids, hard_ids = ids.target_ids.tolist(), ids.hard_ids.tolist()
     place = {d.index: i for i, d in enumerate(Mixture([3], [1.0], 3, 0).draws(0))}
-    assert len(ids["sample_ids"]) == 4 and len(set(ids["sample_ids"])) == 2  # "x" twice is one image
-    assert sorted(Counter(ids["target_ids"]).values()) == [1, 1, 2]  # Ring twice
-    assert len(ids["hard_negative_turns"]) == 2 and len(set(ids["hard_negative_turns"])) == 1
-    assert ids["hard_negative_ids"][0] in ids["target_ids"]  # Gold is known
+    assert len(ids) == 4 and len(set(ids.sample_ids.tolist())) == 2  # "x" twice is one image
+    assert sorted(Counter(target_ids).values()) == [1, 1, 2]  # Ring twice
+    assert len(hard_ids) == 2 and len(set(ids.hard_turns.tolist())) == 1
+    assert hard_ids[0] in target_ids  # Gold is known
     assert len(made["target"]["turn_rows"]) == 6 and place
 
 
 @pytest.mark.parametrize("mode", ["isolated", "reconstruction"])
 def test_a_hard_negative_is_drawn_per_row_and_step_and_the_same_by_any_number_of_processes(tiny_model, mode):
-    rows = Rows(
+    rows = InMemory(
         Sample(turns=[Turn(f"q{n}", [f"p{n}", f"other p{n}"], negatives=[f"n{n}.{m}" for m in range(4)])])
         for n in range(6)
     )
@@ -288,7 +289,7 @@ def test_a_hard_negative_is_drawn_per_row_and_step_and_the_same_by_any_number_of
     def drawn(negatives: int | None, step: int, **processes) -> list[tuple[str, str, tuple[str, ...]]]:
         made = TrainingBatches([rows], mixture, processor, TurnsRecipe(mode=mode, negatives=negatives), **processes)
         turns = [made._chosen(draw, n, step)[1][0] for n, draw in enumerate(mixture.draws(step))]
-        hard = made[step]["ids"]["hard_negative_rows"]
+        hard = made[step]["ids"].hard_rows
         own = len(range(made.rank, 6, made.world_size))
         assert len(hard) == own * (4 if negatives is None else negatives)
         return [(turn.query.text, turn.target.text, tuple(c.text for c in turn.negatives)) for turn in turns]
@@ -304,8 +305,8 @@ def test_a_hard_negative_is_drawn_per_row_and_step_and_the_same_by_any_number_of
     ids = [
         TrainingBatches([rows], mixture, processor, TurnsRecipe(negatives=1), rank=r, world_size=3) for r in range(3)
     ]
-    shared = sorted(number for made in ids for number in made[2]["ids"]["hard_negative_ids"].tolist())
-    alone = TrainingBatches([rows], mixture, processor, TurnsRecipe(negatives=1))[2]["ids"]["hard_negative_ids"]
+    shared = sorted(number for made in ids for number in made[2]["ids"].hard_ids.tolist())
+    alone = TrainingBatches([rows], mixture, processor, TurnsRecipe(negatives=1))[2]["ids"].hard_ids
     assert shared == sorted(alone.tolist())
 
 
@@ -319,9 +320,9 @@ def test_the_loss_of_a_batch_equals_that_of_contents_embedded_one_by_one(scenes,
         Turn("b", " Ring"),
         Turn("c", "Tin"),
     ]
-    rows = Rows([Sample(image=image, turns=turns), Sample(turns=[Turn("d", {"image": image}), Turn("e", "Ring")])])
+    rows = InMemory([Sample(image=image, turns=turns), Sample(turns=[Turn("d", {"image": image}), Turn("e", "Ring")])])
     if mode == "compounded":  # one turn each: there the dialogue is the single prompt
-        rows = Rows([Sample(image=image, turns=[turns[1]]), Sample(turns=[Turn("d", "Tin")])])
+        rows = InMemory([Sample(image=image, turns=[turns[1]]), Sample(turns=[Turn("d", "Tin")])])
     settings, mixture = TurnsRecipe(mode=mode), Mixture([2], [1.0], 2, 0)
     made = TrainingBatches([rows], mixture, tiny_model.encoder.muco_processor, settings)
     pairs = [made._chosen(draw, row, 0) for row, draw in enumerate(mixture.draws(0))]
@@ -361,7 +362,7 @@ def test_the_image_turn_is_the_image_alone_with_the_caption():
 def test_broken_images_stop_a_run_or_are_skipped_and_counted(scenes, tiny_model, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     good = next((scenes / "images" / "train").glob("*.png"))
-    rows = Rows(
+    rows = InMemory(
         [
             Sample(image=image, turns=[Turn("q", "p")])
             for image in (good, tmp_path / "broken.png", tmp_path / "none.png")
@@ -371,7 +372,7 @@ def test_broken_images_stop_a_run_or_are_skipped_and_counted(scenes, tiny_model,
     with pytest.raises(ImageError, match=r"broken\.png|none\.png"):
         TrainingBatches(*arguments)[0]
     batch = TrainingBatches(*arguments, skip_broken=True)[0]
-    assert sorted(row["row"] for row in batch["skipped"]) == [1, 2] and len(batch["ids"]["sample_ids"]) == 1
+    assert sorted(row["row"] for row in batch["skipped"]) == [1, 2] and len(batch["ids"]) == 1
 
 
 @pytest.mark.parametrize(("mode", "duplicates"), [("isolated", True), ("compounded", False), ("reconstruction", False)])
@@ -386,7 +387,7 @@ def test_what_is_wrong_with_a_sample_concerns_no_other(scenes, tiny_model, tmp_p
         Sample(turns=[Turn("q", "s", negatives=[{"image": tmp_path / "none.png"}])]),
         Sample(turns=[Turn("q", {"image": tmp_path / "none.png"})]),
     ]
-    rows = Rows([*(Sample(image, [Turn("", f"answer {n}")]) for n, image in enumerate(good)), *faults])
+    rows = InMemory([*(Sample(image, [Turn("", f"answer {n}")]) for n, image in enumerate(good)), *faults])
     mixture = Mixture([9], [1.0], 9, 0)
     monkeypatch.setattr(batches_module, "PART", 2)
     opened = []
@@ -407,11 +408,10 @@ def test_what_is_wrong_with_a_sample_concerns_no_other(scenes, tiny_model, tmp_p
     assert all(("query" in part) == ("target" in part) == bool(part["places"]) for part in parts)
     order = [draw.index for draw in mixture.draws(0) if draw.index < 4]
     assert [image for image in opened if image in good] == [good[i] for i in order], "each is opened once"
-    clean = TrainingBatches([Rows(rows[:4])], Mixture([4], [1.0], 4, 0), batches.processor, batches.turns)[0]
-    vectors = [len(part["target"]["turn_rows"]) if part["places"] else 0 for part in parts]
-    ids = join_ids([part["ids"] for part in parts], vectors)
+    clean = TrainingBatches([InMemory(rows[:4])], Mixture([4], [1.0], 4, 0), batches.processor, batches.turns)[0]
+    ids = TurnIds.join([part["ids"] for part in parts])
     for key in ("sample_ids", "target_ids"):
-        assert sorted(ids[key].tolist()) == sorted(clean["ids"][key].tolist())
+        assert sorted(getattr(ids, key).tolist()) == sorted(getattr(clean["ids"], key).tolist())
     assert join([part["query"] for part in made])["image_patches"].sum() == clean["query"]["image_patches"].sum()
 
 
@@ -452,7 +452,7 @@ def kept_turns(rows, mixture, settings, step, processor) -> list[tuple[str, str]
 def test_without_duplicates_every_image_and_target_is_trained_once_however_the_step_is_shared(
     tiny_model, samples, processes, mode
 ):
-    rows = Rows(
+    rows = InMemory(
         [
             Sample(turns=[Turn(f"{i}.{j}", target) for j, target in enumerate(targets)], id=key)
             for i, (key, targets) in enumerate(samples)
@@ -472,20 +472,19 @@ def test_without_duplicates_every_image_and_target_is_trained_once_however_the_s
             assert "data.duplicates: mask" in str(error)
             assert len({query.split(".")[0] for query, _ in expected}) < processes
             return
-    per_turn = 2 if mode == "reconstruction" else 1
-    ids = [number for item in made for number in item["ids"]["target_ids"].tolist()]
-    assert len(ids) == per_turn * len(expected)
+    ids = [number for item in made for number in item["ids"].target_ids.tolist()]
+    assert len(ids) == len(expected)
     trained = sum(min(1, len(s.turns)) if mode == "reconstruction" else len(s.turns) for s in rows)
     assert sum(item["left_out"] for item in made) == trained - len(expected)
     for item in made:
         for other in made:
-            apart = item["ids"]["sample_ids"][:, None] != other["ids"]["sample_ids"][None]
-            same_target = item["ids"]["target_ids"][:, None] == other["ids"]["target_ids"][None]
+            apart = item["ids"].sample_ids[:, None] != other["ids"].sample_ids[None]
+            same_target = item["ids"].target_ids[:, None] == other["ids"].target_ids[None]
             assert not (apart & same_target).any()
 
 
 def test_what_is_left_out_of_a_step_does_not_depend_on_the_steps_before(tiny_model):
-    rows = Rows([Sample(turns=[Turn(str(i), "Ring" if i % 2 else f"t{i}")], id=str(i)) for i in range(12)])
+    rows = InMemory([Sample(turns=[Turn(str(i), "Ring" if i % 2 else f"t{i}")], id=str(i)) for i in range(12)])
     settings = ([rows], Mixture([12], [1.0], 5, 0), tiny_model.encoder.muco_processor, TurnsRecipe())
     one = TrainingBatches(*settings, leave_out_duplicates=True)
     for step in (0, 1, 2, 1, 1, 0):
@@ -495,7 +494,7 @@ def test_what_is_left_out_of_a_step_does_not_depend_on_the_steps_before(tiny_mod
 
 def test_a_part_that_is_left_with_nothing_is_none(tiny_model, monkeypatch):
     monkeypatch.setattr(batches_module, "PART", 2)
-    rows = Rows([Sample(turns=[Turn(str(i), "Ring")], id=str(i)) for i in range(4)])
+    rows = InMemory([Sample(turns=[Turn(str(i), "Ring")], id=str(i)) for i in range(4)])
     processor = tiny_model.encoder.muco_processor
     made = TrainingBatches([rows], Mixture([4], [1.0], 4, 0), processor, TurnsRecipe(), leave_out_duplicates=True)
     assert made.parts == 2 and made[0, 1] is None

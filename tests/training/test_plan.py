@@ -13,9 +13,9 @@ import torch
 
 import muco
 from muco.backbone import add_adapters, freeze_vision, meta_backbone
-from muco.batch import attention_bias
 from muco.cli import main
 from muco.data import open_data
+from muco.encoder import attention_bias
 from muco.sizes import Adapter
 from muco.training.build import build_model
 from muco.training.flops import qwen2_vl_config
@@ -80,7 +80,7 @@ def test_a_plan_is_what_the_run_does(scenes, tmp_path):
     batches = [trainer.batches[step] for step in range(8)]  # one epoch: every sample once, as all were looked at
     tokens = sum(int(batch[side]["attention_mask"].sum()) for batch in batches for side in ("query", "target"))
     assert found["data"]["looked_at"] == 64 and found["step"]["tokens"] == pytest.approx(tokens / 8, abs=1)
-    turns = sum(len(batch["ids"]["sample_ids"]) for batch in batches)
+    turns = sum(len(batch["ids"]) for batch in batches)
     assert found["step"]["turns"] == turns // 8 == 56
     report = trainer.step([batches[0]])
     assert abs(report.chunks - found["step"]["passes_per_device"]) <= 2

@@ -1,0 +1,106 @@
+"""Where rows lie in files, which must not change as long as their rows are read."""
+
+from __future__ import annotations
+
+import operator
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from muco.errors import DataError
+
+
+def position(index: int, length: int, path: Path | str) -> int:
+    """An index from 0; counts from the end where it is negative. IndexError if there is none."""
+    i = operator.index(index)
+    if not -length <= i < length:
+        raise IndexError(f"row {i} of {length} in {path}")
+    return i % length
+
+
+def file_state(file: Path | int) -> tuple[int, int]:
+    """Size in bytes and modification time in nanoseconds of a file, or of one that is open.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path | str, state: tuple[int, int], file: Path | int | None = None) -> None:
+    """Raises a DataError unless a file is as it was when its rows were found; they may lie elsewhere in it now.
+
+    Args:
+        path: Names it in the error.
+        file: What is looked at, where that is not ``path``.
+    """
+    if file_state(Path(path) if file is None else file) != state:
+        raise DataError(f"{path}: the file changed since it was opened; start again")
+
+
+@contextmanager
+def open_unchanged(path: Path, state: tuple[int, int], shown: Path | str | None = None) -> Iterator[BinaryIO]:
+    """A file that is as it was when its rows were found; otherwise a DataError, which names it as ``shown``."""
+    shown = path if shown is None else shown
+    try:
+        with path.open("rb") as file:
+            check_unchanged(shown, state, file.fileno())
+            yield file
+    except OSError as error:
+        raise DataError(f"{shown}: cannot be read ({error.strerror or error})") from error
+
+
+class LinePlaces:
+    """Where the rows of a text file begin, found once; a row is read from the file when asked for.
+
+    The file is opened anew for every row, so that threads, forked workers and pickled copies share no handle. Memory:
+    16 bytes a row.
+
+    Args:
+        shown: What errors call the file, where that is not ``path``.
+    """
+
+    def __init__(self, path: Path, shown: Path | str | None = None) -> None:
+        self.path, self.shown = path, path if shown is None else shown
+        self._state = file_state(Path(self.shown))
+        self._starts, self._lines = array("q"), array("q")
+
+    def add(self, start: int, line: int) -> None:
+        """Notes the first byte and the line number of the next row."""
+        self._starts.append(start)
+        self._lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def line(self, row: int) -> int:
+        """The line number of a row, from 1."""
+        return self._lines[row]
+
+    def where(self, row: int) -> str:
+        """ "file:line" of a row, also of one that cannot be read."""
+        return f"{self.shown}:{self._lines[row]}"
+
+    @contextmanager
+    def open(self, row: int | None = None) -> Iterator[BinaryIO]:
+        """The file, to be read from a row on or from its start; a DataError if it has changed."""
+        with open_unchanged(self.path, self._state, self.shown) as file:
+            if row is not None:
+                file.seek(self._starts[row])
+            yield file
+
+    def read(self, row: int) -> bytes:
+        """The line of a row; a DataError if the file has changed."""
+        with self.open(row) as file:
+            return file.readline()
+
+    def check(self) -> None:
+        """Raises a DataError if the file has changed."""
+        check_unchanged(self.shown, self._state, self.path)

@@ -1,0 +1,211 @@
+"""The results of ranked queries: scores, outcomes, failures, and what may make a score worthless.
+
+Candidates of equal score are ordered by their ids. If a pool has collapsed, all its scores are equal, and that order
+alone would decide who is found: its candidates then never count as right. A model that gives one vector to everything
+scores 0, not what a lucky order gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from muco.data.judged import Candidate, Query
+from muco.evaluate.asked import Pools
+from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Shown
+from muco.evaluate.metrics import Health
+
+if TYPE_CHECKING:
+    from muco.evaluate.pool import Vectors
+
+TIES = 0.01  # share of queries decided by a tie from which on that is a warning
+TIED = "queries whose best right candidate ties with a wrong one"
+
+Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, grades) -> 0 to 1
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What queries found in pools.
+
+    Args:
+        stored, health: Of each pool, its vectors and what they look like.
+        vectors: float32 [Q, D], of the queries.
+        rows: int64 [Q, depth], best first; -1 beyond the end.
+        scores: float32 [Q, depth].
+    """
+
+    pools: Pools
+    stored: Sequence[Vectors]
+    health: Sequence[Health]
+    vectors: np.ndarray
+    rows: np.ndarray
+    scores: np.ndarray
+
+    @cached_property
+    def collapsed(self) -> set[int]:
+        """Places of the pools whose vectors are all the same."""
+        return {place for place, health in enumerate(self.health) if health.collapsed}
+
+    def found(self, query: int) -> Found:
+        """What one query found, by its place."""
+        rows = self.rows[query]
+        rows = rows[rows >= 0]
+        ids = self.pools.ids(rows)
+        places = self.pools.numbers(rows).tolist()
+        counted = ["" if place in self.collapsed else id for place, id in zip(places, ids, strict=True)]
+        return Found(ids, counted, self.scores[query, : len(rows)])
+
+    def score(self, query: int, row: int) -> float:
+        """The score of any candidate, ranked or not, as the search rounds it."""
+        pool, own = self.pools.split(row)
+        vector = self.stored[self.pools.pools.index(pool)].row(own)
+        return float(np.float32(np.dot(self.vectors[query].astype(np.float64), vector.astype(np.float64))))
+
+    def facts(self, of_queries: Health) -> dict[str, Any]:
+        return {
+            "query vectors": asdict(of_queries),
+            "candidate vectors": {
+                "rows": len(self.pools),
+                "non_finite": sum(health.non_finite for health in self.health),
+                "collapsed": [self.pools.pools[place].name for place in sorted(self.collapsed)],
+            },
+        }
+
+    def warnings(self, of_queries: Health) -> list[str]:
+        """Sentences about vectors that are not finite, or all the same."""
+        lines, rows = [], of_queries.rows
+        if of_queries.non_finite:
+            lines.append(f"{of_queries.non_finite} of {rows} query vectors are not finite; they find nothing")
+        elif of_queries.collapsed:
+            lines.append(f"all {rows} query vectors are the same; the model has collapsed")
+        for pool, health in zip(self.pools.pools, self.health, strict=True):
+            if health.non_finite:
+                lines.append(
+                    f"{health.non_finite} of {health.rows} vectors of {pool.name} are not finite and never found"
+                )
+            if health.collapsed and health.non_finite < health.rows:
+                lines.append(
+                    f"all {health.rows} vectors of {pool.name} are the same: the model has collapsed, and no candidate "
+                    f"of that pool counts as right, because only the order of ids tells them apart"
+                )
+        return lines
+
+
+@dataclass(frozen=True)
+class Found:
+    """The ranked candidates of one query, best first.
+
+    Args:
+        counted: Their ids, but "" for a candidate of a collapsed pool: it is never right.
+        scores: float32 [n].
+    """
+
+    ids: Sequence[str]
+    counted: Sequence[str]
+    scores: np.ndarray
+
+    @property
+    def scored(self) -> list[tuple[str, float]]:
+        return list(zip(self.ids, self.scores.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The results of the queries of a task.
+
+    Args:
+        scores: The mean of each measure over the queries.
+        run: For :func:`muco.evaluate.benchmark.write_trec_run`; the rest is for a TaskResult.
+    """
+
+    scores: dict[str, float]
+    outcomes: tuple[Outcome, ...]
+    failures: tuple[Failure, ...]
+    warnings: tuple[str, ...]
+    facts: dict[str, Any]
+    run: dict[str, list[tuple[str, float]]] = field(repr=False)
+
+
+def score_queries(queries: Sequence[Query], searched: Searched, measures: Mapping[str, Measure], metric: str) -> Scored:
+    """Scores what the queries found.
+
+    Args:
+        measures: By name; each is averaged over the queries.
+        metric: The measure that outcomes hold.
+    """
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    outcomes, run, ties = [], {}, 0
+    for number, query in enumerate(queries):
+        found = searched.found(number)
+        for name, measure in measures.items():
+            values[name].append(measure(found.counted, query.grades))
+        rank, tied = rank_one(query, found)
+        run[query.id] = found.scored
+        outcomes.append(Outcome(query.id, values[metric][-1], rank, tuple(found.scored[:FOUND])))
+        ties += tied
+    many = ties > TIES * len(queries)
+    return Scored(
+        scores={name: float(np.mean(each)) for name, each in values.items()},
+        outcomes=tuple(outcomes),
+        failures=() if searched.collapsed else tuple(worst_failures(queries, searched)),
+        warnings=(f"{ties} {TIED}: the order of ids decides; are there candidates twice?",) if many else (),
+        facts={TIED: ties},
+        run=run,
+    )
+
+
+def rank_one(query: Query, found: Found) -> tuple[int | None, bool]:
+    """The rank of the best right candidate, from 1 (None if none was ranked), and whether a wrong one ties with it."""
+    right = [query.grades.get(id, 0) > 0 for id in found.counted]
+    if True not in right:
+        return None, False
+    best = right.index(True)
+    equal = np.flatnonzero(found.scores == found.scores[best])
+    return best + 1, not all(right[place] for place in equal)
+
+
+def worst_failures(queries: Sequence[Query], searched: Searched) -> list[Failure]:
+    """The failed queries of largest margin, largest first.
+
+    A right candidate that was not ranked scores at most what the last ranked one does, so a margin is known from below
+    without its vector. Queries are chosen by that; the vectors are read for the chosen ones only.
+    """
+    rights = [rows[rows >= 0] for rows in searched.pools.relevant(queries)]
+    margins = {number: _least_margin(searched, number, right) for number, right in enumerate(rights)}
+    failed = [number for number, margin in margins.items() if margin is not None]
+    failed.sort(key=lambda number: -margins[number])
+    failures = [_failure(queries[number], number, rights[number], searched) for number in failed[:FAILURES]]
+    finite = [failure for failure in failures if math.isfinite(failure.margin)]
+    return sorted(finite, key=lambda failure: -failure.margin)
+
+
+def _least_margin(searched: Searched, number: int, right: np.ndarray) -> float | None:
+    """By how much at least the first candidate beats the best right one; None where the query did not fail."""
+    rows, scores = searched.rows[number], searched.scores[number]
+    if rows[0] < 0 or not len(right) or rows[0] in right:
+        return None
+    ranked = np.flatnonzero(np.isin(rows, right))
+    last = np.flatnonzero(rows >= 0)[-1]
+    return float(scores[0] - scores[ranked[0] if len(ranked) else last])
+
+
+def _failure(query: Query, number: int, right: np.ndarray, searched: Searched) -> Failure:
+    of_right = [searched.score(number, row) for row in right]
+    best = int(np.argmax(np.nan_to_num(of_right, nan=-np.inf)))
+    rows, scores = searched.rows[number, :FOUND], searched.scores[number, :FOUND]
+    found = tuple(
+        (shown(searched.pools[row]), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0
+    )
+    margin = float(scores[0]) - of_right[best]
+    return Failure(margin, shown(query), shown(searched.pools[right[best]]), found)
+
+
+def shown(of: Query | Candidate) -> Shown:
+    """A query or candidate for the page."""
+    return Shown(of.id, of.content.text, tuple(map(str, of.content.images)))

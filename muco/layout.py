@@ -1,0 +1,151 @@
+"""Dialogue -> one row of tokens, positions and images, before padding.
+
+An isolated dialogue of several turns is a *tree* in one row: the trunk, then each turn's branch. A token attends to
+the trunk and to its own branch only, and every branch's positions begin where the trunk's end (unless the dialogue says
+otherwise), so that each turn's vector is the one of a single-turn pass::
+
+    tokens      [ system · image | query 1 <|emb|> | query 2 <|emb|> | … ]
+    branch_ids    0 … … … … … 0    1 … … … … … 1     2 … … … … … 2
+    positions     0 … … … … p-1    p p+1 …           p p+1 …
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from muco.dialogue import Dialogue
+from muco.errors import DataError
+from muco.processor import EncodedImage, Processor
+from muco.template import ImageSlot, Pieces
+
+Truncate = Literal["NONE", "START", "END"]
+CUTS = 8  # what is left of a text that is cut between two tokens may be read as other tokens than before
+
+
+@dataclass
+class Row:
+    """One dialogue's tokens and images before padding."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)  # each [A, tokens]
+    branches: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)  # columns of <|emb|>
+    lengths: list[int] = field(default_factory=list)  # of what each turn reads, itself included
+    images: list[EncodedImage] = field(default_factory=list)
+    cut: tuple[int, ...] = ()  # numbers of the turns whose text was cut
+    tree: bool = False  # whether it has branches that do not see one another
+
+    def append(self, part: _Part, start: int, branch: int) -> int:
+        """Adds a part whose positions begin at ``start``; returns the position that follows it."""
+        positions = part.positions(start)
+        self.ids += part.ids
+        self.positions.append(positions)
+        self.branches += [branch] * len(part.ids)
+        return int(positions.max()) + 1 if part.ids else start
+
+
+@dataclass
+class _Part:
+    ids: list[int]
+    segments: list[int | EncodedImage]
+    rotary_3d: bool
+
+    def positions(self, start: int) -> np.ndarray:
+        if self.rotary_3d:
+            return rotary_positions(self.segments, start)
+        return np.arange(start, start + len(self.ids))[None]
+
+
+def prepare(
+    dialogue: Dialogue, processor: Processor, *, truncate: Truncate = "NONE", max_tokens: int | None = None
+) -> Row:
+    """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
+    limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
+    processor.check(dialogue)
+    images = processor.encode_images(dialogue.images, dialogue.where)
+    row = whole = _laid_out(dialogue, images, processor)
+    alone = dialogue.isolated or len(dialogue.turns) == 1
+    for _ in range(CUTS if alone and truncate != "NONE" else 0):
+        if max(row.lengths) <= limit:
+            break
+        dialogue = _cut(dialogue, [length - limit for length in row.lengths], processor, truncate)
+        row = _laid_out(dialogue, images, processor)
+    row.cut = tuple(turn for turn, length in enumerate(whole.lengths) if length > limit)
+    for turn in row.cut:
+        if row.lengths[turn] > limit:
+            raise DataError(
+                f"{dialogue.where or 'input'} turn {turn + 1}: {whole.lengths[turn]:,} tokens with its images and the "
+                f"prompt, but the model reads at most {limit:,}; shorten the text, or give fewer or smaller images"
+            )
+    return row
+
+
+def _cut(dialogue: Dialogue, excess: Sequence[int], processor: Processor, end: Literal["START", "END"]) -> Dialogue:
+    """The dialogue with ``excess`` tokens cut from each turn's text; turns of an excess below 1 stay as they are."""
+    turns = zip(dialogue.turns, excess, strict=True)
+    cut = [replace(turn, text=processor.shortened(turn.text, n, end)) if n > 0 else turn for turn, n in turns]
+    return replace(dialogue, turns=tuple(cut))
+
+
+def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> Row:
+    prompt = processor.template.prompt(dialogue)
+    row = Row(images=images)
+    row.tree = dialogue.isolated and len(dialogue.turns) > 1
+    position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
+    trunk = len(row.ids)
+    begin = None  # of the positions of all turns after the first; None: where the turn before ended
+    if dialogue.restarts:
+        begin = position if prompt.isolated else _shared_end(dialogue, row.images, processor)
+    for number, branch in enumerate(prompt.branches, start=1):
+        start = position if number == 1 or begin is None else begin
+        before = trunk if prompt.isolated else len(row.ids)
+        part = _part(branch, row.images, processor)
+        position = row.append(part, start, number)
+        row.turns.append(len(row.ids) - 1)
+        row.lengths.append(before + len(part.ids))
+    if not prompt.isolated:
+        row.branches = [0] * len(row.ids)
+    return row
+
+
+def _shared_end(dialogue: Dialogue, images: Sequence[EncodedImage], processor: Processor) -> int:
+    """The position that follows what isolated turns of this dialogue share."""
+    trunk = _part(processor.template.prompt(replace(dialogue, isolated=True)).trunk, images, processor)
+    return int(trunk.positions(0).max()) + 1 if trunk.ids else 0
+
+
+def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> _Part:
+    part = _Part([], [], processor.rotary_3d)
+    for piece in pieces:
+        image = images[piece.index] if isinstance(piece, ImageSlot) else None
+        ids = image.ids if image else processor.text_ids(piece)
+        part.ids += ids
+        part.segments.append(image or len(ids))
+    return part
+
+
+def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> np.ndarray:
+    """Multimodal rotary positions of a run of text lengths and images, beginning at ``start``.
+
+    Text advances all three axes by one per token. An image's tokens share the time position and are laid out by row
+    and column; what follows begins after the larger of both.
+
+    Returns:
+        int64 [3, tokens] (time, height, width).
+    Source: Qwen2-VL (arXiv 2409.12191), M-RoPE. Equal to the model's own ``get_rope_index`` (tests).
+    """
+    parts, position = [np.zeros((3, 0), dtype=np.int64)], start
+    for segment in segments:
+        if isinstance(segment, int):
+            parts.append(np.broadcast_to(np.arange(position, position + segment), (3, segment)))
+            position += segment
+            continue
+        time, height, width = segment.grid[0], segment.grid[1] // segment.merge, segment.grid[2] // segment.merge
+        parts.append(np.indices((time, height, width)).reshape(3, -1) + position)
+        position += max(height, width)
+    return np.concatenate(parts, axis=1)

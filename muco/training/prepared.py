@@ -1,0 +1,172 @@
+"""A sample with the turns chosen for a step -> rows of tokens and pixels and their ids, and of these a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+
+from muco.batch import DialogueBatch, stack
+from muco.data.same import content_key, target_key
+from muco.dialogue import Content, Positions, Sample, Turn, query_dialogue, target_dialogue
+from muco.layout import Row, prepare
+from muco.negatives import SampleIds, TurnIds
+from muco.processor import Processor
+from muco.reconstruction import reconstruction_dialogues
+
+
+class TrainingBatch(TypedDict):
+    """What a training step takes.
+
+    ``query`` and ``target`` are missing if no sample can be used. Hard negatives come behind the targets, one dialogue
+    each.
+    """
+
+    query: NotRequired[DialogueBatch]
+    target: NotRequired[DialogueBatch]
+    ids: TurnIds
+    places: list[str]  # where the samples come from
+    skipped: NotRequired[list[dict[str, Any]]]  # "step", "source", "row" and "reason" of what cannot be used
+    left_out: NotRequired[int]  # turns left out of the whole step as duplicates; 0 but in one part
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A turn with its paraphrases and hard negatives drawn."""
+
+    query: Content
+    target: Content
+    negatives: tuple[Content, ...]
+
+    @classmethod
+    def of(cls, turn: Turn, rng: np.random.Generator, negatives: int | None = None) -> Chosen:
+        """Draws by ``rng``; at most ``negatives`` hard negatives, all if None."""
+        query, target = (side[rng.integers(len(side))] for side in (turn.query, turn.target))
+        if negatives is None or len(turn.negatives) <= negatives:
+            return cls(query, target, turn.negatives)
+        drawn = rng.permutation(len(turn.negatives))[:negatives]
+        return cls(query, target, tuple(turn.negatives[number] for number in drawn))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample as rows of tokens and pixels, and what the loss has to know of its turns.
+
+    Args:
+        target: One dialogue; isolated targets that occur twice in it are embedded once.
+        hard: A dialogue per hard negative.
+    """
+
+    place: str
+    query: Row
+    target: Row
+    hard: list[Row]
+    ids: SampleIds
+
+
+def prepare_turns(
+    sample: Sample,
+    turns: Sequence[Chosen],
+    key: Any,
+    processor: Processor,
+    *,
+    isolated: bool,
+    positions: Positions | None = None,
+) -> Prepared:
+    """A sample with these turns.
+
+    Args:
+        key: Of any kind; see :func:`muco.data.same.sample_key`.
+        positions: See :class:`muco.dialogue.Dialogue`.
+    Raises:
+        DataError: If a text or an image cannot be used.
+    """
+    own = [turn.target for turn in turns]
+    places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
+    keys = [content_key(content, sample.place) if isolated else turn for turn, content in enumerate(own)]
+    rows = [places.setdefault(content, len(places)) for content in keys]
+    unique = [own[rows.index(place)] for place in range(len(places))]
+    seen = {"isolated": isolated, "positions": positions}
+    return Prepared(
+        sample.place,
+        prepare(query_dialogue(sample, [turn.query for turn in turns], **seen), processor),
+        prepare(target_dialogue(sample, unique, **seen), processor),
+        _hard_negatives(sample, turns, processor, isolated=isolated),
+        _ids(sample, turns, key, rows, vectors=len(unique)),
+    )
+
+
+def prepare_pair(
+    sample: Sample,
+    turn: Chosen,
+    rng: np.random.Generator,
+    key: Any,
+    processor: Processor,
+    *,
+    requests: Sequence[str] = (),
+) -> Prepared:
+    """A pair as dialogues of two turns, itself and its reconstruction, see :mod:`muco.reconstruction`.
+
+    Args:
+        rng: Decides on the masks.
+        requests: See :func:`muco.reconstruction.reconstruction_dialogues`.
+    """
+    query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng, requests)
+    return Prepared(
+        sample.place,
+        prepare(query, processor),
+        prepare(target, processor),
+        _hard_negatives(sample, [turn], processor, isolated=True),
+        _ids(sample, [turn], key, [0], vectors=2),
+    )
+
+
+def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processor, *, isolated: bool) -> list[Row]:
+    given = [content for turn in turns for content in turn.negatives]
+    return [prepare(target_dialogue(sample, [content], isolated=isolated), processor) for content in given]
+
+
+def _ids(sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], vectors: int) -> SampleIds:
+    def target_id(content: Content) -> int:
+        return _hash(target_key(content, sample.place))
+
+    return SampleIds(
+        _hash(key),
+        target_rows,
+        target_ids=[target_id(turn.target) for turn in turns],
+        hard_turns=[number for number, turn in enumerate(turns) for _ in turn.negatives],
+        hard_ids=[target_id(content) for turn in turns for content in turn.negatives],
+        vectors=vectors,
+    )
+
+
+def batch_of(samples: Sequence[Prepared], processor: Processor, *, target_ids: bool) -> TrainingBatch:
+    """Both sides of some samples as batches, and the index tensors of the loss.
+
+    Args:
+        target_ids: Whether identical targets are marked.
+    """
+    batch: TrainingBatch = {
+        "ids": TurnIds.of([sample.ids for sample in samples], mask_identical_targets=target_ids),
+        "places": [sample.place for sample in samples],
+    }
+    if samples:
+        hard = [row for sample in samples for row in sample.hard]
+        batch["query"] = stack([sample.query for sample in samples], processor)
+        batch["target"] = stack([*(sample.target for sample in samples), *hard], processor)
+    return batch
+
+
+def hide_pixels(batch: TrainingBatch) -> None:
+    """Replaces every pixel of a batch by a constant, in place."""
+    for side in ("query", "target"):
+        if "pixel_values" in batch.get(side, ()):
+            batch[side]["pixel_values"].fill_(-1.0)  # zero could mean padding to a family
+
+
+def _hash(value: Any) -> int:
+    """63 bits that are the same for equal values in every process."""
+    return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest()) >> 1
