@@ -12,15 +12,20 @@
     ├── FetchError            a download was refused or failed (muco/base/fetch.py)
     ├── EndpointError         a model server is missing or of no use (muco/synth/endpoint.py)
     ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)
-    └── TrainingError         training cannot go on: the loss is no number, or memory does not suffice
+    └── TrainingError         training cannot continue: the loss is not finite, or memory ran out
 
 All of them are also :class:`ValueError`, so that callers who know nothing of MuCo can catch them. The command line
 turns them into one line on stderr and exit code 1; anything else is a defect and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class MucoError(ValueError):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class DataError(MucoError):
@@ -48,4 +53,11 @@ class StorageError(MucoError):
 
 
 class TrainingError(MucoError):
-    """Training cannot go on; the message names the step, and what to change."""
+    """Training cannot continue; the message names the step, and what to change."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a word: "; did you mean 'x'?", or "; accepted are a, b, c" if none is near."""
+    accepted = list(known)
+    near = difflib.get_close_matches(str(word), accepted, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; accepted are {', '.join(accepted) or 'none'}"

@@ -7,7 +7,6 @@ anything is loaded; the resolved recipe is saved beside the weights.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -21,7 +20,7 @@ import yaml
 
 from muco.base.text import read_text
 from muco.dialogue import Positions
-from muco.errors import RecipeError
+from muco.errors import RecipeError, did_you_mean
 from muco.sizes import Adapter, TinyConfig
 
 
@@ -469,9 +468,7 @@ def check_keys(given: Iterable[Any], accepted: Collection[str], where: str) -> N
     """Refuses a key that is not accepted, with the nearest one that is."""
     for key in given:
         if key not in accepted:
-            near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; accepted are {', '.join(accepted)}"
-            raise RecipeError(f"unknown key {_dotted(where, key)!r}{hint}")
+            raise RecipeError(f"unknown key {_dotted(where, key)!r}{did_you_mean(key, accepted)}")
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
