@@ -16,6 +16,7 @@ import torch
 from muco.dialogue import Sample
 from muco.loss import MultiTurnLoss
 from muco.training.batches import TrainingBatches
+from muco.training.layout import RECIPE_FILE
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe, load_recipe
 
@@ -87,5 +88,5 @@ def add_blind_loss(result: dict[str, Any], model: Model, data: Data, recipe: Rec
 
 def recipe_of(model: str | Path) -> Recipe | None:
     """The recipe that a model folder was trained with; None for a model that was not trained here."""
-    file = Path(model) / "recipe.yaml"
+    file = Path(model) / RECIPE_FILE
     return load_recipe(file) if file.is_file() else None

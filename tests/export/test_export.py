@@ -106,7 +106,7 @@ def test_another_precision_is_said_and_checked(saved, tmp_path):
 
 
 def test_a_folder_that_gives_other_vectors_gets_no_name(saved, tmp_path, monkeypatch):
-    import muco.export as module
+    import muco.export.export as module
 
     write = module._write
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_exported_is_said(saved, run, tmp_path, monkeypatch):
 
 
 def test_dora_is_not_for_vllm_unmerged(tmp_path):
-    from muco.export import _check_separable
+    from muco.export.export import _check_separable
 
     backbone, processor = load_backbone(checkpoint("qwen2_vl"), local_files_only=True)
     model = from_backbone(add_adapters(backbone, Adapter("dora", rank=2), [processor.emb_id]), processor, device="cpu")
