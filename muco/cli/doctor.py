@@ -1,6 +1,6 @@
-"""``muco doctor``: what this machine and this installation have, so that a report of a problem can start with facts.
+"""``muco doctor``: the facts about this machine and this installation with which a bug report should start.
 
-What MuCo requires is read from its own installed metadata, so this file holds no second list of it.
+MuCo's requirements are read from its installed metadata, so that there is no second list of them here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from muco.base.machine import VERSION
+from muco.base.machine import VERSION, installed
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import Console
 
-# Packages that MuCo runs without, and what each of them would give.
+# Packages that MuCo runs without, and what each of them adds.
 OPTIONAL = {
     "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
     "lancedb": "muco index, muco search",
@@ -51,14 +51,14 @@ def examine() -> dict[str, Any]:
     return {
         "ok": all(package["ok"] for package in required) and "error" not in torch,
         "muco": VERSION,
-        "python": platform.python_version(),
+        "python": platform.pythoninstalled(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "disk_free_gib": round(shutil.disk_usage(".").free / GIB, 1),
         "torch": torch,
         "required": required,
-        "optional": [{"name": name, "installed": _version(name), "gives": gives} for name, gives in OPTIONAL.items()],
+        "optional": [{"name": name, "installed": installed(name), "gives": gives} for name, gives in OPTIONAL.items()],
     }
 
 
@@ -66,22 +66,15 @@ def _requirements() -> list[Requirement]:
     """MuCo itself, then what it requires; the first is not met where muco is imported without being installed."""
     from packaging.requirements import Requirement
 
-    lines = metadata.requires("muco") or [] if _version("muco") else []
+    lines = metadata.requires("muco") or [] if installed("muco") else []
     requirements = [Requirement(line) for line in (f"muco=={VERSION}", *lines)]
     return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def _package(requirement: Requirement) -> dict[str, Any]:
-    installed = _version(requirement.name)
-    ok = installed is not None and requirement.specifier.contains(installed, prereleases=True)
-    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": installed, "ok": ok}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    version = installed(requirement.name)
+    ok = version is not None and requirement.specifier.contains(version, prereleases=True)
+    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": version, "ok": ok}
 
 
 def _memory_gib() -> float | None:

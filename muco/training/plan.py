@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from muco.training.build import make_loss, uses_autocast
 from muco.training.checks import check_recipe
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.look import ASSUMED, Looked, Measured, look, look_for_negatives, measure, open_known
-from muco.training.memory import Memory, activation_bytes, in_dtype, step_memory
+from muco.training.memory import activation_bytes, held_bytes
 from muco.training.meta_model import meta_model, model_facts
 from muco.training.mixture import Mixture
 from muco.training.recipe import DataRecipe, Recipe
@@ -80,9 +80,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     else:
         notes.append(f"operations are counted for Qwen2-VL only, not for {model.config.model_type}")
     if recipe.model.vision == "frozen":
-        memory = _memory(recipe, model, measured, step, devices=devices, bf16=bf16)
-        values = asdict(memory) | {"total": memory.total}
-        result["memory"] = {name: round(value / GIB, 2) for name, value in values.items()}
+        result["memory"] = _memory(recipe, model, measured, step, devices=devices, bf16=bf16)
         notes.append("memory is estimated, for AdamW, without what the driver and the allocator take for themselves")
     else:
         notes.append("memory is estimated only with a frozen vision tower")
@@ -144,31 +142,31 @@ def _operations(recipe: Recipe, config: Any, measured: Measured, *, cached: bool
 
 def _memory(
     recipe: Recipe, model: nn.Module, measured: Measured, step: dict[str, Any], *, devices: int, bf16: bool
-) -> Memory:
-    """Memory of the largest pass; a step without the cache holds both sides."""
-    computes_in = torch.bfloat16 if bf16 else model.get_decoder().dtype
-    language = in_dtype(model.get_decoder(), computes_in)
+) -> dict[str, float]:
+    """GiB of one device: what it holds all the time, the largest pass, features of frozen vision, and the loss."""
+    dtype = torch.bfloat16 if bf16 else model.get_decoder().dtype
     masked = recipe.turns.mode == "isolated" and measured.turns.max() > 1 and recipe.model.attention != "flex"
     share, budget = step["samples_per_device"], recipe.batch.token_budget or UNLIMITED
 
     def activations(rows: int, tokens: int) -> int:
         checkpointing = recipe.model.activation_checkpointing
-        return rows * activation_bytes(language, tokens, masked=bool(masked), checkpointing=checkpointing)
+        return rows * activation_bytes(model, tokens, dtype, masked=bool(masked), checkpointing=checkpointing)
 
     sides = (measured.query, measured.target)
     if step["cached"]:
         largest = max(activations(max(1, min(share, budget // int(side.max()))), int(side.max())) for side in sides)
-    else:
+    else:  # both sides are held
         largest = sum(activations(share, round(float(side.mean()))) for side in sides)
-    return step_memory(
-        model,
-        computes_in,
-        shards=devices if recipe.batch.sharding == "fsdp" else 1,
-        activations=largest,
-        visual_tokens=round(share * float(measured.visual.mean())),
-        feature_bytes=round(recipe.batch.feature_memory * GIB),
-        turns=step["turns"],
-    )
+    width, turns = model.get_decoder().config.hidden_size, step["turns"]
+    features = round(share * float(measured.visual.mean())) * width * dtype.itemsize
+    memory = held_bytes(model, dtype, shards=devices if recipe.batch.sharding == "fsdp" else 1) | {
+        "activations": largest,
+        "features": min(features, round(recipe.batch.feature_memory * GIB)),
+        # vectors of all turns of all devices with their gradients, and blocks of scores
+        "loss": 2 * 4 * turns * width * 4 + min(turns**2 * 4, 1 << 28) * 3,
+    }
+    memory["total"] = sum(memory.values())
+    return {name: round(value / GIB, 2) for name, value in memory.items()}
 
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────

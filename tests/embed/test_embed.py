@@ -692,7 +692,7 @@ def test_the_images_of_a_row_have_a_limit_together(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.png").write_bytes(png(1))
     rows = [{"images": ["a.png"] * number} for number in (3, 4)]
     assert run(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet")["failed"] == 1
-    assert "give fewer or smaller ones" in errors(tmp_path / "out.errors.jsonl")[0]["reason"]
+    assert "use fewer or smaller ones" in errors(tmp_path / "out.errors.jsonl")[0]["reason"]
 
 
 def test_a_cell_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:

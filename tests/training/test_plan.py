@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import families
@@ -19,7 +20,7 @@ from muco.data import open_data
 from muco.sizes import Adapter
 from muco.training.build import build_model
 from muco.training.flops import qwen2_vl_config
-from muco.training.memory import activation_bytes, in_dtype
+from muco.training.memory import activation_bytes
 from muco.training.plan import plan
 from muco.training.recipe import Recipe, dump_recipe, from_dict, load_recipe
 from muco.training.trainer import make_trainer
@@ -301,11 +302,10 @@ def test_what_is_saved_on_the_meta_device_is_what_is_saved(family, lora, masked)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         language(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
     real = sum(storage.nbytes() for storage in saved.values()) - (mask.nbytes if masked else 0)
-    on_meta = in_dtype(copy.deepcopy(language).to("meta"), torch.float32)
-    counted = activation_bytes(on_meta, length, masked=masked, checkpointing=False)
+    counted = activation_bytes(model.to("meta"), length, torch.float32, masked=masked, checkpointing=False)
     widest, masks = 3 * length * max(config.intermediate_size, config.hidden_size) * 4, 5 * length**2 * masked
     assert counted - widest - masks == pytest.approx(real, rel=0.1) and real > MIB // 2
-    assert activation_bytes(on_meta, length, masked=masked, checkpointing=True) < counted
+    assert activation_bytes(model, length, torch.float32, masked=masked, checkpointing=True) < counted
 
 
 def test_the_memory_of_a_trained_vision_tower_is_not_estimated(scenes, tmp_path):
@@ -322,8 +322,8 @@ def test_activations_are_near_what_a_gpu_was_seen_to_need(turns):
     images, lengths = measured["settings"]["images"], (cell["tokens"]["query"], cell["tokens"]["target"])
     model = meta_backbone(qwen2_vl_config("2B"))
     freeze_vision(model)
-    language = in_dtype(model.language_model, torch.bfloat16)
-    layers = sum(p.numel() for p in language.layers.parameters())
-    kept = sum(images * activation_bytes(language, n, masked=turns > 1, checkpointing=False) for n in lengths)
+    layers = sum(p.numel() for p in model.language_model.layers.parameters())
+    row = partial(activation_bytes, model, dtype=torch.bfloat16, masked=turns > 1, checkpointing=False)
+    kept = sum(images * row(n) for n in lengths)
     expected = kept + layers * (4 + 2)  # gradients, and the copies that autocast makes
     assert expected == pytest.approx(cell["memory"]["peak"] - cell["memory"]["resting"], rel=0.1)
