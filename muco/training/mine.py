@@ -10,6 +10,7 @@ equals a right target.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def mine(
         )
         mined = _mine(pairs, dict(zip(keys, vectors, strict=True)), mining, progress)
         write_jsonl(output, _rows(data, pairs, mined, output.absolute().parent))
-        found = [len(mined.get(key, ())) for key in pairs.queries()]
+        found = [len(mined.get(query, ())) for queries in pairs.turns for query in queries]
         counts = {
             "turns": len(found),
             "queries": len(pairs.right),
@@ -138,40 +139,29 @@ class _Pairs:
         self.book = Book()
         self.candidates: dict[str, None] = {}  # in order of first mention
         self.right: dict[str, dict[str, None]] = {}  # query -> its targets
-        self.barred: dict[str, set[Hashable]] = {}  # query -> identities: its targets, the targets of its images
-        self._turns: list[list[str]] = []  # per sample, the query of each turn
-        self._identities: dict[str, Hashable] = {}
-        groups: dict[Hashable, list[str]] = {}  # queries of one image
-        answers: dict[Hashable, set[Hashable]] = {}  # targets of one image
+        self.turns: list[list[str]] = []  # per sample, the query of each turn
+        self._identities: dict[str, Hashable] = {}  # of targets
+        self._images: dict[str, set[Hashable]] = defaultdict(set)  # query -> identities of the images it is about
+        self._answers: dict[Hashable, set[Hashable]] = defaultdict(set)  # such an identity -> those of its targets
         for index in range(len(data)):
             sample = data[index]
-            group = sample_key(sample, 0, index)
-            self._turns.append([self._add(sample, turn, groups, answers, group) for turn in sample.turns])
-        for group, queries in groups.items():
-            for query in queries:
-                self.barred.setdefault(query, set()).update(answers[group])
+            image = sample_key(sample, 0, index)
+            self.turns.append([self._add(sample, turn, image) for turn in sample.turns])
 
-    def _add(self, sample: Sample, turn: Turn, groups: dict, answers: dict, group: Hashable) -> str:
+    def _add(self, sample: Sample, turn: Turn, image: Hashable) -> str:
         asked = turn.query[0]
         query = self.book.add(Content(asked.text, (*sample.images, *asked.images)), sample.place)
         target = self.book.add(turn.target[0], sample.place)
         self.candidates[target] = None
         self.right.setdefault(query, {})[target] = None
-        groups.setdefault(group, []).append(query)
-        answers.setdefault(group, set()).update(target_key(content, sample.place) for content in turn.target)
+        self._images[query].add(image)
+        self._answers[image].update(target_key(content, sample.place) for content in turn.target)
         self._identities[target] = target_key(turn.target[0], sample.place)
         return query
 
-    def queries(self) -> Iterator[str]:
-        """The query of every turn, in the order of the data."""
-        for turns in self._turns:
-            yield from turns
-
-    def of(self, index: int) -> list[str]:
-        return self._turns[index]
-
     def allowed(self, query: str, target: str) -> bool:
-        return self._identities[target] not in self.barred[query]
+        """Whether a target answers no turn of the query's images."""
+        return not any(self._identities[target] in self._answers[image] for image in self._images[query])
 
 
 def _mine(
@@ -209,7 +199,7 @@ def _choice(query: str, usable: list[str], mining: Mining) -> list[str]:
 def _rows(data: Data, pairs: _Pairs, mined: Mapping[str, list[str]], folder: Path) -> Iterator[dict[str, Any]]:
     for index in range(len(data)):
         sample = data[index]
-        found = [[pairs.book.contents[k] for k in mined.get(key, ())] for key in pairs.of(index)]
+        found = [[pairs.book.contents[k] for k in mined.get(key, ())] for key in pairs.turns[index]]
         turns = [
             Turn(turn.query, turn.target, turn.kind, tuple(dict.fromkeys((*turn.negatives, *added))))
             for turn, added in zip(sample.turns, found, strict=True)
