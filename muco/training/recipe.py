@@ -1,7 +1,6 @@
 """Recipes: frozen dataclasses, read from strict YAML.
 
-A recipe holds everything that a training run depends on. Unknown keys, wrong types and contradictions are errors
-before anything is loaded. The resolved recipe is saved with the weights.
+A recipe holds everything that a training run depends on. Mistakes in it are errors before anything is loaded.
 """
 
 from __future__ import annotations
@@ -77,10 +76,9 @@ class DataRecipe:
 
     Args:
         train: One source or more.
-        epoch: The length of an epoch, which ``trainer.num_train_epochs`` counts. "every_row" ends when every row of
-            every source has been seen: once without weights; with weights, sources of more weight than rows are seen
-            more often. "row_count" has as many samples as the sources have rows together, so with weights some rows
-            are seen often and others not at all.
+        epoch: The length of an epoch, which ``trainer.num_train_epochs`` counts. "every_row" ends when every row has
+            been seen: once without weights; with weights, sources of more weight than rows are seen more often.
+            "row_count" has as many samples as there are rows, so with weights some are seen often, others not at all.
         validation: A set to evaluate during training; None for none.
         broken_images: "error" stops at a row or an image that cannot be used. "skip" leaves its sample out, counts it
             and names it in ``<output>/skipped-<process>.jsonl``.
@@ -127,7 +125,6 @@ class TurnsRecipe:
             turn, the image alone with that target, so that an image alone is embedded too; None for none.
         positions: Where a turn's positions begin: "restart" after the image, "run_on" after the turn before. None:
             isolated turns restart, which makes them equal to single turns, and compounded turns run on (the paper).
-            Set it only to separate the effect of positions from that of what a turn sees.
         requests: With "reconstruction", two texts: the user's requests before and after the assistant says the hidden
             counterpart, as in the released code. Pass its two sentences to train its checkpoints further
             (docs/training.md says where they are). Empty: the hidden counterpart is in one turn of the user.
@@ -251,8 +248,7 @@ class Recipe:
                 raise RecipeError("loss.symmetric: reconstruction has no symmetric form; leave it out")
             if not self.loss.mask_same_image:
                 raise RecipeError("loss.mask_same_image: reconstruction has its own mask; see loss.mask_counterpart")
-            asked = [request for request in self.turns.requests if request.strip()]
-            if self.turns.requests and (len(asked) != 2 or len(self.turns.requests) != 2):
+            if self.turns.requests and [bool(text.strip()) for text in self.turns.requests] != [True, True]:
                 raise RecipeError(f"turns.requests must be two texts, got {list(self.turns.requests)}")
         elif self.turns.requests:
             raise RecipeError("turns.requests needs 'turns: {mode: reconstruction}'")
