@@ -49,7 +49,7 @@ from muco.loss import chance_level
 from muco.model import Model, load
 from muco.training.batches import TrainingBatches
 from muco.training.build import build_model
-from muco.training.layout import MODEL, RUN_FILE
+from muco.training.folder import MODEL, RUN_FILE
 from muco.training.mixture import Mixture, open_sources
 from muco.training.recipe import Recipe, load_recipe, to_dict
 from muco.training.trainer import train

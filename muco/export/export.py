@@ -28,7 +28,7 @@ from muco.model import Model, from_backbone, load
 from muco.processor import Processor, first_line
 from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
-from muco.training.layout import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
+from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict, load_recipe
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from muco.base.terminal import print_json
 from muco.errors import MucoError
-from muco.training.layout import RECIPE_FILE
+from muco.training.folder import RECIPE_FILE
 
 if TYPE_CHECKING:
     from muco.serve.app import Served

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from muco.errors import MucoError
-from muco.training.layout import MODEL
+from muco.training.folder import MODEL
 
 Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" and "seconds" of one of its steps
 

@@ -24,7 +24,7 @@ from muco.study.probes import PROBES
 from muco.training.blind import add_blind_loss
 from muco.training.build import build_model
 from muco.training.flops import step_flops
-from muco.training.layout import RUN_FILE
+from muco.training.folder import RUN_FILE
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict
 from muco.training.trainer import make_trainer, train

@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from muco import distributed
 from muco.errors import RecipeError
-from muco.training.layout import CHECKPOINTS
+from muco.training.folder import CHECKPOINTS
 from muco.training.mixture import Mixture
 from muco.training.read import check_keys
 from muco.training.recipe import Recipe

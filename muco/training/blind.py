@@ -16,7 +16,7 @@ import torch
 from muco.dialogue import Sample
 from muco.loss import MultiTurnLoss
 from muco.training.batches import TrainingBatches
-from muco.training.layout import RECIPE_FILE
+from muco.training.folder import RECIPE_FILE
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe, load_recipe
 

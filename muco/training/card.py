@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from muco.training.layout import RECIPE_FILE, RUN_FILE
+from muco.training.folder import RECIPE_FILE, RUN_FILE
 
 
 def card_head(library: str, dimension: int, origin: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it is found again; :mod:`muco.training.layout` names the files."""
+"""What a run leaves on disk, and how it is found again; :mod:`muco.training.folder` names the files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from muco.base.machine import versions
 from muco.data.fingerprint import RULE
 from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.training.card import model_card
-from muco.training.layout import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
+from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
 from muco.training.recipe import Recipe, dump_recipe, from_dict, to_dict
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from muco.training.arguments import TrainingArguments
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.build import shard_model
 from muco.training.callbacks import Record, ScreenProgress, TensorBoardLog, TokenBudget
-from muco.training.layout import LOGS
+from muco.training.folder import LOGS
 from muco.training.recipe import BatchRecipe
 
 logger = logging.getLogger(__name__)

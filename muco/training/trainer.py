@@ -26,7 +26,7 @@ from muco.training.batches import TrainingBatches
 from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast
 from muco.training.callbacks import Record, told_once
 from muco.training.checks import check_budget, check_machine, check_negatives, check_recipe
-from muco.training.layout import DIGESTS_FILE
+from muco.training.folder import DIGESTS_FILE
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.recipe import Recipe
