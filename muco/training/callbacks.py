@@ -93,11 +93,11 @@ def _step(line: str) -> float:
 class ScreenProgress(TrainerCallback):
     """Shows a rich bar on a terminal; elsewhere prints one line per log step. Always on stderr."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
-        self.started = 0.0
+        self.started, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
@@ -125,7 +125,7 @@ class ScreenProgress(TrainerCallback):
         if "loss" in logs:
             speed = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
             text = f"loss {float(logs['loss']):.3f}  lr {float(logs['learning_rate']):.1e}  {speed:.2f} s/step"
-            skipped = self.trainer.record.own["skipped"]
+            skipped = self.record.own["skipped"]
             return text + (f"  {skipped} samples skipped" if skipped else "")
         scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if "hit@1" in k]
         return "  ".join(scores[:4])

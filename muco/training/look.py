@@ -105,7 +105,7 @@ def measure(
         found["query"].append(int(batch["query"]["attention_mask"].sum()))
         found["target"] += batch["target"]["attention_mask"].sum(dim=1).tolist()
         found["visual"].append(int((batch["query"]["input_ids"] == processor.image_id).sum()))
-        found["turns"].append(len(batch["ids"]["sample_ids"]))
+        found["turns"].append(len(batch["query"]["turn_rows"]))
         found["images"].append(len(batch["query"].get("image_rows", ())))
         varieties.append(Variety.of(batch["ids"]))
     if not found["query"]:

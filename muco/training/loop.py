@@ -63,7 +63,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(TensorBoardLog(self._output / LOGS))
         if distributed.rank() == 0:
-            self.add_callback(ScreenProgress(self))
+            self.add_callback(ScreenProgress(record))
         self.budget = TokenBudget(batch.token_budget)
         self.add_callback(self.budget)
         self.add_callback(record)
