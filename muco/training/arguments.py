@@ -32,7 +32,7 @@ DEFAULTS = {  # of the training arguments, where a recipe says nothing
 }
 
 
-class TrainingArguments(SentenceTransformerTrainingArguments):
+class OneDeviceArguments(SentenceTransformerTrainingArguments):
     """The library's, with one device per process."""
 
     @property
@@ -43,7 +43,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
 
 def training_arguments(
     recipe: Recipe, *, evaluates: bool, bf16: bool | None = None, use_cpu: bool | None = None
-) -> TrainingArguments:
+) -> OneDeviceArguments:
     """The recipe's ``trainer`` group over our defaults.
 
     Args:
@@ -64,7 +64,7 @@ def training_arguments(
         values["use_cpu"] = use_cpu
     values.setdefault("use_cpu", distributed.on_cpu() or not torch.accelerator.is_available())
     try:
-        arguments = TrainingArguments(
+        arguments = OneDeviceArguments(
             output_dir=str(Path(recipe.output) / CHECKPOINTS),
             seed=recipe.seed,
             per_device_train_batch_size=-(-recipe.batch.size // distributed.world_size()),
@@ -82,7 +82,7 @@ def training_arguments(
     return arguments
 
 
-def steps_of(arguments: TrainingArguments, mixture: Mixture) -> int:
+def steps_of(arguments: OneDeviceArguments, mixture: Mixture) -> int:
     """The steps of a whole run."""
     if arguments.max_steps > 0:
         return arguments.max_steps
@@ -98,7 +98,7 @@ def _check_trainer(values: Mapping[str, Any]) -> None:
             raise RecipeError(f"trainer.{field.name} must be true or false, got {value!r}")
 
 
-def _try_out(arguments: TrainingArguments) -> None:
+def _try_out(arguments: OneDeviceArguments) -> None:
     """Makes what the trainer will make of its arguments: the optimizer, its schedule and the loggers.
 
     Raises:

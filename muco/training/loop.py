@@ -28,7 +28,7 @@ from muco.loss import MultiTurnLoss
 from muco.model import Model
 from muco.step import GIB, TrainingStep
 from muco.training import checkpoint
-from muco.training.arguments import TrainingArguments
+from muco.training.arguments import OneDeviceArguments
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.build import shard_model
 from muco.training.callbacks import Record, ScreenProgress, TensorBoardLog, TokenBudget
@@ -44,7 +44,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
     def __init__(
         self,
         model: Model,
-        args: TrainingArguments,
+        args: OneDeviceArguments,
         batch: BatchRecipe,
         batches: TrainingBatches,
         loss: MultiTurnLoss,

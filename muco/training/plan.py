@@ -19,7 +19,7 @@ from torch import nn
 from muco.batch import chunks_of
 from muco.data.source import Data
 from muco.step import GIB, UNLIMITED
-from muco.training.arguments import TrainingArguments, steps_of, training_arguments
+from muco.training.arguments import OneDeviceArguments, steps_of, training_arguments
 from muco.training.build import make_loss, uses_autocast
 from muco.training.checks import check_recipe
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
@@ -204,7 +204,7 @@ def _names(data: DataRecipe) -> list[str]:
 
 
 def _run_facts(
-    data: DataRecipe, arguments: TrainingArguments, mixture: Mixture | None, notes: list[str], *, bf16: bool
+    data: DataRecipe, arguments: OneDeviceArguments, mixture: Mixture | None, notes: list[str], *, bf16: bool
 ) -> dict[str, Any]:
     epoch = steps = None
     if mixture is not None:
@@ -226,7 +226,7 @@ def _run_facts(
     }
 
 
-def _checkpoints(arguments: TrainingArguments, steps: int) -> int | None:
+def _checkpoints(arguments: OneDeviceArguments, steps: int) -> int | None:
     if arguments.save_strategy != "steps":
         return None
     every = arguments.save_steps
