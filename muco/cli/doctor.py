@@ -50,7 +50,7 @@ def examine() -> dict[str, Any]:
     return {
         "ok": all(package["ok"] for package in required) and "error" not in torch,
         "muco": VERSION,
-        "python": platform.pythoninstalled(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "memory_gib": _memory_gib(),
