@@ -16,12 +16,16 @@ def usable_cores() -> int:
 def versions() -> dict[str, str | None]:
     """Versions of what computed a result, without importing it; None: not installed."""
     import platform
+
+    names = ("muco", "torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: installed(name) for name in names}
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package, without importing it; None: not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("muco", "torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

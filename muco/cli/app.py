@@ -1,7 +1,7 @@
-"""The command line. Every command imports what it needs inside itself, so that help and mistakes come at once.
+"""The command line. Every command imports what it needs in its function, so that help and usage errors come at once.
 
-What other programs may read (``--json``, and the results of train) is JSON lines on stdout; progress and logs go to
-stderr. Exit codes: 0 done, 1 the user's input, 2 usage, 3 a failing check, 130 interrupted.
+Results for other programs (``--json``, and those of train) are JSON lines on stdout; progress and logs go to stderr.
+Exit codes: 0 done, 1 the user's input, 2 usage, 3 a failing check, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def _root(
 )
 def train(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe: data, backbone, turns, loss, trainer.")
+        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe: model, data, turns, loss, batch, trainer.")
     ],
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
     ] = [],  # noqa: B006
     print_: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run would take, and what stands in its way; train nothing.")
+        bool, typer.Option("--dry-run", help="Report what the run would take and what would stop it; train nothing.")
     ] = False,
     devices: Annotated[int, typer.Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
     as_json: Json = False,
@@ -93,17 +93,17 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            help="Go on from the last checkpoint in the output folder; without, a folder that holds a run is an error."
+            help="Resume from the last checkpoint in the output folder. Without, a folder that holds a run is an error."
         ),
     ] = True,
 ) -> None:
     """Train a model as a recipe says.
 
-    An interrupted run goes on from its last checkpoint when the same command is given again. Prints the model's folder.
-    On several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
+    Run the same command again to resume an interrupted run from its last checkpoint. Prints the model's folder. On
+    several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
 
-    A dry run reads some samples and prints parameters, tokens, operations, memory and steps; exit code 3 if something
-    would stop the run.
+    A dry run reads some samples and prints parameters, tokens, operations, memory and steps. It exits with 3 if
+    something would stop the run.
     """
     from muco.training.recipe import dump_recipe, load_recipe
 
@@ -124,7 +124,7 @@ def train(
     from muco.training.trainer import train
 
     folder = train(resolved, resume=resume)
-    if distributed.rank() == 0:  # of several processes one speaks
+    if distributed.rank() == 0:  # one of several processes prints
         print_json({"model": str(folder)})
 
 
@@ -148,12 +148,12 @@ def embed(
     text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
     id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run; otherwise start again.")] = True,
+    resume: Annotated[bool, typer.Option(help="Resume an interrupted run; otherwise start again.")] = True,
     as_json: Json = False,
 ) -> None:
     """Embed images or rows into a Parquet file.
 
-    Inputs that cannot be read are listed, not fatal. An interrupted run goes on when the same command is given again.
+    Inputs that cannot be read are listed and left out. Run the same command again to resume an interrupted run.
     """
     from muco.embed import embed
 
@@ -183,7 +183,7 @@ def demo(
     """Train and search on this machine.
 
     Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
-    images, and writes one self-contained report.html. Give the same command again after an interruption: it goes on.
+    images, and writes one self-contained report.html. Run the same command again to resume after an interruption.
     """
     from muco.demo import run_demo
 
@@ -204,7 +204,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make; it must not exist.")],
     format: Annotated[str, typer.Option(help="sentence-transformers or vllm.")] = "sentence-transformers",
     adapters: Annotated[
-        str, typer.Option(help="merged into the weights, or separate; only a run's checkpoint has them still.")
+        str, typer.Option(help="merged into the weights, or separate, for which MODEL must be a checkpoint.")
     ] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")] = None,
     push: Annotated[
@@ -212,10 +212,10 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model for others, and check it.
+    """Write a model for other libraries, and check it.
 
-    Texts and images are embedded by plain transformers from the new folder, which gets its name only if the vectors are
-    the model's own; exit code 3 if they are not.
+    Plain transformers embeds texts and images from the new folder, which gets its name only if the vectors are the
+    model's own. Exit code 3 if they are not.
     """
     from muco.export import export
 
@@ -239,15 +239,10 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(FAILED_CHECK)
 
 
-def _complain(sentence: str) -> int:
-    print(f"muco: {sentence}", file=sys.stderr)
-    return USERS_INPUT
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line on ``argv`` (by default the process's arguments) and returns the exit code.
 
-    What a user can cause becomes one line on stderr; anything else is a defect of ours and keeps its traceback.
+    An error that a user can cause becomes one line on stderr; any other is a defect and keeps its traceback.
     """
     escape_what_streams_cannot_write()
     try:
@@ -255,15 +250,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         typer.main.get_command(app)(args=argv, prog_name="muco", obj=escaped(shlex.join(["muco", *words])))
     except SystemExit as stop:  # how Typer ends, also after usage errors (2) and Ctrl-C (130)
         return int(stop.code or 0)
-    except MucoError as error:
-        return _complain(" ".join(str(error).split()))
-    except UnicodeEncodeError as error:  # of a library that takes no such name
-        if not LONE_SURROGATE.search(error.object):
+    except (MucoError, OSError, UnicodeEncodeError) as error:
+        sentence = _sentence(error)
+        if not sentence:
             raise
-        name = escaped(error.object)
-        return _complain(f"{name:.200}: not UTF-8, or half a character; rename the file or folder, or repair the text")
-    except OSError as error:
-        if error.filename is None and error.errno not in DISK_FULL:
-            raise
-        return _complain(": ".join(str(part) for part in (error.filename, error.strerror) if part is not None))
+        print(f"muco: {sentence}", file=sys.stderr)
+        return USERS_INPUT
     return 0
+
+
+def _sentence(error: MucoError | OSError | UnicodeEncodeError) -> str:
+    """What to tell the user who caused an error; "" if it is a defect."""
+    if isinstance(error, UnicodeEncodeError):  # of a library that takes no such name
+        if not LONE_SURROGATE.search(error.object):
+            return ""
+        return f"{escaped(error.object):.200}: not UTF-8, or half a character; rename the file, or fix the text"
+    if isinstance(error, OSError):
+        if error.filename is None and error.errno not in DISK_FULL:
+            return ""
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    return " ".join(str(error).split())

@@ -34,7 +34,7 @@ Option = Annotated[
 
 def _open(path: Path, format: str, options: Sequence[str]) -> Data:
     from muco.data import open_data
-    from muco.training.recipe import parse_options
+    from muco.training.read import parse_options
 
     return open_data(path, format, parse_options(options))
 
@@ -56,7 +56,7 @@ def data_check(
 ) -> None:
     """Report what is wrong with data.
 
-    Reads all rows and images; counts, and names what is wrong by file, line and turn. Exit code 3 if anything is.
+    Reads all rows and images, counts them, and names what is wrong by file, line and turn. Exit code 3 if anything is.
     """
     from muco.data.check import check
     from muco.data.check_report import print_report
@@ -147,8 +147,8 @@ def data_caption(
 ) -> None:
     """Have a model caption the images of data.
 
-    Training by reconstruction reads the file: --option captions=FILE, or captions: FILE among a source's options. Each
-    image is asked about once; an interrupted run goes on when the command is given again.
+    Training by reconstruction reads the file: --option captions=FILE, or captions: FILE in a source's options. Each
+    image is sent once; run the same command again to resume an interrupted run.
     """
     import asyncio
 
@@ -189,10 +189,10 @@ def data_mine(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data with negatives.")],
     format: Format = "jsonl",
     option: Option = [],  # noqa: B006
-    negatives: Annotated[int, typer.Option(min=1, help="Negatives per turn, where so many qualify.")] = 3,
+    negatives: Annotated[int, typer.Option(min=1, help="Negatives per turn, if enough candidates qualify.")] = 3,
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first ranks, which hold right answers too.")] = 0,
     depth: Annotated[int, typer.Option(min=1, help="Leave out ranks from here on.")] = 100,
-    margin: Annotated[float | None, typer.Option(help="Cosine by which the right target has to be ahead.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Cosine by which the right target must be ahead.")] = None,
     relative_margin: Annotated[float | None, typer.Option(help="The same as a share of its cosine, e.g. 0.05.")] = None,
     max_score: Annotated[float | None, typer.Option(help="Highest cosine of a negative.")] = None,
     min_score: Annotated[float | None, typer.Option(help="Lowest cosine of a negative.")] = None,
@@ -200,14 +200,14 @@ def data_mine(
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     batch_size: BatchSize = 64,
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep vectors here, so that an interrupted run goes on.")
+        Path | None, typer.Option(metavar="DIR", help="Keep vectors here, so that an interrupted run can resume.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Find hard negatives with a model.
 
-    Writes the data as JSONL; every turn gets the targets, texts or images, of other images that the model takes for
-    right or nearly so. FILE.jsonl.json says how they were found.
+    Writes the data as JSONL. Every turn gets targets of other images, texts or images, that the model takes for right
+    or nearly so. FILE.jsonl.json records how they were found.
     """
     from muco.base.terminal import progress_bar
     from muco.model import load
@@ -233,7 +233,7 @@ def data_scenes(
     train: Annotated[int, typer.Option(min=1, help="Training scenes.")] = 20_000,
     dev: Annotated[int, typer.Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
     test: Annotated[int, typer.Option(min=1, help="Held-out scenes for the final scores.")] = 500,
-    seed: Annotated[int, typer.Option(help="The same seed and numbers give the same data.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and options draw the same data.")] = 0,
     size: Annotated[int, typer.Option(metavar="PX", help="Width and height of the images.")] = 84,
     objects: Annotated[
         list[int] | None,

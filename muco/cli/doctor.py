@@ -1,6 +1,6 @@
-"""``muco doctor``: what this machine and this installation have, so that a report of a problem can start with facts.
+"""``muco doctor``: the facts about this machine and this installation with which a bug report should start.
 
-What MuCo requires is read from its own installed metadata, so this file holds no second list of it.
+MuCo's requirements are read from its installed metadata, so that there is no second list of them here.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from muco.base.machine import VERSION
+from muco.base.machine import VERSION, installed
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import Console
 
-# Packages that MuCo runs without, and what each of them would give.
+# Packages that MuCo runs without, and what each of them adds.
 OPTIONAL = {
     "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
     "lancedb": "muco index, muco search",
@@ -34,7 +34,6 @@ OPTIONAL = {
     "ruff": "make check",
 }
 GIB = 1 << 30
-LAYOUT: dict[str, Any] = {"title_justify": "left", "box": None, "pad_edge": False}
 
 
 def examine() -> dict[str, Any]:
@@ -58,7 +57,7 @@ def examine() -> dict[str, Any]:
         "disk_free_gib": round(shutil.disk_usage(".").free / GIB, 1),
         "torch": torch,
         "required": required,
-        "optional": [{"name": name, "installed": _version(name), "gives": gives} for name, gives in OPTIONAL.items()],
+        "optional": [{"name": name, "installed": installed(name), "gives": gives} for name, gives in OPTIONAL.items()],
     }
 
 
@@ -66,22 +65,15 @@ def _requirements() -> list[Requirement]:
     """MuCo itself, then what it requires; the first is not met where muco is imported without being installed."""
     from packaging.requirements import Requirement
 
-    lines = metadata.requires("muco") or [] if _version("muco") else []
+    lines = metadata.requires("muco") or [] if installed("muco") else []
     requirements = [Requirement(line) for line in (f"muco=={VERSION}", *lines)]
     return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def _package(requirement: Requirement) -> dict[str, Any]:
-    installed = _version(requirement.name)
-    ok = installed is not None and requirement.specifier.contains(installed, prereleases=True)
-    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": installed, "ok": ok}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    version = installed(requirement.name)
+    ok = version is not None and requirement.specifier.contains(version, prereleases=True)
+    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": version, "ok": ok}
 
 
 def _memory_gib() -> float | None:
@@ -109,37 +101,36 @@ def _torch() -> dict[str, Any]:
 
 def print_report(found: Mapping[str, Any], console: Console) -> None:
     """Prints what :func:`examine` found as tables for people."""
-    from rich.table import Table
-
     torch = found["torch"]
-    facts = Table("", "", title="This machine", show_header=False, **LAYOUT)
-    for name in ("python", "platform", "cpu_count", "memory_gib", "disk_free_gib"):
-        facts.add_row(name, _word(found[name], "unknown"))
-    for name in ("threads", "error"):
-        if name in torch:
-            facts.add_row(f"torch {name}", _word(torch[name]))
-    for device in torch.get("devices", []):
-        bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
-        memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
-        facts.add_row("device", "  ".join(filter(None, (device["name"], memory, bf16))))
-    console.print(facts)
-
-    required = Table("package", "installed", "needs", "", title="\nRequired", **LAYOUT)
-    for package in found["required"]:
-        required.add_row(
-            package["name"],
-            _word(package["installed"]),
-            package["needs"],
-            "" if package["ok"] else "[red]not met[/red]",
-        )
-    console.print(required)
-
-    optional = Table("package", "installed", "what it gives", title="\nOptional", **LAYOUT)
-    for package in found["optional"]:
-        optional.add_row(package["name"], _word(package["installed"]), package["gives"])
-    console.print(optional)
+    names = ("python", "platform", "cpu_count", "memory_gib", "disk_free_gib")
+    facts = [(name, _word(found[name], "unknown")) for name in names]
+    facts += [(f"torch {name}", _word(torch[name])) for name in ("threads", "error") if name in torch]
+    facts += [("device", _device(device)) for device in torch.get("devices", [])]
+    _print_table(console, "This machine", ("", ""), facts)
+    required = [
+        (package["name"], _word(package["installed"]), package["needs"], "" if package["ok"] else "[red]not met[/red]")
+        for package in found["required"]
+    ]
+    _print_table(console, "\nRequired", ("package", "installed", "needs", ""), required)
+    optional = [(package["name"], _word(package["installed"]), package["gives"]) for package in found["optional"]]
+    _print_table(console, "\nOptional", ("package", "installed", "what it adds"), optional)
     missing = "[red]Not all requirements are met.[/red] In the folder of MuCo: pip install -c constraints.txt -e ."
     console.print("\nAll requirements are met." if found["ok"] else f"\n{missing}")
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
+    memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
+    return "  ".join(filter(None, (device["name"], memory, bf16)))
 
 
 def _word(value: object, absent: str = "missing") -> str:

@@ -1,8 +1,9 @@
-"""``muco evaluate …``: every command imports what it needs inside itself."""
+"""``muco evaluate …``: every command imports what it needs in its function."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,16 +14,15 @@ from muco.base.terminal import finish
 from muco.cli.options import BatchSize, Dimension, Json, Model, examples
 
 if TYPE_CHECKING:
-    from muco.model import Model as Encoder
     from muco.processor import Processor
 
 app = typer.Typer(no_args_is_help=True, help="Score a model on held-out data and benchmarks.")
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder for the scores, reports and cached embeddings; a run goes on.")
+    Path, typer.Option("--output", "-o", help="Folder for the scores, reports and cached embeddings; a run resumes.")
 ]
 Queries = Annotated[
-    int | None, typer.Option(min=1, help="Score so many queries per data set, drawn by the seed; the report says so.")
+    int | None, typer.Option(min=1, help="Score only N queries per data set, drawn by the seed; the report says so.")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 AllowMissing = Annotated[
@@ -74,7 +74,7 @@ def retrieval(
     candidates: Annotated[
         int, typer.Option(min=2, help="Length of the drawn lists of answers, the right one included.")
     ] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = None,
     dimension: Dimension = None,
     precision: Annotated[
         Precision, typer.Option(help="Score codes of this precision, as an index of them would find them.")
@@ -151,18 +151,19 @@ def mmeb(
     """Score MMEB: 36 data sets, hit@1 with ties lost.
 
     Reads both published layouts, TIGER-Lab/MMEB-eval and the one whose instructions stand apart. Writes JSON, CSV,
-    Markdown and an HTML page; a run that was stopped goes on. Also under torchrun.
+    Markdown and an HTML page; an interrupted run resumes. Also under torchrun.
     """
     from muco.data.mmeb_test import find_files
     from muco.evaluate.mmeb import evaluate_mmeb
 
     find_files(data)  # before the model: a mistyped path should not cost a minute
-    encoder, pixels = _encoder(model, own_pixels)
-    encoder.encoder.muco_processor.images_as_stored = official
     _run(
         evaluate_mmeb,
+        context,
+        model,
         as_json,
-        model=encoder,
+        own_pixels=own_pixels,
+        images_as_stored=official,
         data=data,
         output=output,
         images=images,
@@ -173,9 +174,6 @@ def mmeb(
         allow_missing=allow_missing,
         skip_broken=skip_broken,
         official=official,
-        **pixels,
-        command=context.obj,
-        model_path=model,
     )
 
 
@@ -212,17 +210,18 @@ def mbeir(
 ) -> None:
     """Score M-BEIR: 16 tasks, local and global pool.
 
-    hit@k is what M-BEIR calls Recall@k; true recall@k stands beside it. Pools are embedded once, in shards on disk, and
+    hit@k is what M-BEIR calls Recall@k; true recall@k is reported too. Pools are embedded once, in shards on disk, and
     searched exactly. Writes JSON, CSV, Markdown, an HTML page and TREC runs. Also under torchrun.
     """
     from muco.evaluate.mbeir import check_folder, evaluate_mbeir
 
     check_folder(data)  # before the model: a mistyped path should not cost a minute
-    encoder, pixels = _encoder(model, own_pixels)
     _run(
         evaluate_mbeir,
+        context,
+        model,
         as_json,
-        model=encoder,
+        own_pixels=own_pixels,
         data=data,
         output=output,
         pools=("local", "global") if pool is PoolChoice.both else (pool.value,),
@@ -234,9 +233,6 @@ def mbeir(
         strict=strict,
         allow_missing=allow_missing,
         skip_broken=skip_broken,
-        **pixels,
-        command=context.obj,
-        model_path=model,
     )
 
 
@@ -266,11 +262,12 @@ def beir(
     """
     from muco.evaluate.beir import evaluate_beir
 
-    encoder, pixels = _encoder(model, own_pixels=True)
     _run(
         evaluate_beir,
+        context,
+        model,
         as_json,
-        model=encoder,
+        own_pixels=True,
         data=data,
         output=output,
         split=split,
@@ -278,9 +275,6 @@ def beir(
         instruction=instruction,
         batch_size=batch_size,
         skip_broken=skip_broken,
-        **pixels,
-        command=context.obj,
-        model_path=model,
     )
 
 
@@ -302,23 +296,45 @@ def compare(
     finish(compare(a, b, samples=samples, seed=seed, level=level), as_json, print_comparison)
 
 
-def _encoder(path: str, own_pixels: bool) -> tuple[Encoder, dict[str, str]]:
-    """The model with the benchmarks' limits of image size, and what results say of them."""
+def _run(
+    evaluate: Callable[..., dict[str, Any]],
+    context: typer.Context,
+    path: str,
+    as_json: bool,
+    *,
+    own_pixels: bool,
+    images_as_stored: bool = False,
+    **settings: Any,
+) -> None:
+    """Runs a benchmark on the model at a path, with progress; one of several processes prints the result.
+
+    Args:
+        own_pixels: Keep the model's own limits of image size; otherwise a family that has such takes the benchmarks'.
+        images_as_stored: Do not turn images upright.
+    """
     from muco import distributed
+    from muco.base.terminal import progress_bar
+    from muco.evaluate.page import print_benchmark
     from muco.model import load
     from muco.processor import EVALUATION_PIXELS
 
     distributed.start()
-    encoder = load(path)
-    processor = encoder.encoder.muco_processor
-    if not own_pixels and processor.rotary_3d:  # other families have no such limits
+    model = load(path)
+    processor = model.encoder.muco_processor
+    processor.images_as_stored = images_as_stored
+    own = own_pixels or not processor.rotary_3d
+    if not own:
         processor.set_pixels(*EVALUATION_PIXELS)
-        return encoder, _pixels(processor, own=False)
-    return encoder, _pixels(processor, own=True)
+    pixels = _pixels(processor, own=own)
+    with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:
+        shown = progress if distributed.rank() == 0 else None
+        result = evaluate(model=model, model_path=path, command=context.obj, progress=shown, **pixels, **settings)
+    if distributed.rank() == 0:
+        finish(result, as_json, print_benchmark)
 
 
 def _pixels(processor: Processor, *, own: bool) -> dict[str, str]:
-    """The limits of image size, here and in training; of several processes one says on stderr if they differ."""
+    """The limits of image size, here and in training; one of several processes says on stderr if they differ."""
     from muco import distributed
     from muco.evaluate.benchmark import OWN_PIXELS, pixels_differ
 
@@ -331,15 +347,3 @@ def _pixels(processor: Processor, *, own: bool) -> dict[str, str]:
         for line in pixels_differ(used, trained):
             print(f"muco evaluate: {line}", file=sys.stderr)
     return {"pixels": used, "trained_pixels": trained}
-
-
-def _run(evaluate: Any, as_json: bool, **settings: Any) -> None:
-    """Runs a benchmark with progress; of several processes one speaks."""
-    from muco import distributed
-    from muco.base.terminal import progress_bar
-    from muco.evaluate.page import print_benchmark
-
-    with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:
-        result = evaluate(**settings, progress=progress if distributed.rank() == 0 else None)
-    if distributed.rank() == 0:
-        finish(result, as_json, print_benchmark)

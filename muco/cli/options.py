@@ -1,15 +1,12 @@
-"""What the commands share: options, and how they answer. No torch in this file."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
-USERS_INPUT, FAILED_CHECK = 1, 3
+USERS_INPUT, FAILED_CHECK = 1, 3  # exit codes
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder of a trained model, or its id on the Hugging Face hub.")
@@ -18,7 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass; does not change the result.")]
 Dimension = Annotated[
     int | None,
-    typer.Option(min=1, help="Cut vectors to their first so many numbers, for models trained with loss.dimensions."),
+    typer.Option(min=1, help="Cut vectors to their first N dimensions, for models trained with loss.dimensions."),
 ]
 
 

@@ -6,15 +6,12 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from muco.base.terminal import finish, print_json, print_pairs
 from muco.cli.options import BatchSize, Dimension, Json, examples
-
-if TYPE_CHECKING:
-    pass
 
 Place = Annotated[
     str, typer.Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
@@ -74,14 +71,14 @@ def index(
 ) -> None:
     """Make or update a search index.
 
-    Only what is new or changed is encoded. Inputs that cannot be read are listed, not fatal. An interrupted run goes on
-    when the same command is given again.
+    Encodes only what is new or changed. Inputs that cannot be read are listed and left out. Run the same command again
+    to resume an interrupted run.
     """
     from muco.search.index import Index
     from muco.search.update import build
 
     if input is None and (not delete or delete_missing):
-        raise typer.BadParameter("give an INPUT, or rows to --delete", context)
+        raise typer.BadParameter("pass an INPUT, or rows to --delete", context)
     result: dict[str, Any] = {}
     if delete:
         opened = Index.open(index)

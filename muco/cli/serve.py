@@ -1,4 +1,4 @@
-"""``muco serve``: everything that can be wrong is said before the first request. No torch at import."""
+"""``muco serve``: everything that can be wrong is reported before the first request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,6 @@ from muco.base.text import read_text
 from muco.cli.options import Model, examples
 from muco.errors import MucoError
 from muco.serve.run import _announce, _bound, _Gone, _load, _run, _trained_dimensions
-
-if TYPE_CHECKING:
-    pass
 
 TOKEN = "MUCO_SERVE_TOKEN"
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
@@ -155,5 +152,7 @@ def _origin(text: str) -> str:
     origin = text.lower().removesuffix("/")
     origin = origin.removesuffix(":443" if origin.startswith("https:") else ":80")
     if text != "*" and not ORIGIN.fullmatch(origin):
-        raise MucoError(f"--allow-origin {text!r}: give scheme, host and perhaps port, as https://app.example.com:8443")
+        raise MucoError(
+            f"--allow-origin {text!r}: write scheme, host and perhaps port, as https://app.example.com:8443"
+        )
     return origin

@@ -26,7 +26,7 @@ def study(
     scale: Annotated[float, typer.Option(help="Of data and steps: 0.1 to try it in a tenth of the time.")] = 1.0,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the cores.")] = 1,
     data: Annotated[
-        str | None, typer.Option(metavar="TRAIN", help="Train on these data instead of the scenes; give --test too.")
+        str | None, typer.Option(metavar="TRAIN", help="Train on this data instead of the scenes; needs --test.")
     ] = None,
     test: Annotated[str | None, typer.Option(metavar="TEST", help="Held-out data that goes with --data.")] = None,
     format: Annotated[str, typer.Option(help="Format of --data and --test, as in recipes.")] = "jsonl",
@@ -34,9 +34,9 @@ def study(
 ) -> None:
     """Repeat a claim of the paper at this machine's scale.
 
-    Trains and scores every run of the study with several seeds and writes a table, a plot and a page. Give the same
-    command again after an interruption, or with more seeds: only what is missing is run. Without a name it lists the
-    studies and what they ask.
+    Trains and scores every run of the study with several seeds and writes a table, a plot and a page. Run the same
+    command again after an interruption, or with more seeds: it runs only what is missing. Without a name it lists the
+    studies and their questions.
     """
     from muco.study.studies import FLOPS, find_study, questions
 
@@ -44,7 +44,7 @@ def study(
         finish(questions(), as_json, print_pairs)
         return
     if output is None:
-        raise typer.BadParameter("give a folder for data, runs and the page", param_hint="--output")
+        raise typer.BadParameter("pass a folder for data, runs and the page", param_hint="--output")
     if (data is None) != (test is None):
         raise typer.BadParameter("--data and --test go together", param_hint="--data")
     if name == FLOPS:

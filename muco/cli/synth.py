@@ -20,12 +20,13 @@ Rate = Annotated[
 ]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds for one request.")]
 Retries = Annotated[int, typer.Option(min=0, help="How often a request that failed is sent again.")]
-MaxFailures = Annotated[int, typer.Option(min=1, help="Stop when so many answers in a row are of no use.")]
+MaxFailures = Annotated[int, typer.Option(min=1, help="Stop after this number of unusable answers in a row.")]
 MaxRequests = Annotated[
-    int | None, typer.Option(min=1, help="Stop after so many requests; the same command goes on from there.")
+    int | None, typer.Option(min=1, help="Stop after this number of requests; the same command resumes there.")
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Stop after so many tokens, read and written; the same command goes on.")
+    int | None,
+    typer.Option(min=1, help="Stop after this number of tokens, read and written; the same command resumes."),
 ]
 MaxPixels = Annotated[int, typer.Option(min=784, help="Larger images are sent smaller.")]
 KeyVariable = Annotated[
@@ -44,7 +45,7 @@ Sampling = Annotated[list[str], typer.Option("--sampling", metavar="KEY=VALUE", 
 
 def sampling_of(words: list[str], **defaults: Any) -> dict[str, Any]:
     """The sampling that the options change the defaults to."""
-    from muco.training.recipe import parse_options
+    from muco.training.read import parse_options
 
     return defaults | parse_options(words)
 
@@ -66,7 +67,7 @@ def synth(
     captioner: Annotated[
         str, typer.Option("--captioner", metavar="URL", help="Base of an OpenAI-compatible API with a model that sees.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the data; goes on there.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the data; runs resume.")],
     captioner_model: Annotated[
         str | None, typer.Option(help="The model's name at that server, where it has more than one.")
     ] = None,
@@ -113,8 +114,8 @@ def synth(
 
     Asks models that you serve: one describes each image, another one writes seven questions with answers. Images that
     are too small, broken or duplicates are left out; what fails the checks is asked for again, then left out and
-    counted. DIR/README.md says what came of it, DIR/train.jsonl and DIR/M3T.parquet are the data. Killed at any moment,
-    the same command goes on.
+    counted. DIR/README.md reports the result; DIR/train.jsonl and DIR/M3T.parquet are the data. Run the same command
+    again to resume after a kill.
     """
     from muco.base.fetch import FetchLimits
     from muco.synth.limits import Budget, Limits
@@ -177,7 +178,7 @@ def _readable(result: Mapping[str, Any]) -> dict[str, str]:
         "shards": f"{result['finished']:,} of {result['shards']:,}",
         "rows": f"{result['rows']:,} with {result['pairs']:,} pairs: {counts(result['kinds'])}",
         "turned down": counts(down) or "nothing",
-        "unanswered": f"{result['unanswered']:,} pictures; give the same command again" if result["unanswered"] else "",
+        "unanswered": f"{result['unanswered']:,} pictures; run the same command again" if result["unanswered"] else "",
         "stopped": result["stopped"] or "",
     }
     shown |= {f"used, {role}": counts(used) for role, used in result["usage"].items()}

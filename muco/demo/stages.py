@@ -48,6 +48,7 @@ from muco.loss import chance_level
 from muco.model import Model, load
 from muco.training.batches import TrainingBatches
 from muco.training.build import build_model
+from muco.training.folder import MODEL, RUN_FILE
 from muco.training.mixture import Mixture, open_sources
 from muco.training.recipe import Recipe, load_recipe, to_dict
 from muco.training.trainer import train
@@ -86,7 +87,7 @@ def run_demo(
         stages.run("before", partial(score_untrained, recipe, held_out, cache))
 
         command = command_line(output, steps=steps, train=train, test=test, seed=seed)
-        folder = Path(recipe.output) / "model"
+        folder = Path(recipe.output) / MODEL
         stages.run("train", partial(train_model, recipe, command), makes=folder)
         model = load(folder)
         embedded = stages.result("after").get("model", model.fingerprint)  # by an earlier call
@@ -218,7 +219,7 @@ def score(model: Model, data: Data, cache: Path) -> dict[str, Any]:
 def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
     """Trains, or resumes training; the loss curve, and where and with what it was computed."""
     folder = train(recipe)
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     facts = {key: run[key] for key in ("steps", "loss", "finished")}
     return facts | {"command": command, "machine": machine(), "versions": versions()}
 

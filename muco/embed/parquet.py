@@ -1,14 +1,14 @@
-"""Embeds a folder of images, a JSONL or a Parquet file into one Parquet file. Streaming, and resumable after a kill.
+"""Embeds a folder of images, a JSONL or a Parquet file into one Parquet file; streams, and resumes after a kill.
 
 ::
 
     source.rows(start) ─threads: open images─▶ rows in order ─batches─▶ model.encode ─▶ <output>.parts/rows-….parquet
                                                                                            └─ merged ─▶ <output>
 
-A part is written whole (a temporary file, then a rename) and carries how many input rows it covers and which of them
-failed, so that the parts alone say where the next run goes on. At most one part's vectors and a bounded number of
-images are in memory. Images that a JSONL or Parquet file points at are not part of its fingerprint: after changing
-one of them, start again with ``resume=False``.
+A part is written whole and records how many input rows it covers and which of them failed, so that the parts alone
+say where the next run resumes. At most one part's vectors and a bounded number of images are in memory. The images
+that a JSONL or Parquet file names are not part of its fingerprint: after changing one, start again with
+``resume=False``.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def embed(
     """Writes one vector per input row to ``output``, in input order; rows that cannot be embedded are listed instead.
 
     Args:
-        input: A folder of images (recursive, sorted by relative path, which is the id; hidden files and linked folders
-            are left out), a JSONL file with ``text``, ``image`` (path relative to the file, or a list of paths; also
+        input: A folder of images (recursive, sorted by relative path, which is the id; without hidden files and linked
+            folders), a JSONL file with ``text``, ``image`` (path relative to the file, or a list of paths; also
             ``images``) and ``id`` per line, or a Parquet file with such columns (an image may also be bytes, or a
-            struct of ``bytes`` and ``path``). Other keys and columns are left out. A row without an id gets its
-            number, from 0.
+            struct of ``bytes`` and ``path``). Other keys and columns are ignored. A row without an id gets its number,
+            from 0.
         model: A model, or what :func:`muco.load` takes.
         output: A ``.parquet`` file with ``id``, ``embedding`` (fixed_size_list<float32>[d]), ``text`` and ``image``
-            (path as in the input, relative to the metadata's ``muco.image_root``; of several images their list in
-            JSON), null where not given. Failed rows are in ``<stem>.errors.jsonl`` beside it.
+            (path as in the input, relative to the metadata's ``muco.image_root``; several images as their list in
+            JSON), null where the row has none. Failed rows are in ``<stem>.errors.jsonl`` beside it.
         batch_size: Rows per call of the model; does not change the vectors.
-        dimension: Vectors are cut to their first so many numbers and normalised again; for models trained with
-            ``loss.dimensions``. None: as long as the model gives them.
-        resume: Continue an interrupted run. If false, what an earlier run left at ``output`` is replaced.
-        shard_rows: Rows per part: a kill loses at most so much work. May differ from run to run.
+        dimension: Cut vectors to their first N dimensions and normalise them again; for models trained with
+            ``loss.dimensions``. None: whole vectors.
+        resume: Resume an interrupted run. If false, the output of an earlier run is replaced.
+        shard_rows: Rows per part, the most work that a kill can lose. May differ from run to run.
         progress: True draws a bar on stderr, False keeps stderr empty; None draws it where stderr is a terminal.
     Returns:
         ``rows``, ``embedded``, ``failed`` of the whole output, ``passed_over`` (other files of a folder: their number
@@ -111,12 +111,13 @@ def embed(
             say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
             return _summary(parts, run, resumed=parts.rows, started=started, passed_over=passed_over)
         parts.begin(run)
-        if resumed := parts.rows:
+        resumed = parts.rows
+        if resumed:
             say(f"{output}: resuming after {resumed} rows")
         opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
-        encode = partial(
-            model.encode, show_progress_bar=False, **({"truncate_dim": dimension} if dimension < whole else {})
-        )
+        encode = partial(model.encode, show_progress_bar=False)
+        if dimension < whole:
+            encode = partial(encode, truncate_dim=dimension)
         with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
             task = bar.add_task("embed", total=source.total, completed=resumed)
             while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
@@ -143,9 +144,6 @@ def _summary(
     }
 
 
-# ── from rows to vectors ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _encode_part(encode: Encode, rows: Iterable[Row], batch_size: int, advance: Callable[[int], None]) -> list[Row]:
     """Each row with its vector or its error, without its image."""
     part: list[Row] = []
@@ -161,11 +159,11 @@ def _encode_part(encode: Encode, rows: Iterable[Row], batch_size: int, advance: 
 class Parts:
     """The folder ``<output>.parts``: ``run.json`` (what makes the vectors) and one Parquet file per finished part.
 
-    A folder without ``run.json`` holds nothing that counts: the file is written first and removed first. ``rows`` and
-    ``failed`` count what is finished.
+    A folder without ``run.json`` is ignored: the file is written first and removed first. ``rows`` and ``failed`` count
+    the finished rows.
 
     Raises:
-        OutputError: If the output is no possible one.
+        OutputError: If the output is not a ``.parquet`` file, or would replace the input.
     """
 
     def __init__(self, output: Path, input: Path) -> None:
@@ -175,23 +173,23 @@ class Parts:
         self.manifest = self.folder / "run.json"
         self.rows = self.failed = 0
         if output.suffix != ".parquet" or output.is_dir():
-            raise OutputError(f"{output}: the output is one file; give a name that ends in .parquet")
+            raise OutputError(f"{output}: the output is one file; choose a name that ends in .parquet")
         if input.resolve() in (output.resolve(), self.errors.resolve()):
-            raise OutputError(f"{output}: writing it would replace the input {input}; give another name")
+            raise OutputError(f"{output}: writing it would replace the input {input}; choose another name")
 
     def finished(self, run: dict[str, str]) -> bool:
-        """Whether the output is complete and of this run. Unfinished parts go first: they are there to replace it."""
+        """Whether the output is complete and of this run; unfinished parts are there to replace it."""
         if self.manifest.exists() or not self.output.exists():
             return False
         found = _metadata(self.output)
         if found is None or "muco.model" not in found:
-            raise OutputError(f"{self.output} exists and is not of `muco embed`; name another output, or {RESTART}")
+            raise OutputError(f"{self.output} exists and is not of `muco embed`; choose another output, or {RESTART}")
         self._compare(self.output, {key: found[f"muco.{key}"] for key in run}, run)
         self.rows, self.failed = int(found["muco.rows"]), int(found["muco.failed"])
         return True
 
     def begin(self, run: dict[str, str]) -> None:
-        """Makes the folder, or finds it and counts what is done."""
+        """Makes the folder, or counts the finished rows in it."""
         if self.manifest.exists():
             self._compare(self.folder, read_json(self.manifest), run)
             for path in self._paths():
@@ -201,7 +199,7 @@ class Parts:
         write_json(self.manifest, run)
 
     def add(self, part: list[Row], dimension: int) -> None:
-        """Writes the next part; its metadata hold its place, its number of input rows and its failed rows."""
+        """Writes the next part; its metadata holds its place, its number of input rows and its failed rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -222,12 +220,11 @@ class Parts:
         self._count(path)
 
     def merge(self, run: dict[str, str], dimension: int, image_root: Path) -> None:
-        """Parts into the output, some rows at a time, and the list of failed rows beside it; then the folder goes.
+        """Joins the parts into the output, writes the list of failed rows beside it, and removes the folder.
 
         Raises:
             DataError: If all rows failed; the list of them is written nevertheless.
         """
-
         with writing(self.errors, again=True):
             self._list_failed()
         if self.failed == self.rows:
@@ -260,7 +257,7 @@ class Parts:
                         writer.write_batch(batch)
 
     def clear(self) -> None:
-        """Removes the folder, and nothing in it that is not ours."""
+        """Removes the folder with the files that this class wrote, and no others."""
         if not self.folder.exists():
             return
         self.manifest.unlink(missing_ok=True)
@@ -269,7 +266,7 @@ class Parts:
         try:
             self.folder.rmdir()
         except OSError as error:
-            raise OutputError(f"{self.folder} holds other files; move them, or name another output") from error
+            raise OutputError(f"{self.folder} holds other files; move them, or choose another output") from error
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("rows-*.parquet"))
@@ -289,7 +286,7 @@ class Parts:
         differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in shown.items() if found[key] != run[key]]
         if differ:
             what = f"{place} is of a run that differs in {', '.join(differ)}"
-            raise OutputError(f"{what}; go back to it, name another output, or {RESTART}")
+            raise OutputError(f"{what}; go back to it, choose another output, or {RESTART}")
 
 
 def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
@@ -302,7 +299,7 @@ def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
 
 
 def _metadata(path: Path) -> dict[str, str] | None:
-    """What ``_schema`` was given, of a Parquet file; None if it is none or broken."""
+    """The facts that ``_schema`` put into a Parquet file; None if it is not one, or broken."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

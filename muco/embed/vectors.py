@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 
 
 DECODERS = 4  # threads that open images while the model encodes
-
 ROW_BYTES = 1 << 30  # opened images of one row
-
-DECODED_BYTES = 256 << 20  # opened images that may wait for the model, and that may stand in one batch
+DECODED_BYTES = 256 << 20  # opened images that wait for the model, and that are in one batch, at most
 
 Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
 
 
 def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
-    """The rows in order, their images opened by threads up to ``ahead`` rows before they are asked for.
+    """The rows in order; threads open their images up to ``ahead`` rows in advance.
 
-    Fewer, down to one per thread, where as many images of the largest size so far would take over DECODED_BYTES.
+    Fewer rows, down to one per thread, if that many images of the largest size so far take over ``DECODED_BYTES``.
     """
     window: deque[Future[Row]] = deque()
     allowed, largest = DECODERS, 0
@@ -59,14 +57,14 @@ def _open(row: Row) -> Row:
         for image in row.images:
             opened = replace(opened, images=(*opened.images, open_image(image)))
             if opened.decoded_bytes > ROW_BYTES:
-                raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; give fewer or smaller ones")
+                raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; use fewer or smaller ones")
     except DataError as error:
         return replace(row, images=(), error=str(error))
     return opened
 
 
 def in_batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
-    """Rows with opened images, as many at a time as pass together: fewer where their images are large."""
+    """Batches of rows with opened images; smaller ones where images are large."""
     batch: list[Row] = []
     for row in rows:
         batch.append(row)
@@ -78,7 +76,7 @@ def in_batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
 
 
 def encode_rows(encode: Encode, rows: list[Row]) -> list[Row]:
-    """Each row with its vector or its error, without its image; those that have an error already are not encoded."""
+    """Each row with its vector or its error, without its images; rows that have an error already are not encoded."""
     results = iter(_encode(encode, [row for row in rows if row.error is None]))
     encoded = []
     for row in rows:
@@ -89,7 +87,7 @@ def encode_rows(encode: Encode, rows: list[Row]) -> list[Row]:
 
 
 def _encode(encode: Encode, rows: list[Row]) -> list[np.ndarray | str]:
-    """A vector or a reason per row. One bad row must not cost its neighbours: its batch is then taken one by one."""
+    """A vector or a reason per row. If a row of a batch is bad, the rows are encoded one by one, so only it fails."""
     import numpy as np
 
     if not rows:

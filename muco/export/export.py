@@ -4,7 +4,7 @@
 
     source ─load, cast─▶ model ─write─▶ DIR.part ─plain transformers─▶ vectors ─equal to the model's?─▶ DIR ─▶ hub
 
-A folder gets its name only when it gives the model's vectors (:mod:`muco.export.parity`).
+A folder gets its name only if it gives the model's vectors (:mod:`muco.export.parity`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from muco.backbone import cast_weights, merge_adapters
-from muco.base.files import claimed, read_json, writing
+from muco.base.files import claimed, read_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
-from muco.export.card import ADAPTER, Format, _write_card
-from muco.export.parity import TOLERANCES, Parity, compare, examples, stock_vectors
+from muco.export.card import ADAPTER, Format, export_card, write_matryoshka
+from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, from_backbone, load
 from muco.processor import Processor, first_line
-from muco.training.checkpoint import RUN_FILE, WEIGHTS_FILE, load_trained
-
-if TYPE_CHECKING:
-    from muco.training.recipe import Recipe
+from muco.training.build import build_model, saved_dtype
+from muco.training.checkpoint import load_trained
+from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
+from muco.training.mixture import open_sources
+from muco.training.recipe import Recipe, from_dict, load_recipe
 
 INNER, WHOLE = "base_model.model.", "base_model.model.model."  # PEFT's names: of the inner model, within the whole one
 
@@ -70,26 +71,32 @@ def export(
             raise OutputError(f"{output} already exists; choose another folder or delete it")
         if push is not None:
             _check_push(push)
+        separate = adapters == "separate"
         model, recipe, own_dtype = _load(source)
-        if adapters == "separate":
+        if separate:
             _check_separable(source, model, format)
         before = _vectors(model)
-        changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=adapters == "separate")
+        changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=separate)
         expected = _vectors(model) if changed else before
         part = output.with_name(f"{output.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         with writing(part):
             part.mkdir(parents=True)
-            _write(model, part, format, separate=adapters == "separate")
-            _write_card(part, source, format, model, recipe, separate=adapters == "separate")
-        parity = _check(part, expected, model, format, separate=adapters == "separate")
-        found = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
+            _write(model, part, format, separate=separate)
+            _describe(part, source, format, model, recipe, separate=separate)
+        adapter = part / ADAPTER if separate else None
+        found = stock_vectors(part, generation=format == "vllm", adapter=adapter)
+        parity = compare(expected, found, str(model.encoder.model.dtype).removeprefix("torch."))
+        result = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
         if changed:
-            found["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
+            result["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
         if not parity.ok:
-            return found | {"part": str(part)}
+            return result | {"part": str(part)}
         os.replace(part, output)
-        return found | {"output": str(output)} | ({"url": _push(output, push)} if push else {})
+        result["output"] = str(output)
+        if push:
+            result["url"] = _push(output, push)
+        return result
 
 
 def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
@@ -98,43 +105,41 @@ def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]
 
 
 def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
-    """The model, the recipe where a run made it, and the precision in which it is saved if no other is asked for."""
-    from muco.training.recipe import from_dict, load_recipe
-
+    """The model, its recipe if MuCo trained it, and the precision in which it is saved by default."""
     folder = Path(source)
-    if not (folder / WEIGHTS_FILE).is_file():
-        recipe, model = folder / "recipe.yaml", load(source, device="cpu")
-        return model, load_recipe(recipe) if recipe.is_file() else None, model.encoder.model.dtype
-    from muco.data import open_data
-    from muco.training.build import build_model, saved_dtype
+    if (folder / WEIGHTS_FILE).is_file():
+        return _load_checkpoint(folder)
+    model, recipe = load(source, device="cpu"), folder / RECIPE_FILE
+    return model, load_recipe(recipe) if recipe.is_file() else None, model.encoder.model.dtype
 
+
+def _load_checkpoint(folder: Path) -> tuple[Model, Recipe, torch.dtype]:
     run = folder.parent.parent / RUN_FILE
     if not run.is_file():
         raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
-    values = read_json(run)["recipe"] | {"output": str(run.parent)}
-    made_by = from_dict(values)
-    trained_on = made_by.data.train if made_by.model.tiny else ()  # a tiny model's tokenizer is made from its data
-    model = build_model(made_by, [open_data(data.path, data.format, data.options) for data in trained_on])
+    recipe = from_dict(read_json(run)["recipe"] | {"output": str(run.parent)})
+    sources = open_sources(recipe) if recipe.model.tiny else []  # a tiny model's tokenizer is made from its data
+    model = build_model(recipe, sources)
     load_trained(model, folder)
-    own_dtype = saved_dtype(made_by, model.encoder.model)
-    if made_by.model.adapter is None:  # trained weights are held in float32, and frozen ones as they were
-        cast_weights(model.encoder.model, own_dtype)
-    return model.to("cpu").eval(), made_by, own_dtype
+    dtype = saved_dtype(recipe.model, model.encoder.model)
+    if recipe.model.adapter is None:  # trained weights are held in float32, and frozen ones as they were
+        cast_weights(model.encoder.model, dtype)
+    return model.to("cpu").eval(), recipe, dtype
 
 
 def _check_separable(source: str, model: Model, format: Format) -> None:
     backbone = model.encoder.model
     if not hasattr(backbone, "peft_config"):
         raise CheckpointError(
-            f"{source} has no adapters of its own (a finished model has them folded in); give a checkpoint of its run, "
-            "RUN/checkpoints/checkpoint-N, or leave --adapters at merged"
+            f"{source} has no adapters of its own (a finished model has them folded in); name a checkpoint of its run, "
+            "RUN/checkpoints/checkpoint-N, or use --adapters merged"
         )
     if format == "vllm" and backbone.peft_config["default"].use_dora:
         raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
 
 
 def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
-    """Casts all weights, adapters folded in before; those that stay separate remain float32. Tells if any changed."""
+    """Folds the adapters in, unless separate, and casts all other weights; returns whether any of these changed."""
     backbone = model.encoder.model
     adapted = hasattr(backbone, "peft_config")
     weights = [p for p in backbone.parameters() if not (adapted and p.requires_grad)]  # without those of adapters
@@ -165,7 +170,7 @@ def _write(model: Model, folder: Path, format: Format, *, separate: bool) -> Non
 
 
 def _without_adapters(adapted: Any) -> nn.Module:
-    """The plain model. Embeddings of trained tokens are in it, for few readers of adapters know of them."""
+    """The plain model with the trained embeddings of tokens in it, because few readers of adapters know of those."""
     embeddings = merge_adapters(copy.deepcopy(adapted)).get_input_embeddings().weight.data
     plain = copy.deepcopy(adapted).unload()
     plain.get_input_embeddings().weight.data = embeddings.clone()
@@ -201,16 +206,14 @@ def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
     save_file({k: w.detach().contiguous() for k, w in weights.items()}, folder / "adapter_model.safetensors")
 
 
-def _check(folder: Path, expected: dict[str, Any], model: Model, format: Format, *, separate: bool) -> Parity:
-    dtype = str(model.encoder.model.dtype).removeprefix("torch.")
-    found = stock_vectors(folder, generation=format == "vllm", adapter=folder / ADAPTER if separate else None)
-    return compare(expected, found, dtype)
-
-
-# Model cards
-
-
-# The hub
+def _describe(
+    folder: Path, source: str, format: Format, model: Model, recipe: Recipe | None, *, separate: bool
+) -> None:
+    shorter = sorted(recipe.loss.dimensions) if recipe else []
+    if format == "vllm" and shorter:
+        write_matryoshka(folder, shorter)
+    card = export_card(format, Path(source).name, model.get_embedding_dimension(), shorter, separate=separate)
+    write_text(folder / CARD_FILE, card)
 
 
 def _check_push(repository: str) -> None:
@@ -220,7 +223,7 @@ def _check_push(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise MucoError(f"--push {repository!r} is no name of a repository: {first_line(error)}") from error
+        raise MucoError(f"--push {repository!r} is not a valid repository name: {first_line(error)}") from error
     if repository.count("/") != 1:
         raise MucoError(f"--push {repository!r}: write it as NAMESPACE/NAME")
     if get_token() is None:

@@ -1,4 +1,4 @@
-"""Does an exported folder give the model's vectors in hands that know nothing of MuCo?
+"""Checks that plain transformers reproduces a model's vectors from an exported folder.
 
 The folder is read by plain transformers: its chat template makes the prompt, its image processor the pixels, its own
 code the positions and masks, and the hidden state of the last token is the vector. No missing or unexpected weight is
@@ -52,7 +52,7 @@ class Parity:
     @property
     def ok(self) -> bool:
         cosine, difference = TOLERANCES[self.dtype]
-        return self.cosine >= cosine and self.difference <= difference  # not so for vectors that are no numbers
+        return self.cosine >= cosine and self.difference <= difference  # False for NaN
 
 
 def examples() -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from muco.base.terminal import print_json
 from muco.errors import MucoError
+from muco.training.folder import RECIPE_FILE
 
 if TYPE_CHECKING:
     from muco.serve.app import Served
@@ -67,7 +68,7 @@ def _trained_dimensions(path: str) -> tuple[int, ...]:
     import yaml
     from transformers.utils.hub import cached_file
 
-    file = cached_file(path, "recipe.yaml", _raise_exceptions_for_missing_entries=False)
+    file = cached_file(path, RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return ()
     try:

@@ -24,9 +24,10 @@ from muco.base.files import write_json
 from muco.model import Model
 from muco.training.build import build_model
 from muco.training.flops import step_flops
+from muco.training.loop import MuCoTrainer
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict
-from muco.training.trainer import MuCoTrainer, make_trainer
+from muco.training.trainer import make_trainer
 
 UNTIMED, TIMED = 3, 12  # steps of a round
 

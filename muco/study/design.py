@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from muco.errors import MucoError
+from muco.training.folder import MODEL
 
 Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" and "seconds" of one of its steps
 
@@ -174,7 +175,7 @@ def recipe_of(
         values["warm_up"]["steps"] = max(1, round(warm_up * scale))
     if run.start is not None:
         model = {key: value for key, value in values["model"].items() if key != "tiny"}
-        values["model"] = model | {"path": str(folder_of(folder, run.start, seed) / "run" / "model")}
+        values["model"] = model | {"path": str(folder_of(folder, run.start, seed) / "run" / MODEL)}
     return values
 
 

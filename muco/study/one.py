@@ -24,6 +24,7 @@ from muco.study.probes import PROBES
 from muco.training.blind import add_blind_loss
 from muco.training.build import build_model
 from muco.training.flops import step_flops
+from muco.training.folder import RUN_FILE
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict
 from muco.training.trainer import make_trainer, train
@@ -46,7 +47,7 @@ def run_job(folder: Path) -> dict[str, Any]:
     probed = {
         name: value for probe in job.get("probes", ()) for name, value in PROBES[probe](model, test, recipe).items()
     }
-    run = json.loads((model_folder / "run.json").read_text(encoding="utf-8"))
+    run = json.loads((model_folder / RUN_FILE).read_text(encoding="utf-8"))
     result = {
         "job": job,
         "scores": flat_scores(scores) | {"loss": run["loss"][-1][1] if run["loss"] else None} | probed,

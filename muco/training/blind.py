@@ -17,6 +17,7 @@ import torch
 from muco.data.source import InMemory
 from muco.loss import MultiTurnLoss
 from muco.training.batches import TrainingBatches
+from muco.training.folder import RECIPE_FILE
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe, load_recipe
 
@@ -76,5 +77,5 @@ def add_blind_loss(result: dict[str, Any], model: Model, data: Data, recipe: Rec
 
 def recipe_of(model: str | Path) -> Recipe | None:
     """The recipe that a model folder was trained with; None for a model that was not trained here."""
-    file = Path(model) / "recipe.yaml"
+    file = Path(model) / RECIPE_FILE
     return load_recipe(file) if file.is_file() else None

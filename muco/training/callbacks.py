@@ -1,4 +1,4 @@
-"""What a run reports: the samples it used and left out, its progress on the screen, TensorBoard, its token budget."""
+"""The trainer's callbacks: the record of samples, the progress on the screen, TensorBoard, and the token budget."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Record(TrainerCallback, ExportableState):
     def __init__(self, output: Path, max_broken: float) -> None:
         self.file, self.max_broken = output / f"skipped-{distributed.rank()}.jsonl", max_broken
         self.own = {"samples": 0, "skipped": 0, "left_out_turns": 0}  # of this process since it began
-        self.before = dict(self.own)  # of all processes, in the checkpoint that was gone on from
+        self.before = dict(self.own)  # of all processes, in the checkpoint that was resumed
         self.total = dict(self.own)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forgets what a killed run listed after its last checkpoint: those steps are made again."""
+        """Removes what a killed run listed after its last checkpoint: those steps are made again."""
         if self.file.exists():
             lines = [
                 line for line in self.file.read_text(encoding="utf-8").splitlines() if _step(line) < state.global_step
@@ -77,13 +77,13 @@ class Record(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": self.total}
 
-    def go_on(self, counts: Mapping[str, int]) -> None:
-        """From the counts of a checkpoint."""
+    def resume(self, counts: Mapping[str, int]) -> None:
+        """Continues from the counts of a checkpoint."""
         self.before = {key: counts[key] for key in self.own}
 
 
 def _step(line: str) -> float:
-    """The step of a line; that of one which was cut off by a kill is never reached."""
+    """The step of a line; infinity for a line that a kill cut off."""
     try:
         return json.loads(line)["step"]
     except json.JSONDecodeError:
@@ -93,11 +93,11 @@ def _step(line: str) -> float:
 class ScreenProgress(TrainerCallback):
     """Shows a rich bar on a terminal; elsewhere prints one line per log step. Always on stderr."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
-        self.started = 0.0
+        self.started, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
@@ -125,7 +125,7 @@ class ScreenProgress(TrainerCallback):
         if "loss" in logs:
             speed = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
             text = f"loss {float(logs['loss']):.3f}  lr {float(logs['learning_rate']):.1e}  {speed:.2f} s/step"
-            skipped = self.trainer.record.own["skipped"]
+            skipped = self.record.own["skipped"]
             return text + (f"  {skipped} samples skipped" if skipped else "")
         scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if "hit@1" in k]
         return "  ".join(scores[:4])
@@ -137,7 +137,11 @@ class ScreenProgress(TrainerCallback):
 
 
 class TensorBoardLog(TensorBoardCallback):
-    """transformers' own; a log that cannot be written is an OutputError."""
+    """transformers' own, in a folder of ours; a log that cannot be written is an OutputError."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.logging_dir = str(folder)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         with writing(self.logging_dir):

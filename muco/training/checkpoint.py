@@ -1,14 +1,4 @@
-"""What a run leaves on disk, and how it is found again.
-
-::
-
-    <output>/
-    ├── run.json          the recipe, versions, data fingerprints: what the run is
-    ├── digests.json      of the data's files, so that a resumed run need not read them again
-    ├── checkpoints/      checkpoint-N: trained weights, optimizer, schedule, random states
-    ├── logs/             TensorBoard
-    └── model/            the finished model; appears whole or not at all
-"""
+"""What a run leaves on disk, and how it is found again; :mod:`muco.training.folder` names the files."""
 
 from __future__ import annotations
 
@@ -23,17 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from muco import distributed
-from muco.base.files import is_empty, read_json, write_json, writing
+from muco.base.files import is_empty, read_json, write_json, write_text, writing
 from muco.base.machine import versions
-from muco.base.text import escaped
 from muco.data.fingerprint import RULE
 from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.training.card import model_card
+from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
 from muco.training.recipe import Recipe, dump_recipe, from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -44,9 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-WEIGHTS_FILE = "trained.safetensors"
-DIGESTS_FILE = "digests.json"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 OTHER_RULE = (
     "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
     "changed since is taken from its paths and numbers of samples alone"
@@ -54,10 +49,11 @@ OTHER_RULE = (
 
 
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
-    """What makes a run the same run: its recipe (but for the folder) and its data; and the versions it began with."""
+    """What makes a run the same run: its recipe without the folder, and its data. Also the versions it began with."""
     settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
+    fingerprint = partial(_fingerprint, readable=recipe.data.broken_images == "skip")
     with ThreadPoolExecutor() as threads:
-        fingerprints = [*threads.map(partial(_fingerprint, recipe=recipe), sources)]
+        fingerprints = [*threads.map(fingerprint, sources)]
     data = [
         {"path": source.path, "samples": len(data), "fingerprint": fingerprint} | _missing(data)
         for source, data, fingerprint in zip(recipe.data.train, sources, fingerprints, strict=True)
@@ -65,8 +61,8 @@ def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     return {"recipe": settings, "data": data, "fingerprint_rule": RULE, "versions": versions()}
 
 
-def _fingerprint(data: Data, recipe: Recipe) -> str:
-    if recipe.data.broken_images == "skip" and hasattr(data, "readable_fingerprint"):
+def _fingerprint(data: Data, *, readable: bool) -> str:
+    if readable and hasattr(data, "readable_fingerprint"):
         return data.readable_fingerprint
     return data.fingerprint
 
@@ -104,9 +100,8 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         )
     if not resume:
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
-    model = output / "model"
-    if (model / "modules.json").is_file():
-        return model
+    if (output / MODEL / RUN_FILE).is_file():
+        return output / MODEL
     if known.get("fingerprint_rule") != RULE:
         log.warning(OTHER_RULE.format(output=output))
         write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
@@ -114,7 +109,7 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
 
 
 def _begun(output: Path) -> bool:
-    return (output / "model").exists() or any((output / "checkpoints").glob("checkpoint-*"))
+    return (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*"))
 
 
 def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -154,7 +149,7 @@ def last_complete(output: Path, processes: int = 1) -> Path | None:
         OutputError: If the run was made with another number of processes: their random states do not carry over.
     """
     complete = []
-    for folder in (output / "checkpoints").glob("checkpoint-*"):
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         if fault := _fault(folder):
             log.warning("%s is removed: it was not written to its end (%s)", folder, fault)
             shutil.rmtree(folder, ignore_errors=True)
@@ -171,13 +166,13 @@ def _fault(folder: Path) -> str:
     """Which file of a checkpoint is missing or cut; "" if none is. Reads what each file says of its own length."""
     try:
         # the trainer writes its state last
-        file = folder / "trainer_state.json"
+        file = folder / TRAINER_STATE_NAME
         json.loads(file.read_text(encoding="utf-8"))
         file = folder / WEIGHTS_FILE
         with safe_open(file, framework="pt"):
             pass
         random = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
-        for file in (folder / "optimizer.pt", folder / "scheduler.pt", *random):
+        for file in (folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME, *random):
             with zipfile.ZipFile(file):
                 pass
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
@@ -219,28 +214,35 @@ def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
             distributed.assign(parameter, weights[name])
 
 
+def save_sharded_optimizer(model: nn.Module, optimizer: Any, schedule: Any, folder: Path, *, writes: bool) -> None:
+    """Saves the whole state of a sharded optimizer. All processes call it; the one that ``writes`` writes."""
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if writes:
+        torch.save(state, folder / OPTIMIZER_NAME)
+        torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+
+
+def load_sharded_optimizer(model: nn.Module, optimizer: Any, schedule: Any, folder: Path) -> None:
+    state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
+    set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
 def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
     """Saves the finished model with its recipe, facts and card; the folder appears when all of it is there."""
-    with writing(output / "model", again=True):
-        return _save_final(output, model, recipe, facts, state)
-
-
-def _save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:
-    final, part = output / "model", output / "model.part"
-    shutil.rmtree(part, ignore_errors=True)
-    model.save(str(part), create_model_card=False)
-    (part / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    history = [entry for entry in state.log_history if "loss" in entry]
-    done = {
+    final, part = output / MODEL, output / f"{MODEL}.part"
+    run = {
         **facts,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": state.global_step,
-        "loss": [[entry["step"], entry["loss"]] for entry in history],
+        "loss": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
         "model_fingerprint": model.fingerprint,
     }
-    write_json(part / RUN_FILE, done)
-    (part / "README.md").write_text(
-        escaped(model_card(recipe, done, model.get_embedding_dimension())), encoding="utf-8"
-    )
-    os.replace(part, final)
+    with writing(final, again=True):
+        shutil.rmtree(part, ignore_errors=True)
+        model.save(str(part), create_model_card=False)
+        write_text(part / RECIPE_FILE, dump_recipe(recipe))
+        write_json(part / RUN_FILE, run)
+        write_text(part / CARD_FILE, model_card(run, model.get_embedding_dimension()))
+        os.replace(part, final)
     return final

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from muco.errors import MucoError
+from muco.errors import MucoError, did_you_mean
 from muco.evaluate.retrieval import Scoring, score_tasks
 
 if TYPE_CHECKING:
@@ -15,37 +15,23 @@ if TYPE_CHECKING:
 
 
 class RetrievalEvaluator(BaseEvaluator):
-    """Scores the model on a few samples; the trainer logs the numbers as ``eval_image_to_caption_hit@1`` and so on.
+    """Scores the model on a few samples; the trainer logs the scores as ``eval_image_to_caption_hit@1`` and so on.
 
-    No cache and no fingerprint are taken: the weights change between two calls. Nothing random is drawn and no file
-    is written, so that training goes on as if it had not been interrupted.
+    It uses no cache and no fingerprint, because the weights change between two calls. It draws nothing random and
+    writes no file, so that training continues as if it had not been interrupted.
 
     Args:
         data: Samples that are not trained on.
-        limit: Only the first so many; None: all of them.
-        candidates: See ``evaluate_retrieval``.
-        primary: The metric by which checkpoints are compared; without it the first of image_to_caption, answer, or
-            any other task that the data gives.
+        primary: The metric by which checkpoints are compared. None takes hit@1 of the first task of image_to_caption,
+            answer, and any other that the data has.
+        options: ``limit``, ``batch_size``, ``candidates`` and ``seed`` as for
+            :func:`muco.evaluate.retrieval.score_tasks`.
     """
 
-    def __init__(
-        self,
-        data: Data,
-        *,
-        limit: int | None = None,
-        batch_size: int = 64,
-        candidates: int = 100,
-        seed: int = 0,
-        primary: str | None = None,
-    ) -> None:
+    def __init__(self, data: Data, *, primary: str | None = None, **options: Any) -> None:
         super().__init__()
         self.data = data
-        self.options: dict[str, Any] = {
-            "limit": limit,
-            "batch_size": batch_size,
-            "candidates": candidates,
-            "seed": seed,
-        }
+        self.options = {"limit": None, "batch_size": 64, "candidates": 100, "seed": 0} | options
         self.primary_metric = primary
 
     def __call__(
@@ -54,7 +40,7 @@ class RetrievalEvaluator(BaseEvaluator):
         """hit@1 and MRR of every task (0 to 1), and ``collapsed`` (1 if the vectors are one point or not finite).
 
         Raises:
-            MucoError: If the data does not give the primary metric.
+            MucoError: If the data does not have the primary metric.
         """
         result = score_tasks(model, self.data, Scoring(**self.options))
         metrics = {"collapsed": float(result["collapsed"])}
@@ -65,8 +51,8 @@ class RetrievalEvaluator(BaseEvaluator):
             first = [name for name in ("image_to_caption", "answer", *result["tasks"]) if name in result["tasks"]]
             self.primary_metric = f"{first[0]}_hit@1"
         if self.primary_metric not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise MucoError(f"{self.primary_metric!r} is no metric of this data; there are {known}")
+            hint = did_you_mean(self.primary_metric, sorted(metrics))
+            raise MucoError(f"{self.primary_metric!r} is not a metric of this data{hint}")
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
 

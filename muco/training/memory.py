@@ -1,125 +1,113 @@
-"""How much of a device's memory a training step takes, estimated on the meta device.
+"""How much of a device's memory a training step takes, estimated on the meta device for any family of models.
 
-Nothing is allocated: the model of the true size passes its shapes through its layers, and what autograd keeps of them
-for the backward pass is added up. Left out: what driver and allocator take for themselves, often one to two GiB.
+Nothing is allocated. One row of the true size passes its shapes through the language model, and what autograd saves of
+it for the backward pass is added up. The vision tower must be frozen: then it saves nothing, and most towers cannot
+run without values. Not counted is what the driver and the allocator take for themselves, often one to two GiB.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-KEEPING = "muco_keeping"  # the name of our attention in transformers' registry
+from muco.training.meta_model import part_of
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device at the peak of a step.
+def activation_bytes(backbone: nn.Module, tokens: int, dtype: torch.dtype, *, masked: bool, checkpointing: bool) -> int:
+    """Bytes that one row needs in the language model until its backward pass is done.
 
     Args:
-        weights: Of the model; with bfloat16 autocast over float32 weights also the copies that autocast makes.
-        gradients: Of what is trained.
-        optimizer: AdamW's two moments.
-        activations: What the largest pass keeps for its backward pass, and the buffers of the layer at work.
-        features: Of frozen vision, for all images of a step.
-        loss: Vectors of all turns of all devices with their gradients, and blocks of scores.
+        backbone: On the meta device.
+        tokens: Of the row, visual ones included.
+        dtype: In which it computes.
+        masked: Whether the mask of isolated turns is passed as a matrix.
+        checkpointing: Whether a layer keeps only its input and is computed again in backward.
     """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    features: int
-    loss: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.features + self.loss
-
-
-def saved_bytes(forward: Callable[[], Any], weights: nn.Module) -> int:
-    """Bytes that autograd keeps of a forward pass, each storage once, the weights' own aside."""
-    own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses from being used again
+    language = copy.deepcopy(backbone.get_decoder()).to(dtype)
+    config = language.config
+    embeds = torch.empty(1, tokens, config.hidden_size, device="meta", dtype=dtype, requires_grad=True)
+    # of four dimensions, so that every family takes it as it is and looks at no value
+    mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    # A storage is one Python object as long as someone holds it; on the meta device it has no address.
+    weights = [parameter.untyped_storage() for parameter in language.parameters()]
+    own = {id(storage) for storage in weights}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if id(storage) not in own:
+            saved[id(storage)] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-        del result
-    return sum(storage.nbytes() for storage in kept.values())
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, _FusedAttention(None if masked else config.num_key_value_heads):
+        language(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+    sizes = [storage.nbytes() for storage in saved.values()]
+    kept, layers = sum(sizes), config.num_hidden_layers
+    if checkpointing:
+        kept = layers * embeds.nbytes + kept // layers
+    # the mask as a rule and as a bias; gradients of the widest buffers of a layer
+    masks = tokens**2 * (1 + embeds.element_size()) if masked else 0
+    return kept + masks + 3 * max(sizes)
 
 
-def activation_bytes(
-    language: nn.Module, rows: int, length: int, *, tree: bool, checkpointing: bool, flex: bool = False
-) -> int:
-    """Bytes that one pass of a language model needs until its backward pass is done.
+def held_bytes(backbone: nn.Module, dtype: torch.dtype, *, shards: int) -> dict[str, int]:
+    """Bytes of ``weights``, ``gradients`` and ``optimizer`` (AdamW's two moments) that a device holds.
 
     Args:
-        language: On the meta device, in the dtype in which it computes. It takes ``inputs_embeds``.
-        tree: Whether the mask of isolated turns is given.
-        checkpointing: Whether a layer keeps its input only and is computed again in backward.
-        flex: Whether the mask is a rule and no matrix.
+        backbone: On the meta device, as it is trained, with a frozen vision tower.
+        dtype: In which it computes: autocast keeps copies of weights that are held in another precision.
+        shards: Devices over which all but the vision tower is spread.
     """
-    config = language.config
-    embeds = torch.empty(1, length, config.hidden_size, device="meta", dtype=language.dtype, requires_grad=True)
-    positions = torch.empty(3, 1, length, dtype=torch.long, device="meta")
-    mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta") if tree and not flex else None
-
-    def forward() -> Tensor:
-        return language(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-
-    kept = rows * saved_bytes(forward, language)
-    one_layer = kept // config.num_hidden_layers
-    state = rows * length * config.hidden_size * embeds.element_size()
-    if checkpointing:
-        kept = config.num_hidden_layers * state + one_layer
-    # the mask as a rule and as a bias; gradients of the widest buffers of a layer
-    masks = rows * length**2 * (1 + embeds.element_size()) if mask is not None else 0
-    widest = 3 * rows * length * config.intermediate_size * embeds.element_size()
-    return kept + masks + widest
+    weights = trained = vision = 0
+    for name, parameter in backbone.named_parameters():
+        weights += parameter.nbytes
+        trained += parameter.nbytes if parameter.requires_grad else 0
+        vision += parameter.nbytes if part_of(name) == "vision" else 0
+    language = backbone.get_decoder()
+    if dtype != language.dtype:
+        weights += sum(parameter.numel() for parameter in language.parameters()) * dtype.itemsize
+    return {
+        "weights": (weights - vision) // shards + vision,
+        "gradients": trained // shards,
+        "optimizer": 2 * trained // shards,
+    }
 
 
-def computing(language: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a language model on the meta device that computes in ``dtype`` throughout, as under autocast."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+class _FusedAttention(TorchFunctionMode):
+    """Saves of attention what fused kernels save; on the meta device torch would save every score.
 
-    AttentionInterface.register(KEEPING, _attention)
-    AttentionMaskInterface.register(KEEPING, sdpa_mask)
-    copied = copy.deepcopy(language).to(dtype)
-    copied.set_attn_implementation(KEEPING)
-    return copied
+    Args:
+        kv_heads: Heads of the keys and values to save; None saves them as they are passed, with a mask repeated for
+            all heads.
+    """
 
+    def __init__(self, kv_heads: int | None) -> None:
+        super().__init__()
+        self.kv_heads = kv_heads
 
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Keeps what fused kernels keep; what torch computes on the meta device would keep all attention weights."""
-    if mask is not None:  # sdpa then repeats the keys and values that several heads share
-        key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
-    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        if self.kv_heads is not None:
+            key, value = key[:, : self.kv_heads].clone(), value[:, : self.kv_heads].clone()
+        return _Attention.apply(query, key, value)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, sums)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        raise AssertionError("only what is kept for backward is counted")
+        raise AssertionError("only what is saved for backward is counted")

@@ -1,24 +1,23 @@
-"""Hard negatives from a model: for every turn the targets of other images that the model takes for right, or nearly so.
+"""Hard negatives from a model: for every turn, targets of other images that the model takes for right, or nearly so.
 
-    data ─▶ every query and target once ─embed─▶ vectors ─library's miner─▶ ranked candidates ─▶ data with ``negatives``
+    data ─▶ every query and target once ─embed─▶ vectors ─cosine─▶ ranked candidates ─▶ data with ``negatives``
 
-Ranking, ranges and margins are sentence-transformers' :func:`mine_hard_negatives`; ours is who may be a negative: never
-a target of the same image, which answers another question about it, nor one that equals a right target.
+Ranks and margins mean what they mean in sentence-transformers' ``mine_hard_negatives``, which embeds by itself and so
+takes no vectors. Never a negative is a target of the same image, which answers another question about it, nor one that
+equals a right target.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from datasets import Dataset
-from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
+from sentence_transformers.util import cos_sim
 
 from muco.base.files import claimed, write_json
 from muco.base.machine import versions
@@ -30,7 +29,7 @@ from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 
 SCORES = 1 << 28  # similarities in memory at a time, 4 bytes each
-QUERIES = 4096  # at most so many are mined at a time
+QUERIES = 4096  # most queries that are mined at a time
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,15 @@ class Mining:
     """Which candidates become hard negatives.
 
     Args:
-        negatives: So many per turn, or fewer where fewer qualify.
-        skip: The first so many ranks are left out: false negatives are most likely among them. Rank 0 is the candidate
-            most similar to the query but for its own targets.
-        depth: Ranks from here on are too easy.
-        margin: A negative scores less than the right target by at least this much cosine; None for no margin.
-        relative_margin: The same as a share of the right target's score; 0.05 wants at most 95 % of it.
+        negatives: Negatives per turn; fewer where fewer qualify.
+        skip: Leaves out the first ranks, where false negatives are most likely. Rank 0 is the candidate most similar to
+            the query, without the query's own targets.
+        depth: Leaves out ranks from here on as too easy.
+        margin: The cosine by which a negative must score below the right target; None for no margin.
+        relative_margin: The same as a share of the right target's score; 0.05 takes at most 95 % of it.
         max_score, min_score: Bounds of a negative's cosine.
         sample: "top" takes the first that qualify, "random" draws among all of them.
-        seed: Of that draw.
+        seed: Seed of that draw.
     """
 
     negatives: int = 3
@@ -61,19 +60,20 @@ class Mining:
 
     def __post_init__(self) -> None:
         if self.negatives < 1 or self.skip < 0:
-            raise MucoError(f"mining: {self.negatives} negatives, skip {self.skip}; give at least 1 and at least 0")
+            raise MucoError(f"mining: {self.negatives} negatives, skip {self.skip}; set at least 1 and at least 0")
         if self.depth < self.skip + self.negatives:
             raise MucoError(
                 f"mining: ranks {self.skip} to {self.depth} do not hold {self.negatives} negatives; raise depth"
             )
         if self.sample not in ("top", "random"):
-            raise MucoError(f"mining: sample is {self.sample!r}; give 'top' or 'random'")
+            raise MucoError(f"mining: sample is {self.sample!r}; set 'top' or 'random'")
         for name in ("margin", "relative_margin"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise MucoError(f"mining: {name} is {value}; give 0 or more")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise MucoError(f"mining: {name} is {value}; set 0 or more")
 
     def takes(self, score: float, right: float) -> bool:
-        """Whether a candidate of this cosine qualifies where the right target, the lowest of several, has that one."""
+        """Whether a candidate qualifies by its cosine; ``right`` is that of the right target, the lowest of several."""
         return (
             (self.margin is None or score + self.margin <= right)
             and (self.relative_margin is None or score <= right - abs(right) * self.relative_margin)
@@ -97,8 +97,8 @@ def mine(
     Of paraphrases the first is embedded. Candidates are the targets of the data, texts and images. Memory: all vectors.
 
     Args:
-        cache: Folder of encoded vectors, with which an interrupted call goes on; it may be deleted afterwards.
-        progress: Called with (contents encoded or queries mined, how many there are).
+        cache: Folder of encoded vectors, with which an interrupted call resumes; it may be deleted afterwards.
+        progress: Called with (contents encoded or queries mined, their total number).
     Returns:
         Counts: ``turns``, ``queries``, ``candidates``, ``mined``, ``turns_with_fewer``, and ``output``.
     Raises:
@@ -117,10 +117,9 @@ def mine(
             cache=None if cache is None else EmbeddingCache(cache, **fingerprints),
             progress=progress,
         )
-        known = _Vectors(dict(zip(keys, vectors, strict=True)))
-        mined = _mine(pairs, known, mining, progress)
+        mined = _mine(pairs, dict(zip(keys, vectors, strict=True)), mining, progress)
         write_jsonl(output, _rows(data, pairs, mined, output.absolute().parent))
-        found = [len(mined.get(key, ())) for key in pairs.queries()]
+        found = [len(mined.get(query, ())) for queries in pairs.turns for query in queries]
         counts = {
             "turns": len(found),
             "queries": len(pairs.right),
@@ -140,101 +139,54 @@ class _Pairs:
         self.book = Book()
         self.candidates: dict[str, None] = {}  # in order of first mention
         self.right: dict[str, dict[str, None]] = {}  # query -> its targets
-        self.barred: dict[str, set[Hashable]] = {}  # query -> identities: its targets, the targets of its images
-        self._turns: list[list[str]] = []  # per sample, the query of each turn
-        self._identities: dict[str, Hashable] = {}
-        groups: dict[Hashable, list[str]] = {}  # queries of one image
-        answers: dict[Hashable, set[Hashable]] = {}  # targets of one image
+        self.turns: list[list[str]] = []  # per sample, the query of each turn
+        self._identities: dict[str, Hashable] = {}  # of targets
+        self._images: dict[str, set[Hashable]] = defaultdict(set)  # query -> identities of the images it is about
+        self._answers: dict[Hashable, set[Hashable]] = defaultdict(set)  # such an identity -> those of its targets
         for index in range(len(data)):
             sample = data[index]
-            group = sample_key(sample, 0, index)
-            self._turns.append([self._add(sample, turn, groups, answers, group) for turn in sample.turns])
-        for group, queries in groups.items():
-            for query in queries:
-                self.barred.setdefault(query, set()).update(answers[group])
+            image = sample_key(sample, 0, index)
+            self.turns.append([self._add(sample, turn, image) for turn in sample.turns])
 
-    def _add(self, sample: Sample, turn: Turn, groups: dict, answers: dict, group: Hashable) -> str:
+    def _add(self, sample: Sample, turn: Turn, image: Hashable) -> str:
         asked = turn.query[0]
         query = self.book.add(Content(asked.text, (*sample.images, *asked.images)), sample.place)
         target = self.book.add(turn.target[0], sample.place)
         self.candidates[target] = None
         self.right.setdefault(query, {})[target] = None
-        groups.setdefault(group, []).append(query)
-        answers.setdefault(group, set()).update(target_key(content, sample.place) for content in turn.target)
+        self._images[query].add(image)
+        self._answers[image].update(target_key(content, sample.place) for content in turn.target)
         self._identities[target] = target_key(turn.target[0], sample.place)
         return query
 
-    def queries(self) -> Iterator[str]:
-        """The query of every turn, in the order of the data."""
-        for turns in self._turns:
-            yield from turns
-
-    def of(self, index: int) -> list[str]:
-        return self._turns[index]
-
     def allowed(self, query: str, target: str) -> bool:
-        return self._identities[target] not in self.barred[query]
-
-
-class _Vectors:
-    """What the library's miner takes for a model: it knows the vector of every key."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, vectors: Mapping[str, np.ndarray]) -> None:
-        self.vectors = vectors
-
-    def encode_query(self, keys: Sequence[str], **_: Any) -> np.ndarray:
-        return np.stack([self.vectors[key] for key in keys])
-
-    encode_document = encode_query
-    similarity = staticmethod(cos_sim)
-    similarity_pairwise = staticmethod(pairwise_cos_sim)
+        """Whether a target answers no turn of the query's images."""
+        return not any(self._identities[target] in self._answers[image] for image in self._images[query])
 
 
 def _mine(
-    pairs: _Pairs, known: _Vectors, mining: Mining, progress: Callable[[int, int], None] | None
+    pairs: _Pairs, vectors: Mapping[str, np.ndarray], mining: Mining, progress: Callable[[int, int], None] | None
 ) -> dict[str, list[str]]:
     """Query -> its hard negatives, most similar first."""
     candidates, queries = list(pairs.candidates), list(pairs.right)
+    corpus = np.stack([vectors[candidate] for candidate in candidates])
+    numbers = {candidate: number for number, candidate in enumerate(candidates)}
     at_once = max(1, min(QUERIES, SCORES // len(candidates)))
     mined: dict[str, list[str]] = {}
     for start in range(0, len(queries), at_once):
         part = queries[start : start + at_once]
-        for query, (right, ranked) in _ranked(part, candidates, pairs, known, mining).items():
-            usable = [t for t, score in ranked if mining.takes(score, right) and pairs.allowed(query, t)]
+        similarities = cos_sim(np.stack([vectors[query] for query in part]), corpus)
+        for query, scores in zip(part, similarities, strict=True):
+            targets = [numbers[target] for target in pairs.right[query]]
+            right = float(scores[targets].min())
+            scores[targets] = -math.inf  # of no rank
+            ranked = scores.topk(min(mining.depth, len(candidates) - len(targets))).indices[mining.skip :]
+            fit = [candidates[number] for number in ranked.tolist() if mining.takes(float(scores[number]), right)]
+            usable = [candidate for candidate in fit if pairs.allowed(query, candidate)]
             mined[query] = _choice(query, usable, mining)
         if progress:
             progress(start + len(part), len(queries))
     return mined
-
-
-def _ranked(
-    queries: Sequence[str], candidates: list[str], pairs: _Pairs, known: _Vectors, mining: Mining
-) -> dict[str, tuple[float, list[tuple[str, float]]]]:
-    """Query -> lowest cosine of its targets, and the candidates of the wanted ranks with theirs, most similar first.
-
-    The library's own margins are not used: by them the depth would depend on which queries are mined together.
-    """
-    rows = [(query, target) for query in queries for target in pairs.right[query]]
-    with redirect_stderr(io.StringIO()):  # its bar of one step cannot be switched off
-        found = mine_hard_negatives(
-            Dataset.from_dict({"query": [q for q, _ in rows], "target": [t for _, t in rows]}),
-            known,
-            corpus=candidates,
-            range_min=mining.skip,
-            range_max=mining.depth,
-            num_negatives=mining.depth - mining.skip,
-            output_format="labeled-list",
-            output_scores=True,
-            faiss_batch_size=len(queries),
-            verbose=False,
-        )
-    ranked: dict[str, tuple[float, list[tuple[str, float]]]] = {}
-    for row in found:  # a query with two targets has two rows with the same negatives
-        right = min(row["scores"][0], ranked.get(row["query"], (row["scores"][0],))[0])
-        ranked[row["query"]] = right, list(zip(row["target"][1:], row["scores"][1:], strict=True))
-    return ranked
 
 
 def _choice(query: str, usable: list[str], mining: Mining) -> list[str]:
@@ -247,7 +199,7 @@ def _choice(query: str, usable: list[str], mining: Mining) -> list[str]:
 def _rows(data: Data, pairs: _Pairs, mined: Mapping[str, list[str]], folder: Path) -> Iterator[dict[str, Any]]:
     for index in range(len(data)):
         sample = data[index]
-        found = [[pairs.book.contents[k] for k in mined.get(key, ())] for key in pairs.of(index)]
+        found = [[pairs.book.contents[k] for k in mined.get(key, ())] for key in pairs.turns[index]]
         turns = [
             Turn(turn.query, turn.target, turn.kind, tuple(dict.fromkeys((*turn.negatives, *added))))
             for turn, added in zip(sample.turns, found, strict=True)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import muco.data.items
 import muco.data.lines
-import muco.embed
+import muco.embed.vectors
 from muco.base.files import claimed
 from muco.data.items import COLUMNS, open_items
 from muco.dialogue import as_content
@@ -278,7 +278,7 @@ def test_batches_and_parts_change_nothing(tmp_path_factory, batch: int, part: in
     source = write_jsonl(folder / "items.jsonl", lines)
     with pytest.MonkeyPatch.context() as patch:
         if held:  # no two images may wait at once
-            patch.setattr(muco.embed, "DECODED_BYTES", 1)
+            patch.setattr(muco.embed.vectors, "DECODED_BYTES", 1)
         summary = run(source, folder / "out.parquet", batch_size=batch, shard_rows=part)
     good = [i for i in range(13) if i not in bad]
     rows, vectors = read(folder / "out.parquet")
@@ -352,7 +352,7 @@ def test_rows_are_opened_only_a_little_ahead_of_the_model(
     monkeypatch.setattr(
         muco.data.items, "read_row", lambda record, *rest: numbers.append(record.number) or make_row(record, *rest)
     )
-    monkeypatch.setattr(muco.embed, "DECODED_BYTES", held)
+    monkeypatch.setattr(muco.embed.vectors, "DECODED_BYTES", held)
     (tmp_path / "in").mkdir()
     for i in range(80):
         picture(i).save(tmp_path / "in" / f"{i}.png")
@@ -388,7 +388,7 @@ def test_images_are_let_go_once_encoded_and_large_ones_make_small_batches(
             self.alive.append(sum(image() is not None for image in self.images))
             return super().encode(inputs, **kwargs)
 
-    monkeypatch.setattr(muco.embed, "DECODED_BYTES", held)
+    monkeypatch.setattr(muco.embed.vectors, "DECODED_BYTES", held)
     (tmp_path / "in").mkdir()
     for i in range(24):
         picture(i).save(tmp_path / "in" / f"{i}.png")
@@ -688,11 +688,11 @@ def test_a_line_without_end_is_refused_before_the_work(tmp_path: Path, monkeypat
 
 
 def test_the_images_of_a_row_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muco.embed, "ROW_BYTES", 3 * 3 * 40 * 30)
+    monkeypatch.setattr(muco.embed.vectors, "ROW_BYTES", 3 * 3 * 40 * 30)
     (tmp_path / "a.png").write_bytes(png(1))
     rows = [{"images": ["a.png"] * number} for number in (3, 4)]
     assert run(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet")["failed"] == 1
-    assert "give fewer or smaller ones" in errors(tmp_path / "out.errors.jsonl")[0]["reason"]
+    assert "use fewer or smaller ones" in errors(tmp_path / "out.errors.jsonl")[0]["reason"]
 
 
 def test_a_cell_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:

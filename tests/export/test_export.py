@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_another_precision_is_said_and_checked(saved, tmp_path):
 
 
 def test_a_folder_that_gives_other_vectors_gets_no_name(saved, tmp_path, monkeypatch):
-    import muco.export.export as module
+    module = import_module("muco.export.export")
 
     write = module._write
 

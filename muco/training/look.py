@@ -1,0 +1,128 @@
+"""The data of a dry run: some samples are read and tokenised, and their sizes and negatives noted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from muco.data import open_data
+from muco.data.source import Data, InMemory
+from muco.dialogue import Sample, Turn
+from muco.errors import DataError, RecipeError
+from muco.loss import MultiTurnLoss
+from muco.negatives import Variety
+from muco.processor import Processor
+from muco.training.batches import TrainingBatches
+from muco.training.checks import NO_NEGATIVE, check_budget
+from muco.training.mixture import Mixture
+from muco.training.recipe import DataRecipe, Recipe
+
+LOOK = 64  # samples that are read, over all sources
+ASSUMED = Sample(
+    Image.new("RGB", (952, 644)), [Turn("word " * 24, "word " * 14, kind="retrieval")] * 7, where="the assumed sample"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The dialogues that were looked at; int64 arrays with one entry per sample.
+
+    Args:
+        query: Tokens of the query dialogue.
+        target: Tokens of each target dialogue; hard negatives have dialogues of their own, so these may be more.
+        visual: Visual tokens.
+        turns: Turns.
+        images: Images of the query dialogue.
+    """
+
+    query: np.ndarray
+    target: np.ndarray
+    visual: np.ndarray
+    turns: np.ndarray
+    images: np.ndarray
+
+
+def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
+    """The training sets, None for one that cannot be opened; this, and a bad validation set, become problems."""
+    train = [(source.path, source.format, source.options) for source in data.train]
+    validation = [(data.validation, "jsonl", {})] if data.validation else []
+    sources: list[Data | None] = []
+    for path, format, options in train + validation:
+        try:
+            sources.append(open_data(path, format, options))
+        except DataError as error:
+            problems.append(str(error))
+            sources.append(None)
+    return sources[: len(train)]
+
+
+def look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Iterator[Sample]:
+    """Some samples of every source, spread over all of it; rows that cannot be read become problems."""
+    known = [source for source in sources if source is not None]
+    for number, source in enumerate(known):
+        count = min(len(source), math.ceil(LOOK / len(known)))
+        for index in sorted(np.random.default_rng([seed, number]).choice(len(source), count, replace=False).tolist()):
+            try:
+                yield source[index]
+            except DataError as error:
+                problems.append(str(error))
+
+
+def measure(
+    recipe: Recipe, looked: InMemory, processor: Processor, problems: list[str], broken: list[str]
+) -> tuple[Measured, list[Variety]]:
+    """The sizes of the samples, and what the loss has to know of their negatives.
+
+    Args:
+        problems: Takes a token budget that is too small, once.
+        broken: Takes samples that cannot be used.
+    Raises:
+        DataError: If none can be used.
+    """
+    batches = TrainingBatches([looked], Mixture([len(looked)], [1.0], 1, 0), processor, recipe.turns, seed=recipe.seed)
+    found: dict[str, list[int]] = {"query": [], "target": [], "visual": [], "turns": [], "images": []}
+    varieties = []
+    for number in range(len(looked)):
+        try:
+            batch = batches[number]
+            check_budget(recipe.batch.token_budget, batch)
+        except DataError as error:
+            broken.append(str(error))
+            continue
+        except RecipeError as error:
+            if not any("batch.token_budget" in problem for problem in problems):
+                problems.append(str(error))
+        found["query"].append(int(batch["query"]["attention_mask"].sum()))
+        found["target"] += batch["target"]["attention_mask"].sum(dim=1).tolist()
+        found["visual"].append(int((batch["query"]["input_ids"] == processor.image_id).sum()))
+        found["turns"].append(len(batch["query"]["turn_rows"]))
+        found["images"].append(len(batch["query"].get("image_rows", ())))
+        varieties.append(Variety.of(batch["ids"]))
+    if not found["query"]:
+        raise DataError(f"none of {len(looked)} samples can be used; the first: {broken[0]}")
+    return Measured(**{name: np.array(values) for name, values in found.items()}), varieties
+
+
+def look_for_negatives(
+    loss: MultiTurnLoss,
+    batch_size: int,
+    sources: Sequence[Data | None],
+    varieties: Sequence[Variety],
+    *,
+    problems: list[str],
+    notes: list[str],
+) -> None:
+    """Reports that no turn looked at can have a negative: a problem if this is all the data, else a note."""
+    if problems:
+        return  # what was looked at is not the data, or not all of it
+    reason = loss.why_no_negative(varieties)
+    if reason:
+        whole = sum(map(len, sources)) == len(varieties)
+        samples = "the data" if whole else f"what was read of the data ({len(varieties)} samples)"
+        (problems if whole else notes).append(NO_NEGATIVE.format(samples=samples, reason=reason))
+    elif batch_size == 1 and all(loss.why_no_negative([own]) for own in varieties):
+        notes.append("batch.size: 1 gives no turn a negative but for hard negatives, and none were found; raise it")

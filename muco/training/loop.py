@@ -1,0 +1,213 @@
+"""sentence-transformers' trainer with our batches, steps and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from muco import distributed
+from muco.base.files import writing
+from muco.errors import OutputError, TrainingError
+from muco.loss import MultiTurnLoss
+from muco.model import Model
+from muco.step import GIB, TrainingStep
+from muco.training import checkpoint
+from muco.training.arguments import OneDeviceArguments
+from muco.training.batches import PartSampler, StepLoader, TrainingBatches
+from muco.training.build import shard_model
+from muco.training.callbacks import Record, ScreenProgress, TensorBoardLog, TokenBudget
+from muco.training.folder import LOGS
+from muco.training.recipe import BatchRecipe
+
+logger = logging.getLogger(__name__)
+
+
+class MuCoTrainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer with our batches and steps; the loop, optimizer, schedule and logs are its own."""
+
+    def __init__(
+        self,
+        model: Model,
+        args: OneDeviceArguments,
+        batch: BatchRecipe,
+        batches: TrainingBatches,
+        loss: MultiTurnLoss,
+        record: Record,
+        evaluator: Any = None,
+    ) -> None:
+        from datasets import Dataset
+
+        self.batch, self.batches, self.record = batch, batches, record
+        self._output = Path(args.output_dir).parent
+        # the library insists on a table; ours has a row per step, and the batches are made in the loader below
+        table = Dataset.from_dict({"step": range(args.max_steps)})
+        super().__init__(model=model, args=args, train_dataset=table, loss=loss, evaluator=evaluator)
+        for shown in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for programs
+            self.remove_callback(shown)
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(TensorBoardLog(self._output / LOGS))
+        if distributed.rank() == 0:
+            self.add_callback(ScreenProgress(record))
+        self.budget = TokenBudget(batch.token_budget)
+        self.add_callback(self.budget)
+        self.add_callback(record)
+        if batch.sharding == "fsdp":
+            shard_model(model)
+        # The trainer must not wrap the model in DistributedDataParallel, see muco.distributed. It has no setting for
+        # this; with the next line it takes the model as it is, sharded or not.
+        self.is_distributed_loading_by_transformers = True
+        self.made, self.padding = 0, 0.0  # steps since the last log, and the padding of the last one
+        self.warned = False  # that a step had no negative
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Does nothing: the step itself sums the gradients."""
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Adds none: :mod:`muco.training.checkpoint` writes the card from what was run."""
+
+    def get_train_dataloader(self) -> StepLoader:
+        workers = self.args.dataloader_num_workers
+        steps = PartSampler(self.args.max_steps, self.batches.parts, first=lambda: self.state.global_step)
+        loader = DataLoader(
+            self.batches,
+            batch_sampler=steps,
+            collate_fn=_only,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=bool(workers),
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own: a start of the loader must not move the model's randomness
+        )
+        return StepLoader(loader)
+
+    @cached_property
+    def step(self) -> TrainingStep:
+        return TrainingStep(
+            self.model,
+            self.loss,
+            token_budget=self.budget.tokens,
+            feature_memory=self.batch.feature_memory,
+            autocast=self.accelerator.autocast,
+        )
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        try:
+            report = self.step(self._counted(inputs["parts"]))
+        except TrainingError as error:
+            raise TrainingError(f"step {self.state.global_step + 1}: {error}; {self._last_good()}") from error
+        self.budget.tokens = self.step.token_budget
+        if report is None:
+            self._warn(f"step {self.state.global_step + 1}: none of its samples can be used; the step is left out")
+            return torch.tensor(math.nan, device=self.args.device)  # the log leaves it out
+        if report.no_negative and not self.warned:
+            self.warned = True
+            self._warn(
+                f"step {self.state.global_step + 1}: no turn has a negative ({report.no_negative}), so the loss is "
+                "0 and nothing is learnt; a batch needs samples of different images with different targets, or hard "
+                "negatives (later steps of this kind are not reported)"
+            )
+        self.made, self.padding = self.made + 1, report.padding
+        return report.loss
+
+    def _warn(self, sentence: str) -> None:
+        if distributed.rank() == 0:
+            logger.warning(sentence)
+
+    def _counted(self, parts: Iterable[Mapping[str, Any] | None]) -> Iterator[Mapping[str, Any]]:
+        for part in parts:
+            if part is not None:
+                self.record.add(part)
+                yield part
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            raise TrainingError(f"step {self.state.global_step + 1}: the gradient is {norm}; {self._last_good()}")
+        return norm
+
+    def _last_good(self) -> str:
+        last = checkpoint.last_complete(self._output, distributed.world_size())
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        two_precisions = len({parameter.dtype for parameter in self.model.parameters()}) > 1
+        with self.accelerator.autocast() if two_precisions else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and not self.made:  # all steps since the last time were left out: no loss was found
+            del logs["loss"]
+        elif "loss" in logs:
+            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak_memory() / GIB, 3)}
+            self.made = 0
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing(folder, again=True):
+                super()._save_checkpoint(model, trial)
+        except OutputError as error:
+            raise OutputError(f"step {self.state.global_step}: {error}; {self._last_good()}") from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = checkpoint.trained_weights(self.model)  # on all processes: shards are put together
+        broken = [name for name, values in weights.items() if not torch.isfinite(values).all()]
+        if broken:
+            raise TrainingError(f"step {self.state.global_step}: {broken[0]} is not finite; {self._last_good()}")
+        if self.args.should_save:
+            checkpoint.save_trained(weights, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.load_trained(self.model, Path(resume_from_checkpoint))
+        state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        kept = state["stateful_callbacks"]
+        self.budget.tokens = kept[TokenBudget.__name__]["args"]["tokens"]
+        self.record.resume(kept[Record.__name__]["attributes"])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not distributed.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        checkpoint.save_sharded_optimizer(
+            self.model, self.optimizer.optimizer, self.lr_scheduler, Path(output_dir), writes=self.args.should_save
+        )
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None or not distributed.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(folder)
+            return
+        checkpoint.load_sharded_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, Path(folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.record.gather()
+        distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
+
+
+def peak_memory() -> int:
+    """Bytes: the most that torch held on this process's GPU, or that this process held in host memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _only(items: list[Any]) -> Any:
+    return items[0]
