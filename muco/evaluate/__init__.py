@@ -7,10 +7,10 @@ pool       pools too large for memory: vectors in shards, exact search
 retrieval  any data of samples and turns (tasks, report)
 mmeb       36 data sets, local lists (mmeb_task: one of them)
 mbeir      16 tasks, local and global pool (mbeir_tasks: reading them)
-beir       any set in BEIR's form (with mbeir it shares asked: queries and pools, ranked: a task, outcomes: its scores)
+beir       any set in BEIR's form (ranked, outcomes: what it shares with mbeir)
 mteb       a model for the mteb package
 
 driver     how every benchmark runs, benchmark: what it leaves behind and resumes from
-tables     terminal, CSV and Markdown; page, thumbnails: HTML
+tables     terminal, CSV and Markdown; page: HTML
 compare    two results with bootstrap intervals
 """

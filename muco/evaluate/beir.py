@@ -30,11 +30,10 @@ from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
-from muco.evaluate.asked import JudgedQueries, Pools
 from muco.evaluate.benchmark import Progress, mean_of
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure
-from muco.evaluate.ranked import RankedTask, chance_of_ndcg, score_ranked
+from muco.evaluate.outcomes import Measure, Pools
+from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_ndcg, score_ranked
 
 if TYPE_CHECKING:
     from muco.evaluate.cache import Embedder

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class TaskFiles:
         if found["result"].get("left_out") and not self.partial:
             return None
         outcomes = read_outcomes(self.output, name)
-        return _result(found["result"]) if outcomes is None else _with(_result(found["result"]), outcomes)
+        return replace(_result(found["result"]), outcomes=outcomes or ())
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
@@ -256,10 +256,6 @@ def gate(score: float, chance: float | None, queries: int) -> list[str]:
 
 def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def _with(result: TaskResult, outcomes: tuple[Outcome, ...]) -> TaskResult:
-    return TaskResult(**{**result.__dict__, "outcomes": outcomes})
 
 
 def _result(plain: Mapping[str, Any]) -> TaskResult:

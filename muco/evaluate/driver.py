@@ -58,6 +58,11 @@ class Benchmark:
     command: str
     model_path: str
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The model's, taken once: of a large model that takes a while."""
+        return self.model.fingerprint
+
     @property
     def settings(self) -> dict[str, Any]:
         """What the results of every benchmark say of their settings."""
@@ -70,7 +75,7 @@ class Benchmark:
 
     def cache(self, data: str) -> EmbeddingCache:
         """The vectors of some data, named by a fingerprint or otherwise."""
-        return EmbeddingCache(self.output / "cache", model=self.model.fingerprint, data=data)
+        return EmbeddingCache(self.output / "cache", model=self.fingerprint, data=data)
 
     def score(
         self, tasks: Iterable[AnyTask], work: Callable[[AnyTask], TaskResult], key: Mapping[str, Any]
@@ -83,7 +88,7 @@ class Benchmark:
         Returns:
             The results without their outcomes: those are in files, and many.
         """
-        key = {"benchmark": self.name, "model": self.model.fingerprint, **key}
+        key = {"benchmark": self.name, "model": self.fingerprint, **key}
         files = TaskFiles(self.output, key, partial=self.skip_broken)
         results = []
         for task in tasks:
@@ -109,7 +114,7 @@ class Benchmark:
         Args:
             settings, groups, overall, missing, warnings: See :func:`muco.evaluate.benchmark.benchmark_result`.
         """
-        model = {"path": self.model_path, "fingerprint": self.model.fingerprint}
+        model = {"path": self.model_path, "fingerprint": self.fingerprint}
         result = benchmark_result(
             self.name,
             results,

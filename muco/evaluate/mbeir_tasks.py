@@ -26,10 +26,9 @@ from muco.data.mbeir_test import (
 )
 from muco.errors import DataError
 from muco.evaluate import metrics
-from muco.evaluate.asked import JudgedQueries, Pools
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure
-from muco.evaluate.ranked import RankedTask, chance_of_hit
+from muco.evaluate.outcomes import Measure, Pools
+from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_hit
 
 PoolName = Literal["local", "global"]
 

@@ -1,4 +1,4 @@
-"""The results of ranked queries: scores, outcomes, failures, and what may make a score worthless.
+"""Pools, and what queries found in them: scores, outcomes, failures, and what may make a score worthless.
 
 Candidates of equal score are ordered by their ids. If a pool has collapsed, all its scores are equal, and that order
 alone would decide who is found: its candidates then never count as right. A model that gives one vector to everything
@@ -16,17 +16,82 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.data.judged import Candidate, Query
-from muco.evaluate.asked import Pools
+from muco.errors import DataError
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Shown
 from muco.evaluate.metrics import Health
 
 if TYPE_CHECKING:
+    from muco.data.judged import LinePool
     from muco.evaluate.pool import Vectors
 
 TIES = 0.01  # share of queries decided by a tie from which on that is a warning
 TIED = "queries whose best right candidate ties with a wrong one"
 
 Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, grades) -> 0 to 1
+
+
+class Pools:
+    """Pools that are searched as one; rows count over them one after another.
+
+    Raises:
+        DataError: If two of them hold the same candidate.
+    """
+
+    def __init__(self, pools: Sequence[LinePool]) -> None:
+        self.pools = list(pools)
+        self.first = np.cumsum([0, *map(len, self.pools)])  # row of each pool's first candidate; then their number
+        if len(self.pools) > 1:
+            order = np.concatenate([pool.order for pool in self.pools])
+            sorting = np.argsort(order, kind="stable")
+            twice = np.flatnonzero(np.diff(order[sorting]) == 0)
+            if len(twice):
+                one, two = (self.split(row) for row in sorting[twice[0] : twice[0] + 2])
+                raise DataError(
+                    f"{two[0].where(two[1])}: the id {two[0].id(two[1])!r} is also at {one[0].where(one[1])}; "
+                    f"ids must be unique over all pools"
+                )
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, row: int) -> Candidate:
+        pool, own = self.split(row)
+        return pool[own]
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Which pool holds each row: places in ``pools``, int64 [n]."""
+        return np.searchsorted(self.first, rows, side="right") - 1
+
+    def ids(self, rows: np.ndarray) -> list[str]:
+        return [self.pools[n].id(row - self.first[n]) for n, row in zip(self.numbers(rows), rows, strict=True)]
+
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """Rows of ids, int64 [n]; -1 for one that no pool holds."""
+        rows = np.full(len(ids), -1, dtype=np.int64)
+        for first, pool in zip(self.first, self.pools, strict=False):
+            own = pool.find(ids)
+            rows = np.where(own >= 0, own + first, rows)
+        return rows
+
+    def relevant(self, queries: Sequence[Query]) -> list[np.ndarray]:
+        """For each query the rows of its relevant candidates in the order of their ids; -1 for one that is not here."""
+        ids = [query.relevant for query in queries]
+        rows = self.find([id for own in ids for id in own])
+        return np.split(rows, np.cumsum([len(own) for own in ids])[:-1])
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Rows that cannot be embedded, and why; complete when the pools have been."""
+        return {
+            int(first) + row: reason
+            for first, pool in zip(self.first, self.pools, strict=False)
+            for row, reason in sorted(pool.left_out.reasons.items())
+        }
+
+    def split(self, row: int) -> tuple[LinePool, int]:
+        """The pool that holds a row, and the row there."""
+        number = int(self.numbers(row))
+        return self.pools[number], int(row - self.first[number])
 
 
 @dataclass(frozen=True)

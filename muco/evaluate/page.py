@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import write_json, write_text
-from muco.base.html import count, document, house_style, section, sign, text
+from muco.base.html import count, data_uri, document, house_style, section, sign, text
+from muco.errors import ImageError
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
 from muco.evaluate.tables import (
     INCOMPLETE,
@@ -25,10 +26,11 @@ from muco.evaluate.tables import (
     title_of,
     warnings_of,
 )
-from muco.evaluate.thumbnails import Thumbnails
+from muco.images import open_image
 
 __all__ = ["page", "print_benchmark", "write_reports"]
 
+SIDE = 160  # px, of a thumbnail
 THUMBNAILS = 12 * 2**20  # characters of all images of a page together
 WARNINGS = 12  # shown at once; the rest opens
 TEXT = 600  # characters shown of a query or candidate
@@ -175,6 +177,40 @@ def _scrolled(label: str, table: str) -> str:
 
 
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Thumbnails:
+    """Small JPEGs as data URIs until the room is used up.
+
+    Args:
+        room: Characters that all of them may take together.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.full, self.left_out = room, False, 0
+        self._made: dict[str, str | None] = {}  # path -> data URI; None if it cannot be shown
+
+    def html(self, image: str) -> str:
+        """The image, or its name where it cannot be read or does not fit any more."""
+        name = text(Path(image).name)
+        if not self.full and image not in self._made:
+            self._made[image] = _thumbnail(image)
+        if image in self._made and (uri := self._made[image]) is None:
+            return f'<span class="gone">{name}: the image is missing or cannot be read</span>'
+        if self.full or len(uri) > self.room:
+            self.full, self.left_out = True, self.left_out + 1
+            return f'<span class="gone">{name}: left out</span>'
+        self.room -= len(uri)
+        return f'<img src="{uri}" alt="{name}" title="{name}" loading="lazy">'
+
+
+def _thumbnail(image: str) -> str | None:
+    try:
+        picture = open_image(image, small_side=0)
+    except ImageError:
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    return data_uri(picture, "JPEG", quality=72)
 
 
 def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:

@@ -9,6 +9,7 @@ M-BEIR and BEIR-like sets differ in their files only; from here on they are the 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -21,13 +22,13 @@ import numpy as np
 
 from muco import distributed
 from muco.data.judged import Query
-from muco.data.left_out import Broken, counts
+from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
 from muco.evaluate import metrics
-from muco.evaluate.asked import JudgedQueries, Pools
 from muco.evaluate.benchmark import Progress, TaskResult, gate, write_trec_run
+from muco.evaluate.cache import Book, embed
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure, Searched, score_queries
+from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
 
 if TYPE_CHECKING:
@@ -37,6 +38,47 @@ if TYPE_CHECKING:
 Chance = Callable[[Sequence[Query], Sequence[Mapping[str, int]], int], float]
 
 log = logging.getLogger(__name__)
+
+
+class JudgedQueries:
+    """The queries of a task with the keys of their contents; image files are read once, for the keys.
+
+    Args:
+        left_out: Gets the keys of queries that cannot be embedded, if that is allowed.
+    Raises:
+        DataError: If a query cannot be read and may not be left out; names the query's line.
+    """
+
+    def __init__(self, queries: Sequence[Query], left_out: LeftOut) -> None:
+        self.queries, self.book, self.left_out = list(queries), Book(left_out), left_out
+        self.keys = [
+            self.book.lose(query.error) if query.error else self.book.add(query.content, query.where)
+            for query in self.queries
+        ]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def fingerprint(self, *others: str) -> str:
+        """SHA-256 over ids, contents with the bytes of images, judgements, and ``others``."""
+        digest = hashlib.sha256(json.dumps(others).encode())
+        for query, key in zip(self.queries, self.keys, strict=True):
+            digest.update(json.dumps([query.id, key, sorted(query.grades.items())]).encode())
+        return digest.hexdigest()
+
+    def embed(self, run: Benchmark, cached_as: str, progress: Progress) -> np.ndarray:
+        """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out.
+
+        Args:
+            cached_as: Names the folder of these vectors in the cache.
+        """
+        distinct = self.book.in_order(self.book.contents.keys())
+        encode = functools.partial(self.book.encode, run.model, run.batch_size)
+        cache = run.cache(cached_as)
+        vectors = embed(distinct, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
+        row_of = {key: row for row, key in enumerate(distinct)}
+        nothing = np.full_like(vectors[0], np.nan)
+        return np.stack([vectors[row_of[key]] if key in row_of else nothing for key in self.keys])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run_study(
         settings = {"scale": scale, "sets": sets}
         costs = _costs(study, output, first_seed, jobs, **settings)
         todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
-        _Runs(study, output, todo, jobs, costs, **settings).make()
+        _Runs(study, output, [*todo], jobs, costs, **settings).make()
         results = [
             {"name": name, "seed": seed, "result": _result(folder_of(output, name, seed)) or {}} for name, seed in todo
         ]
@@ -160,19 +161,21 @@ def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> di
 Key = tuple[str, int]  # name of a run, and seed
 
 
+@dataclass
 class _Runs:
-    """The runs of a study that are to be made, each in a process of its own, at most ``jobs`` at a time.
+    """Runs of a study, each made in a process of its own, at most ``jobs`` at a time.
 
     A run starts when the one it builds on is done.
     """
 
-    def __init__(
-        self, study: Study, output: Path, todo: Sequence[Key], jobs: int, costs: Costs, scale: float, sets: Sets | None
-    ) -> None:
-        self.study, self.output, self.jobs = study, output, jobs
-        self.costs, self.scale, self.sets = costs, scale, sets
-        self.waiting = list(todo)
-        self.going: dict[Key, subprocess.Popen] = {}
+    study: Study
+    output: Path
+    waiting: list[Key]
+    jobs: int
+    costs: Costs
+    scale: float
+    sets: Sets | None
+    going: dict[Key, subprocess.Popen] = field(default_factory=dict)
 
     def make(self) -> None:
         """Makes all of them; the first one that fails stops all."""

@@ -21,9 +21,8 @@ from rich.console import Console
 
 from muco.base.tables import markdown, print_whole, table_of_numbers
 from muco.errors import OutputError
-from muco.evaluate import thumbnails
 from muco.evaluate.benchmark import Failure, Shown, TaskResult, benchmark_result
-from muco.evaluate.page import page, print_benchmark, write_reports
+from muco.evaluate.page import SIDE, page, print_benchmark, write_reports
 from muco.evaluate.tables import as_csv, benchmark_markdown
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
@@ -215,7 +214,7 @@ def test_the_page_is_one_safe_file_in_which_data_is_text(tmp_path):
     [shown] = checked.all("img")
     assert shown["alt"] == "a <b>.png"
     with Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2]))) as small:
-        assert small.format == "JPEG" and max(small.size) == thumbnails.SIDE
+        assert small.format == "JPEG" and max(small.size) == SIDE
     text = "".join(checked.text)
     assert NASTY in text and "<gone>.png: the image is missing or cannot be read" in text
     assert checked.all("details") == [{"class": "card worst", "open": None}]
