@@ -19,6 +19,7 @@ from uuid import UUID
 
 import numpy as np
 
+from muco.data.lines import whole_text
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ def as_id(value: Any, where: str) -> str:
     if not isinstance(found, (str, int)) or isinstance(found, bool):
         raise DataError(f"{where}: 'id' must be text, a whole number or a UUID, not {found!r}; convert it")
     return str(found)
+
+
+def checked_id(id: Any) -> str:
+    """The id of a row to look for."""
+    return whole_text(id if isinstance(id, str) else as_id(id, "the id"), "id")
 
 
 def plain(value: Any) -> Any:

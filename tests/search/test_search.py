@@ -31,8 +31,8 @@ from muco.cli import search as cli
 from muco.errors import MucoError
 from muco.search import Hit, Index
 from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
-from muco.search.index import HASHES
 from muco.search.storage import STORAGES, scores
+from muco.search.table import HASHES
 from muco.search.terminal import picture, protocol, show
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +126,8 @@ def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("query", "says"),
     [
-        ({}, "give one query"),
-        ({"text": "a", "like": "r00001"}, "give one query"),
+        ({}, "pass one query"),
+        ({"text": "a", "like": "r00001"}, "pass one query"),
         ({"like": "nobody"}, "no row has the id 'nobody'"),
         ({"like": "caf\udce9.png"}, "'id' holds half a character"),
         ({"text": "a", "where": "id = '\ud800'"}, "'where' holds half a character"),
@@ -172,7 +172,7 @@ def test_an_index_of_vectors_is_built_finds_and_is_kept_fresh(storage: str, tmp_
 
 
 def test_an_index_is_trained_anew_when_it_has_grown(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("muco.search.index.ANN_ROWS", 300)
+    monkeypatch.setattr("muco.search.indices.ANN_ROWS", 300)
     vectors = unit(np.random.default_rng(0), 1300)
     index = filled(tmp_path / "index", "float32", vectors[:300])
     index.optimize()
