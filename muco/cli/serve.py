@@ -92,13 +92,15 @@ def serve(
     from muco.serve.batcher import BatchLimits
     from muco.serve.guard import LOCAL_HOSTS
     from muco.serve.images import ImageLimits
-    from muco.serve.schema import Limits
+    from muco.serve.schema import RequestLimits
 
     fetch = None
     if allow_fetch or fetch_host or fetch_address:
         fetch = FetchLimits(hosts=tuple(fetch_host) or None, allowed_addresses=tuple(fetch_address))
     image = ImageLimits(max_pixels=max_pixels, fetch=fetch)
-    limits = Limits(body_bytes=max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image)
+    limits = RequestLimits(
+        body_bytes=max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image
+    )
     if queue < max_items:
         raise MucoError(f"--queue {queue}: a request may have {max_items} items (--max-items), which must fit in it")
     token, instructions = _token(token_file), dict(map(_instruction, instruction))

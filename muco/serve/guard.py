@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from muco.serve.metrics import Metrics
-from muco.serve.schema import Limits, RequestError
+from muco.serve.schema import RequestError, RequestLimits
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -68,7 +68,7 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, limits: Limits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
+        self, app: Any, limits: RequestLimits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
     ) -> None:
         self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self._token = None if token is None else _digest(token.encode())

@@ -36,12 +36,12 @@ from muco.serve.batcher import BatchLimits
 from muco.serve.engine import Engine
 from muco.serve.guard import STRUCTURE, check_form
 from muco.serve.images import ImageLimits, check_source, decode
-from muco.serve.schema import Limits, RequestError
+from muco.serve.schema import RequestError, RequestLimits
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE = data_uri(picture("red")), data_uri(picture("blue"))
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
-TINY = Limits(
+TINY = RequestLimits(
     body_bytes=200_000, depth=8, seconds=20, items=4, turns=3, images=2, characters=500, tokens=200,
     image=ImageLimits(max_bytes=20_000, max_pixels=10_000),
 )  # fmt: skip
@@ -265,7 +265,7 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
          "messages[0]", "beginning"),
         ({"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "b"}], "turns": "isolated"},
-         "messages[0]", "no image that it could stand for"),
+         "messages[0]", "no image to embed in its place"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]},
          "messages[0].content[0]", "video"),
     ],
@@ -782,7 +782,7 @@ def test_images_are_fetched_only_as_allowed(engine):
         site.pages["/broken.png"] = (200, {}, b"nonsense")
         site.redirect("/inside", "http://127.0.0.1:1/")
         image = ImageLimits(fetch=FetchLimits(allowed_addresses=site.limits.allowed_addresses))
-        with serving(Served(Engine(engine.model, image, 2048), "little", limits=Limits(image=image))) as client:
+        with serving(Served(Engine(engine.model, image, 2048), "little", limits=RequestLimits(image=image))) as client:
             found = embed(client, input=[{"text": "x", "images": [f"{site.url}/red.png", BLUE]}, "a"])
             expected = engine.model.encode([{"text": "x", "images": [picture("red"), picture("blue")]}, "a"])
             assert close_to(found, expected)
