@@ -8,7 +8,7 @@ from collections.abc import Set
 from pathlib import PurePath
 
 from muco.base.text import LONE_SURROGATE
-from muco.synth.endpoint import Answer
+from muco.synth.answers import Answer
 from muco.synth.prompts import Prompts
 
 # The reasons, in the order in which they are looked for.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
+from muco.synth.answers import Answer, Unanswered, seed_of
 from muco.synth.checks import caption_problem
-from muco.synth.endpoint import Answer, Unanswered, seed_of
 from muco.synth.messages import Message, image_part, user
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, schema
 from muco.synth.prompts import Prompts
