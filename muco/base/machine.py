@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 VERSION = "0.1.0"
+GIB = 1 << 30  # bytes
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from muco.base.machine import VERSION
+from muco.base.machine import GIB, VERSION
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -33,7 +33,6 @@ OPTIONAL = {
     "beartype": "checks of tensor shapes in the test suite",
     "ruff": "make check",
 }
-GIB = 1 << 30
 LAYOUT: dict[str, Any] = {"title_justify": "left", "box": None, "pad_edge": False}
 
 

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -34,7 +33,7 @@ import torch
 from rich.console import Console
 
 from muco.base.files import claimed, is_empty, read_json, write_json
-from muco.base.machine import VERSION, versions
+from muco.base.machine import VERSION, usable_cores, versions
 from muco.base.terminal import progress_bar
 from muco.data import open_data
 from muco.data.scenes import write_scenes
@@ -255,10 +254,9 @@ def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and system of this machine; None where the system does not tell."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "system": platform.platform(),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SIDE = 160  # px: a thumbnail has at most the pixels of such a square
 QUALITY = 80
 Encoded = tuple[Row, bytes | None]  # the row with its vector or error and without its image; the thumbnail
-Encoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
+RowEncoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
 
 
 def thumbnail(image: Any) -> bytes:
@@ -75,7 +75,7 @@ class _Worker:
 
 def on_daft(
     model_path: str, fingerprint: str, dimension: int, batch_size: int, workers: int, ray: str | None
-) -> Encoder:
+) -> RowEncoder:
     """An encoder of ``workers`` processes that hold a model each.
 
     Args:

@@ -21,7 +21,7 @@ from muco.base.terminal import rows_bar
 from muco.data.items import Columns, told_passed_over
 from muco.errors import DataError, MucoError
 from muco.search.columns import add_kinds, check_names
-from muco.search.encode import Encoder, encoded, on_daft
+from muco.search.encode import RowEncoder, encoded, on_daft
 from muco.search.given import as_given, records
 from muco.search.lance import is_local
 from muco.search.notes import Notes
@@ -92,7 +92,7 @@ def build(
     if (workers > 1 or ray) and not model_path:
         raise MucoError("several workers load the model themselves; pass its path")
     table = Table.create(path, model, model_path=model_path, storage=storage, dimension=dimension)
-    encode: Encoder
+    encode: RowEncoder
     chunks, encode = 1, partial(encoded, model, table.dimension, batch_size)
     if workers > 1 or ray:
         encode = on_daft(model_path, table.fingerprint, table.dimension, batch_size, workers, ray)
@@ -129,7 +129,7 @@ def _update(
     table: Table,
     entries: Iterator[Entry],
     total: int,
-    encode: Encoder,
+    encode: RowEncoder,
     notes: Notes,
     *,
     chunks: int,
@@ -166,7 +166,7 @@ class _Update:
     A chunk passes through four steps. Each settles some of its rows, and returns those that are left.
     """
 
-    def __init__(self, table: Table, encode: Encoder, notes: Notes, advance: Callable[[], None]) -> None:
+    def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[], None]) -> None:
         self.table, self.encode, self.notes, self.advance = table, encode, notes, advance
         self.writer = Writer(table)
         self.counts = dict.fromkeys(("encoded", "reused", "unchanged", "failed"), 0)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import claimed, is_empty, read_json, write_json, writing
-from muco.base.machine import VERSION
+from muco.base.machine import VERSION, usable_cores
 from muco.base.terminal import progress_bar
 from muco.errors import MucoError, OutputError
 from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
@@ -209,8 +209,7 @@ def _start(folder: Path, job: dict[str, Any], module: str, jobs: int) -> subproc
     """A process of its share of the cores that does what ``job.json`` in its folder says."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", job)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", module, str(folder)]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

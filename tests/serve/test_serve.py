@@ -844,7 +844,7 @@ def test_it_says_what_it_offers(folder):
         running.process.terminate()
         out, err = running.process.communicate(timeout=120)
     assert out == "" and running.process.returncode == 0
-    assert "vectors of 64 numbers" in err and "7 items" in err and running.address in err
+    assert "vectors of 64 dimensions" in err and "7 items" in err and running.address in err
     assert "secret" not in err and "Traceback" not in err
 
 
