@@ -1,8 +1,8 @@
 """From rows to vectors and thumbnails: in this process, or by Daft in several, on this machine or a Ray cluster.
 
-Both ways run :func:`encoded` on batches of rows, so they give the same vectors. Daft starts the model once per process
-and part of the input, which is why it is worth while for large inputs only, and on one machine only where one process
-leaves devices or cores idle.
+Both ways run :func:`encoded` on batches of rows, so the vectors are the same. Daft starts the model once per process
+and part of the input. So it pays for large inputs only, and on one machine only where one process leaves devices or
+cores idle.
 """
 
 from __future__ import annotations

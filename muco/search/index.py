@@ -2,7 +2,7 @@
 
 A search takes candidates from the table and scores them again from their stored vectors, so that every score is a
 cosine, whatever found the row. In a small table all rows are candidates; in a large one, those that its index of
-vectors (indices.py) finds.
+vectors finds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from muco.data.lines import whole_text
 from muco.errors import MucoError
 from muco.search.columns import checked_id
 from muco.search.filter import checked_filter, quoted
-from muco.search.indices import ENOUGH_BITS, PROBES
+from muco.search.lance import ENOUGH_BITS, PROBES
 from muco.search.storage import Name, scores
 from muco.search.table import Table
 from muco.search.update import add_rows

@@ -1,4 +1,4 @@
-"""LanceDB: how a table is opened and read, and its errors as sentences.
+"""LanceDB: how a table is opened, read and indexed, and its errors as sentences.
 
 LanceDB tells only by the words of an error whether files, a filter or a call are at fault.
 """
@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.errors import MucoError, OutputError, StorageError
+from muco.search.storage import Storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TABLE = "rows"  # the one table of an index
 STALE = timedelta(seconds=5)  # how far a reader may lag behind a writer
+ANN_ROWS = 10_000  # from this many rows on, indices of vectors, ids and hashes pay
+ANN_NAME = "ann_"  # and the number of rows when it was trained
+RETRAIN = 4  # the index of vectors is trained again when the rows have grown by this factor
+PARTITION_ROWS = 4096
+PROBES = 20  # partitions searched
+ENOUGH_BITS = 256  # dimensions from which on one bit of each finds good candidates
 FILES = ("LanceError(IO)", "LanceError(Arrow)", "Not found", "os error", "panicked", "Lance file")  # in errors of files
 FILTER = "sql filter"  # in errors of a filter, whatever else they say
 
@@ -73,6 +80,39 @@ def open_rows(database: Any, path: str | Path) -> Any:
 def read(search: Any, where: str | None, columns: Sequence[str]) -> pa.RecordBatchReader:
     """The rows that a search finds, batch by batch."""
     return (search.where(where) if where else search).select([*columns]).to_batches()
+
+
+def build_indices(table: Any, storage: Storage, dimension: int) -> None:
+    """Builds the indices that pay and are not there yet: of vectors (benchmarks/index.py says why IVF), ids and hashes.
+
+    Args:
+        table: LanceDB's, which nobody else writes to meanwhile.
+        dimension: Of its vectors.
+    """
+    from lancedb.index import BTree
+
+    rows = table.count_rows()
+    if rows < ANN_ROWS:
+        return
+    indices = list(table.list_indices())
+    for column in ("id", "content_hash"):
+        if not any(index.columns == [column] for index in indices):
+            table.create_index(column, config=BTree())
+    trained = [int(index.name.removeprefix(ANN_NAME)) for index in indices if index.name.startswith(ANN_NAME)]
+    if trained and rows < RETRAIN * max(trained):
+        return
+    config = _of_vectors(storage, dimension, partitions=max(1, rows // PARTITION_ROWS))
+    table.create_index(storage.searched, config=config, name=f"{ANN_NAME}{rows}", replace=True)
+    for old in trained:
+        table.drop_index(f"{ANN_NAME}{old}")
+
+
+def _of_vectors(storage: Storage, dimension: int, partitions: int) -> Any:
+    from lancedb.index import IvfFlat, IvfRq
+
+    whole = storage.metric == "hamming" or dimension < ENOUGH_BITS or dimension % 8
+    kind = IvfFlat if whole else IvfRq
+    return kind(distance_type=storage.metric, num_partitions=partitions)
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from muco.base.machine import VERSION
 from muco.errors import DataError, MucoError, OutputError
 from muco.search.columns import checked_id
 from muco.search.filter import quoted
-from muco.search.indices import build_indices
-from muco.search.lance import TABLE, connect, is_local, lance_calls, open_rows, read
+from muco.search.lance import TABLE, build_indices, connect, is_local, lance_calls, open_rows, read
 from muco.search.storage import STORAGES, Name, Storage
 from muco.sizes import checked_dimension
 
@@ -82,7 +81,7 @@ class Table:
 
         Args:
             model_path: Where the model can be loaded from; kept, for searching.
-            storage, dimension: None: what the table has; of a new one, float32 and whole vectors.
+            storage, dimension: None: those of the table; for a new one, float32 and whole vectors.
 
         Raises:
             MucoError: If it is there and of another model, dimension or storage.

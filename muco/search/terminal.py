@@ -67,5 +67,5 @@ def show_hits(hits: Sequence[Hit], console: Console, pictures: str | None = None
 
 
 def _line(text: str) -> str:
-    """One line without control characters, for the text of a stranger must not steer the terminal."""
+    """One line without control characters, because the text of a stranger must not control the terminal."""
     return "".join(c for c in " ".join(clean(text).split()) if c.isprintable())

@@ -1,4 +1,4 @@
-"""``muco index``: brings the table to what the input says, and encodes only what the table does not hold yet.
+"""``muco index``: makes the table hold what the input says, and encodes only what is new.
 
 A row is known by its id, its content by a hash. Rows are written some thousands at a time, each time whole or not at
 all, so that a killed run leaves a table of finished rows and the same command resumes from there. Memory holds a chunk
@@ -64,7 +64,7 @@ def build(
         input: As :func:`muco.embed.embed` takes it. Further columns are kept: numbers, text, times; others as JSON.
         path: Folder of the index, or the URL of one in object storage.
         model: A model, or what :func:`muco.load` takes; None: the one that made the index.
-        storage, dimension: Of a new index, see storage.py (float32, whole vectors); one that is there must have them.
+        storage, dimension: Of a new index, see storage.py (float32, whole vectors); an existing one must have the same.
         delete_missing: Delete every row of the index whose id the input does not have.
         workers, ray: More than one process, or a Ray cluster: see encode.py. ``model`` must then be a path.
         errors: JSONL file of the rows that could not be used; by default ``errors.jsonl`` in a local index.
@@ -148,7 +148,7 @@ def _update(
         parts = hashed(entries)
         while part := [entry for chunk in islice(parts, chunks) for entry in chunk]:
             update.take(part)
-    update.writer.close()
+    update.close()
     return {
         "rows": total,
         **update.counts,
@@ -161,14 +161,15 @@ def _update(
 
 
 class _Update:
-    """What becomes of rows, and how many there are of each kind.
+    """Takes chunks of rows into the table, and counts what becomes of them.
 
-    A chunk passes through four steps. Each settles some of its rows, and returns those that are left.
+    A chunk passes through four steps: each settles some of its rows, and returns those that are left.
     """
 
     def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[], None]) -> None:
         self.table, self.encode, self.notes, self.advance = table, encode, notes, advance
-        self.writer = Writer(table)
+        self.waiting: list[Entry] = []  # written together
+        self.writes, self.optimize_at, self.last = 0, OPTIMIZE_WRITES, time.monotonic()
         self.counts = dict.fromkeys(("encoded", "reused", "unchanged", "failed"), 0)
 
     def take(self, entries: list[Entry]) -> None:
@@ -208,7 +209,7 @@ class _Update:
         left = dict(by_content)
         for content, vector, picture in self.table.vectors_of([*by_content]):
             for entry in left.pop(content, []):
-                self._write(entry, vector, picture, "reused")
+                self._keep(entry, vector, picture, "reused")
         return left
 
     def _encode(self, by_content: dict[str, list[Entry]]) -> None:
@@ -219,14 +220,19 @@ class _Update:
                 for entry in (first, *others):
                     self._fail(entry, row.error)
                 continue
-            self._write(first, row.vector, picture, "encoded")
+            self._keep(first, row.vector, picture, "encoded")
             for entry in others:
-                self._write(entry, row.vector, picture, "reused")
+                self._keep(entry, row.vector, picture, "reused")
 
-    def _write(self, entry: Entry, vector: Any, picture: bytes | None, outcome: str) -> None:
+    def _keep(self, entry: Entry, vector: Any, picture: bytes | None, outcome: str) -> None:
         row = replace(entry.row, images=(), vector=vector)
+        self.waiting.append(replace(entry, row=row, thumbnail=picture))
         self._count(outcome)
-        self.writer.add(replace(entry, row=row, thumbnail=picture))
+        if len(self.waiting) >= WRITE_ROWS or time.monotonic() - self.last > WRITE_SECONDS:
+            self._write()
+            if self.writes == self.optimize_at:
+                self.table.optimize()
+                self.optimize_at *= 2
 
     def _fail(self, entry: Entry, reason: str) -> None:
         self.notes.fail(entry.row, reason)
@@ -236,23 +242,8 @@ class _Update:
         self.counts[outcome] += 1
         self.advance()
 
-
-class Writer:
-    """Collects rows and writes them together."""
-
-    def __init__(self, table: Table) -> None:
-        self.table, self.waiting, self.last = table, [], time.monotonic()
-        self.writes, self.optimize_at = 0, OPTIMIZE_WRITES
-
-    def add(self, entry: Entry) -> None:
-        self.waiting.append(entry)
-        if len(self.waiting) >= WRITE_ROWS or time.monotonic() - self.last > WRITE_SECONDS:
-            self._write()
-            if self.writes == self.optimize_at:
-                self.table.optimize()
-                self.optimize_at *= 2
-
     def close(self) -> None:
+        """Writes the rows that are left."""
         if self.waiting:
             self._write()
         if self.writes or len(self.table):  # also what a killed run has left

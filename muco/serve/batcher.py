@@ -9,7 +9,7 @@ Requests take turns, in both queues: each pass begins with another request's ite
 others. So a short request waits for one pass of each request before it, however many items those have. Nor do their
 items keep it out: of each request no more count against the limit than the new one has itself.
 
-Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` gives one result per prepared item.
+Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` returns one result per prepared item.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
-    """As many items wait as may; come back later."""
+    """No more items may wait; come back later."""
 
 
 class ShuttingDown(Exception):
@@ -220,7 +220,7 @@ class Batcher(Generic[Given, Ready, Result]):
         """One item, or some light ones; those of a request that has nothing ready first.
 
         While two batches are ready, only of a request that has nothing ready, so that it is in the next pass; while two
-        batches with images are, no image, for prepared images are large.
+        batches with images are, no image, because prepared images are large.
         """
         full = self._padded(self._ready) >= 2 * self.limits.tokens
         no_image = self._padded([job for job in self._ready if not job.given.light]) >= 2 * self.limits.tokens

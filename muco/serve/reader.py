@@ -1,4 +1,4 @@
-"""Requests become items to embed. Whatever would change a vector and has no meaning here is refused by name."""
+"""Requests become items to embed, within the limits of the server. What cannot be embedded is refused by name."""
 
 from __future__ import annotations
 
@@ -154,9 +154,9 @@ def _turns(
     """Every user message as a turn; ``user`` holds their texts and images."""
     images = user[0][1]
     if any(others for _, others in user[1:]):
-        raise RequestError(f"{where}: with 'turns', images belong in the first user message", where)
+        raise RequestError(f"{where}: with 'turns', images stand in the first user message", where)
     if not images and not all(text for text, _ in user):
-        raise RequestError(f"{where}: an empty user message, and no image to embed in its place", where)
+        raise RequestError(f"{where}: an empty user message, and no image that it could stand for", where)
     return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), mode, where=where)
 
 

@@ -80,7 +80,7 @@ def _bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)  # without the protocol asyncio leaves Nagle's delay on: 40 ms
     except OSError as error:
-        raise MucoError(f"--host {host}: {error.strerror}; give an address of this machine") from error
+        raise MucoError(f"--host {host}: {error.strerror}; name an address of this machine") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

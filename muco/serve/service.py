@@ -126,7 +126,7 @@ class Service:
         if asked in self.served.dimensions:
             return asked
         if not self.served.dimensions:
-            raise RequestError(f"the model's vectors have {full} dimensions; it was not trained for fewer", param)
+            raise RequestError(f"the model's vectors have {full} numbers; it was not trained for fewer", param)
         accepted = ", ".join(map(str, sorted({*self.served.dimensions, full})))
         raise RequestError(f"the model was trained for {accepted}", param)
 

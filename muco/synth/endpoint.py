@@ -96,7 +96,7 @@ class Endpoint:
             seed: Of the sampling, where the server knows seeds.
         Raises:
             Unanswered: If the server refuses this question, or does not answer it although it answers others.
-            BudgetSpent: If there is no budget left.
+            BudgetSpent: If the budget is used up.
             EndpointError: If the key is refused, or too many answers in a row were of no use.
         """
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), **self.sampling}

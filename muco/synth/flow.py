@@ -22,8 +22,8 @@ async def in_order(
 
     Args:
         items: Drawn on a thread of their own, so that they may take their time.
-        ahead: So many items, at most, are drawn and not yet yielded: memory is bounded, and one slow piece of work
-            holds up the others only when they are so far ahead of it.
+        ahead: Items that may be drawn and not yet yielded. This bounds memory; a slow piece of work holds up the others
+            only when they are this far ahead of it.
     Raises:
         BudgetSpent: If a piece of work did; what was under way is brought to its end first.
         Exception: The first one of any piece of work, or of ``items``; what is under way is cancelled.

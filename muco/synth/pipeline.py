@@ -120,7 +120,7 @@ async def check(job: Job) -> tuple[Job, float]:
 
     Returns:
         The job with what was learnt of them, and seconds per picture that the slower one takes if it answers all
-        questions as quickly as this one, as many at once and per minute as may be.
+        questions as quickly as this one, at the highest concurrency and rate allowed.
     Raises:
         EndpointError: If a server cannot be reached, or lacks the model.
     """
@@ -142,7 +142,7 @@ async def check(job: Job) -> tuple[Job, float]:
 
 
 def _pace(limits: Limits, seconds: float) -> float:
-    """Seconds between two answers, if one takes so many."""
+    """Seconds between two answers, if each takes ``seconds``."""
     return max(seconds / limits.concurrency, 60 / (limits.requests_per_minute or float("inf")))
 
 
@@ -219,7 +219,7 @@ async def make(
         How many pictures a server did not answer for now; their shards are left for a later run.
     Raises:
         BudgetSpent: If there is no budget left; what was answered is kept.
-        EndpointError: If a server gives nothing of use.
+        EndpointError: If a server sends nothing useful.
     """
     writing = _Writing(job, sizes)
 

@@ -158,7 +158,7 @@ class FolderSource(Source):
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
         for number, (name, _) in islice(enumerate(image_files(self.path)), start, None):
-            shown = os.fsencode(name).decode("utf-8", "replace")  # what is no UTF-8 cannot be named in a data set
+            shown = os.fsencode(name).decode("utf-8", "replace")  # a name that is not UTF-8 cannot be in a data set
             yield Picture(number, shown, shown)
 
     def read(self, ref: str) -> bytes:
@@ -263,7 +263,7 @@ def _rows(file: Path, columns: Sequence[str], start: int) -> Iterator[tuple[int,
 class ShardSource(Source):
     """Images in webdataset shards, in the order in which they lie there; all other members are passed over.
 
-    Going on in the middle reads the headers of the shards before it again.
+    Resuming in the middle reads the headers of the shards before it again.
     """
 
     files: tuple[Path, ...]

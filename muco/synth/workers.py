@@ -58,7 +58,7 @@ def make_in_workers(
     stop.unlink(missing_ok=True)
     while group := list(islice(shards, 4 * workers)):
         frame = daft.from_pydict({"pictures": [json.dumps([asdict(kept) for kept in shard]) for shard in group]})
-        if ray is not None:  # the native runner gives single rows to its processes by itself
+        if ray is not None:  # the native runner hands out single rows by itself
             frame = frame.into_partitions(len(group))
         for record in frame.select(makes(daft.col("pictures")).alias("made")).iter_rows():
             found = json.loads(record["made"])

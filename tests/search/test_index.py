@@ -538,8 +538,8 @@ def test_rows_of_every_make(rows, tmp_path: Path, tiny_model) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ({"id": "1", "text": "a"}, "give a list of rows"),
-        ("rows.jsonl", "give a list of rows"),
+        ({"id": "1", "text": "a"}, "pass a list of rows"),
+        ("rows.jsonl", "pass a list of rows"),
         (None, "a DataFrame or a table of Arrow, not NoneType"),
         (pd.Series(["a"]), "not a table with columns"),
         ([["1", "a"]], "row 0: must be a mapping"),

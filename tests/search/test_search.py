@@ -172,7 +172,7 @@ def test_an_index_of_vectors_is_built_finds_and_is_kept_fresh(storage: str, tmp_
 
 
 def test_an_index_is_trained_anew_when_it_has_grown(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("muco.search.indices.ANN_ROWS", 300)
+    monkeypatch.setattr("muco.search.lance.ANN_ROWS", 300)
     vectors = unit(np.random.default_rng(0), 1300)
     index = filled(tmp_path / "index", "float32", vectors[:300])
     index.optimize()

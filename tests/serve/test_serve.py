@@ -265,7 +265,7 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
          "messages[0]", "beginning"),
         ({"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "b"}], "turns": "isolated"},
-         "messages[0]", "no image to embed in its place"),
+         "messages[0]", "no image that it could stand for"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]},
          "messages[0].content[0]", "video"),
     ],
