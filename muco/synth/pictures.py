@@ -215,8 +215,6 @@ def _on_daft(source: Source, filter: Filter, store: Path | None, workers: int, r
 
         @daft.method.batch(return_dtype=result, batch_size=CHUNK)
         def __call__(self, number: Any, name: Any, ref: Any) -> list[dict[str, Any]]:
-            from muco.synth.pictures import look_at_some
-
             columns = (number.to_pylist(), name.to_pylist(), ref.to_pylist())
             return look_at_some([Picture(*values) for values in zip(*columns, strict=True)], *self.given)
 

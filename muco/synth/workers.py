@@ -49,8 +49,6 @@ def make_in_workers(
 
         @daft.method.batch(return_dtype=result, batch_size=1)
         def __call__(self, pictures: Any) -> list[str]:
-            from muco.synth.workers import made_shard
-
             return [json.dumps(made_shard(self.job, json.loads(shard))) for shard in pictures.to_pylist()]
 
     makes = daft.cls(Make, use_process=True, max_concurrency=workers)(share)
