@@ -195,7 +195,7 @@ def test_a_row_that_cannot_be_stored_stops_no_other(tmp_path: Path, tiny_model) 
 @pytest.mark.parametrize("name", ["vector", "thumbnail", "_distance", "a.b", "a`b", ""])
 def test_a_column_that_cannot_be_is_refused(name: str, tmp_path: Path, tiny_model) -> None:
     source = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", name: 1}])
-    with pytest.raises(DataError, match="another name"):
+    with pytest.raises(DataError, match="; rename"):
         run(source, tmp_path / "index", tiny_model)
     assert not (tmp_path / "index").exists()
 
