@@ -18,7 +18,7 @@ from rich.console import Console
 import muco
 from muco.base.files import whole_file
 from muco.search import Hit, Index, build
-from muco.search.terminal import show
+from muco.search.terminal import show_hits
 
 
 def write_page(path: Path, query: str, hits: list[Hit]) -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     print(", ".join(f"{counts[name]} {name}" for name in ("encoded", "deleted", "failed")), file=sys.stderr)
     query = {"image": Path(args.query)} if os.path.isfile(args.query) else {"text": args.query}
     hits = Index.open(place, model).search(**query, k=args.k)
-    show(hits, Console())
+    show_hits(hits, Console())
     write_page(args.page, args.query, hits)
 
 

@@ -27,7 +27,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 BINARY = ("application/octet-stream", "binary/octet-stream")  # what object storage says of anything
 CHUNK = 1 << 16
 
-# Addresses that lead elsewhere than to the public internet, beside those that `is_global` knows in every version of
+# Addresses that lead elsewhere than to the public internet, besides those that `is_global` knows in every version of
 # Python: cloud metadata on public addresses, relays and translators that reach private IPv4 addresses behind them.
 CLOSED = tuple(
     map(
@@ -47,7 +47,7 @@ UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")  # parsers disagree about them
 
 
 class FetchError(MucoError):
-    """A URL was not fetched: it is not allowed, cannot be reached, too large, too slow or no image."""
+    """A URL was not fetched: it is not allowed, cannot be reached, too large, too slow or not an image."""
 
 
 class UnreachableError(FetchError):
@@ -100,7 +100,7 @@ def fetch(url: str, limits: FetchLimits = FetchLimits()) -> bytes:
         raise type(error)(f"{name}: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
-        reason = _too_slow(limits) if late else f"cannot be fetched ({_reason(error)})"
+        reason = _too_slow(limits) if late else f"cannot be fetched ({_what_failed(error)})"
         raise UnreachableError(f"{name}: {reason}") from error
     raise FetchError(f"{name}: more than {limits.redirects} redirects")
 
@@ -131,8 +131,8 @@ def _checked_url(url: str, limits: FetchLimits) -> SplitResult:
         parts = urlsplit(url)
         port, host = parts.port, _host(parts)
         path, query = quote(parts.path or "/", safe=PLAIN), quote(parts.query, safe=PLAIN + "?")
-    except ValueError as error:  # a port that is no number, brackets that do not close, half a character …
-        raise FetchError(f"not a URL that can be fetched ({_reason(error)})") from error
+    except ValueError as error:  # a port that is not a number, brackets that do not close, half a character …
+        raise FetchError(f"not a URL that can be fetched ({_what_failed(error)})") from error
     if parts.scheme not in PORTS:
         raise FetchError("only http and https URLs are fetched")
     if not host or "%" in host:
@@ -290,7 +290,7 @@ def _too_slow(limits: FetchLimits) -> str:
     return f"took longer than {limits.seconds:g} s"
 
 
-def _reason(error: Exception) -> str:
+def _what_failed(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return "its certificate or encryption is not right"
     return getattr(error, "strerror", None) or type(error).__name__

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from muco.base.machine import VERSION, installed
+from muco.base.machine import GIB, VERSION, installed
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -33,7 +33,6 @@ OPTIONAL = {
     "beartype": "checks of tensor shapes in the test suite",
     "ruff": "make check",
 }
-GIB = 1 << 30
 
 
 def examine() -> dict[str, Any]:

@@ -136,6 +136,6 @@ def search(
         return
     from rich.console import Console
 
-    from muco.search.terminal import protocol, show
+    from muco.search.terminal import protocol, show_hits
 
-    show(hits, Console(file=sys.stdout), protocol(os.environ, sys.stdout))
+    show_hits(hits, Console(file=sys.stdout), protocol(os.environ, sys.stdout))

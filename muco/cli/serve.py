@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,6 @@ import typer
 from muco.base.text import read_text
 from muco.cli.options import Model, examples
 from muco.errors import MucoError
-from muco.serve.run import _announce, _bound, _Gone, _load, _run, _trained_dimensions
 
 TOKEN = "MUCO_SERVE_TOKEN"
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
@@ -85,41 +83,35 @@ def serve(
     """
     _check_installed()
     from muco.base.fetch import FetchLimits
-    from muco.serve.app import Served
     from muco.serve.batcher import BatchLimits
-    from muco.serve.guard import LOCAL_HOSTS
     from muco.serve.images import ImageLimits
-    from muco.serve.schema import Limits
+    from muco.serve.run import run_server
+    from muco.serve.schema import RequestLimits
 
     fetch = None
     if allow_fetch or fetch_host or fetch_address:
         fetch = FetchLimits(hosts=tuple(fetch_host) or None, allowed_addresses=tuple(fetch_address))
     image = ImageLimits(max_pixels=max_pixels, fetch=fetch)
-    limits = Limits(body_bytes=max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image)
+    limits = RequestLimits(
+        body_bytes=max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image
+    )
     if queue < max_items:
         raise MucoError(f"--queue {queue}: a request may have {max_items} items (--max-items), which must fit in it")
     token, instructions = _token(token_file), dict(map(_instruction, instruction))
-    origins = tuple(map(_origin, allow_origin))
-    with _bound(host, port) as listener:
-        local = host in LOCAL_HOSTS
-        gone = _Gone()
-        engine, opened = _load(model, device, index, image, max_tokens, gone)
-        served = Served(
-            engine=engine,
-            name=name or Path(model).name,
-            limits=limits,
-            batches=BatchLimits(batch_tokens, batch_milliseconds, queue),
-            dimensions=_trained_dimensions(model),
-            index=opened,
-            instructions=instructions,
-            token=token,
-            hosts=frozenset((*LOCAL_HOSTS, *(n.lower() for n in allow_host))) if local or allow_host else None,
-            origins=origins,
-        )
-        with closing(engine):
-            _run(served, listener, lambda: _announce(served, listener, local))
-        if gone.code is not None:
-            raise MucoError(f"the model's process ended (exit code {gone.code}); what it last said is above")
+    run_server(
+        model,
+        host=host,
+        port=port,
+        device=device,
+        index=index,
+        name=name or Path(model).name,
+        limits=limits,
+        batches=BatchLimits(batch_tokens, batch_milliseconds, queue),
+        instructions=instructions,
+        token=token,
+        allowed_hosts=allow_host,
+        origins=tuple(map(_origin, allow_origin)),
+    )
 
 
 def _check_installed() -> None:

@@ -2,7 +2,7 @@
 
 ::
 
-    input ─rows.py─▶ rows with hashes ─update.py─▶ what is new ─encode.py─▶ vectors ─storage.py─▶ table
+    input ─rows.py─▶ rows with hashes ─update.py─▶ new ones ─encode.py─▶ vectors ─storage.py─▶ table.py
     text, image, row, vector ─index.py─▶ candidates of the table ─▶ scored again ─▶ hits
 """
 

@@ -20,6 +20,7 @@ from uuid import UUID
 import numpy as np
 
 from muco.base.text import LONE_SURROGATE
+from muco.data.lines import whole_text
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> No
         if not isinstance(name, str):
             raise DataError(f"{where}: the name of a column must be text, not {name!r}; rename it")
         if name in reserved or name.startswith("_"):
-            raise DataError(f"{where}: the index has a column {name!r} of its own; give the input's another name")
+            raise DataError(f"{where}: the index has a column {name!r} of its own; rename that of the input")
         if not name or set(name) & set(".`\0") or LONE_SURROGATE.search(name):
-            raise DataError(f"{where}: a column cannot be called {name!r} (no '.' and no '`'); give it another name")
+            raise DataError(f"{where}: a column cannot be called {name!r} (no '.' and no '`'); rename it")
 
 
 def as_id(value: Any, where: str) -> str:
@@ -59,8 +60,13 @@ def as_id(value: Any, where: str) -> str:
     return str(found)
 
 
+def checked_id(id: Any) -> str:
+    """The id of a row to look for."""
+    return whole_text(id if isinstance(id, str) else as_id(id, "the id"), "id")
+
+
 def plain(value: Any) -> Any:
-    """The value in plain Python: what numpy, pandas and Arrow give as Python has it, missing as None, nested as it is.
+    """The value in plain Python: values of numpy, pandas and Arrow converted, missing as None, nested ones as they are.
 
     Raises:
         DataError: If no column can hold it.
@@ -68,7 +74,7 @@ def plain(value: Any) -> Any:
     import pyarrow as pa
 
     if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
-        raise DataError("a number of more than 76 digits cannot be kept; give it as text")
+        raise DataError("a number of more than 76 digits cannot be kept; pass it as text")
     if value is None or type(value) in PLAIN:
         return None if value != value else value
     if isinstance(value, NESTED):

@@ -1,8 +1,8 @@
 """From rows to vectors and thumbnails: in this process, or by Daft in several, on this machine or a Ray cluster.
 
-Both ways run :func:`encoded` on batches of rows, so they give the same vectors. Daft starts the model once per process
-and part of the input, which is why it is worth while for large inputs only, and on one machine only where one process
-leaves devices or cores idle.
+Both ways run :func:`encoded` on batches of rows, so the vectors are the same. Daft starts the model once per process
+and part of the input. So it pays for large inputs only, and on one machine only where one process leaves devices or
+cores idle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SIDE = 160  # px: a thumbnail has at most the pixels of such a square
 QUALITY = 80
 Encoded = tuple[Row, bytes | None]  # the row with its vector or error and without its image; the thumbnail
-Encoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
+RowEncoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
 
 
 def thumbnail(image: Any) -> bytes:
@@ -51,9 +51,31 @@ def encoded(model: Model, dimension: int, batch_size: int, rows: Iterable[Row]) 
             yield from zip(encode_rows(encode, batch), small, strict=True)
 
 
+class _Worker:
+    """The model in a process of Daft."""
+
+    def __init__(self, path: str, fingerprint: str, dimension: int, batch_size: int) -> None:
+        from muco.model import load
+
+        self.model, self.dimension, self.batch_size = load(path), dimension, batch_size
+        if self.model.fingerprint != fingerprint:
+            raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
+
+    def encode(self, *columns: Any) -> list[dict[str, Any]]:
+        """The ``result`` of each row; ``columns`` are those of :func:`_sent`."""
+        rows = []
+        for number, text, paths, data in zip(*(column.to_pylist() for column in columns), strict=True):
+            images = (Path(path) if path else read for path, read in zip(paths, data, strict=True))
+            rows.append(Row(number, "", "", text, tuple(images)))
+        return [
+            {"number": row.number, "vector": row.vector, "thumbnail": picture, "error": row.error}
+            for row, picture in encoded(self.model, self.dimension, self.batch_size, rows)
+        ]
+
+
 def on_daft(
     model_path: str, fingerprint: str, dimension: int, batch_size: int, workers: int, ray: str | None
-) -> Encoder:
+) -> RowEncoder:
     """An encoder of ``workers`` processes that hold a model each.
 
     Args:
@@ -71,48 +93,37 @@ def on_daft(
         }
     )
 
-    class Embed:
-        def __init__(self, path: str, wanted: str) -> None:
-            from muco.model import load
-
-            self.model = load(path)
-            if self.model.fingerprint != wanted:
-                raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
-
+    class Worker(_Worker):  # here, because only here is Daft imported
         @daft.method.batch(return_dtype=result, batch_size=8 * batch_size)
         def __call__(self, number: Any, text: Any, paths: Any, data: Any) -> list[dict[str, Any]]:
-            columns = (number.to_pylist(), text.to_pylist(), paths.to_pylist(), data.to_pylist())
-            rows = [
-                Row(n, "", "", t, tuple(Path(path) if path else read for path, read in zip(p, d, strict=True)))
-                for n, t, p, d in zip(*columns, strict=True)
-            ]
-            return [
-                {"number": row.number, "vector": row.vector, "thumbnail": picture, "error": row.error}
-                for row, picture in encoded(self.model, dimension, batch_size, rows)
-            ]
+            return self.encode(number, text, paths, data)
 
-    embed = daft.cls(Embed, use_process=True, max_concurrency=workers, gpus=_gpus())(model_path, fingerprint)
+    start = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=_gpus())
+    worker = start(model_path, fingerprint, dimension, batch_size)
 
     def encode(rows: Iterable[Row]) -> Iterator[Encoded]:
         by_number = {row.number: row for row in rows}
         if not by_number:
             return
-        images = [row.images for row in by_number.values()]
-        frame = daft.from_pydict(
-            {
-                "number": [*by_number],
-                "text": [row.text for row in by_number.values()],
-                "paths": [[str(image) if isinstance(image, (str, Path)) else None for image in own] for own in images],
-                "data": [[image if isinstance(image, bytes) else None for image in own] for own in images],
-            }
-        )
-        frame = frame.select(embed(*(daft.col(name) for name in ("number", "text", "paths", "data"))).alias("result"))
+        sent = _sent(by_number.values())
+        frame = daft.from_pydict(sent).select(worker(*map(daft.col, sent)).alias("result"))
         for record in frame.iter_rows():
             found = record["result"]
             outcome = {"error": found["error"]} if found["error"] else {"vector": np.float32(found["vector"])}
             yield replace(by_number[found["number"]], images=(), **outcome), found["thumbnail"]
 
     return encode
+
+
+def _sent(rows: Iterable[Row]) -> dict[str, list[Any]]:
+    """Rows as columns for Daft; each image is a path or bytes, and None in the other column."""
+    sent: dict[str, list[Any]] = {"number": [], "text": [], "paths": [], "data": []}
+    for row in rows:
+        sent["number"].append(row.number)
+        sent["text"].append(row.text)
+        sent["paths"].append([str(image) if isinstance(image, (str, Path)) else None for image in row.images])
+        sent["data"].append([image if isinstance(image, bytes) else None for image in row.images])
+    return sent
 
 
 def _gpus() -> int:

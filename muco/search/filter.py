@@ -1,9 +1,9 @@
 """Filters: an expression of SQL that a stranger may have written, let through only if it can do nothing but compare.
 
 LanceDB evaluates an expression, never a statement: it can neither write nor read files. But it knows hundreds of
-functions, of which some fill the memory (``repeat``), it forgets what stands after the expression, compares numbers
-with text, and thousands of operators in a row or parentheses in each other keep its parser busy for ever. So a filter
-is parsed here, whole, and LanceDB is given what was understood::
+functions, of which some fill the memory (``repeat``), it ignores whatever follows the expression, compares numbers with
+text, and thousands of operators in a row or nested parentheses keep its parser busy for ever. So a filter is parsed
+here, whole, and LanceDB gets what was understood::
 
     either    = both {OR both}
     both      = negated {AND negated}
@@ -17,21 +17,19 @@ is parsed here, whole, and LanceDB is given what was understood::
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
+from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, after_blanks, kind_of, next_token
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TEXT, NUMBER, CONDITION, DAY, ANY = "text", "a number", "a condition", "a date", "null"
-FUNCTIONS = {  # what they take, and what they give
+FUNCTIONS = {  # the kinds of their arguments, and of their result
     "lower": ([TEXT], TEXT),
     "upper": ([TEXT], TEXT),
     "length": ([TEXT], NUMBER),
@@ -43,16 +41,6 @@ FUNCTIONS = {  # what they take, and what they give
 OPERATORS = ("=", "==", "!=", "<>", "<", "<=", ">", ">=")
 LONGEST = 2000  # characters
 DEEPEST = 16  # parentheses and NOTs inside each other; LanceDB reads few more
-
-_TOKEN = re.compile(
-    r"""(?P<text>'(?:[^']|'')*')
-      | (?P<number>-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
-      | `(?P<quoted>[^`]+)`
-      | (?P<word>[^\W\d]\w*)
-      | (?P<sign><=|>=|==|!=|<>|[=<>(),])
-      | (?P<end>$)""",
-    re.VERBOSE,
-)
 
 
 def quoted(text: str) -> str:
@@ -81,34 +69,6 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
     return _Parser(where, columns).whole()
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    place: int
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A part that was read: its SQL, and what it is."""
-
-    sql: str
-    kind: str
-    place: int
-    exact: bool = False  # a column of whole numbers or decimals, which LanceDB does not compare with 1.5
-    fraction: bool = False  # a number such as 1.5 or 1e3
-    literal: bool = False
-
-    def as_decimal(self) -> _Value:
-        number = Decimal(self.sql)
-        _, digits, exponent = number.as_tuple()
-        scale = max(0, -int(exponent))
-        precision = max(1, scale, len(digits) + int(exponent) + scale)
-        if precision > 38:
-            return self
-        return replace(self, sql=f"CAST('{number:f}' AS DECIMAL({precision}, {scale}))")
-
-
 class _Parser:
     """One method per rule of the grammar; each reads its part and returns it."""
 
@@ -116,15 +76,14 @@ class _Parser:
         self.where, self.columns = where, columns
         self.tokens, self.depth = self._tokens(), 0
 
-    def _tokens(self) -> list[_Token]:
+    def _tokens(self) -> list[Token]:
         tokens, place = [], 0
         while not tokens or tokens[-1].kind != "end":
-            place += len(self.where[place:]) - len(self.where[place:].lstrip())
-            found = _TOKEN.match(self.where, place)
-            if found is None:
-                raise self.refused(place, "cannot be read; put text in 'single quotes'")
-            tokens.append(_Token(found.lastgroup or "", found[found.lastgroup or 0], place))
-            place = found.end()
+            token = next_token(self.where, place)
+            if token is None:
+                raise self.refused(after_blanks(self.where, place), "cannot be read; put text in 'single quotes'")
+            tokens.append(token)
+            place = token.end
         return tokens[::-1]  # the next one is the last
 
     def whole(self) -> str:
@@ -133,35 +92,35 @@ class _Parser:
             raise self.refused(self.tokens[-1].place, "expected the end, AND or OR")
         return self.condition(found).sql
 
-    def either(self) -> _Value:
+    def either(self) -> Value:
         return self.joined("or", self.both)
 
-    def both(self) -> _Value:
+    def both(self) -> Value:
         return self.joined("and", self.negated)
 
-    def joined(self, word: str, rule: Callable[[], _Value]) -> _Value:
+    def joined(self, word: str, rule: Callable[[], Value]) -> Value:
         parts = [rule()]
         while self.takes(word):
             parts.append(rule())
         if len(parts) == 1:
             return parts[0]
         sql = f" {word.upper()} ".join(self.condition(part).sql for part in parts)
-        return _Value(sql, CONDITION, parts[0].place)
+        return Value(sql, CONDITION, parts[0].place)
 
-    def negated(self) -> _Value:
+    def negated(self) -> Value:
         place = self.tokens[-1].place
         if not self.takes("not"):
             return self.test()
         with self.deeper():
             found = self.condition(self.negated())
-        return _Value(f"NOT ({found.sql})", CONDITION, place)
+        return Value(f"NOT ({found.sql})", CONDITION, place)
 
-    def test(self) -> _Value:
+    def test(self) -> Value:
         left = self.value()
         if self.tokens[-1].text in OPERATORS and self.tokens[-1].kind == "sign":
             operator = self.tokens.pop().text.replace("==", "=")
             left, right = self.alike(left, self.value())
-            return _Value(f"{left.sql} {operator} {right.sql}", CONDITION, left.place)
+            return Value(f"{left.sql} {operator} {right.sql}", CONDITION, left.place)
         if self.takes("is"):
             return self.is_what(left)
         no = "NOT " if self.takes("not") else ""
@@ -184,18 +143,18 @@ class _Parser:
             raise self.refused(self.tokens[-1].place, "expected IN, BETWEEN, LIKE or ILIKE")
         else:
             return left
-        return _Value(sql, CONDITION, left.place)
+        return Value(sql, CONDITION, left.place)
 
-    def is_what(self, left: _Value) -> _Value:
+    def is_what(self, left: Value) -> Value:
         no = "NOT " if self.takes("not") else ""
         word = next((word for word in ("null", "true", "false") if self.takes(word)), None)
         if word is None:
             raise self.refused(self.tokens[-1].place, "expected NULL, TRUE or FALSE")
         if word != "null":
             self.condition(left)
-        return _Value(f"{left.sql} IS {no}{word.upper()}", CONDITION, left.place)
+        return Value(f"{left.sql} IS {no}{word.upper()}", CONDITION, left.place)
 
-    def value(self) -> _Value:
+    def value(self) -> Value:
         token = self.tokens.pop()
         if token.text == "(" and token.kind == "sign":
             with self.deeper():
@@ -203,23 +162,23 @@ class _Parser:
             self.needs(")")
             return replace(found, sql=f"({found.sql})", place=token.place, fraction=False, literal=False)
         if token.kind == "text":
-            return _Value(token.text, TEXT, token.place, literal=True)
+            return Value(token.text, TEXT, token.place, literal=True)
         if token.kind == "number":
             fraction = not token.text.lstrip("-").isdecimal()
-            return _Value(token.text, NUMBER, token.place, fraction=fraction, literal=True)
+            return Value(token.text, NUMBER, token.place, fraction=fraction, literal=True)
         if token.kind in ("word", "quoted"):
             return self.named(token)
         raise self.refused(token.place, "expected a column, text or a number")
 
-    def named(self, token: _Token) -> _Value:
+    def named(self, token: Token) -> Value:
         word, after = token.text.lower(), self.tokens[-1]
         if token.kind == "word":
             if word in ("true", "false"):
-                return _Value(word.upper(), CONDITION, token.place, literal=True)
+                return Value(word.upper(), CONDITION, token.place, literal=True)
             if word == "null":
-                return _Value("NULL", ANY, token.place)
+                return Value("NULL", ANY, token.place)
             if word in ("date", "timestamp") and after.kind == "text":
-                return _Value(f"{word.upper()} {self.tokens.pop().text}", DAY, token.place, literal=True)
+                return Value(f"{word.upper()} {self.tokens.pop().text}", DAY, token.place, literal=True)
             if after.text == "(" and after.kind == "sign":
                 return self.called(token)
         name = token.text
@@ -229,10 +188,10 @@ class _Parser:
                 why = f"may be {' or '.join(alike)}" if alike else "not a column"
                 raise self.refused(token.place, f"{why}; columns: {', '.join(sorted(self.columns))}", token.text)
             name = alike[0]
-        kind, exact = _kind(self.columns[name])
-        return _Value(f"`{name}`", kind, token.place, exact=exact)
+        kind, exact = kind_of(self.columns[name])
+        return Value(f"`{name}`", kind, token.place, exact=exact)
 
-    def called(self, token: _Token) -> _Value:
+    def called(self, token: Token) -> Value:
         name = token.text.lower()
         if name != "coalesce" and name not in FUNCTIONS:
             known = ", ".join(sorted([*FUNCTIONS, "coalesce"]))
@@ -247,9 +206,9 @@ class _Parser:
                 raise self.refused(token.place, f"takes {len(takes)} values, not {len(values)}", token.text)
             for value, wanted in zip(values, takes, strict=True):
                 self.must_be(value, wanted)
-        return _Value(f"{name}({', '.join(value.sql for value in values)})", kind, token.place)
+        return Value(f"{name}({', '.join(value.sql for value in values)})", kind, token.place)
 
-    def listed(self) -> list[_Value]:
+    def listed(self) -> list[Value]:
         self.needs("(")
         with self.deeper():
             values = [self.value()]
@@ -281,7 +240,7 @@ class _Parser:
         yield
         self.depth -= 1
 
-    def alike(self, first: _Value, *others: _Value) -> list[_Value]:
+    def alike(self, first: Value, *others: Value) -> list[Value]:
         """The values, ready to be compared.
 
         Raises:
@@ -296,11 +255,11 @@ class _Parser:
         exact = any(value.exact for value in values)
         return [value.as_decimal() if exact and value.fraction else value for value in values]
 
-    def must_be(self, value: _Value, kind: str) -> None:
+    def must_be(self, value: Value, kind: str) -> None:
         if value.kind not in (kind, ANY):
             raise self.refused(value.place, f"expected {kind}, not {value.kind}")
 
-    def condition(self, value: _Value) -> _Value:
+    def condition(self, value: Value) -> Value:
         self.must_be(value, CONDITION)
         return value
 
@@ -308,19 +267,3 @@ class _Parser:
         what = what or self.where[place : place + 20]
         shown = f"{what!r} (character {place + 1})" if what else "the end"
         return MucoError(f"the filter: {shown}: {why}; an example: label = 'cat' AND year >= 2020")
-
-
-def _kind(type: pa.DataType) -> tuple[str, bool]:
-    """What values of a column are, and whether they are exact numbers."""
-    import pyarrow.types as types
-
-    exact = types.is_integer(type) or types.is_decimal(type)
-    if exact or types.is_floating(type):
-        return NUMBER, exact
-    if types.is_boolean(type):
-        return CONDITION, False
-    if types.is_string(type) or types.is_large_string(type):
-        return TEXT, False
-    if types.is_date(type) or types.is_timestamp(type):
-        return DAY, False
-    return str(type), False

@@ -32,14 +32,14 @@ def records(rows: Any) -> Iterable[Any]:
         DataError: If it has none, as one mapping, text, or a single column.
     """
     if isinstance(rows, (Mapping, str, bytes, PurePath)):
-        raise DataError(f'give a list of rows, [{{"id": "1", "text": "a"}}], not one {type(rows).__name__}')
+        raise DataError(f'pass a list of rows, [{{"id": "1", "text": "a"}}], not one {type(rows).__name__}')
     if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # as pandas has them, whatever its columns hold
         _differ(rows.columns)
         return rows.to_dict("records")
     if hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
         return _of_arrow(rows)
     if not hasattr(rows, "__iter__"):
-        raise DataError(f"give a list of rows, a DataFrame or a table of Arrow, not {type(rows).__name__}")
+        raise DataError(f"pass a list of rows, a DataFrame or a table of Arrow, not {type(rows).__name__}")
     return rows
 
 
@@ -49,7 +49,7 @@ def _of_arrow(rows: Any) -> list[dict[str, Any]]:
     try:
         table = pa.table(rows)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"{type(rows).__name__} is not a table with columns; give one, or a list of rows") from error
+        raise DataError(f"{type(rows).__name__} is not a table with columns; pass one, or a list of rows") from error
     _differ(table.column_names)
     return table.to_pylist()
 

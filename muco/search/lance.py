@@ -1,22 +1,123 @@
-"""What LanceDB raises, as sentences. It tells apart by words only whether files, a filter or a call are at fault."""
+"""LanceDB: how a table is opened, read and indexed, and its errors as sentences.
+
+LanceDB tells only by the words of an error whether files, a filter or a call are at fault.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from muco.errors import MucoError, StorageError
+from muco.errors import MucoError, OutputError, StorageError
+from muco.search.storage import Storage
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TABLE = "rows"  # the one table of an index
+STALE = timedelta(seconds=5)  # how far a reader may lag behind a writer
+ANN_ROWS = 10_000  # from this many rows on, indices of vectors, ids and hashes pay
+ANN_NAME = "ann_"  # and the number of rows when it was trained
+RETRAIN = 4  # the index of vectors is trained again when the rows have grown by this factor
+PARTITION_ROWS = 4096
+PROBES = 20  # partitions searched
+ENOUGH_BITS = 256  # dimensions from which on one bit of each finds good candidates
 FILES = ("LanceError(IO)", "LanceError(Arrow)", "Not found", "os error", "panicked", "Lance file")  # in errors of files
 FILTER = "sql filter"  # in errors of a filter, whatever else they say
 
 
+def is_local(path: str | Path) -> bool:
+    """Whether an index is a folder, and not the URL of one in object storage."""
+    return "://" not in str(path)
+
+
+def connect(path: str | Path, *, create: bool) -> Any:
+    """The database in a folder or in object storage.
+
+    Raises:
+        OutputError: If a new index is asked for where a file is.
+        MucoError: If LanceDB is not installed, or there is no such folder and ``create`` is false.
+    """
+    try:
+        import lancedb
+    except ImportError as error:
+        raise MucoError("the index needs LanceDB: pip install 'muco[search]'") from error
+    if is_local(path) and not Path(path).is_dir():
+        if not create:
+            raise MucoError(
+                f"{path}: no such folder; make an index with `muco index INPUT --model MODEL --index {path}`"
+            )
+        if Path(path).exists():
+            raise OutputError(f"{path}: an index is a folder, and this is a file; name another")
+    with lance_calls(path):
+        return lancedb.connect(str(path), read_consistency_interval=timedelta(0) if create else STALE)
+
+
+def open_rows(database: Any, path: str | Path) -> Any:
+    """The table of rows, or None if it was never finished and can be made again.
+
+    Raises:
+        StorageError: If the files that describe the table are missing, but its rows are there.
+    """
+    with lance_calls(path):
+        try:
+            return database.open_table(TABLE)
+        except ValueError as error:
+            if "was not found" not in str(error):
+                raise
+    if is_local(path) and any(Path(path).glob(f"{TABLE}.lance/data/*")):
+        raise StorageError(
+            f"{path}: the rows are there, but not the files that describe them; copy the index again, or delete it"
+        )
+    return None
+
+
+def read(search: Any, where: str | None, columns: Sequence[str]) -> pa.RecordBatchReader:
+    """The rows that a search finds, batch by batch."""
+    return (search.where(where) if where else search).select([*columns]).to_batches()
+
+
+def build_indices(table: Any, storage: Storage, dimension: int) -> None:
+    """Builds the indices that pay and are not there yet: of vectors (benchmarks/index.py says why IVF), ids and hashes.
+
+    Args:
+        table: LanceDB's, which nobody else writes to meanwhile.
+        dimension: Of its vectors.
+    """
+    from lancedb.index import BTree
+
+    rows = table.count_rows()
+    if rows < ANN_ROWS:
+        return
+    indices = list(table.list_indices())
+    for column in ("id", "content_hash"):
+        if not any(index.columns == [column] for index in indices):
+            table.create_index(column, config=BTree())
+    trained = [int(index.name.removeprefix(ANN_NAME)) for index in indices if index.name.startswith(ANN_NAME)]
+    if trained and rows < RETRAIN * max(trained):
+        return
+    config = _of_vectors(storage, dimension, partitions=max(1, rows // PARTITION_ROWS))
+    table.create_index(storage.searched, config=config, name=f"{ANN_NAME}{rows}", replace=True)
+    for old in trained:
+        table.drop_index(f"{ANN_NAME}{old}")
+
+
+def _of_vectors(storage: Storage, dimension: int, partitions: int) -> Any:
+    from lancedb.index import IvfFlat, IvfRq
+
+    whole = storage.metric == "hamming" or dimension < ENOUGH_BITS or dimension % 8
+    kind = IvfFlat if whole else IvfRq
+    return kind(distance_type=storage.metric, num_partitions=partitions)
+
+
 @contextmanager
 def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
-    """Put every call of LanceDB, and the reading of what it gives, into this block.
+    """Turns what LanceDB raises into MuCo's errors. Also put reading its results into this block.
 
     Args:
         path: The index.
@@ -32,13 +133,15 @@ def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
     except MucoError:
         raise
     except (RuntimeError, ValueError, OSError, pa.ArrowException) as error:
-        if (
-            where
-            and not isinstance(error, OSError)
-            and (FILTER in str(error) or not any(w in str(error) for w in FILES))
-        ):
-            raise MucoError(f"the filter cannot be used: {_reason(error)}") from error
+        if where and _is_of_filter(error):
+            raise MucoError(f"the filter cannot be used: {_first_sentence(error)}") from error
         raise StorageError(f"{path}: {_told(error)}") from error
+
+
+def _is_of_filter(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return False
+    return FILTER in str(error) or not any(words in str(error) for words in FILES)
 
 
 def _told(error: Exception) -> str:
@@ -48,12 +151,12 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return f"the index cannot be used ({os.strerror(error.errno)}); change that, or name another"
     return (
-        f"the index cannot be read ({_reason(error)}); files of it are missing, damaged or cut: copy it again, or "
-        "delete it and make it anew"
+        f"the index cannot be read ({_first_sentence(error)}); files of it are missing, damaged or cut: copy it again, "
+        "or delete it and make a new one"
     )
 
 
-def _reason(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """The first sentence of LanceDB's error, without what it says about its own source."""
     text = " ".join(str(error).split()).removeprefix("Invalid input, ").removeprefix("lance error: ")
     return re.split(r", /(?:rustc|root)/", text, maxsplit=1)[0][:200]

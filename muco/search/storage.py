@@ -1,4 +1,4 @@
-"""How vectors stand in the table: whole, as one byte per number, or as one bit per number.
+"""How vectors are stored in the table: whole, as one byte per number, or as one bit per number.
 
 LanceDB indexes float columns (by cosine) and bits (by the number of bits that differ), but no int8 column; so "int8"
 keeps bits besides, which find the candidates that its numbers then score.

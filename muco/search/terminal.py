@@ -46,7 +46,7 @@ def picture(jpeg: bytes, protocol: str) -> str:
     return "".join(f"\x1b_G{h}m={m};{c}\x1b\\" for h, m, c in zip(heads, mores, chunks, strict=True))
 
 
-def show(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> None:
+def show_hits(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> None:
     """A table of hits, or lines where it has no room; with ``pictures``, a protocol, each hit's thumbnail below it."""
     from rich.table import Table
     from rich.text import Text
@@ -67,5 +67,5 @@ def show(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> 
 
 
 def _line(text: str) -> str:
-    """One line without control characters, for the text of a stranger must not steer the terminal."""
+    """One line without control characters, because the text of a stranger must not control the terminal."""
     return "".join(c for c in " ".join(clean(text).split()) if c.isprintable())

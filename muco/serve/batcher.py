@@ -9,7 +9,7 @@ Requests take turns, in both queues: each pass begins with another request's ite
 others. So a short request waits for one pass of each request before it, however many items those have. Nor do their
 items keep it out: of each request no more count against the limit than the new one has itself.
 
-Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` gives one result per prepared item.
+Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` returns one result per prepared item.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Light(Protocol):
 
 
 Given = TypeVar("Given", bound=Light)
-Prepared = TypeVar("Prepared", bound=Weighed)
+Ready = TypeVar("Ready", bound=Weighed)
 Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
-    """As many items wait as may; come back later."""
+    """No more items may wait; come back later."""
 
 
 class ShuttingDown(Exception):
@@ -66,11 +66,11 @@ class BatchLimits:
 
 
 @dataclass(eq=False)
-class _Job(Generic[Given, Prepared]):
+class _Job(Generic[Given, Ready]):
     given: Given
     request: object  # the same one for all jobs of a call
     future: asyncio.Future[Any]
-    prepared: Prepared | None = None
+    prepared: Ready | None = None
     ready_at: float = field(default=0.0)
 
 
@@ -112,7 +112,7 @@ class _Queue:
             self.discard(job)
 
 
-class Batcher(Generic[Given, Prepared, Result]):
+class Batcher(Generic[Given, Ready, Result]):
     """Makes batches of what is submitted.
 
     Args:
@@ -124,8 +124,8 @@ class Batcher(Generic[Given, Prepared, Result]):
 
     def __init__(
         self,
-        prepare: Callable[[Given], Prepared],
-        run: Callable[[Sequence[Prepared]], Sequence[Result]],
+        prepare: Callable[[Given], Ready],
+        run: Callable[[Sequence[Ready]], Sequence[Result]],
         limits: BatchLimits = BatchLimits(),
         *,
         observe: Callable[[int, int], None] = lambda items, tokens: None,
@@ -188,8 +188,6 @@ class Batcher(Generic[Given, Prepared, Result]):
             for job in jobs:
                 job.future.cancel()
 
-    # ------------------------------------------------------------ inside
-
     def _forget(self, job: _Job) -> None:
         self._unfinished[job.request] -= 1
         if not self._unfinished[job.request]:
@@ -213,13 +211,8 @@ class Batcher(Generic[Given, Prepared, Result]):
             while not (jobs := self._next_to_prepare()):
                 await self._next_change()
             outcomes = await loop.run_in_executor(threads, self._prepared, [job.given for job in jobs])
-            for job, outcome in zip(jobs, outcomes, strict=True):
-                if job.future.done():  # cancelled meanwhile
-                    continue
-                if isinstance(outcome, Exception):
-                    job.future.set_exception(outcome)
-                    continue
-                job.prepared, job.ready_at = outcome, loop.time()
+            for job, prepared in _good(jobs, outcomes):
+                job.prepared, job.ready_at = prepared, loop.time()
                 self._ready.add(job)
             self._changed.set()
 
@@ -227,7 +220,7 @@ class Batcher(Generic[Given, Prepared, Result]):
         """One item, or some light ones; those of a request that has nothing ready first.
 
         While two batches are ready, only of a request that has nothing ready, so that it is in the next pass; while two
-        batches with images are, no image, for prepared images are large.
+        batches with images are, no image, because prepared images are large.
         """
         full = self._padded(self._ready) >= 2 * self.limits.tokens
         no_image = self._padded([job for job in self._ready if not job.given.light]) >= 2 * self.limits.tokens
@@ -241,7 +234,7 @@ class Batcher(Generic[Given, Prepared, Result]):
         self._waiting.take(jobs)
         return jobs
 
-    def _prepared(self, items: Sequence[Given]) -> list[Prepared | Exception]:
+    def _prepared(self, items: Sequence[Given]) -> list[Ready | Exception]:
         return [_attempt(self._prepare, item) for item in items]
 
     async def _run_all(self, thread: ThreadPoolExecutor) -> None:
@@ -260,13 +253,8 @@ class Batcher(Generic[Given, Prepared, Result]):
             prepared = [job.prepared for job in jobs]
             outcomes = await loop.run_in_executor(thread, self._results, prepared)
             self._observe(len(jobs), self._padded(jobs))
-            for job, outcome in zip(jobs, outcomes, strict=True):
-                if job.future.done():
-                    continue
-                if isinstance(outcome, Exception):
-                    job.future.set_exception(outcome)
-                else:
-                    job.future.set_result(outcome)
+            for job, result in _good(jobs, outcomes):
+                job.future.set_result(result)
 
     def _next_batch(self) -> list[_Job]:
         """Ready items that fit together, those of the request whose turn it is first; at least one."""
@@ -280,7 +268,7 @@ class Batcher(Generic[Given, Prepared, Result]):
         self._ready.take(jobs)
         return jobs
 
-    def _results(self, prepared: Sequence[Prepared]) -> Sequence[Result | Exception]:
+    def _results(self, prepared: Sequence[Ready]) -> Sequence[Result | Exception]:
         try:
             return self._run(prepared)
         except Exception as error:
@@ -293,8 +281,19 @@ class Batcher(Generic[Given, Prepared, Result]):
         return len(jobs) * max((job.prepared.tokens for job in jobs), default=0)
 
 
+def _good(jobs: Sequence[_Job], outcomes: Sequence[Any]) -> Iterator[tuple[_Job, Any]]:
+    """Jobs that went well, with what came out. The others fail here; cancelled ones are left out."""
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if job.future.done():  # cancelled meanwhile
+            continue
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
+        else:
+            yield job, outcome
+
+
 def _attempt(action: Callable[[Any], Any], item: Any) -> Any:
-    """The result, or the exception as a value: whose it is, is known only outside the thread."""
+    """The result, or the exception as a value: only outside the thread is it known whose it is."""
     try:
         return action(item)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, how much may come, and what every answer says to browsers."""
+"""The guard before every route: who may ask, how much may come, and what every answer says to browsers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from muco.serve.metrics import Metrics
-from muco.serve.schema import Limits, RequestError
+from muco.serve.schema import RequestError, RequestLimits
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -22,7 +22,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = ("/", "/health", "/static/search.js", "/static/style.css")  # no token: they show nothing of anybody
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
-BODIES = 4  # so many of the largest bodies are held at once, of all requests together
+BODIES = 4  # of the largest size, held at once by all requests together
 STRUCTURE = 2**20  # bytes of JSON outside of strings: what a parser makes many objects of
 
 # A string that does not end reaches to the end of the text: tried again from every quote in it, it would cost a square.
@@ -45,7 +45,7 @@ class ClientGone(Exception):
 
 
 def error_answer(error: RequestError) -> Response:
-    """OpenAI's error object; ``message`` stands beside it for clients of Cohere."""
+    """OpenAI's error object; beside it is ``message``, for clients of Cohere."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     message = str(error)[:500]
     content = {"message": message, "type": kind, "param": error.param, "code": error.code}
@@ -68,7 +68,7 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, limits: Limits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
+        self, app: Any, limits: RequestLimits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
     ) -> None:
         self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self._token = None if token is None else _digest(token.encode())

@@ -1,4 +1,4 @@
-"""What Prometheus is told; one registry per server, so that several can live in one process."""
+"""Counters for Prometheus; one registry per server, so that several can live in one process."""
 
 from __future__ import annotations
 

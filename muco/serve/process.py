@@ -40,7 +40,7 @@ class ModelProcess(Preparation):
 
     Args:
         path, device: As for :func:`muco.load`.
-        fingerprint: Whether to find out the model's, for which all weights are read.
+        fingerprint: Whether to compute the model's, which reads all weights.
         gone: Called once, from a thread, if the process ends although it was not asked to.
     Raises:
         MucoError: If the model cannot be loaded.

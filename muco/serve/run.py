@@ -6,18 +6,73 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from muco.base.terminal import print_json
 from muco.errors import MucoError
+from muco.search.lance import is_local
 from muco.training.folder import RECIPE_FILE
 
 if TYPE_CHECKING:
-    from muco.serve.app import Served
-    from muco.serve.images import ImageLimits
+    from muco.search import Index
+    from muco.serve.batcher import BatchLimits
     from muco.serve.process import ModelProcess
+    from muco.serve.schema import RequestLimits
+    from muco.serve.service import Served
+
+
+def run_server(
+    path: str,
+    *,
+    host: str,
+    port: int,
+    device: str | None,
+    index: str | None,
+    name: str,
+    limits: RequestLimits,
+    batches: BatchLimits,
+    instructions: Mapping[str, str],
+    token: str | None,
+    allowed_hosts: Sequence[str],
+    origins: tuple[str, ...],
+) -> None:
+    """Serves a model until the process is told to stop.
+
+    Args:
+        path, device: As for :func:`muco.load`.
+        index: Folder or URL of an index to search in; None: there is no search.
+        allowed_hosts: Names that clients may call the server by, besides those of this machine. Without any, a server
+            that other machines reach takes every name.
+        name, limits, batches, instructions, token, origins: See :class:`muco.serve.service.Served`.
+    Raises:
+        MucoError: If the address cannot be had, the model or the index cannot be used, or the model's process ends.
+    """
+    from muco.serve.guard import LOCAL_HOSTS
+    from muco.serve.service import Served
+
+    local, gone = host in LOCAL_HOSTS, _Gone()
+    hosts = frozenset((*LOCAL_HOSTS, *map(str.lower, allowed_hosts))) if local or allowed_hosts else None
+    with _bound(host, port) as listener:
+        engine, opened = _load(path, device, index, limits, gone)
+        served = Served(
+            engine=engine,
+            name=name,
+            limits=limits,
+            batches=batches,
+            dimensions=_trained_dimensions(path),
+            index=opened,
+            instructions=instructions,
+            token=token,
+            hosts=hosts,
+            origins=origins,
+        )
+        with closing(engine):
+            _run(served, listener, lambda: _announce(served, listener, local))
+    if gone.code is not None:
+        raise MucoError(f"the model's process ended (exit code {gone.code}); its last messages are above")
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -26,7 +81,7 @@ def _bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)  # without the protocol asyncio leaves Nagle's delay on: 40 ms
     except OSError as error:
-        raise MucoError(f"--host {host}: {error.strerror}; give an address of this machine") from error
+        raise MucoError(f"--host {host}: {error.strerror}; name an address of this machine") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -47,17 +102,18 @@ class _Gone:
 
 
 def _load(
-    path: str, device: str | None, index: str | None, image: ImageLimits, max_tokens: int, gone: _Gone
-) -> tuple[ModelProcess, Any]:
+    path: str, device: str | None, index: str | None, limits: RequestLimits, gone: _Gone
+) -> tuple[ModelProcess, Index | None]:
     from muco.serve.process import ModelProcess
 
+    if index is not None and is_local(index) and not Path(index).is_dir():
+        raise MucoError(f"{index}: no such index; make one with muco index")
+    searched = index is not None
+    engine = ModelProcess(path, device, limits.image, limits.tokens, fingerprint=searched, gone=gone)
     if index is None:
-        return ModelProcess(path, device, image, max_tokens, gone=gone), None
+        return engine, None
     from muco.search import Index
 
-    if "://" not in index and not Path(index).is_dir():
-        raise MucoError(f"{index}: no such index; make one with muco index")
-    engine = ModelProcess(path, device, image, max_tokens, fingerprint=True, gone=gone)
     opened = Index.open(index)
     opened.check(engine.facts.fingerprint, path)
     return engine, opened
@@ -82,7 +138,7 @@ def _announce(served: Served, listener: socket.socket, local: bool) -> None:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     limits, batches, engine = served.limits, served.batches, served.engine
     lines = [
-        f"{address}  model {served.name}, vectors of {engine.dimension} numbers, on {engine.facts.device}",
+        f"{address}  model {served.name}, vectors of {engine.dimension} dimensions, on {engine.facts.device}",
         f"one request: {limits.items} items, {limits.images} images, {limits.body_bytes >> 20} MiB, "
         f"{limits.seconds:g} s; one item: {limits.tokens:,} tokens; one image: {limits.image.max_pixels:,} pixels",
         f"one pass: {batches.tokens:,} tokens, {batches.milliseconds:g} ms; queue: {batches.queue}",
@@ -105,7 +161,7 @@ def _run(served: Served, listener: socket.socket, announce: Callable[[], None]) 
             await super().startup(list(sockets or ()))
             announce()
 
-    for name, text in served.instructions.items():  # better said here than to every client that asks for it
+    for name, text in served.instructions.items():  # better refused here than for every client that asks for it
         served.engine.prepare(Item((text or "ready?",), where=f"--instruction {name}"))
     served.engine.run([served.engine.prepare(Item(("ready?",)))])  # whatever a first pass sets up is set up now
     config = uvicorn.Config(
@@ -116,6 +172,6 @@ def _run(served: Served, listener: socket.socket, announce: Callable[[], None]) 
         lifespan="on",
         timeout_keep_alive=30,
     )
-    # uvicorn ends after SIGTERM by raising it again; a stop that was asked for and went well is no failure.
+    # uvicorn ends after SIGTERM by raising it again, but a stop that was asked for and went well is not a failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     Server(config).run(sockets=[listener])

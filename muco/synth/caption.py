@@ -101,8 +101,8 @@ async def _line(
     image: ImageLike, digest: str, endpoint: Endpoint, prompts: Prompts, max_pixels: int
 ) -> dict[str, Any] | None:
     """The line of an image; None if the server did not answer, so that the next run asks again."""
+    from muco.synth.answers import Unanswered, seed_of
     from muco.synth.checks import caption_problem
-    from muco.synth.endpoint import Unanswered, seed_of
     from muco.synth.messages import image_part, user
 
     made = {"model": endpoint.model, "prompt": prompts.name}

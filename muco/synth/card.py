@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import whole_file
+from muco.base.tables import markdown_table
 from muco.base.text import escaped
 from muco.synth.shards import METADATA, read_rejected, read_rows
 
@@ -165,8 +166,5 @@ def _made_by(facts: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Iterator[str]:
-    yield f"| {' | '.join(map(str, head))} |"
-    yield f"|{'---|' * len(head)}"
-    yield from (f"| {' | '.join(str(cell).replace('|', ' ') for cell in row)} |" for row in rows)
-    yield ""
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    return [*markdown_table(head, [[str(cell) for cell in row] for row in rows]), ""]

@@ -4,32 +4,27 @@ Pictures come in the order of the source, some hundreds in one transaction, and 
 a duplicate of one that is kept, a near duplicate of one that is kept, or kept itself. So the decisions do not depend on
 how many come together, nor on how often the run was stopped.
 
-The file has the perceptual hashes of the kept pictures; opening it reads them into memory (near.py).
+The file has the perceptual hashes of the kept pictures; opening it reads them into memory, 8 bytes for each. Every
+new picture is compared with all of them.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from muco.errors import MucoError, OutputError
-from muco.synth.near import HASH_BITS, Near
-from muco.synth.pictures import DUPLICATE, NEAR_DUPLICATE, UNREACHABLE, WORKERS, Filter, Look, look_at_all
-from muco.synth.sources import Source
+from muco.errors import OutputError
+from muco.synth.pictures import DUPLICATE, NEAR_DUPLICATE, Filter, Look
 
-BLOCK = 256  # pictures compared with each other at once
-ADD = 256  # looks in one transaction of fill
-GONE = 100  # pictures in a row that cannot be reached stop the run
+BLOCK = 256  # pictures compared at once with the kept ones
+COMPARED = 512  # kept ones that they are compared with at once: both fit into a processor's cache
 
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -81,10 +76,9 @@ class Catalogue:
         try:
             self._check({"source": source_fingerprint, "filter": json.dumps(asdict(filter))})
             (self._looked,) = self._one("SELECT ifnull(max(number) + 1, 0) FROM pictures")
-            phashes = [
-                h for (h,) in self._database.execute("SELECT phash FROM pictures WHERE place >= 0 ORDER BY place")
-            ]
-            self._near = Near(filter.near, np.array(phashes, dtype=np.int64).view(np.uint64))
+            phashes = self._database.execute("SELECT phash FROM pictures WHERE place >= 0 ORDER BY place")
+            self._phashes = np.array([signed for (signed,) in phashes], dtype=np.int64).view(np.uint64)
+            self._near = filter.near
         except BaseException:
             self._database.close()
             raise
@@ -105,7 +99,7 @@ class Catalogue:
 
     @property
     def kept_count(self) -> int:
-        return len(self._near)
+        return len(self._phashes)
 
     @property
     def complete(self) -> bool:
@@ -127,13 +121,13 @@ class Catalogue:
         """
         if [look.number for look in looks] != [*range(self._looked, self._looked + len(looks))]:
             raise ValueError(f"looks must be those of the pictures from {self._looked} on, in order")
-        before, unused = len(self._near), []
+        before, unused = self._phashes, []
         try:
             with _transaction(self._database):
                 for start in range(0, len(looks), BLOCK):
                     unused += self._add_block(looks[start : start + BLOCK])
         except BaseException as error:
-            self._near.cut(before)
+            self._phashes = before
             if isinstance(error, sqlite3.Error):
                 raise OutputError(f"{self.path}: cannot be written ({error})") from error
             raise
@@ -164,34 +158,43 @@ class Catalogue:
 
     def _add_block(self, looks: Sequence[Look]) -> list[str]:
         hashes = np.array([look.phash for look in looks], dtype=np.uint64)
-        nearest = self._near.first_near(hashes)
-        good = np.array([not look.reason for look in looks], dtype=bool)
-        near = self._near.are_near(hashes[:, None], hashes[None, :]) & good[:, None] & good[None, :]
-        pairs = np.argwhere(np.tril(near, -1)).tolist()
-        among = {i: [j for _, j in group] for i, group in groupby(pairs, key=itemgetter(0))}  # near ones before i
-        first, unused, rows = len(self._near), [], []
-        places: dict[int, int] = {}  # of those kept in this block
-        seen: dict[str, str] = {}  # digest -> name, of those kept in this block
-        for i, look in enumerate(looks):
-            reason, note, place = look.reason, look.note, None
-            if not reason and (same := seen.get(look.digest) or self.name_of(look.digest)):
-                reason, note = DUPLICATE, f"same file as {same}"
-            elif not reason and nearest[i] >= 0:
-                reason, note = NEAR_DUPLICATE, f"nearly the same as {self._name(int(nearest[i]))}"
-            elif not reason and (other := next((j for j in among.get(i, ()) if j in places), None)) is not None:
-                reason, note = NEAR_DUPLICATE, f"nearly the same as {looks[other].name}"
-            elif not reason:
-                place = places[i] = first + len(places)
-                seen[look.digest] = look.name
+        nearest = first_near(hashes, self._phashes, self._near).tolist()
+        signed = hashes.view(np.int64).tolist()  # as SQLite stores 64 bits
+        kept, unused, rows = [], [], []
+        for n, look in enumerate(looks):
+            reason, note = self._decide(look, nearest[n], kept)
             if reason == NEAR_DUPLICATE:
                 unused.append(look.file)
-            signed = look.phash - (1 << HASH_BITS) * (look.phash >> (HASH_BITS - 1))
+            place = None if reason else self.kept_count + len(kept)
+            if place is not None:
+                kept.append(look)
             size = (look.width, look.height)
             digest = bytes.fromhex(look.digest)
-            rows.append((look.number, look.name, look.file, digest, signed, *size, reason, note, place))
+            rows.append((look.number, look.name, look.file, digest, signed[n], *size, reason, note, place))
         self._database.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        self._near.extend(hashes[list(places)])
+        self._phashes = np.append(self._phashes, np.array([look.phash for look in kept], dtype=np.uint64))
         return unused
+
+    def _decide(self, look: Look, nearest: int, block: Sequence[Look]) -> tuple[str, str]:
+        """Why a picture is not kept, and a note about it; two empty strings if it is kept.
+
+        Args:
+            nearest: The place of the first near duplicate among the kept pictures of the file, or -1.
+            block: The pictures that are kept and not in the file yet.
+        """
+        if look.reason:
+            return look.reason, look.note
+        for other in block:
+            if other.digest == look.digest:
+                return DUPLICATE, f"same file as {other.name}"
+        if (same := self.name_of(look.digest)) is not None:
+            return DUPLICATE, f"same file as {same}"
+        if nearest >= 0:
+            return NEAR_DUPLICATE, f"nearly the same as {self._name(nearest)}"
+        for other in block:
+            if (other.phash ^ look.phash).bit_count() <= self._near:
+                return NEAR_DUPLICATE, f"nearly the same as {other.name}"
+        return "", ""
 
     def _name(self, place: int) -> str:
         return self._one("SELECT name FROM pictures WHERE place = ?", (place,))[0]
@@ -208,6 +211,22 @@ class Catalogue:
         for key, what in (("source", "other pictures, or their files have changed"), ("filter", "another filter")):
             if found[key] != about[key]:
                 raise OutputError(f"{self.path}: made from {what}; name another output folder, or remove this one")
+
+
+def first_near(hashes: np.ndarray, kept: np.ndarray, near: int) -> np.ndarray:
+    """For each hash the place of the first kept one that differs in at most ``near`` bits; -1 if there is none.
+
+    Args:
+        hashes, kept: uint64 [n] and [m].
+    Returns:
+        int64 [n].
+    """
+    places = np.full(len(hashes), -1)
+    for start in range(0, len(kept), COMPARED):
+        close = np.bitwise_count(hashes[:, None] ^ kept[start : start + COMPARED]) <= near
+        found = (places < 0) & close.any(axis=1)
+        places[found] = start + close[found].argmax(axis=1)
+    return places
 
 
 def _opened(path: Path) -> sqlite3.Connection:
@@ -245,59 +264,3 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
             database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
-
-
-# ── filling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def fill(
-    catalogue: Catalogue,
-    source: Source,
-    filter: Filter,
-    store: Path | None,
-    *,
-    workers: int = WORKERS,
-    ray: str | None = None,
-    progress: Callable[[int, int | None], None] = lambda done, total: None,
-) -> None:
-    """Looks at all pictures that the catalogue does not know yet, until the source has no more.
-
-    Args:
-        store, workers, ray: As for :func:`muco.synth.pictures.look_at_all`.
-        progress: Is told how many pictures are done, and of how many if that is known.
-    Raises:
-        MucoError: As ``look_at_all``; what was found so far is kept.
-    """
-    if catalogue.complete:
-        return
-    stored = store is not None and source.root is None  # otherwise the files are the user's own
-    looks = look_at_all(source, filter, store, start=catalogue.looked, workers=workers, ray=ray)
-    while chunk := list(islice(looks, ADD)):
-        _check_reached(chunk, catalogue.looked)
-        unused = catalogue.add(chunk)
-        for file in unused if stored else ():
-            (store / file).unlink(missing_ok=True)
-        progress(catalogue.looked, source.total)
-    if stored:
-        remove_unused(catalogue, store)
-    catalogue.finish()
-
-
-def _check_reached(chunk: Sequence[Look], before: int) -> None:
-    """Stops where no server answers: then the network is gone, which must not be held against the pictures."""
-    gone = all(look.reason == UNREACHABLE for look in chunk)
-    if gone and (len(chunk) >= GONE or not before):
-        raise MucoError(
-            f"none of {len(chunk)} pictures in a row could be fetched, the last: {chunk[-1].note}. Mend the connection "
-            "and give the same command again: it goes on where it stopped"
-        )
-
-
-def remove_unused(catalogue: Catalogue, store: Path) -> None:
-    """Removes what a killed run has left in the store: files of no kept picture, and unfinished ones."""
-    own = re.compile(r"\.*([0-9a-f]{64})\.")
-    for folder in sorted(store.glob("[0-9a-f][0-9a-f]")):
-        for file in folder.iterdir():
-            digest = own.match(file.name)
-            if digest and (file.name.startswith(".") or catalogue.name_of(digest[1]) is None):
-                file.unlink()

@@ -1,4 +1,4 @@
-"""What makes a text of a model unusable. Every check gives a reason, under which it is counted, or None."""
+"""Checks of a model's texts. Each returns the reason why a text cannot be used, under which it is counted, or None."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Set
 from pathlib import PurePath
 
 from muco.base.text import LONE_SURROGATE, SPECIAL_TOKEN
-from muco.synth.endpoint import Answer
+from muco.synth.answers import Answer
 from muco.synth.prompts import Prompts
 
 # The reasons, in the order in which they are looked for.
@@ -53,7 +53,7 @@ _FILLERS = frozenset(
 
 
 def caption_problem(answer: Answer, prompts: Prompts) -> str | None:
-    """Why an answer is no caption."""
+    """Why an answer is not a caption."""
     if answer.finish == "length":
         return CUT_OFF
     if answer.finish in ("refusal", "content_filter"):

@@ -6,30 +6,25 @@
              ▲                                                                       │
              └── Retry-After, or twice as long as the last time, with jitter ◀── 408 425 429 5xx, cut, slow, nonsense
 
-What fails, fails in one of four ways: a question that gets no answer (:class:`Unanswered`) is the caller's to record; a
-server that refuses the key, or gives nothing of use so many times in a row, stops the run (:class:`EndpointError`); a
-spent budget stops it too (:class:`BudgetSpent`); anything else is a defect.
+There are three kinds of failure. A question without an answer (:class:`Unanswered`) is the caller's to record. A server
+that refuses the key, or sends too many useless answers in a row, stops the run (:class:`EndpointError`). A spent budget
+stops it too (:class:`BudgetSpent`). Anything else is a defect.
 """
 
 from __future__ import annotations
 
 import asyncio
 import difflib
-import hashlib
 import json
 import logging
 import os
 import random
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from time import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from muco.errors import MucoError
-from muco.synth.limits import KEY_VARIABLE, Budget, Limits, Usage
+from muco.synth.answers import Answer, Passing, Unanswered, cause_of, read_answer, retry_after
+from muco.synth.limits import KEY_VARIABLE, Budget, EndpointError, Limits, Usage, base_url
 from muco.synth.messages import Message, length, response_format, trial
 
 if TYPE_CHECKING:
@@ -39,32 +34,9 @@ OWN_FIELDS = frozenset({"model", "messages", "response_format", "seed", "stream"
 RETRIED = frozenset({408, 409, 425, 429})  # and from 500 on
 ROUNDS = 3  # of retries, while the server answers nobody
 LONGEST_WAIT = 60.0  # s, between two retries
-LONGEST_RETRY_AFTER = 3600.0  # s
 EXAMPLE = 300  # characters shown of what a server said
 
 log = logging.getLogger(__name__)
-
-
-class EndpointError(MucoError):
-    """An endpoint is unreachable, lacks the model, refuses the key, or answers nothing that is of use."""
-
-
-class Unanswered(Exception):
-    """One question got no answer; ``str`` says why."""
-
-    passing = False  # whether asking later may help
-
-
-class _Passing(Unanswered):
-    passing = True
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said; ``finish`` is the server's word for why it stopped ("stop", "length", "content_filter")."""
-
-    text: str
-    finish: str = "stop"
 
 
 class Endpoint:
@@ -95,7 +67,7 @@ class Endpoint:
         budget: Budget | None = None,
         key_variable: str = KEY_VARIABLE,
     ) -> None:
-        self.url, self.model, self.limits = _base_url(url), model, limits
+        self.url, self.model, self.limits = base_url(url), model, limits
         self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
         if own := OWN_FIELDS & self.sampling.keys():
             raise EndpointError(f"sampling: {sorted(own)[0]!r} is set by muco; leave it out")
@@ -124,7 +96,7 @@ class Endpoint:
             seed: Of the sampling, where the server knows seeds.
         Raises:
             Unanswered: If the server refuses this question, or does not answer it although it answers others.
-            BudgetSpent: If there is no budget left.
+            BudgetSpent: If the budget is used up.
             EndpointError: If the key is refused, or too many answers in a row were of no use.
         """
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), **self.sampling}
@@ -157,7 +129,7 @@ class Endpoint:
         if self._useless >= self.limits.max_failures:
             raise EndpointError(
                 f"{self.url}: {self.limits.max_failures} answers of {self.model!r} in a row were of no use; the last: "
-                f"{self._shown(example)}. Mend it and give the same command again: it goes on where it stopped"
+                f"{self._shown(example)}. Fix it and run the same command again: it resumes where it stopped"
             )
 
     async def check(self, *, image: bool = False, schema: Mapping[str, Any] | None = None) -> None:
@@ -202,7 +174,7 @@ class Endpoint:
         for attempt in range(self.limits.retries + 1):
             try:
                 answer = await self._send(body)
-            except _Passing as error:
+            except Passing as error:
                 if attempt == self.limits.retries:
                     raise
                 self.usage.retries += 1
@@ -227,10 +199,14 @@ class Endpoint:
             except openai.APIStatusError as error:
                 raise self._refused(error) from error
             except (TimeoutError, openai.APITimeoutError) as error:
-                raise _Passing(f"no answer within {self.limits.timeout:g} s") from error
+                raise Passing(f"no answer within {self.limits.timeout:g} s") from error
             except openai.APIConnectionError as error:
-                raise _Passing(f"no connection ({_cause(error)})") from error
-        answer, usage = self._read(raw)
+                raise Passing(f"no connection ({cause_of(error)})") from error
+        try:
+            answer, usage = read_answer(raw)
+        except ValueError as error:
+            said = self._shown(raw[: 4 * EXAMPLE].decode("utf-8", "replace"))
+            raise Passing(f"not an answer of a chat endpoint: {said}") from error
         self._count(usage, body, answer)
         return answer
 
@@ -252,25 +228,10 @@ class Endpoint:
             ) from error
         if error.status_code not in RETRIED and error.status_code < 500:
             return Unanswered(said)
-        if (seconds := _retry_after(error.response.headers)) is not None:
+        if (seconds := retry_after(error.response.headers)) is not None:
             until = asyncio.get_running_loop().time() + seconds
             self._paused_until = max(self._paused_until, until)  # for all: one is answered for all of them
-        return _Passing(said)
-
-    def _read(self, raw: bytes) -> tuple[Answer, Any]:
-        try:
-            value = json.loads(raw)
-            choice = value["choices"][0]
-            message = choice["message"]
-            text, refusal = message.get("content"), message.get("refusal")
-            if refusal and not text:
-                return Answer(str(refusal), "refusal"), value.get("usage")
-            if not isinstance(text, str):
-                text = ""
-            return Answer(_without_thoughts(text), str(choice.get("finish_reason") or "stop")), value.get("usage")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            said = self._shown(raw[: 4 * EXAMPLE].decode("utf-8", "replace"))
-            raise _Passing(f"not an answer of a chat endpoint: {said}") from error
+        return Passing(said)
 
     def _count(self, usage: Any, body: Mapping[str, Any], answer: Answer) -> None:
         counts = [usage.get(f"{part}_tokens") for part in ("prompt", "completion")] if isinstance(usage, dict) else []
@@ -294,9 +255,8 @@ class Endpoint:
             api_key=self._key or "none",
             max_retries=0,
             timeout=self.limits.timeout,
-            http_client=openai.DefaultAioHttpClient(
-                timeout=self.limits.timeout
-            ),  # quicker than httpx, which is the default
+            # quicker than httpx, which is the default
+            http_client=openai.DefaultAioHttpClient(timeout=self.limits.timeout),
         )
 
     async def _models(self) -> list[str] | None:
@@ -312,7 +272,7 @@ class Endpoint:
             return None
         except (openai.APIConnectionError, TimeoutError) as error:
             raise EndpointError(
-                f"{self.url}: cannot be reached ({_cause(error)}); start the server, or mend the URL"
+                f"{self.url}: cannot be reached ({cause_of(error)}); start the server, or fix the URL"
             ) from error
         try:
             return [str(model["id"]) for model in json.loads(raw)["data"]]
@@ -323,7 +283,7 @@ class Endpoint:
         if names is not None and len(names) == 1:
             return names[0]
         has = "has no list of its models" if names is None else f"serves {', '.join(names[:10]) or 'no model'}"
-        raise EndpointError(f"{self.url}: {has}; give the name of the one to ask")
+        raise EndpointError(f"{self.url}: {has}; name the one to ask")
 
     def _shown(self, text: str) -> str:
         """A piece of what a server said: in one line, without the key."""
@@ -331,45 +291,3 @@ class Endpoint:
         if self._key:
             text = text.replace(self._key, "…")
         return text if len(text) <= EXAMPLE else text[:EXAMPLE] + " …"
-
-
-def _without_thoughts(text: str) -> str:
-    """What a reasoning model says after it has thought, where the server leaves the thoughts in."""
-    return re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
-
-
-def _base_url(url: str) -> str:
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EndpointError(f"{url!r} is not the URL of an endpoint; give one such as http://localhost:8000/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        where = f"{parts.scheme}://{parts.hostname}"  # the rest may be a secret
-        raise EndpointError(f"{where}: a URL of an endpoint ends with its path; a key belongs into {KEY_VARIABLE}")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks us to wait, at most an hour."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time()
-        except ValueError:
-            return None
-    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else 0.0  # NaN becomes 0
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, which says more than "Connection error"."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def seed_of(*parts: object) -> int:
-    """A seed of 31 bits that the parts alone determine, for sampling that a later run repeats."""
-    return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8], 16) >> 1

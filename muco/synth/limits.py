@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from urllib.parse import urlsplit
+
+from muco.errors import MucoError
 
 KEY_VARIABLE = "MUCO_API_KEY"  # not OPENAI_API_KEY: a key must not go to a server that it was not made for
 
 
 class BudgetSpent(Exception):
     """The requests or tokens allowed are used up; what is under way is finished first."""
+
+
+class EndpointError(MucoError):
+    """An endpoint is unreachable, lacks the model, refuses the key, or answers nothing that is of use."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Limits:
         requests_per_minute: None means as fast as it goes.
         timeout: Seconds for one request, from the first byte sent to the last one read.
         retries: How often a request is sent again; three times as often while nothing else is answered either.
-        max_failures: So many useless answers in a row stop the run.
+        max_failures: This many useless answers in a row stop the run.
         backoff: Seconds before the first retry; doubled for each further one, up to a minute.
     """
 
@@ -71,3 +78,14 @@ class Budget:
         if self.tokens is not None and self.used_tokens >= self.tokens:
             raise BudgetSpent(f"the budget of {self.tokens:,} tokens is spent")
         self.used_requests += 1
+
+
+def base_url(url: str) -> str:
+    """The URL of an API, with "/v1" where it has no path; EndpointError if it cannot be one."""
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EndpointError(f"{url!r} is not the URL of an endpoint; pass one such as http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        where = f"{parts.scheme}://{parts.hostname}"  # the rest may be a secret
+        raise EndpointError(f"{where}: a URL of an endpoint ends with its path; a key belongs into {KEY_VARIABLE}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"

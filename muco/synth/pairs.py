@@ -21,7 +21,7 @@ from muco.synth.prompts import Prompts
 
 @dataclass(frozen=True)
 class Slot:
-    """One of the seven pairs; the retrieval pair has no answer key, for its answer is the caption."""
+    """One of the seven pairs; the retrieval pair has no answer key, because its answer is the caption."""
 
     name: str
     kind: str

@@ -44,7 +44,7 @@ class Filter:
     Args:
         min_side: Pixels that the shorter side must have.
         max_aspect: Longer side by shorter side, at most.
-        near: Bits of 64 by which the hash of a near duplicate may differ; 0 means equal hashes, -1 none is looked for.
+        near: Bits of 64 by which the hash of a near duplicate may differ; 0 means equal hashes, -1 turns this off.
         max_pixels: A picture of more is not decoded. A worker holds one picture, 3 bytes per pixel and more.
     Raises:
         MucoError: If a value makes no sense.
@@ -215,8 +215,6 @@ def _on_daft(source: Source, filter: Filter, store: Path | None, workers: int, r
 
         @daft.method.batch(return_dtype=result, batch_size=CHUNK)
         def __call__(self, number: Any, name: Any, ref: Any) -> list[dict[str, Any]]:
-            from muco.synth.pictures import look_at_some
-
             columns = (number.to_pylist(), name.to_pylist(), ref.to_pylist())
             return look_at_some([Picture(*values) for values in zip(*columns, strict=True)], *self.given)
 

@@ -1,8 +1,8 @@
-"""``muco synth``: from pictures to multi-turn training data, in two passes that both go on where they were stopped.
+"""``muco synth``: from pictures to multi-turn training data, in two passes that both resume where they stopped.
 
 ::
 
-    pictures ─▶ look at each once (pictures.py) ─▶ catalogue.py: which are kept            pass one, no model
+    pictures ─▶ look at each once (filling.py) ─▶ catalogue.py: which are kept             pass one, no model
     kept pictures ─▶ caption ─▶ pairs (writing.py) ─▶ shards.py, as soon as one is whole   pass two, asks the models
     shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              card.py
 
@@ -28,8 +28,9 @@ from typing import Any
 from muco.base.files import is_empty, read_json, write_json, writing
 from muco.base.machine import VERSION
 from muco.errors import DataError, OutputError
-from muco.synth.catalogue import Catalogue, Kept, fill
+from muco.synth.catalogue import Catalogue, Kept
 from muco.synth.endpoint import Endpoint
+from muco.synth.filling import fill
 from muco.synth.flow import in_order
 from muco.synth.limits import KEY_VARIABLE, Budget, BudgetSpent, Limits
 from muco.synth.pictures import WORKERS, Filter
@@ -98,7 +99,7 @@ class Job:
         return self.output / "shards"
 
     def facts(self) -> dict[str, Any]:
-        """What stands in ``synth.json`` and in the metadata of every shard."""
+        """The content of ``synth.json`` and of the metadata of every shard."""
         return {
             "prompt": self.setting.prompts.name,
             "captioner": {"model": self.captioner.model, "sampling": dict(self.captioner.sampling)},
@@ -119,7 +120,7 @@ async def check(job: Job) -> tuple[Job, float]:
 
     Returns:
         The job with what was learnt of them, and seconds per picture that the slower one takes if it answers all
-        questions as quickly as this one, as many at once and per minute as may be.
+        questions as quickly as this one, at the highest concurrency and rate allowed.
     Raises:
         EndpointError: If a server cannot be reached, or lacks the model.
     """
@@ -141,7 +142,7 @@ async def check(job: Job) -> tuple[Job, float]:
 
 
 def _pace(limits: Limits, seconds: float) -> float:
-    """Seconds between two answers, if one takes so many."""
+    """Seconds between two answers, if each takes ``seconds``."""
     return max(seconds / limits.concurrency, 60 / (limits.requests_per_minute or float("inf")))
 
 
@@ -157,7 +158,7 @@ def claim(job: Job) -> None:
         for key in FIXED:
             if known.get(key) != facts[key]:
                 raise OutputError(
-                    f"{job.output}: was begun with {key} {known.get(key)!r}, not {facts[key]!r}; give the same again, "
+                    f"{job.output}: was begun with {key} {known.get(key)!r}, not {facts[key]!r}; pass the same again, "
                     "or name another output folder"
                 )
         return
@@ -218,7 +219,7 @@ async def make(
         How many pictures a server did not answer for now; their shards are left for a later run.
     Raises:
         BudgetSpent: If there is no budget left; what was answered is kept.
-        EndpointError: If a server gives nothing of use.
+        EndpointError: If a server sends nothing useful.
     """
     writing = _Writing(job, sizes)
 

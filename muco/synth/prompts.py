@@ -119,7 +119,7 @@ def load_prompts(path: Path | None) -> Prompts:
     """The default wordings, or those with what a YAML file says differently.
 
     Raises:
-        DataError: If the file is no YAML of these keys, lacks a version, or a wording lacks what is filled in.
+        DataError: If the file is not YAML with these keys, lacks a version, or a wording lacks what is filled in.
     """
     if path is None:
         return Prompts()

@@ -83,7 +83,7 @@ def synth(
     dry_run: bool = False,
     say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
-    """Makes training data of the pictures of a source; an interrupted run goes on when it is called again.
+    """Makes training data of the pictures of a source; an interrupted run resumes when it is called again.
 
     Args:
         budget: Of this run; with one process only.
@@ -177,7 +177,8 @@ class _Making:
 
 async def _here(job: Job, catalogue: Catalogue, parts: Sequence[range], making: _Making, budget: Budget) -> int:
     async with job.captioner.open(budget) as captioner, job.writer.open(budget) as writer:
-        with progress_bar("turns") as making.move:
+        with progress_bar("turns") as move:
+            making.move = move
             try:
                 pictures = kept_pictures(catalogue, parts)
                 return await make(job, pictures, shard_sizes(job, parts), captioner, writer, making.picture)
@@ -196,7 +197,8 @@ def _in_workers(
     job: Job, catalogue: Catalogue, parts: Sequence[range], making: _Making, workers: int, ray: str | None
 ) -> int:
     shards: Any = (catalogue.kept(part.start, len(part)) for part in parts)
-    with progress_bar("turns") as making.move:
+    with progress_bar("turns") as move:
+        making.move = move
         return make_in_workers(job, shards, workers, ray, making.shard)
 
 

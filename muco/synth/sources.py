@@ -119,20 +119,26 @@ def open_source(
 def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
     """Parquet files, shards, and whether there are images."""
     if path.is_dir():
-        try:
-            files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-            image = next(image_files(path), None) is not None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be listed: {error}") from error
-        shards = [file for file in files if file.suffix == ".tar"]
-        tables = [file for file in files if file.suffix in (".parquet", ".pq")]
-        described = [file.with_suffix("") for file in shards] + [folder for folder in files if folder.is_dir()]
-        return [file for file in tables if file.with_suffix("") not in described], shards, image
+        return _found_in_folder(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix not in (".parquet", ".pq", ".tar"):
-        raise DataError(f"{path}: give a folder of images, a .parquet file of URLs, or a plain .tar shard")
-    return ([path], [], False) if path.suffix != ".tar" else ([], [path], False)
+    if path.suffix == ".tar":
+        return [], [path], False
+    if path.suffix in (".parquet", ".pq"):
+        return [path], [], False
+    raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
+
+
+def _found_in_folder(folder: Path) -> tuple[list[Path], list[Path], bool]:
+    try:
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        image = next(image_files(folder), None) is not None
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error}") from error
+    shards = [file for file in files if file.suffix == ".tar"]
+    described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
+    tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
+    return tables, shards, image
 
 
 def _fingerprint(*parts: object) -> str:
@@ -154,7 +160,7 @@ class FolderSource(Source):
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
         for number, (name, _) in islice(enumerate(image_files(self.path)), start, None):
-            shown = os.fsencode(name).decode("utf-8", "replace")  # what is no UTF-8 cannot be named in a data set
+            shown = os.fsencode(name).decode("utf-8", "replace")  # a name that is not UTF-8 cannot be in a data set
             yield Picture(number, shown, shown)
 
     def read(self, ref: str) -> bytes:
@@ -238,7 +244,7 @@ def _check_strings(file: Path, column: str) -> None:
 class ShardSource(Source):
     """Images in webdataset shards, in the order in which they lie there; all other members are passed over.
 
-    Going on in the middle reads the headers of the shards before it again.
+    Resuming in the middle reads the headers of the shards before it again.
     """
 
     files: tuple[Path, ...]

@@ -49,8 +49,6 @@ def make_in_workers(
 
         @daft.method.batch(return_dtype=result, batch_size=1)
         def __call__(self, pictures: Any) -> list[str]:
-            from muco.synth.workers import made_shard
-
             return [json.dumps(made_shard(self.job, json.loads(shard))) for shard in pictures.to_pylist()]
 
     makes = daft.cls(Make, use_process=True, max_concurrency=workers)(share)
@@ -58,7 +56,7 @@ def make_in_workers(
     stop.unlink(missing_ok=True)
     while group := list(islice(shards, 4 * workers)):
         frame = daft.from_pydict({"pictures": [json.dumps([asdict(kept) for kept in shard]) for shard in group]})
-        if ray is not None:  # the native runner gives single rows to its processes by itself
+        if ray is not None:  # the native runner hands out single rows by itself
             frame = frame.into_partitions(len(group))
         for record in frame.select(makes(daft.col("pictures")).alias("made")).iter_rows():
             found = json.loads(record["made"])

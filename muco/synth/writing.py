@@ -5,8 +5,8 @@
     picture ─▶ captioner, until a caption passes the checks ─▶ writer, for the pairs that are missing ─▶ Made
                     up to ``attempts`` times                          up to ``attempts`` times
 
-Every answer, good or not, goes into the journal of its shard under (picture, what was asked, attempt). A run that goes
-on reads the same answers again and asks only what is not there, so it comes to the same turns.
+Every answer, good or not, goes into the journal of its shard under (picture, what was asked, attempt). A resumed
+run reads the same answers again and asks only for the missing ones, so it makes the same turns.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
+from muco.synth.answers import Answer, Unanswered, seed_of
 from muco.synth.checks import caption_problem
-from muco.synth.endpoint import Answer, Unanswered, seed_of
 from muco.synth.messages import Message, image_part, user
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, schema
 from muco.synth.prompts import Prompts
@@ -76,14 +76,14 @@ class Made:
 class Answers:
     """The answers about the pictures of one shard, in memory and in a journal.
 
-    Answers that were of no use wait in memory until one is: if the run stops because a server says nothing useful, they
+    Useless answers wait in memory until a useful one comes: if the run stops because a server says nothing useful, they
     are not held against the pictures.
     """
 
     def __init__(self, path: Path) -> None:
         self._known = _read(path) if path.exists() else {}
         self._journal = Journal(path)
-        self._held: dict[str, list[dict[str, Any]]] = {}  # by what was asked: each model stands for itself
+        self._held: dict[str, list[dict[str, Any]]] = {}  # by what was asked: each model by itself
 
     def find(self, key: tuple[str, str, int]) -> Answer | None:
         return self._known.get(key)
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[tuple[str, str, int], Answer]:
             key = (line["picture"], line["asked"], line["attempt"])
             known[key] = Answer(line["text"], line["finish"])
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: a line is no answer of a model ({error!r}); delete the file") from error
+            raise DataError(f"{path}: a line is not an answer of a model ({error!r}); delete the file") from error
     return known
 
 
@@ -135,7 +135,7 @@ async def make_turns(
         answers: Of the shard that the picture belongs to.
     Raises:
         BudgetSpent: If there is no budget left.
-        EndpointError: If a server is of no use.
+        EndpointError: If a server sends nothing useful.
         DataError: If the picture, sound when it was looked at, cannot be read any more.
     """
     talk = _Talk(picture, answers, setting)

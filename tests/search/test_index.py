@@ -195,7 +195,7 @@ def test_a_row_that_cannot_be_stored_stops_no_other(tmp_path: Path, tiny_model) 
 @pytest.mark.parametrize("name", ["vector", "thumbnail", "_distance", "a.b", "a`b", ""])
 def test_a_column_that_cannot_be_is_refused(name: str, tmp_path: Path, tiny_model) -> None:
     source = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", name: 1}])
-    with pytest.raises(DataError, match="another name"):
+    with pytest.raises(DataError, match="; rename"):
         run(source, tmp_path / "index", tiny_model)
     assert not (tmp_path / "index").exists()
 
@@ -281,7 +281,7 @@ def test_ids_to_delete_or_to_be_like_are_those_that_add_takes(tmp_path: Path, ti
     assert index.search(like=uuid.UUID(int=3), k=1)[0].id != str(uuid.UUID(int=3))
     assert index.delete(id for id in (0, uuid.UUID(int=3))) == 2
     assert index.delete(np.array([1])) == 1
-    with pytest.raises(DataError, match="give a list of ids, not one str"):
+    with pytest.raises(DataError, match="pass a list of ids, not one str"):
         index.delete("10")  # else rows 1 and 0
     for id, says in ((None, "'id' is missing"), (1.5, "'id' must be text"), ("\ud800", "half a character")):
         with pytest.raises(DataError, match=says):
@@ -446,7 +446,7 @@ def test_a_later_file_whose_values_fit_is_taken(first, then, back: list, tmp_pat
 def test_what_does_not_fit_a_column_is_refused(first, then, tmp_path: Path, tiny_model) -> None:
     index = Index.create(tmp_path / "index", tiny_model)
     index.add([{"id": "1", "text": "a", "x": first}])
-    with pytest.raises(DataError, match="'x' is .*, and .* in the index; convert or rename it, or make the index"):
+    with pytest.raises(DataError, match="'x' is .*, and .* in the index; convert or rename it, or make a new index"):
         index.add([{"id": "2", "text": "b", "x": then}])
     assert len(index) == 1 and index.search("a")[0].extra == {"x": first}
 
@@ -538,8 +538,8 @@ def test_rows_of_every_make(rows, tmp_path: Path, tiny_model) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ({"id": "1", "text": "a"}, "give a list of rows"),
-        ("rows.jsonl", "give a list of rows"),
+        ({"id": "1", "text": "a"}, "pass a list of rows"),
+        ("rows.jsonl", "pass a list of rows"),
         (None, "a DataFrame or a table of Arrow, not NoneType"),
         (pd.Series(["a"]), "not a table with columns"),
         ([["1", "a"]], "row 0: must be a mapping"),
@@ -722,7 +722,7 @@ def test_a_ray_cluster_gives_the_same_table(photos: Path, tmp_path: Path, model_
 
 
 def test_workers_need_a_path(photos: Path, tmp_path: Path, tiny_model) -> None:
-    with pytest.raises(MucoError, match="give its path"):
+    with pytest.raises(MucoError, match="pass its path"):
         run(photos, tmp_path / "index", tiny_model, workers=2)
 
 

@@ -31,9 +31,9 @@ from muco.cli import search as cli
 from muco.errors import MucoError
 from muco.search import Hit, Index
 from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
-from muco.search.index import HASHES
 from muco.search.storage import STORAGES, scores
-from muco.search.terminal import picture, protocol, show
+from muco.search.table import HASHES
+from muco.search.terminal import picture, protocol, show_hits
 
 ROOT = Path(__file__).parents[2]
 DIMENSION = 32
@@ -126,8 +126,8 @@ def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("query", "says"),
     [
-        ({}, "give one query"),
-        ({"text": "a", "like": "r00001"}, "give one query"),
+        ({}, "pass one query"),
+        ({"text": "a", "like": "r00001"}, "pass one query"),
         ({"like": "nobody"}, "no row has the id 'nobody'"),
         ({"like": "caf\udce9.png"}, "'id' holds half a character"),
         ({"text": "a", "where": "id = '\ud800'"}, "'where' holds half a character"),
@@ -172,7 +172,7 @@ def test_an_index_of_vectors_is_built_finds_and_is_kept_fresh(storage: str, tmp_
 
 
 def test_an_index_is_trained_anew_when_it_has_grown(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("muco.search.index.ANN_ROWS", 300)
+    monkeypatch.setattr("muco.search.lance.ANN_ROWS", 300)
     vectors = unit(np.random.default_rng(0), 1300)
     index = filled(tmp_path / "index", "float32", vectors[:300])
     index.optimize()
@@ -548,17 +548,17 @@ def test_pictures_are_whole() -> None:
 def test_a_strangers_text_does_not_steer_the_terminal() -> None:
     hits = [Hit("a\x1b[2J", 0.5, "one\ntwo\x07\u202e [bold]x[/bold]", None, JPEG.getvalue(), {"k\x1b": "\x9b31m"})]
     stream = io.StringIO()
-    show(hits, Console(file=stream, width=200))
+    show_hits(hits, Console(file=stream, width=200))
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*stream.getvalue()}
     assert "one two" in stream.getvalue() and "[bold]x[/bold]" in stream.getvalue()
-    show(hits, Console(file=stream, width=200), "kitty")
+    show_hits(hits, Console(file=stream, width=200), "kitty")
     assert "\x1b_Ga=T" in stream.getvalue()
 
 
 @pytest.mark.parametrize("width", [20, 200])
 def test_the_name_of_a_column_is_no_markup(width: int) -> None:
     stream = io.StringIO()
-    show([Hit("a", 0.5, "text", None, None, {"[/red]": 1, "[bold]": 2})], Console(file=stream, width=width))
+    show_hits([Hit("a", 0.5, "text", None, None, {"[/red]": 1, "[bold]": 2})], Console(file=stream, width=width))
     assert "[/red]" in stream.getvalue() and "[bold]" in stream.getvalue()
 
 
@@ -569,7 +569,7 @@ def test_names_and_numbers_are_whole_however_narrow_the_terminal_is(width: int, 
     texts = ("a red ring on a wooden table, seen from above", "blue")
     hits = [Hit(f"photo-{i}", 0.91 - i / 10, text, f"images/2020/{i}.jpg", None, extra) for i, text in enumerate(texts)]
     stream = io.StringIO()
-    show(hits, Console(file=stream, width=width))
+    show_hits(hits, Console(file=stream, width=width))
     lines = stream.getvalue().splitlines()
     words = "photo-0 photo-1 0.9100 0.8100 images/2020/1.jpg score id text word unbreakable-word above blue"
     for word in [*words.split(), *(word for name in extra if name != "empty" for word in (name, str(extra[name])))]:

@@ -36,12 +36,12 @@ from muco.serve.batcher import BatchLimits
 from muco.serve.engine import Engine
 from muco.serve.guard import STRUCTURE, check_form
 from muco.serve.images import ImageLimits, check_source, decode
-from muco.serve.schema import Limits, RequestError
+from muco.serve.schema import RequestError, RequestLimits
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE = data_uri(picture("red")), data_uri(picture("blue"))
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
-TINY = Limits(
+TINY = RequestLimits(
     body_bytes=200_000, depth=8, seconds=20, items=4, turns=3, images=2, characters=500, tokens=200,
     image=ImageLimits(max_bytes=20_000, max_pixels=10_000),
 )  # fmt: skip
@@ -782,7 +782,7 @@ def test_images_are_fetched_only_as_allowed(engine):
         site.pages["/broken.png"] = (200, {}, b"nonsense")
         site.redirect("/inside", "http://127.0.0.1:1/")
         image = ImageLimits(fetch=FetchLimits(allowed_addresses=site.limits.allowed_addresses))
-        with serving(Served(Engine(engine.model, image, 2048), "little", limits=Limits(image=image))) as client:
+        with serving(Served(Engine(engine.model, image, 2048), "little", limits=RequestLimits(image=image))) as client:
             found = embed(client, input=[{"text": "x", "images": [f"{site.url}/red.png", BLUE]}, "a"])
             expected = engine.model.encode([{"text": "x", "images": [picture("red"), picture("blue")]}, "a"])
             assert close_to(found, expected)
@@ -844,7 +844,7 @@ def test_it_says_what_it_offers(folder):
         running.process.terminate()
         out, err = running.process.communicate(timeout=120)
     assert out == "" and running.process.returncode == 0
-    assert "vectors of 64 numbers" in err and "7 items" in err and running.address in err
+    assert "vectors of 64 dimensions" in err and "7 items" in err and running.address in err
     assert "secret" not in err and "Traceback" not in err
 
 

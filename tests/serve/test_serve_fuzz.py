@@ -22,9 +22,9 @@ from muco.serve.app import Served
 from muco.serve.batcher import BatchLimits
 from muco.serve.engine import Engine
 from muco.serve.images import ImageLimits
-from muco.serve.schema import Limits
+from muco.serve.schema import RequestLimits
 
-SMALL = Limits(body_bytes=2**20, seconds=60, tokens=256, image=ImageLimits(max_pixels=40_000))
+SMALL = RequestLimits(body_bytes=2**20, seconds=60, tokens=256, image=ImageLimits(max_pixels=40_000))
 ROUTES = (
     *("/v1/embeddings", "/v2/embed", "/search", "/v1/embed"),
     *("/v1/models", "/v1/models/{name}", "/health", "/metrics"),

@@ -19,7 +19,8 @@ from PIL import Image
 
 from muco.errors import MucoError
 from muco.synth import endpoint as endpoint_module
-from muco.synth.endpoint import Endpoint, EndpointError, Unanswered
+from muco.synth.answers import Unanswered, read_answer, retry_after
+from muco.synth.endpoint import Endpoint, EndpointError
 from muco.synth.limits import Budget, BudgetSpent, Limits
 from muco.synth.messages import image_part, system, user
 
@@ -120,8 +121,7 @@ def test_the_server_recognises_what_is_sent(scenes):
     ],
 )
 def test_what_is_read_of_an_answer(raw, text):
-    endpoint = Endpoint("http://localhost:1", "m")
-    answer, usage = endpoint._read(json.dumps({"choices": [{"message": raw}]}).encode())
+    answer, usage = read_answer(json.dumps({"choices": [{"message": raw}]}).encode())
     assert (answer.text, usage) == (text, None)
 
 
@@ -212,10 +212,10 @@ def test_retry_after_is_honoured_by_all():
     ],
 )
 def test_forms_of_retry_after(value, seconds):
-    assert endpoint_module._retry_after({"retry-after": value}) == seconds
-    assert endpoint_module._retry_after({}) is None
+    assert retry_after({"retry-after": value}) == seconds
+    assert retry_after({}) is None
     soon = formatdate(time.time() + 1000, usegmt=True)
-    assert endpoint_module._retry_after({"retry-after": soon}) == pytest.approx(1000, abs=100)
+    assert retry_after({"retry-after": soon}) == pytest.approx(1000, abs=100)
 
 
 def test_a_hundred_at_once_where_ten_are_too_many():

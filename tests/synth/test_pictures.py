@@ -35,8 +35,8 @@ from muco.base.fetch import FetchError, FetchLimits
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.synth import catalogue as catalogue_module
 from muco.synth import pictures as pictures_module
-from muco.synth.catalogue import Catalogue, Kept, fill
-from muco.synth.near import Near
+from muco.synth.catalogue import Catalogue, Kept, first_near
+from muco.synth.filling import fill
 from muco.synth.pictures import (
     ASPECT,
     DUPLICATE,
@@ -269,7 +269,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path)
     for name in ("a.jpg", "a.tar.gz", "a.csv"):
         (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(DataError, match=f"{name}: give a folder of images, a .parquet file of URLs, or a plain"):
+        with pytest.raises(DataError, match=f"{name}: pass a folder of images, a .parquet file of URLs, or a plain"):
             open_source(tmp_path / name)
     with pytest.raises(DataError, match="no .parquet files here, so there is no column 'link'"):
         open_source(tmp_path, url_column="link")
@@ -538,7 +538,7 @@ def test_a_network_that_is_gone_stops_the_run_and_is_not_held_against_pictures(t
     write_urls(tmp_path / "a.parquet", [f"{good}?{n}" for n in range(3)])  # nobody listens there any more
     source = open_source(tmp_path / "a.parquet", fetch=FetchLimits(seconds=4.0, allowed_addresses=(address,)))
     with Catalogue(tmp_path / "pictures.db", source.fingerprint, SMALL) as catalogue:
-        with pytest.raises(MucoError, match="none of 3 pictures in a row could be fetched.*goes on where it stopped"):
+        with pytest.raises(MucoError, match="none of 3 pictures in a row could be fetched.*resumes where it stopped"):
             fill(catalogue, source, SMALL, tmp_path / "store")
         assert catalogue.looked == 0
 
@@ -634,18 +634,12 @@ def test_first_near_is_exact_however_many_there_are(near: int) -> None:
     for n in range(near + 1):
         asked ^= np.where(n < flips, np.uint64(1) << bits[:, n], np.uint64(0))
     hashes[8000:8100] = asked[:100]  # later ones, of which the earlier ones are to be found first
-    grown = Near(near, hashes[:10])
-    for start in range(10, len(hashes), 300):
-        grown.extend(hashes[start : start + 300])
-    assert 10 < grown._sorted < len(hashes), "some are sorted, some are not"
     distances = np.bitwise_count(asked[:, None] ^ hashes[None, :]) <= near
     expected = np.where(distances.any(axis=1), distances.argmax(axis=1), -1)
     assert (expected >= 0).sum() > 100 and (expected == -1).sum() > 10
-    for index in (Near(near, hashes), grown):
-        assert np.array_equal(index.first_near(asked), expected)
-    grown.cut(1000)
-    expected = np.where(distances[:, :1000].any(axis=1), distances[:, :1000].argmax(axis=1), -1)
-    assert np.array_equal(grown.first_near(asked), expected) and len(grown) == 1000
+    assert np.array_equal(first_near(asked, hashes, near), expected)
+    assert np.array_equal(first_near(asked, hashes, -1), np.full(400, -1))
+    assert np.array_equal(first_near(asked, hashes[:0], near), np.full(400, -1))
 
 
 def test_the_catalogue_says_what_it_holds(tmp_path: Path) -> None:
@@ -721,7 +715,7 @@ def test_another_source_or_filter_is_refused(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "pictures.db"
-    code = f"from muco.synth.catalogue import *; Catalogue({str(path)!r}, 'source', Filter())"
+    code = f"from muco.synth.catalogue import Catalogue, Filter; Catalogue({str(path)!r}, 'source', Filter())"
     with Catalogue(path, "source", Filter()) as catalogue:
         with pytest.raises(OutputError, match="another process is writing to it"):
             Catalogue(path, "source", Filter())
@@ -787,7 +781,7 @@ def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
     results = []
     for n, (workers, chunk, add, block) in enumerate(((16, 256, 256, 256), (1, 1, 7, 2), (3, 10, 64, 64))):
         monkeypatch.setattr("muco.synth.pictures.CHUNK", chunk)
-        monkeypatch.setattr(catalogue_module, "ADD", add)
+        monkeypatch.setattr("muco.synth.filling.ADD", add)
         monkeypatch.setattr(catalogue_module, "BLOCK", block)
         filled(tmp_path / str(n), source, workers=workers)
         with Catalogue(tmp_path / str(n) / "pictures.db", source.fingerprint, SMALL) as catalogue:
@@ -799,7 +793,7 @@ def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_was_found_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muco.synth.pictures.CHUNK", 4)
-    monkeypatch.setattr(catalogue_module, "ADD", 4)
+    monkeypatch.setattr("muco.synth.filling.ADD", 4)
     files, store = mixed_files(), tmp_path / "images"
     write_tar(tmp_path / "a.tar", files)
     content = bytearray(write_tar(tmp_path / "b.tar", files).read_bytes())

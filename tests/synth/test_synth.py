@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from muco.data import scenes as scene_data
 from muco.errors import DataError
 from muco.synth import checks
-from muco.synth.endpoint import Answer
+from muco.synth.answers import Answer
 from muco.synth.flow import in_order
 from muco.synth.limits import BudgetSpent
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pairs, read_object, schema

@@ -459,7 +459,7 @@ def test_a_server_with_one_model_needs_no_name(scenes, pictures, tmp_path, capsy
     with ChatServer(scenes) as server:
         line[3] = line[5] = server.url
         code, _, errors = said([*line, "-o", str(tmp_path / "other")], capsys)
-        assert code == 1 and "serves seer, scribe; give the name of the one to ask" in errors
+        assert code == 1 and "serves seer, scribe; name the one to ask" in errors
 
 
 def test_what_people_read(scenes, pictures, tmp_path, capsys):

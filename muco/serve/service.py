@@ -1,0 +1,156 @@
+"""What a server offers, and the work that every route shares: items become vectors, within limits and time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request
+
+from muco.errors import MucoError
+from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
+from muco.serve.engine import Embedded, Engine, Item
+from muco.serve.guard import ClientGone
+from muco.serve.images import Fetcher
+from muco.serve.metrics import Metrics
+from muco.serve.process import ModelProcess
+from muco.serve.reader import Reader
+from muco.serve.schema import RequestError, RequestLimits
+
+if TYPE_CHECKING:
+    from muco.search import Index
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server offers.
+
+    Args:
+        name: Of the model, as clients call it.
+        dimensions: To which vectors may be cut, besides their whole length.
+        index: To search in; None: there is no search.
+        instructions: input_type -> instruction.
+        token, hosts: See :class:`muco.serve.guard.Guard`.
+        origins: Of pages elsewhere whose scripts may ask and read answers, "https://example.com"; "*": of any page.
+    """
+
+    engine: Engine | ModelProcess
+    name: str
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    batches: BatchLimits = field(default_factory=BatchLimits)
+    dimensions: tuple[int, ...] = ()
+    index: Index | None = None
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    token: str | None = None
+    hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
+
+
+class Service:
+    """A server at work; every route finds it by :func:`service_of`."""
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.started = served, int(time.time())
+        self.reader = Reader(served.limits, served.instructions)
+        self.batcher: Batcher[Item, Any, Embedded] = Batcher(
+            served.engine.prepare, served.engine.run, served.batches, observe=lambda *sizes: self.metrics.batch(*sizes)
+        )
+        self.metrics = Metrics(lambda: self.batcher.unfinished)
+        fetch = served.limits.image.fetch
+        self.fetcher = None if fetch is None else Fetcher(fetch)
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        await self.batcher.start()
+        try:
+            yield
+        finally:
+            await self.batcher.close()
+            if self.fetcher is not None:
+                self.fetcher.close()
+
+    async def embedded(self, items: Sequence[Item]) -> list[Embedded]:
+        try:
+            if self.fetcher is not None and any(item.images for item in items):
+                items = await asyncio.gather(*map(self._with_images, items))
+            results = await self.batcher.submit(items)
+        except QueueFull:
+            raise RequestError("too many requests wait; try again", status=503, code="queue_full") from None
+        except ShuttingDown:
+            raise RequestError("the server is shutting down", status=503, code="shutting_down") from None
+        self.metrics.vectors.inc(sum(len(result.vectors) for result in results))
+        for kind, count in usage(results).items():
+            self.metrics.tokens.labels(kind).inc(count)
+        return results
+
+    async def _with_images(self, item: Item) -> Item:
+        assert self.fetcher is not None
+        try:
+            return replace(item, images=tuple(await self.fetcher.replace(item.images)))
+        except MucoError as error:
+            raise RequestError(f"{item.where}: {error}", item.where) from None
+
+    async def answered(self, request: Request, work: Awaitable[Answer]) -> Answer:
+        """The result of the work, which is cancelled when the client hangs up or the time is over."""
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({task, gone}, timeout=self.served.limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if gone.done():
+                raise ClientGone
+            seconds = self.served.limits.seconds
+            raise RequestError(f"not answered within {seconds:g} s; try again", status=503, code="timeout")
+        finally:
+            for each in (task, gone):
+                each.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.served.name:
+            message = f"there is no such model here; this server has {self.served.name!r}"
+            raise RequestError(message, "model", status=404, code="model_not_found")
+
+    def dimension(self, asked: int | None, param: str) -> int:
+        full = self.served.engine.dimension
+        if asked is None or asked == full:
+            return full
+        if asked in self.served.dimensions:
+            return asked
+        if not self.served.dimensions:
+            raise RequestError(f"the model's vectors have {full} numbers; it was not trained for fewer", param)
+        accepted = ", ".join(map(str, sorted({*self.served.dimensions, full})))
+        raise RequestError(f"the model was trained for {accepted}", param)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that got the request."""
+    return request.app.state.service
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def usage(results: Sequence[Embedded]) -> dict[str, int]:
+    """Tokens of texts and of images."""
+    images = sum(result.image_tokens for result in results)
+    return {"text": sum(result.tokens for result in results) - images, "image": images}
+
+
+def shortened(results: Sequence[Embedded], dimension: int) -> np.ndarray:
+    """All vectors, float32 [n, dimension], of length 1."""
+    vectors = np.concatenate([result.vectors for result in results])
+    if dimension == vectors.shape[1]:
+        return vectors
+    cut = vectors[:, :dimension]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
