@@ -84,7 +84,7 @@ def as_images(value: object) -> tuple[ImageLike, ...]:
         return ()
     if isinstance(value, (str, Path, bytes)) or _is_pillow(value):
         if isinstance(value, (str, bytes)) and not value:
-            raise DataError("an image is an empty string; leave the key out where there is no image")
+            raise DataError("an image is an empty string; leave the key out if there is no image")
         return (value,)
     if isinstance(value, Sequence):
         return tuple(image for item in value for image in as_images(item))

@@ -179,7 +179,7 @@ def _status(path: str | Path, name: str) -> os.stat_result:
     if not isinstance(path, (str, Path)):
         raise ImageError(f"{name}: an image must be a path, bytes or a Pillow image, not {type(path).__name__}")
     if isinstance(path, str) and is_url(path):
-        raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
+        raise ImageError(f"{name}: URLs are not fetched; download the image and pass its path")
     try:
         status = Path(path).stat()
     except FileNotFoundError as error:

@@ -51,7 +51,7 @@ class FetchError(MucoError):
 
 
 class UnreachableError(FetchError):
-    """No answer: there is no such host, no connection, or it took too long."""
+    """No answer: unknown host, no connection, or it took too long."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> lis
     except Empty:
         raise UnreachableError(_too_slow(limits)) from None
     if isinstance(answer, OSError) or not answer:
-        raise UnreachableError("there is no such host")
+        raise UnreachableError("unknown host")
     return [address.split("%")[0] for address in answer]
 
 

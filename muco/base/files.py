@@ -135,7 +135,7 @@ def _cannot_write(path: str | Path, error: Exception, remedy: str, again: bool) 
     reason = _said(error) if told else _probed(Path(path)) or _said(error)
     full = any(word in reason for word in FULL)
     if again:
-        remedy = f"{'make room' if full else 'change that'}, and give the same command again: it resumes"
+        remedy = f"{'make room' if full else 'change that'}, and run the same command again: it resumes"
     elif full:
         remedy = f"make room, or {remedy}"
     return OutputError(f"{path}: cannot be written ({reason}); {remedy}")

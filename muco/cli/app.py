@@ -97,7 +97,7 @@ def train(
         ),
     ] = True,
 ) -> None:
-    """Train a model as a recipe says.
+    """Train a model from a recipe.
 
     Run the same command again to resume an interrupted run from its last checkpoint. Prints the model's folder. On
     several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
@@ -176,7 +176,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for data, model, scores and report.html.")
     ] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer is quicker and worse.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer are faster and worse.")] = None,
     train: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 20_000,
     test: Annotated[int, typer.Option(min=2, help="Held-out scenes to score and search.")] = 500,
 ) -> None:
@@ -201,7 +201,7 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A trained model's folder, a hub id, or a checkpoint of a run.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make; it must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to create; it must not exist.")],
     format: Annotated[str, typer.Option(help="sentence-transformers or vllm.")] = "sentence-transformers",
     adapters: Annotated[
         str, typer.Option(help="merged into the weights, or separate, for which MODEL must be a checkpoint.")

@@ -15,8 +15,8 @@ from muco.cli.options import FAILED_CHECK, BatchSize, Json, Model, examples
 if TYPE_CHECKING:
     from muco.data.source import Data
 
-app = typer.Typer(no_args_is_help=True, help="Check, look at and make data.")
-convert = typer.Typer(no_args_is_help=True, help="Make data from what others have annotated.")
+app = typer.Typer(no_args_is_help=True, help="Check, show and make data.")
+convert = typer.Typer(no_args_is_help=True, help="Make data from annotated data sets.")
 app.add_typer(convert, name="convert")
 
 DataPath = Annotated[
@@ -54,7 +54,7 @@ def data_check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Report what is wrong with data.
+    """Report errors in data.
 
     Reads all rows and images, counts them, and names what is wrong by file, line and turn. Exit code 3 if anything is.
     """
@@ -71,7 +71,7 @@ def data_check(
 def data_show(
     path: DataPath,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; it needs no other file.")
+        Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; it is self-contained.")
     ],
     format: Format = "jsonl",
     option: Option = [],  # noqa: B006
@@ -96,7 +96,7 @@ def data_leak(
         list[Path], typer.Argument(metavar="EVALUATION...", help="Evaluation data: JSONL files or folders of images.")
     ],
     train: Annotated[
-        list[Path], typer.Option("--train", "-t", help="Training data of the same forms; may be repeated.")
+        list[Path], typer.Option("--train", "-t", help="Training data in the same formats; may be repeated.")
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the report and every overlapping pair.")
@@ -128,7 +128,7 @@ def data_caption(
     endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="Base of an OpenAI-compatible API.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Name of a model there that sees images.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="File of captions; what it has is kept.")
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="File of captions; existing ones are kept.")
     ],
     format: Format = "jsonl",
     option: Option = [],  # noqa: B006
@@ -145,7 +145,7 @@ def data_caption(
     key_variable: synth_cli.KeyVariable = synth_cli.KEY_VARIABLE,
     as_json: Json = False,
 ) -> None:
-    """Have a model caption the images of data.
+    """Caption the images of a data set with a model.
 
     Training by reconstruction reads the file: --option captions=FILE, or captions: FILE in a source's options. Each
     image is sent once; run the same command again to resume an interrupted run.
@@ -190,8 +190,8 @@ def data_mine(
     format: Format = "jsonl",
     option: Option = [],  # noqa: B006
     negatives: Annotated[int, typer.Option(min=1, help="Negatives per turn, if enough candidates qualify.")] = 3,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out the first ranks, which hold right answers too.")] = 0,
-    depth: Annotated[int, typer.Option(min=1, help="Leave out ranks from here on.")] = 100,
+    skip: Annotated[int, typer.Option(min=0, help="Skip the first N ranks, which may contain right answers.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Ranks to look at; later ones are left out.")] = 100,
     margin: Annotated[float | None, typer.Option(help="Cosine by which the right target must be ahead.")] = None,
     relative_margin: Annotated[float | None, typer.Option(help="The same as a share of its cosine, e.g. 0.05.")] = None,
     max_score: Annotated[float | None, typer.Option(help="Highest cosine of a negative.")] = None,
@@ -242,7 +242,7 @@ def data_scenes(
 ) -> None:
     """Draw the built-in data set.
 
-    Scenes are images of coloured shapes on patterned grounds, each with seven turns; see train.jsonl for their form.
+    Scenes are images of coloured shapes on patterned grounds, each with seven turns; see train.jsonl for the format.
     """
     from muco.data.scenes import USUAL, write_scenes
 
@@ -258,26 +258,26 @@ def data_scenes(
     ),
 )
 def data_convert_coco(
-    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's form.")],
-    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the names of image files count from.")],
+    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's format.")],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the image files.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data; a file that is there is replaced.")
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data; an existing file is replaced.")
     ],
     captions: Annotated[
-        Path | None, typer.Option(metavar="CAPTIONS.json", help="Captions of the same images in COCO's form.")
+        Path | None, typer.Option(metavar="CAPTIONS.json", help="Captions of the same images in COCO's format.")
     ] = None,
     min_area: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the image from which on a box is asked about.")
+        float, typer.Option(min=0, max=1, help="Least share of the image for a box to be asked about.")
     ] = 0.01,
     min_turns: Annotated[int, typer.Option(min=1, help="Leave out images with fewer turns.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the draws among things that can be asked about.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing among possible questions.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples to write, by the order of image ids.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn boxes and captions into questions and answers.
 
-    Questions are made by rule where the boxes leave no doubt: the main thing, which and how many things, what is where,
-    and a description. Also reads LVIS, and other sets in COCO's form.
+    Makes questions by rule if the boxes leave no doubt: the main thing, which and how many things, what is where,
+    and a description. Also reads LVIS, and other sets in COCO's format.
     """
     from muco.base.terminal import progress_bar
     from muco.synth.coco import convert_coco

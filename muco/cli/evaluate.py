@@ -24,15 +24,15 @@ Output = Annotated[
 Queries = Annotated[
     int | None, typer.Option(min=1, help="Score only N queries per data set, drawn by the seed; the report says so.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
 AllowMissing = Annotated[
-    bool, typer.Option("--allow-missing", help="Score what is there; without, a missing data set is an error.")
+    bool, typer.Option("--allow-missing", help="Score the available data sets; otherwise a missing one is an error.")
 ]
 SkipBroken = Annotated[
     bool,
     typer.Option(
         "--skip-broken",
-        help="Leave out what cannot be embedded, count and name it; a query without its right answer counts as missed. "
+        help="Leave out, count and name what cannot be embedded; a query without its right answer counts as missed. "
         "Without, it is an error.",
     ),
 ]
@@ -72,22 +72,22 @@ def retrieval(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
     batch_size: BatchSize = 64,
     candidates: Annotated[
-        int, typer.Option(min=2, help="Length of the drawn lists of answers, the right one included.")
+        int, typer.Option(min=2, help="Length of the drawn lists of answers, including the right one.")
     ] = 100,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = None,
     dimension: Dimension = None,
     precision: Annotated[
-        Precision, typer.Option(help="Score codes of this precision, as an index of them would find them.")
+        Precision, typer.Option(help="Score vectors of this precision, as an index would.")
     ] = Precision.float32,
-    seed: Annotated[int, typer.Option(help="Of the drawn lists.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn lists.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Score retrieval on held-out samples.
 
-    Gives hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
+    Reports hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
     and "within": whether the model reads the question. For a model trained here also the blind control: the training
     loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
-    further dimensions and precisions are scored without encoding anew.
+    further dimensions and precisions are scored without encoding again.
     """
     from muco.base.files import claimed
     from muco.base.terminal import progress_bar
@@ -133,7 +133,7 @@ def mmeb(
     images: Annotated[
         Path | None, typer.Option(help="Folder of the images; default eval_images or image-tasks in the data.")
     ] = None,
-    task: Annotated[list[str], typer.Option(metavar="NAME", help="A data set; may be repeated. Without, all 36.")] = [],  # noqa: B006
+    task: Annotated[list[str], typer.Option(metavar="NAME", help="A data set; may be repeated. Default: all 36.")] = [],  # noqa: B006
     queries: Queries = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -143,14 +143,14 @@ def mmeb(
     official: Annotated[
         bool,
         typer.Option(
-            "--official", help="Tell candidates apart, and open images, as the paper's code does; see the docs."
+            "--official", help="Distinguish candidates and open images as the paper's code does; see the docs."
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score MMEB: 36 data sets, hit@1 with ties lost.
+    """Score MMEB: 36 data sets, hit@1; ties count as misses.
 
-    Reads both published layouts, TIGER-Lab/MMEB-eval and the one whose instructions stand apart. Writes JSON, CSV,
+    Reads both published layouts, TIGER-Lab/MMEB-eval and the one with separate instructions. Writes JSON, CSV,
     Markdown and an HTML page; an interrupted run resumes. Also under torchrun.
     """
     from muco.data.mmeb_test import find_files
@@ -192,7 +192,7 @@ def mbeir(
         PoolChoice.both
     ),
     task: Annotated[
-        list[str], typer.Option(metavar="NAME", help="A task, as 'MSCOCO t0'; may be repeated. Without, all 16.")
+        list[str], typer.Option(metavar="NAME", help="A task, such as 'MSCOCO t0'; may be repeated. Default: all 16.")
     ] = [],  # noqa: B006
     prompts: Annotated[
         Prompts, typer.Option(help="Which of a task's instructions a query gets: one drawn by the seed, or the first.")
@@ -202,7 +202,7 @@ def mbeir(
     batch_size: BatchSize = 64,
     own_pixels: OwnPixels = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="A right candidate that no pool holds is an error, not a count.")
+        bool, typer.Option("--strict", help="A right candidate missing from all pools is an error instead of a count.")
     ] = False,
     allow_missing: AllowMissing = False,
     skip_broken: SkipBroken = False,
@@ -246,17 +246,20 @@ def beir(
     context: typer.Context,
     model: Model,
     data: Annotated[
-        Path, typer.Option("--data", "-d", help="A folder with corpus.jsonl, queries.jsonl and qrels/, or of such.")
+        Path,
+        typer.Option(
+            "--data", "-d", help="A folder with corpus.jsonl, queries.jsonl and qrels/, or a folder of these."
+        ),
     ],
     output: Output,
     split: Annotated[str, typer.Option(help="Judgements to use: qrels/SPLIT.tsv.")] = "test",
     k: Annotated[int, typer.Option("-k", min=1, help="Depth of nDCG@k, recall@k and MRR@k.")] = 10,
-    instruction: Annotated[str, typer.Option(help="Text to put before every query.")] = "",
+    instruction: Annotated[str, typer.Option(help="Text prepended to every query.")] = "",
     batch_size: BatchSize = 64,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
-    """Score any retrieval set in BEIR's form.
+    """Score any retrieval set in BEIR's format.
 
     Queries and corpus may have images (a path in "image"), judgements may be graded. The first score is nDCG@k.
     """
@@ -283,13 +286,13 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Output folder of an evaluation.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same data.")],
     samples: Annotated[int, typer.Option(min=100, help="Bootstrap samples.")] = 10_000,
-    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the interval.")] = 0.95,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Level of the interval.")] = 0.95,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compare two results query by query.
 
-    Gives the difference per data set with a paired bootstrap interval.
+    Prints the difference per data set with a paired bootstrap interval.
     """
     from muco.evaluate.compare import compare, print_comparison
 

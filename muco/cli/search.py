@@ -44,15 +44,17 @@ def index(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Model folder or hub id; needed for a new index, else the index's own."),
+        typer.Option(
+            "--model", "-m", help="Model folder or hub id; required for a new index, by default the index's own."
+        ),
     ] = None,
     storage: Annotated[
-        StorageName | None, typer.Option(help="Of a new index: how its vectors are kept; float32 by default.")
+        StorageName | None, typer.Option(help="How a new index stores its vectors; float32 by default.")
     ] = None,
     dimension: Dimension = None,
     delete: Annotated[list[str], typer.Option("--delete", metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
     delete_missing: Annotated[
-        bool, typer.Option("--delete-missing", help="Delete all rows of the index that INPUT does not have.")
+        bool, typer.Option("--delete-missing", help="Delete all rows that are not in INPUT.")
     ] = False,
     batch_size: BatchSize = 32,
     text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
@@ -69,7 +71,7 @@ def index(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make or update a search index.
+    """Create or update a search index.
 
     Encodes only what is new or changed. Inputs that cannot be read are listed and left out. Run the same command again
     to resume an interrupted run.
@@ -105,24 +107,26 @@ def index(
 
 def search(
     index: Place,
-    text: Annotated[str | None, typer.Option("--text", "-t", help="What to look for, in words.")] = None,
-    image: Annotated[Path | None, typer.Option(help="An image to look for; with --text, both as one query.")] = None,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="Text to search for.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="An image to search for; with --text, both form one query.")
+    ] = None,
     like: Annotated[str | None, typer.Option(metavar="ID", help="Find rows like this one.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many rows to find.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of rows to find.")] = 10,
     where: Annotated[
-        str | None, typer.Option(metavar="FILTER", help='Only rows of which this holds, e.g. "year > 2020".')
+        str | None, typer.Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact/--approximate", help="Compare with every row, instead of by the index of vectors.")
+        bool, typer.Option("--exact/--approximate", help="Compare with every row instead of using the vector index.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Where the model of the index is now, if it has moved.")
+        str | None, typer.Option("--model", "-m", help="New place of the index's model, if it has moved.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per row on stdout.")] = False,
 ) -> None:
     """Search an index.
 
-    By text, by image, by both, or for rows like one of its own. A terminal that can shows thumbnails.
+    By text, image, both, or for rows like one of its own. Shows thumbnails if the terminal supports them.
     """
     from muco.search.index import Index
 

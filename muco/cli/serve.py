@@ -28,15 +28,15 @@ def serve(
     index: Annotated[
         str | None, typer.Option(metavar="DIR", help="An index of muco index: adds POST /search and the search page.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="The model's name for clients; the folder's name if left out.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best there is if left out.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the folder's name.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: the best available.")] = None,
     instruction: Annotated[
         Repeated,
-        typer.Option(metavar="INPUT_TYPE=TEXT", help="What an input_type puts before every text; may be repeated."),
+        typer.Option(
+            metavar="INPUT_TYPE=TEXT", help="Text that an input_type prepends to every text; may be repeated."
+        ),
     ] = [],  # noqa: B006
     token_file: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def serve(
         Repeated,
         typer.Option(
             metavar="ORIGIN",
-            help="Let scripts of this site's pages ask in a browser, e.g. https://app.example.com; * for any site; "
+            help="Allow requests from scripts on this site's pages, e.g. https://app.example.com; * for any site; "
             "may be repeated.",
         ),
     ] = [],  # noqa: B006
@@ -65,12 +65,12 @@ def serve(
             metavar="ADDRESS:PORT", help="Fetch from this address although it is not public; may be repeated."
         ),
     ] = [],  # noqa: B006
-    max_items: Annotated[int, typer.Option(min=1, help="Vectors of one request.")] = 256,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one item, its images included.")] = 8192,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image.")] = 16_000_000,
-    max_body: Annotated[int, typer.Option(min=1, help="MiB of one request's body.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request is answered.")] = 60,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that pass through the model at once.")] = 8192,
+    max_items: Annotated[int, typer.Option(min=1, help="Maximum vectors per request.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per item, including its images.")] = 8192,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 16_000_000,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum MiB per request body.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to answer a request.")] = 60,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per forward pass.")] = 8192,
     batch_milliseconds: Annotated[float, typer.Option(min=0, help="How long an item waits for others.")] = 5,
     queue: Annotated[
         int, typer.Option(min=1, help="Items that may wait; large requests leave room for small ones, see the docs.")
@@ -78,8 +78,8 @@ def serve(
 ) -> None:
     """Serve embeddings and search over HTTP.
 
-    OpenAI's, vLLM's and Cohere's requests, a search page at / where there is an index, metrics for Prometheus. Prints
-    one JSON line with the address when it listens. SIGTERM finishes what was accepted. See docs/serving.md.
+    Accepts OpenAI's, vLLM's and Cohere's requests; with an index, has a search page at /; exports Prometheus metrics.
+    Prints one JSON line with the address when it listens. SIGTERM finishes accepted requests. See docs/serving.md.
     """
     _check_installed()
     from muco.base.fetch import FetchLimits

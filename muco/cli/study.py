@@ -15,16 +15,18 @@ from muco.cli.options import Json
 
 def study(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The study; without it all are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The study; without a name, all are listed.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for data, runs and the page.")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Seeds per run, 3 or 5 by the study; more can be added later.")
     ] = None,
-    first_seed: Annotated[int, typer.Option(min=0, help="Where the seeds begin; fresh ones for a second look.")] = 0,
-    scale: Annotated[float, typer.Option(help="Of data and steps: 0.1 to try it in a tenth of the time.")] = 1.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the cores.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="First seed; use fresh ones for a second look.")] = 0,
+    scale: Annotated[float, typer.Option(help="Scale of data and steps: 0.1 takes a tenth of the time.")] = 1.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Simultaneous runs, which share the cores.")] = 1,
     data: Annotated[
         str | None, typer.Option(metavar="TRAIN", help="Train on this data instead of the scenes; needs --test.")
     ] = None,

@@ -14,12 +14,12 @@ from muco.cli.options import Json, examples
 from muco.errors import MucoError
 from muco.synth.limits import KEY_VARIABLE as KEY_VARIABLE
 
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once, for each model.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Simultaneous requests per model.")]
 Rate = Annotated[
-    float | None, typer.Option("--requests-per-minute", min=0.001, help="Pace of the requests, for each model.")
+    float | None, typer.Option("--requests-per-minute", min=0.001, help="Maximum requests per minute and model.")
 ]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds for one request.")]
-Retries = Annotated[int, typer.Option(min=0, help="How often a request that failed is sent again.")]
+Retries = Annotated[int, typer.Option(min=0, help="Number of retries of a failed request.")]
 MaxFailures = Annotated[int, typer.Option(min=1, help="Stop after this number of unusable answers in a row.")]
 MaxRequests = Annotated[
     int | None, typer.Option(min=1, help="Stop after this number of requests; the same command resumes there.")
@@ -36,9 +36,7 @@ PromptsFile = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE.yaml", help="Wordings of your own; muco/synth/prompts.py has the keys."),
 ]
-Price = Annotated[
-    str, typer.Option(metavar="READ:WRITTEN", help="Price of a million tokens, to tell the cost beforehand.")
-]
+Price = Annotated[str, typer.Option(metavar="READ:WRITTEN", help="Price of a million tokens, to estimate the cost.")]
 _SAMPLING = "Field of the requests, e.g. temperature=0.3; null leaves it out; may be repeated, value in YAML."
 Sampling = Annotated[list[str], typer.Option("--sampling", metavar="KEY=VALUE", help=_SAMPLING)]
 
@@ -69,21 +67,28 @@ def synth(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the data; runs resume.")],
     captioner_model: Annotated[
-        str | None, typer.Option(help="The model's name at that server, where it has more than one.")
+        str | None, typer.Option(help="The model's name on that server, if it has several.")
     ] = None,
     writer: Annotated[
-        str | None, typer.Option("--writer", metavar="URL", help="The same of a model that writes; else the captioner.")
+        str | None,
+        typer.Option(
+            "--writer", metavar="URL", help="Base of an API with a model that writes; default: the captioner."
+        ),
     ] = None,
-    writer_model: Annotated[str | None, typer.Option(help="Its name there, where there is more than one.")] = None,
-    min_side: Annotated[int, typer.Option(min=1, help="Pixels that the shorter side of an image needs.")] = 512,
-    max_aspect: Annotated[float, typer.Option(min=1, help="Longer side by shorter side, at most.")] = 3.0,
+    writer_model: Annotated[
+        str | None, typer.Option(help="The writer's name on its server, if it has several.")
+    ] = None,
+    min_side: Annotated[int, typer.Option(min=1, help="Least pixels of an image's shorter side.")] = 512,
+    max_aspect: Annotated[float, typer.Option(min=1, help="Greatest ratio of the longer to the shorter side.")] = 3.0,
     near: Annotated[
         int, typer.Option(min=-1, max=16, help="Bits of 64 by which near duplicates may differ; -1 keeps them.")
     ] = 4,
-    min_turns: Annotated[int, typer.Option(min=1, max=7, help="Good turns without which an image is left out.")] = 3,
-    attempts: Annotated[int, typer.Option(min=1, help="How often a caption, and bad pairs, are asked for.")] = 3,
+    min_turns: Annotated[int, typer.Option(min=1, max=7, help="Images with fewer good turns are left out.")] = 3,
+    attempts: Annotated[int, typer.Option(min=1, help="Attempts to get a good caption, and good pairs.")] = 3,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard, which is written whole.")] = 1000,
-    url_column: Annotated[str | None, typer.Option(help="Of Parquet files; url or URL is found.")] = None,
+    url_column: Annotated[
+        str | None, typer.Option(help="Column of the URLs in Parquet files; default: url or URL.")
+    ] = None,
     fetch_host: Annotated[
         list[str], typer.Option(metavar="HOST", help="Only fetch from this host, or *.domain; may be repeated.")
     ] = [],  # noqa: B006
@@ -106,11 +111,11 @@ def synth(
     writer_price: Price = "0:0",
     threads: Annotated[int, typer.Option(min=1, help="Threads that open images, on each machine.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Processes that ask the models; they share --concurrency.")] = 1,
-    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Work on this Ray cluster.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at the images, tell the cost, and stop.")] = False,
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the images, print the cost, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Have models write training data about images.
+    """Write training data about images with models.
 
     Asks models that you serve: one describes each image, another one writes seven questions with answers. Images that
     are too small, broken or duplicates are left out; what fails the checks is asked for again, then left out and

@@ -69,7 +69,7 @@ def _jsonl_file(path: Path) -> Path:
         return _only_jsonl(path)
     if path.suffix != ".jsonl":
         raise DataError(
-            f"{path}: unknown kind of data; give a .jsonl file or a folder that holds one, or name its format: "
+            f"{path}: unknown kind of data; pass a .jsonl file or a folder that holds one, or name its format: "
             f"{', '.join(FORMATS)}"
         )
     return path
@@ -82,4 +82,4 @@ def _only_jsonl(folder: Path) -> Path:
     if not found:
         raise DataError(f"{folder}: the folder holds no .jsonl file")
     names = ", ".join(path.name for path in found[:5]) + (", …" if len(found) > 5 else "")
-    raise DataError(f"{folder}: the folder holds {len(found)} .jsonl files ({names}); give one of them")
+    raise DataError(f"{folder}: the folder holds {len(found)} .jsonl files ({names}); pass one of them")

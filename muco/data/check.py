@@ -230,4 +230,4 @@ def _load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: no tokenizer can be loaded from it ({reason}); give a model folder") from error
+        raise CheckpointError(f"{path}: cannot load a tokenizer from it ({reason}); pass a model folder") from error

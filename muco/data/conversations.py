@@ -62,7 +62,7 @@ class LlavaData(Fingerprinted):
         elif self.path.suffix == ".json":
             self._places = ArrayPlaces(self.path)
         else:
-            raise DataError(f"{self.path}: unknown kind of conversations; give a .json or .jsonl file")
+            raise DataError(f"{self.path}: unknown kind of conversations; pass a .json or .jsonl file")
         if not len(self):
             raise DataError(f"{self.path}: the file holds no conversation")
 
@@ -169,7 +169,7 @@ class VisDialData(Fingerprinted):
         there = [path for path in paths if path is not None and Path(path).is_file()] if len(paths) > 1 else paths
         if not there or there[0] is None:
             raise DataError(f"{where}: no image of {image_id} in {self.images}, looked for {' and '.join(names)}; "
-                            "give the folder as 'images' and the names as 'pattern'")  # fmt: skip
+                            "pass the folder as 'images' and the names as 'pattern'")  # fmt: skip
         return there[0]
 
     def _file_name(self, pattern: str, image_id: int) -> str:
@@ -217,14 +217,14 @@ def _message(message: JsonObject, asks: bool, has_image: bool, where: str) -> st
     if text.strip():
         return text
     if not has_image:
-        raise DataError(f"{where}: 'value' is empty and the entry has no image; mend the entry")
+        raise DataError(f"{where}: 'value' is empty and the entry has no image; fix the entry")
     return ""
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     text = text_of(row, key, where)
     if text is None or not text.strip():
-        raise DataError(f"{where}: {key!r} is empty; mend the entry")
+        raise DataError(f"{where}: {key!r} is empty; fix the entry")
     return text
 
 

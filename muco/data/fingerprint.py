@@ -1,7 +1,7 @@
 """What tells one state of data from another: found in seconds however much there is, and the same for a copy elsewhere.
 
 A fingerprint is the SHA-256 (hex) of how the data is read, of the bytes of its files, and of the bytes of the images
-that ``LOOKED`` rows name, which are spread evenly over the data; of all rows where there are no more. So any change of
+that ``LOOKED`` rows name, which are spread evenly over the data; of all rows if there are fewer. So any change of
 a row shows, and so do other images in place of these, but for a few among very many. Neither names of folders nor times
 of files count, since a copy changes them.
 """

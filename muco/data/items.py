@@ -131,7 +131,7 @@ def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
         return _jsonl(path, columns)
     if path.suffix in (".parquet", ".pq"):
         return _parquet(path, columns)
-    raise DataError(f"{path}: give a folder of images, a .jsonl file or a .parquet file")
+    raise DataError(f"{path}: pass a folder of images, a .jsonl file or a .parquet file")
 
 
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -283,7 +283,7 @@ def _images(values: Mapping[str, Any], columns: Columns, root: Path) -> list[Ima
     """
     found = {key: images for key in columns.images if (images := _images_of(values.get(key), key, root))}
     if len(found) > 1:
-        raise DataError(f"both {' and '.join(map(repr, found))} have images; give them under one key")
+        raise DataError(f"both {' and '.join(map(repr, found))} have images; use one key for them")
     return next(iter(found.values()), [])
 
 

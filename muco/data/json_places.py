@@ -1,4 +1,4 @@
-"""Where values stand in a JSON file of hundreds of megabytes, and the values one at a time."""
+"""Positions of values in a JSON file of hundreds of megabytes, and the values one at a time."""
 
 from __future__ import annotations
 

@@ -186,9 +186,9 @@ def _image_path(value: Any, folder: Path, key: str) -> Path:
     if not isinstance(value, str):
         raise DataError(f"{key!r} must be the path of an image, not {type_of(value)}")
     if not value or "\0" in value:
-        raise DataError(f"{key!r} is not a path: {value!r}; leave the key out where there is no image")
+        raise DataError(f"{key!r} is not a path: {value!r}; leave the key out if there is no image")
     if is_url(value):
-        raise DataError(f"{key!r} is a URL ({value[:60]}); URLs are not fetched, download the image and give its path")
+        raise DataError(f"{key!r} is a URL ({value[:60]}); URLs are not fetched; download the image and use its path")
     return folder.absolute() / whole_text(value, key)
 
 

@@ -76,7 +76,7 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
     training = [ContentRows(source) for source in _several(train)]
     for side, given in (("training", training), ("evaluation", sources)):
         if not sum(map(len, given)):
-            raise DataError(f"no {side} data: give at least one file or folder that holds some")
+            raise DataError(f"no {side} data: pass at least one file or folder that contains some")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         search = _Search(sources, threads)
         pairs = search.pairs(training)

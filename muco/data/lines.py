@@ -191,7 +191,7 @@ def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str 
         return None
     inside = os.path.normpath(value) if value else ""
     if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
-        raise DataError(f"{where}: {key!r} is {value!r:.120}; give the path of an image within {folder}")
+        raise DataError(f"{where}: {key!r} is {value!r:.120}; use the path of an image within {folder}")
     return os.path.join(folder, inside)
 
 

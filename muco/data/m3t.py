@@ -46,7 +46,7 @@ _FILES = ("M3T_train/M3T.parquet", "M3T.parquet")
 
 
 class M3TData:
-    """The rows of M3T whose picture is there, as samples of as many turns as a row has.
+    """The rows of M3T whose picture is there, as samples with all turns of a row.
 
     The first opening copies the columns (see :class:`muco.data.rows.Rows`) and looks for every picture once per
     shard; an interrupted opening resumes. Later openings use what was found then; ``rescan=True`` looks again for
@@ -163,7 +163,7 @@ def _find(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     what = ", ".join(file.name for file in found[:5]) if found else "none"
-    raise DataError(f"{path}: no {' or '.join(_FILES)}, and not exactly one Parquet file ({what}); give the file")
+    raise DataError(f"{path}: no {' or '.join(_FILES)}, and not exactly one Parquet file ({what}); pass the file")
 
 
 def _turns(value: Any, column: str) -> list[Any]:

@@ -65,7 +65,7 @@ class MBEIRTrainData:
         queries: "train", the files of the single sets, or "union_train", the one in which small sets are repeated.
         negatives: Hard negatives per query at most, the first ones of its list; None takes all.
     Attributes:
-        left_out: Queries without a positive of their own data set in the pools; they are no samples.
+        left_out: Queries without a positive of their own data set in the pools; they are not samples.
         missing_positives, missing_negatives: Mentions of candidates that no pool holds.
     Raises:
         DataError: If a file is missing or cannot be read, a data set is unknown, a line has no valid id or list of
@@ -171,7 +171,7 @@ class MBEIRTrainData:
         if not len(self):
             raise DataError(
                 f"{self.files[0]}: of {len(usable)} queries of {', '.join(self.sets)} none has a positive of its own "
-                f"data set in {self.pool.files[0]}; give the pool that belongs to the queries"
+                f"data set in {self.pool.files[0]}; pass the pool that belongs to the queries"
             )
         if self.left_out:
             log.warning(

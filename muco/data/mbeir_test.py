@@ -132,10 +132,10 @@ def format_string(text: str | None) -> str:
 
 
 def number_of(id: str) -> int:
-    """The int64 of "d:n": d * 10,000,000 + n; a ValueError if it is no such id."""
+    """The int64 of "d:n": d * 10,000,000 + n; a ValueError if it is not such an id."""
     match = _ID.fullmatch(id)
     if not match:
-        raise ValueError(f"{id!r} is no id of M-BEIR")
+        raise ValueError(f"{id!r} is not an id of M-BEIR")
     return int(match[1]) * NUMBERS + int(match[2])
 
 

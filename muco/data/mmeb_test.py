@@ -320,5 +320,5 @@ def _image(folder: Path, path: str) -> Path:
         or Path(path).is_absolute()
         or ".." in re.split(r"[/\\]", path)
     ):
-        raise DataError(f"the image path {path!r} leaves the folder of images {folder}; give a path inside of it")
+        raise DataError(f"the image path {path!r} leaves the folder of images {folder}; use a path inside it")
     return folder / path

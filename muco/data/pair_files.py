@@ -109,7 +109,7 @@ def open_table(path: Path, cache: str | Path | None) -> Table:
         return JsonlTable(path)
     if path.suffix in (".parquet", ".pq"):
         return ParquetTable(path, cache)
-    raise DataError(f"{path}: unknown kind of pairs; give a .csv, .tsv, .jsonl or .parquet file")
+    raise DataError(f"{path}: unknown kind of pairs; pass a .csv, .tsv, .jsonl or .parquet file")
 
 
 def _refuse_twice(names: Sequence[str], where: str) -> None:

@@ -8,7 +8,7 @@ rows that can be mapped into memory; from then on a row costs the pages it lies 
 
     <folder of the file>/.muco-rows/<file name>-<key>/shard-00000.arrow …
 
-The key stands for the file's size and modification time and for the columns: another file, or other columns, get a
+The key identifies the file's size and modification time and the columns: another file, or other columns, get a
 folder of their own. A shard appears under its name when it is whole, so copying resumes where it was stopped.
 
 Memory of the copying: that of :func:`muco.data.parquet.batches`. Memory of the reading: pages of the shards that were

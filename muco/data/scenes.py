@@ -344,9 +344,9 @@ def write_scenes(
         if value < 0:
             raise DataError(f"scenes: {name} is {value}; give 0 or more")
     if size < MIN_SIZE:
-        raise DataError(f"scenes: size is {size} px; give at least {MIN_SIZE} px")
+        raise DataError(f"scenes: size is {size} px; it must be at least {MIN_SIZE} px")
     if not objects or not set(objects) <= set(NUMBERS):
-        raise DataError(f"scenes: objects is {list(objects)}; give numbers from 2 to 6")
+        raise DataError(f"scenes: objects is {list(objects)}; pass numbers from 2 to 6")
     final = Path(folder).resolve()
     _refuse_used(final)
     with writing(final), ExitStack() as stack:

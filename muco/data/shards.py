@@ -10,8 +10,8 @@ Each shard is gone through once, header by header. Where its samples lie is kept
 
     <folder of the shard>/.muco-shards/<name of the shard>-<key>.npz
 
-The key stands for the shard's size and modification time. An index appears when it is whole, so going through a
-thousand shards goes on where it was stopped.
+The key identifies the shard's size and modification time. An index appears when it is whole, so going through a
+thousand shards resumes after a stop.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class ShardsData:
             return _own_sample(value, image, id, where)
         if self.caption not in value:
             raise DataError(f"{where}: no {self.caption!r} in the .json; found {', '.join(value) or 'nothing'}; "
-                            "give the key of the caption")  # fmt: skip
+                            "pass the key of the caption")  # fmt: skip
         return self._pair(text_of(value, self.caption, where) or "", image, id, where)
 
     @property
@@ -136,7 +136,7 @@ class ShardsData:
     def _pair(self, text: str, image: bytes, id: str, where: str) -> Sample:
         text = without_token(text, has_image=self.direction == "image-to-text").strip()
         if not text:
-            raise DataError(f"{where}: the caption is empty; mend the sample or leave it out")
+            raise DataError(f"{where}: the caption is empty; fix the sample or leave it out")
         if self.direction == "image-to-text":
             return Sample(image, [Turn("", text, kind=self.direction)], id=id, where=where)
         return Sample(turns=[Turn(text, Content(images=(image,)), kind=self.direction)], id=id, where=where)
@@ -171,7 +171,7 @@ def _decoded(text: bytes, where: str) -> str:
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: the .txt is not UTF-8 ({error.reason}); mend the sample") from error
+        raise DataError(f"{where}: the .txt is not UTF-8 ({error.reason}); fix the sample") from error
 
 
 # ── indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────

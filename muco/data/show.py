@@ -23,7 +23,7 @@ GENERATOR = "muco data show"  # by it an older sheet is known and may be overwri
 
 
 def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int = 48, seed: int = 0) -> Path:
-    """Writes a contact sheet of ``limit`` samples drawn with ``seed`` (all of them if there are no more).
+    """Writes a contact sheet of ``limit`` samples drawn with ``seed`` (all of them if there are fewer).
 
     A row or an image that cannot be read becomes a card that says why. The file appears whole or not at all.
 

@@ -20,7 +20,7 @@ from muco.evaluate.retrieval import CONTROLS
 
 TASKS = {  # name -> title, explanation
     "answer": ("Image + question → answer", "mean over the kinds of question"),
-    "answer_text_only": ("Question alone → answer", "control: what the question gives away"),
+    "answer_text_only": ("Question alone → answer", "control: what the question alone reveals"),
     "image_to_caption": ("Image → caption", "among all captions of the set"),
     "caption_to_image": ("Caption → image", "among all images of the set"),
     "within": ("Within one image", "among the answers about the same image: is the question read?"),
@@ -126,8 +126,8 @@ def _texts(search: Mapping[str, Any], image: Any) -> str:
     return section(
         "Text → image",
         "Captions that no held-out image has, and the images nearest to each, with the cosine of the two vectors. The "
-        "marks say what of the query each picture shows. The model was trained on whole captions; a shorter text, such "
-        "as “a red star”, it does not understand.",
+        "marks show which parts of the query each picture has. The model was trained on whole captions; it does not "
+        "understand a shorter text, such as “a red star”.",
         cards,
     )
 
@@ -152,7 +152,7 @@ def _facts(facts: Mapping[str, bool]) -> str:
 def _answers(search: Mapping[str, Any], image: Any) -> str:
     return section(
         "Image + question → answer",
-        f"One question about each of the first held-out images, right or wrong. Every answer is looked for among all "
+        f"One question about each of the first held-out images, right or wrong. Every answer is ranked among all "
         f"{search['candidates']:,} answers to any question in the set, so this is harder than the table below.",
         f'<div class="cards">{"".join(_asked(item, image) for item in search["answers"])}</div>',
     )
@@ -178,7 +178,7 @@ def _curve(results: Mapping[str, Any]) -> str:
     return section(
         "Loss",
         f"The contrastive loss of the training batches. A model that cannot tell its candidates apart stays at "
-        f"{chance:.2f} nats: each pair is told from about {math.expm1(chance):.0f} others.",
+        f"{chance:.2f} nats: each pair competes with about {math.expm1(chance):.0f} others.",
         f'<figure class="card chart"><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>',
     )
 
@@ -196,7 +196,7 @@ def _scores(results: Mapping[str, Any]) -> str:
         columns += f'<th class="group">before</th><th>after</th>{chance}'
     return section(
         "Scores on the held-out scenes",
-        f"In per cent, before and after training. Answers are told from drawn answers to questions of the same kind "
+        f"In per cent, before and after training. The right answer is ranked among drawn answers to such questions "
         f"({after['candidates']} candidates where there are enough); a tie counts as lost.",
         f"""<div class="card scroll scores"><table>
 <thead><tr><th></th><th class="pool"></th>{groups}</tr>
@@ -303,7 +303,7 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     return section(
         "What was run",
-        "All numbers of this page are in demo.json beside it, the loss curve and the whole recipe in run/model.",
+        "All figures of this page are in demo.json beside it, the loss curve and the whole recipe in run/model.",
         f'<div class="run"><div class="card scroll">{_seconds(record["stages"])}</div>'
         f'<dl class="card facts-list">{items}</dl></div>',
     )

@@ -95,7 +95,7 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
 
 
 def bootstrap(differences: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
-    """Mean differences of ``samples`` draws of as many queries, with replacement.
+    """Mean differences of ``samples`` draws of the same number of queries, with replacement.
 
     Only how often each distinct difference is drawn matters, and those counts are multinomial: the same distribution
     as drawing queries one by one, for hits (-1, 0, 1) at a tiny part of the cost.

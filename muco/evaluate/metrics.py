@@ -62,7 +62,7 @@ def ranks_in_pool(
         queries: float32 [Q, D].
         pool: float32 [C, D], one row per distinct candidate.
         positives: int [Q], the row of the right candidate.
-        relevant: For each query all rows that are right for it; those are no rivals.
+        relevant: For each query all rows that are right for it; those are not rivals.
     Returns:
         int64 [Q].
     Memory: about 16 MiB of scores at a time, never [Q, C].

@@ -181,7 +181,7 @@ class MmebTask:
         if ties:
             warnings.append(f"queries lost to a tie with a wrong candidate: {ties}")
         if repeated:
-            warnings.append(f"queries that list their ground truth again: {repeated}; its copies are no rivals")
+            warnings.append(f"queries that list their ground truth again: {repeated}; its copies are not rivals")
         if source.rows != ROWS:
             warnings.append(f"the data has {source.rows} queries; the published data set has {ROWS}")
         return TaskResult(

@@ -170,10 +170,12 @@ class Index(Table):
         try:
             array = np.asarray(vector, dtype=np.float32)
         except (RuntimeError, TypeError, ValueError) as error:  # as of texts, or tensors of types that numpy lacks
-            raise MucoError(f"a vector must be {self.dimension} numbers of float32 ({error})") from error
+            raise MucoError(f"a vector must have {self.dimension} dimensions of float32 ({error})") from error
         length = np.linalg.norm(array)
         if array.shape != (self.dimension,) or not np.isfinite(length) or not length:
-            raise MucoError(f"a vector must be {self.dimension} finite numbers, not all zero, not {array.shape}")
+            raise MucoError(
+                f"a vector must have {self.dimension} finite values, not all zero; this one has shape {array.shape}"
+            )
         return array / length
 
     def _vector_of(self, id: str) -> np.ndarray:

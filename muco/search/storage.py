@@ -4,7 +4,7 @@ LanceDB indexes float columns (by cosine) and bits (by the number of bits that d
 keeps bits besides, which find the candidates that its numbers then score.
 
 ============  ==================================  ==============================  =============================
-storage       bytes per vector of d numbers       candidates by                   score
+storage       bytes per vector of d dimensions     candidates by                   score
 ============  ==================================  ==============================  =============================
 ``float32``   4 d                                 cosine                          cosine
 ``int8``      d + d / 8                           bits that differ                cosine of the rounded vector

@@ -27,7 +27,7 @@ class Item:
     """One text, an image or both: one vector; or several texts about the same images: one vector each.
 
     Args:
-        texts: An empty one stands for the images themselves.
+        texts: An empty one means the images themselves.
         images: Data URIs, or bytes that were fetched.
         mode: How turns see one another, as in ``Model.encode_turns``; None: there is one text.
         truncate: Which end of a text is cut where the item is too long.

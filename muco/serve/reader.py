@@ -154,9 +154,9 @@ def _turns(
     """Every user message as a turn; ``user`` holds their texts and images."""
     images = user[0][1]
     if any(others for _, others in user[1:]):
-        raise RequestError(f"{where}: with 'turns', images stand in the first user message", where)
+        raise RequestError(f"{where}: with 'turns', put images in the first user message", where)
     if not images and not all(text for text, _ in user):
-        raise RequestError(f"{where}: an empty user message, and no image that it could stand for", where)
+        raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
     return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), mode, where=where)
 
 

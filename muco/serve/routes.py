@@ -86,7 +86,7 @@ async def _by_type(body: EmbedRequest, request: Request, version: str) -> dict[s
     service.check_model(body.model)
     dimension = service.dimension(body.output_dimension, "output_dimension")
     if dimension % 8 and {"binary", "ubinary"} & set(body.embedding_types):
-        raise RequestError(f"{dimension} numbers do not fill whole bytes; ask for float", "embedding_types")
+        raise RequestError(f"{dimension} dimensions do not fill whole bytes; request float", "embedding_types")
     items = service.reader.embed(body)
     results = await service.answered(request, service.embedded(items))
     vectors = shortened(results, dimension)

@@ -145,7 +145,7 @@ def _announce(served: Served, listener: socket.socket, local: bool) -> None:
         "search page at /" if served.index is not None else "no index, so no search",
     ]
     if not local and served.token is None:
-        lines.append("anyone who reaches this address may use it: there is no token")
+        lines.append("anyone who can reach this address may use it: no token is set")
     print("\n".join(f"muco serve: {line}" for line in lines), file=sys.stderr)
     print_json({"address": address, "model": served.name, "dimension": engine.dimension})
 

@@ -214,7 +214,7 @@ class EmbeddingsRequest(VLLMOptions):
         | None
     ) = Field(default=None, description="One conversation or a list of them, one vector each.")
     turns: Literal["isolated", "compounded"] | None = Field(
-        default=None, description="Every user message gives a vector; images stand in the first."
+        default=None, description="Every user message gives a vector; images are in the first."
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1, description="For models trained with loss.dimensions.")
@@ -264,7 +264,7 @@ def first_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if error["type"] == "json_invalid":
         return RequestError("the body is not valid JSON")
     if error["type"] == "extra_forbidden":
-        why = REFUSED.get(place, "there is no such field")
+        why = REFUSED.get(place, "unknown field")
         return RequestError(f"{place}: {why}", place, code="unknown_field")
     if error["type"] == "missing" and not place:
         return RequestError("the request has no body; send a JSON object")

@@ -116,7 +116,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.served.name:
-            message = f"there is no such model here; this server has {self.served.name!r}"
+            message = f"unknown model; this server has {self.served.name!r}"
             raise RequestError(message, "model", status=404, code="model_not_found")
 
     def dimension(self, asked: int | None, param: str) -> int:
@@ -126,7 +126,7 @@ class Service:
         if asked in self.served.dimensions:
             return asked
         if not self.served.dimensions:
-            raise RequestError(f"the model's vectors have {full} numbers; it was not trained for fewer", param)
+            raise RequestError(f"the model's vectors have {full} dimensions; it was not trained for fewer", param)
         accepted = ", ".join(map(str, sorted({*self.served.dimensions, full})))
         raise RequestError(f"the model was trained for {accepted}", param)
 

@@ -82,7 +82,7 @@ def convert_coco(
             are missing, or no image has enough turns. Then nothing is written.
     """
     if not 0 <= min_area <= 1:
-        raise DataError(f"coco: min_area is {min_area}; give a share from 0 to 1")
+        raise DataError(f"coco: min_area is {min_area}; pass a share from 0 to 1")
     for name, value in (("min_turns", min_turns), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise DataError(f"coco: {name} is {value}; give 1 or more")
@@ -173,7 +173,7 @@ class _Lists:
             if key not in needed:
                 scanner.value()
             elif scanner.peek() != "[" or key in self._places:
-                raise DataError(f"{path}: {key!r} must be one list; mend the file")
+                raise DataError(f"{path}: {key!r} must be one list; fix the file")
             else:
                 self._places[key] = scanner.elements()
         scanner.end()
@@ -229,7 +229,9 @@ def _pictures(entries: Iterator[tuple[JsonObject, str]], folder: Path, names: Ma
             raise DataError(f"{where}: no 'file_name'; name the file within {folder}")
         width, height = (_number(entry.get(side), side, where) for side in ("width", "height"))
         if width <= 0 or height <= 0:
-            raise DataError(f"{where}: 'width' and 'height' are {width:g} and {height:g}; give the image's size in px")
+            raise DataError(
+                f"{where}: 'width' and 'height' are {width:g} and {height:g}; they must be the image's size in px"
+            )
         unsure = _names(entry, "not_exhaustive_category_ids", names, where) or frozenset()
         absent = _names(entry, "neg_category_ids", names, where)
         pictures[key] = Picture(key, file, width, height, unsure=unsure, absent=absent)
@@ -252,7 +254,7 @@ def _add_box(
     x, y, w, h = (_number(value, "bbox", where) for value in box)
     if w < 0 or h < 0 or min(x, y) < -1 or x + w > picture.width + 1 or y + h > picture.height + 1:
         raise DataError(f"{where}: 'bbox' is {box}, which is not within its image of {picture.width:g} x "
-                        f"{picture.height:g} px (image {picture.id}); mend the annotation")  # fmt: skip
+                        f"{picture.height:g} px (image {picture.id}); fix the annotation")  # fmt: skip
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, picture.width), min(y + h, picture.height)
     if right <= left or bottom <= top:
         return True
@@ -281,7 +283,7 @@ def _known(entry: JsonObject, key: str, known: Mapping[int, Any], where: str) ->
     value = _id(entry.get(key), key, where)
     if value not in known:
         what = {"image_id": "images", "category_id": "categories"}[key]
-        raise DataError(f"{where}: {key!r} is {value}, which is not among the {len(known):,} {what}; mend the file")
+        raise DataError(f"{where}: {key!r} is {value}, which is not among the {len(known):,} {what}; fix the file")
     return known[value]
 
 

@@ -47,7 +47,7 @@ class Server:
     """A model behind a URL and how it is asked; see :class:`muco.synth.endpoint.Endpoint`.
 
     Args:
-        model: "" stands for the only one that the server has; :func:`check` finds out.
+        model: "" means the only one that the server has; :func:`check` finds out.
         structured: Whether answers are held to a JSON schema; :func:`check` finds out.
     """
 

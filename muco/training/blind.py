@@ -71,7 +71,7 @@ def add_blind_loss(result: dict[str, Any], model: Model, data: Data, recipe: Rec
     if control and control["leaks"]:
         result["warnings"].append(
             f"the turns are matched without any pixel: blind loss {control['loss']:.2f} nats, below the "
-            f"{control['chance']:.2f} of chance; their order or the questions give the answers away"
+            f"{control['chance']:.2f} of chance; their order or the questions reveal the answers"
         )
 
 

@@ -158,7 +158,9 @@ def last_complete(output: Path, processes: int = 1) -> Path | None:
     last = max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
     made_with = len([*last.glob("rng_state*.pth")]) if last else processes
     if made_with != processes:
-        raise OutputError(f"{last} was written by {made_with} processes; resume with as many, not with {processes}")
+        raise OutputError(
+            f"{last} was written by {made_with} processes; resume with the same number, not with {processes}"
+        )
     return last
 
 
@@ -200,7 +202,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     try:
         weights = load_file(str(folder / WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing or was cut ({error}); use another one") from error
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing or truncated ({error}); use another one") from error
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if set(weights) != trained:
         odd = sorted(set(weights) ^ trained)

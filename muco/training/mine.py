@@ -102,7 +102,7 @@ def mine(
     Returns:
         Counts: ``turns``, ``queries``, ``candidates``, ``mined``, ``turns_with_fewer``, and ``output``.
     Raises:
-        DataError: If the data cannot be read, or has images that are no files (its copy could not name them).
+        DataError: If the data cannot be read, or has images that are not files (its copy could not name them).
         OutputError: If the output exists, or another process writes it.
     """
     with claimed(output, beside=True):

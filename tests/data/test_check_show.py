@@ -198,7 +198,7 @@ def test_lengths_in_tokens_and_the_tokenizers_own_special_tokens(tmp_path, token
 def test_no_tokenizer_is_the_users_error(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [row()])
     (tmp_path / "model").mkdir()
-    with pytest.raises(CheckpointError, match="model: no tokenizer can be loaded from it"):
+    with pytest.raises(CheckpointError, match="model: cannot load a tokenizer from it"):
         check(tmp_path / "a.jsonl", tokenizer=tmp_path / "model")
 
 

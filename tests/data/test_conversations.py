@@ -105,9 +105,9 @@ def test_answers_keep_what_looks_like_a_placeholder_and_images_may_be_several(tm
         ),
         (entry("a"), "the last message, 0, has no answer; every question needs one"),
         (entry("a", "b", "c"), "the last message, 2, has no answer; every question needs one"),
-        (entry("a", "") | {"image": None}, "message 1: 'value' is empty; mend the entry"),
+        (entry("a", "") | {"image": None}, "message 1: 'value' is empty; fix the entry"),
         (entry("<image>", "b", image=None), "message 0: 'value' is empty and the entry has no image"),
-        (entry("a", "b", image="../x.png"), "'image' is '../x.png'; give the path of an image within"),
+        (entry("a", "b", image="../x.png"), "'image' is '../x.png'; use the path of an image within"),
         (entry("a", "b", image="http://example.org/x.png"), "'image' is a URL (http://example.org/x.png)"),
         (entry("a", "b", image=3), "'image' must be a string or null, not 3"),
         (entry("a", "b", id=1.5), "'id' must be a string or null, not 1.5"),
@@ -153,7 +153,7 @@ def test_a_bad_file_is_refused_on_opening(tmp_path: Path, content: bytes, senten
 
 
 def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="unknown kind of conversations; give a .json or .jsonl file"):
+    with pytest.raises(DataError, match="unknown kind of conversations; pass a .json or .jsonl file"):
         LlavaData(write(tmp_path / "talk.txt", []))
     with pytest.raises(DataError, match="talk.json: cannot be read"):
         LlavaData(tmp_path / "talk.json")
@@ -277,7 +277,7 @@ def test_the_names_of_images_can_be_chosen_and_a_caption_can_be_a_turn(tmp_path:
     assert sample.turns[0].kind == "caption"
     with pytest.raises(DataError, match=r"the pattern '{name}.png' cannot be used \(KeyError"):
         VisDialData(path, pattern="{name}.png")
-    with pytest.raises(DataError, match="row 0: 'image' is '../7.png'; give the path of an image within"):
+    with pytest.raises(DataError, match="row 0: 'image' is '../7.png'; use the path of an image within"):
         VisDialData(path, pattern="../{image_id}.png")[0]
     with pytest.raises(
         DataError, match="row 0: no image of 7 in .*, looked for a7 and b7; give the folder as 'images'"
@@ -314,7 +314,7 @@ def test_empty_and_wrong_texts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 0 turn 1: 'answer' must be a string or null, not 3"):
         VisDialData(path, pattern="{image_id}.png")[0]
     write(path, visdial(dialog((0, 0)), questions=[" "]))
-    with pytest.raises(DataError, match="row 0 turn 1: 'question' is empty; mend the entry"):
+    with pytest.raises(DataError, match="row 0 turn 1: 'question' is empty; fix the entry"):
         VisDialData(path, pattern="{image_id}.png")[0]
 
 

@@ -380,7 +380,7 @@ def test_open_data(dataset):
         (folder / "none.jsonl", r"none.jsonl: no such file or folder"),
         (folder / "0.png", r"0.png: unknown kind of data; give a .jsonl file"),
         (lines(folder / "empty.jsonl", "\n \n"), r"empty.jsonl: the file holds no rows"),
-        (folder, r"holds 2 .jsonl files \(empty.jsonl, train.jsonl\); give one of them"),
+        (folder, r"holds 2 .jsonl files \(empty.jsonl, train.jsonl\); pass one of them"),
     ]:
         with pytest.raises(DataError, match=message):
             open_data(path)

@@ -142,7 +142,7 @@ def test_files_and_folders_that_are_not_there(tmp_path):
         opened(tmp_path)
     for name in ("a", "b"):
         tree.write_rows(tmp_path / f"{name}.parquet", tree.records(1))
-    with pytest.raises(DataError, match=r"\(a.parquet, b.parquet\); give the file"):
+    with pytest.raises(DataError, match=r"\(a.parquet, b.parquet\); pass the file"):
         opened(tmp_path)
 
 
@@ -336,7 +336,7 @@ def test_the_cache_may_be_elsewhere(tmp_path, small_shards):
 def test_a_cache_that_cannot_be_written(tmp_path):
     tree.write_tree(tmp_path, tree.records(3))
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(DataError, match="the cache cannot be written .*; pass another folder as 'cache'"):
+    with pytest.raises(DataError, match="cannot write the cache .*; pass another folder as 'cache'"):
         opened(tmp_path, cache=tmp_path / "taken")
 
 

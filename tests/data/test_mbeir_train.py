@@ -86,7 +86,7 @@ def test_positives_of_other_data_sets_are_neither_targets_nor_negatives(made: Pa
 def test_the_number_of_hard_negatives_has_a_limit(made: Path, limit: int | None, count: int) -> None:
     data = MBEIRTrainData(made, sets=["WebQA"], negatives=limit)
     assert {len(data[i].turns[0].negatives) for i in range(len(data))} == {count}
-    with pytest.raises(DataError, match="negatives is -1; give 0 or more"):
+    with pytest.raises(DataError, match="negatives is -1; it must be 0 or more"):
         MBEIRTrainData(made, negatives=-1)
 
 
@@ -214,7 +214,7 @@ def test_a_bad_candidate_is_named_when_it_is_used(tree: Path) -> None:
     line = 1 + [json.loads(line)["did"] for line in union_pool(tree).read_text().splitlines()].index("8:702")
     where = edit(union_pool(tree), line, lambda row: row | {"img_path": "/etc/passwd"})
     data = MBEIRTrainData(tree, sets=["CIRR"])
-    with pytest.raises(DataError, match="'img_path' is '/etc/passwd'; give the path of an image within") as error:
+    with pytest.raises(DataError, match="'img_path' is '/etc/passwd'; use the path of an image within") as error:
         data[1]
     assert str(error.value).startswith(where)
 

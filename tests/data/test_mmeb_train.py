@@ -206,7 +206,7 @@ def test_null_is_absent(tmp_path):
 @pytest.mark.parametrize("path", ["../a.jpg", "/a.jpg", "images/../../a.jpg", "a\0b.jpg"])
 def test_a_path_must_not_leave_the_folder_of_images(tmp_path, column, path):
     data = one(tmp_path, **{column: path})
-    with pytest.raises(DataError, match=f"parquet row 0: '{column}' is .*; give the path of an image within"):
+    with pytest.raises(DataError, match=f"parquet row 0: '{column}' is .*; use the path of an image within"):
         data[0]
 
 
@@ -257,15 +257,15 @@ def test_a_list_written_as_a_string_is_the_list(texts):
     [
         (["a", "b"], ["a.jpg"], "'neg_text' holds 2 negatives and 'neg_image_path' 1; fix one of them"),
         ("a", "['a.jpg', 'b.jpg']", "'neg_text' holds 1 negatives and 'neg_image_path' 2; fix one of them"),
-        ("['a', 'b'", "", "'neg_text' begins like a list but is none: "),
-        ("['a', open('x')]", "", "'neg_text' begins like a list but is none: "),
-        ("['a'] + ['b']", "", "'neg_text' begins like a list but is none: "),
+        ("['a', 'b'", "", "'neg_text' looks like a list but is not valid: "),
+        ("['a', open('x')]", "", "'neg_text' looks like a list but is not valid: "),
+        ("['a'] + ['b']", "", "'neg_text' looks like a list but is not valid: "),
         ("['a' 'b']", "", "'neg_text' is a list without commas: "),
         ("['a', 'b'\n 'c']", "", "'neg_text' is a list without commas: "),
         ("['a', 1]", "", "negative 1 in 'neg_text' must be a string, not a number"),
         ("['a'], 'b'", "", "'neg_text' must be one list, not "),
         ("['" + "a" * LONGEST_LITERAL + "']", "", "'neg_text' is a list of 1,048,580 characters; at most 1,048,576"),
-        ("['a', " + "[" * 500, "", "'neg_text' begins like a list but is none: "),
+        ("['a', " + "[" * 500, "", "'neg_text' looks like a list but is not valid: "),
         (["a"], [["b"]], "negative 0 in 'neg_image_path' must be a string, not a list"),
     ],
 )

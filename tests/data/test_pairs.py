@@ -166,7 +166,7 @@ def test_images_count_from_the_file_or_a_named_folder_and_cannot_leave_it(tmp_pa
         PairsData(path, images=tmp_path / "nowhere")
     for bad in ("../0.png", "/etc/passwd", "a/../../0.png", "."):
         path = write(tmp_path, "csv", [{"image": bad, "text": "t"}])
-        with pytest.raises(DataError, match="give the path of an image within") as error:
+        with pytest.raises(DataError, match="use the path of an image within") as error:
             PairsData(path)[0]
         assert str(error.value).startswith(f"{path}:2: 'image' is ")
     path = write(tmp_path, "csv", [{"image": "https://example.org/0.png", "text": "t"}])
@@ -201,7 +201,7 @@ def test_placeholders_are_taken_out_of_text(tmp_path: Path, text: str, with_imag
     data = PairsData(write(tmp_path, "csv", rows))
     assert both(data[0])[0].text == with_image
     if without is None:
-        with pytest.raises(DataError, match="no query, 'query_text' and 'query_image' says nothing; fix the row"):
+        with pytest.raises(DataError, match="no query, 'query_text' and 'query_image' is empty; fix the row"):
             data[1]
     else:
         assert both(data[1])[0].text == without
@@ -238,13 +238,13 @@ def test_negatives_of_targets_that_are_images_are_images(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "kind, cell, sentence",
     [
-        ("csv", "[1 +]", "'wrong' begins like a list but is none: '[1 +]'"),
-        ("csv", "[__import__('os').getcwd()]", "'wrong' begins like a list but is none: "),
+        ("csv", "[1 +]", "'wrong' looks like a list but is not valid: '[1 +]'"),
+        ("csv", "[__import__('os').getcwd()]", "'wrong' looks like a list but is not valid: "),
         ("csv", "[1], [2]", "'wrong' must be one list, not '[1], [2]'"),
         ("csv", "[1]", "negative 0: 'text' must be a string or null, not 1"),
         ("csv", "['']", "negative 0 is empty; leave it out of 'wrong'"),
         ("jsonl", ["a", {"txt": "b"}], "negative 1 has 'txt'; accepted are 'text' and 'image'"),
-        ("jsonl", ["a", {"image": "../b.png"}], "negative 1: 'image' is '../b.png'; give the path of an image within"),
+        ("jsonl", ["a", {"image": "../b.png"}], "negative 1: 'image' is '../b.png'; use the path of an image within"),
         ("jsonl", 5, "negative 0: 'text' must be a string or null, not 5"),
     ],
 )
@@ -270,10 +270,10 @@ def test_a_list_that_is_too_long_is_not_parsed(tmp_path: Path, monkeypatch: pyte
     [
         (b"query,target\na,b,c\n", ":2: 3 cells, and the header has 2; fix the row"),
         (b"query,target\n\n\na\n", ":4: 1 cells, and the header has 2; fix the row"),
-        (b"query,target\na,\n", ":2: no target, 'target' says nothing; fix the row"),
-        (b"query,target\n  ,b\n", ":2: no query, 'query' says nothing; fix the row"),
-        (b'query,target\na,"b\nc\n', ":2: not a row of CSV (unexpected end of data); fix its quotes"),
-        (b'query,target\na,"b"c\n', ":2: not a row of CSV ("),
+        (b"query,target\na,\n", ":2: no target, 'target' is empty; fix the row"),
+        (b"query,target\n  ,b\n", ":2: no query, 'query' is empty; fix the row"),
+        (b'query,target\na,"b\nc\n', ":2: not a valid CSV row (unexpected end of data); fix its quotes"),
+        (b'query,target\na,"b"c\n', ":2: not a valid CSV row ("),
         (b"query,target\na,b\n\xff,d\n", ":3: not UTF-8 ("),
         (b"query,target,query\na,b,c\n", ":1: the column 'query' is there twice; found query, target, query"),
         (b"query,target\n", ": the file has no rows"),
@@ -307,7 +307,7 @@ def test_bad_jsonl_is_named_by_line(tmp_path: Path, content: str, sentence: str)
 
 def test_bad_parquet_is_named_by_row(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet", [{"query": "a", "target": "b"}, {"query": None, "target": "c"}])
-    with pytest.raises(DataError, match=r"pairs.parquet row 1: no query, 'query' says nothing; fix the row"):
+    with pytest.raises(DataError, match=r"pairs.parquet row 1: no query, 'query' is empty; fix the row"):
         everything(PairsData(path))
     pq.write_table(pa.table([["a"], ["b"]], names=["query", "query"]), path)
     with pytest.raises(DataError, match="the column 'query' is there twice; found query, query"):
@@ -318,7 +318,7 @@ def test_bad_parquet_is_named_by_row(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="unknown kind of pairs; give a .csv, .tsv, .jsonl or .parquet file"):
+    with pytest.raises(DataError, match="unknown kind of pairs; pass a .csv, .tsv, .jsonl or .parquet file"):
         PairsData(tmp_path / "pairs.xlsx")
     for kind in KINDS:
         with pytest.raises(DataError, match=f"gone.{kind}: .*[Nn]o such file"):

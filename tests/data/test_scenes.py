@@ -91,7 +91,7 @@ def test_scenes_have_as_many_objects_as_asked_for(tmp_path):
     with Image.open(folder / "images/test/00000.png") as picture:
         assert picture.size == (168, 168)
     for wrong in ((), (1,), (2, 7)):
-        with pytest.raises(DataError, match=r"objects is .*; give numbers from 2 to 6"):
+        with pytest.raises(DataError, match=r"objects is .*; pass numbers from 2 to 6"):
             write_scenes(tmp_path / "other", objects=wrong)
 
 

@@ -162,7 +162,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
 def test_an_index_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", pair(1))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match="cache: the cache cannot be written .*; pass another folder as 'cache'"):
+    with pytest.raises(DataError, match="cache: cannot write the cache .*; pass another folder as 'cache'"):
         ShardsData(shard, cache=tmp_path / "cache")
 
 
@@ -314,14 +314,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind, content, sentence",
     [
-        ("txt", b" \n", "the caption is empty; mend the sample or leave it out"),
-        ("txt", b"\xff", "the .txt is not UTF-8 (invalid start byte); mend the sample"),
+        ("txt", b" \n", "the caption is empty; fix the sample or leave it out"),
+        ("txt", b"\xff", "the .txt is not UTF-8 (invalid start byte); fix the sample"),
         ("json", b"{", "malformed JSON"),
         ("json", b"[]", "the line must be a JSON object, not a list"),
         (
             "json",
             b'{"text": "a", "url": "b"}',
-            "no 'caption' in the .json; found text, url; give the key of the caption",
+            "no 'caption' in the .json; found text, url; pass the key of the caption",
         ),
         ("json", b"{}", "no 'caption' in the .json; found nothing"),
         ("json", b'{"caption": 5}', "'caption' must be a string or null, not 5"),

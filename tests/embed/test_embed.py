@@ -576,7 +576,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(tmp_path: Path
         pytest.skip("this user may not mount")
     try:
         source = texts(tmp_path, 64)
-        told = r"small/.*: cannot be written \(No space left on device\); make room, and give the same command again"
+        told = r"small/.*: cannot be written \(No space left on device\); make room, and run the same command again"
         with pytest.raises(OutputError, match=told):
             run(source, small / "out.parquet", shard_rows=2)
         subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
@@ -788,7 +788,7 @@ def test_inputs_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
         "phone": "no images in this folder .* found 1 .heic",
         "data": "did you mean .*train.jsonl",
         "blank.jsonl": "no rows",
-        "x.png": "give a folder of images",
+        "x.png": "pass a folder of images",
         "no.parquet": "not a readable Parquet file",
         "other.parquet": "no column for text or image; it has caption, key",
         "none.parquet": "no rows",

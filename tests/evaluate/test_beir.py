@@ -222,7 +222,7 @@ def test_what_the_judgements_get_wrong_is_counted(texts, tmp_path):
         ("corpus.jsonl", {"_id": "d\t9", "text": "x"}, "'_id' must be an id"),
         ("corpus.jsonl", {"_id": "d9", "text": " "}, "neither text nor image; add one of title, text, image"),
         ("corpus.jsonl", {"_id": "d9", "text": 5}, "'text' must be a string or null, not 5"),
-        ("corpus.jsonl", {"_id": "d9", "image": "../1.png"}, "'image' is '../1.png'; give the path of an image within"),
+        ("corpus.jsonl", {"_id": "d9", "image": "../1.png"}, "'image' is '../1.png'; use the path of an image within"),
         ("corpus.jsonl", {"_id": "d9", "image": "1.png"}, "1.png cannot be read"),
         ("queries.jsonl", {"_id": "q0", "text": "x"}, "the query 'q0' is also at"),
         ("queries.jsonl", {"_id": "q9"}, "neither text nor image; add one of text, image"),

@@ -545,10 +545,10 @@ BAD_LINES = [
     (POOL, lambda row: row | {"did": 4}, "'did' must be a string or null, not 4"),
     (POOL, lambda row: row | {"img_path": None}, "'img_path' is missing, but 'modality' is 'image'"),
     (POOL, lambda row: row | {"txt": "a caption"}, "'txt' is there, but 'modality' is 'image'"),
-    (POOL, lambda row: row | {"img_path": "../other/1.png"}, "give the path of an image within"),
-    (POOL, lambda row: row | {"img_path": "mbeir_images/../../1.png"}, "give the path of an image within"),
-    (POOL, lambda row: row | {"img_path": "/etc/passwd"}, "give the path of an image within"),
-    (POOL, lambda row: row | {"img_path": ""}, "give the path of an image within"),
+    (POOL, lambda row: row | {"img_path": "../other/1.png"}, "use the path of an image within"),
+    (POOL, lambda row: row | {"img_path": "mbeir_images/../../1.png"}, "use the path of an image within"),
+    (POOL, lambda row: row | {"img_path": "/etc/passwd"}, "use the path of an image within"),
+    (POOL, lambda row: row | {"img_path": ""}, "use the path of an image within"),
     (POOL, lambda row: row | {"img_path": "mbeir_images/none.png"}, "none.png cannot be read"),
     (TEXTS, lambda row: row | {"txt": None}, "'txt' is missing, but 'modality' is 'text'"),
     (TEXTS, lambda row: row | {"txt": "half a \ud83d smile"}, "'txt' holds half a character"),
@@ -562,7 +562,7 @@ BAD_LINES = [
     (QUERY, without("pos_cand_list"), "'pos_cand_list' must be a list of at least one candidate"),
     (QUERY, lambda row: row | {"pos_cand_list": [{"id": "4:1"}]}, "'did' must be an id, not None"),
     (QUERY, lambda row: row | {"task_id": 3}, "'task_id' is 3, in a file of task 4"),
-    (QUERY, lambda row: row | {"query_img_path": "../q.png"}, "give the path of an image within"),
+    (QUERY, lambda row: row | {"query_img_path": "../q.png"}, "use the path of an image within"),
     (QUERY, lambda row: row | {"query_img_path": "mbeir_images/none.png"}, "none.png: no such image file"),
     (QUERY, lambda row: row | {"qid": "4:499"}, "nothing is judged relevant for the query '4:499'"),
 ]
@@ -720,7 +720,7 @@ def test_numbers_of_ids(data_set, number):
 
 @pytest.mark.parametrize("id", ["", "9", "9:", ":9", "9:-1", "09:1", "9:1 ", "9:١", "9:10000000"])
 def test_what_is_no_id_has_no_number(id):
-    with pytest.raises(ValueError, match="is no id of M-BEIR"):
+    with pytest.raises(ValueError, match="is not an id of M-BEIR"):
         number_of(id)
 
 

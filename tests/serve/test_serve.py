@@ -220,9 +220,9 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
         ({"input": []}, "input", "an empty list counts as not given"),
         ({"input": ""}, "input[0]", "nothing to embed"),
         ({"input": ["a", {}]}, "input[1]", "nothing to embed"),
-        ({"input": ["a", {"text": "b", "picture": RED}]}, "input[1].picture", "no such field"),
+        ({"input": ["a", {"text": "b", "picture": RED}]}, "input[1].picture", "unknown field"),
         ({"input": ["a", 3]}, "input[1]", "valid object"),
-        ({"input": "a", "prompt": "b"}, "prompt", "no such field"),
+        ({"input": "a", "prompt": "b"}, "prompt", "unknown field"),
         ({}, "input", "either 'input' or 'messages'"),
         ({"input": "a", "messages": [{"role": "user", "content": "b"}]}, "input", "either"),
         ({"input": "a", "turns": "isolated"}, "turns", "messages"),
@@ -265,7 +265,7 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
          "messages[0]", "beginning"),
         ({"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "b"}], "turns": "isolated"},
-         "messages[0]", "no image that it could stand for"),
+         "messages[0]", "means the image, but there is no image"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]},
          "messages[0].content[0]", "video"),
     ],
@@ -827,7 +827,7 @@ def test_the_stock_openai_client_works_unchanged(process, engine):
         assert [model.id for model in client.models.list()] == ["little"]
         with pytest.raises(BadRequestError, match="token ids are not accepted"):
             client.embeddings.create(model="little", input=[1, 2])
-        with pytest.raises(NotFoundError, match="no such model"):
+        with pytest.raises(NotFoundError, match="unknown model"):
             client.embeddings.create(model="text-embedding-3-small", input="a")
         from openai.types import CreateEmbeddingResponse
 

@@ -107,7 +107,7 @@ def test_every_column_is_json(tmp_path, index):
         ({"text": "a", "where": "colour = 'red' year >= 2020"}, "(character 16): expected the end, AND or OR"),
         ({"like": "text", "where": "year = 2021) OR (year = 2022"}, "(character 12): expected the end, AND or OR"),
         ({"image": "/etc/passwd"}, "data:image/…;base64 URI"),
-        ({"text": "a", "vector": [1]}, "no such field"),
+        ({"text": "a", "vector": [1]}, "unknown field"),
     ],
 )
 def test_what_is_wrong_is_named_without_a_path(client, index, body, says):

@@ -161,7 +161,7 @@ async function like(hit) {
   const question = { like: hit.id, k: Number($("k").value) };
   if ($("where").value.trim()) question.where = $("where").value.trim();
   await search(question, `More like “${shortened(hit.text || hit.id, 80)}”`);
-  $("heading").focus(); // a screen reader goes on where the new results begin
+  $("heading").focus(); // a screen reader continues where the new results begin
   $("heading").scrollIntoView({ block: "start" });
 }
 
