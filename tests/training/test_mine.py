@@ -133,7 +133,7 @@ def test_targets_of_a_copy_of_the_image_are_no_negatives(scenes, tiny_model, tmp
         (image, "one", "a"),
         (copy, "two", "b"),
         (other, "three", "a"),
-    ]  # an id is empty where there is an image
+    ]  # an id says nothing where there is an image
     rows = Rows([Sample(file, [Turn("what?", target)], id=id) for file, target, id in seen])
     mine(rows, tiny_model, tmp_path / "mined.jsonl", Mining(2, depth=4))
     mined = [{content.text for content in sample.turns[0].negatives} for sample in open_data(tmp_path / "mined.jsonl")]
