@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import polars as pl
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -675,7 +676,7 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path: Path, model_path: Path
         tmp_path / "rows.jsonl", [{"id": f"r{i}", "text": f"row number {i}", "n": i} for i in range(900)]
     )
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "index"), str(model_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = processes.Popen(command, cwd=ROOT, stderr=processes.DEVNULL)
     limit = time.monotonic() + 120
     while not [*(tmp_path / "index/rows.lance/_versions").glob("*.manifest")] or not len(
         Index.open(tmp_path / "index")
@@ -760,6 +761,7 @@ def test_an_image_and_a_text_beside_it_are_one_content(photos: Path, tmp_path: P
 WRITER = """
 import sys
 import numpy as np
+import processes
 import pyarrow as pa
 from muco.search import Index
 index = Index.open(sys.argv[1])
@@ -783,12 +785,12 @@ def test_processes_that_write_the_same_rows_at_once(tmp_path: Path, tiny_model) 
     """One of them is killed in the middle; what it has locked is free again."""
     Index.create(tmp_path / "index", tiny_model)
     command = [sys.executable, "-c", WRITER, tmp_path / "index"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
-    assert processes[0].stdout.readline() == "written\n"
-    processes[0].kill()
-    for process in processes:
+    writers = [processes.Popen(command, stdout=processes.PIPE, cwd=ROOT) for _ in range(3)]
+    assert writers[0].stdout.readline() == "written\n"
+    writers[0].kill()
+    for process in writers:
         process.communicate(timeout=120)
-    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert [process.returncode for process in writers] == [-signal.SIGKILL, 0, 0]
     assert ids_of(tmp_path / "index") == sorted(f"r{i}" for i in range(40))
 
 

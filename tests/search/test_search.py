@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 import torch
@@ -486,9 +486,9 @@ def folders(tmp_path_factory):
 # ── the commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def muco(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess:
+def muco(*arguments: str | Path, code: int = 0) -> processes.CompletedProcess:
     command = [sys.executable, "-m", "muco", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    done = processes.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == code, done.stderr
     return done
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
 import httpx
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +47,12 @@ def process(folder) -> Iterator[ModelProcess]:
     made.close()
 
 
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """The model's process need not import the libraries; that of the fixture above is started as a user's."""
+    monkeypatch.setattr("muco.serve.process.multiprocessing", SimpleNamespace(get_context=lambda _: processes.context))
+
+
 ITEMS = [
     Item(("a ring",)),
     Item(("",), (data_uri(picture("red")),)),
@@ -65,7 +72,7 @@ def test_the_same_vectors(engine, process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["idefics3", "qwen3_vl"])
-def test_the_same_vectors_of_other_families(family, tmp_path):
+def test_the_same_vectors_of_other_families(family, tmp_path, forked):
     families.model(family).save(str(tmp_path / family))
     process = ModelProcess(str(tmp_path / family), "cpu", ImageLimits(), 4096)
     here = Engine(load(tmp_path / family, device="cpu"), ImageLimits(), 4096)
@@ -115,12 +122,12 @@ def test_what_fails_there_is_raised_here_and_the_process_goes_on(process):
     assert process.run([good])[0].vectors.shape == (1, process.dimension)
 
 
-def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path, forked):
     with pytest.raises(CheckpointError, match="none"):
         ModelProcess(str(tmp_path / "none"), "cpu", ImageLimits(), 100)
 
 
-def test_a_process_that_ends_is_noticed(folder):
+def test_a_process_that_ends_is_noticed(folder, forked):
     codes: list[int | None] = []
     process = ModelProcess(str(folder), "cpu", ImageLimits(), 4096, gone=codes.append)
     prepared = process.prepare(Item(("a",)))
@@ -148,9 +155,8 @@ def _echo(pipe: Any) -> None:
 
 @pytest.fixture(scope="module")
 def pipe() -> Iterator[Any]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    other = context.Process(target=_echo, args=(theirs,), daemon=True)
+    ours, theirs = processes.context.Pipe()
+    other = processes.context.Process(target=_echo, args=(theirs,), daemon=True)
     other.start()
     theirs.close()
     yield ours

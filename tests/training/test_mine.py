@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,12 +161,12 @@ def test_mined_data_trains_by_the_command_line(scenes, tiny_model, tmp_path):
     write_jsonl(tmp_path / "few.jsonl", (sample_to_row(data[i], tmp_path) for i in range(10)))
     tiny_model.save(str(tmp_path / "model"))
     command = [sys.executable, "-m", "muco", "data", "mine", str(tmp_path / "few.jsonl"), "-m", str(tmp_path / "model")]
-    done = subprocess.run(
+    done = processes.run(
         [*command, "-o", str(tmp_path / "mined.jsonl"), "--negatives", "2", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["mined"] == 2 * 70
-    again = subprocess.run([*command, "-o", str(tmp_path / "mined.jsonl")], capture_output=True, text=True)
+    again = processes.run([*command, "-o", str(tmp_path / "mined.jsonl")], capture_output=True, text=True)
     assert again.returncode == 1 and "exists" in again.stderr
     recipe = muco.training.recipe.from_dict(
         {

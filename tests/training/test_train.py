@@ -17,6 +17,7 @@ from pathlib import Path
 import m3t_tree
 import mmeb_train_tree
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -165,7 +166,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finish
     state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
     program = "import sys; from muco.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "train", str(file)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with processes.Popen(command, stderr=processes.DEVNULL, stdout=processes.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while not state.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
