@@ -21,10 +21,8 @@ PARTS = ("tasks", "groups", "overall", "missing", "model")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model.save(str(folder))
-    return folder
+def model(tiny_path) -> Path:
+    return tiny_path
 
 
 @pytest.fixture(scope="module")

@@ -75,10 +75,8 @@ def loaded(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "model"
-    tiny_model.save(str(folder))
-    return folder
+def model(tiny_path) -> Path:
+    return tiny_path
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

@@ -20,10 +20,10 @@ from muco.training.recipe import dump_recipe, from_dict, load_recipe
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model, scenes, tmp_path_factory) -> Path:
+def found(tiny_path, scenes, tmp_path_factory) -> Path:
     """What two processes found for every case."""
     folder = tmp_path_factory.mktemp("processes")
-    tiny_model.save(str(folder / "model"))
+    (folder / "model").symlink_to(tiny_path)
     (folder / "scenes").symlink_to(scenes)
     finished(launch(steps.__file__, folder))
     return folder

@@ -75,10 +75,8 @@ def photos(scenes: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model_path(tiny_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "model"
-    tiny_model.save(str(folder))
-    return folder
+def model_path(tiny_path) -> Path:
+    return tiny_path
 
 
 # ── what is in the table ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -493,10 +493,9 @@ def muco(*arguments: str | Path, code: int = 0) -> processes.CompletedProcess:
     return done
 
 
-def test_from_files_to_hits(scenes: Path, tiny_model, tmp_path: Path) -> None:
-    tiny_model.save(str(tmp_path / "model"))
+def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path) -> None:
     images, index = scenes / "images/test", tmp_path / "index"
-    found = json.loads(muco("index", images, "--model", tmp_path / "model", "--index", index, "--json").stdout)
+    found = json.loads(muco("index", images, "--model", tiny_path, "--index", index, "--json").stdout)
     assert (found["encoded"], found["total"]) == (16, 16)
     image = images / "00003.png"
     done = muco("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")
@@ -615,9 +614,10 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     finish({"name": "ü"}, True, lambda *_: None)
 
 
-def test_hits_as_json_say_null_for_nan(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_model.save(str(tmp_path / "model"))
-    index = Index.create(tmp_path / "index", tiny_model, model_path=tmp_path / "model")
+def test_hits_as_json_say_null_for_nan(
+    tmp_path: Path, tiny_model, tiny_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = Index.create(tmp_path / "index", tiny_model, model_path=tiny_path)
     index.add([{"id": str(n), "text": "a red ring", "n": value} for n, value in enumerate((float("nan"), 1.5, None))])
     query = {"text": "a red ring", "image": None, "like": None, "k": 10, "where": None, "exact": False, "model": None}
     cli.search(str(tmp_path / "index"), **query, as_json=True)

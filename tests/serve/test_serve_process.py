@@ -29,10 +29,8 @@ from muco.serve.process import SMALL, ModelProcess, receive, send
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "little"
-    tiny_model.save(str(path))
-    return path
+def folder(tiny_path) -> Path:
+    return tiny_path
 
 
 @pytest.fixture(scope="module")

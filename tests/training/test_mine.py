@@ -156,11 +156,10 @@ def test_what_cannot_be_mined_is_said(tmp_path, scenes):
 
 
 @pytest.mark.slow
-def test_mined_data_trains_by_the_command_line(scenes, tiny_model, tmp_path):
+def test_mined_data_trains_by_the_command_line(scenes, tiny_path, tmp_path):
     data = open_data(scenes / "train.jsonl")
     write_jsonl(tmp_path / "few.jsonl", (sample_to_row(data[i], tmp_path) for i in range(10)))
-    tiny_model.save(str(tmp_path / "model"))
-    command = [sys.executable, "-m", "muco", "data", "mine", str(tmp_path / "few.jsonl"), "-m", str(tmp_path / "model")]
+    command = [sys.executable, "-m", "muco", "data", "mine", str(tmp_path / "few.jsonl"), "-m", str(tiny_path)]
     done = processes.run(
         [*command, "-o", str(tmp_path / "mined.jsonl"), "--negatives", "2", "--json"], capture_output=True, text=True
     )
@@ -171,7 +170,7 @@ def test_mined_data_trains_by_the_command_line(scenes, tiny_model, tmp_path):
     recipe = muco.training.recipe.from_dict(
         {
             "output": str(tmp_path / "run"),
-            "model": {"path": str(tmp_path / "model")},
+            "model": {"path": str(tiny_path)},
             "data": {"train": [{"path": str(tmp_path / "mined.jsonl")}]},
             "batch": {"size": 4},
             "trainer": {"max_steps": 2, "report_to": []},
