@@ -434,7 +434,7 @@ def test_a_killed_process_loses_at_most_one_part(tmp_path: Path) -> None:
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(output)]
     process = processes.Popen(arguments, cwd=Path(__file__).parents[2])
-    parts, limit = output.with_name("out.parquet.parts"), time.monotonic() + 60
+    parts, limit = output.with_name("out.parquet.parts"), time.monotonic() + 300
     while len(list(parts.glob("rows-*.parquet"))) < 3:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)

@@ -178,7 +178,7 @@ def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, shar
     recipe = write_recipe(base, scenes, tmp_path / "killed", dropout=0.2, sharding=sharding)
     both = train(recipe)
     state = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not state.exists() and both[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     workers = [worker for one in both for worker in psutil.Process(one.pid).children(recursive=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-import os
 import re
 import shutil
 import signal
@@ -673,15 +672,16 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path: Path, model_path: Path
     source = write_jsonl(
         tmp_path / "rows.jsonl", [{"id": f"r{i}", "text": f"row number {i}", "n": i} for i in range(900)]
     )
+    Index.create(tmp_path / "loaded", muco.load(model_path, device="cpu"))  # so that the first look below is quick
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "index"), str(model_path)]
     process = processes.Popen(command, cwd=ROOT, stderr=processes.DEVNULL)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while not [*(tmp_path / "index/rows.lance/_versions").glob("*.manifest")] or not len(
         Index.open(tmp_path / "index")
     ):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     left = len(Index.open(tmp_path / "index"))
     assert 0 < left < 900 and left % 40 == 0
@@ -714,7 +714,7 @@ def test_daft_gives_the_same_table(photos: Path, tmp_path: Path, model_path: Pat
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_table(photos: Path, tmp_path: Path, model_path: Path) -> None:
     line = ["index", str(photos), "--model", str(model_path), "--index", str(tmp_path / "ray")]
-    found = json.loads(on_ray([*line, "--workers", "2", "--batch-size", "4", "--json"]))
+    found = json.loads(on_ray([*line, "--workers", "1", "--batch-size", "4", "--json"]))
     assert (found["encoded"], found["failed"]) == (16, 0)
     run(photos, tmp_path / "plain", model_path)
     same(tmp_path / "ray", tmp_path / "plain")
@@ -759,7 +759,6 @@ def test_an_image_and_a_text_beside_it_are_one_content(photos: Path, tmp_path: P
 WRITER = """
 import sys
 import numpy as np
-import processes
 import pyarrow as pa
 from muco.search import Index
 index = Index.open(sys.argv[1])
@@ -787,7 +786,7 @@ def test_processes_that_write_the_same_rows_at_once(tmp_path: Path, tiny_model) 
     assert writers[0].stdout.readline() == "written\n"
     writers[0].kill()
     for process in writers:
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
     assert [process.returncode for process in writers] == [-signal.SIGKILL, 0, 0]
     assert ids_of(tmp_path / "index") == sorted(f"r{i}" for i in range(40))
 
@@ -827,7 +826,7 @@ def test_a_writer_waits_for_the_one_before_and_readers_do_not(tmp_path: Path, ti
             assert [hit.id for hit in Index.open(tmp_path / "index", tiny_model).search("a")] == ["a"]
             with pytest.raises(TimeoutError):
                 writing.result(0.3)
-        assert writing.result(60)["total"] == 2
+        assert writing.result(300)["total"] == 2
 
 
 def test_the_next_writer_repairs_ids_that_are_there_twice(tmp_path: Path, tiny_model, caplog) -> None:

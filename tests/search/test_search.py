@@ -444,7 +444,7 @@ def test_a_spoiled_filter_finds_what_all_of_it_says_or_is_refused(table: Table, 
 WORDS = st.sampled_from("n id `a` ( ) = < and or not in like is null 'x' 1 -2.5 , lower( between ; -- + select".split())
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.one_of(st.text(max_size=40), st.lists(WORDS, max_size=12).map(" ".join)))
 def test_any_filter_gives_rows_or_one_sentence(plain: Index, where: str) -> None:
     try:
@@ -466,7 +466,7 @@ IDS = st.text(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.lists(IDS, min_size=2, max_size=6, unique=True))
 def test_any_id_is_found_and_deleted_and_no_other(folders, ids: list[str]) -> None:
     index = filled(folders.mktemp("ids") / "index", "float32", unit(np.random.default_rng(0), len(ids)), ids)

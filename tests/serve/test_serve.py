@@ -593,7 +593,7 @@ def test_a_body_that_does_not_come_is_408(engine):
     limits = replace(TINY, seconds=0.3)
     with serving(Served(engine, "little", limits=limits)) as client:
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{"
-        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=SOON) as connection:
             connection.sendall(head)
             assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
         assert client.get("/health").status_code == 200
@@ -611,7 +611,7 @@ class SlowEngine(Engine):
 
     def run(self, prepared: Any) -> Any:
         self.sizes.append(len(prepared))
-        assert self.go.wait(30)
+        assert self.go.wait(SOON)
         return super().run(prepared)
 
 
@@ -734,7 +734,7 @@ def test_a_probe_without_a_host_name_is_answered(engine):
     """As a load balancer asks by HTTP/1.0; no browser does."""
     with serving(Served(engine, "little", hosts=frozenset(("localhost",)), token="secret")) as client:
         for path, status in (("/health", b"200"), ("/v1/models", b"401")):
-            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=SOON) as connection:
                 connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
                 assert connection.recv(65536).split()[1] == status
 

@@ -159,7 +159,7 @@ def pipe() -> Iterator[Any]:
     theirs.close()
     yield ours
     ours.close()
-    other.join(30)
+    other.join(300)
     assert other.exitcode == 0
 
 
@@ -200,7 +200,7 @@ def test_a_server_ends_with_its_model(folder):
     with command(folder) as running:
         [child] = children(running.process.pid)
         os.kill(child, signal.SIGKILL)
-        out, err = running.process.communicate(timeout=120)
+        out, err = running.process.communicate(timeout=300)
     assert running.process.returncode == 1 and not out
     assert "muco: the model's process ended (exit code -9)" in err and "Traceback" not in err
 

@@ -574,7 +574,7 @@ def test_the_command_can_be_interrupted_and_leaves_no_training_behind(number, co
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.1)
     running.send_signal(number)
-    out, _ = running.communicate(timeout=120)
+    out, _ = running.communicate(timeout=300)
     assert running.returncode == code and not out
     left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [line for line in left if str(tmp_path) in " ".join(line)]

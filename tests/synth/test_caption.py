@@ -30,7 +30,7 @@ from muco.synth.endpoint import Endpoint, EndpointError
 from muco.synth.limits import Budget, Limits
 from muco.synth.prompts import Prompts
 
-QUICK = Limits(backoff=0.01, retries=2, timeout=10)
+QUICK = Limits(backoff=0.01, retries=2, timeout=120)
 
 
 def run(server: ChatServer, data: Any, output: Path, limits: Limits = QUICK, **options: Any) -> dict[str, Any]:

@@ -458,7 +458,7 @@ class Handler(BaseHTTPRequestHandler):
         status, headers, body = self.server.pages.get(self.path.split("?")[0], (404, {}, b""))
         self.server.seen.append(self.path)
         if self.path == "/slow.jpg":
-            self.server.release.wait(60)
+            self.server.release.wait(300)
         self.send_response(status)
         for key, value in ({"Content-Type": "image/jpeg", "Content-Length": str(len(body))} | headers).items():
             self.send_header(key, value)
