@@ -493,6 +493,7 @@ def muco(*arguments: str | Path, code: int = 0) -> processes.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path) -> None:
     images, index = scenes / "images/test", tmp_path / "index"
     found = json.loads(muco("index", images, "--model", tiny_path, "--index", index, "--json").stdout)

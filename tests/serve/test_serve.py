@@ -811,6 +811,7 @@ def process(folder):
         yield running
 
 
+@pytest.mark.slow
 def test_the_stock_openai_client_works_unchanged(process, engine):
     from openai import BadRequestError, NotFoundError, OpenAI
 

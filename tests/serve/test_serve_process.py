@@ -39,16 +39,19 @@ def engine(folder) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def process(folder) -> Iterator[ModelProcess]:
+def process(folder, forked) -> Iterator[ModelProcess]:
     made = ModelProcess(str(folder), "cpu", ImageLimits(), 4096, fingerprint=True)
     yield made
     made.close()
 
 
-@pytest.fixture
-def forked(monkeypatch) -> None:
-    """The model's process need not import the libraries; that of the fixture above is started as a user's."""
-    monkeypatch.setattr("muco.serve.process.multiprocessing", SimpleNamespace(get_context=lambda _: processes.context))
+@pytest.fixture(scope="module")
+def forked() -> Iterator[None]:
+    """The model's process need not import the libraries; that of a server below is started as a user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        forks = SimpleNamespace(get_context=lambda _: processes.context)
+        patch.setattr("muco.serve.process.multiprocessing", forks)
+        yield
 
 
 ITEMS = [

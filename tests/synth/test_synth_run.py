@@ -263,6 +263,7 @@ def test_the_few_good_turns_of_a_picture_are_kept(scenes, pictures, tmp_path):
 # ── budgets, and what is said before ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_small_budgets_come_to_the_same(scenes, pictures, whole, tmp_path):
     output, runs = tmp_path / "out", 0
     with ChatServer(scenes, faults=[Fault("invalid", every=4, times=1, to="pairs")]) as server:

@@ -243,6 +243,7 @@ def test_a_share_of_the_steps_is_a_number_of_checkpoints_and_a_long_warm_up_is_s
     assert few["run"]["steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_often_the_rows_of_each_source_are_seen(scenes, tmp_path):
     lines = (scenes / "train.jsonl").read_text().splitlines(keepends=True)[:16]
     few = scenes / "few.jsonl"
