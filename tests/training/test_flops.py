@@ -169,6 +169,7 @@ def test_bad_arguments_are_refused(model):
         meta_step_flops(config, images=1, turns=1, mode="single")
 
 
+@pytest.mark.slow
 def test_the_true_2b_has_its_published_size_and_a_known_cost():
     from transformers import Qwen2VLModel
 

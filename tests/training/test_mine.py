@@ -66,7 +66,7 @@ def by_hand(rows: list[Sample], model, mining: Mining) -> list[list[str]]:
 words = st.text("abcdef", min_size=1, max_size=3)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(
