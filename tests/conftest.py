@@ -40,3 +40,11 @@ def tiny_model(scenes: Path):
 
     sizes = TinyConfig(width=64, feed_forward=128, vision_width=32, vision_depth=1, vocabulary=512)
     return from_backbone(*tiny_qwen2_vl(texts_of([open_data(scenes / "train.jsonl")]), sizes), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny model, as it is saved; tests must not change it."""
+    path = tmp_path_factory.mktemp("model") / "little"
+    tiny_model.save(str(path))
+    return path

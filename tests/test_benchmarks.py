@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -20,16 +21,23 @@ from muco.loss import multi_turn_info_nce
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+KEEPER = """#!/usr/bin/env bash
+printf '%s\\n' "$(printf '%s\\t' "$@")" >> "$KEPT"
+"""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Every part of steps.py, as a toy, by the command of the whole GPU run."""
-    folder = tmp_path_factory.mktemp("results")
-    run("bash", "benchmarks/gpu.sh", str(folder), PYTHON=sys.executable, DEVICE="cpu", EXTRA="--quick --threads 1")
+    """Every part of steps.py, as a toy, by the commands of the whole GPU run."""
+    folder, keeper = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("keeper") / "python"
+    keeper.write_text(KEEPER)
+    keeper.chmod(0o755)
+    kept = keeper.with_name("commands")
+    environment = os.environ | {"PYTHON": str(keeper), "KEPT": str(kept), "DEVICE": "cpu"}
+    environment |= {"EXTRA": "--quick --threads 1"}
+    subprocess.run(["bash", "benchmarks/gpu.sh", folder], cwd=ROOT, env=environment, check=True, capture_output=True)
+    for line in kept.read_text().splitlines():
+        processes.run([sys.executable, *line.strip("\t").split("\t")], cwd=ROOT, check=True, capture_output=True)
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")} | {"folder": folder}
 
 

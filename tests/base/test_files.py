@@ -68,7 +68,7 @@ def test_waiting_ends_with_the_holder_and_is_told(tmp_path: Path, caplog: pytest
     with holder(tmp_path) as process:
         threading.Timer(2.5, process.kill).start()
         with caplog.at_level(logging.WARNING), locked(tmp_path, wait=60):
-            assert process.wait(10) == -signal.SIGKILL
+            assert process.wait(300) == -signal.SIGKILL
     [told] = [record.message for record in caplog.records]
     assert f"in use by process {process.pid}" in told and "waiting" in told
 

@@ -485,19 +485,17 @@ def test_names_that_are_not_utf8_are_taken_or_named(odd, tmp_path, capfd):
     assert "caf\\uDCE9" in capfd.readouterr().out
 
 
-def test_a_name_that_a_library_does_not_take_is_a_sentence(odd, tiny_model, tmp_path, capfd):
-    tiny_model.save(str(tmp_path / "model"))
+def test_a_name_that_a_library_does_not_take_is_a_sentence(odd, tiny_path, tmp_path, capfd):
     (tmp_path / "rows.jsonl").write_text('{"text": "a red mug"}\n')
-    given = ["embed", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--output"]
+    given = ["embed", str(tmp_path / "rows.jsonl"), "--model", str(tiny_path), "--output"]
     assert main([*given, str(odd / "v.parquet")]) == 1
     assert re.search(r"^muco: .*caf\\udce9/v\.parquet.*: not UTF-8", capfd.readouterr().err, re.MULTILINE)
 
 
-def test_half_a_character_in_a_further_column_stops_no_run(tiny_model, tmp_path, capfd):
-    tiny_model.save(str(tmp_path / "model"))
+def test_half_a_character_in_a_further_column_stops_no_run(tiny_path, tmp_path, capfd):
     rows = [{"id": "a", "text": "a red mug"}, {"id": "b", "text": "a blue mug", "note": "\ud800"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--json"]
+    given = [str(tmp_path / "rows.jsonl"), "--model", str(tiny_path), "--json"]
     for command in (["embed", *given, "--output", str(tmp_path / "v.parquet")],
                     ["index", *given, "--index", str(tmp_path / "index")]):  # fmt: skip
         assert main(command) == 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import mbeir_tree
 import mmeb_tree
 import pytest
+from processes import finished, launch
 
 import muco
 from muco.cli import main
@@ -22,10 +21,8 @@ PARTS = ("tasks", "groups", "overall", "missing", "model")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model.save(str(folder))
-    return folder
+def model(tiny_path) -> Path:
+    return tiny_path
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +145,8 @@ def test_leaks_are_found_and_fail_the_check(scenes, tmp_path, capfd):
 
 
 def by_two(*arguments: object) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "muco"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    said = finished(launch("-m", "muco", *arguments))
+    (line,) = [line for line in said.splitlines() if line.startswith("{")]
     return json.loads(line)
 
 

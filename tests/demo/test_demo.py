@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -237,7 +237,7 @@ def test_a_real_kill_in_training_is_survived(tmp_path):
     folder = tmp_path / "demo"
     run = "import sys; from muco.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", run, "demo", "--output", str(folder), *SIZE]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.Popen(arguments, cwd=ROOT, stdout=processes.DEVNULL, stderr=processes.DEVNULL)
     while not (folder / "run/run.json").exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()

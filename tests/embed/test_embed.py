@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -432,8 +433,8 @@ def test_a_killed_process_loses_at_most_one_part(tmp_path: Path) -> None:
         "embed(sys.argv[2], Hashed(seconds=0.1), sys.argv[3], batch_size=4, shard_rows=8, progress=False)"
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(output)]
-    process = subprocess.Popen(arguments, cwd=Path(__file__).parents[2])
-    parts, limit = output.with_name("out.parquet.parts"), time.monotonic() + 60
+    process = processes.Popen(arguments, cwd=Path(__file__).parents[2])
+    parts, limit = output.with_name("out.parquet.parts"), time.monotonic() + 300
     while len(list(parts.glob("rows-*.parquet"))) < 3:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -728,7 +727,7 @@ def test_what_is_no_id_has_no_number(id):
 
 
 def test_two_processes_share_the_work_and_find_the_same(shared_tree, tmp_path):
-    finished(launch(mbeir_tree.__file__, str(shared_tree), str(tmp_path / "two"), stderr=subprocess.PIPE))
+    finished(launch(mbeir_tree.__file__, shared_tree, tmp_path / "two"))
     model = Oracle()
     result = evaluate_mbeir(model, shared_tree, tmp_path / "one", tasks=["OVEN t6", "CIRR t7"])
     told = [json.loads((tmp_path / "two" / f"process-{rank}.json").read_text()) for rank in (0, 1)]

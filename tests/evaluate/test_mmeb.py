@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import mmeb_tree as tree
@@ -17,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import finished, launch
 from rich.console import Console
 
 from muco.data.mmeb_test import DATA_SETS, NAMES, official_name
@@ -414,10 +412,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     for name in names:
         tree.write_set(tmp_path, name, tree.records(name, "split", rows=80, candidates=9), "split")
     one = evaluate_mmeb(tree.Own(), tmp_path, tmp_path / "one", tasks=names)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tree.__file__, str(tmp_path), str(tmp_path / "two")]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished(launch(tree.__file__, tmp_path, tmp_path / "two"))
     two = json.loads((tmp_path / "two" / "mmeb.json").read_text())
     assert two["tasks"] == plain(one["tasks"]) and 0 < two["tasks"]["CIRR"]["score"] < 1
     for name in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -254,7 +254,7 @@ def test_no_steps_are_a_usage_error(tmp_path, capsys):
 def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    done = subprocess.run([sys.executable, SCRIPT, "--output", file, "--quick"], capture_output=True, text=True)
+    done = processes.run([sys.executable, SCRIPT, "--output", file, "--quick"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and str(file) in done.stderr and "Traceback" not in done.stderr
     assert file.read_text() == "mine"

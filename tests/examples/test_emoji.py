@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 from xml.dom import minidom
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -428,7 +428,7 @@ def test_a_finished_run_is_not_trained_again(made, run):
 def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, FOLDER / "run.py", "--output", file, "--quick"], capture_output=True, text=True
     )
     assert done.returncode == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from servers import serving
 
@@ -35,7 +36,7 @@ def run(name: str, *arguments: Any, folder: Path) -> subprocess.CompletedProcess
     """Runs an example as a user does, in a folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, str(FOLDER / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    done = processes.run(line, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -74,10 +75,8 @@ def loaded(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "model"
-    tiny_model.save(str(folder))
-    return folder
+def model(tiny_path) -> Path:
+    return tiny_path
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from families import FAMILIES, checkpoint, image
@@ -185,8 +186,8 @@ def test_what_is_pushed_is_the_folder(saved, tmp_path):
 @pytest.mark.slow
 def test_the_command_line(saved, tmp_path):
     command = [sys.executable, "-m", "muco", "export", saved["qwen2_vl"], "--output", str(tmp_path / "out"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = processes.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "already exists" in again.stderr and not again.stdout

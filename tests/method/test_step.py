@@ -110,6 +110,7 @@ def vision_flops(model, call) -> int:
     return sum(sum(ops.values()) for name, ops in counts.items() if name.split(".")[-1] in names)
 
 
+@pytest.mark.slow
 def test_frozen_vision_runs_once_and_without_a_graph(tiny_model, samples):
     model = steps.to_train(tiny_model, "adapters")
     batch = steps.share(model, samples, "isolated")
@@ -189,6 +190,7 @@ def test_out_of_memory_in_the_second_pass_leaves_no_half_gradient(tiny_model, sa
     assert failed and step.token_budget < 200
 
 
+@pytest.mark.slow
 def test_one_dialogue_that_does_not_fit_ends_the_run(tiny_model, samples):
     model = steps.to_train(tiny_model, "adapters")
     batch = steps.share(model, samples, "isolated")

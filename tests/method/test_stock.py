@@ -133,7 +133,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def start(mode: str, folder: Path) -> subprocess.Popen[str]:
-    command = [PYTHON, "-I", ROOT / "tests" / "stock_environment.py", mode, folder / "job.json"]
+    command = [PYTHON, "-I", ROOT / "tests" / "support" / "stock_environment.py", mode, folder / "job.json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 import torch
@@ -444,7 +444,7 @@ def test_a_spoiled_filter_finds_what_all_of_it_says_or_is_refused(table: Table, 
 WORDS = st.sampled_from("n id `a` ( ) = < and or not in like is null 'x' 1 -2.5 , lower( between ; -- + select".split())
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.one_of(st.text(max_size=40), st.lists(WORDS, max_size=12).map(" ".join)))
 def test_any_filter_gives_rows_or_one_sentence(plain: Index, where: str) -> None:
     try:
@@ -466,7 +466,7 @@ IDS = st.text(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.lists(IDS, min_size=2, max_size=6, unique=True))
 def test_any_id_is_found_and_deleted_and_no_other(folders, ids: list[str]) -> None:
     index = filled(folders.mktemp("ids") / "index", "float32", unit(np.random.default_rng(0), len(ids)), ids)
@@ -486,17 +486,17 @@ def folders(tmp_path_factory):
 # ── the commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def muco(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess:
+def muco(*arguments: str | Path, code: int = 0) -> processes.CompletedProcess:
     command = [sys.executable, "-m", "muco", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    done = processes.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == code, done.stderr
     return done
 
 
-def test_from_files_to_hits(scenes: Path, tiny_model, tmp_path: Path) -> None:
-    tiny_model.save(str(tmp_path / "model"))
+@pytest.mark.slow
+def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path) -> None:
     images, index = scenes / "images/test", tmp_path / "index"
-    found = json.loads(muco("index", images, "--model", tmp_path / "model", "--index", index, "--json").stdout)
+    found = json.loads(muco("index", images, "--model", tiny_path, "--index", index, "--json").stdout)
     assert (found["encoded"], found["total"]) == (16, 16)
     image = images / "00003.png"
     done = muco("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")
@@ -615,9 +615,10 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     finish({"name": "ü"}, True, lambda *_: None)
 
 
-def test_hits_as_json_say_null_for_nan(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_model.save(str(tmp_path / "model"))
-    index = Index.create(tmp_path / "index", tiny_model, model_path=tmp_path / "model")
+def test_hits_as_json_say_null_for_nan(
+    tmp_path: Path, tiny_model, tiny_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = Index.create(tmp_path / "index", tiny_model, model_path=tiny_path)
     index.add([{"id": str(n), "text": "a red ring", "n": value} for n, value in enumerate((float("nan"), 1.5, None))])
     query = {"text": "a red ring", "image": None, "like": None, "k": 10, "where": None, "exact": False, "model": None}
     cli.search(str(tmp_path / "index"), **query, as_json=True)

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import command, data_uri, picture, serving, until, vectors_of
+from servers import SOON, command, data_uri, picture, serving, until, vectors_of
 
 from muco.base.fetch import FetchLimits
 from muco.cli import main
@@ -593,7 +593,7 @@ def test_a_body_that_does_not_come_is_408(engine):
     limits = replace(TINY, seconds=0.3)
     with serving(Served(engine, "little", limits=limits)) as client:
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{"
-        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=SOON) as connection:
             connection.sendall(head)
             assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
         assert client.get("/health").status_code == 200
@@ -611,7 +611,7 @@ class SlowEngine(Engine):
 
     def run(self, prepared: Any) -> Any:
         self.sizes.append(len(prepared))
-        assert self.go.wait(30)
+        assert self.go.wait(SOON)
         return super().run(prepared)
 
 
@@ -734,7 +734,7 @@ def test_a_probe_without_a_host_name_is_answered(engine):
     """As a load balancer asks by HTTP/1.0; no browser does."""
     with serving(Served(engine, "little", hosts=frozenset(("localhost",)), token="secret")) as client:
         for path, status in (("/health", b"200"), ("/v1/models", b"401")):
-            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=SOON) as connection:
                 connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
                 assert connection.recv(65536).split()[1] == status
 
@@ -811,6 +811,7 @@ def process(folder):
         yield running
 
 
+@pytest.mark.slow
 def test_the_stock_openai_client_works_unchanged(process, engine):
     from openai import BadRequestError, NotFoundError, OpenAI
 
@@ -837,29 +838,24 @@ def test_the_stock_openai_client_works_unchanged(process, engine):
 
 
 @pytest.mark.slow
-def test_it_says_what_it_offers(folder):
-    with command(folder, "--name", "mine", "--max-items", "7", token="secret") as running:
+def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(folder):
+    """Under a window that is long, requests are surely accepted and not finished when the signal comes."""
+    options = ("--name", "mine", "--max-items", "7", "--batch-milliseconds", "1500")
+    with command(folder, *options, token="secret") as running, ThreadPoolExecutor(16) as pool:
         assert running.facts == {"address": running.address, "model": "mine", "dimension": 64}
         assert httpx.get(f"{running.address}/v1/models").status_code == 401
-        running.process.terminate()
-        out, err = running.process.communicate(timeout=120)
-    assert out == "" and running.process.returncode == 0
-    assert "vectors of 64 dimensions" in err and "7 items" in err and running.address in err
-    assert "secret" not in err and "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_sigterm_finishes_what_was_accepted(folder):
-    """Under a window that is long, requests are surely accepted and not finished when the signal comes."""
-    with command(folder, "--batch-milliseconds", "1500") as running, ThreadPoolExecutor(16) as pool:
-        with httpx.Client(base_url=running.address, timeout=60) as client:
+        headers = {"Authorization": "Bearer secret"}
+        with httpx.Client(base_url=running.address, timeout=SOON, headers=headers) as client:
             accepted = [pool.submit(embed, client, input=[f"{n}", "x"]) for n in range(16)]
             until(lambda: unfinished(client) == 32)
             running.process.send_signal(signal.SIGTERM)
             assert all(one.result().shape == (2, 64) for one in accepted)
-        assert running.process.wait(60) == 0
+        out, err = running.process.communicate(timeout=SOON)
+        assert running.process.returncode == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{running.address}/health")
+    assert out == "" and "vectors of 64 dimensions" in err and "7 items" in err and running.address in err
+    assert "secret" not in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def browser() -> Iterator[Any]:
 def page(browser, client, request) -> Iterator[Any]:
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(300_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda sent: problems.append(sent.url) if not sent.url.startswith(

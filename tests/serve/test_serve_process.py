@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
 import httpx
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,10 +29,8 @@ from muco.serve.process import SMALL, ModelProcess, receive, send
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "little"
-    tiny_model.save(str(path))
-    return path
+def folder(tiny_path) -> Path:
+    return tiny_path
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,19 @@ def engine(folder) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def process(folder) -> Iterator[ModelProcess]:
+def process(folder, forked) -> Iterator[ModelProcess]:
     made = ModelProcess(str(folder), "cpu", ImageLimits(), 4096, fingerprint=True)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[None]:
+    """The model's process need not import the libraries; that of a server below is started as a user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        forks = SimpleNamespace(get_context=lambda _: processes.context)
+        patch.setattr("muco.serve.process.multiprocessing", forks)
+        yield
 
 
 ITEMS = [
@@ -65,7 +73,7 @@ def test_the_same_vectors(engine, process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["idefics3", "qwen3_vl"])
-def test_the_same_vectors_of_other_families(family, tmp_path):
+def test_the_same_vectors_of_other_families(family, tmp_path, forked):
     families.model(family).save(str(tmp_path / family))
     process = ModelProcess(str(tmp_path / family), "cpu", ImageLimits(), 4096)
     here = Engine(load(tmp_path / family, device="cpu"), ImageLimits(), 4096)
@@ -115,12 +123,12 @@ def test_what_fails_there_is_raised_here_and_the_process_goes_on(process):
     assert process.run([good])[0].vectors.shape == (1, process.dimension)
 
 
-def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path, forked):
     with pytest.raises(CheckpointError, match="none"):
         ModelProcess(str(tmp_path / "none"), "cpu", ImageLimits(), 100)
 
 
-def test_a_process_that_ends_is_noticed(folder):
+def test_a_process_that_ends_is_noticed(folder, forked):
     codes: list[int | None] = []
     process = ModelProcess(str(folder), "cpu", ImageLimits(), 4096, gone=codes.append)
     prepared = process.prepare(Item(("a",)))
@@ -148,14 +156,13 @@ def _echo(pipe: Any) -> None:
 
 @pytest.fixture(scope="module")
 def pipe() -> Iterator[Any]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    other = context.Process(target=_echo, args=(theirs,), daemon=True)
+    ours, theirs = processes.context.Pipe()
+    other = processes.context.Process(target=_echo, args=(theirs,), daemon=True)
     other.start()
     theirs.close()
     yield ours
     ours.close()
-    other.join(30)
+    other.join(300)
     assert other.exitcode == 0
 
 
@@ -196,7 +203,7 @@ def test_a_server_ends_with_its_model(folder):
     with command(folder) as running:
         [child] = children(running.process.pid)
         os.kill(child, signal.SIGKILL)
-        out, err = running.process.communicate(timeout=120)
+        out, err = running.process.communicate(timeout=300)
     assert running.process.returncode == 1 and not out
     assert "muco: the model's process ended (exit code -9)" in err and "Traceback" not in err
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -15,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import psutil
 import pytest
 from hypothesis import given, settings
@@ -68,6 +67,12 @@ def two_runs(scenes: Path) -> Study:
         prepare=lambda folder, scale: folder.symlink_to(scenes),
         compared=(("goes on", "first"),),
     )
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """The runs of a study are processes of their own that need not import the libraries."""
+    monkeypatch.setattr("muco.study.run.subprocess", processes)
 
 
 def made_up_costs(study: Study) -> dict[str, dict[str, float]]:
@@ -249,7 +254,7 @@ def test_what_equals_another_run_makes_at_least_one_step(scenes):
 
 
 @pytest.mark.slow
-def test_costs_are_taken_once_and_runs_follow_them(scenes, tmp_path):
+def test_costs_are_taken_once_and_runs_follow_them(scenes, tmp_path, forked):
     study, output = equal_runs(scenes, "seconds"), tmp_path / "out"
     found = run_study(study, output, seeds=1, first_seed=5, jobs=2)
     costs = json.loads((output / "calibration.json").read_text())
@@ -517,7 +522,7 @@ def test_how_many_tokens_the_published_increment_has_room_for():
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(scenes, tmp_path):
+def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(scenes, tmp_path, forked):
     study, output = two_runs(scenes), tmp_path / "out"
     found = run_study(study, output, seeds=1)
     first = [entry["result"] for entry in found["runs"]]
@@ -539,7 +544,7 @@ def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(scenes, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_stops_the_study_with_its_last_words(scenes, tmp_path):
+def test_a_run_that_fails_stops_the_study_with_its_last_words(scenes, tmp_path, forked):
     study = two_runs(scenes)
     broken = Run("broken", {"trainer": {"optim": "no such optimizer"}})
     study = Study(**{**study.__dict__, "runs": (broken,), "compared": ()})
@@ -551,13 +556,13 @@ def test_a_run_that_fails_stops_the_study_with_its_last_words(scenes, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_can_be_interrupted_and_leaves_no_training_behind(number, code, tmp_path):
     command = [sys.executable, "-m", "muco", "study", "finetune", "--output", str(tmp_path / "out"), "--scale", "0.01"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    running = processes.Popen(command, stdout=processes.PIPE, stderr=processes.PIPE)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("out/runs/*/job.json")):
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.1)
     running.send_signal(number)
-    out, _ = running.communicate(timeout=120)
+    out, _ = running.communicate(timeout=300)
     assert running.returncode == code and not out
     left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [line for line in left if str(tmp_path) in " ".join(line)]

@@ -123,12 +123,12 @@ class ChatServer:
     def __enter__(self) -> ChatServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(30)
+        assert self._ready.wait(300)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
+        self._thread.join(300)
 
     def asked(self, kind: str = "", status: int | None = None) -> int:
         return sum(kind in ("", k) and status in (None, s) for k, _, s in list(self.log))

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -20,12 +19,11 @@ import httpx
 import numpy as np
 import uvicorn
 from PIL import Image
+from processes import PIPE, SOON, Popen
 
 from muco.cli.serve import TOKEN
 from muco.serve.app import Served, build_app
 from muco.serve.run import _bound
-
-SOON = 120  # seconds in which anything that is going to happen has happened
 
 
 @contextmanager
@@ -48,7 +46,7 @@ def serving(served: Served) -> Iterator[httpx.Client]:
 @dataclass
 class Running:
     address: str
-    process: subprocess.Popen
+    process: Popen
     facts: dict[str, Any]
 
 
@@ -58,7 +56,7 @@ def command(model: Path, *options: str, token: str | None = None) -> Iterator[Ru
     environment = {k: v for k, v in os.environ.items() if k != TOKEN} | {"OMP_NUM_THREADS": "1"}
     environment |= {TOKEN: token} if token else {}
     line = [sys.executable, "-m", "muco", "serve", "--model", str(model), "--port", "0", *options]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = Popen(line, stdout=PIPE, stderr=PIPE, env=environment)
     try:
         facts = process.stdout.readline()
         assert facts, process.stderr.read()

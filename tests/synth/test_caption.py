@@ -8,13 +8,13 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from chat_server import REFUSAL, ChatServer, Fault
 
@@ -30,7 +30,7 @@ from muco.synth.endpoint import Endpoint, EndpointError
 from muco.synth.limits import Budget, Limits
 from muco.synth.prompts import Prompts
 
-QUICK = Limits(backoff=0.01, retries=2, timeout=10)
+QUICK = Limits(backoff=0.01, retries=2, timeout=120)
 
 
 def run(server: ChatServer, data: Any, output: Path, limits: Limits = QUICK, **options: Any) -> dict[str, Any]:
@@ -218,14 +218,14 @@ def test_killed_ten_times_nothing_is_lost_or_asked_twice(scenes, tmp_path):
     with ChatServer(scenes, latency=0.1) as server:
         words = [sys.executable, "-m", "muco", *command(server, scenes, output, "--concurrency", "1")]
         for kill in range(10):
-            process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            process = processes.Popen(words, stdout=processes.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
             until = server.asked("caption", 200) + 4
             while server.asked("caption", 200) < until and process.poll() is None:
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             assert len(output.read_bytes().split(b"\n")) > 3 * kill
-        assert subprocess.run(words, capture_output=True, check=True).returncode == 0
+        assert processes.run(words, capture_output=True, check=True).returncode == 0
         assert server.asked("caption") <= 64 + 10  # at each kill one question was under way
     assert {line["image"]: line["caption"] for line in lines(output)} == truth(scenes, "train")
     assert len(lines(output)) == 64

@@ -24,7 +24,7 @@ from muco.synth.endpoint import Endpoint, EndpointError
 from muco.synth.limits import Budget, BudgetSpent, Limits
 from muco.synth.messages import image_part, system, user
 
-QUICK = Limits(backoff=0.01, retries=3, timeout=10)
+QUICK = Limits(backoff=0.01, retries=3, timeout=120)
 SCHEMA = {"type": "object", "properties": {"answer_cls": {"type": "string"}}, "required": ["answer_cls"]}
 
 
@@ -147,7 +147,7 @@ def test_what_passes_is_asked_again(kind):
             assert (await endpoint.ask([user("hello")])).text == "Yes."
             assert (endpoint.usage.requests, endpoint.usage.retries, endpoint.usage.unanswered) == (3, 2, 0)
 
-        with_endpoint(server, go, limits=Limits(backoff=0.01, timeout=1 if kind == "slow" else 10))
+        with_endpoint(server, go, limits=Limits(backoff=0.01, timeout=1 if kind == "slow" else 120))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_what_passes_is_asked_again(kind):
 )
 def test_what_does_not_pass_is_said(kind, says):
     with ChatServer(faults=[Fault(kind, seconds=0.3 if kind == "slow" else 0)]) as server:
-        limits = Limits(backoff=0.01, retries=1, timeout=0.05 if kind == "slow" else 10)
+        limits = Limits(backoff=0.01, retries=1, timeout=0.05 if kind == "slow" else 120)
         with pytest.raises(Unanswered, match=says):
             ask(server, limits=limits)
     assert server.asked() <= 2 * endpoint_module.ROUNDS

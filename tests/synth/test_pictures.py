@@ -10,7 +10,6 @@ import random
 import signal
 import sqlite3
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -458,7 +458,7 @@ class Handler(BaseHTTPRequestHandler):
         status, headers, body = self.server.pages.get(self.path.split("?")[0], (404, {}, b""))
         self.server.seen.append(self.path)
         if self.path == "/slow.jpg":
-            self.server.release.wait(60)
+            self.server.release.wait(300)
         self.send_response(status)
         for key, value in ({"Content-Type": "image/jpeg", "Content-Length": str(len(body))} | headers).items():
             self.send_header(key, value)
@@ -719,10 +719,10 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with Catalogue(path, "source", Filter()) as catalogue:
         with pytest.raises(OutputError, match="another process is writing to it"):
             Catalogue(path, "source", Filter())
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        other = processes.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "pictures.db: another process is writing to it; wait for it" in other.stderr
         catalogue.add([made(0, 0)])
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert processes.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -842,7 +842,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     rng, line = random.Random(1), [sys.executable, "-c", RUN, str(tmp_path / "a.tar"), str(tmp_path / "killed")]
     killed = []
     for _ in range(3):
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+        process = processes.Popen(line, stdout=processes.PIPE, text=True)
         reported = [process.stdout.readline() for _ in range(rng.randrange(2, 4))]
         assert reported[0] == "ready\n"
         time.sleep(rng.random() * 0.05)
@@ -852,6 +852,6 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> N
         with Catalogue(tmp_path / "killed/pictures.db", source.fingerprint, SMALL) as catalogue:
             assert int(reported[-1]) <= catalogue.looked, "what was reported is there"
     assert all(killed) and catalogue.looked < 60, "they were killed in the middle"
-    assert subprocess.run(line, stdout=subprocess.PIPE).returncode == 0
+    assert processes.run(line, stdout=processes.PIPE).returncode == 0
     assert rows_of(tmp_path / "killed/pictures.db") == rows_of(tmp_path / "whole/pictures.db")
     assert stored(tmp_path / "killed/images") == stored(tmp_path / "whole/images")

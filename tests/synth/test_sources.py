@@ -79,6 +79,7 @@ def test_data_is_checked_and_shown_by_its_format(sources, tmp_path, capfd, forma
     assert main(["data", "show", str(path), "--format", format, *words, "-o", str(tmp_path / "sheet.html")]) == 0
 
 
+@pytest.mark.slow
 def test_all_formats_train_one_model(sources, tmp_path):
     def run(name: str, mode: str, workers: int) -> list[float]:
         train = [{"path": str(path), "format": kind, "options": o} for kind, (path, o) in sources.items()]

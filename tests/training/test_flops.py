@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -169,6 +169,7 @@ def test_bad_arguments_are_refused(model):
         meta_step_flops(config, images=1, turns=1, mode="single")
 
 
+@pytest.mark.slow
 def test_the_true_2b_has_its_published_size_and_a_known_cost():
     from transformers import Qwen2VLModel
 
@@ -191,7 +192,7 @@ def test_the_benchmark_runs(tmp_path):
     options = f"--quick --turns 3 --rounds 1 --threads 1 --output {tmp_path}".split()
     command = [sys.executable, "benchmarks/turns.py", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    processes.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     result = json.loads((tmp_path / "turns-cpu.json").read_text())
     cells = {(row["mode"], row["turns"]): row for row in result["summary"]}
     assert set(cells) == {(mode, k) for mode in ("isolated", "compounded") for k in (1, 3)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,7 +66,7 @@ def by_hand(rows: list[Sample], model, mining: Mining) -> list[list[str]]:
 words = st.text("abcdef", min_size=1, max_size=3)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(
@@ -156,22 +156,21 @@ def test_what_cannot_be_mined_is_said(tmp_path, scenes):
 
 
 @pytest.mark.slow
-def test_mined_data_trains_by_the_command_line(scenes, tiny_model, tmp_path):
+def test_mined_data_trains_by_the_command_line(scenes, tiny_path, tmp_path):
     data = open_data(scenes / "train.jsonl")
     write_jsonl(tmp_path / "few.jsonl", (sample_to_row(data[i], tmp_path) for i in range(10)))
-    tiny_model.save(str(tmp_path / "model"))
-    command = [sys.executable, "-m", "muco", "data", "mine", str(tmp_path / "few.jsonl"), "-m", str(tmp_path / "model")]
-    done = subprocess.run(
+    command = [sys.executable, "-m", "muco", "data", "mine", str(tmp_path / "few.jsonl"), "-m", str(tiny_path)]
+    done = processes.run(
         [*command, "-o", str(tmp_path / "mined.jsonl"), "--negatives", "2", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["mined"] == 2 * 70
-    again = subprocess.run([*command, "-o", str(tmp_path / "mined.jsonl")], capture_output=True, text=True)
+    again = processes.run([*command, "-o", str(tmp_path / "mined.jsonl")], capture_output=True, text=True)
     assert again.returncode == 1 and "exists" in again.stderr
     recipe = muco.training.recipe.from_dict(
         {
             "output": str(tmp_path / "run"),
-            "model": {"path": str(tmp_path / "model")},
+            "model": {"path": str(tiny_path)},
             "data": {"train": [{"path": str(tmp_path / "mined.jsonl")}]},
             "batch": {"size": 4},
             "trainer": {"max_steps": 2, "report_to": []},

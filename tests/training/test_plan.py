@@ -41,18 +41,13 @@ def recipe_of(scenes: Path, output: Path, **changes) -> Recipe:
     return from_dict(values | changes)
 
 
-@pytest.mark.parametrize("size", ["2b", "7b"])
-@pytest.mark.parametrize("stage", ["paper_pretrain", "paper_finetune"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "size"), [("paper_pretrain", "2b"), ("paper_finetune", "7b")])
 def test_the_papers_recipes_can_be_tried_without_weights(scenes, capfd, stage, size):
     recipe = ROOT / "recipes" / f"{stage}_qwen2_vl_{size}.yaml"
     data = f"data.train=[{{path: {scenes / 'train.jsonl'}}}]"
     assert main(["train", str(recipe), "--dry-run", "--devices", "8", "--set", data, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    settings = load_recipe(recipe)
-    assert settings.batch.size == 1024 and settings.loss.temperature == 0.02
-    assert settings.trainer["learning_rate"] == 5e-5 and settings.trainer["bf16"]
-    assert settings.model.adapter == Adapter("lora", 64, 64)
-
     parts, text = found["model"]["parts"], qwen2_vl_config(size.upper()).text_config
     kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     one_layer = 64 * (3 * (text.hidden_size + text.intermediate_size) + 2 * (text.hidden_size + kv))
@@ -66,6 +61,15 @@ def test_the_papers_recipes_can_be_tried_without_weights(scenes, capfd, stage, s
     assert (step["pflop_made"] > step["pflop"] > 0) == step["cached"] and step["pflop_made"] >= step["pflop"]
     assert 2 < found["memory"]["weights"] < found["memory"]["total"] < 80
     assert not found["problems"] and any("sizes as published" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("size", ["2b", "7b"])
+@pytest.mark.parametrize("stage", ["paper_pretrain", "paper_finetune"])
+def test_the_papers_recipes_have_its_settings(stage, size):
+    settings = load_recipe(ROOT / "recipes" / f"{stage}_qwen2_vl_{size}.yaml")
+    assert settings.batch.size == 1024 and settings.loss.temperature == 0.02
+    assert settings.trainer["learning_rate"] == 5e-5 and settings.trainer["bf16"]
+    assert settings.model.adapter == Adapter("lora", 64, 64)
 
 
 def test_a_plan_is_what_the_run_does(scenes, tmp_path):
@@ -116,6 +120,7 @@ def test_rows_that_a_run_leaves_out_do_not_stop_it(scenes, tmp_path):
     data.unlink()
 
 
+@pytest.mark.slow
 def test_without_any_data_shapes_are_assumed_and_said_to_be(scenes, tmp_path, capfd):
     file = tmp_path / "recipe.yaml"
     changes = {"model": {"path": "Qwen/Qwen2-VL-2B-Instruct"}, "data": {"train": [{"path": "nowhere.jsonl"}]}}
@@ -176,10 +181,14 @@ def test_a_row_beyond_the_context_is_a_problem_here_and_an_error_there_and_named
         muco.train(recipe)
 
 
-def test_what_is_trained_is_counted_in_float32_and_computed_in_bfloat16(scenes, tmp_path):
+@pytest.mark.slow
+def test_what_is_trained_is_counted_in_float32_and_computed_in_bfloat16_and_sharding_spreads_it(scenes, tmp_path):
     """All weights of a bfloat16 model: float32 weights, gradients and moments, and the copies of autocast."""
     model = {"path": "Qwen/Qwen2-VL-2B-Instruct", "vision": "frozen", "dtype": "bfloat16"}
-    found = plan(recipe_of(scenes, tmp_path, model=model, trainer={"report_to": []}))
+    found, sharded = (
+        plan(recipe_of(scenes, tmp_path, model=model, batch={"size": 8, "sharding": sharding}), devices=4)
+        for sharding in ("none", "fsdp")
+    )
     trained, frozen = found["model"]["trained"], found["model"]["frozen"]
     assert found["run"]["precision"] == "bfloat16 autocast"
     expected = {"weights": (4 + 2) * trained + 2 * frozen, "gradients": 4 * trained, "optimizer": 8 * trained}
@@ -187,14 +196,7 @@ def test_what_is_trained_is_counted_in_float32_and_computed_in_bfloat16(scenes, 
         assert found["memory"][part] == pytest.approx(size / 2**30, rel=0.01)
     with pytest.raises(muco.RecipeError, match=r"trainer\.bf16: false"):
         plan(recipe_of(scenes, tmp_path, model=model, trainer={"report_to": [], "bf16": False}))
-
-
-def test_sharding_spreads_weights_and_optimizer(scenes, tmp_path):
-    model = {"path": "Qwen/Qwen2-VL-2B-Instruct", "vision": "frozen", "dtype": "bfloat16"}
-    alone, spread = (
-        plan(recipe_of(scenes, tmp_path, model=model, batch={"size": 8, "sharding": sharding}), devices=4)["memory"]
-        for sharding in ("none", "fsdp")
-    )
+    alone, spread = found["memory"], sharded["memory"]
     towers = 2 * 675_759_104 / 2**30  # whole on every device; of the true tower at 2B a little less
     assert spread["optimizer"] == pytest.approx(alone["optimizer"] / 4, abs=0.02)
     assert spread["weights"] == pytest.approx((alone["weights"] - towers) / 4 + towers, rel=0.02)
@@ -247,6 +249,7 @@ def test_a_share_of_the_steps_is_a_number_of_checkpoints_and_a_long_warm_up_is_s
     assert few["run"]["steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_often_the_rows_of_each_source_are_seen(scenes, tmp_path):
     lines = (scenes / "train.jsonl").read_text().splitlines(keepends=True)[:16]
     few = scenes / "few.jsonl"

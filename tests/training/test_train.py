@@ -17,6 +17,7 @@ from pathlib import Path
 import m3t_tree
 import mmeb_train_tree
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -165,7 +166,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finish
     state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
     program = "import sys; from muco.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "train", str(file)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with processes.Popen(command, stderr=processes.DEVNULL, stdout=processes.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while not state.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -265,6 +266,7 @@ def of_half(half: Path, scenes: Path, output: Path, trainer: dict | None = None,
     return recipe_of(scenes, output, model={"path": str(half), **model}, trainer=steps | (trainer or {}))
 
 
+@pytest.mark.slow
 def test_all_weights_of_a_bfloat16_checkpoint_are_trained_as_those_of_a_float32_one(half, scenes, tmp_path):
     """Held in bfloat16, half of them would not move at this learning rate, and the loss would fall less."""
     runs = {
@@ -283,6 +285,7 @@ def test_all_weights_of_a_bfloat16_checkpoint_are_trained_as_those_of_a_float32_
     assert all(torch.equal(auto[name], start[name].float()) for name in start if "visual" in name)
 
 
+@pytest.mark.slow
 def test_a_model_is_saved_in_the_precision_it_came_in_unless_asked_otherwise(half, scenes, tmp_path):
     kinds = {"whole": {}, "adapters": {"adapter": {"rank": 4, "alpha": 4}}, "float16": {"dtype": "float16"}}
     for name, model in kinds.items():
@@ -383,6 +386,7 @@ def test_a_checkpoint_never_holds_weights_that_are_no_numbers(scenes, tmp_path):
 PAPER = Path(__file__).parents[2] / "recipes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_the_papers_recipes_run_unchanged_on_the_published_layouts(tmp_path, monkeypatch, capfd, stage):
     """But for the model, sizes and what a CPU cannot do: the data, the turns and the loss are the recipe's own."""
@@ -446,6 +450,7 @@ def test_a_budget_that_memory_made_smaller_is_kept_by_a_checkpoint(scenes, tmp_p
     assert again.step.token_budget == trainer.budget.tokens
 
 
+@pytest.mark.slow
 def test_parts_of_a_vector_are_trained_as_vectors(scenes, tmp_path):
     """Matryoshka: cut to 8 numbers, vectors of a model that was trained so are better than of one that was not."""
     held_out, scores = open_data(scenes / "train.jsonl"), {}
