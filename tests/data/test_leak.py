@@ -188,9 +188,9 @@ def test_images_that_cannot_be_read_are_counted_and_named(tmp_path):
 
 def test_bad_sources_rows_and_outputs_are_errors(tmp_path, scenes):
     good = scenes / "dev.jsonl"
-    with pytest.raises(DataError, match="no training data: add at least one file or folder"):
+    with pytest.raises(DataError, match="no training data: pass at least one file or folder"):
         find_overlap([], [good])
-    with pytest.raises(DataError, match="no evaluation data: add at least one"):
+    with pytest.raises(DataError, match="no evaluation data: pass at least one"):
         find_overlap([good], [])
     with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
         find_overlap([tmp_path / "nowhere"], [good])
