@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import site_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import SOON, command, data_uri, picture, serving, until, vectors_of
@@ -775,9 +776,7 @@ def test_an_origin_is_compared_as_browsers_write_it(given, origin):
 
 
 def test_images_are_fetched_only_as_allowed(engine):
-    from test_fetch import serving as site_serving
-
-    with site_serving() as site:
+    with site_server.serving() as site:
         site.pages["/red.png"] = (200, {}, picture("red"))
         site.pages["/broken.png"] = (200, {}, b"nonsense")
         site.redirect("/inside", "http://127.0.0.1:1/")
