@@ -151,7 +151,7 @@ def test_encode_says_what_it_takes():
         (["a", ["a.png"]], "input 1 is of type list, of texts"),
         (["a", float("nan")], "input 1 is of type float; for each vector"),
         (3, "input 0 is of type int"),
-        (column.to_frame(), "not a DataFrame; give one column"),
+        (column.to_frame(), "not a DataFrame; pass one column"),
         (np.zeros((8, 8, 3)), "not a ndarray.*pixels as a Pillow image"),
         ({"a", "b"}, "not a set.*in an order"),
     ):
