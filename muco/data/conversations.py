@@ -23,7 +23,7 @@ import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.json_places import ArrayPlaces, Scanner, checked_object, value_at
-from muco.data.lines import JsonObject, image_of, parsed, raw_lines, text_of
+from muco.data.lines import JsonObject, image_of, parsed, text_of
 from muco.data.places import LinePlaces, file_state, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
@@ -57,8 +57,8 @@ class LlavaData(Fingerprinted):
         self.path, self.images = Path(path), _image_folder(path, images)
         if self.path.suffix in (".jsonl", ".ndjson"):
             self._places: LinePlaces | ArrayPlaces = LinePlaces(self.path)
-            for start, _, line in raw_lines(self.path):
-                self._places.add(start, line)
+            for _ in self._places.scan():
+                pass
         elif self.path.suffix == ".json":
             self._places = ArrayPlaces(self.path)
         else:

@@ -21,7 +21,7 @@ from muco.base.files import whole_file, writing
 from muco.base.json_text import type_of
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import parsed, raw_lines, whole_text
+from muco.data.lines import parsed, whole_text
 from muco.data.places import LinePlaces, position
 from muco.dialogue import Content, ImageLike, Sample, Turn, as_content
 from muco.errors import DataError, did_you_mean
@@ -44,8 +44,8 @@ class JsonlData(Fingerprinted):
         self.path = Path(path).absolute()
         self.folder = self.path.parent
         self._places = LinePlaces(self.path, shown=str(path))  # errors name the file as the user did
-        for start, _, line in raw_lines(Path(path)):
-            self._places.add(start, line)
+        for _ in self._places.scan():
+            pass
         if not len(self):
             raise DataError(f"{path}: the file holds no rows")
 
@@ -60,12 +60,12 @@ class JsonlData(Fingerprinted):
             DataError: If the row is not as it must be, or the file changed since it was opened.
         """
         where = self.where(index)
-        line = self._places.read(position(index, len(self), self._places.shown))
+        line = self._places.read(position(index, len(self), self.path))
         return sample_from_row(parsed(line, where), self.folder, where)
 
     def where(self, index: int) -> str:
         """ "file:line" of a row, also of one that cannot be read."""
-        return self._places.where(position(index, len(self), self._places.shown))
+        return self._places.where(position(index, len(self), self.path))
 
     def _read_from(self) -> tuple[list[Path], str]:
         self._places.check()

@@ -17,7 +17,7 @@ import numpy as np
 
 from muco.base.text import read_text
 from muco.data.left_out import LeftOut
-from muco.data.lines import HASHED, JsonObject, as_object, raw_lines
+from muco.data.lines import HASHED, JsonObject, as_object
 from muco.data.places import LinePlaces
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
@@ -61,11 +61,9 @@ class LinePool:
         images: list[tuple[int, str]] = []  # row and path of those whose bytes may count
         digest, times = hashlib.sha256(), hashlib.sha256()
         self._places = LinePlaces(self.path)
-        for start, line, number in raw_lines(self.path, digest):
-            where = f"{self.path}:{number}"
-            value, row = as_object(line, where), len(ids)
+        for row, (line, where) in enumerate(self._places.scan(digest)):
+            value = as_object(line, where)
             ids.append(_id_bytes(identify(value, where), where))
-            self._places.add(start, number)
             try:
                 paths = [str(image) for image in read(value, where).images]
                 for image in paths:

@@ -156,21 +156,23 @@ def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> L
             without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
     """
 
-    def read(row: JsonObject, where: str) -> Content:
-        modality = modality_of(row, "modality", TASKS[task.number][1], where)
-        text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
-        content = Content(format_string(text), (image,) if image else ())
-        return Content(BLANK) if content.empty else content
-
     return LinePool(
         task.files(data)["pool"],
         f"the pool of {task.name}",
         lambda row, where: checked_id(row, "did", where),
-        read,
+        lambda row, where: candidate_of(row, TASKS[task.number][1], data, where),
         form=FORM,
         numbers=_numbers,
         left_out=left_out,
     )
+
+
+def candidate_of(row: JsonObject, modality: str, data: Path, where: str) -> Content:
+    """The content of a line of a pool, which must be of that modality."""
+    modality_of(row, "modality", modality, where)
+    text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
+    content = Content(format_string(text), (image,) if image else ())
+    return Content(BLANK) if content.empty else content
 
 
 def _numbers(ids: np.ndarray) -> np.ndarray:
@@ -211,10 +213,18 @@ def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
 
 
 def positives_of(row: JsonObject, where: str) -> tuple[str, ...]:
-    """The ids of a query's positives; the list holds ids or objects with one."""
-    given = row.get("pos_cand_list")
-    if not isinstance(given, list) or not given:
-        raise DataError(f"{where}: 'pos_cand_list' must be a list of at least one candidate, not {given!r:.60}")
+    """The ids of a query's positives."""
+    return candidate_ids(row, "pos_cand_list", where, at_least_one=True)
+
+
+def candidate_ids(row: JsonObject, key: str, where: str, *, at_least_one: bool = False) -> tuple[str, ...]:
+    """The ids in a list of ids or of objects with one; None counts as an empty list."""
+    given = row.get(key)
+    if given is None and not at_least_one:
+        return ()
+    if not isinstance(given, list) or (at_least_one and not given):
+        wanted = "at least one candidate" if at_least_one else "candidates"
+        raise DataError(f"{where}: {key!r} must be a list of {wanted}, not {given!r:.60}")
     return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
 
 

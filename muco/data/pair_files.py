@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from muco.data.lines import LONGEST_LINE, JsonObject, as_object, raw_lines
+from muco.data.lines import LONGEST_LINE, JsonObject, as_object
 from muco.data.parquet import read_header
 from muco.data.places import LinePlaces
 from muco.data.rows import Rows
@@ -38,10 +38,9 @@ class JsonlTable(_TextTable):
     def __init__(self, path: Path) -> None:
         self._places = LinePlaces(path)
         names: dict[str, None] = {}
-        for start, text, line in raw_lines(path):
-            if len(self._places) < LOOKED_AT:
-                names |= dict.fromkeys(as_object(text, f"{path}:{line}"))
-            self._places.add(start, line)
+        for text, where in self._places.scan():
+            if len(self._places) <= LOOKED_AT:
+                names |= dict.fromkeys(as_object(text, where))
         self.names = list(names)
 
     def row(self, i: int) -> JsonObject:
