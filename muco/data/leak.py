@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -72,8 +73,10 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
         OutputError: If the folder cannot be written.
     Memory: 16 bytes per image file, image and text of the evaluation data; of the training data one block of rows.
     """
-    sources = [ContentRows(source) for source in _several(evaluation)]
-    training = [ContentRows(source) for source in _several(train)]
+    training, sources = (
+        [ContentRows(source) for source in ([given] if isinstance(given, (str, Path)) else given)]
+        for given in (train, evaluation)
+    )
     for side, given in (("training", training), ("evaluation", sources)):
         if not sum(map(len, given)):
             raise DataError(f"no {side} data: pass at least one file or folder that contains some")
@@ -81,18 +84,13 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
         search = _Search(sources, threads)
         pairs = search.pairs(training)
         if output is None:
-            for _ in pairs:
-                pass
+            deque(pairs, maxlen=0)
         else:
             write_jsonl(Path(output) / "overlap.jsonl", pairs)
     report = search.report(training)
     if output is not None:
         write_json(Path(output) / "overlap.json", report)
     return report
-
-
-def _several(given: Any) -> list[Any]:
-    return [given] if isinstance(given, (str, Path)) else list(given)
 
 
 # ── the search ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -102,9 +100,8 @@ class _Index:
     """Hashes of one kind, sorted, and the evaluation sample of each."""
 
     def __init__(self, hashes: array[int], samples: array[int]) -> None:
-        self.hashes, self.samples = np.array(hashes, dtype=np.uint64), np.array(samples, dtype=np.int64)
-        order = np.argsort(self.hashes, kind="stable")
-        self.hashes, self.samples = self.hashes[order], self.samples[order]
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.samples = np.array(hashes)[order], np.array(samples)[order]
 
     def drop_common(self) -> set[int]:
         """Forgets hashes of more than ``COMMON`` samples and returns them."""
@@ -113,11 +110,9 @@ class _Index:
         self.hashes, self.samples = self.hashes[kept], self.samples[kept]
         return set(values[counts > COMMON].tolist())
 
-    def find(self, key: int | None) -> list[int]:
-        if key is None:
-            return []
-        key = np.uint64(key)  # a Python integer would be compared as float64
-        first, last = np.searchsorted(self.hashes, key, "left"), np.searchsorted(self.hashes, key, "right")
+    def find(self, key: int) -> list[int]:
+        wanted = np.uint64(key)  # a Python integer would be compared as float64
+        first, last = (np.searchsorted(self.hashes, wanted, side) for side in ("left", "right"))
         return self.samples[first:last].tolist()
 
 
@@ -139,9 +134,8 @@ class _Search:
             for source in sources:
                 rows = keys_of(source, self._image, self.threads, negatives=side == "training")
                 for i, keys in enumerate(rows):
-                    for image in keys.images:
-                        if image.error is not None:
-                            self.unreadable[side].add(f"{source.where(i)}: {image.error}")
+                    for error in (image.error for image in keys.images if image.error is not None):
+                        self.unreadable[side].add(f"{source.where(i)}: {error}")
                     yield source, i, keys
                     progress(done := done + 1, total)
 
@@ -197,8 +191,8 @@ class _Search:
                 warnings.append(f"{side} data: {failed.total:,} images cannot be read and are not compared: {shown}")
         return {
             **self._counts(0, int(self.starts[-1])),
-            "sources": [_origin(source) | self._counts(int(a), int(b)) for source, a, b in spans],
-            "train": [_origin(source) | {"samples": len(source)} for source in training],
+            "sources": [source.origin | self._counts(int(a), int(b)) for source, a, b in spans],
+            "train": [source.origin | {"samples": len(source)} for source in training],
             "pairs": self.total,
             "listed": self.listed,
             "short_texts": self.short,
@@ -224,10 +218,6 @@ def _by_kind(keys: Keys) -> dict[str, dict[int, str]]:
         "image pixels": {k.pixels: k.name for k in keys.images if k.pixels is not None},
         "text": keys.texts,
     }
-
-
-def _origin(source: ContentRows) -> dict[str, str]:
-    return {"source": source.name, "fingerprint": source.digest.hexdigest()}
 
 
 def print_overlap(result: dict[str, Any], console: Console) -> None:

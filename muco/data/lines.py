@@ -184,11 +184,13 @@ def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str 
     """The path of a row's image within ``folder``, None where it is null or not there.
 
     Raises:
-        DataError: If the path leads out of the folder; links within it may.
+        DataError: If it is a URL, or leads out of the folder; links within it may.
     """
     value = text_of(row, key, where)
     if value is None:
         return None
+    if is_url(value):
+        raise DataError(f"{where}: {key!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
     inside = os.path.normpath(value) if value else ""
     if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
         raise DataError(f"{where}: {key!r} is {value!r:.120}; use the path of an image within {folder}")
@@ -210,11 +212,7 @@ def without_token(text: str, *, has_image: bool) -> str:
 
 
 def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:
-    """The image of a cell: a path within ``folder``, bytes, a mapping of both (bytes go first), or None.
-
-    Raises:
-        DataError: If it is a URL, leaves the folder or is something else.
-    """
+    """The image of a cell: a path as in :func:`image_of`, bytes, a mapping of both (bytes go first), or None."""
     value = row.get(column)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -222,8 +220,6 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
         return value or None
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if isinstance(value, str) and is_url(value):
-        raise DataError(f"{where}: {column!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
     return image_of({column: value}, column, folder, where)
 
 

@@ -22,6 +22,7 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,18 @@ class M3TData:
         return int(self._numbers[i])
 
     def _sample(self, row: dict[str, Any], where: str) -> Sample:
-        queries, targets = (_turns(row[column], column) for column in ("qry", "pos_text"))
-        if len(queries) != len(targets):
-            raise DataError(f"'qry' has {len(queries)} turns and 'pos_text' {len(targets)}; each turn needs both")
+        queries, targets = _turns(row, "qry"), _turns(row, "pos_text")
+        count = len(queries)
+        if len(targets) != count:
+            raise DataError(f"'qry' has {count} turns and 'pos_text' {len(targets)}; each turn needs both")
         if not row[self.image_column]:
             raise DataError(f"{self.image_column!r} is {row[self.image_column]!r}; every row needs its image")
         image = image_of(row, self.image_column, self.images, where)
-        kinds = _kinds(row, len(queries))
+        kinds: Sequence[Any] = KINDS if count == len(KINDS) else (None,) * count
+        if row.get("kind") is not None:
+            kinds = _turns(row, "kind")
+            if len(kinds) != count or not all(kind is None or isinstance(kind, str) for kind in kinds):
+                raise DataError(f"'kind' must have a word for each of the {count} turns, not {kinds!r:.80}")
         turns = [
             Turn(_wordings(query, "qry", n, has_image=True), _wordings(target, "pos_text", n, has_image=False), kind)
             for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True))
@@ -166,21 +172,13 @@ def _find(path: Path) -> Path:
     raise DataError(f"{path}: no {' or '.join(_FILES)}, and not exactly one Parquet file ({what}); pass the file")
 
 
-def _turns(value: Any, column: str) -> list[Any]:
+def _turns(row: dict[str, Any], column: str) -> list[Any]:
+    value = row[column]
     if not isinstance(value, list):
         raise DataError(f"{column!r} must be a list with an element per turn, not {type_of(value)}")
     if not value:
         raise DataError(f"{column!r} is an empty list; a row needs at least one turn")
     return value
-
-
-def _kinds(row: dict[str, Any], turns: int) -> Sequence[str | None]:
-    if row.get("kind") is None:
-        return KINDS if turns == len(KINDS) else (None,) * turns
-    kinds = _turns(row["kind"], "kind")
-    if len(kinds) != turns or not all(kind is None or isinstance(kind, str) for kind in kinds):
-        raise DataError(f"'kind' must have a word for each of the {turns} turns, not {kinds!r:.80}")
-    return kinds
 
 
 def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Content]:
@@ -209,25 +207,21 @@ def _present(rows: Rows, images: Path, column: str, *, rescan: bool) -> np.ndarr
     key = hashlib.sha256(json.dumps([FORM, str(images), column]).encode()).hexdigest()[:16]
     folder = rows.folder / f"images-{key}"
     files = [folder / f"present-{number:05}.npy" for number in range(rows.shards)]
+    wanting = rescan or not all(file.exists() for file in files)
     try:
-        if not rescan and all(file.exists() for file in files):
-            present = _load(files)
-        else:
-            with locked(folder, wait=math.inf):
+        with locked(folder, wait=math.inf) if wanting else nullcontext():
+            if wanting:
                 _look(rows, images, column, files, rescan=rescan)
-                present = _load(files)
+            present = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        if len(present) != len(rows):
+            raise ValueError(f"{len(present)} answers for {len(rows)} rows")
     except OSError as error:
         raise cannot_write(folder, error) from error
     except (ValueError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{folder}: the index of images is damaged ({error}); look again with rescan=True") from error
-    if len(present) != len(rows):
-        what = f"{len(present)} answers for {len(rows)} rows"
-        raise DataError(f"{folder}: the index of images is damaged ({what}); look again with rescan=True")
     return present
-
-
-def _load(files: Sequence[Path]) -> np.ndarray:
-    return np.concatenate([np.load(file, allow_pickle=False) for file in files])
 
 
 def _look(rows: Rows, images: Path, column: str, files: Sequence[Path], *, rescan: bool) -> None:

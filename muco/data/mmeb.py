@@ -19,7 +19,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,14 +93,14 @@ class MMEBTrainData:
         self.images = (root if images is None else Path(images)).absolute()
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold what the paths of images are relative to")
-        self._parts = [_Part.open(config, file, cache) for config, found in files.items() for file in found]
+        self._parts = [_Part(config, file, cache) for config, found in files.items() for file in found]
         if rows_per_config is not None:
             for config in {part.config for part in self._parts}:
                 _cap([part for part in self._parts if part.config == config], rows_per_config)
         self._ends = list(accumulate(len(part.numbers) for part in self._parts))
-        self._fingerprint: str | None = None
         if not len(self):
-            raise DataError(f"{path}: no row has a query and a target ({_counted(self.skipped)})")
+            reasons = ", ".join(f"{count} rows: {reason}" for reason, count in self.skipped.items())
+            raise DataError(f"{path}: no row has a query and a target ({reasons})")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -144,18 +144,16 @@ class MMEBTrainData:
             counts[part.config] += len(part.numbers)
         return dict(counts)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the names of the configurations, the bytes of their files and ``rows_per_config``.
 
         The bytes of the images, more than a million files, are not read; neither where files nor where images lie
         counts. Reads the files once, then is kept on disk.
         """
-        if self._fingerprint is None:
-            parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
-            parts += [] if self.rows_per_config is None else [self.rows_per_config]
-            self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self._fingerprint
+        parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
+        parts += [] if self.rows_per_config is None else [self.rows_per_config]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _place(self, index: int) -> tuple[_Part, int]:
         i = position(index, len(self), self.path)
@@ -185,36 +183,24 @@ def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
 class _Part:
     """One file: which of its rows are used (int32 numbers), and how many are empty, by reason."""
 
-    config: str
-    rows: Rows
-    numbers: np.ndarray
-    skipped: dict[str, int]
-
-    @classmethod
-    def open(cls, config: str, file: Path, cache: str | Path | None) -> _Part:
-        rows = Rows(
-            file, require_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
-        )
-        batches = [batch for shard in range(rows.shards) for batch in rows.batches(shard)]
+    def __init__(self, config: str, file: Path, cache: str | Path | None) -> None:
+        columns = require_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2]))
+        self.config, self.rows = config, Rows(file, columns, cache=cache)
+        self.has_captions = {QUERY[2], TARGET[2]} <= set(columns)
+        batches = [batch for shard in range(self.rows.shards) for batch in self.rows.batches(shard)]
         no_query, no_target = (
             np.concatenate([_is_empty(batch, *names[:2], file) for batch in batches]) for names in (QUERY, TARGET)
         )
-        rows.forget()
-        skipped = {
+        self.rows.forget()
+        self.numbers = np.flatnonzero(~(no_query | no_target)).astype(np.int32)
+        self.skipped = {
             "query and target are empty": int((no_query & no_target).sum()),
             "the query is empty": int((no_query & ~no_target).sum()),
             "the target is empty": int((no_target & ~no_query).sum()),
         }
-        used = np.flatnonzero(~(no_query | no_target)).astype(np.int32)
-        return cls(config, rows, used, {reason: count for reason, count in skipped.items() if count})
-
-    @property
-    def has_captions(self) -> bool:
-        return {QUERY[2], TARGET[2]} <= set(self.rows.columns)
 
 
 def _cap(parts: Sequence[_Part], limit: int) -> None:
@@ -246,10 +232,6 @@ def _is_empty(batch: pa.RecordBatch, text: str, image: str, file: Path) -> np.nd
             raise DataError(f"{file}: a text in the column {name!r} is not UTF-8; repair the file") from error
         empty.append(pc.equal(column, ""))
     return pc.and_(*empty).to_numpy(zero_copy_only=False)
-
-
-def _counted(skipped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
 
 
 # ── negatives ────────────────────────────────────────────────────────────────────────────────────────────────────────
