@@ -80,22 +80,18 @@ def _open(path: Path) -> int:
     try:
         if not take_lock(file, path):
             raise OutputError(f"{path}: another process is writing to it; wait for it, or name another output")
-        _cut_unfinished(file)
+        end = size = os.fstat(file).st_size
+        while end:  # back to the last whole line
+            start = max(0, end - (1 << 16))
+            os.lseek(file, start, os.SEEK_SET)
+            newline = os.read(file, end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(file, end)
     except BaseException:
         os.close(file)
         raise
     return file
-
-
-def _cut_unfinished(file: int) -> None:
-    end = size = os.fstat(file).st_size
-    while end:
-        start = max(0, end - (1 << 16))
-        os.lseek(file, start, os.SEEK_SET)
-        newline = os.read(file, end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(file, end)

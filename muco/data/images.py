@@ -48,11 +48,9 @@ def sample_images(sample: Sample) -> Iterator[ImageLike]:
 
 
 def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
-    """(is the file missing?, message), or None for an image that can be used.
+    """(is the file missing?, message), or None for an image that can be used; ``where`` names the row in the message.
 
-    Args:
-        where: Names the row in the message.
-        opened: Whether to open it; without, only whether there is a file is looked at.
+    Without ``opened``, only whether there is a file is looked at.
     """
     if isinstance(image, (str, Path)) and not os.path.exists(image):
         return True, f"{where}: {image}: no such image file"

@@ -94,7 +94,6 @@ class Items:
     Args:
         root: What relative image paths are relative to.
         fingerprint: Changes whenever the rows may have.
-        total: Number of rows.
         columns: Those that are embedded; None of a folder.
         records: Yields the rows from a number on, with these further columns (of JSONL, with all).
         passed_over: Other files of a folder, by kind, see :func:`image_files`.
@@ -108,11 +107,7 @@ class Items:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def rows(self, start: int = 0, further: Sequence[str] = ()) -> Iterator[Row]:
-        """Row ``start`` and those after it; what is wrong with one is its ``error``.
-
-        Args:
-            further: Names of columns whose values come along.
-        """
+        """Row ``start`` and those after it, with further columns; what is wrong with one is its ``error``."""
         for record in self.records(start, further):
             yield read_row(record, self.columns or COLUMNS, self.root, further)
 

@@ -137,25 +137,17 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 def _turn(value: Any, folder: Path) -> Turn:
     value = _object(value, _TURN_KEYS, "a turn")
+    sides = {}
     for side in ("query", "target"):
-        if value.get(side) is None:
+        given = value.get(side)
+        if given is None:
             raise DataError(f"the turn has no {side!r}; every turn needs a query and a target")
+        sides[side] = [_content(item, folder, side) for item in (given if isinstance(given, list) else [given])]
     negatives = value.get("negatives")
     if not isinstance(negatives, list | None):
         raise DataError(f"'negatives' must be a list, not {type_of(negatives)}")
-    return Turn(
-        query=_side(value["query"], folder, "query"),
-        target=_side(value["target"], folder, "target"),
-        kind=_optional_string(value, "kind"),
-        negatives=[_content(item, folder, "negatives") for item in negatives or ()],
-    )
-
-
-def _side(value: Any, folder: Path, key: str) -> Content | list[Content]:
-    """A query or a target, or its paraphrases."""
-    if isinstance(value, list):
-        return [_content(item, folder, key) for item in value]
-    return _content(value, folder, key)
+    negatives = [_content(item, folder, "negatives") for item in negatives or ()]
+    return Turn(**sides, kind=_optional_string(value, "kind"), negatives=negatives)
 
 
 def _content(value: Any, folder: Path, key: str) -> Content:
@@ -178,18 +170,23 @@ def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
     for key in ("image", "images"):
         given = value.get(key)
         for item in given if isinstance(given, list) else [] if given is None else [given]:
-            paths.append(_image_path(item, folder, key))
+            if not isinstance(item, str):
+                raise DataError(f"{key!r} must be the path of an image, not {type_of(item)}")
+            if not item or "\0" in item:
+                raise DataError(f"{key!r} is not a path: {item!r}; leave the key out if there is no image")
+            if is_url(item):
+                raise DataError(
+                    f"{key!r} is a URL ({item[:60]}); URLs are not fetched; download the image and use its path"
+                )
+            paths.append(folder.absolute() / whole_text(item, key))
     return tuple(paths)
 
 
-def _image_path(value: Any, folder: Path, key: str) -> Path:
-    if not isinstance(value, str):
-        raise DataError(f"{key!r} must be the path of an image, not {type_of(value)}")
-    if not value or "\0" in value:
-        raise DataError(f"{key!r} is not a path: {value!r}; leave the key out if there is no image")
-    if is_url(value):
-        raise DataError(f"{key!r} is a URL ({value[:60]}); URLs are not fetched; download the image and use its path")
-    return folder.absolute() / whole_text(value, key)
+def _optional_string(value: dict[str, Any], key: str) -> str | None:
+    text = value.get(key)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{key!r} must be a string, not {type_of(text)}")
+    return None if text is None else whole_text(text, key)
 
 
 def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
@@ -199,15 +196,6 @@ def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
         if key not in keys:
             raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, keys)}")
     return value
-
-
-def _optional_string(value: dict[str, Any], key: str) -> str | None:
-    text = value.get(key)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise DataError(f"{key!r} must be a string, not {type_of(text)}")
-    return whole_text(text, key)
 
 
 # ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────

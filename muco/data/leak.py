@@ -1,7 +1,5 @@
 """Does the training data hold what the evaluation asks for? Overlap by image and by text, as hashes in one stream.
 
-    evaluation ─keys─▶ sorted hashes ◀─look up─ keys ◀─ training, row by row
-
 =============== =============================== =====================================================================
 key             equal when                      not found
 =============== =============================== =====================================================================
@@ -10,11 +8,10 @@ image pixels    size and decoded RGB pixels are resized, cropped or re-compresse
 text            the normalised texts are        paraphrases, and parts of longer texts
 =============== =============================== =====================================================================
 
-A text is normalised by NFKC and case folding; runs of blanks and punctuation become one blank. Two sorts of text tell
-nothing by themselves and do not count: short ones ("Yes" is everywhere), and those that many evaluation samples share
-(instructions, class names); the report says how many of the latter training has. Longer questions made by a template
-may still repeat by chance: look at the pairs. Hard negatives count in training, where the model has seen them, and not
-in evaluation.
+A text is normalised by NFKC and case folding; runs of blanks and punctuation become one blank. Short texts ("Yes" is
+everywhere) and those that many evaluation samples share (instructions, class names) do not count; the report says how
+many of the latter training has. Longer questions made by a template may still repeat by chance: look at the pairs. Hard
+negatives count in training, where the model has seen them, and not in evaluation.
 """
 
 from __future__ import annotations

@@ -226,10 +226,8 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
 def literal_list(text: str, name: str) -> list[Any]:
     """A list that a text spells as Python or JSON does; nothing is run.
 
-    Args:
-        name: What errors call the text.
     Raises:
-        DataError: If it is longer than ``LONGEST_LITERAL`` or not one such list.
+        DataError: If it is longer than ``LONGEST_LITERAL`` or not one such list; it begins with ``name``.
     """
     text = text.strip()
     if len(text) > LONGEST_LITERAL:

@@ -50,8 +50,7 @@ class M3TData:
     """The rows of M3T whose picture is there, as samples with all turns of a row.
 
     The first opening copies the columns (see :class:`muco.data.rows.Rows`) and looks for every picture once per
-    shard; an interrupted opening resumes. Later openings use what was found then; ``rescan=True`` looks again for
-    pictures that were added or removed.
+    shard; an interrupted opening resumes. Later openings use what was found then.
 
     The placeholder ``<|image_1|>`` is taken out of texts, for models put the picture in front by themselves. Rows of
     exactly seven turns get the kinds of M3T by position, others none, but where a column ``kind`` says them.
@@ -61,7 +60,7 @@ class M3TData:
         images: The folder that the paths of pictures are relative to.
         image_column: The column of these paths.
         cache: The folder for what is kept, where it is not beside the file.
-        rescan: Look for all pictures again.
+        rescan: Look for all pictures again, as some were added or removed.
     Raises:
         DataError: If a file or folder is missing or cannot be read or written, a column is missing, or no row has its
             picture. Rows are checked on access.

@@ -16,7 +16,6 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -86,7 +85,10 @@ class MBEIRTrainData:
         self.data = self.path = Path(data)
         self.max_negatives = negatives
         named = [sets] if isinstance(sets, str) else DATA_SETS if sets is None else sets
-        self.sets = tuple(dict.fromkeys(_known_set(name) for name in named))
+        known = {name.lower(): name for name in DATA_SETS}
+        if unknown := [name for name in named if name.lower() not in known]:
+            raise DataError(f"unknown data set {unknown[0]!r} of M-BEIR{did_you_mean(unknown[0], DATA_SETS)}")
+        self.sets = tuple(dict.fromkeys(known[name.lower()] for name in named))
         self.files = _query_files(self.data, self.sets, queries, named=sets is not None)
         self.prompts = read_instructions(instructions_file(self.data))
         self.pool = TrainPool(self.data, _pool_files(self.data, self.sets))
@@ -104,8 +106,8 @@ class MBEIRTrainData:
         modality = modality_of(row, "query_modality", row.get("query_modality"), where)
         text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
         qid, positives = checked_id(row, "qid", where), positives_of(row, where)
-        targets = self._targets(qid, positives)
-        key = (data_set_of(qid), modality, targets[0].modality)
+        targets, target_modality = self._targets(qid, positives)
+        key = (data_set_of(qid), modality, target_modality)
         if key not in self.prompts:
             raise DataError(
                 f"{where}: no prompt for {DATA_SETS[key[0]]} (data set {key[0]}), {modality} to {key[2]}, in "
@@ -114,7 +116,7 @@ class MBEIRTrainData:
         images = (image,) if image else ()
         turn = Turn(
             query=[Content(with_prompt(prompt, text or ""), images) for prompt in self.prompts[key]],
-            target=[target.content for target in targets],
+            target=targets,
             kind=DATA_SETS[key[0]],
             negatives=self._negatives(row, positives, where),
         )
@@ -142,7 +144,11 @@ class MBEIRTrainData:
         own, owner, others, negatives = array("q"), array("q"), array("q"), array("q")
         for number, (line, where) in enumerate(self._places.scan()):
             row = as_object(line, where)
-            data_set = _data_set(checked_id(row, "qid", where), where)
+            qid = checked_id(row, "qid", where)
+            data_set = data_set_of(qid)
+            if data_set >= len(DATA_SETS):
+                last = len(DATA_SETS) - 1
+                raise DataError(f"{where}: the query {qid!r} is of data set {data_set}; M-BEIR has 0 to {last}")
             if data_set not in wanted:
                 continue
             queries += 1
@@ -167,23 +173,18 @@ class MBEIRTrainData:
             said = "%s: %d of %d queries are left out, no pool holds a positive of theirs"
             log.warning(said, self.data, self.left_out, queries)
 
-    def _targets(self, qid: str, positives: Sequence[str]) -> list[Candidate]:
+    def _targets(self, qid: str, positives: Sequence[str]) -> tuple[list[Content], str]:
         """The positives of the query's own data set, of the modality of the first; never none, for it was indexed."""
         own = [number_of(id) for id in positives if data_set_of(id) == data_set_of(qid)]
         rows = [row for row in self.pool.find(own) if row >= 0]
         candidates = [self.pool[row] for row in dict.fromkeys(rows[:MAX_TARGETS])]
-        return [candidate for candidate in candidates if candidate.modality == candidates[0].modality]
+        modality = candidates[0][1]
+        return [content for content, its_own in candidates if its_own == modality], modality
 
     def _negatives(self, row: JsonObject, positives: Sequence[str], where: str) -> list[Content]:
         given = dict.fromkeys(id for id in candidate_ids(row, "neg_cand_list", where) if id not in set(positives))
         rows = [row for row in self.pool.find([*map(number_of, given)]) if row >= 0]
-        return [self.pool[row].content for row in rows[: self.max_negatives]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    content: Content
-    modality: str
+        return [self.pool[row][0] for row in rows[: self.max_negatives]]
 
 
 class TrainPool:
@@ -213,12 +214,12 @@ class TrainPool:
                 f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique among all candidates"
             )
 
-    def __getitem__(self, row: int) -> Candidate:
+    def __getitem__(self, row: int) -> tuple[Content, str]:
         """A candidate's content and modality; a DataError if its line is not as it must be, or its file changed."""
         where = self._places.where(row)
         line = as_object(self._places.read(row), where)
         modality = line.get("modality")
-        return Candidate(candidate_of(line, modality, self.data, where), modality)
+        return candidate_of(line, modality, self.data, where), modality
 
     def find(self, numbers: Sequence[int]) -> np.ndarray:
         """Rows of ids' numbers, int64 [n]; -1 for one that no file holds."""
@@ -228,13 +229,6 @@ class TrainPool:
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _known_set(name: str) -> str:
-    by_lower = {known.lower(): known for known in DATA_SETS}
-    if name.lower() not in by_lower:
-        raise DataError(f"unknown data set {name!r} of M-BEIR{did_you_mean(name, DATA_SETS)}")
-    return by_lower[name.lower()]
 
 
 def _query_files(data: Path, sets: Sequence[str], queries: str, *, named: bool) -> tuple[Path, ...]:
@@ -268,10 +262,3 @@ def _pool_files(data: Path, sets: Sequence[str]) -> tuple[Path, ...]:
     if not files:
         raise DataError(f"{union}: no such file, and {local} holds no pool of {', '.join(sets)}; download one of them")
     return files
-
-
-def _data_set(qid: str, where: str) -> int:
-    number = data_set_of(qid)
-    if number >= len(DATA_SETS):
-        raise DataError(f"{where}: the query {qid!r} is of data set {number}; M-BEIR has 0 to {len(DATA_SETS) - 1}")
-    return number

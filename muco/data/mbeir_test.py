@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from muco.base.text import read_text
 from muco.data.judged import LinePool, Query
 from muco.data.left_out import LeftOut
-from muco.data.lines import JsonObject, id_of, image_of, objects, raw_lines, text_of
+from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError
 
@@ -147,10 +148,8 @@ def data_set_of(id: str) -> int:
 
 
 def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> LinePool:
-    """The local pool of a task, every line checked.
+    """The local pool of a task, every line checked; ``left_out`` as of :class:`LinePool`.
 
-    Args:
-        left_out: See :class:`LinePool`.
     Raises:
         DataError: If the file cannot be read, a line is malformed, of another modality than the task's candidates or
             without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
@@ -183,10 +182,8 @@ def _numbers(ids: np.ndarray) -> np.ndarray:
 
 
 def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
-    """The queries of a task in the order of their numbers, whatever that of the lines.
+    """The queries of a task in the order of their numbers; ``left_out`` gets lines whose text or image cannot be used.
 
-    Args:
-        left_out: Whether a line may lack what its modality names, or have a text or image path that cannot be used.
     Raises:
         DataError: If the file cannot be read, an id occurs twice, or a line is malformed, belongs to another task,
             or has no positive.
@@ -273,9 +270,9 @@ def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
             number, or a key that was there before.
     """
     prompts: dict[Key, tuple[str, ...]] = {}
-    for number, line in _text_lines(path):
-        where, cells = f"{path}:{number}", [cell.strip() for cell in line.split("\t")]
-        if number == 1:
+    for where, line in _text_lines(path):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if where == f"{path}:1":
             if len(cells) > 3 and cells[3].isdigit():
                 raise DataError(f"{where}: the first line must be a header, with the names of the columns")
             continue
@@ -293,6 +290,13 @@ def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
             raise DataError(f"{where}: a second line for data set {key[0]}, {key[1]} to {key[2]}; keep one")
         prompts[key] = given
     return prompts
+
+
+def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """ "file:line" and text of every line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
 
 
 def choose(count: int, query: str, seed: int) -> int:
@@ -316,8 +320,8 @@ def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
             or another grade than an earlier line has.
     """
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in _text_lines(path):
-        where, cells = f"{path}:{number}", line.split()
+    for where, line in _text_lines(path):
+        cells = line.split()
         if len(cells) != 5:
             raise DataError(f"{where}: {len(cells)} columns; a line has query, 0, candidate, grade and task")
         query, _, candidate, grade, of_task = cells
@@ -333,27 +337,14 @@ def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _text_lines(path: Path) -> list[tuple[int, str]]:
-    """Numbers and texts of the lines that are not blank."""
-    lines = []
-    for _, line, number in raw_lines(path):
-        try:
-            lines.append((number, line.decode("utf-8-sig").rstrip("\r\n")))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
-    return lines
-
-
 def as_queries(
     lines: Sequence[Line],
     judgements: Mapping[str, Mapping[str, int]],
     prompts: Sequence[str],
     seed: int | None,
 ) -> tuple[list[Query], list[int]]:
-    """Queries with their prompt in front, and how often each prompt was taken.
+    """Queries with their prompt in front, and how often each prompt was taken; without a ``seed``, always the first.
 
-    Args:
-        seed: Of the choice of prompts; None: always the first.
     Raises:
         DataError: If nothing is judged relevant for a query; names its line.
     """

@@ -50,10 +50,9 @@ class MMEBTrainData:
     """The pairs of MMEB-train as samples of one turn, whose kind is the name of the configuration.
 
     The image of a query is the sample's image, that of a target is the target's. The placeholder ``<|image_1|>`` is
-    taken out of texts wherever it stands, with or without an image; where it is missing although there is an image,
-    nothing has to be done, for models put images in front by themselves. Rows of which the query or the target has
-    neither text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in
-    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
+    taken out of texts, for models put images in front by themselves. Rows of which the query or the target has neither
+    text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in lists an
+    element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
 
     Args:
         path: The folder of the configurations, or one of their files.
@@ -62,8 +61,7 @@ class MMEBTrainData:
             whatever its split is.
         images: The folder that paths of images are relative to, where it is not the folder of the configurations.
         cache: The folder for what is kept, where it is not beside the files.
-        rows_per_config: The most rows to take of each configuration, drawn at random, always the same ones; None for
-            all.
+        rows_per_config: The most rows to take of each configuration, always the same ones, drawn at random; None for all.
     Raises:
         DataError: If a configuration is unknown or not there, a column is missing, or a file cannot be read. Whether
             a row has both sides is found out on opening, all else about it on access.

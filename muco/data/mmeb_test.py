@@ -51,12 +51,9 @@ _TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MMEBSet:
-    """The files of a data set.
+    """The files of a data set, in the order of their names; row numbers count through all of them.
 
-    Args:
-        files: In the order of their names; row numbers count through all of them.
-        root: What names of files in errors are relative to.
-        images: The folder of its images.
+    ``root`` is what names of files in errors are relative to, ``images`` the folder of its images.
     """
 
     data_set: DataSet
@@ -69,13 +66,10 @@ class MMEBSet:
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a data set.
+    """One row of a data set, by its number from 0 through all files.
 
-    Args:
-        number: From 0 through all files.
-        where: For errors.
-        candidates: What is right comes first. In place of a content that cannot be used its error.
-        names: By which the official code tells candidates apart, see :func:`official_name`.
+    What is right comes first among the candidates. In place of a content that cannot be used is its error. By ``names``
+    the official code tells candidates apart, see :func:`official_name`.
     """
 
     number: int
@@ -86,12 +80,10 @@ class Question:
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:
-    """Looks for data sets below a folder.
+    """Looks for data sets below a folder; a DataError if there is no such folder.
 
     Returns:
         The files of each that is there, in the order of the benchmark, and for each that is not what was expected.
-    Raises:
-        DataError: If there is no such folder.
     """
     data = Path(data)
     if not data.is_dir():

@@ -85,10 +85,8 @@ Table = JsonlTable | CsvTable | ParquetTable
 
 
 def open_table(path: Path, cache: str | Path | None) -> Table:
-    """The table of a file, by the ending of its name.
+    """The table of a file, by the ending of its name; ``cache`` as of :class:`Rows`.
 
-    Args:
-        cache: The folder for the copied columns of a Parquet file, where it is not one beside the file.
     Raises:
         DataError: If the ending is another one, the file cannot be read, or a column is there twice.
     """

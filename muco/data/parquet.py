@@ -20,11 +20,7 @@ BUFFER = 2**20  # bytes per column
 
 
 def read_header(file: Path) -> tuple[list[str], int]:
-    """Names of the columns and the number of rows of a Parquet file.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
+    """Names of the columns and the number of rows of a Parquet file; a DataError if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

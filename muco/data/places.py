@@ -23,11 +23,7 @@ def position(index: int, length: int, path: Path | str) -> int:
 
 
 def file_state(file: Path | int) -> tuple[int, int]:
-    """Size in bytes and modification time in nanoseconds of a file, or of one that is open.
-
-    Raises:
-        DataError: If there is no such file.
-    """
+    """Size in bytes and modification time in nanoseconds of a file, or of one that is open; else a DataError."""
     try:
         status = os.stat(file)
     except OSError as error:
@@ -36,11 +32,9 @@ def file_state(file: Path | int) -> tuple[int, int]:
 
 
 def check_unchanged(path: Path | str, state: tuple[int, int], file: Path | int | None = None) -> None:
-    """Raises a DataError unless a file is as it was when its rows were found; they may lie elsewhere in it now.
+    """Raises a DataError that names ``path`` unless a file is as it was when its rows were found.
 
-    Args:
-        path: Names it in the error.
-        file: What is looked at, where that is not ``path``.
+    ``file`` is what is looked at, where that is not ``path``.
     """
     if file_state(Path(path) if file is None else file) != state:
         raise DataError(f"{path}: the file changed since it was opened; start again")

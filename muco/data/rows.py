@@ -114,11 +114,7 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the bytes of the file; read once, then kept beside the shards.
-
-        Raises:
-            DataError: If the file is gone or has changed since it was opened.
-        """
+        """SHA-256 (hex) of the bytes of the file, kept beside the shards; a DataError if it is gone or has changed."""
         kept = self.folder / "sha256"
         if kept.exists():
             return kept.read_text(encoding="ascii")

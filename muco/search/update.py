@@ -114,13 +114,12 @@ def add_rows(table: Table, rows: Any, model: Model, *, batch_size: int = 32) -> 
     """See :meth:`muco.search.Index.add`; ``model`` made the table."""
     given = [as_given(number, row) for number, row in enumerate(records(rows))]
     extra: dict[str, pa.DataType] = {}
-    for row in given:
-        check_names(row.extra, "rows", RESERVED)
-        add_kinds(extra, row.extra)
+    for _, own in given:
+        check_names(own, "rows", RESERVED)
+        add_kinds(extra, own)
     fit_columns(table, extra, frozenset(), "rows")
-    encode = partial(encoded, model, table.dimension, batch_size)
-    kinds = table.extra_columns
-    entries = (entry_of(row.row, row.extra, kinds) for row in given)
+    encode, kinds = partial(encoded, model, table.dimension, batch_size), table.extra_columns
+    entries = (entry_of(row, own, kinds) for row, own in given)
     with closing(Notes()) as notes:
         found = _update(table, entries, len(given), encode, notes, chunks=1, progress=False)
         return found | {"errors": [*notes.failed()]}
@@ -263,22 +262,16 @@ def _table(table: Table, entries: list[Entry]) -> pa.Table:
     vectors = np.stack([entry.row.vector for entry in entries]).astype(np.float32)
     apart = (WIDER, FORMER, *table.storage.columns)
     schema = pa.schema([field for field in table.table.schema if field.name not in apart])
-    rows = pa.Table.from_pylist([_values(entry) for entry in entries], schema)
-    for name, values in zip(table.storage.columns, table.storage.arrays(vectors), strict=True):
-        rows = rows.append_column(name, values)
+    values = [
+        entry.extra
+        | {"id": entry.row.id, "text": entry.row.text, "image": entry.row.image_path, "thumbnail": entry.thumbnail}
+        | {"content_hash": entry.content_hash, "row_hash": entry.row_hash}
+        for entry in entries
+    ]
+    rows = pa.Table.from_pylist(values, schema)
+    for name, column in zip(table.storage.columns, table.storage.arrays(vectors), strict=True):
+        rows = rows.append_column(name, column)
     return rows
-
-
-def _values(entry: Entry) -> dict[str, Any]:
-    row = entry.row
-    return entry.extra | {
-        "id": row.id,
-        "text": row.text,
-        "image": row.image_path,
-        "thumbnail": entry.thumbnail,
-        "content_hash": entry.content_hash,
-        "row_hash": entry.row_hash,
-    }
 
 
 def _delete_missing(table: Table, notes: Notes) -> int:
