@@ -45,8 +45,8 @@ class TextLengths:
 class Repeats:
     """Identical targets of one kind.
 
-    ``share`` is the share of turns whose target occurs in another sample too (each wording of a target counts): such turns
-    are wrong negatives of one another unless the loss masks them.
+    ``share`` is the share of turns whose target occurs in another sample too (each wording counts): such turns are
+    wrong negatives of one another unless the loss masks them.
     """
 
     turns: int

@@ -61,7 +61,7 @@ class MMEBTrainData:
             whatever its split is.
         images: The folder that paths of images are relative to, where it is not the folder of the configurations.
         cache: The folder for what is kept, where it is not beside the files.
-        rows_per_config: The most rows to take of each configuration, always the same ones, drawn at random; None for all.
+        rows_per_config: The most rows of each configuration, drawn at random, always the same ones; None for all.
     Raises:
         DataError: If a configuration is unknown or not there, a column is missing, or a file cannot be read. Whether
             a row has both sides is found out on opening, all else about it on access.
