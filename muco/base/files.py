@@ -160,11 +160,7 @@ def _probed(path: Path) -> str | None:
 
 @contextmanager
 def claimed(path: str | Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[None]:
-    """:func:`locked` for the output of a command.
-
-    Raises:
-        OutputError: Also if the lock cannot be made.
-    """
+    """:func:`locked` for the output of a command; an OutputError also if the lock cannot be made."""
     path = Path(path)
     if not beside and path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, and a folder is needed; choose another output folder")

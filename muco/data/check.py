@@ -163,8 +163,7 @@ def _lengths(by_side: dict[str, Counter[int]]) -> dict[str, TextLengths]:
 class _Targets:
     """How often each target occurs, by kind: in turns, and in distinct samples.
 
-    Args:
-        read_images: Whether copies of an image file are known for the same image; without reading, names tell.
+    With ``read_images`` copies of an image file are known for the same image; else names tell.
     """
 
     def __init__(self, *, read_images: bool) -> None:
@@ -187,11 +186,11 @@ class _Targets:
 
     def _name(self, content: Content) -> str:
         """Text, and the images as "[image path]": equal for equal targets, and readable in the report."""
-        return " ".join([*(f"[image {self._image(image)}]" for image in content.images), content.text]).strip()
-
-    def _image(self, image: ImageLike) -> str:
-        name = _file_name(image)
-        return self._shown.setdefault(_digest(image), name) if self._read_images else name
+        names = [_file_name(image) for image in content.images]
+        if self._read_images:
+            pairs = zip(content.images, names, strict=True)
+            names = [self._shown.setdefault(_digest(image), name) for image, name in pairs]
+        return " ".join([*(f"[image {name}]" for name in names), content.text]).strip()
 
     def kinds(self) -> dict[str, Repeats]:
         """By number of turns, largest first."""

@@ -21,7 +21,7 @@ from muco.base.files import whole_file, writing
 from muco.base.json_text import type_of
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import parsed, whole_text
+from muco.data.lines import errors_at, parsed, whole_text
 from muco.data.places import LinePlaces, position
 from muco.dialogue import Content, ImageLike, Sample, Turn, as_content
 from muco.errors import DataError, did_you_mean
@@ -82,7 +82,7 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
     Raises:
         DataError: If a key is unknown, a type is wrong, or a turn lacks its query or target.
     """
-    try:
+    with errors_at(where):
         row = _object(row, _SAMPLE_KEYS, "a row")
         images = _images(row, folder)
         sample_id = _optional_string(row, "id")
@@ -90,14 +90,10 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
         if not isinstance(turns, list) or not turns:
             given = "an empty list" if turns == [] else type_of(turns)
             raise DataError(f"'turns' must be a list of at least one turn, not {given}")
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     read = []
     for number, turn in enumerate(turns, start=1):
-        try:
+        with errors_at(f"{where} turn {number}"):
             read.append(_turn(turn, folder))
-        except DataError as error:
-            raise DataError(f"{where} turn {number}: {error}") from error
     return Sample(image=images, turns=read, id=sample_id, where=where)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -126,19 +126,19 @@ class _Search:
         self._read_evaluation()
 
     def _keys(self, sources: list[ContentRows], side: str) -> Iterator[tuple[ContentRows, int, Keys]]:
+        def look(image: ImageLike) -> ImageKeys:
+            # Samples share images, so those of paths are remembered for a while; Pillow images cannot be looked up.
+            return self.remembered(image) if isinstance(image, (str, Path)) else image_keys(image)
+
         total, done = sum(map(len, sources)), 0
         with progress_bar(f"{side} data") as progress:
             for source in sources:
-                rows = keys_of(source, self._image, self.threads, negatives=side == "training")
+                rows = keys_of(source, look, self.threads, negatives=side == "training")
                 for i, keys in enumerate(rows):
                     for error in (image.error for image in keys.images if image.error is not None):
                         self.unreadable[side].add(f"{source.where(i)}: {error}")
                     yield source, i, keys
                     progress(done := done + 1, total)
-
-    def _image(self, image: ImageLike) -> ImageKeys:
-        # Samples share images, so those of paths are remembered for a while; Pillow images cannot be looked up.
-        return self.remembered(image) if isinstance(image, (str, Path)) else image_keys(image)
 
     def _read_evaluation(self) -> None:
         hashes, samples = {kind: array("Q") for kind in KINDS}, {kind: array("Q") for kind in KINDS}
@@ -155,28 +155,26 @@ class _Search:
         """One line per training row and evaluation sample that share something, in the order of the training data."""
         for source, i, keys in self._keys(training, "training"):
             self.common_in_training |= self.common & keys.texts.keys()
-            found: dict[int, dict[str, str]] = {}  # sample -> kind -> what is shared
+            found: defaultdict[int, dict[str, str]] = defaultdict(dict)  # sample -> kind -> what is shared
             for kind, shared in _by_kind(keys).items():
                 for key, what in shared.items():
                     for sample in self.index[kind].find(key):
-                        found.setdefault(sample, {}).setdefault(kind, what)
+                        found[sample].setdefault(kind, what)
             for sample, by in sorted(found.items()):
-                yield self._pair(source.where(i), sample, by)
-
-    def _pair(self, where: str, sample: int, by: dict[str, str]) -> dict[str, Any]:
-        owner = int(np.searchsorted(self.starts, sample, "right")) - 1
-        pair = {"train": where, "evaluation": self.sources[owner].where(sample - int(self.starts[owner]))}
-        pair["by"] = [kind for kind in KINDS if kind in by]
-        if image := by.get("image file") or by.get("image pixels"):
-            pair["image"] = image
-            self.affected["image"][sample] = True
-        if "text" in by:
-            pair["text"] = clean(by["text"][:200])
-            self.affected["text"][sample] = True
-        self.total += 1
-        if len(self.listed) < LISTED:
-            self.listed.append(pair)
-        return pair
+                owner = int(np.searchsorted(self.starts, sample, "right")) - 1
+                where = self.sources[owner].where(sample - int(self.starts[owner]))
+                pair: dict[str, Any] = {"train": source.where(i), "evaluation": where}
+                pair["by"] = [kind for kind in KINDS if kind in by]
+                if image := by.get("image file") or by.get("image pixels"):
+                    pair["image"] = image
+                    self.affected["image"][sample] = True
+                if "text" in by:
+                    pair["text"] = clean(by["text"][:200])
+                    self.affected["text"][sample] = True
+                self.total += 1
+                if len(self.listed) < LISTED:
+                    self.listed.append(pair)
+                yield pair
 
     def report(self, training: list[ContentRows]) -> dict[str, Any]:
         spans = zip(self.sources, self.starts[:-1], self.starts[1:], strict=True)

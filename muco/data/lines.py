@@ -9,6 +9,7 @@ import os
 import re
 import tokenize
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
+@contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Begins every DataError of the block with the place, unless it does so already."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
+
+
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
     """A string of a row, None where it is null or not there.
 
@@ -166,10 +177,8 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} must be a string or null, not {value!r:.60}")
-    try:
+    with errors_at(where):
         return whole_text(value, key)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 def id_of(row: Mapping[str, Any], key: str, where: str) -> str:

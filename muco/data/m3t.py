@@ -23,6 +23,7 @@ import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import numpy as np
 from muco.base.files import locked, whole_file
 from muco.base.json_text import type_of
 from muco.base.terminal import progress_bar
-from muco.data.lines import image_of, without_token
+from muco.data.lines import errors_at, image_of, without_token
 from muco.data.parquet import require_columns
 from muco.data.places import position
 from muco.data.rows import Rows, cannot_write
@@ -85,7 +86,6 @@ class M3TData:
         self._present = np.packbits(_present(self._rows, self.images, image_column, rescan=rescan))
         self.missing = len(self._rows) - int(np.bitwise_count(self._present).sum())
         self._numbers: np.ndarray | None = None  # int32 [n], rows of the file
-        self._fingerprint: str | None = None
         if not len(self):
             raise DataError(
                 f"{self.path}: none of the images of {self.missing:,} rows is in {self.images} (the first is "
@@ -104,29 +104,41 @@ class M3TData:
             DataError: If the row has no turns, not as many questions as answers, an empty text, something else than
                 texts, or no path of an image within the folder.
         """
-        row = self._row(index)
-        where = self._rows.where(row)
-        try:
-            return self._sample(self._rows[row], where)
-        except DataError as error:
-            message = str(error)
-            raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
+        number = self._row(index)
+        where = self._rows.where(number)
+        with errors_at(where):
+            row = self._rows[number]
+            queries, targets = _turns(row, "qry"), _turns(row, "pos_text")
+            count = len(queries)
+            if len(targets) != count:
+                raise DataError(f"'qry' has {count} turns and 'pos_text' {len(targets)}; each turn needs both")
+            if not row[self.image_column]:
+                raise DataError(f"{self.image_column!r} is {row[self.image_column]!r}; every row needs its image")
+            image = image_of(row, self.image_column, self.images, where)
+            kinds: Sequence[Any] = KINDS if count == len(KINDS) else (None,) * count
+            if row.get("kind") is not None:
+                kinds = _turns(row, "kind")
+                if len(kinds) != count or not all(kind is None or isinstance(kind, str) for kind in kinds):
+                    raise DataError(f"'kind' must have a word for each of the {count} turns, not {kinds!r:.80}")
+            turns = []
+            for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True)):
+                query = _wordings(query, "qry", n, has_image=True)
+                turns.append(Turn(query, _wordings(target, "pos_text", n, has_image=False), kind))
+            return Sample(image=image, turns=turns, where=where)
 
     def where(self, index: int) -> str:
         """ "file row N" of a sample, also of one that cannot be read."""
         return self._rows.where(self._row(index))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the file's bytes, the name of the image column and which rows have a picture.
 
         The bytes of the pictures, millions of files, are not read; neither where the file nor where the pictures lie
         counts. Reads the file once, then is kept on disk.
         """
-        if self._fingerprint is None:
-            parts = [FORM, self._rows.digest, self.image_column, hashlib.sha256(self._present.tobytes()).hexdigest()]
-            self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self._fingerprint
+        parts = [FORM, self._rows.digest, self.image_column, hashlib.sha256(self._present.tobytes()).hexdigest()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_numbers": None}
@@ -137,25 +149,6 @@ class M3TData:
             bits = np.unpackbits(self._present, count=len(self._rows))
             self._numbers = np.flatnonzero(bits).astype(np.int32)
         return int(self._numbers[i])
-
-    def _sample(self, row: dict[str, Any], where: str) -> Sample:
-        queries, targets = _turns(row, "qry"), _turns(row, "pos_text")
-        count = len(queries)
-        if len(targets) != count:
-            raise DataError(f"'qry' has {count} turns and 'pos_text' {len(targets)}; each turn needs both")
-        if not row[self.image_column]:
-            raise DataError(f"{self.image_column!r} is {row[self.image_column]!r}; every row needs its image")
-        image = image_of(row, self.image_column, self.images, where)
-        kinds: Sequence[Any] = KINDS if count == len(KINDS) else (None,) * count
-        if row.get("kind") is not None:
-            kinds = _turns(row, "kind")
-            if len(kinds) != count or not all(kind is None or isinstance(kind, str) for kind in kinds):
-                raise DataError(f"'kind' must have a word for each of the {count} turns, not {kinds!r:.80}")
-        turns = [
-            Turn(_wordings(query, "qry", n, has_image=True), _wordings(target, "pos_text", n, has_image=False), kind)
-            for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True))
-        ]
-        return Sample(image=image, turns=turns, where=where)
 
 
 def _find(path: Path) -> Path:

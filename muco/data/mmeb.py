@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.json_text import type_of
-from muco.data.lines import TOKEN, image_of, literal_list, text_of, without_token
+from muco.data.lines import TOKEN, errors_at, image_of, literal_list, text_of, without_token
 from muco.data.mmeb_files import SPLITS, Split, config_of, find_files
 from muco.data.parquet import require_columns
 from muco.data.places import position
@@ -113,11 +113,15 @@ class MMEBTrainData:
         """
         part, number = self._place(index)
         where = part.rows.where(number)
-        try:
-            return self._sample(part.config, part.rows[number], where)
-        except DataError as error:
-            message = str(error)
-            raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
+        with errors_at(where):
+            row = part.rows[number]
+            query, target = (_content(row, names, self.images, where) for names in (QUERY, TARGET))
+            negatives = [
+                _content(dict(zip(NEGATIVES, pair, strict=True)), NEGATIVES, self.images, where)
+                for pair in negatives_of(row)
+            ]
+            turn = Turn(Content(query.text, caption=query.caption), target, part.config, negatives)
+            return Sample(image=query.images, turns=[turn], where=where)
 
     def where(self, index: int) -> str:
         """ "file row N" of a sample, also of one that cannot be read."""
@@ -157,15 +161,6 @@ class MMEBTrainData:
         i = position(index, len(self), self.path)
         number = bisect_right(self._ends, i)
         return self._parts[number], int(self._parts[number].numbers[i - (self._ends[number - 1] if number else 0)])
-
-    def _sample(self, config: str, row: Mapping[str, Any], where: str) -> Sample:
-        query, target = (_content(row, names, self.images, where) for names in (QUERY, TARGET))
-        negatives = [
-            _content(dict(zip(NEGATIVES, pair, strict=True)), NEGATIVES, self.images, where)
-            for pair in negatives_of(row)
-        ]
-        turn = Turn(Content(query.text, caption=query.caption), target, config, negatives)
-        return Sample(image=query.images, turns=[turn], where=where)
 
 
 def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: str) -> Content:

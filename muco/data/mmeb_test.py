@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from muco.base.json_text import type_of
 from muco.data.left_out import LeftOut
-from muco.data.lines import TOKEN, without_token
+from muco.data.lines import TOKEN, errors_at, without_token
 from muco.data.mmeb_sets import DATA_SETS, NAMES, DataSet
 from muco.data.parquet import batches, read_header, require_columns
 from muco.dialogue import Content
@@ -152,10 +152,8 @@ def read_questions(
             return named
 
     for number, where, record in _records(source, chosen, left_out):
-        try:
+        with errors_at(where):
             query, pairs = _pairs(record, source)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
         right, *wrong = pairs
         yield Question(
             number,

@@ -59,7 +59,10 @@ def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int
 
 def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -> str:
     kinds = Counter(turn.kind for sample in samples if isinstance(sample, Sample) for turn in sample.turns if turn.kind)
-    colors = {kind: _color(i) for i, kind in enumerate(sorted(kinds))}
+    colors = {}
+    for i, kind in enumerate(sorted(kinds)):  # hues that lie far apart, dark enough for white text
+        red, green, blue = colorsys.hls_to_rgb((0.58 + 0.382 * i) % 1, 0.36, 0.5)
+        colors[kind] = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
     legend = "".join(
         f"<li style='--kind:{colors[kind]}'><span class=kind>{escape(kind)}</span> {number:,}</li>"
         for kind, number in kinds.most_common()
@@ -117,12 +120,6 @@ def _content(content: Content, sample: Sample, empty: str = "") -> str:
     images = f"<div class='inline'>{_images(content.images, sample.place)}</div>" if content.images else ""
     text = f"<p>{escape(content.text)}</p>" if content.text else ""
     return images + text or f"<p class='empty'>{empty}</p>"
-
-
-def _color(i: int) -> str:
-    """Colour ``i`` of a sequence whose hues lie far apart; dark enough for white text."""
-    red, green, blue = colorsys.hls_to_rgb((0.58 + 0.382 * i) % 1, 0.36, 0.5)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 # ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,6 @@ vectors finds.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -21,7 +20,7 @@ from muco.errors import MucoError
 from muco.search.columns import checked_id
 from muco.search.filter import checked_filter, quoted
 from muco.search.lance import ENOUGH_BITS, PROBES
-from muco.search.storage import Name, scores
+from muco.search.storage import scores
 from muco.search.table import Table
 from muco.search.update import add_rows
 
@@ -50,11 +49,6 @@ class Hit:
 class Index(Table):
     """An open index. Many threads and processes may search and write at once; writers take turns."""
 
-    def __init__(self, path: str, table: Any) -> None:
-        super().__init__(path, table)
-        self._model: Model | None = None
-        self._encoding = threading.Lock()
-
     @classmethod
     def open(cls, path: str | Path, model: Model | str | Path | None = None) -> Self:
         """Opens an index that is there.
@@ -68,21 +62,6 @@ class Index(Table):
         index = super().open(path)
         if model is not None:
             index._model = index.checked_model(model)
-        return index
-
-    @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        model: Model,
-        *,
-        model_path: str | Path = "",
-        storage: Name | None = None,
-        dimension: int | None = None,
-    ) -> Self:
-        """Opens an index for adding rows, and makes it if it is not there; see :meth:`Table.create`."""
-        index = super().create(path, model, model_path=model_path, storage=storage, dimension=dimension)
-        index._model = model
         return index
 
     @property

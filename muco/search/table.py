@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -54,6 +55,8 @@ class Table:
         self.version, self.prompt = facts["muco.version"], facts["muco.prompt"]
         self.storage: Storage = STORAGES[facts["muco.storage"]]
         self._repaired = False  # whether each id is known to be there once
+        self._model: Model | None = None  # encodes queries, one thread at a time
+        self._encoding = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -73,7 +76,7 @@ class Table:
         storage: Name | None = None,
         dimension: int | None = None,
     ) -> Self:
-        """Opens a table for adding rows, and makes it if it is not there.
+        """Opens a table for adding rows, and makes it if it is not there; ``model`` encodes them, and queries.
 
         Args:
             model_path: Where the model can be loaded from; kept, for searching.
@@ -93,7 +96,7 @@ class Table:
                     with lance_calls(path):
                         database.create_table(TABLE, schema=schema)
         opened = cls(str(path), open_rows(database, path))
-        opened.checked_model(model)
+        opened._model = opened.checked_model(model)
         there = {"dimension": opened.dimension, "storage": opened.storage.name}
         for name, wanted in (("dimension", dimension), ("storage", storage)):
             if wanted not in (None, there[name]):

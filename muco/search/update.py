@@ -166,7 +166,8 @@ class _Update:
     A chunk passes through four steps: each settles some of its rows, and returns those that are left.
     """
 
-    def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[], None]) -> None:
+    def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[int], None]) -> None:
+
         self.table, self.encode, self.notes, self.advance = table, encode, notes, advance
         self.waiting: list[Entry] = []  # written together
         self.writes, self.optimize_at, self.last = 0, OPTIMIZE_WRITES, time.monotonic()
@@ -197,12 +198,8 @@ class _Update:
     def _without_unchanged(self, entries: list[Entry]) -> list[Entry]:
         found = self.table.rows_by_id([entry.row.id for entry in entries], ["id", "row_hash"])
         before = {row["id"]: row["row_hash"] for row in found.to_pylist()}
-        changed = []
-        for entry in entries:
-            if before.get(entry.row.id) == entry.row_hash:
-                self._count("unchanged")
-            else:
-                changed.append(entry)
+        changed = [entry for entry in entries if before.get(entry.row.id) != entry.row_hash]
+        self._count("unchanged", len(entries) - len(changed))
         return changed
 
     def _without_known(self, by_content: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
@@ -215,14 +212,11 @@ class _Update:
     def _encode(self, by_content: dict[str, list[Entry]]) -> None:
         alike = {entries[0].row.number: entries for entries in by_content.values()}
         for row, picture in self.encode(entries[0].row for entries in alike.values()):
-            first, *others = alike[row.number]
-            if row.error is not None:
-                for entry in (first, *others):
+            for place, entry in enumerate(alike[row.number]):
+                if row.error is not None:
                     self._fail(entry, row.error)
-                continue
-            self._keep(first, row.vector, picture, "encoded")
-            for entry in others:
-                self._keep(entry, row.vector, picture, "reused")
+                else:
+                    self._keep(entry, row.vector, picture, "reused" if place else "encoded")
 
     def _keep(self, entry: Entry, vector: Any, picture: bytes | None, outcome: str) -> None:
         row = replace(entry.row, images=(), vector=vector)
@@ -238,9 +232,9 @@ class _Update:
         self.notes.fail(entry.row, reason)
         self._count("failed")
 
-    def _count(self, outcome: str) -> None:
-        self.counts[outcome] += 1
-        self.advance()
+    def _count(self, outcome: str, rows: int = 1) -> None:
+        self.counts[outcome] += rows
+        self.advance(rows)
 
     def close(self) -> None:
         """Writes the rows that are left."""
