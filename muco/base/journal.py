@@ -15,8 +15,7 @@ from muco.errors import DataError, OutputError
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(Byte where it begins, object) of every whole line; a line that has no end yet is left out.
 
-    Raises:
-        DataError: If a line is no JSON object.
+    Raises a DataError if a line is no JSON object.
     """
     start = 0
     with path.open("rb") as file:
@@ -34,12 +33,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class Journal:
-    """Appends to such a file. One process at a time has it; another one is told so.
+    """Appends to such a file, which is made with its folder where it does not exist.
 
-    Args:
-        path: Made where it does not exist, with its folder. The rest of a line that was cut off by a kill is removed.
-    Raises:
-        OutputError: If another process writes to the file.
+    The rest of a line that was cut off by a kill is removed. Raises an OutputError if another process writes to the
+    file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -42,10 +42,9 @@ def captioned_digests(path: Path) -> set[bytes]:
 
 
 class Captions:
-    """The captions of a file by the digest of the image. In memory are 16 bytes for each.
+    """The captions of a file by the digest of the image, with 16 bytes for each in memory.
 
-    Raises:
-        DataError: If the file is missing or a line of it cannot be read.
+    Raises a DataError if the file is missing or a line of it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,13 +73,10 @@ class Captions:
 
 
 class CaptionedData:
-    """Data with captions on all contents that have images and no caption; anything else is asked of the data itself.
+    """Data with the captions of a file, as ``muco data caption`` writes it, where a content has images and no caption.
 
     A sample with an image that the file says nothing about is an error on access; one whose caption failed stays
-    without.
-
-    Args:
-        path: The captions, as ``muco data caption`` writes them.
+    without. Anything else is asked of the data itself.
     """
 
     def __init__(self, data: Data, path: str | Path) -> None:

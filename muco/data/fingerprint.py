@@ -88,8 +88,7 @@ def _looked_at(data: Any, *, skip_broken: bool) -> Iterator[tuple[ImageLike, str
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, remembered as long as size and time of the file stay as they are.
 
-    Raises:
-        DataError: If the file cannot be read, or changes meanwhile.
+    Raises a DataError if the file cannot be read, or changes meanwhile.
     """
     place = str(path.absolute())
     before = file_state(path)

@@ -17,8 +17,7 @@ from muco.images import _name, _status, image_digest, open_image
 class SameImage:
     """Equal for the same image (:func:`image_digest`); a file is only read where another one has as many bytes.
 
-    Raises:
-        ImageError: If the file is missing or too large; when it is compared, also if it cannot be read.
+    Raises an ImageError if the file is missing or too large; when it is compared, also if it cannot be read.
     """
 
     def __init__(self, image: ImageLike, *, where: str = "") -> None:

@@ -115,8 +115,7 @@ class Items:
 def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
     """Checks the input as a whole, without opening images.
 
-    Raises:
-        DataError: If it is missing, of no accepted kind, empty or unreadable.
+    Raises a DataError if it is missing, of no accepted kind, empty or unreadable.
     """
     if path.is_dir():
         state = state_of_images(path)

@@ -41,12 +41,9 @@ def bytes_at(file: BinaryIO, place: Sequence[int]) -> bytes:
 
 
 class ArrayPlaces:
-    """The elements of the one array in a JSON file; an element is read from the file when asked for.
+    """The elements of the one array in a JSON file, read from the file when asked for. Memory: 16 bytes an element.
 
-    Memory: 16 bytes an element.
-
-    Raises:
-        DataError: If the file cannot be read or holds anything but an array.
+    Raises a DataError if the file cannot be read or holds anything but an array.
     """
 
     def __init__(self, path: Path) -> None:

@@ -34,10 +34,8 @@ _TURN_KEYS = ("query", "target", "kind", "negatives")
 class JsonlData(Fingerprinted):
     """The samples of a JSONL file, parsed when asked for; only the offsets of the lines are kept in memory.
 
-    Args:
-        path: The file. Blank lines and a byte-order mark are skipped.
-    Raises:
-        DataError: If the file is missing, has no rows, or a line is longer than 64 MiB. Rows are checked on access.
+    Blank lines and a byte-order mark are skipped. Raises a DataError if the file is missing, has no rows, or a line is
+    longer than 64 MiB. Rows are checked on access.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,9 +53,8 @@ class JsonlData(Fingerprinted):
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its images are absolute paths and its ``where`` is "file:line".
 
-        Raises:
-            IndexError: If there is no such row.
-            DataError: If the row is not as it must be, or the file changed since it was opened.
+        Raises an IndexError if there is no such row, a DataError if it is not as it must be, or the file changed since
+        it was opened.
         """
         where = self.where(index)
         line = self._places.read(position(index, len(self), self.path))
@@ -75,12 +72,8 @@ class JsonlData(Fingerprinted):
 def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
     """The sample that one parsed JSON object describes.
 
-    Args:
-        row: The object; anything but a mapping is an error.
-        folder: What relative image paths are relative to. Made absolute.
-        where: Starts every error message ("file:line").
-    Raises:
-        DataError: If a key is unknown, a type is wrong, or a turn lacks its query or target.
+    Relative image paths are relative to ``folder``. Every error begins with ``where`` ("file:line"): a DataError if a
+    key is unknown, a type is wrong, or a turn lacks its query or target.
     """
     with errors_at(where):
         row = _object(row, _SAMPLE_KEYS, "a row")
@@ -100,8 +93,7 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
 def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
     """The inverse of :func:`sample_from_row`: image paths inside ``folder`` become relative, others absolute.
 
-    Raises:
-        DataError: If an image is not a path (bytes and Pillow images have to be saved first).
+    Raises a DataError if an image is not a path (bytes and Pillow images have to be saved first).
     """
     row: dict[str, Any] = _images_to_row(sample.images, folder, sample.place)
     if sample.id is not None:

@@ -163,9 +163,8 @@ class Query:
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements in TREC's form (``query 0 candidate grade``, a fifth column is ignored) or BEIR's (a TSV with header).
 
-    Raises:
-        DataError: If the file cannot be read, or a line has another form, a grade that is no number, or a pair that was
-            judged before; names file and line.
+    Raises a DataError that names a line of another form, with a grade that is no number, or a pair that was judged
+    before.
     """
     qrels: dict[str, dict[str, int]] = {}
     lines = read_text(path).splitlines()

@@ -33,10 +33,8 @@ JsonObject = dict[str, Any]
 def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
     """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
 
-    A byte-order mark is skipped.
-
-    Raises:
-        DataError: If the file cannot be read or a line is longer than ``LONGEST_LINE``.
+    A byte-order mark is skipped. Raises a DataError if the file cannot be read or a line is longer than
+    ``LONGEST_LINE``.
     """
     try:
         with path.open("rb") as file:
@@ -126,11 +124,7 @@ def _depth(value: Any) -> int:
 
 
 def whole_text(text: str, key: str) -> str:
-    """The text, if it can be written as UTF-8.
-
-    Raises:
-        DataError: If it holds half a character, which is JSON ("\\ud800" alone) and which no tokenizer or file takes.
-    """
+    """The text; a DataError if it holds half a character, which JSON can spell and no tokenizer or file takes."""
     if LONE_SURROGATE.search(text):
         raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
     return text
@@ -167,11 +161,7 @@ def errors_at(where: str) -> Iterator[None]:
 
 
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
-    """A string of a row, None where it is null or not there.
-
-    Raises:
-        DataError: If it is something else, or holds half a character, which no tokenizer takes.
-    """
+    """A string of a row, None where it is null or not there; a DataError if it is another value or no whole text."""
     value = row.get(key)
     if value is None:
         return None
@@ -192,8 +182,7 @@ def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
 def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
     """The path of a row's image within ``folder``, None where it is null or not there.
 
-    Raises:
-        DataError: If it is a URL, or leads out of the folder; links within it may.
+    Raises a DataError if it is a URL, or leads out of the folder; links within it may.
     """
     value = text_of(row, key, where)
     if value is None:
@@ -235,8 +224,7 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
 def literal_list(text: str, name: str) -> list[Any]:
     """A list that a text spells as Python or JSON does; nothing is run.
 
-    Raises:
-        DataError: If it is longer than ``LONGEST_LITERAL`` or not one such list; it begins with ``name``.
+    Raises a DataError, which begins with ``name``, if it is longer than ``LONGEST_LITERAL`` or not one such list.
     """
     text = text.strip()
     if len(text) > LONGEST_LITERAL:

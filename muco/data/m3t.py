@@ -99,10 +99,8 @@ class M3TData:
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; ``where`` is "file row N" with the number in the file, from 0.
 
-        Raises:
-            IndexError: If there is no such sample.
-            DataError: If the row has no turns, not as many questions as answers, an empty text, something else than
-                texts, or no path of an image within the folder.
+        Raises an IndexError if there is no such sample. Raises a DataError if the row has no turns, not as many
+        questions as answers, an empty text, something else than texts, or no path of an image within the folder.
         """
         number = self._row(index)
         where = self._rows.where(number)
@@ -132,10 +130,9 @@ class M3TData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file's bytes, the name of the image column and which rows have a picture.
+        """SHA-256 (hex) of the file's bytes, the name of the image column and which rows have a picture; kept on disk.
 
-        The bytes of the pictures, millions of files, are not read; neither where the file nor where the pictures lie
-        counts. Reads the file once, then is kept on disk.
+        The bytes of the pictures, millions of files, do not count, nor where the file and the pictures lie.
         """
         parts = [FORM, self._rows.digest, self.image_column, hashlib.sha256(self._present.tobytes()).hexdigest()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -191,10 +191,8 @@ class TrainPool:
     """Candidates of one or several JSONL files, found by the number of their id; only places are in memory.
 
     :class:`muco.data.judged.LinePool` looks at every image when it opens; of training candidates only a few per step
-    are ever read, so here a line is checked, and its image looked for, when it is used.
-
-    Raises:
-        DataError: If a file cannot be read, a line has no valid id, an id occurs twice or there is none.
+    are ever read, so here a line is checked, and its image looked for, when it is used. Raises a DataError if a file
+    cannot be read, a line has no valid id, an id occurs twice or there is none.
     """
 
     def __init__(self, data: Path, files: Sequence[Path]) -> None:

@@ -148,11 +148,10 @@ def data_set_of(id: str) -> int:
 
 
 def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> LinePool:
-    """The local pool of a task, every line checked; ``left_out`` as of :class:`LinePool`.
+    """The local pool of a task, every line checked; ``left_out`` and errors as of :class:`LinePool`.
 
-    Raises:
-        DataError: If the file cannot be read, a line is malformed, of another modality than the task's candidates or
-            without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
+    Raises a DataError also if a line is of another modality than the task's candidates, or without what its modality
+    names.
     """
 
     return LinePool(
@@ -184,9 +183,8 @@ def _numbers(ids: np.ndarray) -> np.ndarray:
 def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
     """The queries of a task in the order of their numbers; ``left_out`` gets lines whose text or image cannot be used.
 
-    Raises:
-        DataError: If the file cannot be read, an id occurs twice, or a line is malformed, belongs to another task,
-            or has no positive.
+    Raises a DataError if the file cannot be read, an id occurs twice, or a line is malformed, of another task or
+    without positive.
     """
     path = task.files(data)["queries"]
     lines: dict[str, Line] = {}
@@ -265,9 +263,8 @@ def checked_id(row: JsonObject, key: str, where: str) -> str:
 def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
     """The prompts for each data set and pair of modalities; the first line is a header.
 
-    Raises:
-        DataError: If the file cannot be read, or a line has no prompt, an unknown modality, a data set that is no
-            number, or a key that was there before.
+    Raises a DataError that names a line without a prompt, with an unknown modality or data set, or with a key that was
+    there before.
     """
     prompts: dict[Key, tuple[str, ...]] = {}
     for where, line in _text_lines(path):
@@ -315,9 +312,8 @@ def with_prompt(prompt: str, text: str) -> str:
 def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     """Query -> candidate -> grade of the five columns ``query 0 candidate grade task``; a line twice counts once.
 
-    Raises:
-        DataError: If the file cannot be read, or a line has other columns, an id or grade that is none, another task,
-            or another grade than an earlier line has.
+    Raises a DataError that names a line with other columns, an id or grade that is none, another task, or another grade
+    than before.
     """
     qrels: dict[str, dict[str, int]] = {}
     for where, line in _text_lines(path):
@@ -345,8 +341,7 @@ def as_queries(
 ) -> tuple[list[Query], list[int]]:
     """Queries with their prompt in front, and how often each prompt was taken; without a ``seed``, always the first.
 
-    Raises:
-        DataError: If nothing is judged relevant for a query; names its line.
+    Raises a DataError that names the line of a query for which nothing is judged relevant.
     """
     queries, taken = [], [0] * len(prompts)
     for line in lines:

@@ -106,10 +106,8 @@ class MMEBTrainData:
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; ``where`` is "file row N" with the number in the file, from 0.
 
-        Raises:
-            IndexError: If there is no such sample.
-            DataError: If a value has another type, an image's path leads out of the folder of images, or negatives
-                are a broken list or not as many texts as images.
+        Raises an IndexError if there is no such sample. Raises a DataError if a value has another type, an image's path
+        leads out of the folder of images, or negatives are a broken list or not as many texts as images.
         """
         part, number = self._place(index)
         where = part.rows.where(number)
@@ -148,10 +146,9 @@ class MMEBTrainData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the names of the configurations, the bytes of their files and ``rows_per_config``.
+        """SHA-256 (hex) of the configurations' names, the bytes of their files (kept on disk) and ``rows_per_config``.
 
-        The bytes of the images, more than a million files, are not read; neither where files nor where images lie
-        counts. Reads the files once, then is kept on disk.
+        The bytes of the images, more than a million files, do not count, nor where files and images lie.
         """
         parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
         parts += [] if self.rows_per_config is None else [self.rows_per_config]

@@ -29,8 +29,7 @@ _SPLIT_OF: tuple[tuple[str, Split], ...] = (  # pattern of a name and its split;
 def find_files(folder: Path, configs: Sequence[str] | None, split: Split) -> dict[str, list[Path]]:
     """Configuration -> its files of a split, in the order of ``configs``, or of the benchmark where that is None.
 
-    Raises:
-        DataError: If a configuration is unknown, named twice or without a file, or both kinds of files hold its pairs.
+    Raises a DataError if a configuration is unknown, twice or without a file, or both kinds of files hold its pairs.
     """
     if isinstance(configs, str):
         raise DataError(f"configs must be a list of names, not the text {configs!r}")

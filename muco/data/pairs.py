@@ -136,8 +136,7 @@ class PairsData(Fingerprinted):
 def find_columns(path: Path, names: Sequence[str], given: Mapping[str, str | None]) -> dict[str, str]:
     """The columns that are used: those given, or the usual ones where the file has just one set of them.
 
-    Raises:
-        DataError: If a given column is missing, or it is not clear which one is the query or the target.
+    Raises a DataError if a given column is missing, or it is not clear which one is the query or the target.
     """
     wanted = {key: name for key, name in given.items() if name is not None}
     for key, name in wanted.items():

@@ -36,8 +36,7 @@ def read_header(file: Path) -> tuple[list[str], int]:
 def require_columns(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> tuple[str, ...]:
     """The required columns and those of the optional ones that the file has.
 
-    Raises:
-        DataError: If a required column is missing (with the nearest match), or one of them is there twice.
+    Raises a DataError if a required column is missing (with the nearest match), or one of them is there twice.
     """
     found = read_header(file)[0]
     for column in (*required, *optional):

@@ -55,11 +55,8 @@ def open_unchanged(path: Path, state: tuple[int, int], shown: Path | str | None 
 class LinePlaces:
     """Where the rows of text files begin, found once; a row is read from its file when asked for.
 
-    A file is opened anew for every row, so that threads, forked workers and pickled copies share no handle. Memory:
-    17 bytes a row.
-
-    Args:
-        shown: What errors call a single file, where that is not its path.
+    A file is opened anew for every row, so that threads, forked workers and pickled copies share no handle. Errors call
+    a single file ``shown``, where that is given. Memory: 17 bytes a row.
     """
 
     def __init__(self, *paths: Path, shown: str = "") -> None:

@@ -81,9 +81,8 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row ``index`` as column -> plain value.
 
-        Raises:
-            IndexError: If there is no such row.
-            DataError: If a text is not UTF-8, or the shards were deleted or damaged.
+        Raises an IndexError if there is none, a DataError if a text is not UTF-8, or the shards were deleted or
+        damaged.
         """
         i = position(index, self._length, self.file)
         self._reads += 1

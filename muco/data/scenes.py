@@ -126,8 +126,7 @@ def number_of_scenes() -> int:
 def describe(seed: int, index: int, objects: Sequence[int] = USUAL) -> Scene:
     """The scene with this number; the same arguments always give the same scene.
 
-    Args:
-        objects: Numbers of objects, 2 to 6, each as often as it shall be drawn.
+    ``objects`` are numbers of objects, 2 to 6, each as often as it shall be drawn.
     """
     rng = np.random.default_rng([seed, index])
 

@@ -241,8 +241,7 @@ def _go_through(file: BinaryIO, shard: Path) -> tuple[Places, Counter[str]]:
 def members(file: BinaryIO, shard: Path, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
     """The plain files of an archive that may be read, in its order; counts those that may not, by reason.
 
-    Raises:
-        DataError: If it is not a whole plain tar archive, when the place is reached that says so.
+    Raises a DataError if it is not a whole plain tar archive, when the place is reached that says so.
     """
     try:
         with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:

@@ -152,10 +152,7 @@ class Parts:
     """The folder ``<output>.parts``: ``run.json`` (what makes the vectors) and one Parquet file per finished part.
 
     A folder without ``run.json`` is ignored: the file is written first and removed first. ``rows`` and ``failed`` count
-    the finished rows.
-
-    Raises:
-        OutputError: If the output is not a ``.parquet`` file, or would replace the input.
+    the finished rows. Raises an OutputError if the output is not a ``.parquet`` file, or would replace the input.
     """
 
     def __init__(self, output: Path, input: Path) -> None:
@@ -214,8 +211,7 @@ class Parts:
     def merge(self, run: dict[str, str], dimension: int, image_root: Path) -> None:
         """Joins the parts into the output, writes the list of failed rows beside it, and removes the folder.
 
-        Raises:
-            DataError: If all rows failed; the list of them is written nevertheless.
+        Raises a DataError if all rows failed; the list of them is written nevertheless.
         """
         import pyarrow.parquet as pq
 

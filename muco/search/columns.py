@@ -46,8 +46,7 @@ def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> No
 def as_id(value: Any, where: str) -> str:
     """An id as the table holds it: of text, a whole number (5 is "5") or a UUID, also those of numpy and pandas.
 
-    Raises:
-        DataError: If it is missing, or something else; begins with ``where``.
+    Raises a DataError, which begins with ``where``, if it is missing, or something else.
     """
     found = plain_if_known(value)
     if found is None or (isinstance(found, str) and not found.strip()):
@@ -65,8 +64,7 @@ def checked_id(id: Any) -> str:
 def plain(value: Any) -> Any:
     """The value in plain Python: values of numpy, pandas and Arrow converted, missing as None, nested ones as they are.
 
-    Raises:
-        DataError: If no column can hold it.
+    Raises a DataError if no column can hold it.
     """
     import pyarrow as pa
 

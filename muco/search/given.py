@@ -44,8 +44,7 @@ def records(rows: Any) -> Iterable[Any]:
 def as_given(number: int, row: Any) -> tuple[Row, dict[str, Any]]:
     """One row, read, and its further columns; what is wrong with its text or image becomes its error.
 
-    Raises:
-        DataError: If it is not a mapping, or has no id.
+    Raises a DataError if it is not a mapping, or has no id.
     """
     where = f"row {number}"
     if not hasattr(row, "keys"):

@@ -36,9 +36,8 @@ def is_local(path: str | Path) -> bool:
 def connect(path: str | Path, *, create: bool) -> Any:
     """The database in a folder or in object storage.
 
-    Raises:
-        OutputError: If a new index is asked for where a file is.
-        MucoError: If LanceDB is not installed, or there is no such folder and ``create`` is false.
+    Raises an OutputError if a new index is asked for where a file is; a MucoError if LanceDB is not installed, or there
+    is no such folder and ``create`` is false.
     """
     try:
         import lancedb
@@ -58,8 +57,7 @@ def connect(path: str | Path, *, create: bool) -> Any:
 def open_rows(database: Any, path: str | Path) -> Any:
     """The table of rows, or None if it was never finished and can be made again.
 
-    Raises:
-        StorageError: If the files that describe the table are missing, but its rows are there.
+    Raises a StorageError if the files that describe the table are missing, but its rows are there.
     """
     with lance_calls(path):
         try:
@@ -108,9 +106,8 @@ def build_indices(table: Any, storage: Storage, dimension: int) -> None:
 def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
     """Turns what LanceDB raises into MuCo's errors. Also put reading its results into this block.
 
-    Raises:
-        StorageError: If files of the index at ``path`` are missing or were cut, or cannot be written.
-        MucoError: If LanceDB refuses the user's filter, ``where``.
+    Raises a StorageError if files of the index at ``path`` are missing or were cut, or cannot be written; a MucoError
+    if LanceDB refuses the user's filter, ``where``.
     """
     import pyarrow as pa
 

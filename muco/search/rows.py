@@ -41,12 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder, opened.
-
-    Args:
-        extra: Names and types of the further columns.
-        empty: Those of them without any value.
-    """
+    """A file or folder, opened, with names and types of the further columns, and those of them without any value."""
 
     source: Items
     extra: dict[str, pa.DataType]
@@ -61,8 +56,7 @@ class Input:
 def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
     """Checks the input as a whole, and finds its further columns.
 
-    Raises:
-        DataError: If it cannot be read, or a further column has a reserved name or one that a table cannot have.
+    Raises a DataError if it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
     extra: dict[str, pa.DataType] = {}
     source, empty = open_items(path, columns), frozenset[str]()
