@@ -9,13 +9,10 @@ from muco.errors import MucoError
 
 
 def daft_on(ray: str | None, extra: str) -> Any:
-    """The module daft, with its native runner or that of a cluster.
+    """The module daft, with its native runner or that of a Ray cluster at this address.
 
-    Args:
-        ray: Address of a Ray cluster; None: this machine.
-        extra: Of muco, which installs Daft; named where it is missing.
     Raises:
-        MucoError: If Daft or Ray is missing, or this process has the other runner already.
+        MucoError: If Daft or Ray is missing, or this process has the other runner already; names our ``extra``.
     """
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")  # there is one of ours
     try:

@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -93,7 +93,10 @@ def fetch(url: str, limits: FetchLimits = FetchLimits()) -> bytes:
                 if response.status not in REDIRECTS:
                     return _body(response, limits, deadline)
                 location = response.getheader("Location") or ""
-            url = _redirected(url, location.encode("latin-1").decode("utf-8", "replace"))
+            try:
+                url = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+            except ValueError as error:
+                raise FetchError("redirected to what is not a URL") from error
             if parts.scheme == "https" and not url.lower().startswith("https:"):
                 raise FetchError("redirected from https to something else")
     except FetchError as error:
@@ -129,7 +132,8 @@ def _checked_url(url: str, limits: FetchLimits) -> SplitResult:
         raise FetchError("not a URL that can be fetched; write blanks as %20")
     try:
         parts = urlsplit(url)
-        port, host = parts.port, _host(parts)
+        port, host = parts.port, (parts.hostname or "").rstrip(".").lower()
+        host = host if ":" in host else host.encode("idna").decode()
         path, query = quote(parts.path or "/", safe=PLAIN), quote(parts.query, safe=PLAIN + "?")
     except ValueError as error:  # a port that is not a number, brackets that do not close, half a character …
         raise FetchError(f"not a URL that can be fetched ({_what_failed(error)})") from error
@@ -139,54 +143,21 @@ def _checked_url(url: str, limits: FetchLimits) -> SplitResult:
         raise FetchError("the URL names no host")
     if parts.username is not None or parts.password is not None:
         raise FetchError("a URL with a user name or password is not fetched")
-    if limits.hosts is not None and not any(_matches(host, pattern) for pattern in limits.hosts):
+    names = [host] if limits.hosts is None else [name.lower() for name in limits.hosts]
+    if host not in names and not any(name.startswith("*.") and host.endswith(name[1:]) for name in names):
         raise FetchError("this host is not on the list of those that may be asked")
     address = f"[{host}]" if ":" in host else host
-    netloc = address if port is None else f"{address}:{port}"
-    return SplitResult(parts.scheme, netloc, path, query, "")
-
-
-def _redirected(url: str, location: str) -> str:
-    try:
-        return urljoin(url, location)
-    except ValueError as error:
-        raise FetchError("redirected to what is not a URL") from error
-
-
-def _host(parts: SplitResult) -> str:
-    host = (parts.hostname or "").rstrip(".").lower()
-    return host if ":" in host else host.encode("idna").decode()
-
-
-def _matches(host: str, pattern: str) -> bool:
-    pattern = pattern.lower()
-    return host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
-
-
-# ---------------------------------------------------------------- the address
-
-
-def _addresses(host: str, port: int, limits: FetchLimits, deadline: float) -> list[str]:
-    """All addresses of a host, if every one of them may be asked."""
-    found = _resolved(host, port, limits, deadline)
-    for address in found:
-        shown = f"[{address}]" if ":" in address else address
-        if f"{shown}:{port}" in limits.allowed_addresses:
-            continue
-        if not is_public(address):
-            raise FetchError("this host is not on the public internet")
-        if port not in limits.ports:
-            raise FetchError(f"only ports {', '.join(map(str, limits.ports))} are asked")
-    return found
+    return SplitResult(parts.scheme, address if port is None else f"{address}:{port}", path, query, "")
 
 
 def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> list[str]:
+    """All addresses of a host, if every one of them may be asked."""
     answers: SimpleQueue[list[str] | OSError] = SimpleQueue()
 
     def ask() -> None:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            answers.put(list(dict.fromkeys(str(answer[4][0]) for answer in found)))
+            answers.put(list(dict.fromkeys(str(answer[4][0]).split("%")[0] for answer in found)))
         except (OSError, UnicodeError) as error:
             answers.put(error if isinstance(error, OSError) else OSError("not a name"))
 
@@ -198,28 +169,39 @@ def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> lis
         raise UnreachableError(_too_slow(limits)) from None
     if isinstance(answer, OSError) or not answer:
         raise UnreachableError("unknown host")
-    return [address.split("%")[0] for address in answer]
+    for address in answer:
+        shown = f"[{address}]" if ":" in address else address
+        if f"{shown}:{port}" in limits.allowed_addresses:
+            continue
+        if not is_public(address):
+            raise FetchError("this host is not on the public internet")
+        if port not in limits.ports:
+            raise FetchError(f"only ports {', '.join(map(str, limits.ports))} are asked")
+    return answer
 
 
 # ---------------------------------------------------------------- the request
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection over a socket that is already connected; it never opens another one."""
-
-    def __init__(self, parts: SplitResult, sock: socket.socket) -> None:
-        super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
-        self.default_port = PORTS[parts.scheme]
-        self.auto_open = 0
-        self.sock = sock
-
-
 @contextmanager
 def _response(parts: SplitResult, limits: FetchLimits, deadline: float) -> Iterator[http.client.HTTPResponse]:
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
-    sock = _connected(_addresses(host, port, limits, deadline), port, deadline)
+    error: OSError = TimeoutError()
+    for address in _resolved(host, port, limits, deadline):
+        try:
+            sock = socket.create_connection((address, port), timeout=max(0.001, deadline - time.monotonic()))
+            break
+        except OSError as failed:
+            error = failed
+    else:
+        raise error
+
+    def shut() -> None:
+        with suppress(OSError):  # closed meanwhile
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
     # A server that sends a byte now and then never runs into a socket's timeout: at the deadline the socket is shut.
-    clock = threading.Timer(max(0.0, deadline - time.monotonic()), lambda: _shut(sock))
+    clock = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
     clock.daemon = True
     clock.start()
     try:
@@ -227,7 +209,10 @@ def _response(parts: SplitResult, limits: FetchLimits, deadline: float) -> Itera
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
             sock.do_handshake()  # now that the clock knows the new socket
-        connection = _Connection(parts, sock)
+        connection = http.client.HTTPConnection(host, port)
+        connection.default_port = PORTS[parts.scheme]
+        connection.auto_open = 0  # it has a connected socket, and never opens another one
+        connection.sock = sock
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "muco", "Connection": "close"}
         connection.request("GET", target, headers=headers)
@@ -238,26 +223,6 @@ def _response(parts: SplitResult, limits: FetchLimits, deadline: float) -> Itera
         sock.close()
 
 
-def _connected(addresses: list[str], port: int, deadline: float) -> socket.socket:
-    last: OSError = TimeoutError()
-    for address in addresses:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            break
-        try:
-            return socket.create_connection((address, port), timeout=remaining)
-        except OSError as error:
-            last = error
-    raise last
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:  # closed meanwhile
-        return
-
-
 def _body(response: http.client.HTTPResponse, limits: FetchLimits, deadline: float) -> bytes:
     if response.status != 200:
         raise FetchError(f"the server answered {response.status}")
@@ -266,24 +231,20 @@ def _body(response: http.client.HTTPResponse, limits: FetchLimits, deadline: flo
         raise FetchError("the answer is not an image but something else, by its Content-Type")
     if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
         raise FetchError("the answer is compressed, which was not asked for")
-    announced = response.length
-    if announced is not None and announced > limits.max_bytes:
-        raise FetchError(_too_large(limits))
-    parts, total = [], 0
-    while chunk := response.read(CHUNK):
+    announced, parts, total = response.length, [], 0
+    while total <= limits.max_bytes and (announced is None or announced <= limits.max_bytes):
+        chunk = response.read(CHUNK)
+        if not chunk:
+            break
         total += len(chunk)
-        if total > limits.max_bytes:
-            raise FetchError(_too_large(limits))
         parts.append(chunk)
+    if max(total, announced or 0) > limits.max_bytes:
+        raise FetchError(f"more than the {limits.max_bytes:,} bytes that are read of one file")
     if time.monotonic() >= deadline:  # cut by the clock, an answer without a length looks complete
         raise UnreachableError(_too_slow(limits))
     if announced is not None and total < announced:
         raise FetchError("the connection broke off")
     return b"".join(parts)
-
-
-def _too_large(limits: FetchLimits) -> str:
-    return f"more than the {limits.max_bytes:,} bytes that are read of one file"
 
 
 def _too_slow(limits: FetchLimits) -> str:

@@ -70,11 +70,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, half characters as escapes.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
+    """Writes a text file whole or not at all, half characters as escapes; OutputError if it cannot be written."""
     write_bytes(path, escaped(text).encode("utf-8"))
 
 
@@ -90,11 +86,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote.
-
-    Raises:
-        OutputError: If the file cannot be read or was cut.
-    """
+    """What :func:`write_json` wrote; OutputError if the file cannot be read or was cut."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -168,11 +160,7 @@ def _probed(path: Path) -> str | None:
 
 @contextmanager
 def claimed(path: str | Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[None]:
-    """:func:`locked` for the output of a command.
-
-    Raises:
-        OutputError: Also if the lock cannot be made.
-    """
+    """:func:`locked` for the output of a command; an OutputError also if the lock cannot be made."""
     path = Path(path)
     if not beside and path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, and a folder is needed; choose another output folder")
@@ -232,8 +220,12 @@ def earlier_record(file: Path, asked: Mapping[str, Any], kind: str) -> dict[str,
     folder, remedy = file.parent, "choose another output folder"
     if file.is_file():
         record = read_json(file)
-        known = record["asked"]
-        differing = [_difference(key, known.get(key), value) for key, value in asked.items() if known.get(key) != value]
+        known = {key: record["asked"].get(key) for key in asked}
+        differing = [
+            f"another {key}" if isinstance(value, Mapping) else f"{key} {known[key]}, now {value}"
+            for key, value in asked.items()
+            if known[key] != value
+        ]
         if differing:
             raise OutputError(f"{folder} holds another {kind} ({', '.join(differing)}); {remedy}")
         return record
@@ -241,10 +233,6 @@ def earlier_record(file: Path, asked: Mapping[str, Any], kind: str) -> dict[str,
         raise OutputError(f"{folder} is not empty and holds no {kind}; {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     return {}
-
-
-def _difference(key: str, known: object, now: object) -> str:
-    return f"another {key}" if isinstance(now, Mapping) else f"{key} {known}, now {now}"
 
 
 def _wait(path: Path, file: Path, seconds: float) -> int:
@@ -270,11 +258,13 @@ def _take(file: Path) -> int | None:
             if not take_lock(opened, file):
                 os.close(opened)
                 return None
-            if _is_named(opened, file):
-                with suppress(OSError):  # on a full disk a lock without a name is still a lock
-                    os.ftruncate(opened, 0)
-                    os.write(opened, _myself().encode())
-                return opened
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(opened), file.stat()):
+                    me = f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+                    with suppress(OSError):  # on a full disk a lock without a name is still a lock
+                        os.ftruncate(opened, 0)
+                        os.write(opened, me.encode())
+                    return opened
         except BaseException:
             os.close(opened)
             raise
@@ -296,17 +286,6 @@ def take_lock(opened: int, file: Path) -> bool:
             _told.add(file.parent)
             log.warning("%s: no locks here (%s); make sure that nothing else writes there", file.parent, _said(error))
     return True
-
-
-def _is_named(opened: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(opened), file.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _myself() -> str:
-    return f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _holder(file: Path) -> str:

@@ -13,8 +13,6 @@ from muco.base.tables import clean
 if TYPE_CHECKING:
     from PIL import Image
 
-STYLE = "style.css"  # the look of the house, light or dark
-
 
 def document(title: str, body: str, style: str, *, generator: str = "") -> str:
     """A whole page.
@@ -48,16 +46,12 @@ def made_by(generator: str) -> str:
 
 
 def house_style() -> str:
-    """The CSS of ``style.css``."""
-    return (files("muco.base") / STYLE).read_text(encoding="utf-8")
+    """The CSS of ``style.css``, the look of the house, light or dark."""
+    return (files("muco.base") / "style.css").read_text(encoding="utf-8")
 
 
 def section(title: str, words: str, body: str, *, anchor: str = "") -> str:
-    """A section with a heading and a paragraph of plain text above its HTML.
-
-    Args:
-        anchor: What a link within the page leads to.
-    """
+    """A section with a heading and a paragraph of plain text above its HTML; a link may lead to its ``anchor``."""
     name = f' id="{anchor}"' if anchor else ""
     return f"<section{name}>\n<h2>{escape(title)}</h2>\n<p>{escape(words)}</p>\n{body}\n</section>\n"
 
@@ -78,11 +72,7 @@ def count(number: int, thing: str) -> str:
 
 
 def data_uri(picture: Image.Image, form: Literal["PNG", "JPEG"], **options: Any) -> str:
-    """An image within the page.
-
-    Args:
-        options: Passed to ``picture.save``, such as ``quality``.
-    """
+    """An image within the page; ``options`` are passed to ``picture.save``, such as ``quality``."""
     stream = io.BytesIO()
     picture.save(stream, form, **options)
     return f"data:image/{form.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -15,8 +15,7 @@ from muco.errors import DataError, OutputError
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(Byte where it begins, object) of every whole line; a line that has no end yet is left out.
 
-    Raises:
-        DataError: If a line is no JSON object.
+    Raises a DataError if a line is no JSON object.
     """
     start = 0
     with path.open("rb") as file:
@@ -34,12 +33,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class Journal:
-    """Appends to such a file. One process at a time has it; another one is told so.
+    """Appends to such a file, which is made with its folder where it does not exist.
 
-    Args:
-        path: Made where it does not exist, with its folder. The rest of a line that was cut off by a kill is removed.
-    Raises:
-        OutputError: If another process writes to the file.
+    The rest of a line that was cut off by a kill is removed. Raises an OutputError if another process writes to the
+    file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,22 +77,18 @@ def _open(path: Path) -> int:
     try:
         if not take_lock(file, path):
             raise OutputError(f"{path}: another process is writing to it; wait for it, or name another output")
-        _cut_unfinished(file)
+        end = size = os.fstat(file).st_size
+        while end:  # back to the last whole line
+            start = max(0, end - (1 << 16))
+            os.lseek(file, start, os.SEEK_SET)
+            newline = os.read(file, end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(file, end)
     except BaseException:
         os.close(file)
         raise
     return file
-
-
-def _cut_unfinished(file: int) -> None:
-    end = size = os.fstat(file).st_size
-    while end:
-        start = max(0, end - (1 << 16))
-        os.lseek(file, start, os.SEEK_SET)
-        newline = os.read(file, end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(file, end)

@@ -17,8 +17,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spe
 def read_text(path: Path, error: type[MucoError] = DataError) -> str:
     """The text of a UTF-8 file, with or without a byte order mark.
 
-    Raises:
-        MucoError: Of class ``error``, if the file cannot be read or is not UTF-8; names the file, and the line.
+    Raises ``error``, which names the file and the line, if the file cannot be read or is not UTF-8.
     """
     try:
         data = Path(path).read_bytes()

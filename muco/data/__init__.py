@@ -59,27 +59,23 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
         raise DataError(f"{path}: options of the format {format!r}: {error}") from error
     if not (options or {}).get("captions"):
         return data
-    from muco.data.captions import with_captions
+    from muco.data.captions import CaptionedData
 
-    return with_captions(data, options["captions"])
+    return CaptionedData(data, options["captions"])
 
 
 def _jsonl_file(path: Path) -> Path:
-    if path.is_dir():
-        return _only_jsonl(path)
-    if path.suffix != ".jsonl":
+    if not path.is_dir():
+        if path.suffix == ".jsonl":
+            return path
         raise DataError(
             f"{path}: unknown kind of data; pass a .jsonl file or a folder that holds one, or name its format: "
             f"{', '.join(FORMATS)}"
         )
-    return path
-
-
-def _only_jsonl(folder: Path) -> Path:
-    found = sorted(folder.glob("*.jsonl"))
+    found = sorted(path.glob("*.jsonl"))
     if len(found) == 1:
         return found[0]
     if not found:
-        raise DataError(f"{folder}: the folder holds no .jsonl file")
-    names = ", ".join(path.name for path in found[:5]) + (", …" if len(found) > 5 else "")
-    raise DataError(f"{folder}: the folder holds {len(found)} .jsonl files ({names}); pass one of them")
+        raise DataError(f"{path}: the folder holds no .jsonl file")
+    names = ", ".join(file.name for file in found[:5]) + (", …" if len(found) > 5 else "")
+    raise DataError(f"{path}: the folder holds {len(found)} .jsonl files ({names}); pass one of them")

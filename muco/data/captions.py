@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from muco.base.journal import read_lines
 from muco.data.fingerprint import file_digest
 from muco.dialogue import Content, ImageLike, Sample
 from muco.errors import DataError, ImageError
@@ -39,20 +41,11 @@ def captioned_digests(path: Path) -> set[bytes]:
     return {_digest(path, line) for _, line in _lines(path)}
 
 
-def with_captions(data: Data, path: str | Path) -> Data:
-    """The data with the captions of a file on all contents that have images and no caption.
-
-    Args:
-        path: As ``muco data caption`` writes it.
-    Raises:
-        DataError: If the file is missing or a line of it cannot be read. A sample with an image that the file says
-            nothing about is an error on access; one whose caption failed stays without.
-    """
-    return CaptionedData(data, Captions(Path(path)))
-
-
 class Captions:
-    """The captions of a file by the digest of the image. In memory are 16 bytes for each."""
+    """The captions of a file by the digest of the image, with 16 bytes for each in memory.
+
+    Raises a DataError if the file is missing or a line of it cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,11 +60,7 @@ class Captions:
         return len(self._keys)
 
     def __getitem__(self, digest: str) -> str:
-        """The caption of an image, "" if there was none to be had.
-
-        Raises:
-            DataError: If the file says nothing about it.
-        """
+        """The caption of an image, "" if there was none to be had; a DataError if the file says nothing about it."""
         key = np.uint64(int(digest[:16], 16))
         first, end = (int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))
         with self.path.open("rb") as file:
@@ -82,16 +71,16 @@ class Captions:
                     return line.get("caption", "")
         raise DataError(f"{self.path}: nothing about the image {digest[:12]}…; run `muco data caption` again")
 
-    @property
-    def fingerprint(self) -> str:
-        return file_digest(self.path)
-
 
 class CaptionedData:
-    """Data with captions; anything else is asked of the data itself."""
+    """Data with the captions of a file, as ``muco data caption`` writes it, where a content has images and no caption.
 
-    def __init__(self, data: Data, captions: Captions) -> None:
-        self._data, self._captions = data, captions
+    A sample with an image that the file says nothing about is an error on access; one whose caption failed stays
+    without. Anything else is asked of the data itself.
+    """
+
+    def __init__(self, data: Data, path: str | Path) -> None:
+        self._data, self._captions = data, Captions(Path(path))
 
     def __len__(self) -> int:
         return len(self._data)
@@ -132,12 +121,10 @@ class CaptionedData:
         return self._with(value) if name == "readable_fingerprint" else value
 
     def _with(self, fingerprint: str) -> str:
-        return hashlib.sha256(f"{fingerprint} {self._captions.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(f"{fingerprint} {file_digest(self._captions.path)}".encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from muco.base.journal import read_lines
-
     for start, line in read_lines(path):
         if not isinstance(line.get("caption", line.get("error")), str):
             raise DataError(f"{path}: a line of {line.get('image')!r} has neither a caption nor an error")
@@ -145,10 +132,6 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _digest(path: Path, line: dict[str, Any]) -> bytes:
-    try:
-        digest = bytes.fromhex(line["image"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {line.get('image')!r}") from error
-    if len(digest) != 32:
-        raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {line['image']!r}")
-    return digest
+    if not re.fullmatch("[0-9a-f]{64}", str(line.get("image")), re.IGNORECASE):
+        raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {line.get('image')!r}")
+    return bytes.fromhex(line["image"])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import numpy as np
 
+from muco.base.terminal import progress_bar
 from muco.base.text import SPECIAL_TOKEN
 from muco.data import open_data
 from muco.data.check_report import Findings, Repeats, Report, TextLengths
@@ -28,7 +27,7 @@ NO_KIND = "(no kind)"
 
 
 def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: Any = None) -> Report:
-    """Reads every row, opens every image once, and reports.
+    """Reads every row, opens every image once, and reports. Memory: every distinct target text and image path.
 
     Args:
         data_or_path: A path for :func:`muco.data.open_data`, or any data.
@@ -39,38 +38,40 @@ def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: An
     Raises:
         DataError: If the data cannot be opened at all. Bad rows and images are in the report instead.
         CheckpointError: If there is no tokenizer at the path.
-    Memory: every distinct target text and image path.
     """
-    tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if isinstance(tokenizer, (str, Path)):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            said = f"{tokenizer}: cannot load a tokenizer from it ({reason}); pass a model folder"
+            raise CheckpointError(said) from error
     data = open_data(data_or_path) if isinstance(data_or_path, (str, Path)) else data_or_path
     report = Report(path=str(getattr(data, "path", type(data).__name__)), rows=len(data), images_opened=images)
-    texts, targets = _Texts(report.special_tokens, tokenizer), _Targets(read_images=images)
-    turns_per_sample: Counter[int] = Counter()
-    with _progress(len(data)) as rows, _ImageChecks(report) as image_checks:
-        for i in rows:
+    texts, targets, turns = _Texts(report.special_tokens, tokenizer), _Targets(read_images=images), Counter[int]()
+    image_checks = _ImageChecks(report)
+    with closing(image_checks), progress_bar("checking rows") as progress:
+        for i in range(len(data)):
+            progress(i, len(data))
             try:
                 sample = data[i]
             except DataError as error:
                 report.bad_rows.add(str(error))
                 continue
-            turns_per_sample[len(sample.turns)] += 1
+            turns[len(sample.turns)] += 1
             texts.add(sample)
             targets.add(sample)
             image_checks.add(sample)
-    report.samples = turns_per_sample.total()
-    report.turns = sum(turns * count for turns, count in turns_per_sample.items())
-    report.turns_per_sample = dict(sorted(turns_per_sample.items()))
-    report.words, report.tokens = texts.words(), texts.tokens()
+        image_checks.finish()
+    report.samples = turns.total()
+    report.turns = sum(length * count for length, count in turns.items())
+    report.turns_per_sample = dict(sorted(turns.items()))
+    report.words = _lengths(texts.words)
+    report.tokens = None if tokenizer is None else _lengths(texts.tokens)
     report.kinds = targets.kinds()
     return report
-
-
-@contextmanager
-def _progress(rows: int) -> Iterator[Iterable[int]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("checking rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress.track(range(rows))
 
 
 # ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -80,19 +81,10 @@ class _ImageChecks:
     """Opens each image once in threads (Pillow decodes without the interpreter lock); results come in row order."""
 
     def __init__(self, report: Report) -> None:
-        self._report = report
-        self._seen: set[str] = set()
+        self._report, self._seen = report, set[str]()
         self._pending: deque[Future[tuple[bool, str] | None]] = deque()
         self._threads = min(8, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._threads)
-
-    def __enter__(self) -> _ImageChecks:
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        while self._pending and error_type is None:
-            self._take()
-        self._pool.shutdown(cancel_futures=True)
 
     def add(self, sample: Sample) -> None:
         for image in sample_images(sample):
@@ -102,13 +94,17 @@ class _ImageChecks:
             self._seen.add(key)
             self._report.images += 1
             self._pending.append(self._pool.submit(image_problem, image, sample.place, self._report.images_opened))
-            if len(self._pending) > 8 * self._threads:
-                self._take()
+            self.finish(8 * self._threads)
 
-    def _take(self) -> None:
-        if problem := self._pending.popleft().result():
-            missing, message = problem
-            (self._report.missing_images if missing else self._report.broken_images).add(message)
+    def finish(self, left: int = 0) -> None:
+        """Reports what was found, until only so many images are left in the queue."""
+        while len(self._pending) > left:
+            if problem := self._pending.popleft().result():
+                missing, message = problem
+                (self._report.missing_images if missing else self._report.broken_images).add(message)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _file_name(image: ImageLike) -> str:
@@ -129,31 +125,19 @@ class _Texts:
     """Lengths of all wordings by side, and the special tokens in them."""
 
     def __init__(self, special_tokens: Findings, tokenizer: Any) -> None:
-        self._special_tokens = special_tokens
-        self._tokenizer = tokenizer
+        self._special_tokens, self._tokenizer = special_tokens, tokenizer
         known = sorted(getattr(tokenizer, "all_special_tokens", ()), key=len, reverse=True)
         self._pattern = re.compile("|".join([SPECIAL_TOKEN.pattern, *map(re.escape, known)]))
-        self._words: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
-        self._tokens: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
+        self.words: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
+        self.tokens: dict[str, Counter[int]] = {"query": Counter(), "target": Counter()}
 
     def add(self, sample: Sample) -> None:
         for side in ("query", "target"):
             texts = [content.text for turn in sample.turns for content in getattr(turn, side) if content.text]
-            self._words[side].update(len(text.split()) for text in texts)
+            self.words[side].update(len(text.split()) for text in texts)
             if self._tokenizer is not None:
                 ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                self._tokens[side].update(map(len, ids))
-        self._find_special(sample)
-
-    def words(self) -> dict[str, TextLengths]:
-        return {side: _lengths(counts) for side, counts in self._words.items()}
-
-    def tokens(self) -> dict[str, TextLengths] | None:
-        if self._tokenizer is None:
-            return None
-        return {side: _lengths(counts) for side, counts in self._tokens.items()}
-
-    def _find_special(self, sample: Sample) -> None:
+                self.tokens[side].update(map(len, ids))
         for number, turn in enumerate(sample.turns, start=1):
             for content in (*turn.query, *turn.target, *turn.negatives):
                 if found := self._pattern.search(content.text):
@@ -162,72 +146,58 @@ class _Texts:
                     return  # one message a row
 
 
-def _lengths(counts: Counter[int]) -> TextLengths:
-    texts = counts.total()
-    if not texts:
-        return TextLengths()
-    mean = sum(length * count for length, count in counts.items()) / texts
-    return TextLengths(texts, mean, _percentile(counts, 0.5), _percentile(counts, 0.95), max(counts))
-
-
-def _percentile(counts: Counter[int], share: float) -> int:
-    """The smallest length that at least ``share`` of the texts do not exceed."""
-    below = 0
-    for length in sorted(counts):
-        below += counts[length]
-        if below >= share * counts.total():
-            return length
-    raise AssertionError("no texts")
+def _lengths(by_side: dict[str, Counter[int]]) -> dict[str, TextLengths]:
+    found = {}
+    for side, counts in by_side.items():
+        lengths, texts = sorted(counts), counts.total()
+        if not texts:
+            found[side] = TextLengths()
+            continue
+        ends = np.cumsum([counts[length] for length in lengths])  # texts that are no longer
+        median, p95 = (lengths[np.searchsorted(ends, share * texts)] for share in (0.5, 0.95))
+        mean = sum(length * count for length, count in counts.items()) / texts
+        found[side] = TextLengths(texts, mean, median, p95, lengths[-1])
+    return found
 
 
 class _Targets:
     """How often each target occurs, by kind: in turns, and in distinct samples.
 
-    Args:
-        read_images: Whether copies of an image file are known for the same image; without reading, names tell.
+    With ``read_images`` copies of an image file are known for the same image; else names tell.
     """
 
     def __init__(self, *, read_images: bool) -> None:
         self._read_images = read_images
         self._shown: dict[str, str] = {}  # digest of an image -> the name of the first such file
         self._turns: Counter[str] = Counter()
-        self._uses: dict[str, Counter[str]] = {}
-        self._samples: dict[str, Counter[str]] = {}
+        self._uses: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._samples: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, sample: Sample) -> None:
-        in_sample: dict[str, set[str]] = {}
+        in_sample: defaultdict[str, set[str]] = defaultdict(set)
         for turn in sample.turns:
             kind = turn.kind or NO_KIND
             names = {self._name(content) for content in turn.target}
             self._turns[kind] += 1
-            self._uses.setdefault(kind, Counter()).update(names)
-            in_sample.setdefault(kind, set()).update(names)
+            self._uses[kind].update(names)
+            in_sample[kind] |= names
         for kind, names in in_sample.items():
-            self._samples.setdefault(kind, Counter()).update(names)
+            self._samples[kind].update(names)
 
     def _name(self, content: Content) -> str:
         """Text, and the images as "[image path]": equal for equal targets, and readable in the report."""
-        return " ".join([*(f"[image {self._image(image)}]" for image in content.images), content.text]).strip()
-
-    def _image(self, image: ImageLike) -> str:
-        name = _file_name(image)
-        return self._shown.setdefault(_digest(image), name) if self._read_images else name
+        names = [_file_name(image) for image in content.images]
+        if self._read_images:
+            pairs = zip(content.images, names, strict=True)
+            names = [self._shown.setdefault(_digest(image), name) for image, name in pairs]
+        return " ".join([*(f"[image {name}]" for name in names), content.text]).strip()
 
     def kinds(self) -> dict[str, Repeats]:
         """By number of turns, largest first."""
-        return {kind: self._repeats(kind, turns) for kind, turns in self._turns.most_common()}
-
-    def _repeats(self, kind: str, turns: int) -> Repeats:
-        uses, samples = self._uses[kind], self._samples[kind]
-        repeated = Counter({name: count for name, count in uses.items() if samples[name] > 1})
-        return Repeats(turns, len(uses), repeated.total() / uses.total(), repeated.most_common(MOST_FREQUENT))
-
-
-def _load_tokenizer(path: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: cannot load a tokenizer from it ({reason}); pass a model folder") from error
+        found = {}
+        for kind, turns in self._turns.most_common():
+            uses, samples = self._uses[kind], self._samples[kind]
+            repeated = Counter({name: count for name, count in uses.items() if samples[name] > 1})
+            share = repeated.total() / uses.total()
+            found[kind] = Repeats(turns, len(uses), share, repeated.most_common(MOST_FREQUENT))
+        return found

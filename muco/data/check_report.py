@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from muco.base.tables import print_readable
 
 MAX_LISTED = 20  # messages kept per kind of problem; the total is always counted
+FREQUENT = "most frequent among the repeated"
 
 
 @dataclass
@@ -43,8 +45,8 @@ class TextLengths:
 class Repeats:
     """Identical targets of one kind.
 
-    ``share`` is the share of turns whose target occurs in another sample too (a target with several wordings counts
-    once per wording): such turns are wrong negatives of one another unless the loss masks them.
+    ``share`` is the share of turns whose target occurs in another sample too (each wording counts): such turns are
+    wrong negatives of one another unless the loss masks them.
     """
 
     turns: int
@@ -99,9 +101,20 @@ def print_report(report: Report, console: Console) -> None:
     verdict = Text("ok", style="bold green") if report.ok else Text("not ok", style="bold red")
     console.print(Text.assemble((report.path, "bold"), "  ", verdict), soft_wrap=True)
     console.print(Padding(_counts(report), (1, 0)))
-    print_readable(_kind_table(report), console)
+    kinds = _table("Targets by kind", ("kind", "turns", "distinct", "repeated", FREQUENT))
+    for kind, repeats in report.kinds.items():
+        short = [(text if len(text) <= 40 else text[:39] + "…", count) for text, count in repeats.most_frequent]
+        frequent = ", ".join(f"{text} ({count:,})" for text, count in short)
+        cells = (f"{repeats.turns:,}", f"{repeats.distinct:,}", f"{repeats.share:.0%}")
+        kinds.add_row(Text(kind), *cells, Text(frequent or "–"))
+    lengths = _table("Length of texts", ("", "texts", "mean", "median", "95 %", "max"))
+    for unit, sides in (("words", report.words), ("tokens", report.tokens or {})):
+        for side, length in sides.items():
+            row = (f"{length.texts:,}", f"{length.mean:.1f}", str(length.median), str(length.p95), f"{length.max:,}")
+            lengths.add_row(f"{side}, {unit}", *row)
+    print_readable(kinds, console)
     console.print()
-    print_readable(_length_table(report), console)
+    print_readable(lengths, console)
     for name, findings in report.problems.items():
         if findings.total:
             console.print(Text(f"\n{name}: {findings.total:,}", style="bold red"))
@@ -122,30 +135,8 @@ def _counts(report: Report) -> Table:
     return table
 
 
-def _kind_table(report: Report) -> Table:
-    table = Table(title="Targets by kind", title_justify="left", title_style="bold")
-    table.add_column("kind")
-    for name in ("turns", "distinct", "repeated"):
-        table.add_column(name, justify="right")
-    table.add_column("most frequent among the repeated", overflow="fold")
-    for kind, repeats in report.kinds.items():
-        frequent = ", ".join(f"{_short(text)} ({count:,})" for text, count in repeats.most_frequent)
-        cells = (f"{repeats.turns:,}", f"{repeats.distinct:,}", f"{repeats.share:.0%}")
-        table.add_row(Text(kind), *cells, Text(frequent or "–"))
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number and name != FREQUENT else "left", overflow="fold")
     return table
-
-
-def _length_table(report: Report) -> Table:
-    table = Table(title="Length of texts", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("texts", "mean", "median", "95 %", "max"):
-        table.add_column(name, justify="right")
-    for unit, sides in (("words", report.words), ("tokens", report.tokens or {})):
-        for side, length in sides.items():
-            row = (f"{length.texts:,}", f"{length.mean:.1f}", str(length.median), str(length.p95), f"{length.max:,}")
-            table.add_row(f"{side}, {unit}", *row)
-    return table
-
-
-def _short(text: str, width: int = 40) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

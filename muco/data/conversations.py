@@ -14,6 +14,7 @@ entry stands: opening takes a few megabytes of memory plus 16 bytes per entry, q
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,10 @@ import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.json_places import ArrayPlaces, Scanner, checked_object, value_at
-from muco.data.lines import JsonObject, image_of, parsed, raw_lines, text_of
+from muco.data.lines import JsonObject, image_of, parsed, text_of
 from muco.data.places import LinePlaces, file_state, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
-from muco.images import is_url
 
 KIND = "dialogue"  # of every turn
 PATTERNS = (  # of the images of VisDial 1.0, whose training images are COCO's
@@ -57,8 +57,8 @@ class LlavaData(Fingerprinted):
         self.path, self.images = Path(path), _image_folder(path, images)
         if self.path.suffix in (".jsonl", ".ndjson"):
             self._places: LinePlaces | ArrayPlaces = LinePlaces(self.path)
-            for start, _, line in raw_lines(self.path):
-                self._places.add(start, line)
+            for _ in self._places.scan():
+                pass
         elif self.path.suffix == ".json":
             self._places = ArrayPlaces(self.path)
         else:
@@ -75,18 +75,15 @@ class LlavaData(Fingerprinted):
         where = self._places.where(i)
         entry = parsed(self._places.read(i), where, constants=True)
         entry = checked_object(entry, "the entry", where)
-        images = self._image_paths(entry, where)
-        return Sample(images, _exchanges(entry, bool(images), where), id=_entry_id(entry, where), where=where)
+        given = entry.get("image")
+        named = [item for item in (given if isinstance(given, list) else [given]) if item not in ("", None)]
+        images = [image_of({"image": item}, "image", self.images, where) or "" for item in named]
+        id = entry.get("id")
+        id = str(id) if isinstance(id, int) else text_of(entry, "id", where)
+        return Sample(images, _exchanges(entry, bool(images), where), id=id, where=where)
 
     def _read_from(self) -> tuple[list[Path], Any]:
         return [self.path], "LLaVA 1"
-
-    def _image_paths(self, entry: JsonObject, where: str) -> list[str]:
-        given = entry.get("image")
-        found = [
-            _image(item, self.images, where) for item in (given if isinstance(given, list) else [given]) if item != ""
-        ]
-        return [path for path in found if path is not None]
 
 
 class VisDialData(Fingerprinted):
@@ -165,9 +162,9 @@ class VisDialData(Fingerprinted):
 
     def _image_file(self, image_id: int, where: str) -> str:
         names = [self._file_name(pattern, image_id) for pattern in self.patterns]
-        paths = [_image(name, self.images, where) for name in names]
-        there = [path for path in paths if path is not None and Path(path).is_file()] if len(paths) > 1 else paths
-        if not there or there[0] is None:
+        paths = [image_of({"image": name}, "image", self.images, where) or "" for name in names]
+        there = [path for path in paths if os.path.isfile(path)] if len(paths) > 1 else paths
+        if not there:
             raise DataError(f"{where}: no image of {image_id} in {self.images}, looked for {' and '.join(names)}; "
                             "pass the folder as 'images' and the names as 'pattern'")  # fmt: skip
         return there[0]
@@ -184,7 +181,7 @@ class VisDialData(Fingerprinted):
 
 
 def _exchanges(entry: JsonObject, has_image: bool, where: str) -> list[Turn]:
-    """The turns of a LLaVA entry: messages of both sides by turns, beginning with the human."""
+    """The turns of a LLaVA entry, whose sides take turns and the human begins."""
     messages = entry.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise DataError(
@@ -201,24 +198,20 @@ def _exchanges(entry: JsonObject, has_image: bool, where: str) -> list[Turn]:
         if role not in wanted:
             raise DataError(f"{place}: 'from' is {role!r}, where {wanted[0]!r} must be; a human's and a gpt's message "
                             "take turns, the human begins")  # fmt: skip
-        texts.append(_message(message, number % 2 == 0, has_image, place))
+        texts.append(_text(message, "value", place) if number % 2 else _question(message, has_image, place))
     if len(texts) % 2:
         raise DataError(f"{where}: the last message, {len(texts) - 1}, has no answer; every question needs one")
     return [Turn(query, target, kind=KIND) for query, target in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def _message(message: JsonObject, asks: bool, has_image: bool, where: str) -> str:
-    if not asks:
-        return _text(message, "value", where)
+def _question(message: JsonObject, has_image: bool, where: str) -> str:
     text = text_of(message, "value", where)
     if text is None:
         raise DataError(f"{where}: no 'value'; a message says something")
     text = _PLACEHOLDER.sub("", text) if has_image else text.replace("<image>", "")
-    if text.strip():
-        return text
-    if not has_image:
+    if not text.strip() and not has_image:
         raise DataError(f"{where}: 'value' is empty and the entry has no image; fix the entry")
-    return ""
+    return text if text.strip() else ""
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -226,17 +219,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if text is None or not text.strip():
         raise DataError(f"{where}: {key!r} is empty; fix the entry")
     return text
-
-
-def _entry_id(entry: JsonObject, where: str) -> str | None:
-    value = entry.get("id")
-    return str(value) if isinstance(value, int) else text_of(entry, "id", where)
-
-
-def _image(value: Any, folder: Path, where: str) -> str | None:
-    if isinstance(value, str) and is_url(value):
-        raise DataError(f"{where}: 'image' is a URL ({value[:60]}); URLs are not fetched, download the image")
-    return image_of({"image": value}, "image", folder, where)
 
 
 def _image_folder(path: str | Path, images: str | Path | None) -> Path:
@@ -262,9 +244,9 @@ def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarr
                 else:
                     scanner.value()
             continue
-        start, length = scanner.value()
+        place = scanner.value()
         if key == "split":
             here = file.tell()
-            split = str(value_at(file, (start, length), str(path)))
+            split = str(value_at(file, place, str(path)))
             file.seek(here)
     return split, places

@@ -2,8 +2,7 @@
 
 A fingerprint is the SHA-256 (hex) of how the data is read, of the bytes of its files, and of the bytes of the images
 that ``LOOKED`` rows name, which are spread evenly over the data; of all rows if there are fewer. So any change of
-a row shows, and so do other images in place of these, but for a few among very many. Neither names of folders nor times
-of files count, since a copy changes them.
+a row shows, and so do other images, but for a few among very many. Names of folders and times of files do not count.
 """
 
 from __future__ import annotations
@@ -41,11 +40,7 @@ class Fingerprinted(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """See :mod:`muco.data.fingerprint`.
-
-        Raises:
-            DataError: If a row that is looked at cannot be used, or one of its images is missing.
-        """
+        """See the module; a DataError if a row that is looked at cannot be used, or one of its images is missing."""
         return fingerprint_of(self, *self._read_from())
 
     @cached_property
@@ -91,10 +86,9 @@ def _looked_at(data: Any, *, skip_broken: bool) -> Iterator[tuple[ImageLike, str
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes; it is remembered as long as size and time of the file stay as they are.
+    """SHA-256 (hex) of a file's bytes, remembered as long as size and time of the file stay as they are.
 
-    Raises:
-        DataError: If the file cannot be read, or changes meanwhile.
+    Raises a DataError if the file cannot be read, or changes meanwhile.
     """
     place = str(path.absolute())
     before = file_state(path)

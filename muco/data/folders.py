@@ -7,9 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from muco.errors import DataError
 from muco.images import image_suffixes
@@ -17,27 +17,16 @@ from muco.images import image_suffixes
 SHOWN_KINDS = 10  # of files passed over, in a sentence
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """What a folder holds.
-
-    Args:
-        fingerprint: SHA-256 (hex) of names, sizes and times of the images.
-        total: Number of images.
-        passed_over: Other files by kind, see :func:`image_files`.
-    """
+class ImageFolder(NamedTuple):
+    """What a folder holds: a SHA-256 (hex) of names, sizes and times of the images, their number, and other files."""
 
     fingerprint: str
     total: int
-    passed_over: Counter[str]
+    passed_over: Counter[str]  # by kind, see :func:`image_files`
 
 
 def state_of_images(folder: Path) -> ImageFolder:
-    """Of the images in a folder and those below.
-
-    Raises:
-        DataError: If a folder cannot be listed.
-    """
+    """Of the images in a folder and those below; a DataError if a folder cannot be listed."""
     digest, total, passed_over = hashlib.sha256(), 0, Counter[str]()
     try:
         for name, entry in image_files(folder, passed_over):
@@ -52,15 +41,21 @@ def state_of_images(folder: Path) -> ImageFolder:
 def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Relative names ("a/b.png") and entries of the images in a folder and those below, in the order of the names.
 
-    Hidden files and linked folders are left out.
+    Hidden files and linked folders are left out. One folder's listing is in memory at a time.
 
     Args:
         passed_over: Counts the other files by kind: the ending of their names (".heic"), or "other".
     """
     suffixes = image_suffixes()
-    for name, entry in _files(folder, ""):
+    with os.scandir(folder) as scan:
+        entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
+    for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in suffixes:
+        if name.endswith("/"):
+            yield from ((name + inner, found) for inner, found in image_files(Path(entry.path), passed_over))
+        elif entry.is_symlink() and entry.is_dir():
+            continue
+        elif suffix in suffixes:
             yield name, entry
         elif passed_over is not None:
             passed_over[suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", suffix) else "other"] += 1
@@ -68,9 +63,10 @@ def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterat
 
 def told_kinds(passed_over: Counter[str]) -> str:
     """ "12 .heic, 3 .avif", the most frequent first."""
-    shown = [f"{count:,} {kind}" for kind, count in passed_over.most_common(SHOWN_KINDS)]
-    left = passed_over.total() - sum(count for _, count in passed_over.most_common(SHOWN_KINDS))
-    return ", ".join([*shown, f"{left:,} of further kinds"] if left else shown)
+    shown = passed_over.most_common(SHOWN_KINDS)
+    left = passed_over.total() - sum(count for _, count in shown)
+    told = [f"{count:,} {kind}" for kind, count in shown]
+    return ", ".join([*told, f"{left:,} of further kinds"] if left else told)
 
 
 def told_passed_over(folder: Path, passed_over: Counter[str]) -> str:
@@ -81,14 +77,3 @@ def told_passed_over(folder: Path, passed_over: Counter[str]) -> str:
         f"{folder}: files of other kinds are passed over: {told_kinds(passed_over)}; to take photographs among them, "
         "convert them to JPEG or PNG"
     )
-
-
-def _files(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All files in the order of the names, one folder's listing in memory at a time."""
-    with os.scandir(folder) as scan:
-        entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
-    for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
-        if name.endswith("/"):
-            yield from _files(Path(entry.path), prefix + name)
-        elif not (entry.is_symlink() and entry.is_dir()):
-            yield prefix + name, entry

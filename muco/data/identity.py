@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,30 +51,12 @@ class _Characters(dict[int, str | None]):
 _CHARACTERS = _Characters()
 
 
-def _number(digest: str) -> int:
-    return int(digest[:16], 16)
-
-
-def _text_key(text: str) -> int:
-    return _number(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
-
-
 @dataclass(frozen=True)
 class ImageKeys:
     name: str
-    file: int | None  # None: there is no file, or it cannot be read
-    pixels: int | None
+    file: int | None = None  # None: there is no file, or it cannot be read
+    pixels: int | None = None
     error: str | None = None
-
-
-def image_keys(image: ImageLike) -> ImageKeys:
-    name, file = str(image) if isinstance(image, (str, Path)) else "image in memory", None
-    try:
-        if isinstance(image, (str, Path, bytes)):
-            file = _number(image_digest(image))
-        return ImageKeys(name, file, _number(image_digest(open_image(image, small_side=0))))
-    except ImageError as error:
-        return ImageKeys(name, file, None, str(error))
 
 
 @dataclass(frozen=True)
@@ -84,6 +66,24 @@ class Keys:
     images: tuple[ImageKeys, ...]
     texts: dict[int, str]  # hash -> the text as written, only of those that count
     short: int
+
+
+def _number(digest: str) -> int:
+    return int(digest[:16], 16)
+
+
+def _text_key(text: str) -> int:
+    return _number(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def image_keys(image: ImageLike) -> ImageKeys:
+    found = ImageKeys(str(image) if isinstance(image, (str, Path)) else "image in memory")
+    try:
+        if isinstance(image, (str, Path, bytes)):
+            found = replace(found, file=_number(image_digest(image)))
+        return replace(found, pixels=_number(image_digest(open_image(image, small_side=0))))
+    except ImageError as error:
+        return replace(found, error=str(error))
 
 
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -108,6 +108,10 @@ class ContentRows:
 
     def __len__(self) -> int:
         return len(self._images) if self._data is None else len(self._data)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {"source": self.name, "fingerprint": self.digest.hexdigest()}
 
     def where(self, i: int) -> str:
         if self._data is None:

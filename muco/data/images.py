@@ -17,8 +17,7 @@ from muco.images import _name, _status, image_digest, open_image
 class SameImage:
     """Equal for the same image (:func:`image_digest`); a file is only read where another one has as many bytes.
 
-    Raises:
-        ImageError: If the file is missing or too large; when it is compared, also if it cannot be read.
+    Raises an ImageError if the file is missing or too large; when it is compared, also if it cannot be read.
     """
 
     def __init__(self, image: ImageLike, *, where: str = "") -> None:
@@ -48,11 +47,9 @@ def sample_images(sample: Sample) -> Iterator[ImageLike]:
 
 
 def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
-    """(is the file missing?, message), or None for an image that can be used.
+    """(is the file missing?, message), or None for an image that can be used; ``where`` names the row in the message.
 
-    Args:
-        where: Names the row in the message.
-        opened: Whether to open it; without, only whether there is a file is looked at.
+    Without ``opened``, only whether there is a file is looked at.
     """
     if isinstance(image, (str, Path)) and not os.path.exists(image):
         return True, f"{where}: {image}: no such image file"

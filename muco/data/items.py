@@ -23,7 +23,7 @@ from muco.errors import DataError
 from muco.images import image_suffixes, is_url
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 DIALOGUE = (
     "a dialogue (it has 'turns'), and only simple items with 'text' and/or 'image' are taken; write such a file, or "
@@ -94,7 +94,6 @@ class Items:
     Args:
         root: What relative image paths are relative to.
         fingerprint: Changes whenever the rows may have.
-        total: Number of rows.
         columns: Those that are embedded; None of a folder.
         records: Yields the rows from a number on, with these further columns (of JSONL, with all).
         passed_over: Other files of a folder, by kind, see :func:`image_files`.
@@ -108,11 +107,7 @@ class Items:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def rows(self, start: int = 0, further: Sequence[str] = ()) -> Iterator[Row]:
-        """Row ``start`` and those after it; what is wrong with one is its ``error``.
-
-        Args:
-            further: Names of columns whose values come along.
-        """
+        """Row ``start`` and those after it, with further columns; what is wrong with one is its ``error``."""
         for record in self.records(start, further):
             yield read_row(record, self.columns or COLUMNS, self.root, further)
 
@@ -120,31 +115,44 @@ class Items:
 def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
     """Checks the input as a whole, without opening images.
 
-    Raises:
-        DataError: If it is missing, of no accepted kind, empty or unreadable.
+    Raises a DataError if it is missing, of no accepted kind, empty or unreadable.
     """
     if path.is_dir():
-        return _folder(path)
+        state = state_of_images(path)
+        if not state.total:
+            files = [p for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")]
+            hint = f"; did you mean {files[0]}?" if files else ""
+            found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
+            looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
+            raise DataError(f"{path}: no images in this folder ({looked}){hint}")
+        return Items(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
     if path.suffix in (".jsonl", ".ndjson"):
-        return _jsonl(path, columns)
-    if path.suffix in (".parquet", ".pq"):
-        return _parquet(path, columns)
-    raise DataError(f"{path}: pass a folder of images, a .jsonl file or a .parquet file")
+        digest = hashlib.sha256()
+        total, records = sum(1 for _ in raw_lines(path, digest)), partial(_jsonl_records, path)
+    elif path.suffix in (".parquet", ".pq"):
+        names, total = read_header(path)
+        _check_columns(path, names, columns)
+        size, changed = file_state(path)
+        digest, records = hashlib.sha256(f"{size} {changed}".encode()), partial(_parquet_records, path, columns)
+    else:
+        raise DataError(f"{path}: pass a folder of images, a .jsonl file or a .parquet file")
+    if not total:
+        raise DataError(f"{path}: the file has no rows")
+    return Items(path.parent, digest.hexdigest(), total, columns, records)
 
 
-# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _check_columns(path: Path, names: Sequence[str], columns: Columns) -> None:
+    if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
+        raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
+    if not {columns.text, *columns.images} & {*names}:
+        raise DataError(f"{path}: no column for text or image; it has {', '.join(names)}; name them by --text-column …")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
 
 
-def _folder(path: Path) -> Items:
-    state = state_of_images(path)
-    if not state.total:
-        hint = next((f"; did you mean {p}?" for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")), "")
-        found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
-        looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
-        raise DataError(f"{path}: no images in this folder ({looked}){hint}")
-    return Items(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
+# ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -154,17 +162,6 @@ def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterato
             yield Record(number, where, error="the name of the file is not UTF-8; rename it")
         else:
             yield Record(number, where, {"image": name, "id": name})
-
-
-# ── JSONL ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _jsonl(path: Path, columns: Columns) -> Items:
-    digest = hashlib.sha256()
-    total = sum(1 for _ in raw_lines(path, digest))
-    if not total:
-        raise DataError(f"{path}: the file has no rows")
-    return Items(path.parent, digest.hexdigest(), total, columns, partial(_jsonl_records, path))
 
 
 def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -183,45 +180,6 @@ def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[R
             yield checked_record(number, where, values)
 
 
-# ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _parquet(path: Path, columns: Columns) -> Items:
-    names, total = read_header(path)
-    if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
-        raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
-    if not {columns.text, *columns.images} & {*names}:
-        raise DataError(f"{path}: no column for text or image; it has {', '.join(names)}; name them by --text-column …")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
-    if not total:
-        raise DataError(f"{path}: the file has no rows")
-    size, changed = file_state(path)
-    fingerprint = hashlib.sha256(f"{size} {changed}".encode()).hexdigest()
-    return Items(path.parent, fingerprint, total, columns, partial(_parquet_records, path, columns))
-
-
-def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence[str]) -> Iterator[Record]:
-    names = read_header(path)[0]
-    present = [name for name in (*columns.used, *further) if name in names]
-    for first, batch in batches(path, present, start, most_rows=PARQUET_ROWS):
-        for i in range(len(batch)):
-            yield _parquet_record(batch, i, first + i, f"{path.name} row {first + i}")
-
-
-def _parquet_record(batch: pa.RecordBatch, i: int, number: int, where: str) -> Record:
-    values = {}
-    for name in batch.schema.names:
-        try:
-            values[name] = batch.column(name)[i].as_py()
-        except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date that Python does not know
-            return Record(number, where, error=f"{name!r} cannot be read ({error})")
-    return Record(number, where, values)
-
-
-# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def checked_record(number: int, where: str, values: Mapping[str, Any]) -> Record:
     """A record, whose error is that a text in it, of whatever column, holds half a character."""
     try:
@@ -231,36 +189,50 @@ def checked_record(number: int, where: str, values: Mapping[str, Any]) -> Record
     return Record(number, where, values)
 
 
+def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence[str]) -> Iterator[Record]:
+    names = read_header(path)[0]
+    present = [name for name in (*columns.used, *further) if name in names]
+    for first, batch in batches(path, present, start, most_rows=PARQUET_ROWS):
+        for number in range(first, first + len(batch)):
+            values, error = {}, None
+            for name in present:
+                try:
+                    values[name] = batch.column(name)[number - first].as_py()
+                except (ValueError, OverflowError) as found:  # not UTF-8, or a date that Python does not know
+                    values, error = {}, f"{name!r} cannot be read ({found})"
+                    break
+            yield Record(number, f"{path.name} row {number}", values, error)
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str] = ()) -> Row:
     """The row of a record; what is wrong with it becomes its ``error``."""
     values, given = record.values, str(record.number)
     try:
-        given = _id(values.get(columns.id), given)
+        id = values.get(columns.id)
+        if isinstance(id, int) and not isinstance(id, bool):
+            given = str(id)
+        elif id is not None and not isinstance(id, str):
+            raise DataError(f"'id' must be a string or a whole number, not {type_of(id)}")
+        else:
+            given = _string(id, "id") or given
         if record.error is not None:
             raise DataError(record.error)
         text = _string(values.get(columns.text), columns.text)
-        images = _images(values, columns, root)
-        if text is None and not images:
+        found = {key: images for key in columns.images if (images := _images(values.get(key), key, root))}
+        if len(found) > 1:
+            raise DataError(f"both {' and '.join(map(repr, found))} have images; use one key for them")
+        if text is None and not found:
             raise DataError(f"nothing to embed: neither {columns.text!r} nor {columns.image!r} says anything")
     except DataError as error:
         return Row(record.number, given, record.where, error=str(error))
+    images = [pair for pairs in found.values() for pair in pairs]
+    paths = [path for _, path in images]
+    path = paths[0] if len(paths) == 1 else json.dumps(paths, ensure_ascii=False) if any(paths) else None
     others = {name: values[name] for name in further if name in values}
-    found, paths = [image for image, _ in images], [path for _, path in images]
-    return Row(record.number, given, record.where, text, tuple(found), _path_of(paths), others)
-
-
-def _path_of(paths: list[str | None]) -> str | None:
-    if len(paths) == 1:
-        return paths[0]
-    return json.dumps(paths, ensure_ascii=False) if any(paths) else None
-
-
-def _id(value: Any, number: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"'id' must be a string or a whole number, not {type_of(value)}")
-    return _string(value, "id") or number
+    return Row(record.number, given, record.where, text, tuple(image for image, _ in images), path, others)
 
 
 def _string(value: Any, key: str) -> str | None:
@@ -275,24 +247,11 @@ def _string(value: Any, key: str) -> str | None:
 Image = tuple[Path | bytes | str, str | None]  # what open_image takes, and the path as given
 
 
-def _images(values: Mapping[str, Any], columns: Columns, root: Path) -> list[Image]:
-    """The images of a row, in its order.
-
-    Raises:
-        DataError: If they are under two keys, or one is not a path, bytes, or a struct of both.
-    """
-    found = {key: images for key in columns.images if (images := _images_of(values.get(key), key, root))}
-    if len(found) > 1:
-        raise DataError(f"both {' and '.join(map(repr, found))} have images; use one key for them")
-    return next(iter(found.values()), [])
-
-
-def _images_of(value: Any, key: str, root: Path) -> list[Image]:
-    if not isinstance(value, list | tuple):
-        image = _image(value, key, root)
-        return [] if image is None else [image]
-    images = [_image(item, key, root) for item in value]
-    if None in images:
+def _images(value: Any, key: str, root: Path) -> list[Image]:
+    """The images under a key, in its order; a DataError if one is not a path, bytes, or a struct of both."""
+    several = isinstance(value, list | tuple)
+    images = [_image(item, key, root) for item in (value if several else [value])]
+    if several and None in images:
         raise DataError(f"{key!r} has an item that is null or blank; leave it out")
     return [image for image in images if image is not None]
 

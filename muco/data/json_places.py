@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 
 from muco.base.json_text import type_of
 from muco.base.text import refuse_utf16
-from muco.data.lines import JsonObject, parsed
+from muco.data.lines import MARK, JsonObject, parsed
 from muco.data.places import file_state, open_unchanged
 from muco.errors import DataError
 
 PIECE = 1 << 20  # bytes read at once
 LONGEST_VALUE = 1 << 26  # bytes of one entry
+_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def checked_object(value: Any, name: str, where: str) -> JsonObject:
@@ -29,18 +31,19 @@ def checked_object(value: Any, name: str, where: str) -> JsonObject:
 
 def value_at(file: BinaryIO, place: Sequence[int], where: str) -> Any:
     """The JSON value at a place, (first byte, bytes)."""
+    return parsed(bytes_at(file, place), where, constants=True)  # as the scanner: who needs a number looks at it
+
+
+def bytes_at(file: BinaryIO, place: Sequence[int]) -> bytes:
     start, length = map(int, place)
     file.seek(start)
-    return parsed(file.read(length), where, constants=True)  # as the scanner: who needs a number looks at it
+    return file.read(length)
 
 
 class ArrayPlaces:
-    """The elements of the one array in a JSON file; an element is read from the file when asked for.
+    """The elements of the one array in a JSON file, read from the file when asked for. Memory: 16 bytes an element.
 
-    Memory: 16 bytes an element.
-
-    Raises:
-        DataError: If the file cannot be read or holds anything but an array.
+    Raises a DataError if the file cannot be read or holds anything but an array.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,28 +64,23 @@ class ArrayPlaces:
 
     def read(self, index: int) -> bytes:
         """The JSON of an element; a DataError if the file has changed."""
-        start, length = map(int, self._places[index])
         with open_unchanged(self.path, self._state) as file:
-            file.seek(start)
-            return file.read(length)
+            return bytes_at(file, self._places[index])
 
 
 class Scanner:
     """Walks through one JSON value of any size, a piece of the file at a time.
 
-    Bytes are taken for Latin-1, so that characters are bytes; JSON's syntax is ASCII and what is in strings only has to
-    be stepped over. A value is parsed again, as UTF-8, when it is used.
+    Bytes are taken for Latin-1, so that characters are bytes; a value is parsed again, as UTF-8, when it is used.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
         self._decoder = json.JSONDecoder()
-        self._text, self._first, self._at, self._ended = "", 0, 0, False  # _first: the byte at which _text begins
         head = file.read(3)
         refuse_utf16(head, path)
-        if head != b"\xef\xbb\xbf":
-            file.seek(0)
-        self._first = file.tell()
+        file.seek(3 if head == MARK else 0)
+        self._text, self._first, self._at, self._ended = "", file.tell(), 0, False  # _text begins at byte _first
 
     @property
     def offset(self) -> int:
@@ -91,10 +89,9 @@ class Scanner:
     def peek(self) -> str:
         """The next character that is no blank, "" at the end of the file."""
         while True:
-            while self._at < len(self._text):
-                if self._text[self._at] not in " \t\r\n":
-                    return self._text[self._at]
-                self._at += 1
+            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text):
+                return self._text[self._at]
             if not self._more(PIECE):
                 return ""
 
@@ -116,7 +113,8 @@ class Scanner:
             except (ValueError, RecursionError) as error:
                 left = len(self._text) - self._at
                 if isinstance(error, RecursionError) or left > LONGEST_VALUE or not self._more(max(PIECE, left)):
-                    raise DataError(f"{self.path}: not JSON at byte {self.offset} ({_what(error)}); download the file "
+                    said = getattr(error, "msg", "nested too deep")
+                    raise DataError(f"{self.path}: not JSON at byte {self.offset} ({said}); download the file "
                                     "again")  from error  # fmt: skip
                 continue
             if len(self._text) - end < 3 and not self._ended:  # a number may go on, as with ".5" or "e+5"
@@ -129,30 +127,30 @@ class Scanner:
     def elements(self) -> np.ndarray:
         """Steps over an array; the places of its elements."""
         places = array("q")
-        self.take("[")
-        if self.peek() == "]":
-            self._at += 1
-        else:
+        for _ in self._parts("[]"):
             places.extend(self.value())
-            while self.take(",]") == ",":
-                places.extend(self.value())
         return np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def members(self) -> Iterator[str]:
         """Steps over an object; stops after each name, for the caller to step over the value."""
-        self.take("{")
-        if self.peek() == "}":
-            self._at += 1
-            return
-        while True:
+        for _ in self._parts("{}"):
             if self.peek() != '"':
                 self.take('"')
             start, length = self.value()
             name = self._text[start - self._first : start - self._first + length]
             self.take(":")
             yield json.loads(name)
-            if self.take(",}") == "}":
-                return
+
+    def _parts(self, brackets: str) -> Iterator[None]:
+        """Steps over an array or object; stops before each part, for the caller to step over it."""
+        first, last = brackets
+        self.take(first)
+        if self.peek() == last:
+            self.take(last)
+            return
+        yield
+        while self.take(f",{last}") == ",":
+            yield
 
     def end(self) -> None:
         """Raises a DataError if anything comes after the values that were stepped over."""
@@ -166,7 +164,3 @@ class Scanner:
         self._first += self._at
         self._text, self._at = self._text[self._at :] + piece.decode("latin-1"), 0
         return bool(piece)
-
-
-def _what(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"

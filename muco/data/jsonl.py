@@ -21,7 +21,7 @@ from muco.base.files import whole_file, writing
 from muco.base.json_text import type_of
 from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import parsed, raw_lines, whole_text
+from muco.data.lines import errors_at, parsed, whole_text
 from muco.data.places import LinePlaces, position
 from muco.dialogue import Content, ImageLike, Sample, Turn, as_content
 from muco.errors import DataError, did_you_mean
@@ -34,18 +34,16 @@ _TURN_KEYS = ("query", "target", "kind", "negatives")
 class JsonlData(Fingerprinted):
     """The samples of a JSONL file, parsed when asked for; only the offsets of the lines are kept in memory.
 
-    Args:
-        path: The file. Blank lines and a byte-order mark are skipped.
-    Raises:
-        DataError: If the file is missing, has no rows, or a line is longer than 64 MiB. Rows are checked on access.
+    Blank lines and a byte-order mark are skipped. Raises a DataError if the file is missing, has no rows, or a line is
+    longer than 64 MiB. Rows are checked on access.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.folder = self.path.parent
         self._places = LinePlaces(self.path, shown=str(path))  # errors name the file as the user did
-        for start, _, line in raw_lines(Path(path)):
-            self._places.add(start, line)
+        for _ in self._places.scan():
+            pass
         if not len(self):
             raise DataError(f"{path}: the file holds no rows")
 
@@ -55,17 +53,16 @@ class JsonlData(Fingerprinted):
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its images are absolute paths and its ``where`` is "file:line".
 
-        Raises:
-            IndexError: If there is no such row.
-            DataError: If the row is not as it must be, or the file changed since it was opened.
+        Raises an IndexError if there is no such row, a DataError if it is not as it must be, or the file changed since
+        it was opened.
         """
         where = self.where(index)
-        line = self._places.read(position(index, len(self), self._places.shown))
+        line = self._places.read(position(index, len(self), self.path))
         return sample_from_row(parsed(line, where), self.folder, where)
 
     def where(self, index: int) -> str:
         """ "file:line" of a row, also of one that cannot be read."""
-        return self._places.where(position(index, len(self), self._places.shown))
+        return self._places.where(position(index, len(self), self.path))
 
     def _read_from(self) -> tuple[list[Path], str]:
         self._places.check()
@@ -75,14 +72,10 @@ class JsonlData(Fingerprinted):
 def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
     """The sample that one parsed JSON object describes.
 
-    Args:
-        row: The object; anything but a mapping is an error.
-        folder: What relative image paths are relative to. Made absolute.
-        where: Starts every error message ("file:line").
-    Raises:
-        DataError: If a key is unknown, a type is wrong, or a turn lacks its query or target.
+    Relative image paths are relative to ``folder``. Every error begins with ``where`` ("file:line"): a DataError if a
+    key is unknown, a type is wrong, or a turn lacks its query or target.
     """
-    try:
+    with errors_at(where):
         row = _object(row, _SAMPLE_KEYS, "a row")
         images = _images(row, folder)
         sample_id = _optional_string(row, "id")
@@ -90,22 +83,17 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
         if not isinstance(turns, list) or not turns:
             given = "an empty list" if turns == [] else type_of(turns)
             raise DataError(f"'turns' must be a list of at least one turn, not {given}")
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     read = []
     for number, turn in enumerate(turns, start=1):
-        try:
+        with errors_at(f"{where} turn {number}"):
             read.append(_turn(turn, folder))
-        except DataError as error:
-            raise DataError(f"{where} turn {number}: {error}") from error
     return Sample(image=images, turns=read, id=sample_id, where=where)
 
 
 def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
     """The inverse of :func:`sample_from_row`: image paths inside ``folder`` become relative, others absolute.
 
-    Raises:
-        DataError: If an image is not a path (bytes and Pillow images have to be saved first).
+    Raises a DataError if an image is not a path (bytes and Pillow images have to be saved first).
     """
     row: dict[str, Any] = _images_to_row(sample.images, folder, sample.place)
     if sample.id is not None:
@@ -137,25 +125,17 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 def _turn(value: Any, folder: Path) -> Turn:
     value = _object(value, _TURN_KEYS, "a turn")
+    sides = {}
     for side in ("query", "target"):
-        if value.get(side) is None:
+        given = value.get(side)
+        if given is None:
             raise DataError(f"the turn has no {side!r}; every turn needs a query and a target")
+        sides[side] = [_content(item, folder, side) for item in (given if isinstance(given, list) else [given])]
     negatives = value.get("negatives")
     if not isinstance(negatives, list | None):
         raise DataError(f"'negatives' must be a list, not {type_of(negatives)}")
-    return Turn(
-        query=_side(value["query"], folder, "query"),
-        target=_side(value["target"], folder, "target"),
-        kind=_optional_string(value, "kind"),
-        negatives=[_content(item, folder, "negatives") for item in negatives or ()],
-    )
-
-
-def _side(value: Any, folder: Path, key: str) -> Content | list[Content]:
-    """A query or a target, or its paraphrases."""
-    if isinstance(value, list):
-        return [_content(item, folder, key) for item in value]
-    return _content(value, folder, key)
+    negatives = [_content(item, folder, "negatives") for item in negatives or ()]
+    return Turn(**sides, kind=_optional_string(value, "kind"), negatives=negatives)
 
 
 def _content(value: Any, folder: Path, key: str) -> Content:
@@ -178,18 +158,23 @@ def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
     for key in ("image", "images"):
         given = value.get(key)
         for item in given if isinstance(given, list) else [] if given is None else [given]:
-            paths.append(_image_path(item, folder, key))
+            if not isinstance(item, str):
+                raise DataError(f"{key!r} must be the path of an image, not {type_of(item)}")
+            if not item or "\0" in item:
+                raise DataError(f"{key!r} is not a path: {item!r}; leave the key out if there is no image")
+            if is_url(item):
+                raise DataError(
+                    f"{key!r} is a URL ({item[:60]}); URLs are not fetched; download the image and use its path"
+                )
+            paths.append(folder.absolute() / whole_text(item, key))
     return tuple(paths)
 
 
-def _image_path(value: Any, folder: Path, key: str) -> Path:
-    if not isinstance(value, str):
-        raise DataError(f"{key!r} must be the path of an image, not {type_of(value)}")
-    if not value or "\0" in value:
-        raise DataError(f"{key!r} is not a path: {value!r}; leave the key out if there is no image")
-    if is_url(value):
-        raise DataError(f"{key!r} is a URL ({value[:60]}); URLs are not fetched; download the image and use its path")
-    return folder.absolute() / whole_text(value, key)
+def _optional_string(value: dict[str, Any], key: str) -> str | None:
+    text = value.get(key)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{key!r} must be a string, not {type_of(text)}")
+    return None if text is None else whole_text(text, key)
 
 
 def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
@@ -199,15 +184,6 @@ def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
         if key not in keys:
             raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, keys)}")
     return value
-
-
-def _optional_string(value: dict[str, Any], key: str) -> str | None:
-    text = value.get(key)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise DataError(f"{key!r} must be a string, not {type_of(text)}")
-    return whole_text(text, key)
 
 
 # ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ import numpy as np
 
 from muco.base.text import read_text
 from muco.data.left_out import LeftOut
-from muco.data.lines import HASHED, JsonObject, as_object, raw_lines
+from muco.data.lines import HASHED, JsonObject, as_object
 from muco.data.places import LinePlaces
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
@@ -61,11 +61,11 @@ class LinePool:
         images: list[tuple[int, str]] = []  # row and path of those whose bytes may count
         digest, times = hashlib.sha256(), hashlib.sha256()
         self._places = LinePlaces(self.path)
-        for start, line, number in raw_lines(self.path, digest):
-            where = f"{self.path}:{number}"
-            value, row = as_object(line, where), len(ids)
-            ids.append(_id_bytes(identify(value, where), where))
-            self._places.add(start, number)
+        for row, (line, where) in enumerate(self._places.scan(digest)):
+            value = as_object(line, where)
+            ids.append(identify(value, where).encode())
+            if len(ids[-1]) > LONGEST_ID:
+                raise DataError(f"{where}: an id of {len(ids[-1])} bytes; at most {LONGEST_ID} are allowed")
             try:
                 paths = [str(image) for image in read(value, where).images]
                 for image in paths:
@@ -128,13 +128,6 @@ class LinePool:
             )
 
 
-def _id_bytes(id: str, where: str) -> bytes:
-    value = id.encode()
-    if len(value) > LONGEST_ID:
-        raise DataError(f"{where}: an id of {len(value)} bytes; at most {LONGEST_ID} are allowed")
-    return value
-
-
 def _size_and_time(image: str, where: str) -> bytes:
     try:
         status = os.stat(image)
@@ -167,15 +160,11 @@ class Query:
         return sorted(id for id, grade in self.grades.items() if grade > 0)
 
 
-Qrels = Mapping[str, Mapping[str, int]]  # query -> candidate -> grade
-
-
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements in TREC's form (``query 0 candidate grade``, a fifth column is ignored) or BEIR's (a TSV with header).
 
-    Raises:
-        DataError: If the file cannot be read, or a line has another form, a grade that is no number, or a pair that was
-            judged before; names file and line.
+    Raises a DataError that names a line of another form, with a grade that is no number, or a pair that was judged
+    before.
     """
     qrels: dict[str, dict[str, int]] = {}
     lines = read_text(path).splitlines()
@@ -183,21 +172,16 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (beir and number == 1):
             continue
-        query, candidate, grade = _judgement(line, beir, f"{path}:{number}")
+        where, cells = f"{path}:{number}", line.split("\t") if beir else line.split()
+        if len(cells) != 3 if beir else len(cells) not in (4, 5):
+            form = "query-id, corpus-id and score, separated by tabs" if beir else "query, 0, candidate, grade"
+            raise DataError(f"{where}: {len(cells)} columns; a line of judgements has {form}")
+        query, candidate, grade = cells if beir else (cells[0], cells[2], cells[3])
         own = qrels.setdefault(query, {})
         if candidate in own:
-            raise DataError(f"{path}:{number}: {candidate!r} is judged twice for {query!r}; keep one of the lines")
-        own[candidate] = grade
+            raise DataError(f"{where}: {candidate!r} is judged twice for {query!r}; keep one of the lines")
+        try:
+            own[candidate] = int(grade)
+        except ValueError:
+            raise DataError(f"{where}: the grade must be a whole number, not {grade!r}") from None
     return qrels
-
-
-def _judgement(line: str, beir: bool, where: str) -> tuple[str, str, int]:
-    cells = line.split("\t") if beir else line.split()
-    if len(cells) != 3 if beir else len(cells) not in (4, 5):
-        form = "query-id, corpus-id and score, separated by tabs" if beir else "query, 0, candidate, grade"
-        raise DataError(f"{where}: {len(cells)} columns; a line of judgements has {form}")
-    query, candidate, grade = cells if beir else (cells[0], cells[2], cells[3])
-    try:
-        return query, candidate, int(grade)
-    except ValueError:
-        raise DataError(f"{where}: the grade must be a whole number, not {grade!r}") from None

@@ -1,7 +1,5 @@
 """Does the training data hold what the evaluation asks for? Overlap by image and by text, as hashes in one stream.
 
-    evaluation ─keys─▶ sorted hashes ◀─look up─ keys ◀─ training, row by row
-
 =============== =============================== =====================================================================
 key             equal when                      not found
 =============== =============================== =====================================================================
@@ -10,17 +8,17 @@ image pixels    size and decoded RGB pixels are resized, cropped or re-compresse
 text            the normalised texts are        paraphrases, and parts of longer texts
 =============== =============================== =====================================================================
 
-A text is normalised by NFKC and case folding; runs of blanks and punctuation become one blank. Two sorts of text tell
-nothing by themselves and do not count: short ones ("Yes" is everywhere), and those that many evaluation samples share
-(instructions, class names); the report says how many of the latter training has. Longer questions made by a template
-may still repeat by chance: look at the pairs. Hard negatives count in training, where the model has seen them, and not
-in evaluation.
+A text is normalised by NFKC and case folding; runs of blanks and punctuation become one blank. Short texts ("Yes" is
+everywhere) and those that many evaluation samples share (instructions, class names) do not count; the report says how
+many of the latter training has. Longer questions made by a template may still repeat by chance: look at the pairs. Hard
+negatives count in training, where the model has seen them, and not in evaluation.
 """
 
 from __future__ import annotations
 
 import os
 from array import array
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -72,8 +70,10 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
         OutputError: If the folder cannot be written.
     Memory: 16 bytes per image file, image and text of the evaluation data; of the training data one block of rows.
     """
-    sources = [ContentRows(source) for source in _several(evaluation)]
-    training = [ContentRows(source) for source in _several(train)]
+    training, sources = (
+        [ContentRows(source) for source in ([given] if isinstance(given, (str, Path)) else given)]
+        for given in (train, evaluation)
+    )
     for side, given in (("training", training), ("evaluation", sources)):
         if not sum(map(len, given)):
             raise DataError(f"no {side} data: pass at least one file or folder that contains some")
@@ -81,18 +81,13 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
         search = _Search(sources, threads)
         pairs = search.pairs(training)
         if output is None:
-            for _ in pairs:
-                pass
+            deque(pairs, maxlen=0)
         else:
             write_jsonl(Path(output) / "overlap.jsonl", pairs)
     report = search.report(training)
     if output is not None:
         write_json(Path(output) / "overlap.json", report)
     return report
-
-
-def _several(given: Any) -> list[Any]:
-    return [given] if isinstance(given, (str, Path)) else list(given)
 
 
 # ── the search ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -102,9 +97,8 @@ class _Index:
     """Hashes of one kind, sorted, and the evaluation sample of each."""
 
     def __init__(self, hashes: array[int], samples: array[int]) -> None:
-        self.hashes, self.samples = np.array(hashes, dtype=np.uint64), np.array(samples, dtype=np.int64)
-        order = np.argsort(self.hashes, kind="stable")
-        self.hashes, self.samples = self.hashes[order], self.samples[order]
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.samples = np.array(hashes)[order], np.array(samples)[order]
 
     def drop_common(self) -> set[int]:
         """Forgets hashes of more than ``COMMON`` samples and returns them."""
@@ -113,11 +107,9 @@ class _Index:
         self.hashes, self.samples = self.hashes[kept], self.samples[kept]
         return set(values[counts > COMMON].tolist())
 
-    def find(self, key: int | None) -> list[int]:
-        if key is None:
-            return []
-        key = np.uint64(key)  # a Python integer would be compared as float64
-        first, last = np.searchsorted(self.hashes, key, "left"), np.searchsorted(self.hashes, key, "right")
+    def find(self, key: int) -> list[int]:
+        wanted = np.uint64(key)  # a Python integer would be compared as float64
+        first, last = (np.searchsorted(self.hashes, wanted, side) for side in ("left", "right"))
         return self.samples[first:last].tolist()
 
 
@@ -134,20 +126,19 @@ class _Search:
         self._read_evaluation()
 
     def _keys(self, sources: list[ContentRows], side: str) -> Iterator[tuple[ContentRows, int, Keys]]:
+        def look(image: ImageLike) -> ImageKeys:
+            # Samples share images, so those of paths are remembered for a while; Pillow images cannot be looked up.
+            return self.remembered(image) if isinstance(image, (str, Path)) else image_keys(image)
+
         total, done = sum(map(len, sources)), 0
         with progress_bar(f"{side} data") as progress:
             for source in sources:
-                rows = keys_of(source, self._image, self.threads, negatives=side == "training")
+                rows = keys_of(source, look, self.threads, negatives=side == "training")
                 for i, keys in enumerate(rows):
-                    for image in keys.images:
-                        if image.error is not None:
-                            self.unreadable[side].add(f"{source.where(i)}: {image.error}")
+                    for error in (image.error for image in keys.images if image.error is not None):
+                        self.unreadable[side].add(f"{source.where(i)}: {error}")
                     yield source, i, keys
                     progress(done := done + 1, total)
-
-    def _image(self, image: ImageLike) -> ImageKeys:
-        # Samples share images, so those of paths are remembered for a while; Pillow images cannot be looked up.
-        return self.remembered(image) if isinstance(image, (str, Path)) else image_keys(image)
 
     def _read_evaluation(self) -> None:
         hashes, samples = {kind: array("Q") for kind in KINDS}, {kind: array("Q") for kind in KINDS}
@@ -164,28 +155,26 @@ class _Search:
         """One line per training row and evaluation sample that share something, in the order of the training data."""
         for source, i, keys in self._keys(training, "training"):
             self.common_in_training |= self.common & keys.texts.keys()
-            found: dict[int, dict[str, str]] = {}  # sample -> kind -> what is shared
+            found: defaultdict[int, dict[str, str]] = defaultdict(dict)  # sample -> kind -> what is shared
             for kind, shared in _by_kind(keys).items():
                 for key, what in shared.items():
                     for sample in self.index[kind].find(key):
-                        found.setdefault(sample, {}).setdefault(kind, what)
+                        found[sample].setdefault(kind, what)
             for sample, by in sorted(found.items()):
-                yield self._pair(source.where(i), sample, by)
-
-    def _pair(self, where: str, sample: int, by: dict[str, str]) -> dict[str, Any]:
-        owner = int(np.searchsorted(self.starts, sample, "right")) - 1
-        pair = {"train": where, "evaluation": self.sources[owner].where(sample - int(self.starts[owner]))}
-        pair["by"] = [kind for kind in KINDS if kind in by]
-        if image := by.get("image file") or by.get("image pixels"):
-            pair["image"] = image
-            self.affected["image"][sample] = True
-        if "text" in by:
-            pair["text"] = clean(by["text"][:200])
-            self.affected["text"][sample] = True
-        self.total += 1
-        if len(self.listed) < LISTED:
-            self.listed.append(pair)
-        return pair
+                owner = int(np.searchsorted(self.starts, sample, "right")) - 1
+                where = self.sources[owner].where(sample - int(self.starts[owner]))
+                pair: dict[str, Any] = {"train": source.where(i), "evaluation": where}
+                pair["by"] = [kind for kind in KINDS if kind in by]
+                if image := by.get("image file") or by.get("image pixels"):
+                    pair["image"] = image
+                    self.affected["image"][sample] = True
+                if "text" in by:
+                    pair["text"] = clean(by["text"][:200])
+                    self.affected["text"][sample] = True
+                self.total += 1
+                if len(self.listed) < LISTED:
+                    self.listed.append(pair)
+                yield pair
 
     def report(self, training: list[ContentRows]) -> dict[str, Any]:
         spans = zip(self.sources, self.starts[:-1], self.starts[1:], strict=True)
@@ -197,8 +186,8 @@ class _Search:
                 warnings.append(f"{side} data: {failed.total:,} images cannot be read and are not compared: {shown}")
         return {
             **self._counts(0, int(self.starts[-1])),
-            "sources": [_origin(source) | self._counts(int(a), int(b)) for source, a, b in spans],
-            "train": [_origin(source) | {"samples": len(source)} for source in training],
+            "sources": [source.origin | self._counts(int(a), int(b)) for source, a, b in spans],
+            "train": [source.origin | {"samples": len(source)} for source in training],
             "pairs": self.total,
             "listed": self.listed,
             "short_texts": self.short,
@@ -224,10 +213,6 @@ def _by_kind(keys: Keys) -> dict[str, dict[int, str]]:
         "image pixels": {k.pixels: k.name for k in keys.images if k.pixels is not None},
         "text": keys.texts,
     }
-
-
-def _origin(source: ContentRows) -> dict[str, str]:
-    return {"source": source.name, "fingerprint": source.digest.hexdigest()}
 
 
 def print_overlap(result: dict[str, Any], console: Console) -> None:

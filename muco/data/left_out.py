@@ -20,8 +20,7 @@ NAMED = 3  # in a warning; the file names all
 class LeftOut:
     """Why contents were left out, by the key of a content or the row of a pool.
 
-    Args:
-        allowed: Leave out what cannot be embedded; otherwise the first one is an error that names the option.
+    Unless that is ``allowed``, the first content that cannot be embedded is an error that names the option.
     """
 
     def __init__(self, allowed: bool = False) -> None:
@@ -55,8 +54,7 @@ class Broken:
 def counts(broken: Sequence[Broken], missed: int) -> dict[str, int]:
     """What a result says: "queries" and "candidates" that were left out, "missed" queries; empty if none were.
 
-    Args:
-        missed: Queries that count as missed, because they or all that is right for them cannot be embedded.
+    Queries count as missed because they or all that is right for them cannot be embedded.
     """
     sides = [one.side for one in broken]
     told = {"queries": sides.count("query"), "candidates": sides.count("candidate"), "missed": missed}

@@ -9,6 +9,7 @@ import os
 import re
 import tokenize
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,8 @@ JsonObject = dict[str, Any]
 def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
     """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
 
-    A byte-order mark is skipped.
-
-    Raises:
-        DataError: If the file cannot be read or a line is longer than ``LONGEST_LINE``.
+    A byte-order mark is skipped. Raises a DataError if the file cannot be read or a line is longer than
+    ``LONGEST_LINE``.
     """
     try:
         with path.open("rb") as file:
@@ -125,11 +124,7 @@ def _depth(value: Any) -> int:
 
 
 def whole_text(text: str, key: str) -> str:
-    """The text, if it can be written as UTF-8.
-
-    Raises:
-        DataError: If it holds half a character, which is JSON ("\\ud800" alone) and which no tokenizer or file takes.
-    """
+    """The text; a DataError if it holds half a character, which JSON can spell and no tokenizer or file takes."""
     if LONE_SURROGATE.search(text):
         raise DataError(f"{key!r} holds half a character (a lone surrogate such as \\ud800); repair the text")
     return text
@@ -155,21 +150,25 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
-    """A string of a row, None where it is null or not there.
+@contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Begins every DataError of the block with the place, unless it does so already."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
 
-    Raises:
-        DataError: If it is something else, or holds half a character, which no tokenizer takes.
-    """
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    """A string of a row, None where it is null or not there; a DataError if it is another value or no whole text."""
     value = row.get(key)
     if value is None:
         return None
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} must be a string or null, not {value!r:.60}")
-    try:
+    with errors_at(where):
         return whole_text(value, key)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -183,12 +182,13 @@ def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
 def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
     """The path of a row's image within ``folder``, None where it is null or not there.
 
-    Raises:
-        DataError: If the path leads out of the folder; links within it may.
+    Raises a DataError if it is a URL, or leads out of the folder; links within it may.
     """
     value = text_of(row, key, where)
     if value is None:
         return None
+    if is_url(value):
+        raise DataError(f"{where}: {key!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
     inside = os.path.normpath(value) if value else ""
     if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
         raise DataError(f"{where}: {key!r} is {value!r:.120}; use the path of an image within {folder}")
@@ -210,11 +210,7 @@ def without_token(text: str, *, has_image: bool) -> str:
 
 
 def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) -> str | bytes | None:
-    """The image of a cell: a path within ``folder``, bytes, a mapping of both (bytes go first), or None.
-
-    Raises:
-        DataError: If it is a URL, leaves the folder or is something else.
-    """
+    """The image of a cell: a path as in :func:`image_of`, bytes, a mapping of both (bytes go first), or None."""
     value = row.get(column)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -222,18 +218,13 @@ def image_cell(row: Mapping[str, Any], column: str, folder: Path, where: str) ->
         return value or None
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if isinstance(value, str) and is_url(value):
-        raise DataError(f"{where}: {column!r} is a URL ({value[:60]}); URLs are not fetched, download the image")
     return image_of({column: value}, column, folder, where)
 
 
 def literal_list(text: str, name: str) -> list[Any]:
     """A list that a text spells as Python or JSON does; nothing is run.
 
-    Args:
-        name: What errors call the text.
-    Raises:
-        DataError: If it is longer than ``LONGEST_LITERAL`` or not one such list.
+    Raises a DataError, which begins with ``name``, if it is longer than ``LONGEST_LITERAL`` or not one such list.
     """
     text = text.strip()
     if len(text) > LONGEST_LITERAL:

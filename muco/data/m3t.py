@@ -22,6 +22,8 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ import numpy as np
 from muco.base.files import locked, whole_file
 from muco.base.json_text import type_of
 from muco.base.terminal import progress_bar
-from muco.data.lines import image_of, without_token
+from muco.data.lines import errors_at, image_of, without_token
 from muco.data.parquet import require_columns
 from muco.data.places import position
 from muco.data.rows import Rows, cannot_write
@@ -49,8 +51,7 @@ class M3TData:
     """The rows of M3T whose picture is there, as samples with all turns of a row.
 
     The first opening copies the columns (see :class:`muco.data.rows.Rows`) and looks for every picture once per
-    shard; an interrupted opening resumes. Later openings use what was found then; ``rescan=True`` looks again for
-    pictures that were added or removed.
+    shard; an interrupted opening resumes. Later openings use what was found then.
 
     The placeholder ``<|image_1|>`` is taken out of texts, for models put the picture in front by themselves. Rows of
     exactly seven turns get the kinds of M3T by position, others none, but where a column ``kind`` says them.
@@ -60,7 +61,7 @@ class M3TData:
         images: The folder that the paths of pictures are relative to.
         image_column: The column of these paths.
         cache: The folder for what is kept, where it is not beside the file.
-        rescan: Look for all pictures again.
+        rescan: Look for all pictures again, as some were added or removed.
     Raises:
         DataError: If a file or folder is missing or cannot be read or written, a column is missing, or no row has its
             picture. Rows are checked on access.
@@ -85,7 +86,6 @@ class M3TData:
         self._present = np.packbits(_present(self._rows, self.images, image_column, rescan=rescan))
         self.missing = len(self._rows) - int(np.bitwise_count(self._present).sum())
         self._numbers: np.ndarray | None = None  # int32 [n], rows of the file
-        self._fingerprint: str | None = None
         if not len(self):
             raise DataError(
                 f"{self.path}: none of the images of {self.missing:,} rows is in {self.images} (the first is "
@@ -99,34 +99,43 @@ class M3TData:
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; ``where`` is "file row N" with the number in the file, from 0.
 
-        Raises:
-            IndexError: If there is no such sample.
-            DataError: If the row has no turns, not as many questions as answers, an empty text, something else than
-                texts, or no path of an image within the folder.
+        Raises an IndexError if there is no such sample. Raises a DataError if the row has no turns, not as many
+        questions as answers, an empty text, something else than texts, or no path of an image within the folder.
         """
-        row = self._row(index)
-        where = self._rows.where(row)
-        try:
-            return self._sample(self._rows[row], where)
-        except DataError as error:
-            message = str(error)
-            raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
+        number = self._row(index)
+        where = self._rows.where(number)
+        with errors_at(where):
+            row = self._rows[number]
+            queries, targets = _turns(row, "qry"), _turns(row, "pos_text")
+            count = len(queries)
+            if len(targets) != count:
+                raise DataError(f"'qry' has {count} turns and 'pos_text' {len(targets)}; each turn needs both")
+            if not row[self.image_column]:
+                raise DataError(f"{self.image_column!r} is {row[self.image_column]!r}; every row needs its image")
+            image = image_of(row, self.image_column, self.images, where)
+            kinds: Sequence[Any] = KINDS if count == len(KINDS) else (None,) * count
+            if row.get("kind") is not None:
+                kinds = _turns(row, "kind")
+                if len(kinds) != count or not all(kind is None or isinstance(kind, str) for kind in kinds):
+                    raise DataError(f"'kind' must have a word for each of the {count} turns, not {kinds!r:.80}")
+            turns = []
+            for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True)):
+                query = _wordings(query, "qry", n, has_image=True)
+                turns.append(Turn(query, _wordings(target, "pos_text", n, has_image=False), kind))
+            return Sample(image=image, turns=turns, where=where)
 
     def where(self, index: int) -> str:
         """ "file row N" of a sample, also of one that cannot be read."""
         return self._rows.where(self._row(index))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file's bytes, the name of the image column and which rows have a picture.
+        """SHA-256 (hex) of the file's bytes, the name of the image column and which rows have a picture; kept on disk.
 
-        The bytes of the pictures, millions of files, are not read; neither where the file nor where the pictures lie
-        counts. Reads the file once, then is kept on disk.
+        The bytes of the pictures, millions of files, do not count, nor where the file and the pictures lie.
         """
-        if self._fingerprint is None:
-            parts = [FORM, self._rows.digest, self.image_column, hashlib.sha256(self._present.tobytes()).hexdigest()]
-            self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self._fingerprint
+        parts = [FORM, self._rows.digest, self.image_column, hashlib.sha256(self._present.tobytes()).hexdigest()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_numbers": None}
@@ -137,20 +146,6 @@ class M3TData:
             bits = np.unpackbits(self._present, count=len(self._rows))
             self._numbers = np.flatnonzero(bits).astype(np.int32)
         return int(self._numbers[i])
-
-    def _sample(self, row: dict[str, Any], where: str) -> Sample:
-        queries, targets = (_turns(row[column], column) for column in ("qry", "pos_text"))
-        if len(queries) != len(targets):
-            raise DataError(f"'qry' has {len(queries)} turns and 'pos_text' {len(targets)}; each turn needs both")
-        if not row[self.image_column]:
-            raise DataError(f"{self.image_column!r} is {row[self.image_column]!r}; every row needs its image")
-        image = image_of(row, self.image_column, self.images, where)
-        kinds = _kinds(row, len(queries))
-        turns = [
-            Turn(_wordings(query, "qry", n, has_image=True), _wordings(target, "pos_text", n, has_image=False), kind)
-            for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True))
-        ]
-        return Sample(image=image, turns=turns, where=where)
 
 
 def _find(path: Path) -> Path:
@@ -166,21 +161,13 @@ def _find(path: Path) -> Path:
     raise DataError(f"{path}: no {' or '.join(_FILES)}, and not exactly one Parquet file ({what}); pass the file")
 
 
-def _turns(value: Any, column: str) -> list[Any]:
+def _turns(row: dict[str, Any], column: str) -> list[Any]:
+    value = row[column]
     if not isinstance(value, list):
         raise DataError(f"{column!r} must be a list with an element per turn, not {type_of(value)}")
     if not value:
         raise DataError(f"{column!r} is an empty list; a row needs at least one turn")
     return value
-
-
-def _kinds(row: dict[str, Any], turns: int) -> Sequence[str | None]:
-    if row.get("kind") is None:
-        return KINDS if turns == len(KINDS) else (None,) * turns
-    kinds = _turns(row["kind"], "kind")
-    if len(kinds) != turns or not all(kind is None or isinstance(kind, str) for kind in kinds):
-        raise DataError(f"'kind' must have a word for each of the {turns} turns, not {kinds!r:.80}")
-    return kinds
 
 
 def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Content]:
@@ -209,25 +196,21 @@ def _present(rows: Rows, images: Path, column: str, *, rescan: bool) -> np.ndarr
     key = hashlib.sha256(json.dumps([FORM, str(images), column]).encode()).hexdigest()[:16]
     folder = rows.folder / f"images-{key}"
     files = [folder / f"present-{number:05}.npy" for number in range(rows.shards)]
+    wanting = rescan or not all(file.exists() for file in files)
     try:
-        if not rescan and all(file.exists() for file in files):
-            present = _load(files)
-        else:
-            with locked(folder, wait=math.inf):
+        with locked(folder, wait=math.inf) if wanting else nullcontext():
+            if wanting:
                 _look(rows, images, column, files, rescan=rescan)
-                present = _load(files)
+            present = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        if len(present) != len(rows):
+            raise ValueError(f"{len(present)} answers for {len(rows)} rows")
     except OSError as error:
         raise cannot_write(folder, error) from error
     except (ValueError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{folder}: the index of images is damaged ({error}); look again with rescan=True") from error
-    if len(present) != len(rows):
-        what = f"{len(present)} answers for {len(rows)} rows"
-        raise DataError(f"{folder}: the index of images is damaged ({what}); look again with rescan=True")
     return present
-
-
-def _load(files: Sequence[Path]) -> np.ndarray:
-    return np.concatenate([np.load(file, allow_pickle=False) for file in files])
 
 
 def _look(rows: Rows, images: Path, column: str, files: Sequence[Path], *, rescan: bool) -> None:

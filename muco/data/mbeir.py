@@ -16,7 +16,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -24,14 +24,14 @@ from typing import Literal
 import numpy as np
 
 from muco.data.fingerprint import file_digest
-from muco.data.lines import JsonObject, as_object, raw_lines
+from muco.data.lines import JsonObject, as_object
 from muco.data.mbeir_test import (
-    BLANK,
     DATA_SETS,
     NUMBERS,
+    candidate_ids,
+    candidate_of,
     checked_id,
     data_set_of,
-    format_string,
     instructions_file,
     modality_of,
     number_of,
@@ -40,7 +40,7 @@ from muco.data.mbeir_test import (
     sides_of,
     with_prompt,
 )
-from muco.data.places import file_state, open_unchanged, position
+from muco.data.places import LinePlaces, file_state, position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, did_you_mean
 
@@ -57,7 +57,7 @@ class MBEIRTrainData:
     modality become wordings. Its hard negatives may be of any modality; what is a positive, also of another data set,
     is none. The ``kind`` is the name of the data set, the ``id`` that of the query.
 
-    Opening reads all queries and candidates once (a million lines in some 20 s) and keeps 24 bytes of each.
+    Opening reads all queries and candidates once (a million lines in some 20 s) and keeps some 30 bytes of each.
 
     Args:
         data: The benchmark's folder.
@@ -85,28 +85,29 @@ class MBEIRTrainData:
         self.data = self.path = Path(data)
         self.max_negatives = negatives
         named = [sets] if isinstance(sets, str) else DATA_SETS if sets is None else sets
-        self.sets = tuple(dict.fromkeys(_known_set(name) for name in named))
+        known = {name.lower(): name for name in DATA_SETS}
+        if unknown := [name for name in named if name.lower() not in known]:
+            raise DataError(f"unknown data set {unknown[0]!r} of M-BEIR{did_you_mean(unknown[0], DATA_SETS)}")
+        self.sets = tuple(dict.fromkeys(known[name.lower()] for name in named))
         self.files = _query_files(self.data, self.sets, queries, named=sets is not None)
         self.prompts = read_instructions(instructions_file(self.data))
-        self.pool = TrainPool(_pool_files(self.data, self.sets))
-        self._states = [file_state(file) for file in self.files]
-        self._fingerprint: str | None = None
+        self.pool = TrainPool(self.data, _pool_files(self.data, self.sets))
+        self._places = LinePlaces(*self.files)
         self._index()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
         """Raises IndexError if there is no such query, DataError if its line or a candidate's is not as it must be."""
-        i = position(index, len(self), self.data)
-        where = self.where(i)
-        file = int(self._file[i])
-        row = as_object(_line(self.files[file], int(self._starts[i]), self._states[file]), where)
+        number = self._rows[position(index, len(self), self.data)]
+        where = self._places.where(number)
+        row = as_object(self._places.read(number), where)
         modality = modality_of(row, "query_modality", row.get("query_modality"), where)
         text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
         qid, positives = checked_id(row, "qid", where), positives_of(row, where)
-        targets = self._targets(qid, positives)
-        key = (data_set_of(qid), modality, targets[0].modality)
+        targets, target_modality = self._targets(qid, positives)
+        key = (data_set_of(qid), modality, target_modality)
         if key not in self.prompts:
             raise DataError(
                 f"{where}: no prompt for {DATA_SETS[key[0]]} (data set {key[0]}), {modality} to {key[2]}, in "
@@ -115,7 +116,7 @@ class MBEIRTrainData:
         images = (image,) if image else ()
         turn = Turn(
             query=[Content(with_prompt(prompt, text or ""), images) for prompt in self.prompts[key]],
-            target=[target.content for target in targets],
+            target=targets,
             kind=DATA_SETS[key[0]],
             negatives=self._negatives(row, positives, where),
         )
@@ -123,158 +124,109 @@ class MBEIRTrainData:
 
     def where(self, index: int) -> str:
         """ "file:line" of a query, also of one that cannot be used."""
-        i = position(index, len(self), self.data)
-        return f"{self.files[self._file[i]]}:{self._lines[i]}"
+        return self._places.where(self._rows[position(index, len(self), self.data)])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the bytes of all files that are read, except images, and the options.
 
         Images count by their paths: there are millions of them, published as one archive.
         """
-        if self._fingerprint is None:
-            digest = hashlib.sha256(f"M-BEIR train 1 {self.sets} {self.max_negatives}\n".encode())
-            for file in (*self.files, *self.pool.files, instructions_file(self.data)):
-                digest.update(f"{file.relative_to(self.data).as_posix()} {file_state(file)[0]}\n".encode())
-                digest.update(bytes.fromhex(file_digest(file)))
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        digest = hashlib.sha256(f"M-BEIR train 1 {self.sets} {self.max_negatives}\n".encode())
+        for file in (*self.files, *self.pool.files, instructions_file(self.data)):
+            digest.update(f"{file.relative_to(self.data).as_posix()} {file_state(file)[0]}\n".encode())
+            digest.update(bytes.fromhex(file_digest(file)))
+        return digest.hexdigest()
 
     def _index(self) -> None:
-        """Where the usable queries stand, and how many are not."""
-        wanted = {DATA_SETS.index(name) for name in self.sets}
-        places = array("q"), array("q"), array("q")  # file, byte offset, line number
+        """Finds the usable queries, and counts the others."""
+        wanted, queries = {DATA_SETS.index(name) for name in self.sets}, 0
         own, owner, others, negatives = array("q"), array("q"), array("q"), array("q")
-        for number, file in enumerate(self.files):
-            for start, line, line_number in raw_lines(file):
-                where = f"{file}:{line_number}"
-                row = as_object(line, where)
-                data_set = _data_set(checked_id(row, "qid", where), where)
-                if data_set not in wanted:
-                    continue
-                for value, column in zip((number, start, line_number), places, strict=True):
-                    column.append(value)
-                for positive in map(number_of, positives_of(row, where)):
-                    if positive // NUMBERS == data_set:
-                        own.append(positive)
-                        owner.append(len(places[0]) - 1)
-                    else:
-                        others.append(positive)
-                negatives.extend(map(number_of, _negative_ids(row, where)))
-        held = self.pool.find(np.array(own, dtype=np.int64)) >= 0
-        usable = np.zeros(len(places[0]), dtype=bool)
-        usable[np.array(owner, dtype=np.int64)[held]] = True
-        self._file, self._starts, self._lines = (np.array(column, dtype=np.int64)[usable] for column in places)
-        self.left_out = int(np.count_nonzero(~usable))
-        self.missing_positives = int(np.count_nonzero(~held)) + self._missing(others)
-        self.missing_negatives = self._missing(negatives)
+        for number, (line, where) in enumerate(self._places.scan()):
+            row = as_object(line, where)
+            qid = checked_id(row, "qid", where)
+            data_set = data_set_of(qid)
+            if data_set >= len(DATA_SETS):
+                last = len(DATA_SETS) - 1
+                raise DataError(f"{where}: the query {qid!r} is of data set {data_set}; M-BEIR has 0 to {last}")
+            if data_set not in wanted:
+                continue
+            queries += 1
+            for positive in map(number_of, positives_of(row, where)):
+                if positive // NUMBERS == data_set:
+                    own.append(positive)
+                    owner.append(number)
+                else:
+                    others.append(positive)
+            negatives.extend(map(number_of, candidate_ids(row, "neg_cand_list", where)))
+        held = self.pool.find(own) >= 0
+        self._rows = np.unique(np.array(owner, dtype=np.int64)[held])
+        self.left_out = queries - len(self)
+        self.missing_positives = int((~held).sum()) + int((self.pool.find(others) < 0).sum())
+        self.missing_negatives = int((self.pool.find(negatives) < 0).sum())
         if not len(self):
             raise DataError(
-                f"{self.files[0]}: of {len(usable)} queries of {', '.join(self.sets)} none has a positive of its own "
+                f"{self.files[0]}: of {queries} queries of {', '.join(self.sets)} none has a positive of its own "
                 f"data set in {self.pool.files[0]}; pass the pool that belongs to the queries"
             )
         if self.left_out:
-            log.warning(
-                "%s: %d of %d queries are left out, no pool holds a positive of theirs",
-                *(self.data, self.left_out, len(usable)),
-            )
+            said = "%s: %d of %d queries are left out, no pool holds a positive of theirs"
+            log.warning(said, self.data, self.left_out, queries)
 
-    def _missing(self, numbers: array[int]) -> int:
-        return int(np.count_nonzero(self.pool.find(np.array(numbers, dtype=np.int64)) < 0))
-
-    def _targets(self, qid: str, positives: Sequence[str]) -> list[Candidate]:
+    def _targets(self, qid: str, positives: Sequence[str]) -> tuple[list[Content], str]:
         """The positives of the query's own data set, of the modality of the first; never none, for it was indexed."""
         own = [number_of(id) for id in positives if data_set_of(id) == data_set_of(qid)]
-        rows = [row for row in self.pool.find(np.array(own, dtype=np.int64)) if row >= 0]
+        rows = [row for row in self.pool.find(own) if row >= 0]
         candidates = [self.pool[row] for row in dict.fromkeys(rows[:MAX_TARGETS])]
-        return [candidate for candidate in candidates if candidate.modality == candidates[0].modality]
+        modality = candidates[0][1]
+        return [content for content, its_own in candidates if its_own == modality], modality
 
     def _negatives(self, row: JsonObject, positives: Sequence[str], where: str) -> list[Content]:
-        given = dict.fromkeys(id for id in _negative_ids(row, where) if id not in set(positives))
-        numbers = np.array([number_of(id) for id in given], dtype=np.int64)
-        rows = [row for row in self.pool.find(numbers) if row >= 0]
-        return [self.pool[row].content for row in rows[: self.max_negatives]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    content: Content
-    modality: str
+        given = dict.fromkeys(id for id in candidate_ids(row, "neg_cand_list", where) if id not in set(positives))
+        rows = [row for row in self.pool.find([*map(number_of, given)]) if row >= 0]
+        return [self.pool[row][0] for row in rows[: self.max_negatives]]
 
 
 class TrainPool:
     """Candidates of one or several JSONL files, found by the number of their id; only places are in memory.
 
     :class:`muco.data.judged.LinePool` looks at every image when it opens; of training candidates only a few per step
-    are ever read, so here a line is checked, and its image looked for, when it is used.
-
-    Raises:
-        DataError: If a file cannot be read, a line has no valid id, an id occurs twice or there is none.
+    are ever read, so here a line is checked, and its image looked for, when it is used. Raises a DataError if a file
+    cannot be read, a line has no valid id, an id occurs twice or there is none.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
-        self._states = [file_state(file) for file in self.files]
-        numbers, starts, lines, ends = array("q"), array("q"), array("i"), array("q")
-        for file in self.files:
-            for start, line, line_number in raw_lines(file):
-                where = f"{file}:{line_number}"
-                numbers.append(number_of(checked_id(as_object(line, where), "did", where)))
-                starts.append(start)
-                lines.append(line_number)
-            ends.append(len(numbers))
+    def __init__(self, data: Path, files: Sequence[Path]) -> None:
+        self.data, self.files, self._places = data, tuple(files), LinePlaces(*files)
+        numbers = array("q")
+        for line, where in self._places.scan():
+            numbers.append(number_of(checked_id(as_object(line, where), "did", where)))
         if not numbers:
             raise DataError(f"{self.files[0]}: the file holds no candidate")
-        given = np.array(numbers, dtype=np.int64)
-        order = np.argsort(given, kind="stable")
-        self._ends = np.array(ends, dtype=np.int64)
-        self._file = np.searchsorted(self._ends, order, side="right").astype(np.int32)
-        self._numbers, self._starts = given[order], np.array(starts, dtype=np.int64)[order]
-        self._lines = np.array(lines, dtype=np.int32)[order]
+        self._order = np.argsort(numbers, kind="stable")
+        self._numbers = np.array(numbers)[self._order]
         again = np.flatnonzero(self._numbers[1:] == self._numbers[:-1])
         if len(again):
-            first, second = int(again[0]), int(again[0]) + 1
-            data_set, number = divmod(int(self._numbers[second]), NUMBERS)
+            first, second = map(self._places.where, self._order[again[0] : again[0] + 2])
+            data_set, number = divmod(int(self._numbers[again[0]]), NUMBERS)
             raise DataError(
-                f"{self.where(second)}: the id '{data_set}:{number}' is also at {self.where(first)}; ids must be "
-                "unique among all candidates"
+                f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique among all candidates"
             )
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, row: int) -> Candidate:
+    def __getitem__(self, row: int) -> tuple[Content, str]:
         """A candidate's content and modality; a DataError if its line is not as it must be, or its file changed."""
-        file = int(self._file[row])
-        where = self.where(row)
-        line = as_object(_line(self.files[file], int(self._starts[row]), self._states[file]), where)
-        modality = modality_of(line, "modality", line.get("modality"), where)
-        text, image = sides_of(line, modality, ("modality", "txt", "img_path"), _root(self.files[file]), where)
-        content = Content(format_string(text), (image,) if image else ())
-        return Candidate(Content(BLANK) if content.empty else content, modality)
+        where = self._places.where(row)
+        line = as_object(self._places.read(row), where)
+        modality = line.get("modality")
+        return candidate_of(line, modality, self.data, where), modality
 
-    def find(self, numbers: np.ndarray) -> np.ndarray:
+    def find(self, numbers: Sequence[int]) -> np.ndarray:
         """Rows of ids' numbers, int64 [n]; -1 for one that no file holds."""
-        rows = np.minimum(np.searchsorted(self._numbers, numbers), len(self) - 1)
-        return np.where(self._numbers[rows] == numbers, rows, -1)
-
-    def where(self, row: int) -> str:
-        return f"{self.files[self._file[row]]}:{self._lines[row]}"
+        wanted = np.array(numbers, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self._numbers, wanted), len(self._numbers) - 1)
+        return np.where(self._numbers[places] == wanted, self._order[places], -1)
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _root(pool: Path) -> Path:
-    """The benchmark's folder, of a file in ``cand_pool/<global or local>``."""
-    return pool.parent.parent.parent
-
-
-def _known_set(name: str) -> str:
-    by_lower = {known.lower(): known for known in DATA_SETS}
-    if name.lower() not in by_lower:
-        raise DataError(f"unknown data set {name!r} of M-BEIR{did_you_mean(name, DATA_SETS)}")
-    return by_lower[name.lower()]
 
 
 def _query_files(data: Path, sets: Sequence[str], queries: str, *, named: bool) -> tuple[Path, ...]:
@@ -308,25 +260,3 @@ def _pool_files(data: Path, sets: Sequence[str]) -> tuple[Path, ...]:
     if not files:
         raise DataError(f"{union}: no such file, and {local} holds no pool of {', '.join(sets)}; download one of them")
     return files
-
-
-def _line(file: Path, start: int, state: tuple[int, int]) -> bytes:
-    with open_unchanged(file, state) as opened:
-        opened.seek(start)
-        return opened.readline()
-
-
-def _data_set(qid: str, where: str) -> int:
-    number = data_set_of(qid)
-    if number >= len(DATA_SETS):
-        raise DataError(f"{where}: the query {qid!r} is of data set {number}; M-BEIR has 0 to {len(DATA_SETS) - 1}")
-    return number
-
-
-def _negative_ids(row: JsonObject, where: str) -> tuple[str, ...]:
-    given = row.get("neg_cand_list")
-    if given is None:
-        return ()
-    if not isinstance(given, list):
-        raise DataError(f"{where}: 'neg_cand_list' must be a list of candidates, not {given!r:.60}")
-    return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from muco.base.text import read_text
 from muco.data.judged import LinePool, Query
 from muco.data.left_out import LeftOut
-from muco.data.lines import JsonObject, id_of, image_of, objects, raw_lines, text_of
+from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError
 
@@ -147,30 +148,29 @@ def data_set_of(id: str) -> int:
 
 
 def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> LinePool:
-    """The local pool of a task, every line checked.
+    """The local pool of a task, every line checked; ``left_out`` and errors as of :class:`LinePool`.
 
-    Args:
-        left_out: See :class:`LinePool`.
-    Raises:
-        DataError: If the file cannot be read, a line is malformed, of another modality than the task's candidates or
-            without what its modality names, an id occurs twice, or an image is missing or outside of ``data``.
+    Raises a DataError also if a line is of another modality than the task's candidates, or without what its modality
+    names.
     """
-
-    def read(row: JsonObject, where: str) -> Content:
-        modality = modality_of(row, "modality", TASKS[task.number][1], where)
-        text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
-        content = Content(format_string(text), (image,) if image else ())
-        return Content(BLANK) if content.empty else content
 
     return LinePool(
         task.files(data)["pool"],
         f"the pool of {task.name}",
         lambda row, where: checked_id(row, "did", where),
-        read,
+        lambda row, where: candidate_of(row, TASKS[task.number][1], data, where),
         form=FORM,
         numbers=_numbers,
         left_out=left_out,
     )
+
+
+def candidate_of(row: JsonObject, modality: str, data: Path, where: str) -> Content:
+    """The content of a line of a pool, which must be of that modality."""
+    modality_of(row, "modality", modality, where)
+    text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
+    content = Content(format_string(text), (image,) if image else ())
+    return Content(BLANK) if content.empty else content
 
 
 def _numbers(ids: np.ndarray) -> np.ndarray:
@@ -181,13 +181,10 @@ def _numbers(ids: np.ndarray) -> np.ndarray:
 
 
 def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
-    """The queries of a task in the order of their numbers, whatever that of the lines.
+    """The queries of a task in the order of their numbers; ``left_out`` gets lines whose text or image cannot be used.
 
-    Args:
-        left_out: Whether a line may lack what its modality names, or have a text or image path that cannot be used.
-    Raises:
-        DataError: If the file cannot be read, an id occurs twice, or a line is malformed, belongs to another task,
-            or has no positive.
+    Raises a DataError if the file cannot be read, an id occurs twice, or a line is malformed, of another task or
+    without positive.
     """
     path = task.files(data)["queries"]
     lines: dict[str, Line] = {}
@@ -211,10 +208,18 @@ def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
 
 
 def positives_of(row: JsonObject, where: str) -> tuple[str, ...]:
-    """The ids of a query's positives; the list holds ids or objects with one."""
-    given = row.get("pos_cand_list")
-    if not isinstance(given, list) or not given:
-        raise DataError(f"{where}: 'pos_cand_list' must be a list of at least one candidate, not {given!r:.60}")
+    """The ids of a query's positives."""
+    return candidate_ids(row, "pos_cand_list", where, at_least_one=True)
+
+
+def candidate_ids(row: JsonObject, key: str, where: str, *, at_least_one: bool = False) -> tuple[str, ...]:
+    """The ids in a list of ids or of objects with one; None counts as an empty list."""
+    given = row.get(key)
+    if given is None and not at_least_one:
+        return ()
+    if not isinstance(given, list) or (at_least_one and not given):
+        wanted = "at least one candidate" if at_least_one else "candidates"
+        raise DataError(f"{where}: {key!r} must be a list of {wanted}, not {given!r:.60}")
     return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
 
 
@@ -258,14 +263,13 @@ def checked_id(row: JsonObject, key: str, where: str) -> str:
 def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
     """The prompts for each data set and pair of modalities; the first line is a header.
 
-    Raises:
-        DataError: If the file cannot be read, or a line has no prompt, an unknown modality, a data set that is no
-            number, or a key that was there before.
+    Raises a DataError that names a line without a prompt, with an unknown modality or data set, or with a key that was
+    there before.
     """
     prompts: dict[Key, tuple[str, ...]] = {}
-    for number, line in _text_lines(path):
-        where, cells = f"{path}:{number}", [cell.strip() for cell in line.split("\t")]
-        if number == 1:
+    for where, line in _text_lines(path):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if where == f"{path}:1":
             if len(cells) > 3 and cells[3].isdigit():
                 raise DataError(f"{where}: the first line must be a header, with the names of the columns")
             continue
@@ -285,6 +289,13 @@ def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
     return prompts
 
 
+def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """ "file:line" and text of every line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
 def choose(count: int, query: str, seed: int) -> int:
     """Which of ``count`` prompts a query gets: a function of seed and query alone."""
     return hash_of(seed, "prompt", query) % count
@@ -301,13 +312,12 @@ def with_prompt(prompt: str, text: str) -> str:
 def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     """Query -> candidate -> grade of the five columns ``query 0 candidate grade task``; a line twice counts once.
 
-    Raises:
-        DataError: If the file cannot be read, or a line has other columns, an id or grade that is none, another task,
-            or another grade than an earlier line has.
+    Raises a DataError that names a line with other columns, an id or grade that is none, another task, or another grade
+    than before.
     """
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in _text_lines(path):
-        where, cells = f"{path}:{number}", line.split()
+    for where, line in _text_lines(path):
+        cells = line.split()
         if len(cells) != 5:
             raise DataError(f"{where}: {len(cells)} columns; a line has query, 0, candidate, grade and task")
         query, _, candidate, grade, of_task = cells
@@ -323,29 +333,15 @@ def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _text_lines(path: Path) -> list[tuple[int, str]]:
-    """Numbers and texts of the lines that are not blank."""
-    lines = []
-    for _, line, number in raw_lines(path):
-        try:
-            lines.append((number, line.decode("utf-8-sig").rstrip("\r\n")))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
-    return lines
-
-
 def as_queries(
     lines: Sequence[Line],
     judgements: Mapping[str, Mapping[str, int]],
     prompts: Sequence[str],
     seed: int | None,
 ) -> tuple[list[Query], list[int]]:
-    """Queries with their prompt in front, and how often each prompt was taken.
+    """Queries with their prompt in front, and how often each prompt was taken; without a ``seed``, always the first.
 
-    Args:
-        seed: Of the choice of prompts; None: always the first.
-    Raises:
-        DataError: If nothing is judged relevant for a query; names its line.
+    Raises a DataError that names the line of a query for which nothing is judged relevant.
     """
     queries, taken = [], [0] * len(prompts)
     for line in lines:

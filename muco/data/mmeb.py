@@ -19,7 +19,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.json_text import type_of
-from muco.data.lines import TOKEN, image_of, literal_list, text_of, without_token
+from muco.data.lines import TOKEN, errors_at, image_of, literal_list, text_of, without_token
 from muco.data.mmeb_files import SPLITS, Split, config_of, find_files
 from muco.data.parquet import require_columns
 from muco.data.places import position
@@ -50,10 +50,9 @@ class MMEBTrainData:
     """The pairs of MMEB-train as samples of one turn, whose kind is the name of the configuration.
 
     The image of a query is the sample's image, that of a target is the target's. The placeholder ``<|image_1|>`` is
-    taken out of texts wherever it stands, with or without an image; where it is missing although there is an image,
-    nothing has to be done, for models put images in front by themselves. Rows of which the query or the target has
-    neither text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in
-    lists an element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
+    taken out of texts, for models put images in front by themselves. Rows of which the query or the target has neither
+    text nor image are left out; ``skipped`` counts them by reason. Hard negatives are texts or images, and in lists an
+    element without either is none. The first opening copies the rows, see :class:`muco.data.rows.Rows`.
 
     Args:
         path: The folder of the configurations, or one of their files.
@@ -62,8 +61,7 @@ class MMEBTrainData:
             whatever its split is.
         images: The folder that paths of images are relative to, where it is not the folder of the configurations.
         cache: The folder for what is kept, where it is not beside the files.
-        rows_per_config: The most rows to take of each configuration, drawn at random, always the same ones; None for
-            all.
+        rows_per_config: The most rows of each configuration, drawn at random, always the same ones; None for all.
     Raises:
         DataError: If a configuration is unknown or not there, a column is missing, or a file cannot be read. Whether
             a row has both sides is found out on opening, all else about it on access.
@@ -93,14 +91,14 @@ class MMEBTrainData:
         self.images = (root if images is None else Path(images)).absolute()
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold what the paths of images are relative to")
-        self._parts = [_Part.open(config, file, cache) for config, found in files.items() for file in found]
+        self._parts = [_Part(config, file, cache) for config, found in files.items() for file in found]
         if rows_per_config is not None:
             for config in {part.config for part in self._parts}:
                 _cap([part for part in self._parts if part.config == config], rows_per_config)
         self._ends = list(accumulate(len(part.numbers) for part in self._parts))
-        self._fingerprint: str | None = None
         if not len(self):
-            raise DataError(f"{path}: no row has a query and a target ({_counted(self.skipped)})")
+            reasons = ", ".join(f"{count} rows: {reason}" for reason, count in self.skipped.items())
+            raise DataError(f"{path}: no row has a query and a target ({reasons})")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -108,18 +106,20 @@ class MMEBTrainData:
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; ``where`` is "file row N" with the number in the file, from 0.
 
-        Raises:
-            IndexError: If there is no such sample.
-            DataError: If a value has another type, an image's path leads out of the folder of images, or negatives
-                are a broken list or not as many texts as images.
+        Raises an IndexError if there is no such sample. Raises a DataError if a value has another type, an image's path
+        leads out of the folder of images, or negatives are a broken list or not as many texts as images.
         """
         part, number = self._place(index)
         where = part.rows.where(number)
-        try:
-            return self._sample(part.config, part.rows[number], where)
-        except DataError as error:
-            message = str(error)
-            raise DataError(message if message.startswith(where) else f"{where}: {message}") from error
+        with errors_at(where):
+            row = part.rows[number]
+            query, target = (_content(row, names, self.images, where) for names in (QUERY, TARGET))
+            negatives = [
+                _content(dict(zip(NEGATIVES, pair, strict=True)), NEGATIVES, self.images, where)
+                for pair in negatives_of(row)
+            ]
+            turn = Turn(Content(query.text, caption=query.caption), target, part.config, negatives)
+            return Sample(image=query.images, turns=[turn], where=where)
 
     def where(self, index: int) -> str:
         """ "file row N" of a sample, also of one that cannot be read."""
@@ -144,32 +144,20 @@ class MMEBTrainData:
             counts[part.config] += len(part.numbers)
         return dict(counts)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the names of the configurations, the bytes of their files and ``rows_per_config``.
+        """SHA-256 (hex) of the configurations' names, the bytes of their files (kept on disk) and ``rows_per_config``.
 
-        The bytes of the images, more than a million files, are not read; neither where files nor where images lie
-        counts. Reads the files once, then is kept on disk.
+        The bytes of the images, more than a million files, do not count, nor where files and images lie.
         """
-        if self._fingerprint is None:
-            parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
-            parts += [] if self.rows_per_config is None else [self.rows_per_config]
-            self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self._fingerprint
+        parts = [FORM, [(part.config, part.rows.digest) for part in self._parts]]
+        parts += [] if self.rows_per_config is None else [self.rows_per_config]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _place(self, index: int) -> tuple[_Part, int]:
         i = position(index, len(self), self.path)
         number = bisect_right(self._ends, i)
         return self._parts[number], int(self._parts[number].numbers[i - (self._ends[number - 1] if number else 0)])
-
-    def _sample(self, config: str, row: Mapping[str, Any], where: str) -> Sample:
-        query, target = (_content(row, names, self.images, where) for names in (QUERY, TARGET))
-        negatives = [
-            _content(dict(zip(NEGATIVES, pair, strict=True)), NEGATIVES, self.images, where)
-            for pair in negatives_of(row)
-        ]
-        turn = Turn(Content(query.text, caption=query.caption), target, config, negatives)
-        return Sample(image=query.images, turns=[turn], where=where)
 
 
 def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: str) -> Content:
@@ -185,36 +173,24 @@ def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
 class _Part:
     """One file: which of its rows are used (int32 numbers), and how many are empty, by reason."""
 
-    config: str
-    rows: Rows
-    numbers: np.ndarray
-    skipped: dict[str, int]
-
-    @classmethod
-    def open(cls, config: str, file: Path, cache: str | Path | None) -> _Part:
-        rows = Rows(
-            file, require_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2])), cache=cache
-        )
-        batches = [batch for shard in range(rows.shards) for batch in rows.batches(shard)]
+    def __init__(self, config: str, file: Path, cache: str | Path | None) -> None:
+        columns = require_columns(file, (*QUERY[:2], *TARGET[:2]), (*NEGATIVES, QUERY[2], TARGET[2]))
+        self.config, self.rows = config, Rows(file, columns, cache=cache)
+        self.has_captions = {QUERY[2], TARGET[2]} <= set(columns)
+        batches = [batch for shard in range(self.rows.shards) for batch in self.rows.batches(shard)]
         no_query, no_target = (
             np.concatenate([_is_empty(batch, *names[:2], file) for batch in batches]) for names in (QUERY, TARGET)
         )
-        rows.forget()
-        skipped = {
+        self.rows.forget()
+        self.numbers = np.flatnonzero(~(no_query | no_target)).astype(np.int32)
+        self.skipped = {
             "query and target are empty": int((no_query & no_target).sum()),
             "the query is empty": int((no_query & ~no_target).sum()),
             "the target is empty": int((no_target & ~no_query).sum()),
         }
-        used = np.flatnonzero(~(no_query | no_target)).astype(np.int32)
-        return cls(config, rows, used, {reason: count for reason, count in skipped.items() if count})
-
-    @property
-    def has_captions(self) -> bool:
-        return {QUERY[2], TARGET[2]} <= set(self.rows.columns)
 
 
 def _cap(parts: Sequence[_Part], limit: int) -> None:
@@ -246,10 +222,6 @@ def _is_empty(batch: pa.RecordBatch, text: str, image: str, file: Path) -> np.nd
             raise DataError(f"{file}: a text in the column {name!r} is not UTF-8; repair the file") from error
         empty.append(pc.equal(column, ""))
     return pc.and_(*empty).to_numpy(zero_copy_only=False)
-
-
-def _counted(skipped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
 
 
 # ── negatives ────────────────────────────────────────────────────────────────────────────────────────────────────────

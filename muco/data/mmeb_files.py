@@ -29,30 +29,23 @@ _SPLIT_OF: tuple[tuple[str, Split], ...] = (  # pattern of a name and its split;
 def find_files(folder: Path, configs: Sequence[str] | None, split: Split) -> dict[str, list[Path]]:
     """Configuration -> its files of a split, in the order of ``configs``, or of the benchmark where that is None.
 
-    Raises:
-        DataError: If a configuration is unknown, named twice or without a file, or both kinds of files hold its pairs.
+    Raises a DataError if a configuration is unknown, twice or without a file, or both kinds of files hold its pairs.
     """
-    if configs is None:
-        return _all_files(folder, split)
     if isinstance(configs, str):
         raise DataError(f"configs must be a list of names, not the text {configs!r}")
-    for config in configs:
+    if configs is not None and (len(set(configs)) < len(configs) or not configs):
+        raise DataError(f"configs must name at least one configuration, and each once; they are {list(configs)}")
+    for config in configs or ():
         if config not in CONFIGS:
             raise DataError(f"{folder}: unknown configuration {config!r}{did_you_mean(config, CONFIGS)}")
-    if len(set(configs)) < len(configs) or not configs:
-        raise DataError(f"configs must name at least one configuration, and each once; they are {list(configs)}")
-    found = {config: _files_of(folder / config, split) for config in configs}
+    if configs is None:
+        for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in CONFIGS):
+            if _files_of(inner, split):
+                raise DataError(f"{inner}: unknown configuration {inner.name!r}{did_you_mean(inner.name, CONFIGS)}")
+    found = {config: _files_of(folder / config, split) for config in configs or CONFIGS}
     for config, files in found.items():
-        if not files:
+        if not files and configs is not None:
             raise DataError(f"{folder / config}: no {split}-*.parquet and no *{_CAPTIONED}; download the files")
-    return found
-
-
-def _all_files(folder: Path, split: Split) -> dict[str, list[Path]]:
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in CONFIGS):
-        if _files_of(inner, split):
-            raise DataError(f"{inner}: unknown configuration {inner.name!r}{did_you_mean(inner.name, CONFIGS)}")
-    found = {config: _files_of(folder / config, split) for config in CONFIGS}
     found = {config: files for config, files in found.items() if files}
     if not found:
         what = f"<configuration>/{split}-*.parquet or <configuration>/*{_CAPTIONED}"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from muco.base.json_text import type_of
 from muco.data.left_out import LeftOut
-from muco.data.lines import TOKEN, without_token
+from muco.data.lines import TOKEN, errors_at, without_token
 from muco.data.mmeb_sets import DATA_SETS, NAMES, DataSet
 from muco.data.parquet import batches, read_header, require_columns
 from muco.dialogue import Content
@@ -51,12 +51,9 @@ _TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MMEBSet:
-    """The files of a data set.
+    """The files of a data set, in the order of their names; row numbers count through all of them.
 
-    Args:
-        files: In the order of their names; row numbers count through all of them.
-        root: What names of files in errors are relative to.
-        images: The folder of its images.
+    ``root`` is what names of files in errors are relative to, ``images`` the folder of its images.
     """
 
     data_set: DataSet
@@ -69,13 +66,10 @@ class MMEBSet:
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a data set.
+    """One row of a data set, by its number from 0 through all files.
 
-    Args:
-        number: From 0 through all files.
-        where: For errors.
-        candidates: What is right comes first. In place of a content that cannot be used its error.
-        names: By which the official code tells candidates apart, see :func:`official_name`.
+    What is right comes first among the candidates. In place of a content that cannot be used is its error. By ``names``
+    the official code tells candidates apart, see :func:`official_name`.
     """
 
     number: int
@@ -86,12 +80,10 @@ class Question:
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:
-    """Looks for data sets below a folder.
+    """Looks for data sets below a folder; a DataError if there is no such folder.
 
     Returns:
         The files of each that is there, in the order of the benchmark, and for each that is not what was expected.
-    Raises:
-        DataError: If there is no such folder.
     """
     data = Path(data)
     if not data.is_dir():
@@ -119,7 +111,9 @@ def open_set(data: Path, name: str, files: Sequence[Path], images: Path | None =
     layouts, rows = [], 0
     for file in files:
         columns, count = read_header(file)
-        layouts.append(_layout(file, columns))
+        # Whatever speaks of an instruction is the split layout, even if it is misspelt.
+        layouts.append("split" if any("inst" in column for column in columns) else "v1")
+        require_columns(file, COLUMNS[layouts[-1]])
         rows += count
     if len(set(layouts)) > 1:
         raise DataError(f"{data / name}: files of both layouts, {files[0].name} is {layouts[0]}; keep one")
@@ -129,13 +123,6 @@ def open_set(data: Path, name: str, files: Sequence[Path], images: Path | None =
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images of {name}, or name another folder")
     return MMEBSet(data_set, layouts[0], tuple(files), rows, data, folder)
-
-
-def _layout(file: Path, names: Sequence[str]) -> Layout:
-    """The layout by the columns: whatever speaks of an instruction is the split one, even if it is misspelt."""
-    layout: Layout = "split" if any("inst" in name for name in names) else "v1"
-    require_columns(file, COLUMNS[layout])
-    return layout
 
 
 def read_questions(
@@ -165,10 +152,8 @@ def read_questions(
             return named
 
     for number, where, record in _records(source, chosen, left_out):
-        try:
+        with errors_at(where):
             query, pairs = _pairs(record, source)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
         right, *wrong = pairs
         yield Question(
             number,
@@ -237,24 +222,43 @@ def _decoded(value: Any) -> Any:
 # ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be a string, not {type_of(value)}")
+    return value
+
+
 def _pairs(record: Mapping[str, Any], source: MMEBSet) -> tuple[Pair, list[Pair]]:
     """The query and its candidates, (text of v1, image path)."""
-    paths = _strings(record, "tgt_img_path", may_be_null=True)
-    # Some files have the single string "" where no candidate has a text.
-    texts = [""] * len(paths) if record["tgt_text"] == "" else _strings(record, "tgt_text")
+    columns: dict[str, list[str]] = {}
+    for column in ("tgt_img_path", "tgt_text"):
+        values = record[column]
+        if column == "tgt_text" and values == "":  # some files have it where no candidate has a text
+            values = [""] * len(columns["tgt_img_path"])
+        if not isinstance(values, list):
+            raise DataError(f"{column!r} must be a list of strings, one per candidate, not {type_of(values)}")
+        if column == "tgt_img_path":
+            values = [value or "" for value in values]
+        columns[column] = [_string(value, f"candidate {n} in {column!r}") for n, value in enumerate(values)]
+    paths, texts = columns.values()
     if len(texts) != len(paths):
         raise DataError(
             f"'tgt_text' holds {len(texts)} candidates and 'tgt_img_path' {len(paths)}; each needs a text and a path"
         )
     if len(texts) < 2:
         raise DataError(f"the number of candidates is {len(texts)}; a query chooses from at least 2")
-    if source.layout == "v1":
-        text = _string(record, "qry_text")
-    else:
-        data_set, instruction = source.data_set, _string(record, "tgt_inst", may_be_null=True)
-        text = query_text(data_set, *(_string(record, name, may_be_null=True) for name in ("qry_inst", "qry_text")))
-        texts = [candidate_text(data_set, instruction, own) for own in texts]
-    return (text, _string(record, "qry_img_path", may_be_null=True)), list(zip(texts, paths, strict=True))
+    names = [name for name in COLUMNS[source.layout] if name not in columns]
+    required = "qry_text" if source.layout == "v1" else None  # of the others null is as good as ""
+    given = {
+        name: "" if record[name] is None and name != required else _string(record[name], repr(name)) for name in names
+    }
+    text = given["qry_text"]
+    if source.layout == "split":
+        text = query_text(source.data_set, given["qry_inst"], text)
+        if source.data_set.finds_images:  # else candidates are bare texts
+            end = source.data_set.target_end
+            texts = [_after_image(given["tgt_inst"], own if own.strip() else "") + end for own in texts]
+    return (text, given["qry_img_path"]), list(zip(texts, paths, strict=True))
 
 
 def query_text(data_set: DataSet, instruction: str, text: str) -> str:
@@ -268,13 +272,6 @@ def query_text(data_set: DataSet, instruction: str, text: str) -> str:
     return _after_image(instruction, text) + data_set.query_end
 
 
-def candidate_text(data_set: DataSet, instruction: str, text: str) -> str:
-    """A candidate's text in v1: bare, or its image's instruction and caption."""
-    if not data_set.finds_images:
-        return text
-    return _after_image(instruction, text if text.strip() else "") + data_set.target_end
-
-
 def _after_image(instruction: str, text: str) -> str:
     body = _joined(instruction.replace(TOKEN, "").strip(), text)
     return f"{TOKEN}\n" + body.replace(" \n", "\n").rstrip("\n")
@@ -284,41 +281,13 @@ def _joined(instruction: str, text: str) -> str:
     return " ".join(part for part in (instruction, text) if part)
 
 
-def _string(record: Mapping[str, Any], column: str, *, may_be_null: bool = False) -> str:
-    value = record[column]
-    if value is None and may_be_null:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{column!r} must be a string, not {type_of(value)}")
-    return value
-
-
-def _strings(record: Mapping[str, Any], column: str, *, may_be_null: bool = False) -> list[str]:
-    values = record[column]
-    if not isinstance(values, list):
-        raise DataError(f"{column!r} must be a list of strings, one per candidate, not {type_of(values)}")
-    for place, value in enumerate(values):
-        if not isinstance(value, str) and not (value is None and may_be_null):
-            raise DataError(f"candidate {place} in {column!r} must be a string, not {type_of(value)}")
-    return [value or "" for value in values]
-
-
 # ── a pair as content ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _content(folder: Path, text: str, path: str) -> Content:
-    image = _image(folder, path) if path else None
-    text = without_token(text, has_image=image is not None)
-    return Content(text, (image,)) if image is not None else Content(text) if text else BLANK
-
-
-def _image(folder: Path, path: str) -> Path:
     # Backslashes too: on Windows they separate, and no published path has any.
-    if (
-        "\0" in path
-        or PurePosixPath(path).is_absolute()
-        or Path(path).is_absolute()
-        or ".." in re.split(r"[/\\]", path)
-    ):
+    absolute = PurePosixPath(path).is_absolute() or Path(path).is_absolute()
+    if absolute or "\0" in path or ".." in re.split(r"[/\\]", path):
         raise DataError(f"the image path {path!r} leaves the folder of images {folder}; use a path inside it")
-    return folder / path
+    text = without_token(text, has_image=bool(path))
+    return Content(text, (folder / path,)) if path else Content(text) if text else BLANK

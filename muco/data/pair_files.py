@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from muco.data.lines import LONGEST_LINE, JsonObject, as_object, raw_lines
+from muco.data.lines import LONGEST_LINE, JsonObject, as_object
 from muco.data.parquet import read_header
 from muco.data.places import LinePlaces
 from muco.data.rows import Rows
@@ -16,56 +16,45 @@ from muco.errors import DataError
 LOOKED_AT = 1000  # rows of a JSONL file whose keys are its columns
 
 
-class _TextTable:
-    """Rows by the places where they begin."""
+class JsonlTable(LinePlaces):
+    """Objects one a line, whose keys are the columns."""
 
-    names: list[str]
-    _places: LinePlaces
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        names: dict[str, None] = {}
+        for text, where in self.scan():
+            if len(self) <= LOOKED_AT:
+                names |= dict.fromkeys(as_object(text, where))
+        self.names = list(names)
 
     def prepare(self, columns: Sequence[str]) -> None:
         """Called once, with the columns that will be asked for."""
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def where(self, i: int) -> str:
-        return self._places.where(i)
-
-
-class JsonlTable(_TextTable):
-    """Objects one a line, whose keys are the columns."""
-
-    def __init__(self, path: Path) -> None:
-        self._places = LinePlaces(path)
-        names: dict[str, None] = {}
-        for start, text, line in raw_lines(path):
-            if len(self._places) < LOOKED_AT:
-                names |= dict.fromkeys(as_object(text, f"{path}:{line}"))
-            self._places.add(start, line)
-        self.names = list(names)
-
     def row(self, i: int) -> JsonObject:
-        return as_object(self._places.read(i), self.where(i))
+        return as_object(self.read(i), self.where(i))
 
 
-class CsvTable(_TextTable):
+class CsvTable(LinePlaces):
     """Rows below a header. A row is read by the parser that found its end, as quoted cells may hold newlines."""
 
     def __init__(self, path: Path, delimiter: str) -> None:
+        super().__init__(path)
         self.path, self.delimiter = path, delimiter
-        self._places = LinePlaces(path)
-        self.names = []
-        with self._places.open() as file:
+        self.names: list[str] = []
+        with self.open() as file:
             for start, line, cells in _csv_rows(file, path, delimiter):
                 if self.names:
-                    self._places.add(start, line)
+                    self.add(start, line)
                 else:
                     self.names = cells
                     _refuse_twice(cells, f"{path}:{line}")
 
+    def prepare(self, columns: Sequence[str]) -> None:
+        """As of a :class:`JsonlTable`."""
+
     def row(self, i: int) -> JsonObject:
-        with self._places.open(i) as file:
-            _, _, cells = next(_csv_rows(file, self.path, self.delimiter, self._places.line(i)))
+        with self.open(i) as file:
+            _, _, cells = next(_csv_rows(file, self.path, self.delimiter, self.line(i)))
         if len(cells) != len(self.names):
             raise DataError(f"{self.where(i)}: {len(cells)} cells, and the header has {len(self.names)}; fix the row")
         return {name: cell or None for name, cell in zip(self.names, cells, strict=True)}
@@ -96,12 +85,9 @@ Table = JsonlTable | CsvTable | ParquetTable
 
 
 def open_table(path: Path, cache: str | Path | None) -> Table:
-    """The table of a file, by the ending of its name.
+    """The table of a file, by the ending of its name; ``cache`` as of :class:`Rows`.
 
-    Args:
-        cache: The folder for the copied columns of a Parquet file, where it is not one beside the file.
-    Raises:
-        DataError: If the ending is another one, the file cannot be read, or a column is there twice.
+    Raises a DataError if the ending is another one, the file cannot be read, or a column is there twice.
     """
     if path.suffix in (".csv", ".tsv"):
         return CsvTable(path, "\t" if path.suffix == ".tsv" else ",")
@@ -123,10 +109,22 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
 
 def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iterator[tuple[int, int, list[str]]]:
     """First byte, first line and cells of every row that is not blank, from where the file stands, at ``line``."""
-    lines = _TextLines(file, path, line)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    start, first = file.tell(), line
+
+    def texts() -> Iterator[str]:
+        nonlocal line
+        while raw := file.readline(LONGEST_LINE + 1):
+            if len(raw) > LONGEST_LINE:
+                raise DataError(f"{path}:{line}: the line is longer than {LONGEST_LINE >> 20} MiB")
+            try:
+                text = raw.decode("utf-8-sig" if file.tell() == len(raw) else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{line}: not UTF-8 ({error}); save the file as UTF-8") from error
+            line += 1
+            yield text
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     while True:
-        start, first = lines.offset, lines.number
         try:
             cells = next(reader, None)  # takes no more lines than the row has
         except csv.Error as error:
@@ -135,27 +133,4 @@ def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iter
             return
         if cells:
             yield start, first, cells
-
-
-class _TextLines:
-    """The lines of a file as text, with the place and number of the next one."""
-
-    def __init__(self, file: BinaryIO, path: Path, number: int) -> None:
-        self.file, self.path, self.number, self.offset = file, path, number, file.tell()
-
-    def __iter__(self) -> _TextLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.file.readline(LONGEST_LINE + 1)
-        if not line:
-            raise StopIteration
-        if len(line) > LONGEST_LINE:
-            raise DataError(f"{self.path}:{self.number}: the line is longer than {LONGEST_LINE >> 20} MiB")
-        try:
-            text = line.decode("utf-8" if self.offset else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}:{self.number}: not UTF-8 ({error}); save the file as UTF-8") from error
-        self.offset += len(line)
-        self.number += 1
-        return text
+        start, first = file.tell(), line

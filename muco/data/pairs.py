@@ -13,8 +13,7 @@ and ``target``; or ``image`` with one of ``text`` and ``caption``. Anything else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,21 +31,6 @@ _COMMON = (
     {"query_image": "image", "target_text": "text"},
     {"query_image": "image", "target_text": "caption"},
 )
-
-
-@dataclass(frozen=True)
-class PairColumns:
-    """Which column says what; None where a side has no text or no image."""
-
-    query_text: str | None = None
-    query_image: str | None = None
-    target_text: str | None = None
-    target_image: str | None = None
-    negatives: str | None = None
-
-    @property
-    def used(self) -> list[str]:
-        return list(dict.fromkeys(name for name in asdict(self).values() if name is not None))
 
 
 class PairsData(Fingerprinted):
@@ -87,10 +71,16 @@ class PairsData(Fingerprinted):
         self.images = Path(images) if images is not None else self.path.parent
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; it must hold the images of {self.path}")
-        given = PairColumns(query_text, query_image, target_text, target_image, negatives)
+        given = {
+            "query_text": query_text,
+            "query_image": query_image,
+            "target_text": target_text,
+            "target_image": target_image,
+            "negatives": negatives,
+        }
         self._table = open_table(self.path, cache)
-        self.columns = find_columns(self.path, self._table.names, given)
-        self._table.prepare(self.columns.used)
+        self.columns = find_columns(self.path, self._table.names, given)  # what it says -> the column
+        self._table.prepare(list(dict.fromkeys(self.columns.values())))
         if not len(self._table):
             raise DataError(f"{self.path}: the file has no rows")
 
@@ -102,16 +92,17 @@ class PairsData(Fingerprinted):
         i = position(index, len(self), self.path)
         where = self._table.where(i)
         row = self._table.row(i)
-        query = self._content(row, self.columns.query_text, self.columns.query_image, where)
-        target = self._content(row, self.columns.target_text, self.columns.target_image, where)
-        for side, content in (("query", query), ("target", target)):
-            if content.empty:
-                names = [name for key, name in asdict(self.columns).items() if name and key.startswith(side)]
-                raise DataError(f"{where}: no {side}, {' and '.join(map(repr, names))} says nothing; fix the row")
-        return Sample(turns=[Turn(query, target, negatives=self._negatives(row, where))], where=where)
+        sides = []
+        for side in ("query", "target"):
+            text, image = self.columns.get(f"{side}_text"), self.columns.get(f"{side}_image")
+            sides.append(self._content(row, text, image, where))
+            if sides[-1].empty:
+                names = " and ".join(repr(name) for name in (text, image) if name)
+                raise DataError(f"{where}: no {side}, {names} says nothing; fix the row")
+        return Sample(turns=[Turn(*sides, negatives=self._negatives(row, where))], where=where)
 
     def _read_from(self) -> tuple[list[Path], Any]:
-        return [self.path], asdict(self.columns)
+        return [self.path], {key: self.columns.get(key) for key in (*_NAMED, "negatives")}
 
     def _content(self, row: JsonObject, text_column: str | None, image_column: str | None, where: str) -> Content:
         image = image_cell(row, image_column, self.images, where) if image_column else None
@@ -120,13 +111,13 @@ class PairsData(Fingerprinted):
         return Content(text if text.strip() else "", () if image is None else (image,))
 
     def _negatives(self, row: JsonObject, where: str) -> list[Content]:
-        name = self.columns.negatives
+        name = self.columns.get("negatives")
         value = row.get(name) if name else None
         if value is None or (isinstance(value, str) and not value.strip()):
             return []
         if isinstance(self._table, CsvTable) and value.strip()[0] == "[" and value.strip()[-1] == "]":
             value = literal_list(value, f"{where}: {name!r}")
-        plain = "text" if self.columns.target_text else "image"
+        plain = "text" if "target_text" in self.columns else "image"
         contents = []
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             cell = item if isinstance(item, dict) else {plain: item}
@@ -142,17 +133,16 @@ class PairsData(Fingerprinted):
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_columns(path: Path, names: Sequence[str], given: PairColumns) -> PairColumns:
+def find_columns(path: Path, names: Sequence[str], given: Mapping[str, str | None]) -> dict[str, str]:
     """The columns that are used: those given, or the usual ones where the file has just one set of them.
 
-    Raises:
-        DataError: If a given column is missing, or it is not clear which one is the query or the target.
+    Raises a DataError if a given column is missing, or it is not clear which one is the query or the target.
     """
-    for key, name in asdict(given).items():
-        if name is not None and name not in names:
+    wanted = {key: name for key, name in given.items() if name is not None}
+    for key, name in wanted.items():
+        if name not in names:
             raise DataError(f"{path}: no column {name!r} (given as {key}){did_you_mean(name, names)}")
-    chosen = {key: name for key, name in asdict(given).items() if name is not None and key != "negatives"}
-    chosen = chosen or _usual_columns(names)
+    chosen = wanted if wanted.keys() - {"negatives"} else _usual_columns(names) | wanted
     for side in ("query", "target"):
         if not any(key.startswith(side) for key in chosen):
             raise DataError(
@@ -160,7 +150,7 @@ def find_columns(path: Path, names: Sequence[str], given: PairColumns) -> PairCo
                 f"{', '.join(names)}; known by themselves are {', '.join(_NAMED)}, query with target, and image with "
                 "text or caption"
             )
-    return PairColumns(**chosen, negatives=given.negatives)
+    return chosen
 
 
 def _usual_columns(names: Sequence[str]) -> dict[str, str]:

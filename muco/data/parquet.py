@@ -20,11 +20,7 @@ BUFFER = 2**20  # bytes per column
 
 
 def read_header(file: Path) -> tuple[list[str], int]:
-    """Names of the columns and the number of rows of a Parquet file.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
+    """Names of the columns and the number of rows of a Parquet file; a DataError if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -40,8 +36,7 @@ def read_header(file: Path) -> tuple[list[str], int]:
 def require_columns(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> tuple[str, ...]:
     """The required columns and those of the optional ones that the file has.
 
-    Raises:
-        DataError: If a required column is missing (with the nearest match), or one of them is there twice.
+    Raises a DataError if a required column is missing (with the nearest match), or one of them is there twice.
     """
     found = read_header(file)[0]
     for column in (*required, *optional):

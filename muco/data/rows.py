@@ -1,15 +1,15 @@
 """Rows of large Parquet files by their numbers, without ever holding the file.
 
 A Parquet file can only be decoded from the beginning of a row group, and row groups of published data are near 2 GB. So
-the columns that are needed are copied once into shards of ``SHARD_ROWS``
-rows that can be mapped into memory; from then on a row costs the pages it lies on.
+the columns that are needed are copied once into shards that can be mapped into memory; from then on a row costs the
+pages it lies on.
 
 ::
 
     <folder of the file>/.muco-rows/<file name>-<key>/shard-00000.arrow …
 
-The key identifies the file's size and modification time and the columns: another file, or other columns, get a
-folder of their own. A shard appears under its name when it is whole, so copying resumes where it was stopped.
+The key identifies the file's size and modification time and the columns. A shard appears under its name when it is
+whole, so copying resumes where it was stopped.
 
 Memory of the copying: that of :func:`muco.data.parquet.batches`. Memory of the reading: pages of the shards that were
 touched since they were last handed back, which happens after every ``READS`` rows.
@@ -81,9 +81,8 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row ``index`` as column -> plain value.
 
-        Raises:
-            IndexError: If there is no such row.
-            DataError: If a text is not UTF-8, or the shards were deleted or damaged.
+        Raises an IndexError if there is none, a DataError if a text is not UTF-8, or the shards were deleted or
+        damaged.
         """
         i = position(index, self._length, self.file)
         self._reads += 1
@@ -114,11 +113,7 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the bytes of the file; read once, then kept beside the shards.
-
-        Raises:
-            DataError: If the file is gone or has changed since it was opened.
-        """
+        """SHA-256 (hex) of the bytes of the file, kept beside the shards; a DataError if it is gone or has changed."""
         kept = self.folder / "sha256"
         if kept.exists():
             return kept.read_text(encoding="ascii")
@@ -137,10 +132,9 @@ class Rows:
     def _shard(self, number: int) -> _Shard:
         if self._process != os.getpid():  # after a fork: memory maps are safe to share, but what is open is not ours
             self._open_shards, self._process = {}, os.getpid()
-        shard = self._open_shards.get(number)
-        if shard is None:
-            shard = self._open_shards[number] = _Shard(self._shard_file(number))
-        return shard
+        if number not in self._open_shards:
+            self._open_shards[number] = _Shard(self._shard_file(number))
+        return self._open_shards[number]
 
     def _shard_file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05}.arrow"
@@ -149,17 +143,23 @@ class Rows:
 
     def _copy(self) -> None:
         """Makes the shards that are missing."""
+        import pyarrow as pa
+
         if self._whole_shards() == self.shards:
             return
         try:
             with locked(self.folder, wait=math.inf), progress_bar(f"copying rows of {self.file.name}") as progress:
                 for left in self.folder.glob(".shard-*.tmp"):  # of a process that was killed
                     left.unlink()
-                first = self._whole_shards()  # another process may have made them meanwhile
-                stream = batches(self.file, self.columns, first * self.shard_rows, most_rows=BATCH_ROWS)
-                parts = _cut((_plain(batch) for _, batch in stream), first, self.shard_rows)
+                start = self._whole_shards()  # another process may have made them meanwhile
+                stream = batches(self.file, self.columns, start * self.shard_rows, most_rows=BATCH_ROWS)
+                parts = _cut((_plain(batch) for _, batch in stream), start, self.shard_rows)
                 for number, own in groupby(parts, key=itemgetter(0)):
-                    self._write(number, (batch for _, batch in own))
+                    file, mine = self._shard_file(number), (batch for _, batch in own)
+                    first = next(mine)
+                    with whole_file(file) as unfinished, pa.ipc.new_file(str(unfinished), first.schema) as writer:
+                        for batch in chain([first], mine):
+                            writer.write_batch(batch)
                     progress(min((number + 1) * self.shard_rows, self._length), self._length)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
@@ -168,16 +168,6 @@ class Rows:
     def _whole_shards(self) -> int:
         """How many shards there are before the first that is missing."""
         return next((n for n in range(self.shards) if not self._shard_file(n).exists()), self.shards)
-
-    def _write(self, number: int, parts: Iterable[pa.RecordBatch]) -> None:
-        import pyarrow as pa
-
-        parts = iter(parts)
-        first = next(parts)
-        file = self._shard_file(number)
-        with whole_file(file) as unfinished, pa.ipc.new_file(str(unfinished), first.schema) as writer:
-            for batch in chain([first], parts):
-                writer.write_batch(batch)
 
 
 class _Shard:

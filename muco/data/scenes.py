@@ -57,7 +57,14 @@ BACKGROUNDS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 SIZES = {"small": 0.44, "medium": 0.66, "large": 0.94}  # width of the object / width of its cell
-TEXTURES = ("plain", "striped", "dotted", "checkered", "shaded")
+PLACES = {  # texture -> where the hero of the creative turn walks
+    "plain": "through the desert",
+    "striped": "along the shore",
+    "dotted": "through falling snow",
+    "checkered": "across the rooftops",
+    "shaded": "into the mist",
+}
+TEXTURES = tuple(PLACES)
 CELLS = (
     *("top left", "top center", "top right"),
     *("middle left", "center", "middle right"),
@@ -68,14 +75,6 @@ CELLS = (
 HEROES = dict(zip(SHAPES, ["juggler", "builder", "climber", "sailor", "poet", "dancer"], strict=True))
 TEMPERS = dict(zip(COLORS, ["brave", "merry", "cheerful", "patient", "calm", "proud", "gentle", "silent"], strict=True))
 TIMES = dict(zip(BACKGROUNDS, ["noon", "midnight", "sunrise", "daybreak", "dusk", "sunset"], strict=True))
-PLACES = {
-    "plain": "through the desert",
-    "striped": "along the shore",
-    "dotted": "through falling snow",
-    "checkered": "across the rooftops",
-    "shaded": "into the mist",
-}
-
 SPLITS = ("train", "dev", "test")
 SUPERSAMPLING = 4  # masks are drawn this many times larger, then averaged down for smooth edges
 MIN_SIZE = 24  # px; below it a small object has no shape any more
@@ -110,21 +109,12 @@ class Scene:
         return max(self.objects, key=lambda thing: SIZES[thing.size])
 
 
-def _size_patterns(n: int) -> list[tuple[str, ...]]:
-    """All sizes of n objects with exactly one largest."""
-    patterns = product(SIZES, repeat=n)
-    return [p for p in patterns if p.count(max(p, key=SIZES.__getitem__)) == 1]
-
-
 @cache
 def _choices(n: int) -> tuple[list[tuple[Any, ...]], ...]:
-    """All cells, colours, shapes and sizes that n objects can have."""
-    return (
-        list(combinations(range(len(CELLS)), n)),
-        list(permutations(COLORS, n)),
-        list(permutations(SHAPES, n)),
-        _size_patterns(n),
-    )
+    """All cells, colours, shapes and sizes that n objects can have; exactly one of the sizes is the largest."""
+    sizes = [own for own in product(SIZES, repeat=n) if own.count(max(own, key=SIZES.__getitem__)) == 1]
+    cells = list(combinations(range(len(CELLS)), n))
+    return cells, list(permutations(COLORS, n)), list(permutations(SHAPES, n)), sizes
 
 
 def number_of_scenes() -> int:
@@ -136,8 +126,7 @@ def number_of_scenes() -> int:
 def describe(seed: int, index: int, objects: Sequence[int] = USUAL) -> Scene:
     """The scene with this number; the same arguments always give the same scene.
 
-    Args:
-        objects: Numbers of objects, 2 to 6, each as often as it shall be drawn.
+    ``objects`` are numbers of objects, 2 to 6, each as often as it shall be drawn.
     """
     rng = np.random.default_rng([seed, index])
 
@@ -176,11 +165,7 @@ def turns(scene: Scene) -> list[Turn]:
             "classification",
         ),
         Turn(
-            [
-                "How many shapes are there, and which?",
-                "Count and name the shapes.",
-                "Which shapes are shown?",
-            ],
+            ["How many shapes are there, and which?", "Count and name the shapes.", "Which shapes are shown?"],
             f"{NUMBERS[n]} shapes on {scene.texture} {scene.background}: {shapes}",
             "global",
         ),
@@ -247,7 +232,13 @@ def _sprite(color: str, shape: str, size: str, cell: int) -> Image.Image:
     """One object with a thin dark outline, RGBA, cell x cell px."""
     width = cell * SUPERSAMPLING
     whole = Image.new("L", (width, width))
-    _draw_shape(ImageDraw.Draw(whole), shape, width / 2, SIZES[size] * width / 2)
+    draw, middle, radius = ImageDraw.Draw(whole), width / 2, SIZES[size] * width / 2
+    if shape in ("circle", "ring"):
+        draw.circle((middle, middle), radius, fill=255)
+        if shape == "ring":
+            draw.circle((middle, middle), radius * 0.44, fill=0)
+    else:
+        draw.polygon([(middle + radius * x, middle + radius * y) for x, y in _corners(shape)], fill=255)
     outline = 2 * round(0.04 * SIZES[size] * width) + 1
     inside = whole.filter(ImageFilter.MinFilter(outline))
     fill = COLORS[color]
@@ -257,16 +248,7 @@ def _sprite(color: str, shape: str, size: str, cell: int) -> Image.Image:
     return sprite
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, middle: float, radius: float) -> None:
-    if shape in ("circle", "ring"):
-        draw.circle((middle, middle), radius, fill=255)
-        if shape == "ring":
-            draw.circle((middle, middle), radius * 0.44, fill=0)
-        return
-    draw.polygon([(middle + radius * x, middle + radius * y) for x, y in _outline(shape)], fill=255)
-
-
-def _outline(shape: str) -> list[tuple[float, float]]:
+def _corners(shape: str) -> list[tuple[float, float]]:
     """Corners of a shape within [-1, 1], y downwards."""
     if shape == "square":
         return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
@@ -289,25 +271,17 @@ def _background(color: str, texture: str, size: int) -> Image.Image:
     if texture == "shaded":
         return Image.composite(dark, light, Image.linear_gradient("L").resize((size, size)))
     width = size * SUPERSAMPLING
-    mask = Image.new("L", (width, width))
-    _draw_texture(ImageDraw.Draw(mask), texture, width)
-    return Image.composite(dark, light, mask.reduce(SUPERSAMPLING))
-
-
-def _draw_texture(draw: ImageDraw.ImageDraw, texture: str, width: int) -> None:
-    step = width / 12  # half a period
+    mask, step = Image.new("L", (width, width)), width / 12  # half a period
+    draw = ImageDraw.Draw(mask)
     if texture == "striped":
-        for k in range(-12, 12, 2):
-            left = k * step
+        for left in (k * step for k in range(-12, 12, 2)):
             draw.polygon([(left, 0), (left + step, 0), (left + step + width, width), (left + width, width)], fill=255)
-    elif texture == "dotted":
-        for row, column in product(range(13), repeat=2):
-            if (row + column) % 2 == 0:
-                draw.circle((column * step, row * step), 0.36 * step, fill=255)
-    elif texture == "checkered":
-        for row, column in product(range(12), repeat=2):
-            if (row + column) % 2 == 0:
-                draw.rectangle((column * step, row * step, (column + 1) * step - 1, (row + 1) * step - 1), fill=255)
+    for row, column in product(range(13), repeat=2):
+        if texture == "dotted" and (row + column) % 2 == 0:
+            draw.circle((column * step, row * step), 0.36 * step, fill=255)
+        if texture == "checkered" and (row + column) % 2 == 0 and max(row, column) < 12:
+            draw.rectangle((column * step, row * step, (column + 1) * step - 1, (row + 1) * step - 1), fill=255)
+    return Image.composite(dark, light, mask.reduce(SUPERSAMPLING))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -326,11 +300,10 @@ def write_scenes(
 ) -> Path:
     """Writes images and ``train.jsonl``, ``train_pairs.jsonl`` (caption to image), ``dev.jsonl``, ``test.jsonl``.
 
-    The same arguments give the same bytes. All is written beside ``folder`` and moved there at the end, so that
-    ``folder`` is complete or does not exist; only a hard kill leaves the hidden ``.<name>-…`` folder behind.
+    The same arguments give the same bytes. ``folder`` must not exist, or be empty; afterwards it is complete or is not
+    there. Only a hard kill leaves the hidden ``.<name>-…`` folder beside it.
 
     Args:
-        folder: Must not exist, or be empty.
         train, test, dev: Numbers of scenes.
         size: Width and height of the pictures in px.
         objects: Numbers of objects, 2 to 6, each as often as it shall be drawn.
@@ -360,9 +333,7 @@ def write_scenes(
 
 
 def _refuse_used(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(f"{folder} already exists and is not an empty folder; remove it or choose another")
 
 
@@ -383,17 +354,17 @@ def _write(
         for done, (split, number, scene) in enumerate(drawn, start=1):
             image = f"images/{split}/{number:05d}.png"
             render(scene, size).save(folder / image, compress_level=1)
-            row = {"image": image, "turns": [_as_json(turn) for turn in turns(scene)], "id": f"{split}-{number:05d}"}
+            asked = [
+                {"query": [wording.text for wording in turn.query], "target": turn.target[0].text, "kind": turn.kind}
+                for turn in turns(scene)
+            ]
+            row = {"image": image, "turns": asked, "id": f"{split}-{number:05d}"}
             files[split].write(json.dumps(row) + "\n")
             if split == "train":
                 pair = {"query": caption(scene), "target": {"image": image}, "kind": "text-to-image"}
                 files["train_pairs"].write(json.dumps({"turns": [pair], "id": f"pair-{number:05d}"}) + "\n")
             if progress is not None:
                 progress(done, total)
-
-
-def _as_json(turn: Turn) -> dict[str, object]:
-    return {"query": [content.text for content in turn.query], "target": turn.target[0].text, "kind": turn.kind}
 
 
 def _drawn(wanted: dict[str, int], seed: int, objects: Sequence[int]) -> Iterator[tuple[str, int, Scene]]:
@@ -404,7 +375,6 @@ def _drawn(wanted: dict[str, int], seed: int, objects: Sequence[int]) -> Iterato
             return
         scene = describe(seed, index, objects)
         split = split_of(scene)
-        if len(seen[split]) == wanted[split] or scene in seen[split]:
-            continue
-        seen[split].add(scene)
-        yield split, len(seen[split]) - 1, scene
+        if len(seen[split]) < wanted[split] and scene not in seen[split]:
+            seen[split].add(scene)
+            yield split, len(seen[split]) - 1, scene

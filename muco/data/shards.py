@@ -19,10 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tarfile
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -30,6 +32,7 @@ import numpy as np
 
 from muco.base.files import whole_file
 from muco.base.terminal import progress_bar
+from muco.data.json_places import bytes_at
 from muco.data.jsonl import sample_from_row
 from muco.data.lines import as_object, text_of, without_token
 from muco.data.places import file_state, open_unchanged, position
@@ -42,6 +45,7 @@ Direction = Literal["text-to-image", "image-to-text"]
 
 FORM = 1  # raise when the content of an index changes
 IMAGES = frozenset("jpg jpeg png webp gif bmp tif tiff ppm".split())
+TEXTS = ("txt", "json")
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 2**14  # of the records that extend a header; the time to parse them grows with the square
 END = bytes(tarfile.BLOCKSIZE)  # a block of zeros ends an archive
@@ -55,11 +59,9 @@ class ShardsData:
     """The samples of webdataset shards, in the order of their names; images are the bytes of their members.
 
     A sample has one image and a ``.txt`` (which goes first) or ``.json``. A caption becomes one turn in the direction
-    asked for; an object with "turns" is a sample in our own format about the image. Other members of a sample
-    (``.cls``, ``.npy`` …) are not read. Members that are links, devices, too large, or named outside of the archive,
-    and samples without an image or a text, are left out, counted, and reported once per shard.
-
-    Memory: 40 bytes and the name of every sample.
+    asked for; an object with "turns" is a sample in our own format about the image. Other members (``.cls`` …) are
+    not read. Members that are links, devices, too large, or named outside of the archive, and samples without an
+    image or a text, are left out and reported once per shard. Memory: 40 bytes and the name of every sample.
 
     Args:
         path: A ``.tar`` file, a folder of them, or a list of files.
@@ -112,17 +114,31 @@ class ShardsData:
         key = places["keys"][row].decode()
         where = f"{self.shards[shard]} row {row} ({key})"
         with open_unchanged(self.shards[shard], self._states[shard]) as file:
-            image, text = (_member(file, *place) for place in places["places"][row].reshape(2, 2).tolist())
+            image, data = (bytes_at(file, place) for place in places["places"][row].reshape(2, 2))
         id = f"{self.shards[shard].name}/{key}"
-        if not places["json"][row]:
-            return self._pair(_decoded(text, where), image, id, where)
-        value = as_object(text, where, constants=True)  # downloaders write NaN for what they do not know
-        if "turns" in value:
-            return _own_sample(value, image, id, where)
-        if self.caption not in value:
-            raise DataError(f"{where}: no {self.caption!r} in the .json; found {', '.join(value) or 'nothing'}; "
-                            "pass the key of the caption")  # fmt: skip
-        return self._pair(text_of(value, self.caption, where) or "", image, id, where)
+        if places["json"][row]:
+            value = as_object(data, where, constants=True)  # downloaders write NaN for what they do not know
+            if "turns" in value:
+                if named := _names_images(value):  # a path would be read from this machine, whoever made the archive
+                    said = "in a shard the image is a member, leave the key out"
+                    raise DataError(f"{where}: {named!r} in the .json; {said}")
+                sample = sample_from_row(value | {"image": "member"}, Path(), where)
+                return Sample(image, sample.turns, sample.id if sample.id is not None else id, sample.where)
+            if self.caption not in value:
+                raise DataError(f"{where}: no {self.caption!r} in the .json; found {', '.join(value) or 'nothing'}; "
+                                "pass the key of the caption")  # fmt: skip
+            text = text_of(value, self.caption, where) or ""
+        else:
+            try:
+                text = data.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: the .txt is not UTF-8 ({error.reason}); fix the sample") from error
+        asks_text = self.direction == "image-to-text"
+        text = without_token(text, has_image=asks_text).strip()
+        if not text:
+            raise DataError(f"{where}: the caption is empty; fix the sample or leave it out")
+        turn = Turn("", text) if asks_text else Turn(text, Content(images=(image,)))
+        return Sample(image if asks_text else None, [replace(turn, kind=self.direction)], id=id, where=where)
 
     @property
     def fingerprint(self) -> str:
@@ -132,21 +148,6 @@ class ShardsData:
         """
         shards = [[shard.name, *state] for shard, state in zip(self.shards, self._states, strict=True)]
         return hashlib.sha256(json.dumps([FORM, self.direction, self.caption, shards]).encode()).hexdigest()
-
-    def _pair(self, text: str, image: bytes, id: str, where: str) -> Sample:
-        text = without_token(text, has_image=self.direction == "image-to-text").strip()
-        if not text:
-            raise DataError(f"{where}: the caption is empty; fix the sample or leave it out")
-        if self.direction == "image-to-text":
-            return Sample(image, [Turn("", text, kind=self.direction)], id=id, where=where)
-        return Sample(turns=[Turn(text, Content(images=(image,)), kind=self.direction)], id=id, where=where)
-
-
-def _own_sample(value: dict[str, Any], image: bytes, id: str, where: str) -> Sample:
-    if named := _names_images(value):  # a path would be read from this machine, whatever the archive's maker wrote
-        raise DataError(f"{where}: {named!r} in the .json; in a shard the image is a member, leave the key out")
-    sample = sample_from_row(value | {"image": "member"}, Path(), where)
-    return Sample(image, sample.turns, sample.id if sample.id is not None else id, sample.where)
 
 
 def _names_images(value: Any) -> str | None:
@@ -160,18 +161,6 @@ def _names_images(value: Any) -> str | None:
             value = list(value.values())
         left += value if isinstance(value, list) else []
     return None
-
-
-def _member(file: BinaryIO, start: int, size: int) -> bytes:
-    file.seek(start)
-    return file.read(size)
-
-
-def _decoded(text: bytes, where: str) -> str:
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: the .txt is not UTF-8 ({error.reason}); fix the sample") from error
 
 
 # ── indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +188,12 @@ def _index(shard: Path, state: tuple[int, int], cache: Path | None) -> tuple[Pla
     folder = shard.parent / ".muco-shards" if cache is None else cache
     kept = folder / f"{shard.name}-{key}.npz"
     if kept.exists():
-        return _load(kept)
+        try:
+            with kept.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in ("places", "json", "keys", "skipped")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{kept}: damaged ({error}); remove it, it is made anew") from error
+        return arrays, Counter(json.loads(arrays.pop("skipped").tobytes()))
     with open_unchanged(shard, state) as file:
         places, skipped = _go_through(file, shard)
     try:
@@ -213,82 +207,17 @@ def _index(shard: Path, state: tuple[int, int], cache: Path | None) -> tuple[Pla
     return places, skipped
 
 
-def _load(kept: Path) -> tuple[Places, Counter[str]]:
-    try:
-        with kept.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("places", "json", "keys", "skipped")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{kept}: damaged ({error}); remove it, it is made anew") from error
-    return arrays, Counter(json.loads(arrays.pop("skipped").tobytes()))
-
-
 def _go_through(file: BinaryIO, shard: Path) -> tuple[Places, Counter[str]]:
     """Reads all headers of a shard; members are stepped over."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    samples: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     skipped: Counter[str] = Counter()
     for member in members(file, shard, skipped):
         key, kind = key_and_kind(member.name)
-        if kind not in IMAGES and kind not in ("txt", "json"):
+        if kind not in IMAGES and kind not in TEXTS:
             continue
-        parts = samples.setdefault(key, {})
-        if kind in parts:
+        if kind in samples[key]:
             raise DataError(f"{shard}: the member {member.name!r} is there twice; keep one")
-        parts[kind] = member.offset_data, member.size
-    return _as_arrays(samples, skipped), skipped
-
-
-def members(file: BinaryIO, shard: Path, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
-    """The plain files of an archive that may be read, in its order; counts those that may not, by reason.
-
-    Raises:
-        DataError: If it is not a whole plain tar archive, when the place is reached that says so.
-    """
-    try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[misc]  # or all of them would be kept
-                if archive.offset <= member.offset:
-                    raise tarfile.ReadError(f"{member.name!r} has a size below 0")  # would be read again and again
-                if member.isdir():
-                    continue
-                if reason := _reason_to_skip(member):
-                    skipped[reason] += 1
-                else:
-                    yield member
-            _check_end(file, archive.offset, shard)
-    except (tarfile.TarError, EOFError, OverflowError, RecursionError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{shard}: not a whole plain tar archive ({error}); download it again") from error
-
-
-def _reason_to_skip(member: tarfile.TarInfo) -> str | None:
-    path = PurePosixPath(member.name)
-    if not member.isreg() or member.issparse():
-        return "links, devices and other special members"
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or not member.name.isprintable():
-        return "members with names outside of the archive or with control characters"
-    kind = key_and_kind(member.name)[1]
-    if member.size > (MAX_BYTES if kind in IMAGES else MAX_TEXT_BYTES) and (kind in IMAGES or kind in ("txt", "json")):
-        return "members that are too large"
-    return None
-
-
-def key_and_kind(name: str) -> tuple[str, str]:
-    """ "a/b.jpg" is the jpg of "a/b"; the first dot of the last part counts, so "b.seg.png" is the "seg.png" of "b"."""
-    folder, slash, last = name.removeprefix("./").rpartition("/")
-    key, _, kind = last.partition(".")
-    return folder + slash + key, kind.lower()
-
-
-def _check_end(file: BinaryIO, offset: int, shard: Path) -> None:
-    """The reader of headers stops at a damaged one as at the end; only a block of zeros is an end."""
-    file.seek(offset)
-    if file.read(len(END)) != END:
-        raise DataError(f"{shard}: not a whole plain tar archive (no end at byte {offset}); download it again")
-
-
-def _as_arrays(samples: dict[str, dict[str, tuple[int, int]]], skipped: Counter[str]) -> Places:
+        samples[key][kind] = member.offset_data, member.size
     places, json_texts, keys = [], [], []
     for key, parts in samples.items():
         images = [parts[kind] for kind in parts if kind in IMAGES]
@@ -301,11 +230,50 @@ def _as_arrays(samples: dict[str, dict[str, tuple[int, int]]], skipped: Counter[
             places.append((*images[0], *text))
             json_texts.append("txt" not in parts)
             keys.append(key.encode("utf-8", "replace"))
-    return {
+    arrays = {
         "places": np.array(places, dtype=np.int64).reshape(-1, 4),
         "json": np.array(json_texts, dtype=bool),
         "keys": np.array(keys, dtype=bytes),
     }
+    return arrays, skipped
+
+
+def members(file: BinaryIO, shard: Path, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an archive that may be read, in its order; counts those that may not, by reason.
+
+    Raises a DataError if it is not a whole plain tar archive, when the place is reached that says so.
+    """
+    try:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[misc]  # or all of them would be kept
+                if archive.offset <= member.offset:
+                    raise tarfile.ReadError(f"{member.name!r} has a size below 0")  # would be read again and again
+                name, path, kind = member.name, PurePosixPath(member.name), key_and_kind(member.name)[1]
+                largest = MAX_BYTES if kind in IMAGES else MAX_TEXT_BYTES if kind in TEXTS else math.inf
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    skipped["links, devices and other special members"] += 1
+                elif path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+                    skipped["members with names outside of the archive or with control characters"] += 1
+                elif member.size > largest:
+                    skipped["members that are too large"] += 1
+                else:
+                    yield member
+            # The reader of headers stops at a damaged one as at the end; only a block of zeros is an end.
+            file.seek(archive.offset)
+            if file.read(len(END)) != END:
+                raise tarfile.ReadError(f"no end at byte {archive.offset}")
+    except (tarfile.TarError, EOFError, OverflowError, RecursionError, ValueError) as error:
+        raise DataError(f"{shard}: not a whole plain tar archive ({error}); download it again") from error
+
+
+def key_and_kind(name: str) -> tuple[str, str]:
+    """ "a/b.jpg" is the jpg of "a/b"; the first dot of the last part counts, so "b.seg.png" is the "seg.png" of "b"."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    key, _, kind = last.partition(".")
+    return folder + slash + key, kind.lower()
 
 
 class _Headers:

@@ -34,31 +34,24 @@ def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int
     if limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     output = Path(output_html)
-    _check_output(output)
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; pass the name of an HTML file")
+    if output.exists():
+        with output.open("rb") as file:
+            if made_by(GENERATOR).encode() not in file.read(1024):
+                what = "exists and is not a contact sheet of MuCo"
+                raise OutputError(f"{output}: {what}; choose another name or remove it")
     data = open_data(data_or_path) if isinstance(data_or_path, (str, Path)) else data_or_path
     chosen = sorted(random.Random(seed).sample(range(len(data)), min(limit, len(data))))
-    samples = [_sample_or_error(data, i) for i in chosen]
+    samples: list[Sample | DataError] = []
+    for i in chosen:
+        try:
+            samples.append(data[i])
+        except DataError as error:
+            samples.append(error)
     name = Path(getattr(data, "path", type(data).__name__)).resolve().name
-    page = _page(name, len(data), samples, seed)
-    write_text(output, page)
+    write_text(output, _page(name, len(data), samples, seed))
     return output
-
-
-def _check_output(output: Path) -> None:
-    if not output.exists():
-        return
-    if not output.is_file():
-        raise OutputError(f"{output}: is a folder; pass the name of an HTML file")
-    with output.open("rb") as file:
-        if made_by(GENERATOR).encode() not in file.read(1024):
-            raise OutputError(f"{output}: exists and is not a contact sheet of MuCo; choose another name or remove it")
-
-
-def _sample_or_error(data: Data, index: int) -> Sample | DataError:
-    try:
-        return data[index]
-    except DataError as error:
-        return error
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -66,14 +59,17 @@ def _sample_or_error(data: Data, index: int) -> Sample | DataError:
 
 def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -> str:
     kinds = Counter(turn.kind for sample in samples if isinstance(sample, Sample) for turn in sample.turns if turn.kind)
-    colors = {kind: _color(i) for i, kind in enumerate(sorted(kinds))}
+    colors = {}
+    for i, kind in enumerate(sorted(kinds)):  # hues that lie far apart, dark enough for white text
+        red, green, blue = colorsys.hls_to_rgb((0.58 + 0.382 * i) % 1, 0.36, 0.5)
+        colors[kind] = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
     legend = "".join(
         f"<li style='--kind:{colors[kind]}'><span class=kind>{escape(kind)}</span> {number:,}</li>"
         for kind, number in kinds.most_common()
     )
     turns = sum(len(sample.turns) for sample in samples if isinstance(sample, Sample))
     drawn = f"all {total:,} samples" if len(samples) == total else f"{len(samples):,} of {total:,} samples, seed {seed}"
-    cards = "\n".join(_error_card(item) if isinstance(item, DataError) else _card(item, colors) for item in samples)
+    cards = "\n".join(_card(item, colors) for item in samples)
     body = f"""<header>
 <h1>{escape(name)}</h1>
 <p>{drawn} · {turns:,} turns</p>
@@ -86,7 +82,10 @@ def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -
     return document(f"{name}: samples", body, _STYLE, generator=GENERATOR)
 
 
-def _card(sample: Sample, colors: dict[str, str]) -> str:
+def _card(sample: Sample | DataError, colors: dict[str, str]) -> str:
+    if isinstance(sample, DataError):
+        return f"<article><p class='error'>{escape(str(sample))}</p></article>"
+
     turns = "\n".join(_turn(turn, sample, colors) for turn in sample.turns[:MAX_TURNS])
     if (left := len(sample.turns) - MAX_TURNS) > 0:
         turns += f"<li class='more'>… and {left:,} more turns</li>"
@@ -94,10 +93,6 @@ def _card(sample: Sample, colors: dict[str, str]) -> str:
     name = f"<b>{escape(sample.id)}</b>" if sample.id else ""
     pictures = f"<div class='pictures'>{_images(sample.images, sample.place)}</div>" if sample.images else ""
     return f"<article>{pictures}<p class='id'>{name}<span>line {escape(line)}</span></p><ol>{turns}</ol></article>"
-
-
-def _error_card(error: DataError) -> str:
-    return f"<article><p class='error'>{escape(str(error))}</p></article>"
 
 
 def _turn(turn: Turn, sample: Sample, colors: dict[str, str]) -> str:
@@ -125,12 +120,6 @@ def _content(content: Content, sample: Sample, empty: str = "") -> str:
     images = f"<div class='inline'>{_images(content.images, sample.place)}</div>" if content.images else ""
     text = f"<p>{escape(content.text)}</p>" if content.text else ""
     return images + text or f"<p class='empty'>{empty}</p>"
-
-
-def _color(i: int) -> str:
-    """Colour ``i`` of a sequence whose hues lie far apart; dark enough for white text."""
-    red, green, blue = colorsys.hls_to_rgb((0.58 + 0.382 * i) % 1, 0.36, 0.5)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 # ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -102,39 +102,31 @@ def embed(
         console = Console(stderr=True, quiet=progress is False)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         started = time.perf_counter()
-        passed_over = dict(source.passed_over.most_common())
-        if passed_over:
+        if source.passed_over:
             say(told_passed_over(source.root, source.passed_over))
-        if not resume:
-            parts.clear()
-        elif parts.finished(run):
+        finished = resume and parts.finished(run)
+        if finished:
             say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
-            return _summary(parts, run, resumed=parts.rows, started=started, passed_over=passed_over)
-        parts.begin(run)
+        else:
+            parts.begin(run, resume)
         resumed = parts.rows
-        if resumed:
-            say(f"{output}: resuming after {resumed} rows")
-        opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
-        encode = partial(model.encode, show_progress_bar=False)
-        if dimension < whole:
-            encode = partial(encode, truncate_dim=dimension)
-        with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
-            task = bar.add_task("embed", total=source.total, completed=resumed)
-            while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
-                parts.add(part, dimension)
-        parts.merge(run, dimension, source.root)
-        return _summary(parts, run, resumed=resumed, started=started, passed_over=passed_over)
-
-
-def _summary(
-    parts: Parts, run: dict[str, str], *, resumed: int, started: float, passed_over: dict[str, int]
-) -> dict[str, Any]:
+        if not finished:
+            if resumed:
+                say(f"{output}: resuming after {resumed} rows")
+            short = {"truncate_dim": dimension} if dimension < whole else {}
+            encode = partial(model.encode, show_progress_bar=False, **short)
+            opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
+            with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
+                task = bar.add_task("embed", total=source.total, completed=resumed)
+                while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):
+                    parts.add(part, dimension)
+            parts.merge(run, dimension, source.root)
     seconds = time.perf_counter() - started
     return {
         "rows": parts.rows,
         "embedded": parts.rows - parts.failed,
         "failed": parts.failed,
-        "passed_over": passed_over,
+        "passed_over": dict(source.passed_over.most_common()),
         "resumed": resumed,
         "seconds": round(seconds, 3),
         "rows_per_second": round((parts.rows - resumed) / seconds, 3),
@@ -160,10 +152,7 @@ class Parts:
     """The folder ``<output>.parts``: ``run.json`` (what makes the vectors) and one Parquet file per finished part.
 
     A folder without ``run.json`` is ignored: the file is written first and removed first. ``rows`` and ``failed`` count
-    the finished rows.
-
-    Raises:
-        OutputError: If the output is not a ``.parquet`` file, or would replace the input.
+    the finished rows. Raises an OutputError if the output is not a ``.parquet`` file, or would replace the input.
     """
 
     def __init__(self, output: Path, input: Path) -> None:
@@ -188,9 +177,9 @@ class Parts:
         self.rows, self.failed = int(found["muco.rows"]), int(found["muco.failed"])
         return True
 
-    def begin(self, run: dict[str, str]) -> None:
+    def begin(self, run: dict[str, str], resume: bool) -> None:
         """Makes the folder, or counts the finished rows in it."""
-        if self.manifest.exists():
+        if resume and self.manifest.exists():
             self._compare(self.folder, read_json(self.manifest), run)
             for path in self._paths():
                 self._count(path)
@@ -222,11 +211,17 @@ class Parts:
     def merge(self, run: dict[str, str], dimension: int, image_root: Path) -> None:
         """Joins the parts into the output, writes the list of failed rows beside it, and removes the folder.
 
-        Raises:
-            DataError: If all rows failed; the list of them is written nevertheless.
+        Raises a DataError if all rows failed; the list of them is written nevertheless.
         """
+        import pyarrow.parquet as pq
+
+        self.rows = self.failed = 0
         with writing(self.errors, again=True):
-            self._list_failed()
+            with whole_file(self.errors) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+                for path in self._paths():
+                    file.writelines(json.dumps(error) + "\n" for error in self._count(path))
+            if not self.failed:
+                self.errors.unlink()
         if self.failed == self.rows:
             self.clear()  # so that the next run tries again
             with self.errors.open(encoding="utf-8") as file:
@@ -235,26 +230,17 @@ class Parts:
             raise DataError(f"none of the {self.rows} rows can be embedded; the first: {reason}; all: {self.errors}")
         facts = {**run, "version": VERSION, "rows": self.rows, "failed": self.failed}
         facts["image_root"] = image_root.resolve()
-        with writing(self.output, again=True), whole_file(self.output) as unfinished:
-            self._join(unfinished, _schema(dimension, {f"muco.{k}": v for k, v in facts.items()}))
-        self.clear()
-
-    def _list_failed(self) -> None:
-        self.rows = self.failed = 0
-        with whole_file(self.errors) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-            for path in self._paths():
-                file.writelines(json.dumps(error) + "\n" for error in self._count(path))
-        if not self.failed:
-            self.errors.unlink()
-
-    def _join(self, file: Path, schema: pa.Schema) -> None:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetWriter(file, schema) as writer:
+        schema = _schema(dimension, {f"muco.{name}": fact for name, fact in facts.items()})
+        with (
+            writing(self.output, again=True),
+            whole_file(self.output) as unfinished,
+            pq.ParquetWriter(unfinished, schema) as writer,
+        ):
             for path in self._paths():
                 with pq.ParquetFile(path) as part:
                     for batch in part.iter_batches():
                         writer.write_batch(batch)
+        self.clear()
 
     def clear(self) -> None:
         """Removes the folder with the files that this class wrote, and no others."""

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from muco.data.items import Row
@@ -32,16 +33,15 @@ def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
     allowed, largest = DECODERS, 0
     with ThreadPoolExecutor(DECODERS) as pool:
         try:
-            for row in rows:
-                window.append(pool.submit(_open, row))
-                while len(window) > allowed:
+            for row in chain(rows, (None,)):
+                if row is not None:
+                    window.append(pool.submit(_open, row))
+                while len(window) > (0 if row is None else allowed):
                     opened = window.popleft().result()
                     largest = max(largest, opened.decoded_bytes)
                     if largest:
                         allowed = max(DECODERS, min(ahead, DECODED_BYTES // largest))
                     yield opened
-            while window:
-                yield window.popleft().result()
         finally:
             for future in window:
                 future.cancel()

@@ -44,13 +44,9 @@ def check_names(names: Iterable[Any], where: str, reserved: Sequence[str]) -> No
 
 
 def as_id(value: Any, where: str) -> str:
-    """An id as the table holds it.
+    """An id as the table holds it: of text, a whole number (5 is "5") or a UUID, also those of numpy and pandas.
 
-    Args:
-        value: Text, a whole number (5 is "5") or a UUID, also those of numpy and pandas.
-        where: Starts the error message.
-    Raises:
-        DataError: If it is missing, or something else.
+    Raises a DataError, which begins with ``where``, if it is missing, or something else.
     """
     found = plain_if_known(value)
     if found is None or (isinstance(found, str) and not found.strip()):
@@ -68,8 +64,7 @@ def checked_id(id: Any) -> str:
 def plain(value: Any) -> Any:
     """The value in plain Python: values of numpy, pandas and Arrow converted, missing as None, nested ones as they are.
 
-    Raises:
-        DataError: If no column can hold it.
+    Raises a DataError if no column can hold it.
     """
     import pyarrow as pa
 
@@ -116,24 +111,20 @@ def kind_of(value: Any) -> pa.DataType | None:
     match value:
         case None:
             return None
-        case bool():
-            return pa.bool_()
-        case int():
-            return pa.int64() if _in_64_bits(value) else pa.scalar(Decimal(value)).type
-        case float():
-            return pa.float64()
-        case Decimal():
-            return pa.scalar(value).type
+        case int() if not isinstance(value, bool):
+            return pa.int64() if in_64_bits(value) else pa.scalar(Decimal(value)).type
         case datetime():
             unit = "ns" if getattr(value, "nanosecond", 0) else "us"
             return pa.timestamp(unit, None if value.tzinfo is None else "UTC")
-        case date():
-            return pa.date32()
-        case time():
-            return pa.time64("us")
         case timedelta():
             return pa.duration("ns" if getattr(value, "nanoseconds", 0) else "us")
+        case bool() | float() | Decimal() | date() | time():
+            return pa.scalar(value).type
     return pa.string()
+
+
+def in_64_bits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def column_type(given: pa.DataType) -> pa.DataType | None:
@@ -143,20 +134,20 @@ def column_type(given: pa.DataType) -> pa.DataType | None:
 
     if types.is_dictionary(given) or types.is_run_end_encoded(given):
         return column_type(given.value_type)
-    kinds_of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    if types.is_null(given) or any(of_bytes(given) for of_bytes in kinds_of_bytes):
+    left_out = (types.is_null, types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    if any(is_kind(given) for is_kind in left_out):
         return None
     if types.is_date(given):
         return pa.date32()
     if types.is_timestamp(given):
         return pa.timestamp(given.unit, None if given.tz is None else "UTC")
     if types.is_decimal(given):
-        return _decimal(given.precision, given.scale)
+        return decimal_type(given.precision, given.scale)
     number = types.is_boolean(given) or types.is_integer(given) or types.is_floating(given)
     return given if number or types.is_time(given) or types.is_duration(given) else pa.string()
 
 
-def _decimal(precision: int, scale: int) -> pa.DataType:
+def decimal_type(precision: int, scale: int) -> pa.DataType:
     import pyarrow as pa
 
     return (pa.decimal128 if precision <= 38 else pa.decimal256)(precision, scale)
@@ -180,7 +171,7 @@ def common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | 
         other = pa.timestamp(other.unit, one.tz)
     if types.is_decimal(one) and types.is_integer(other) or types.is_integer(one) and types.is_decimal(other):
         exact = one if types.is_decimal(one) else other
-        return _decimal(max(exact.precision - exact.scale, DIGITS) + exact.scale, exact.scale)
+        return decimal_type(max(exact.precision - exact.scale, DIGITS) + exact.scale, exact.scale)
     fields = (pa.schema([pa.field("x", kind)]) for kind in (one, other))
     try:
         return pa.unify_schemas([*fields], promote_options="permissive").field("x").type
@@ -208,11 +199,7 @@ def add_kinds(kinds: dict[str, pa.DataType], values: Mapping[str, Any]) -> None:
 
 
 def conform(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict[str, Any]:
-    """The values as columns hold them, with None for those that are missing.
-
-    Raises:
-        DataError: If one does not fit its column without loss, or no column can hold it.
-    """
+    """The values as columns hold them, None where one is missing; a DataError where one does not fit without loss."""
     found: dict[str, Any] = dict.fromkeys(kinds)
     for name, value in values.items():
         try:
@@ -238,7 +225,7 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
         if LONE_SURROGATE.search(text):
             raise DataError("half of a character (a lone surrogate) cannot be kept; correct the text")
         return text
-    whole = type(value) is int and types.is_int64(kind) and _in_64_bits(value)
+    whole = type(value) is int and types.is_int64(kind) and in_64_bits(value)
     if whole or (type(value) is float and types.is_float64(kind)):
         return value  # nearly all values; to ask Arrow takes ten times as long
     if types.is_timestamp(kind) and isinstance(value, date) and not isinstance(value, datetime):
@@ -251,10 +238,6 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         pass
     raise DataError(f"{str(value)[:60]!r} does not fit a column of {kind} without loss; convert it")
-
-
-def _in_64_bits(value: int) -> bool:
-    return -(2**63) <= value < 2**63
 
 
 def in_json(value: Any) -> Any:

@@ -62,7 +62,7 @@ class _Worker:
             raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
 
     def encode(self, *columns: Any) -> list[dict[str, Any]]:
-        """The ``result`` of each row; ``columns`` are those of :func:`_sent`."""
+        """The ``result`` of each row; ``columns`` are those that :func:`on_daft` sends."""
         rows = []
         for number, text, paths, data in zip(*(column.to_pylist() for column in columns), strict=True):
             images = (Path(path) if path else read for path, read in zip(paths, data, strict=True))
@@ -76,13 +76,14 @@ class _Worker:
 def on_daft(
     model_path: str, fingerprint: str, dimension: int, batch_size: int, workers: int, ray: str | None
 ) -> RowEncoder:
-    """An encoder of ``workers`` processes that hold a model each.
+    """An encoder of ``workers`` processes that hold a model each; ``fingerprint`` says which one it must be.
 
     Args:
         model_path: Folder or hub id, readable by every process.
-        fingerprint: Of the model that it must be.
         ray: Address of a Ray cluster whose machines see the same paths; None: this machine.
     """
+    import torch
+
     daft = daft_on(ray, "search")
     result = daft.DataType.struct(
         {
@@ -98,14 +99,22 @@ def on_daft(
         def __call__(self, number: Any, text: Any, paths: Any, data: Any) -> list[dict[str, Any]]:
             return self.encode(number, text, paths, data)
 
-    start = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=_gpus())
-    worker = start(model_path, fingerprint, dimension, batch_size)
+    gpus = int(torch.cuda.is_available())
+    worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)(
+        model_path, fingerprint, dimension, batch_size
+    )
 
     def encode(rows: Iterable[Row]) -> Iterator[Encoded]:
         by_number = {row.number: row for row in rows}
         if not by_number:
             return
-        sent = _sent(by_number.values())
+        images = [row.images for row in by_number.values()]
+        sent = {  # each image is a path or bytes, and None in the other column
+            "number": [*by_number],
+            "text": [row.text for row in by_number.values()],
+            "paths": [[str(image) if isinstance(image, (str, Path)) else None for image in own] for own in images],
+            "data": [[image if isinstance(image, bytes) else None for image in own] for own in images],
+        }
         frame = daft.from_pydict(sent).select(worker(*map(daft.col, sent)).alias("result"))
         for record in frame.iter_rows():
             found = record["result"]
@@ -113,20 +122,3 @@ def on_daft(
             yield replace(by_number[found["number"]], images=(), **outcome), found["thumbnail"]
 
     return encode
-
-
-def _sent(rows: Iterable[Row]) -> dict[str, list[Any]]:
-    """Rows as columns for Daft; each image is a path or bytes, and None in the other column."""
-    sent: dict[str, list[Any]] = {"number": [], "text": [], "paths": [], "data": []}
-    for row in rows:
-        sent["number"].append(row.number)
-        sent["text"].append(row.text)
-        sent["paths"].append([str(image) if isinstance(image, (str, Path)) else None for image in row.images])
-        sent["data"].append([image if isinstance(image, bytes) else None for image in row.images])
-    return sent
-
-
-def _gpus() -> int:
-    import torch
-
-    return int(torch.cuda.is_available())

@@ -17,14 +17,15 @@ here, whole, and LanceDB gets what was understood::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
-from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, after_blanks, kind_of, next_token
+from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, kind_of, next_token
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,12 +50,11 @@ def quoted(text: str) -> str:
 
 
 def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str | None:
-    """The filter as LanceDB reads it, or None if it is blank.
+    """The filter, an expression of the grammar above, as LanceDB reads it, or None if it is blank.
 
-    Args:
-        where: One expression of the grammar above. A column whose name has other characters than letters, digits and
-            "_", or is a word of the grammar, is written in backquotes.
-        columns: Types of the columns that may be compared, by name. Names differ by case only if two columns do.
+    A column whose name has other characters than letters, digits and "_", or is a word of the grammar, is written in
+    backquotes. Names differ by case only if two of the ``columns`` do.
+
     Raises:
         MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than
             LONGEST characters. It says where.
@@ -79,32 +79,27 @@ class _Parser:
     def _tokens(self) -> list[Token]:
         tokens, place = [], 0
         while not tokens or tokens[-1].kind != "end":
-            token = next_token(self.where, place)
-            if token is None:
-                raise self.refused(after_blanks(self.where, place), "cannot be read; put text in 'single quotes'")
-            tokens.append(token)
-            place = token.end
+            tokens.append(next_token(self.where, place))
+            if tokens[-1].kind == "unknown":
+                raise self.refused(tokens[-1].place, "cannot be read; put text in 'single quotes'")
+            place = tokens[-1].end
         return tokens[::-1]  # the next one is the last
 
     def whole(self) -> str:
-        found = self.either()
+        found = self.joined()
         if self.tokens[-1].kind != "end":
             raise self.refused(self.tokens[-1].place, "expected the end, AND or OR")
-        return self.condition(found).sql
+        return self.must_be(found, CONDITION).sql
 
-    def either(self) -> Value:
-        return self.joined("or", self.both)
-
-    def both(self) -> Value:
-        return self.joined("and", self.negated)
-
-    def joined(self, word: str, rule: Callable[[], Value]) -> Value:
+    def joined(self, word: str = "or") -> Value:
+        """The rule ``either``, or with "and" the rule ``both``."""
+        rule = partial(self.joined, "and") if word == "or" else self.negated
         parts = [rule()]
         while self.takes(word):
             parts.append(rule())
         if len(parts) == 1:
             return parts[0]
-        sql = f" {word.upper()} ".join(self.condition(part).sql for part in parts)
+        sql = f" {word.upper()} ".join(self.must_be(part, CONDITION).sql for part in parts)
         return Value(sql, CONDITION, parts[0].place)
 
     def negated(self) -> Value:
@@ -112,7 +107,7 @@ class _Parser:
         if not self.takes("not"):
             return self.test()
         with self.deeper():
-            found = self.condition(self.negated())
+            found = self.must_be(self.negated(), CONDITION)
         return Value(f"NOT ({found.sql})", CONDITION, place)
 
     def test(self) -> Value:
@@ -122,43 +117,38 @@ class _Parser:
             left, right = self.alike(left, self.value())
             return Value(f"{left.sql} {operator} {right.sql}", CONDITION, left.place)
         if self.takes("is"):
-            return self.is_what(left)
+            no, word = "NOT " if self.takes("not") else "", self.one_of("null", "true", "false")
+            if not word:
+                raise self.refused(self.tokens[-1].place, "expected NULL, TRUE or FALSE")
+            if word != "NULL":
+                self.must_be(left, CONDITION)
+            return Value(f"{left.sql} IS {no}{word}", CONDITION, left.place)
         no = "NOT " if self.takes("not") else ""
-        if self.takes("in"):
+        word = self.one_of("in", "between", "like", "ilike")
+        if word == "IN":
             left, *values = self.alike(left, *self.listed())
             if other := next((value for value in values if not value.literal), None):  # LanceDB takes them as equal
                 raise self.refused(other.place, "expected text, a number, TRUE, FALSE, DATE or TIMESTAMP")
-            sql = f"{left.sql} {no}IN ({', '.join(value.sql for value in values)})"
-        elif self.takes("between"):
+            right = f"({', '.join(value.sql for value in values)})"
+        elif word == "BETWEEN":
             low = self.value()
             self.needs("and")
             left, low, high = self.alike(left, low, self.value())
-            sql = f"{left.sql} {no}BETWEEN {low.sql} AND {high.sql}"
-        elif word := next((word for word in ("like", "ilike") if self.takes(word)), None):
-            pattern = self.value()
-            for value in (left, pattern):
-                self.must_be(value, TEXT)
-            sql = f"{left.sql} {no}{word.upper()} {pattern.sql}"
+            right = f"{low.sql} AND {high.sql}"
+        elif word:
+            self.must_be(left, TEXT)
+            right = self.must_be(self.value(), TEXT).sql
         elif no:
             raise self.refused(self.tokens[-1].place, "expected IN, BETWEEN, LIKE or ILIKE")
         else:
             return left
-        return Value(sql, CONDITION, left.place)
-
-    def is_what(self, left: Value) -> Value:
-        no = "NOT " if self.takes("not") else ""
-        word = next((word for word in ("null", "true", "false") if self.takes(word)), None)
-        if word is None:
-            raise self.refused(self.tokens[-1].place, "expected NULL, TRUE or FALSE")
-        if word != "null":
-            self.condition(left)
-        return Value(f"{left.sql} IS {no}{word.upper()}", CONDITION, left.place)
+        return Value(f"{left.sql} {no}{word} {right}", CONDITION, left.place)
 
     def value(self) -> Value:
         token = self.tokens.pop()
         if token.text == "(" and token.kind == "sign":
             with self.deeper():
-                found = self.either()
+                found = self.joined()
             self.needs(")")
             return replace(found, sql=f"({found.sql})", place=token.place, fraction=False, literal=False)
         if token.kind == "text":
@@ -227,6 +217,10 @@ class _Parser:
         self.tokens.pop()
         return True
 
+    def one_of(self, *words: str) -> str:
+        """Goes past the next token if it is one of these words; returns it in capitals, or ""."""
+        return next((word.upper() for word in words if self.takes(word)), "")
+
     def needs(self, what: str) -> None:
         if not self.takes(what):
             raise self.refused(self.tokens[-1].place, f"expected {what.upper()}")
@@ -241,11 +235,7 @@ class _Parser:
         self.depth -= 1
 
     def alike(self, first: Value, *others: Value) -> list[Value]:
-        """The values, ready to be compared.
-
-        Raises:
-            MucoError: If they are of two kinds.
-        """
+        """The values, ready to be compared; a MucoError if they are of two kinds."""
         values = [first, *others]
         known = next((value for value in values if value.kind != ANY), first)
         for value in values:
@@ -255,12 +245,9 @@ class _Parser:
         exact = any(value.exact for value in values)
         return [value.as_decimal() if exact and value.fraction else value for value in values]
 
-    def must_be(self, value: Value, kind: str) -> None:
+    def must_be(self, value: Value, kind: str) -> Value:
         if value.kind not in (kind, ANY):
             raise self.refused(value.place, f"expected {kind}, not {value.kind}")
-
-    def condition(self, value: Value) -> Value:
-        self.must_be(value, CONDITION)
         return value
 
     def refused(self, place: int, why: str, what: str = "") -> MucoError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,54 +17,34 @@ from muco.images import open_image
 from muco.search.columns import as_id, plain_if_known
 
 
-@dataclass(frozen=True)
-class Given:
-    """A row, and its further columns as they were given."""
-
-    row: Row
-    extra: dict[str, Any]
-
-
 def records(rows: Any) -> Iterable[Any]:
-    """The rows of whatever has rows.
+    """The rows of whatever has rows; a DataError if it has none, as one mapping, text, or a single column."""
+    import pyarrow as pa
 
-    Raises:
-        DataError: If it has none, as one mapping, text, or a single column.
-    """
     if isinstance(rows, (Mapping, str, bytes, PurePath)):
         raise DataError(f'pass a list of rows, [{{"id": "1", "text": "a"}}], not one {type(rows).__name__}')
     if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # as pandas has them, whatever its columns hold
-        _differ(rows.columns)
-        return rows.to_dict("records")
-    if hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
-        return _of_arrow(rows)
-    if not hasattr(rows, "__iter__"):
+        names, found = [*rows.columns], partial(rows.to_dict, "records")
+    elif hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
+        try:
+            table = pa.table(rows)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            said = f"{type(rows).__name__} is not a table with columns; pass one, or a list of rows"
+            raise DataError(said) from error
+        names, found = table.column_names, table.to_pylist
+    elif hasattr(rows, "__iter__"):
+        return rows
+    else:
         raise DataError(f"pass a list of rows, a DataFrame or a table of Arrow, not {type(rows).__name__}")
-    return rows
-
-
-def _of_arrow(rows: Any) -> list[dict[str, Any]]:
-    import pyarrow as pa
-
-    try:
-        table = pa.table(rows)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"{type(rows).__name__} is not a table with columns; pass one, or a list of rows") from error
-    _differ(table.column_names)
-    return table.to_pylist()
-
-
-def _differ(columns: Iterable[Any]) -> None:
-    names = [*columns]
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"two columns are called {twice[0]!r}; rename one")
+    return found()
 
 
-def as_given(number: int, row: Any) -> Given:
-    """One row, read; what is wrong with its text or image becomes its error.
+def as_given(number: int, row: Any) -> tuple[Row, dict[str, Any]]:
+    """One row, read, and its further columns; what is wrong with its text or image becomes its error.
 
-    Raises:
-        DataError: If it is not a mapping, or has no id.
+    Raises a DataError if it is not a mapping, or has no id.
     """
     where = f"row {number}"
     if not hasattr(row, "keys"):
@@ -73,14 +53,14 @@ def as_given(number: int, row: Any) -> Given:
     given = {name: extra.pop(name, None) for name in COLUMNS.used}
     values = {"id": as_id(given["id"], where)}
     try:
-        values |= {"text": plain_if_known(given["text"])} | {name: _images(given[name]) for name in COLUMNS.images}
+        values["text"] = plain_if_known(given["text"])
+        for name in COLUMNS.images:
+            value = given[name]
+            several = isinstance(value, (list, tuple, np.ndarray))
+            values[name] = [_image(image) for image in value] if several else _image(value)
     except DataError as error:
-        return Given(Row(number, values["id"], where, error=str(error)), extra)
-    return Given(read_row(checked_record(number, where, values), COLUMNS, Path()), extra)
-
-
-def _images(value: Any) -> Any:
-    return [_image(image) for image in value] if isinstance(value, (list, tuple, np.ndarray)) else _image(value)
+        return Row(number, values["id"], where, error=str(error)), extra
+    return read_row(checked_record(number, where, values), COLUMNS, Path()), extra
 
 
 def _image(value: Any) -> Any:

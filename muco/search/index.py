@@ -7,7 +7,6 @@ vectors finds.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -21,7 +20,7 @@ from muco.errors import MucoError
 from muco.search.columns import checked_id
 from muco.search.filter import checked_filter, quoted
 from muco.search.lance import ENOUGH_BITS, PROBES
-from muco.search.storage import Name, scores
+from muco.search.storage import scores
 from muco.search.table import Table
 from muco.search.update import add_rows
 
@@ -50,40 +49,19 @@ class Hit:
 class Index(Table):
     """An open index. Many threads and processes may search and write at once; writers take turns."""
 
-    def __init__(self, path: str, table: Any) -> None:
-        super().__init__(path, table)
-        self._model: Model | None = None
-        self._encoding = threading.Lock()
-
     @classmethod
     def open(cls, path: str | Path, model: Model | str | Path | None = None) -> Self:
         """Opens an index that is there.
 
         Args:
             path: A folder, or the URL of one in object storage (``s3://…``; LanceDB reads the usual variables).
-            model: Encodes queries; must be the one that made the index. None: that of ``model_path``, loaded when it
-                is first needed.
+            model: Encodes queries; must have made the index. None: that of ``model_path``, loaded when first needed.
         Raises:
             MucoError: If there is no index, or it is of another model.
         """
         index = super().open(path)
         if model is not None:
             index._model = index.checked_model(model)
-        return index
-
-    @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        model: Model,
-        *,
-        model_path: str | Path = "",
-        storage: Name | None = None,
-        dimension: int | None = None,
-    ) -> Self:
-        """Opens an index for adding rows, and makes it if it is not there; see :meth:`Table.create`."""
-        index = super().create(path, model, model_path=model_path, storage=storage, dimension=dimension)
-        index._model = model
         return index
 
     @property
@@ -94,20 +72,14 @@ class Index(Table):
                 self._model = self.checked_model(self.model_path)
             return self._model
 
-    @property
-    def compared_columns(self) -> dict[str, pa.DataType]:
-        """The columns that a filter may name."""
-        own = {name: self.table.schema.field(name).type for name in ("id", "text", "image")}
-        return own | self.extra_columns
-
     def add(self, rows: Iterable[Mapping[str, Any]] | Any, *, batch_size: int = 32) -> dict[str, Any]:
         """Encodes rows and writes them; a row whose id is there is replaced, one that is there as it is costs nothing.
 
         Args:
-            rows: Mappings with ``id``, ``text`` and/or ``image`` (path, bytes or Pillow), and further columns: a list,
-                a generator, a DataFrame of pandas or polars, a table of Arrow, or a dataset of Hugging Face. An id is
-                text, a whole number (5 is "5") or a UUID. None, NaN, NaT, NA and an absent key are missing. For the
-                values of further columns see :mod:`muco.search.columns`.
+            rows: Mappings with ``id`` (text, a whole number or a UUID), ``text`` and/or ``image`` (path, bytes or
+                Pillow), and further columns, see :mod:`muco.search.columns`: a list, a generator, a DataFrame of pandas
+                or polars, a table of Arrow, or a dataset of Hugging Face. None, NaN, NaT, NA and an absent key are
+                missing.
         Returns:
             As :func:`muco.search.update.build`.
         Raises:
@@ -144,20 +116,20 @@ class Index(Table):
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
             raise MucoError("pass one query: text and/or image, or like (the id of a row), or vector")
-        condition = checked_filter(where and whole_text(where, "where"), self.compared_columns)
+        own = {name: self.table.schema.field(name).type for name in ("id", "text", "image")}
+        condition = checked_filter(where and whole_text(where, "where"), own | self.extra_columns)
         if like is not None:
             like = checked_id(like)
-            query, others = self._vector_of(like), f"id != {quoted(like)}"
+            row = self.rows_by_id([like], self.storage.columns)
+            if not len(row):
+                raise MucoError(f"{self.path}: no row has the id {like!r}")
+            query, others = self._unit(self.storage.vectors(row, self.dimension)[0]), f"id != {quoted(like)}"
             condition = f"({condition}) AND {others}" if condition else others
         elif vector is not None:
             query = self._unit(vector)
         else:
             query = self.encode({k: v for k, v in (("text", text), ("image", image)) if v is not None})
-        if exact and self.storage.metric == "hamming":
-            best = self._scan(query, k, condition)
-        else:
-            best = self._candidates(query, k, condition, exact)
-        return self._hits(best)
+        return self._hits(self._candidates(query, k, condition, exact))
 
     def encode(self, content: Mapping[str, Any]) -> np.ndarray:
         """The vector of a query, float32 [dimension]; one thread at a time."""
@@ -178,32 +150,22 @@ class Index(Table):
             )
         return array / length
 
-    def _vector_of(self, id: str) -> np.ndarray:
-        found = self.rows_by_id([id], self.storage.columns)
-        if not len(found):
-            raise MucoError(f"{self.path}: no row has the id {id!r}")
-        return self._unit(self.storage.vectors(found, self.dimension)[0])
-
     def _candidates(self, query: np.ndarray, k: int, where: str | None, exact: bool) -> list[tuple[str, float]]:
+        columns = ["id", *self.storage.columns]
+        best: list[tuple[str, float]] = []
+        if exact and self.storage.metric == "hamming":
+            for batch in self.batches(where, columns):
+                best = sorted(best + self._best(batch, query, k), key=_order)[:k]
+            return best
         search = self.table.search(self.storage.query(query), vector_column_name=self.storage.searched)
         search = search.distance_type(self.storage.metric)
         if exact:
             search = search.bypass_vector_index().limit(k + 1)  # one more, so that equal scores fall as in a sort
-        else:
-            search = search.nprobes(PROBES).limit(self._candidates_per_hit * max(k, FEWEST))
-        return self._best(self.found(search, where, ["id", *self.storage.columns, "_distance"]), query, k)
-
-    @property
-    def _candidates_per_hit(self) -> int:
-        """The fewer bits find them, the more."""
-        few = 1.0 if self.storage.metric == "cosine" else max(1.0, ENOUGH_BITS / self.dimension)
-        return round(CANDIDATES[self.storage.metric] * few)
-
-    def _scan(self, query: np.ndarray, k: int, where: str | None) -> list[tuple[str, float]]:
-        best: list[tuple[str, float]] = []
-        for batch in self.batches(where, ["id", *self.storage.columns]):
-            best = sorted(best + self._best(batch, query, k), key=_order)[:k]
-        return best
+        else:  # the fewer bits find them, the more candidates
+            few = 1.0 if self.storage.metric == "cosine" else max(1.0, ENOUGH_BITS / self.dimension)
+            per_hit = round(CANDIDATES[self.storage.metric] * few)
+            search = search.nprobes(PROBES).limit(per_hit * max(k, FEWEST))
+        return self._best(self.found(search, where, [*columns, "_distance"]), query, k)
 
     def _best(self, rows: pa.Table | pa.RecordBatch, query: np.ndarray, k: int) -> list[tuple[str, float]]:
         if not len(rows):

@@ -1,7 +1,4 @@
-"""LanceDB: how a table is opened, read and indexed, and its errors as sentences.
-
-LanceDB tells only by the words of an error whether files, a filter or a call are at fault.
-"""
+"""LanceDB: how a table is opened, read and indexed, and its errors as sentences, which only their words tell apart."""
 
 from __future__ import annotations
 
@@ -39,9 +36,8 @@ def is_local(path: str | Path) -> bool:
 def connect(path: str | Path, *, create: bool) -> Any:
     """The database in a folder or in object storage.
 
-    Raises:
-        OutputError: If a new index is asked for where a file is.
-        MucoError: If LanceDB is not installed, or there is no such folder and ``create`` is false.
+    Raises an OutputError if a new index is asked for where a file is; a MucoError if LanceDB is not installed, or there
+    is no such folder and ``create`` is false.
     """
     try:
         import lancedb
@@ -61,8 +57,7 @@ def connect(path: str | Path, *, create: bool) -> Any:
 def open_rows(database: Any, path: str | Path) -> Any:
     """The table of rows, or None if it was never finished and can be made again.
 
-    Raises:
-        StorageError: If the files that describe the table are missing, but its rows are there.
+    Raises a StorageError if the files that describe the table are missing, but its rows are there.
     """
     with lance_calls(path):
         try:
@@ -85,11 +80,9 @@ def read(search: Any, where: str | None, columns: Sequence[str]) -> pa.RecordBat
 def build_indices(table: Any, storage: Storage, dimension: int) -> None:
     """Builds the indices that pay and are not there yet: of vectors (benchmarks/index.py says why IVF), ids and hashes.
 
-    Args:
-        table: LanceDB's, which nobody else writes to meanwhile.
-        dimension: Of its vectors.
+    ``table`` is LanceDB's, which nobody else writes to meanwhile; ``dimension`` that of its vectors.
     """
-    from lancedb.index import BTree
+    from lancedb.index import BTree, IvfFlat, IvfRq
 
     rows = table.count_rows()
     if rows < ANN_ROWS:
@@ -101,30 +94,20 @@ def build_indices(table: Any, storage: Storage, dimension: int) -> None:
     trained = [int(index.name.removeprefix(ANN_NAME)) for index in indices if index.name.startswith(ANN_NAME)]
     if trained and rows < RETRAIN * max(trained):
         return
-    config = _of_vectors(storage, dimension, partitions=max(1, rows // PARTITION_ROWS))
+    whole = storage.metric == "hamming" or dimension < ENOUGH_BITS or dimension % 8
+    partitions = max(1, rows // PARTITION_ROWS)
+    config = (IvfFlat if whole else IvfRq)(distance_type=storage.metric, num_partitions=partitions)
     table.create_index(storage.searched, config=config, name=f"{ANN_NAME}{rows}", replace=True)
     for old in trained:
         table.drop_index(f"{ANN_NAME}{old}")
-
-
-def _of_vectors(storage: Storage, dimension: int, partitions: int) -> Any:
-    from lancedb.index import IvfFlat, IvfRq
-
-    whole = storage.metric == "hamming" or dimension < ENOUGH_BITS or dimension % 8
-    kind = IvfFlat if whole else IvfRq
-    return kind(distance_type=storage.metric, num_partitions=partitions)
 
 
 @contextmanager
 def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
     """Turns what LanceDB raises into MuCo's errors. Also put reading its results into this block.
 
-    Args:
-        path: The index.
-        where: The user's filter, if the call has one.
-    Raises:
-        StorageError: If files of the index are missing or were cut, or cannot be written.
-        MucoError: If LanceDB refuses the filter.
+    Raises a StorageError if files of the index at ``path`` are missing or were cut, or cannot be written; a MucoError
+    if LanceDB refuses the user's filter, ``where``.
     """
     import pyarrow as pa
 
@@ -133,30 +116,19 @@ def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
     except MucoError:
         raise
     except (RuntimeError, ValueError, OSError, pa.ArrowException) as error:
-        if where and _is_of_filter(error):
-            raise MucoError(f"the filter cannot be used: {_first_sentence(error)}") from error
-        raise StorageError(f"{path}: {_told(error)}") from error
-
-
-def _is_of_filter(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return False
-    return FILTER in str(error) or not any(words in str(error) for words in FILES)
-
-
-def _told(error: Exception) -> str:
-    """What is wrong with an index, and what to do."""
-    if refused := re.search(r"([^:()]+) \(os error \d+\)", str(error)):
-        return f"the index cannot be written ({refused[1].strip()}); make room or change that, and start again"
-    if isinstance(error, OSError) and error.errno:
-        return f"the index cannot be used ({os.strerror(error.errno)}); change that, or name another"
-    return (
-        f"the index cannot be read ({_first_sentence(error)}); files of it are missing, damaged or cut: copy it again, "
-        "or delete it and make a new one"
-    )
-
-
-def _first_sentence(error: Exception) -> str:
-    """The first sentence of LanceDB's error, without what it says about its own source."""
-    text = " ".join(str(error).split()).removeprefix("Invalid input, ").removeprefix("lance error: ")
-    return re.split(r", /(?:rustc|root)/", text, maxsplit=1)[0][:200]
+        said = str(error)
+        text = " ".join(said.split()).removeprefix("Invalid input, ").removeprefix("lance error: ")
+        short = re.split(r", /(?:rustc|root)/", text, maxsplit=1)[0][:200]  # without what it says about its own source
+        of_files = isinstance(error, OSError) or (FILTER not in said and any(words in said for words in FILES))
+        if where and not of_files:
+            raise MucoError(f"the filter cannot be used: {short}") from error
+        if refused := re.search(r"([^:()]+) \(os error \d+\)", said):
+            told = f"the index cannot be written ({refused[1].strip()}); make room or change that, and start again"
+        elif isinstance(error, OSError) and error.errno:
+            told = f"the index cannot be used ({os.strerror(error.errno)}); change that, or name another"
+        else:
+            told = (
+                f"the index cannot be read ({short}); files of it are missing, damaged or cut: copy it again, or "
+                "delete it and make a new one"
+            )
+        raise StorageError(f"{path}: {told}") from error

@@ -6,7 +6,6 @@ import json
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,55 +29,51 @@ class Notes:
 
     def first(self, id: str) -> bool:
         """Notes an id; false if it was noted before."""
-        with self._writing():
-            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (id,)).rowcount == 1
+        return self._write("INSERT OR IGNORE INTO seen VALUES (?)", id).rowcount == 1
 
     def has(self, id: str) -> bool:
         return self._database.execute("SELECT 1 FROM seen WHERE id = ?", (id,)).fetchone() is not None
 
     def fail(self, row: Row, reason: str) -> None:
         note = {"row": row.number, "id": row.id, "where": row.where, "reason": reason}
-        with self._writing():
-            self._database.execute("INSERT INTO failed VALUES (?)", (json.dumps(note),))
+        self._write("INSERT INTO failed VALUES (?)", json.dumps(note))
+
+    def _write(self, statement: str, value: str) -> sqlite3.Cursor:
+        with writing(self._folder.name, "let TMPDIR name another folder"):
+            return self._database.execute(statement, (value,))
 
     def failed(self) -> Iterator[dict[str, Any]]:
         for (note,) in self._database.execute("SELECT note FROM failed ORDER BY rowid"):
             yield json.loads(note)
 
     def list_failed(self, path: str | Path | None, rows: int) -> str | None:
-        """Writes a file of the rows that failed, and removes that of an earlier run.
+        """Writes a file of the rows that failed, or removes that of an earlier run; returns its path, if there is one.
 
         Args:
             path: None: no file is written.
             rows: How many rows the input has.
-        Returns:
-            The file, or None if there is none.
         Raises:
             DataError: If all rows failed.
         """
-        first = next(self.failed(), None)
+        first, failed = next(self.failed(), None), sum(1 for _ in self.failed())
         if path is not None:
             with writing(path, "name another file by --errors"):
                 Path(path).unlink(missing_ok=True)
-                if first is not None:
-                    self._write_failed(Path(path))
-        (failed,) = self._database.execute("SELECT count(*) FROM failed").fetchone()
         if first is None:
             return None
+        if path is not None:
+            with (
+                writing(path, "name another file by --errors"),
+                whole_file(Path(path)) as unfinished,
+                unfinished.open("w", encoding="utf-8") as file,
+            ):
+                file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in self.failed())
         if failed == rows:
             place = "name a file for the list by --errors" if path is None else f"all: {path}"
             raise DataError(
                 f"none of the {rows} rows can be indexed; the first: {first['where']}: {first['reason']}; {place}"
             )
         return None if path is None else str(path)
-
-    def _write_failed(self, path: Path) -> None:
-        with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-            for note in self.failed():
-                file.write(escaped(json.dumps(note, ensure_ascii=False)) + "\n")
-
-    def _writing(self) -> AbstractContextManager[None]:
-        return writing(self._folder.name, "let TMPDIR name another folder")
 
     def close(self) -> None:
         self._database.close()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder, opened.
-
-    Args:
-        extra: Names and types of the further columns.
-        empty: Those of them without any value.
-    """
+    """A file or folder, opened, with names and types of the further columns, and those of them without any value."""
 
     source: Items
     extra: dict[str, pa.DataType]
@@ -61,17 +56,34 @@ class Input:
 def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
     """Checks the input as a whole, and finds its further columns.
 
-    Raises:
-        DataError: If it cannot be read, or a further column has a reserved name or one that a table cannot have.
+    Raises a DataError if it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
-    source = open_items(path, columns)
+    extra: dict[str, pa.DataType] = {}
+    source, empty = open_items(path, columns), frozenset[str]()
     if path.suffix in (".parquet", ".pq"):
-        extra = _parquet_types(path, columns)
-        empty = _parquet_empty(path, extra)
-    else:
-        extra, empty = _types_of(source), frozenset()
+        extra, empty = _parquet_types(path, columns)
+    elif source.columns is not None:
+        for record in source.records(0, ()):
+            if record.error is None:
+                add_kinds(extra, {name: value for name, value in record.values.items() if name not in columns.used})
+        extra = dict(sorted(extra.items()))
     check_names(extra, str(path), reserved)
     return Input(source, extra, empty)
+
+
+def _parquet_types(path: Path, columns: Columns) -> tuple[dict[str, pa.DataType], frozenset[str]]:
+    """Of all further columns but those of bytes, which are left out; and the columns that have no value in any row."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    kinds = {field.name: column_type(field.type) for field in pq.read_schema(path) if field.name not in columns.used}
+    kinds = {name: kind for name, kind in kinds.items() if kind is not None}
+    empty = sorted(kinds)
+    for _, batch in batches(path, empty, most_rows=PARQUET_ROWS) if empty else ():
+        empty = [name for name in empty if pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py()]
+        if not empty:
+            break
+    return kinds, frozenset(empty)
 
 
 def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> Entry:
@@ -82,58 +94,28 @@ def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataTyp
         return Entry(replace(row, error=row.error or str(error)))
 
 
-def _types_of(source: Items) -> dict[str, pa.DataType]:
-    """Of the further columns of a JSONL file, by looking at every row; a folder has none."""
-    kinds: dict[str, pa.DataType] = {}
-    if source.columns is None:
-        return kinds
-    for record in source.records(0, ()):
-        if record.error is None:
-            add_kinds(kinds, {name: value for name, value in record.values.items() if name not in source.columns.used})
-    return dict(sorted(kinds.items()))
-
-
-def _parquet_types(path: Path, columns: Columns) -> dict[str, pa.DataType]:
-    """Of all further columns but those of bytes, which are left out."""
-    import pyarrow.parquet as pq
-
-    further = (column for column in pq.read_schema(path) if column.name not in columns.used)
-    kinds = {column.name: column_type(column.type) for column in further}
-    return {name: kind for name, kind in kinds.items() if kind is not None}
-
-
-def _parquet_empty(path: Path, names: Iterable[str]) -> frozenset[str]:
-    """The columns that have no value in any row. Reads on only while there may be one."""
-    import pyarrow.compute as pc
-
-    empty = {*names}
-    stream = batches(path, sorted(empty), most_rows=PARQUET_ROWS) if empty else ()
-    for _, batch in stream:
-        missing = {name: pc.all(pc.is_null(batch.column(name), nan_is_null=True)).as_py() for name in empty}
-        empty = {name for name in empty if missing[name]}
-        if not empty:
-            break
-    return frozenset(empty)
-
-
 # ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hashed(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
     """Entries with their hashes, in order, as chunks that are looked up together; files are read by threads."""
-    with ThreadPoolExecutor(HASHERS) as pool:
-        while chunk := _chunk(entries):
-            yield list(pool.map(_hash, chunk))
-
-
-def _chunk(entries: Iterator[Entry]) -> list[Entry]:
     chunk, size = [], 0
-    for entry in islice(entries, CHUNK_ROWS):
-        chunk.append(entry)
-        size += sum(len(image) for image in entry.row.images if isinstance(image, bytes))
-        if size > CHUNK_BYTES:
-            break
-    return chunk
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for entry in chain(entries, (None,)):
+            if entry is not None:
+                chunk.append(entry)
+                size += sum(len(image) for image in entry.row.images if isinstance(image, bytes))
+            if chunk and (entry is None or len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES):
+                yield list(pool.map(_hash, chunk))
+                chunk, size = [], 0
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _hash(entry: Entry) -> Entry:
@@ -149,7 +131,3 @@ def _hash(entry: Entry) -> Entry:
     content = _digest([row.text, images if len(images) > 1 else next(iter(images), None)])
     said = {name: value for name, value in entry.extra.items() if value is not None}  # a new column changes no old row
     return replace(entry, content_hash=content, row_hash=_digest([content, row.image_path, said]))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 TEXT, NUMBER, CONDITION, DAY, ANY = "text", "a number", "a condition", "a date", "null"
 
 _TOKEN = re.compile(
-    r"""(?P<text>'(?:[^']|'')*')
+    r"""(?P<blank>\s*)(?:(?P<text>'(?:[^']|'')*')
       | (?P<number>-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
       | `(?P<quoted>[^`]+)`
       | (?P<word>[^\W\d]\w*)
       | (?P<sign><=|>=|==|!=|<>|[=<>(),])
-      | (?P<end>$)""",
-    re.VERBOSE,
+      | (?P<end>$)
+      | (?P<unknown>.))""",
+    re.VERBOSE | re.DOTALL,
 )
 
 
@@ -52,19 +53,12 @@ class Value:
         return replace(self, sql=f"CAST('{number:f}' AS DECIMAL({precision}, {scale}))")
 
 
-def after_blanks(text: str, place: int) -> int:
-    """The place of the next character that is not blank."""
-    return len(text) - len(text[place:].lstrip())
-
-
-def next_token(text: str, place: int) -> Token | None:
-    """The token at a place or after blanks there; None if nothing there can be read."""
-    start = after_blanks(text, place)
-    found = _TOKEN.match(text, start)
-    if found is None:
-        return None
+def next_token(text: str, place: int) -> Token:
+    """The token at a place or after blanks there; of kind "unknown" if nothing there can be read."""
+    found = _TOKEN.match(text, place)
+    assert found is not None, "the last alternative fits anything"
     kind = found.lastgroup or ""
-    return Token(kind, found[kind], start, found.end())
+    return Token(kind, found[kind], found.end("blank"), found.end())
 
 
 def kind_of(type: pa.DataType) -> tuple[str, bool]:
@@ -72,12 +66,10 @@ def kind_of(type: pa.DataType) -> tuple[str, bool]:
     import pyarrow.types as types
 
     exact = types.is_integer(type) or types.is_decimal(type)
-    if exact or types.is_floating(type):
-        return NUMBER, exact
-    if types.is_boolean(type):
-        return CONDITION, False
-    if types.is_string(type) or types.is_large_string(type):
-        return TEXT, False
-    if types.is_date(type) or types.is_timestamp(type):
-        return DAY, False
-    return str(type), False
+    kinds = {
+        NUMBER: exact or types.is_floating(type),
+        CONDITION: types.is_boolean(type),
+        TEXT: types.is_string(type) or types.is_large_string(type),
+        DAY: types.is_date(type) or types.is_timestamp(type),
+    }
+    return next((kind for kind, fits in kinds.items() if fits), str(type)), exact

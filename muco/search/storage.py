@@ -45,11 +45,11 @@ class Storage:
     def fields(self, dimension: int) -> list[pa.Field]:
         import pyarrow as pa
 
-        types = {
-            column: pa.list_(pa.from_numpy_dtype(value.dtype), value.shape[1])
-            for column, value in self.encode(np.zeros((1, dimension), dtype=np.float32)).items()
-        }
-        return [pa.field(column, types[column]) for column in self.columns]
+        values = self.encode(np.zeros((1, dimension), dtype=np.float32))
+        return [
+            pa.field(column, pa.list_(pa.from_numpy_dtype(values[column].dtype), values[column].shape[1]))
+            for column in self.columns
+        ]
 
     def arrays(self, vectors: np.ndarray) -> list[pa.Array]:
         import pyarrow as pa
@@ -76,10 +76,6 @@ def _numbers(table: pa.Table | pa.RecordBatch, column: str) -> np.ndarray:
     array = table.column(column)
     array = array.combine_chunks() if hasattr(array, "combine_chunks") else array
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
-
-
-def _bits(vectors: np.ndarray) -> np.ndarray:
-    return np.packbits(vectors > 0, axis=1)
 
 
 def _bytes(vectors: np.ndarray) -> np.ndarray:
@@ -109,9 +105,9 @@ STORAGES: dict[str, Storage] = {
             (VECTOR, BITS),
             BITS,
             "hamming",
-            lambda vectors: {VECTOR: _bytes(vectors), BITS: _bits(_bytes(vectors))},
+            lambda vectors: {VECTOR: _bytes(vectors), BITS: np.packbits(_bytes(vectors) > 0, axis=1)},
             lambda values, dimension: values[VECTOR].astype(np.float32),
         ),
-        Storage("binary", (BITS,), BITS, "hamming", lambda vectors: {BITS: _bits(vectors)}, _signs),
+        Storage("binary", (BITS,), BITS, "hamming", lambda vectors: {BITS: np.packbits(vectors > 0, axis=1)}, _signs),
     )
 }

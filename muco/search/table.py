@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -54,14 +55,12 @@ class Table:
         self.version, self.prompt = facts["muco.version"], facts["muco.prompt"]
         self.storage: Storage = STORAGES[facts["muco.storage"]]
         self._repaired = False  # whether each id is known to be there once
+        self._model: Model | None = None  # encodes queries, one thread at a time
+        self._encoding = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Opens a table that is there.
-
-        Raises:
-            MucoError: If there is none.
-        """
+        """Opens a table that is there; a MucoError if there is none."""
         table = open_rows(connect(path, create=False), path)
         if table is None:
             raise MucoError(f"{path}: no index there; make one with `muco index INPUT --model MODEL --index {path}`")
@@ -77,12 +76,11 @@ class Table:
         storage: Name | None = None,
         dimension: int | None = None,
     ) -> Self:
-        """Opens a table for adding rows, and makes it if it is not there.
+        """Opens a table for adding rows, and makes it if it is not there; ``model`` encodes them, and queries.
 
         Args:
             model_path: Where the model can be loaded from; kept, for searching.
             storage, dimension: None: those of the table; for a new one, float32 and whole vectors.
-
         Raises:
             MucoError: If it is there and of another model, dimension or storage.
             StorageError: If its files are missing or cannot be written.
@@ -98,13 +96,11 @@ class Table:
                     with lance_calls(path):
                         database.create_table(TABLE, schema=schema)
         opened = cls(str(path), open_rows(database, path))
-        opened.check(model.fingerprint, "the given model")
-        for name, there, wanted in (
-            ("dimension", opened.dimension, dimension),
-            ("storage", opened.storage.name, storage),
-        ):
-            if wanted not in (None, there):
-                raise OutputError(f"{path}: the index has {name} {there}, not {wanted}; keep it, or name another")
+        opened._model = opened.checked_model(model)
+        there = {"dimension": opened.dimension, "storage": opened.storage.name}
+        for name, wanted in (("dimension", dimension), ("storage", storage)):
+            if wanted not in (None, there[name]):
+                raise OutputError(f"{path}: the index has {name} {there[name]}, not {wanted}; keep it, or name another")
         return opened
 
     def __len__(self) -> int:
@@ -118,14 +114,7 @@ class Table:
         return {field.name: field.type for field in self.table.schema if field.name not in own}
 
     def check(self, fingerprint: str, name: str) -> None:
-        """Checks that vectors of a model may be compared with those of the table.
-
-        Args:
-            fingerprint: The model's, see ``Model.fingerprint``.
-            name: For the message.
-        Raises:
-            MucoError: If another model made the table.
-        """
+        """Raises a MucoError unless the model of that fingerprint made the table; ``name`` is what it says."""
         if fingerprint != self.fingerprint:
             raise MucoError(
                 f"{self.path}: the index was made with the model {self.model_path or '(no path)'} "
@@ -134,11 +123,7 @@ class Table:
             )
 
     def checked_model(self, model: Model | str | Path) -> Model:
-        """The model, loaded if a path is given.
-
-        Raises:
-            MucoError: If it cannot be loaded, or is not the one that made the table.
-        """
+        """The model, loaded if a path is given; a MucoError if it cannot be loaded, or did not make the table."""
         name = str(model) if isinstance(model, (str, Path)) else "the given model"
         if isinstance(model, (str, Path)):
             if not str(model):
@@ -187,11 +172,7 @@ class Table:
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def delete(self, ids: Iterable[Any]) -> int:
-        """Removes rows; returns how many there were.
-
-        Args:
-            ids: As :meth:`muco.search.Index.add` takes them: a list, a column of a table, a generator.
-        """
+        """Removes the rows of ids, as :meth:`muco.search.Index.add` takes them; returns how many there were."""
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
             raise DataError(f"pass a list of ids, not one {type(ids).__name__}")
         ids = [checked_id(id) for id in ids]
@@ -219,8 +200,7 @@ class Table:
     def writing(self) -> Iterator[None]:
         """One writer at a time, on the newest version of the table and with each id there once. Readers never wait.
 
-        Each write takes the lock for itself, so that two runs into one index take turns; an id that both have is
-        there once, as the later one wrote it.
+        Each write takes the lock for itself, so two runs take turns; an id that both have is as the later one wrote it.
         """
         with _lock(self.path), lance_calls(self.path):
             self.table.checkout_latest()

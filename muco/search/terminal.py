@@ -39,11 +39,11 @@ def picture(jpeg: bytes, protocol: str) -> str:
 
     stream = io.BytesIO()
     open_image(jpeg, small_side=0).save(stream, "PNG")  # the one format of files that kitty reads
-    data = base64.b64encode(stream.getvalue()).decode()
-    chunks = [data[start : start + KITTY_CHUNK] for start in range(0, len(data), KITTY_CHUNK)]
-    heads = [f"a=T,f=100,r={ROWS},", *[""] * (len(chunks) - 1)]
-    mores = [*[1] * (len(chunks) - 1), 0]
-    return "".join(f"\x1b_G{h}m={m};{c}\x1b\\" for h, m, c in zip(heads, mores, chunks, strict=True))
+    data, parts = base64.b64encode(stream.getvalue()).decode(), []
+    for start in range(0, len(data), KITTY_CHUNK):
+        head, more = "" if start else f"a=T,f=100,r={ROWS},", int(start + KITTY_CHUNK < len(data))
+        parts.append(f"\x1b_G{head}m={more};{data[start : start + KITTY_CHUNK]}\x1b\\")
+    return "".join(parts)
 
 
 def show_hits(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> None:

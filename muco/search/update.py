@@ -114,13 +114,12 @@ def add_rows(table: Table, rows: Any, model: Model, *, batch_size: int = 32) -> 
     """See :meth:`muco.search.Index.add`; ``model`` made the table."""
     given = [as_given(number, row) for number, row in enumerate(records(rows))]
     extra: dict[str, pa.DataType] = {}
-    for row in given:
-        check_names(row.extra, "rows", RESERVED)
-        add_kinds(extra, row.extra)
+    for _, own in given:
+        check_names(own, "rows", RESERVED)
+        add_kinds(extra, own)
     fit_columns(table, extra, frozenset(), "rows")
-    encode = partial(encoded, model, table.dimension, batch_size)
-    kinds = table.extra_columns
-    entries = (entry_of(row.row, row.extra, kinds) for row in given)
+    encode, kinds = partial(encoded, model, table.dimension, batch_size), table.extra_columns
+    entries = (entry_of(row, own, kinds) for row, own in given)
     with closing(Notes()) as notes:
         found = _update(table, entries, len(given), encode, notes, chunks=1, progress=False)
         return found | {"errors": [*notes.failed()]}
@@ -167,7 +166,8 @@ class _Update:
     A chunk passes through four steps: each settles some of its rows, and returns those that are left.
     """
 
-    def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[], None]) -> None:
+    def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[int], None]) -> None:
+
         self.table, self.encode, self.notes, self.advance = table, encode, notes, advance
         self.waiting: list[Entry] = []  # written together
         self.writes, self.optimize_at, self.last = 0, OPTIMIZE_WRITES, time.monotonic()
@@ -198,12 +198,8 @@ class _Update:
     def _without_unchanged(self, entries: list[Entry]) -> list[Entry]:
         found = self.table.rows_by_id([entry.row.id for entry in entries], ["id", "row_hash"])
         before = {row["id"]: row["row_hash"] for row in found.to_pylist()}
-        changed = []
-        for entry in entries:
-            if before.get(entry.row.id) == entry.row_hash:
-                self._count("unchanged")
-            else:
-                changed.append(entry)
+        changed = [entry for entry in entries if before.get(entry.row.id) != entry.row_hash]
+        self._count("unchanged", len(entries) - len(changed))
         return changed
 
     def _without_known(self, by_content: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
@@ -216,14 +212,11 @@ class _Update:
     def _encode(self, by_content: dict[str, list[Entry]]) -> None:
         alike = {entries[0].row.number: entries for entries in by_content.values()}
         for row, picture in self.encode(entries[0].row for entries in alike.values()):
-            first, *others = alike[row.number]
-            if row.error is not None:
-                for entry in (first, *others):
+            for place, entry in enumerate(alike[row.number]):
+                if row.error is not None:
                     self._fail(entry, row.error)
-                continue
-            self._keep(first, row.vector, picture, "encoded")
-            for entry in others:
-                self._keep(entry, row.vector, picture, "reused")
+                else:
+                    self._keep(entry, row.vector, picture, "reused" if place else "encoded")
 
     def _keep(self, entry: Entry, vector: Any, picture: bytes | None, outcome: str) -> None:
         row = replace(entry.row, images=(), vector=vector)
@@ -239,9 +232,9 @@ class _Update:
         self.notes.fail(entry.row, reason)
         self._count("failed")
 
-    def _count(self, outcome: str) -> None:
-        self.counts[outcome] += 1
-        self.advance()
+    def _count(self, outcome: str, rows: int = 1) -> None:
+        self.counts[outcome] += rows
+        self.advance(rows)
 
     def close(self) -> None:
         """Writes the rows that are left."""
@@ -263,22 +256,16 @@ def _table(table: Table, entries: list[Entry]) -> pa.Table:
     vectors = np.stack([entry.row.vector for entry in entries]).astype(np.float32)
     apart = (WIDER, FORMER, *table.storage.columns)
     schema = pa.schema([field for field in table.table.schema if field.name not in apart])
-    rows = pa.Table.from_pylist([_values(entry) for entry in entries], schema)
-    for name, values in zip(table.storage.columns, table.storage.arrays(vectors), strict=True):
-        rows = rows.append_column(name, values)
+    values = [
+        entry.extra
+        | {"id": entry.row.id, "text": entry.row.text, "image": entry.row.image_path, "thumbnail": entry.thumbnail}
+        | {"content_hash": entry.content_hash, "row_hash": entry.row_hash}
+        for entry in entries
+    ]
+    rows = pa.Table.from_pylist(values, schema)
+    for name, column in zip(table.storage.columns, table.storage.arrays(vectors), strict=True):
+        rows = rows.append_column(name, column)
     return rows
-
-
-def _values(entry: Entry) -> dict[str, Any]:
-    row = entry.row
-    return entry.extra | {
-        "id": row.id,
-        "text": row.text,
-        "image": row.image_path,
-        "thumbnail": entry.thumbnail,
-        "content_hash": entry.content_hash,
-        "row_hash": entry.row_hash,
-    }
 
 
 def _delete_missing(table: Table, notes: Notes) -> int:

@@ -17,38 +17,34 @@ def fit_columns(table: Table, extra: Mapping[str, pa.DataType], empty: Set[str],
     """Adds the columns that the table lacks, and widens those it has where the values of both fit without loss.
 
     Args:
-        extra: Names and types of the input's further columns.
-        empty: Columns without a value, which fit any.
+        extra: Names and types of the input's further columns; those in ``empty`` have no value, which fits any.
         where: Names the input in errors.
     Raises:
         DataError: If a column of the table cannot take the values.
     """
     import pyarrow as pa
 
-    _drop_unfinished(table)
+    with table.writing():  # else another run may still be widening a column
+        # A run that was killed while it widened one has left it; the column itself is whole.
+        if left := [name for name in (WIDER, FORMER) if name in table.table.schema.names]:
+            table.table.drop_columns(left)
     there = table.extra_columns
     wider = {name: common(there[name], kind) for name, kind in extra.items() if name in there and name not in empty}
+    wider = {name: kind for name, kind in wider.items() if kind != there[name]}
     for name, kind in wider.items():
-        if kind is None or (kind != there[name] and not _fits(table, name, kind)):
+        if kind is None or not _fits(table, name, kind):
             raise DataError(
                 f"{where}: the column {name!r} is {extra[name]}, and {there[name]} in the index; convert or rename it, "
                 "or make a new index, in another folder"
             )
     for name, kind in wider.items():
-        if kind is not None and kind != there[name]:
-            with table.writing():
-                _widen(table, name, kind)
-    if new := [pa.field(name, kind) for name, kind in extra.items() if name not in there]:
+        with table.writing():
+            _widen(table, name, kind)
+    if extra.keys() - there.keys():
         with table.writing():  # another run may have added some of them meanwhile
-            if new := [field for field in new if field.name not in table.table.schema.names]:
+            new = [pa.field(name, kind) for name, kind in extra.items() if name not in table.table.schema.names]
+            if new:
                 table.table.add_columns(new)
-
-
-def _drop_unfinished(table: Table) -> None:
-    """Drops a column left by a run that was killed while it widened one; the column itself is whole."""
-    with table.writing():  # else another run may still be widening it
-        if left := [name for name in (WIDER, FORMER) if name in table.table.schema.names]:
-            table.table.drop_columns(left)
 
 
 def _fits(table: Table, column: str, kind: pa.DataType) -> bool:

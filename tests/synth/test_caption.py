@@ -21,7 +21,7 @@ from chat_server import REFUSAL, ChatServer, Fault
 from muco.base.journal import Journal
 from muco.cli import main
 from muco.data import open_data
-from muco.data.captions import Captions, with_captions
+from muco.data.captions import CaptionedData, Captions
 from muco.data.jsonl import write_jsonl
 from muco.errors import DataError, OutputError
 from muco.images import image_digest
@@ -92,7 +92,7 @@ def test_which_images_are_asked_about(scenes, tmp_path):
         assert run(server, data, tmp_path / "captions.jsonl")["images"] == 3
     known = truth(scenes, "dev")
     told = [known[image_digest(picture)] for picture in pictures]
-    first, second = (with_captions(data, tmp_path / "captions.jsonl")[n] for n in range(2))
+    first, second = (CaptionedData(data, tmp_path / "captions.jsonl")[n] for n in range(2))
     assert [first.turns[0].query[0].caption, first.turns[0].target[0].caption] == [told[0], "my own"]
     assert [first.turns[1].query[0].caption, first.turns[1].target[0].caption] == ["", told[0]]
     assert [turn.query[0].caption for turn in second.turns] == [told[3], told[3]]  # of the sample's image
@@ -107,7 +107,7 @@ def test_captions_are_hidden_by_reconstruction(scenes, tmp_path):
     pairs = open_data(scenes / "train_pairs.jsonl")
     with ChatServer(scenes) as server:
         run(server, pairs, tmp_path / "captions.jsonl")
-    data = with_captions(pairs, tmp_path / "captions.jsonl")
+    data = CaptionedData(pairs, tmp_path / "captions.jsonl")
     assert len(data) == len(pairs) and data.path == pairs.path
     assert data.fingerprint != pairs.fingerprint and re.fullmatch("[0-9a-f]{64}", data.fingerprint)
     sample = pickle.loads(pickle.dumps(data))[3]  # as a worker gets it
@@ -148,7 +148,7 @@ def test_a_missing_image_is_said_and_the_rest_goes_on(scenes, tmp_path, caplog):
         found = run(server, data, tmp_path / "captions.jsonl")
     assert (found["images"], found["captioned"], found["failed"]) == (2, 1, 2)
     assert "gone.png: no such image file" in caplog.text
-    captioned = with_captions(data, tmp_path / "captions.jsonl")
+    captioned = CaptionedData(data, tmp_path / "captions.jsonl")
     assert [captioned[n].turns[0].query[0].caption for n in (0, 1)] == ["", ""]
     assert captioned[2].turns[0].query[0].caption
 
@@ -282,7 +282,7 @@ def test_the_later_line_counts_and_digests_are_compared_whole(tmp_path):
 
 def test_an_image_without_a_line_is_an_error_with_its_row(scenes, dev, tmp_path):
     with pytest.raises(DataError, match="no such file of captions"):
-        with_captions(dev, tmp_path / "captions.jsonl")
+        CaptionedData(dev, tmp_path / "captions.jsonl")
     (tmp_path / "captions.jsonl").write_text("")
     with pytest.raises(DataError, match=r"dev.jsonl:1: .*captions.jsonl: nothing about the image"):
-        with_captions(dev, tmp_path / "captions.jsonl")[0]
+        CaptionedData(dev, tmp_path / "captions.jsonl")[0]
