@@ -90,14 +90,8 @@ class Facts:
 
     @classmethod
     def of(cls, model: Model, fingerprint: str = "") -> Facts:
-        encoder = model.encoder
-        return cls(
-            encoder.muco_processor,
-            encoder.padding_side,
-            model.get_embedding_dimension(),
-            str(model.device),
-            fingerprint,
-        )
+        encoder, dimension = model.encoder, model.get_embedding_dimension()
+        return cls(encoder.muco_processor, encoder.padding_side, dimension, str(model.device), fingerprint)
 
 
 class Preparation:
@@ -126,7 +120,11 @@ class Preparation:
             DataError: If a text holds a special token, an image is not sound, or the item is too long.
         """
         images = tuple(decode(image, self.image_limits, item.where) for image in item.images)
-        batch = self._collated(item, images)
+        dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
+        cut = item.truncate if item.mode is None else "NONE"
+        most = None if cut == "NONE" else self.max_tokens
+        side = self.facts.padding_side
+        batch = collate([dialogue], self.processor, padding_side=side, truncate=cut, max_tokens=most)
         tokens = batch["input_ids"].shape[1]
         if tokens > self.max_tokens:
             raise DataError(
@@ -135,12 +133,6 @@ class Preparation:
         image_tokens = int((batch["input_ids"] == self.processor.image_id).sum())
         alone = item.mode is None
         return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
-
-    def _collated(self, item: Item, images: tuple[Any, ...]) -> DialogueBatch:
-        dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
-        cut = item.truncate if item.mode is None else "NONE"
-        most = None if cut == "NONE" else self.max_tokens
-        return collate([dialogue], self.processor, padding_side=self.facts.padding_side, truncate=cut, max_tokens=most)
 
 
 class Engine(Preparation):

@@ -182,13 +182,9 @@ def receive(pipe: Connection) -> Any:
 
 
 # Torch would send every tensor through shared memory of its own, which costs more than a small one takes.
-def _as_numpy(batch: Any) -> Any:
-    return _each(batch, lambda value: value.numpy() if isinstance(value, torch.Tensor) else value)
+def _as_numpy(batch: Mapping[str, Any] | None) -> Any:
+    return batch and {key: value.numpy() for key, value in batch.items()}
 
 
-def _as_tensors(batch: Any) -> Any:
-    return _each(batch, lambda value: value if isinstance(value, torch.Tensor) else torch.from_numpy(value))
-
-
-def _each(batch: Mapping[str, Any] | None, change: Callable[[Any], Any]) -> Any:
-    return None if batch is None else {key: change(value) for key, value in batch.items()}
+def _as_tensors(batch: Mapping[str, Any] | None) -> Any:
+    return batch and {key: torch.from_numpy(value) for key, value in batch.items()}

@@ -44,7 +44,11 @@ class Reader:
         instruction = self._instruction(request.instruction, request.input_type)
         if request.input is not None:
             entries = [request.input] if isinstance(request.input, str) else request.input
-            items = [self._entry(entry, f"input[{n}]", instruction) for n, entry in enumerate(entries)]
+            given = [ItemInput(text=entry) if isinstance(entry, str) else entry for entry in entries]
+            items = [
+                self._item(each.text or "", [each.image, *each.images], f"input[{n}]", instruction)
+                for n, each in enumerate(given)
+            ]
         else:
             many: Any = request.messages if isinstance(request.messages[0], list) else [request.messages]
             for number, conversation in enumerate(many):
@@ -77,8 +81,7 @@ class Reader:
             raise RequestError(f"at most {self.limits.hits} hits", "k")
         if not asked:
             return None
-        images = [request.image] if request.image else []
-        item = self._item(request.text or "", images, "query", request.instruction or "")
+        item = self._item(request.text or "", [request.image or None], "query", request.instruction or "")
         return self._checked([item])[0]
 
     def _instruction(self, text: str | None, input_type: str | None) -> str:
@@ -91,13 +94,8 @@ class Reader:
             raise RequestError(f"unknown input_type; known are {known}", "input_type")
         return self.instructions.get(input_type, "")
 
-    def _entry(self, entry: str | ItemInput, where: str, instruction: str) -> Item:
-        if isinstance(entry, str):
-            return self._item(entry, [], where, instruction)
-        images = [*([entry.image] if entry.image is not None else []), *entry.images]
-        return self._item(entry.text or "", images, where, instruction)
-
-    def _item(self, text: str, images: Sequence[str], where: str, instruction: str) -> Item:
+    def _item(self, text: str, images: Sequence[str | None], where: str, instruction: str) -> Item:
+        images = [image for image in images if image is not None]
         if not text and not images:
             raise RequestError(f"{where}: nothing to embed; give text, an image or both", where)
         return Item((_instructed(text, instruction),), tuple(images), where=where)
