@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from muco.errors import MucoError
 from muco.training.folder import MODEL
 
 Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" and "seconds" of one of its steps
@@ -215,14 +214,9 @@ def filled(value: Any, folder: Path, sets: Sets | None = None) -> Any:
     if not isinstance(value, str):
         return value
     data = folder / "data"
-    places = {
-        "{data}": str(data),
-        "{train}": sets.train if sets else str(data / "train.jsonl"),
-        "{test}": sets.test if sets else str(data / "test.jsonl"),
-    }
-    for name, place in places.items():
-        value = value.replace(name, place)
-    return value
+    value = value.replace("{data}", str(data))
+    value = value.replace("{train}", sets.train if sets else str(data / "train.jsonl"))
+    return value.replace("{test}", sets.test if sets else str(data / "test.jsonl"))
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,9 +225,3 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         inner = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = _merged(result[key], value) if inner else copy.deepcopy(value)
     return result
-
-
-def checked_scale(scale: float) -> float:
-    if not 0 < scale <= 100:
-        raise MucoError(f"--scale is {scale:g}; pass more than 0, e.g. 0.1 for a tenth of the steps and of the data")
-    return scale
