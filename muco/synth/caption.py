@@ -65,8 +65,8 @@ async def caption(
         OutputError: If another process writes to ``output``.
     """
     from muco.base.journal import Journal
+    from muco.synth.chat import BudgetSpent
     from muco.synth.flow import in_order
-    from muco.synth.limits import BudgetSpent
 
     await endpoint.check(image=True)
     counts: Counter[str] = Counter(images=0, found=0, captioned=0, failed=0)
@@ -94,16 +94,15 @@ async def caption(
         for line in held:
             journal.add(line)
     counts["failed"] += counts.pop("missing", 0)
-    return {**counts, "stopped": stopped, "output": str(output), "usage": endpoint.usage.as_dict()}
+    return {**counts, "stopped": stopped, "output": str(output), "usage": vars(endpoint.usage).copy()}
 
 
 async def _line(
     image: ImageLike, digest: str, endpoint: Endpoint, prompts: Prompts, max_pixels: int
 ) -> dict[str, Any] | None:
     """The line of an image; None if the server did not answer, so that the next run asks again."""
-    from muco.synth.answers import Unanswered, seed_of
-    from muco.synth.checks import caption_problem
-    from muco.synth.messages import image_part, user
+    from muco.synth.chat import Passing, Unanswered, image_part, seed_of, user
+    from muco.synth.pairs import caption_problem
 
     made = {"model": endpoint.model, "prompt": prompts.name}
     reason = ""
@@ -120,7 +119,7 @@ async def _line(
     except ImageError as error:
         reason = str(error)
     except Unanswered as error:
-        if error.passing:
+        if isinstance(error, Passing):
             log.warning("no caption for now: %s", error)
             return None
         reason = str(error)

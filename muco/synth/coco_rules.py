@@ -108,10 +108,11 @@ class _Rules:
         self.clear = [thing for thing in self.things if thing.area >= self.least and not thing.crowd]
         self.exact = [name for name in self.boxes if self._is_exact(name)]
         self.single = {name: self.boxes[name][0] for name in self.exact if len(self.boxes[name]) == 1}
-        areas = Counter(dict.fromkeys(self.boxes, 0.0))
+        areas: Counter[str] = Counter()
         for thing in self.things:
-            areas[thing.name] += thing.area * (thing.area >= self.least)
-        self.seen = sorted((name for name in areas if areas[name] > 0), key=lambda name: (-areas[name], name))
+            if thing.area >= self.least:
+                areas[thing.name] += thing.area
+        self.seen = sorted(areas, key=lambda name: (-areas[name], name))
         self.answers: set[str] = set()
         self.asked: set[str] = set()
         self._done: set[tuple[str, str]] = set()  # (rule, name)
@@ -125,9 +126,7 @@ class _Rules:
         asked = [self.main(), self.list_things(), self.list_kinds()]
         often = [self.place, self.where, self.size, self.count]
         self.rng.shuffle(often)  # each takes names from the others; what can be asked least often comes first
-        for _ in range(ROUNDS):
-            for rule in (self.beside, *often):
-                asked.append(rule())
+        asked += [rule() for rule in ROUNDS * [self.beside, *often]]
         made = [turn for turn in asked if turn is not None]
         made.sort(key=lambda turn: KIND_ORDER.index(turn.kind))
         used: dict[str, Turn] = {}  # target -> the first turn that has it
@@ -180,11 +179,11 @@ class _Rules:
         return Turn(asks, f"{number(len(self.boxes[name]))} {many}", "global")
 
     def place(self) -> Turn | None:
-        alone = [(place, thing) for place in range(9) if (thing := self._alone_at(place)) and self._free(thing.name)]
-        drawn = self._draw(alone)
+        alone = [(name, self._alone_at(place)) for place, name in enumerate(PLACES)]
+        drawn = self._draw([(name, thing) for name, thing in alone if thing and self._free(thing.name)])
         if drawn is None:
             return None
-        place, thing = PLACES[drawn[0]], drawn[1]
+        place, thing = drawn
         self.answers.add(thing.name)
         asks = [f"What is {place}?", f"What can be seen {place} of the picture?", f"Name the thing {place}."]
         return Turn(asks, a(thing.name), "local")
@@ -215,13 +214,8 @@ class _Rules:
         if len(self.things) > MAX_LEVEL:
             return None
         anchors = [anchor for name, anchor in self.single.items() if name not in self.answers]
-        drawn = self._draw(
-            [
-                (thing, side, anchor)
-                for anchor, side in product(anchors, SIDES)
-                if (thing := self._alone_beside(anchor, side)) is not None
-            ]
-        )
+        sides = [(self._alone_beside(anchor, side), side, anchor) for anchor, side in product(anchors, SIDES)]
+        drawn = self._draw([each for each in sides if each[0] is not None])
         if drawn is None:
             return None
         thing, side, anchor = drawn

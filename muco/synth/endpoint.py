@@ -20,12 +20,28 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from muco.errors import MucoError
-from muco.synth.answers import Answer, Passing, Unanswered, cause_of, read_answer, retry_after
-from muco.synth.limits import KEY_VARIABLE, Budget, EndpointError, Limits, Usage, base_url
-from muco.synth.messages import Message, length, response_format, trial
+from muco.synth.chat import (
+    KEY_VARIABLE,
+    Answer,
+    Budget,
+    EndpointError,
+    Limits,
+    Message,
+    Passing,
+    Unanswered,
+    Usage,
+    base_url,
+    cause_of,
+    length,
+    read_answer,
+    response_format,
+    retry_after,
+    trial,
+)
 
 if TYPE_CHECKING:
     import openai
@@ -50,7 +66,6 @@ class Endpoint:
         budget: May be shared with other endpoints.
         key_variable: Environment variable with the API key; where it is not set, none is sent. The key is in no
             message, log or file.
-    Attributes:
         structured: Whether ``response_format`` with a JSON schema is used; :meth:`check` finds out.
     Raises:
         EndpointError: If the URL, or a field of ``sampling``, cannot be used.
@@ -66,12 +81,13 @@ class Endpoint:
         limits: Limits = Limits(),  # noqa: B008
         budget: Budget | None = None,
         key_variable: str = KEY_VARIABLE,
+        structured: bool = True,
     ) -> None:
         self.url, self.model, self.limits = base_url(url), model, limits
         self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
         if own := OWN_FIELDS & self.sampling.keys():
             raise EndpointError(f"sampling: {sorted(own)[0]!r} is set by muco; leave it out")
-        self.budget, self.usage, self.structured = budget or Budget(), Usage(), True
+        self.budget, self.usage, self.structured = budget or Budget(), Usage(), structured
         self.key_variable = key_variable
         self._key = os.environ.get(key_variable, "")
         self._client = self._make_client()
@@ -104,16 +120,15 @@ class Endpoint:
             body["seed"] = seed
         if schema is not None and self.structured:
             body["response_format"] = response_format(schema)
-        for round in range(ROUNDS):
+        for round in count(1):
             answered = self.usage.answers
             try:
                 return await self._ask(body)
             except Unanswered as error:
                 self.usage.unanswered += 1
                 self.useless(str(error))
-                if not error.passing or self.usage.answers > answered or round == ROUNDS - 1:
+                if not isinstance(error, Passing) or self.usage.answers > answered or round == ROUNDS:
                     raise
-        raise AssertionError("unreachable")
 
     def useful(self) -> None:
         """The last answer could be used."""
@@ -143,20 +158,24 @@ class Endpoint:
             BudgetSpent: If there is no budget for it.
         """
         names = await self._models()
+        serves = "has no list of its models"
+        if names is not None:
+            serves = f"serves {', '.join(names[:10]) or 'no model'}" + (" …" if len(names) > 10 else "")
         if not self.model:
-            self.model = self._only(names)
+            if names is None or len(names) != 1:
+                raise EndpointError(f"{self.url}: {serves}; name the one to ask")
+            self.model = names[0]
         if names is not None and self.model not in names and f"{self.model}:latest" not in names:  # as Ollama has them
             near = difflib.get_close_matches(self.model, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-            raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It serves {shown or 'none'}")
+            raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It {serves}")
         body: dict[str, Any] = {"model": self.model, "messages": [trial(image)], **self.sampling}
         if schema is not None:
             try:
                 await self._ask(body | {"response_format": response_format(schema)})
                 return
             except Unanswered as error:
-                if error.passing:
+                if isinstance(error, Passing):
                     raise EndpointError(f"{self.url}: a first question failed: {error}") from error
                 refusal = error
         try:
@@ -171,7 +190,7 @@ class Endpoint:
     # ── one question ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _ask(self, body: Mapping[str, Any]) -> Answer:
-        for attempt in range(self.limits.retries + 1):
+        for attempt in count():
             try:
                 answer = await self._send(body)
             except Passing as error:
@@ -184,7 +203,6 @@ class Endpoint:
             else:
                 self.usage.answers += 1
                 return answer
-        raise AssertionError("unreachable")
 
     async def _send(self, body: Mapping[str, Any]) -> Answer:
         import openai
@@ -278,12 +296,6 @@ class Endpoint:
             return [str(model["id"]) for model in json.loads(raw)["data"]]
         except (ValueError, LookupError, TypeError):
             return None
-
-    def _only(self, names: list[str] | None) -> str:
-        if names is not None and len(names) == 1:
-            return names[0]
-        has = "has no list of its models" if names is None else f"serves {', '.join(names[:10]) or 'no model'}"
-        raise EndpointError(f"{self.url}: {has}; name the one to ask")
 
     def _shown(self, text: str) -> str:
         """A piece of what a server said: in one line, without the key."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from muco.synth.limits import BudgetSpent
+from muco.synth.chat import BudgetSpent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

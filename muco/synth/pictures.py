@@ -100,21 +100,22 @@ def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -
     own = {"number": picture.number, "name": picture.name, "ref": picture.ref}
     try:
         data = source.read(picture.ref)
-    except (ImageError, FetchError) as error:
-        reason = _why_not_read(error)
-        return Look(**own, reason=reason, note=str(error)[:MAX_NOTE])
-    try:
         own["digest"] = image_digest(data)
         image = open_image(data, max_pixels=filter.max_pixels, small_side=0, where=picture.name)
     except ImageError as error:
         return Look(**own, reason=UNREADABLE, note=str(error)[:MAX_NOTE])
+    except FetchError as error:
+        reason = UNREACHABLE if isinstance(error, UnreachableError) else NOT_FETCHED
+        return Look(**own, reason=reason, note=str(error)[:MAX_NOTE])
     own |= {"width": image.width, "height": image.height}
-    if reason := _wrong_size(image.width, image.height, filter):
+    short, long = sorted(image.size)
+    if short < filter.min_side or long > filter.max_aspect * short:
+        reason = TOO_SMALL if short < filter.min_side else ASPECT
         return Look(**own, reason=reason, note=f"{image.width} x {image.height}")
     if source.root is not None:
         file = picture.ref
     elif store is not None:
-        file = _store(data, own["digest"], picture.number, store)
+        file = _store(data, own["digest"], store)
     else:
         raise ValueError("pictures of this source need a store")
     return Look(**own, phash=perceptual_hash(image), file=file)
@@ -127,19 +128,7 @@ def perceptual_hash(image: Any) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
-def _why_not_read(error: Exception) -> str:
-    if isinstance(error, UnreachableError):
-        return UNREACHABLE
-    return NOT_FETCHED if isinstance(error, FetchError) else UNREADABLE
-
-
-def _wrong_size(width: int, height: int, filter: Filter) -> str:
-    if min(width, height) < filter.min_side:
-        return TOO_SMALL
-    return ASPECT if max(width, height) > filter.max_aspect * min(width, height) else ""
-
-
-def _store(data: bytes, digest: str, number: int, store: Path) -> str:
+def _store(data: bytes, digest: str, store: Path) -> str:
     from PIL import Image
 
     kind = Image.open(io.BytesIO(data), formats=FORMATS).format  # the header of what has just been decoded
@@ -222,7 +211,7 @@ def _on_daft(source: Source, filter: Filter, store: Path | None, workers: int, r
 
     def query(pictures: list[Picture]) -> list[Look]:
         names = ("number", "name", "ref")
-        frame = daft.from_pydict({key: [getattr(picture, key) for picture in pictures] for key in names})
+        frame = daft.from_pylist([asdict(picture) for picture in pictures])
         if ray is not None:
             frame = frame.into_partitions(-(-len(pictures) // CHUNK))
         frame = frame.select(look_at(*(daft.col(key) for key in names)).alias("look"))

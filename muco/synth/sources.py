@@ -103,7 +103,7 @@ def open_source(
     """
     path = Path(path)
     tables, shards, image = _found(path)
-    kinds = [what for what, found in (("images", image), (".parquet files", tables), (".tar shards", shards)) if found]
+    kinds = [what for what, there in (("images", image), (".parquet files", tables), (".tar shards", shards)) if there]
     if len(kinds) > 1:
         raise DataError(f"{path}: both {' and '.join(kinds)}; name a folder or file that has one kind of them only")
     if not kinds:
@@ -118,26 +118,18 @@ def open_source(
 
 def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
     """Parquet files, shards, and whether there are images."""
-    if path.is_dir():
-        return _found_in_folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix == ".tar":
-        return [], [path], False
-    if path.suffix in (".parquet", ".pq"):
-        return [path], [], False
-    raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
-
-
-def _found_in_folder(folder: Path) -> tuple[list[Path], list[Path], bool]:
     try:
-        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-        image = next(image_files(folder), None) is not None
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if not f.name.startswith("."))
+        image = path.is_dir() and next(image_files(path), None) is not None
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error}") from error
+        raise DataError(f"{path}: cannot be listed: {error}") from error
     shards = [file for file in files if file.suffix == ".tar"]
     described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
     tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
+    if path.is_file() and not shards and not tables:
+        raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
     return tables, shards, image
 
 

@@ -35,8 +35,7 @@ from muco.base.fetch import FetchError, FetchLimits
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.synth import catalogue as catalogue_module
 from muco.synth import pictures as pictures_module
-from muco.synth.catalogue import Catalogue, Kept, first_near
-from muco.synth.filling import fill
+from muco.synth.catalogue import Catalogue, Kept, fill, first_near
 from muco.synth.pictures import (
     ASPECT,
     DUPLICATE,
@@ -781,7 +780,7 @@ def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
     results = []
     for n, (workers, chunk, add, block) in enumerate(((16, 256, 256, 256), (1, 1, 7, 2), (3, 10, 64, 64))):
         monkeypatch.setattr("muco.synth.pictures.CHUNK", chunk)
-        monkeypatch.setattr("muco.synth.filling.ADD", add)
+        monkeypatch.setattr("muco.synth.catalogue.ADD", add)
         monkeypatch.setattr(catalogue_module, "BLOCK", block)
         filled(tmp_path / str(n), source, workers=workers)
         with Catalogue(tmp_path / str(n) / "pictures.db", source.fingerprint, SMALL) as catalogue:
@@ -793,7 +792,7 @@ def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_was_found_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muco.synth.pictures.CHUNK", 4)
-    monkeypatch.setattr("muco.synth.filling.ADD", 4)
+    monkeypatch.setattr("muco.synth.catalogue.ADD", 4)
     files, store = mixed_files(), tmp_path / "images"
     write_tar(tmp_path / "a.tar", files)
     content = bytearray(write_tar(tmp_path / "b.tar", files).read_bytes())

@@ -26,8 +26,8 @@ from muco.cli import main
 from muco.data import open_data
 from muco.data.check import check as check_data
 from muco.errors import DataError, OutputError
+from muco.synth.chat import Budget, Limits
 from muco.synth.endpoint import EndpointError
-from muco.synth.limits import Budget, Limits
 from muco.synth.pictures import Filter
 from muco.synth.pipeline import Job, Server
 from muco.synth.prompts import Prompts
