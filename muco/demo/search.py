@@ -54,10 +54,9 @@ SHOWN_TURNS = (3, 0, 5, 2)  # of the first scenes, one each: local, classificati
 
 
 def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, Any]:
-    """Answers the demo's queries.
+    """Answers the demo's queries over the held-out scenes.
 
     Args:
-        data: The held-out scenes; the file that holds them is beside ``images/``.
         parquet: The vectors of their images, from :func:`muco.embed.embed`.
         cache: Folder of the vectors that evaluation has already computed.
     Returns:
@@ -149,9 +148,15 @@ def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
     ranks = _ranks(scores, [place[question.turn.target[0].text] for question in asked])
 
     def shown(row: int) -> dict[str, Any]:
-        best = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS]
-        found = [{"text": candidates[i], "score": float(scores[row, i])} for i in best]
-        return _asked(scenes.names[asked[row].scene], asked[row].turn, int(ranks[row])) | {"found": found}
+        best, turn = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS], asked[row].turn
+        return {
+            "image": scenes.names[asked[row].scene],
+            "kind": turn.kind,
+            "question": turn.query[0].text,
+            "right": turn.target[0].text,
+            "rank": int(ranks[row]),
+            "found": [{"text": candidates[i], "score": float(scores[row, i])} for i in best],
+        }
 
     chosen = set(enumerate(SHOWN_TURNS))
     first = [row for row, question in enumerate(asked) if (question.scene, question.number) in chosen]
@@ -173,16 +178,6 @@ def _first_missed(asked: Sequence[Question], ranks: np.ndarray, used: set[int]) 
             missed[question.number] = row
             used = used | {question.scene}
     return [row for _, row in sorted(missed.items())]
-
-
-def _asked(image: str, turn: Turn, rank: int) -> dict[str, Any]:
-    return {
-        "image": image,
-        "kind": turn.kind,
-        "question": turn.query[0].text,
-        "right": turn.target[0].text,
-        "rank": rank,
-    }
 
 
 def missed_images(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:

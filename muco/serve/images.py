@@ -19,17 +19,11 @@ FETCHED = ("http://", "https://")
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Of one image.
+    """Of one image."""
 
-    Args:
-        max_bytes: As a file.
-        max_pixels: Decoded; known from the header before a pixel is.
-        fetch: How http(s) URLs are fetched; None: not at all.
-    """
-
-    max_bytes: int = 20 * 2**20
-    max_pixels: int = 16_000_000
-    fetch: FetchLimits | None = None
+    max_bytes: int = 20 * 2**20  # as a file
+    max_pixels: int = 16_000_000  # known from the header before a pixel is decoded
+    fetch: FetchLimits | None = None  # how http(s) URLs are fetched; None: not at all
 
 
 def is_url(source: str | bytes) -> bool:
@@ -59,24 +53,23 @@ def check_source(source: str, limits: ImageLimits, where: str) -> None:
 def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
     """The RGB image of a data URI or of bytes that were fetched.
 
+    White space in the base64 of a data URI and missing padding do not matter.
+
     Raises:
         ImageError: If the data URI is not valid base64, or the image is too large or broken.
     """
     from muco.images import open_image
 
-    data = source if isinstance(source, bytes) else _bytes(source, where)
+    data = source
+    if isinstance(source, str):
+        encoded = source.partition(",")[2].encode("ascii", "replace").translate(None, b" \t\n\f\r")
+        try:
+            data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+        except binascii.Error:
+            kind = ", but percent-encoded; send it as it was before" if b"%" in encoded else ""
+            if b"-" in encoded or b"_" in encoded:
+                kind = ", but URL-safe base64; write + for - and / for _"
+            raise ImageError(f"{where}: the data URI is not valid base64{kind}") from None
     if len(data) > limits.max_bytes:
         raise ImageError(f"{where}: the image has more than the {limits.max_bytes:,} bytes that are accepted")
     return open_image(data, max_pixels=limits.max_pixels, where=where)
-
-
-def _bytes(source: str, where: str) -> bytes:
-    """The bytes of a base64 data URI; white space in it and missing padding do not matter."""
-    data = source.partition(",")[2].encode("ascii", "replace").translate(None, b" \t\n\f\r")
-    try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except binascii.Error:
-        kind = ", but percent-encoded; send it as it was before" if b"%" in data else ""
-        if b"-" in data or b"_" in data:
-            kind = ", but URL-safe base64; write + for - and / for _"
-        raise ImageError(f"{where}: the data URI is not valid base64{kind}") from None

@@ -26,14 +26,10 @@ from muco.serve.schema import (
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads requests for one server.
-
-    Args:
-        instructions: input_type -> instruction.
-    """
+    """Reads requests for one server."""
 
     limits: RequestLimits
-    instructions: Mapping[str, str] = field(default_factory=dict)
+    instructions: Mapping[str, str] = field(default_factory=dict)  # by input_type
 
     def embeddings(self, request: EmbeddingsRequest) -> list[Item]:
         if (request.input is None) == (request.messages is None):
@@ -107,11 +103,16 @@ class Reader:
         user = [_parts(message.content) for message in messages if message.role == "user"]
         if not user:
             raise RequestError(f"{where}: no user message to embed", where)
-        if turns is not None:
-            return _turns(user, where, instruction, turns)
-        if len(user) > 1:
-            raise RequestError(f"{where}: several user messages; for a vector each, set 'turns'", where)
-        return self._item(*user[0], where, instruction)
+        if turns is None:
+            if len(user) > 1:
+                raise RequestError(f"{where}: several user messages; for a vector each, set 'turns'", where)
+            return self._item(*user[0], where, instruction)
+        images = user[0][1]
+        if any(others for _, others in user[1:]):
+            raise RequestError(f"{where}: with 'turns', put images in the first user message", where)
+        if not images and not all(text for text, _ in user):
+            raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
+        return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), turns, where=where)
 
     def _checked(self, items: list[Item]) -> list[Item]:
         limits = self.limits
@@ -144,18 +145,6 @@ def _system(messages: Sequence[Message], where: str, instruction: str) -> str:
     if images:
         raise RequestError(f"{where}: a system message holds text only", where)
     return text
-
-
-def _turns(
-    user: Sequence[tuple[str, list[str]]], where: str, instruction: str, mode: Literal["isolated", "compounded"]
-) -> Item:
-    """Every user message as a turn; ``user`` holds their texts and images."""
-    images = user[0][1]
-    if any(others for _, others in user[1:]):
-        raise RequestError(f"{where}: with 'turns', put images in the first user message", where)
-    if not images and not all(text for text, _ in user):
-        raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
-    return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), mode, where=where)
 
 
 def _check_assistant(messages: Sequence[Message], where: str, request: VLLMOptions) -> None:

@@ -32,27 +32,18 @@ FETCHES = 8  # at once
 
 @dataclass(frozen=True)
 class Served:
-    """What a server offers.
-
-    Args:
-        name: Of the model, as clients call it.
-        dimensions: To which vectors may be cut, besides their whole length.
-        index: To search in; None: there is no search.
-        instructions: input_type -> instruction.
-        token, hosts: See :class:`muco.serve.guard.Guard`.
-        origins: Of pages elsewhere whose scripts may ask and read answers, "https://example.com"; "*": of any page.
-    """
+    """What a server offers; see :class:`muco.serve.guard.Guard` for ``token`` and ``hosts``."""
 
     engine: Engine | ModelProcess
-    name: str
+    name: str  # of the model, as clients call it
     limits: RequestLimits = field(default_factory=RequestLimits)
     batches: BatchLimits = field(default_factory=BatchLimits)
-    dimensions: tuple[int, ...] = ()
-    index: Index | None = None
-    instructions: Mapping[str, str] = field(default_factory=dict)
+    dimensions: tuple[int, ...] = ()  # to which vectors may be cut, besides their whole length
+    index: Index | None = None  # None: there is no search
+    instructions: Mapping[str, str] = field(default_factory=dict)  # by input_type
     token: str | None = None
     hosts: frozenset[str] | None = None
-    origins: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()  # of pages elsewhere whose scripts may ask: "https://example.com"; "*": of any page
 
 
 class Service:
@@ -130,10 +121,9 @@ class Service:
             return full
         if asked in self.served.dimensions:
             return asked
-        if not self.served.dimensions:
-            raise RequestError(f"the model's vectors have {full} dimensions; it was not trained for fewer", param)
         accepted = ", ".join(map(str, sorted({*self.served.dimensions, full})))
-        raise RequestError(f"the model was trained for {accepted}", param)
+        why = f"the model's vectors have {full} dimensions; it was not trained for fewer"
+        raise RequestError(f"the model was trained for {accepted}" if self.served.dimensions else why, param)
 
 
 def service_of(request: Request) -> Service:

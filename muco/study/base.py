@@ -40,20 +40,15 @@ def steps(count: int, **trainer: Any) -> dict[str, Any]:
     return {"trainer": {"max_steps": count, "warmup_steps": count // 20, **trainer}}
 
 
-def plain_scenes(folder: Path, scale: float) -> None:
+def plain_scenes(folder: Path, scale: float, seed: int = SEED) -> None:
     """``train.jsonl`` and ``test.jsonl``; the test set does not grow beyond scale 1, so that its scores compare."""
-    write_sets(folder, scale, SEED)
+    test = min(TEST, max(32, round(TEST * scale)))
+    write_scenes(folder, train=max(64, round(SCENES * scale)), dev=0, test=test, seed=seed)
 
 
 def fresh_scenes(folder: Path, scale: float) -> None:
     """The same, of scenes that no other study has."""
-    write_sets(folder, scale, FRESH)
-
-
-def write_sets(folder: Path, scale: float, seed: int, train: int = SCENES, **drawing: Any) -> None:
-    """Both sets, ``train`` at scale 1; ``drawing`` is passed on to :func:`muco.data.scenes.write_scenes`."""
-    test = min(TEST, max(32, round(TEST * scale)))
-    write_scenes(folder, train=max(64, round(train * scale)), dev=0, test=test, seed=seed, **drawing)
+    plain_scenes(folder, scale, FRESH)
 
 
 def scenes_in_two_stages(folder: Path, scale: float) -> None:
@@ -78,9 +73,6 @@ def _single_pairs(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         wordings = turn["query"] if isinstance(turn["query"], list) else [turn["query"]]
         query = [{"text": wording, "caption": caption} for wording in wordings]
         yield {"image": row["image"], "turns": [turn | {"query": query}], "id": row["id"]}
-
-
-# ── reconstruction ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def fine_tuning(mode: str, **loss: Any) -> dict[str, Any]:

@@ -49,10 +49,8 @@ def run_study(
     """Trains and scores all runs of a study, but for those that are there.
 
     Args:
-        seeds: How many, from ``first_seed`` on.
         scale: Of data and steps; 0.1 is a tenth of both, to try it out.
         jobs: Runs at a time; they share the cores.
-        sets: A user's data instead of the scenes.
     Returns:
         What ``study.json`` holds: ``asked``, ``runs``, each with name, seed and result, and ``costs`` of a step by run
         where some runs equal others.

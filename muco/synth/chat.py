@@ -33,23 +33,14 @@ class EndpointError(MucoError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How an endpoint is asked.
+    """How an endpoint is asked."""
 
-    Args:
-        concurrency: Requests under way at once.
-        requests_per_minute: None means as fast as it goes.
-        timeout: Seconds for one request, from the first byte sent to the last one read.
-        retries: How often a request is sent again; three times as often while nothing else is answered either.
-        max_failures: This many useless answers in a row stop the run.
-        backoff: Seconds before the first retry; doubled for each further one, up to a minute.
-    """
-
-    concurrency: int = 16
-    requests_per_minute: float | None = None
-    timeout: float = 120.0
-    retries: int = 6
-    max_failures: int = 20
-    backoff: float = 0.5
+    concurrency: int = 16  # requests under way at once
+    requests_per_minute: float | None = None  # None: as fast as it goes
+    timeout: float = 120.0  # seconds for one request, from the first byte sent to the last one read
+    retries: int = 6  # three times as many while nothing else is answered either
+    max_failures: int = 20  # useless answers in a row that stop the run
+    backoff: float = 0.5  # seconds before the first retry; doubled for each further one, up to a minute
 
 
 @dataclass
@@ -78,11 +69,7 @@ class Budget:
     used_tokens: int = field(default=0, init=False)
 
     def take(self) -> None:
-        """Counts one request.
-
-        Raises:
-            BudgetSpent: If there is nothing left.
-        """
+        """Counts one request; BudgetSpent if there is nothing left."""
         if self.requests is not None and self.used_requests >= self.requests:
             raise BudgetSpent(f"the budget of {self.requests:,} requests is spent")
         if self.tokens is not None and self.used_tokens >= self.tokens:
@@ -123,11 +110,7 @@ class Answer:
 
 
 def read_answer(raw: bytes) -> tuple[Answer, Any]:
-    """The answer in the body of a chat completion, and the ``usage`` that the server tells, if it does.
-
-    Raises:
-        ValueError: If the body is something else.
-    """
+    """The answer in the body of a chat completion, and the ``usage`` if told; ValueError for any other body."""
     try:
         value = json.loads(raw)
         choice = value["choices"][0]
@@ -189,11 +172,7 @@ def user(*parts: str | Message) -> Message:
 
 
 def image_part(image: ImageLike, max_pixels: int) -> Message:
-    """An image as a data URI: upright RGB, at most ``max_pixels`` pixels, JPEG, without metadata.
-
-    Raises:
-        ImageError: As :func:`muco.images.open_image`.
-    """
+    """An image as a data URI: upright RGB, at most ``max_pixels`` pixels, JPEG; may raise ImageError."""
     from muco.images import open_image, resize_to_budget
 
     buffer = io.BytesIO()

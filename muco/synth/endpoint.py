@@ -106,10 +106,8 @@ class Endpoint:
     ) -> Answer:
         """The model's answer. The caller says by :meth:`useful` or :meth:`useless` what it was worth.
 
-        Args:
-            messages: In OpenAI's form.
-            schema: JSON schema of the answer, for servers that hold a model to one.
-            seed: Of the sampling, where the server knows seeds.
+        ``schema`` (JSON) and ``seed`` are for servers that hold a model to one, and know seeds.
+
         Raises:
             Unanswered: If the server refuses this question, or does not answer it although it answers others.
             BudgetSpent: If the budget is used up.
@@ -135,11 +133,7 @@ class Endpoint:
         self._useless = 0
 
     def useless(self, example: str) -> None:
-        """An answer could not be used.
-
-        Raises:
-            EndpointError: If that happened too many times in a row; shows the example.
-        """
+        """An answer could not be used; EndpointError, with the example, if that happened too many times in a row."""
         self._useless += 1
         if self._useless >= self.limits.max_failures:
             raise EndpointError(
@@ -186,8 +180,6 @@ class Endpoint:
         if schema is not None:
             self.structured = False
             log.warning("%s refuses response_format, so its answers keep to no schema: %s", self.url, refusal)
-
-    # ── one question ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _ask(self, body: Mapping[str, Any]) -> Answer:
         for attempt in count():
@@ -259,8 +251,6 @@ class Endpoint:
         self.usage.prompt_tokens += counts[0]
         self.usage.completion_tokens += counts[1]
         self.budget.used_tokens += sum(counts)
-
-    # ── the server ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _make_client(self) -> openai.AsyncOpenAI:
         try:

@@ -64,28 +64,18 @@ class Filter:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at a picture has found.
-
-    Args:
-        number, name, ref: Of the picture.
-        digest: SHA-256 (hex) of the file's bytes; "" if there are none.
-        phash: Perceptual hash, 64 bits; 0 if it has a reason.
-        width, height: Pixels, upright; 0 if unreadable.
-        reason: Why it is not kept; "" as long as it is.
-        note: The sentence of the error.
-        file: Relative to the source's root, or to the store; "" if it has a reason and is not stored.
-    """
+    """What one look at a picture has found."""
 
     number: int
     name: str
     ref: str
-    digest: str = ""
-    phash: int = 0
-    width: int = 0
+    digest: str = ""  # SHA-256 (hex) of the file's bytes, if there are any
+    phash: int = 0  # perceptual hash, 64 bits
+    width: int = 0  # px, upright
     height: int = 0
-    reason: str = ""
-    note: str = ""
-    file: str = ""
+    reason: str = ""  # why it is not kept
+    note: str = ""  # the sentence of the error
+    file: str = ""  # relative to the source's root, or to the store; "" if it is not kept
 
 
 def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -> Look:
@@ -94,8 +84,7 @@ def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -
     Args:
         store: Folder; ``<first two letters>/<digest>.<kind>`` appears in it, whole. Needed if ``source.root`` is None.
     Raises:
-        OutputError: If it cannot be stored.
-        DataError: If the source has changed.
+        MucoError: If it cannot be stored, or the source has changed.
     """
     own = {"number": picture.number, "name": picture.name, "ref": picture.ref}
     try:
@@ -142,9 +131,6 @@ def _store(data: bytes, digest: str, store: Path) -> str:
     except OSError as error:
         raise OutputError(f"{store}: a picture cannot be stored ({error.strerror or error}); make room") from error
     return file
-
-
-# ── many ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def look_at_all(

@@ -2,9 +2,9 @@
 
 ::
 
-    pictures ─▶ look at each once (filling.py) ─▶ catalogue.py: which are kept             pass one, no model
+    pictures ─▶ look at each once ─▶ catalogue.py: which are kept                          pass one, no model
     kept pictures ─▶ caption ─▶ pairs (writing.py) ─▶ shards.py, as soon as one is whole   pass two, asks the models
-    shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              card.py
+    shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              shards.py
 
     <output>/synth.json       what was asked for; another run into this folder has to ask for the same
              pictures.db      pass one
@@ -63,13 +63,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the turns depend on, and where they go.
-
-    Args:
-        captioner: A model that sees.
-        writer: A model that writes; may be the same one.
-        shard: Pictures in a shard.
-    """
+    """Everything that the turns depend on, and where they go; ``shard`` is the number of pictures in one."""
 
     source: Source
     output: Path
@@ -106,13 +100,11 @@ class Job:
 
 
 async def check(job: Job) -> tuple[Job, float]:
-    """Asks both servers a first question.
+    """Asks both servers a first question; EndpointError if a server cannot be reached, or lacks the model.
 
     Returns:
         The job with what was learnt of them, and seconds per picture that the slower one takes if it answers all
         questions as quickly as this one, at the highest concurrency and rate allowed.
-    Raises:
-        EndpointError: If a server cannot be reached, or lacks the model.
     """
     async with job.captioner.open() as captioner, job.writer.open() as writer:
         begun = time.monotonic()
@@ -131,11 +123,7 @@ async def check(job: Job) -> tuple[Job, float]:
 
 
 def claim(job: Job) -> None:
-    """Notes in the output folder what is asked for.
-
-    Raises:
-        OutputError: If the folder holds something else, or the result of other models, prompts or settings.
-    """
+    """Notes in the output folder what is asked for; OutputError if it holds anything else."""
     file, facts = job.output / "synth.json", job.facts()
     if file.is_file():
         known = read_json(file)
@@ -155,13 +143,7 @@ def claim(job: Job) -> None:
 def look(
     job: Job, *, workers: int = WORKERS, ray: str | None = None, progress: Callable[[int, int | None], None]
 ) -> dict[str, int]:
-    """Pass one: looks at all pictures that the catalogue does not know; returns its counts.
-
-    Args:
-        workers, ray, progress: See :func:`muco.synth.catalogue.fill`.
-    Raises:
-        DataError: If no picture is kept.
-    """
+    """Pass one, see :func:`muco.synth.catalogue.fill`: returns the catalogue's counts; DataError if nothing is kept."""
     store = None if job.source.root else job.root
     with job.open_catalogue() as catalogue:
         fill(catalogue, job.source, job.filter, store, workers=workers, ray=ray, progress=progress)
@@ -173,9 +155,6 @@ def look(
             "--max-aspect and --near"
         )
     return counts
-
-
-# ── pass two ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def unfinished(job: Job, kept: int) -> list[range]:

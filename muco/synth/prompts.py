@@ -78,29 +78,17 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """The wordings. ``{language}``, ``{caption}`` … are filled in; other braces stay as they are.
+    """The wordings. ``{language}``, ``{caption}`` … are filled in; other braces stay as they are."""
 
-    Args:
-        version: Stored with what is made; a changed wording needs a version of its own.
-        language: In which everything is written.
-        script: Script of that language as Unicode names its letters (LATIN, CYRILLIC, CJK …); "" checks nothing.
-        picture: Asks for the short captions of ``muco data caption``.
-        caption: Asks for the dense caption.
-        pairs: Asks for the pairs; needs ``{caption}`` and ``{keys}``.
-        again: Added where pairs are asked for again; needs ``{rejected}``.
-        keys: What is asked for under each key.
-        words: The most words of a question and of each kind of answer; longer ones are rejected.
-    """
-
-    version: str = "muco-1"
-    language: str = "English"
-    script: str = "LATIN"
-    picture: str = PICTURE
-    caption: str = CAPTION
-    pairs: str = PAIRS
-    again: str = AGAIN
-    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))
-    words: Mapping[str, int] = field(default_factory=lambda: dict(WORDS))
+    version: str = "muco-1"  # stored with what is made; a changed wording needs a version of its own
+    language: str = "English"  # in which everything is written
+    script: str = "LATIN"  # of that language, as Unicode names its letters (CYRILLIC, CJK …); "" checks nothing
+    picture: str = PICTURE  # asks for the short captions of ``muco data caption``
+    caption: str = CAPTION  # asks for the dense caption
+    pairs: str = PAIRS  # asks for the pairs; needs {caption} and {keys}
+    again: str = AGAIN  # added where pairs are asked for again; needs {rejected}
+    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))  # what is asked for under each
+    words: Mapping[str, int] = field(default_factory=lambda: dict(WORDS))  # longer questions and answers are rejected
 
     @property
     def name(self) -> str:

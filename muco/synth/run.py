@@ -8,9 +8,8 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from muco.base.daft import daft_on
@@ -24,6 +23,7 @@ from muco.synth.pipeline import Job, Server, check, claim, look, make, unfinishe
 from muco.synth.prompts import Prompts
 from muco.synth.shards import shard_files, write_sheet, write_whole
 
+STOP = "stop"  # a file that is there while a run ends by a worker's error: others do not begin another shard then
 FIRST = 64  # pictures after which a run says how long the rest will take
 CHARACTERS = 4  # of a token, roughly
 CAPTION_TOKENS, PAIRS_TOKENS = 200, 400  # of an answer, roughly
@@ -47,14 +47,7 @@ class Need:
     requests: int
     read: int
     written: int
-    price: Price = Price()  # noqa: RUF009
-
-    @property
-    def cost(self) -> float:
-        return (self.read * self.price.read + self.written * self.price.written) / 1e6
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"requests": self.requests, "read": self.read, "written": self.written, "cost": round(self.cost, 2)}
+    cost: float
 
 
 def estimate(
@@ -69,9 +62,14 @@ def estimate(
     caption = len(prompts.filled(prompts.caption)) / CHARACTERS + pixels / VISUAL_PIXELS
     keys = sum(map(len, prompts.keys.values()))
     pairs = (len(prompts.filled(prompts.pairs)) + keys) / CHARACTERS + CAPTION_TOKENS
+
+    def need(read: float, written: int, price: Price) -> Need:
+        tokens = round(read * pictures), written * pictures
+        return Need(pictures, *tokens, (tokens[0] * price.read + tokens[1] * price.written) / 1e6)
+
     return {
-        "captioner": Need(pictures, round(caption * pictures), CAPTION_TOKENS * pictures, prices[0]),
-        "writer": Need(pictures, round(pairs * pictures), PAIRS_TOKENS * pictures, prices[1]),
+        "captioner": need(caption, CAPTION_TOKENS, prices[0]),
+        "writer": need(pairs, PAIRS_TOKENS, prices[1]),
     }
 
 
@@ -113,7 +111,7 @@ def synth(
             needs = estimate(job.setting.prompts, left, _mean_pixels(job, catalogue, parts), prices)
             result: dict[str, Any] = {
                 "pictures": looked,
-                "estimate": {role: need.as_dict() for role, need in needs.items()},
+                "estimate": {role: asdict(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()},
             }
             result["estimate"]["seconds"] = round(pace * left, 1)
             say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
@@ -201,10 +199,7 @@ def _mean_pixels(job: Job, catalogue: Catalogue, parts: Sequence[range]) -> floa
 
 
 def _told(looked: dict[str, int], left: int, needs: dict[str, Need]) -> str:
-    requests, read, written = (
-        sum(getattr(need, name) for need in needs.values()) for name in ("requests", "read", "written")
-    )
-    cost = sum(need.cost for need in needs.values())
+    requests, read, written, cost = map(sum, zip(*map(astuple, needs.values()), strict=True))
     priced = f", which costs {cost:,.2f}" if cost else ""
     return (
         f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
@@ -252,7 +247,7 @@ def make_in_workers(
             return [json.dumps(made_shard(self.job, json.loads(shard))) for shard in pictures.to_pylist()]
 
     makes = daft.cls(Make, use_process=True, max_concurrency=workers)(share)
-    later, failed, stop = 0, "", _stop_file(job)
+    later, failed, stop = 0, "", job.output / STOP
     stop.unlink(missing_ok=True)
     while group := list(islice(shards, 4 * workers)):
         frame = daft.from_pydict({"pictures": [json.dumps([asdict(kept) for kept in shard]) for shard in group]})
@@ -273,18 +268,13 @@ def make_in_workers(
 
 def made_shard(job: Job, pictures: list[dict[str, Any]]) -> dict[str, Any]:
     """Runs in a worker: what came of a shard; ``failed`` is the sentence of an error that stops the run."""
-    if _stop_file(job).exists():
+    if (job.output / STOP).exists():
         return {"failed": "", "later": 0, "pictures": 0, "usage": {}}
     try:
         found = asyncio.run(_made(job, [[Kept(**values) for values in pictures]]))
     except MucoError as error:  # of another process Daft would send its words within many others
         found = {"failed": str(error), "later": 0, "usage": {}}
     return {"failed": "", "pictures": len(pictures), **found}
-
-
-def _stop_file(job: Job) -> Path:
-    """Is there while a run ends because of a worker's error: others do not begin another shard then."""
-    return job.output / "stop"
 
 
 def _share(server: Server, workers: int) -> Server:

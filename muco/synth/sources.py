@@ -34,17 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a source.
+    """One picture of a source."""
 
-    Args:
-        number: From 0, in the order of the source.
-        name: For people: a relative path, a URL without its query, "shard.tar/0001.jpg", or as a column names it.
-        ref: By which the source reads it.
-    """
-
-    number: int
-    name: str
-    ref: str
+    number: int  # from 0, in the order of the source
+    name: str  # for people: a relative path, a URL without its query, "shard.tar/0001.jpg", or as a column names it
+    ref: str  # by which the source reads it
 
 
 @dataclass(frozen=True)
@@ -64,11 +58,7 @@ class Source:
     root: Path | None
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
-        """The pictures from number ``start`` on.
-
-        Raises:
-            DataError: If the list is broken at some place, which the message names.
-        """
+        """The pictures from number ``start`` on; DataError if the list is broken at some place."""
         raise NotImplementedError
 
     def read(self, ref: str) -> bytes:
@@ -89,7 +79,7 @@ def open_source(
     name_column: str | None = None,
     fetch: FetchLimits | None = None,
 ) -> Source:
-    """The pictures of a folder, of Parquet files with URLs, or of webdataset shards.
+    """Opens a source of pictures.
 
     Args:
         path: A folder with images in it or in folders below; a ``.parquet`` file or a folder of them; a ``.tar`` shard
@@ -113,7 +103,12 @@ def open_source(
         raise DataError(f"{path}: no .parquet files here, so there is no column {url_column or name_column!r}")
     if tables:
         return _open_urls(path, tables, url_column, name_column, fetch or FetchLimits())
-    return _open_shards(path, shards) if shards else _open_folder(path)
+    if shards:
+        return _open_shards(path, shards)
+    state = state_of_images(path)
+    if state.passed_over:
+        log.warning("%s", told_passed_over(path, state.passed_over))
+    return FolderSource(path, state.fingerprint, state.total, path)
 
 
 def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
@@ -138,13 +133,6 @@ def _fingerprint(*parts: object) -> str:
 
 
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _open_folder(path: Path) -> Source:
-    state = state_of_images(path)
-    if state.passed_over:
-        log.warning("%s", told_passed_over(path, state.passed_over))
-    return FolderSource(path, state.fingerprint, state.total, path)
 
 
 class FolderSource(Source):

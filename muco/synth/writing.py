@@ -33,18 +33,12 @@ PAIRS_SCHEMA = schema(ALL_KEYS)
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the turns of a picture.
-
-    Args:
-        attempts: So many times a caption, and each pair, is asked for.
-        min_turns: A picture with fewer good turns is rejected.
-        max_pixels: Larger pictures are sent smaller.
-    """
+    """What decides the turns of a picture."""
 
     prompts: Prompts = Prompts()  # noqa: RUF009
-    attempts: int = 3
-    min_turns: int = 3
-    max_pixels: int = 1 << 20
+    attempts: int = 3  # to get a good caption, and each good pair
+    min_turns: int = 3  # a picture with fewer good ones is rejected
+    max_pixels: int = 1 << 20  # larger pictures are sent smaller
 
 
 @dataclass(frozen=True)
