@@ -38,9 +38,6 @@ openai, cohere, about, searching = APIRouter(), APIRouter(), APIRouter(), APIRou
 log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------- OpenAI's shape, and vLLM's
-
-
 @openai.post("/v1/embeddings", responses=REFUSALS)
 async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     """Embeds texts, items or conversations: OpenAI's and vLLM's shape."""
@@ -62,9 +59,6 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
             "usage": {"prompt_tokens": total, "total_tokens": total, "prompt_tokens_details": details},
         }
     )
-
-
-# ---------------------------------------------------------------- Cohere's shape
 
 
 @cohere.post("/v2/embed", responses=REFUSALS)
@@ -118,9 +112,6 @@ def _as_type(vectors: np.ndarray, name: str) -> list[Any]:
     return bits.tolist() if name == "ubinary" else (bits.astype(np.int16) - 128).tolist()
 
 
-# ---------------------------------------------------------------- about the server
-
-
 @about.get("/v1/models", responses=REFUSALS)
 async def models(request: Request) -> Response:
     """The model, how long its vectors are and may be, and its limits."""
@@ -162,9 +153,6 @@ async def metrics(request: Request) -> Response:
     """Counters for Prometheus."""
     text = generate_latest(service_of(request).metrics.registry)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-# ---------------------------------------------------------------- search
 
 
 @searching.post("/search", responses=REFUSALS)

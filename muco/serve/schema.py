@@ -146,10 +146,7 @@ def _flat(value: Any) -> Any:
     return value
 
 
-Entry = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[ItemInput, Tag("<item>")],
-    _form(text=str, item=dict),
-]
+Entry = Annotated[Annotated[str, Tag("<text>")] | Annotated[ItemInput, Tag("<item>")], _form(text=str, item=dict)]
 Entries = Annotated[list[Entry], MANY]
 Conversation = Annotated[list[Message], MANY]
 Conversations = Annotated[list[Conversation], MANY]
@@ -157,9 +154,6 @@ Conversations = Annotated[list[Conversation], MANY]
 
 def _one_or_many(value: Any) -> str:
     return "<conversations>" if isinstance(value, list) and value and isinstance(value[0], list) else "<conversation>"
-
-
-# ---------------------------------------------------------------- requests
 
 
 class VLLMOptions(_Strict):

@@ -158,12 +158,8 @@ def _classification(row: dict[str, Any], words: int) -> dict[str, Any]:
 def _few_answers(words: int, treatment: dict[str, Any]) -> dict[str, Any]:
     source = {"train": [{"path": f"{{data}}/pairs-{words}.jsonl"}]}
     trainer = {"max_steps": 150, "warmup_steps": 8, "learning_rate": 5e-4}
-    return {
-        "data": source | treatment.get("data", {}),
-        "loss": treatment.get("loss", {}),
-        "batch": {"size": 64},
-        "trainer": trainer,
-    }
+    data, loss = source | treatment.get("data", {}), treatment.get("loss", {})
+    return {"data": data, "loss": loss, "batch": {"size": 64}, "trainer": trainer}
 
 
 NEGATIVES = Study(

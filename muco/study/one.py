@@ -31,7 +31,7 @@ from muco.training.flops import step_flops
 from muco.training.folder import RUN_FILE
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import open_sources
-from muco.training.recipe import Recipe, from_dict
+from muco.training.recipe import from_dict
 from muco.training.trainer import make_trainer, train
 
 
@@ -61,11 +61,14 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for probe in job.get("probes", ()):
         probed |= PROBES[probe](model, test, recipe)
     run = json.loads((model_folder / RUN_FILE).read_text(encoding="utf-8"))
+    sources = open_sources(recipe)
+    trainer = make_trainer(recipe, build_model(recipe, sources), sources)
+    step = step_flops(trainer.model, trainer.batches[0], temperature=recipe.loss.temperature)  # the first
     return {
         "job": job,
         "scores": flat_scores(scores) | {"loss": run["loss"][-1][1] if run["loss"] else None} | probed,
         "steps": run["steps"],
-        "flops": flops_of(recipe),
+        "flops": step.total * trainer.args.max_steps,
         "loss": run["loss"],
         "seconds": round(seconds, 1) if whole else None,
         "threads": torch.get_num_threads(),
@@ -86,14 +89,6 @@ def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
     if result.get("blind_loss"):
         scores["blind_loss"] = result["blind_loss"]["loss"]
     return scores
-
-
-def flops_of(recipe: Recipe) -> int:
-    """Floating-point operations of a run: those of its first step, forward and backward, times its steps."""
-    sources = open_sources(recipe)
-    model = build_model(recipe, sources)
-    trainer = make_trainer(recipe, model, sources)
-    return step_flops(model, trainer.batches[0], temperature=recipe.loss.temperature).total * trainer.args.max_steps
 
 
 # ── the cost of a step ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,7 +130,16 @@ def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             taken[name].append(_seconds(trainer))
             write_json(folder / "steps.json", taken)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    return {name: _pairs_and_flops(trainers[name], run) | seconds_of(taken[name]) for name, run in runs.items()}
+    result = {}
+    for name, trainer in trainers.items():
+        batches, temperature = trainer.batches, from_dict(runs[name]["recipe"]).loss.temperature
+        result[name] = {
+            "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(UNTIMED)),
+            "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
+            "threads": torch.get_num_threads(),
+            **seconds_of(taken[name]),
+        }
+    return result
 
 
 def seconds_of(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -169,15 +173,6 @@ def _seconds(trainer: MuCoTrainer) -> list[float]:
     trainer.remove_callback(clock)
     ends = clock.ends[UNTIMED - 1 :]
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
-
-
-def _pairs_and_flops(trainer: MuCoTrainer, run: Mapping[str, Any]) -> dict[str, Any]:
-    batches, temperature = trainer.batches, from_dict(run["recipe"]).loss.temperature
-    return {
-        "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(UNTIMED)),
-        "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
-        "threads": torch.get_num_threads(),
-    }
 
 
 if __name__ == "__main__":

@@ -237,7 +237,10 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
         "",
     ]
     if study.points:
-        lines += [*_points(study, found), ""]
+        points = point_values(study, found)
+        rows = [[p["series"], p["label"], f"{p['ratio']:.2f} ×", str(p["difference"])] for p in points]
+        head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
+        lines += ["Points of the plot:", "", *markdown_table(head, rows), ""]
     if study.compared:
         rows = [[f"{d['a']} − {d['b']}", *_cells(study, d["columns"])] for d in differences(study, found)]
         lines += ["Differences in points, paired by seed:", "", *markdown_table(["difference", *titles], rows), ""]
@@ -257,15 +260,6 @@ def _made(found: Mapping[str, Any], command: str) -> str:
     data = f" of `{asked['data']}`, tested on `{asked['test']}`" if asked.get("data") else ""
     how_much = "all data and steps" if scale == 1 else f"{scale:g} × {'the steps' if data else 'data and steps'}"
     return f"Made by `{command}`; {which}, {how_much}{data}. {versions}."
-
-
-def _points(study: Study, found: Mapping[str, Any]) -> list[str]:
-    rows = [
-        [point["series"], point["label"], f"{point['ratio']:.2f} ×", str(point["difference"])]
-        for point in point_values(study, found)
-    ]
-    head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
-    return ["Points of the plot:", "", *markdown_table(head, rows)]
 
 
 def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,10 +64,6 @@ class Kept:
 class Catalogue:
     """What is known of the pictures of one source under one filter. One process at a time has it.
 
-    Args:
-        path: Of the file; made where it does not exist, with its folder.
-        source_fingerprint: Of the source whose pictures these are.
-        filter: By which they are kept.
     Attributes:
         looked: How many pictures were looked at, which is the number of the next one.
     Raises:
@@ -120,7 +115,8 @@ class Catalogue:
             raise ValueError(f"looks must be those of the pictures from {self.looked} on, in order")
         before, unused = self._phashes, []
         try:
-            with _transaction(self._database):
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
                 for start in range(0, len(looks), BLOCK):
                     unused += self._add_block(looks[start : start + BLOCK])
         except BaseException as error:
@@ -197,7 +193,8 @@ class Catalogue:
     def _check(self, about: dict[str, str]) -> None:
         found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
         if not found:
-            with _transaction(self._database):
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
                 self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             return
         for key, what in (("source", "other pictures, or their files have changed"), ("filter", "another filter")):
@@ -206,13 +203,7 @@ class Catalogue:
 
 
 def first_near(hashes: np.ndarray, kept: np.ndarray, near: int) -> np.ndarray:
-    """For each hash the place of the first kept one that differs in at most ``near`` bits; -1 if there is none.
-
-    Args:
-        hashes, kept: uint64 [n] and [m].
-    Returns:
-        int64 [n].
-    """
+    """For each hash (uint64 [n]) the place (int64) of the first kept one (uint64 [m]) within ``near`` bits, or -1."""
     places = np.full(len(hashes), -1)
     for start in range(0, len(kept), COMPARED):
         close = np.bitwise_count(hashes[:, None] ^ kept[start : start + COMPARED]) <= near
@@ -231,7 +222,8 @@ def _opened(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("PRAGMA wal_autocheckpoint = 16384")  # pages of 4 KiB: digests come in random order
         database.execute("PRAGMA cache_size = -65536")  # KiB
-        with _transaction(database):
+        with database:
+            database.execute("BEGIN IMMEDIATE")
             if database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                 for statement in _TABLES.split(";\n")[:-1]:
                     database.execute(statement)
@@ -244,18 +236,6 @@ def _opened(path: Path) -> sqlite3.Connection:
             raise OutputError(f"{path}: {what}") from error
         raise OutputError(f"{path}: cannot be used ({error}); name another output folder") from error
     return database
-
-
-@contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        if database.in_transaction:  # some errors of SQLite end it
-            database.execute("ROLLBACK")
-        raise
-    database.execute("COMMIT")
 
 
 ADD = 256  # looks in one transaction
@@ -272,13 +252,9 @@ def fill(
     ray: str | None = None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> None:
-    """Pass one: looks at all pictures that the catalogue does not know yet, until the source has no more.
+    """Pass one: looks at all pictures that the catalogue does not know yet, see ``look_at_all``, and keeps each result.
 
-    Args:
-        store, workers, ray: As for :func:`muco.synth.pictures.look_at_all`.
-        progress: Is told how many pictures are done, and of how many if that is known.
-    Raises:
-        MucoError: As ``look_at_all``; what was found so far is kept.
+    ``progress`` is told how many pictures are done, and of how many if that is known.
     """
     if catalogue.complete:
         return
@@ -295,16 +271,9 @@ def fill(
         for file in unused if stored else ():
             (store / file).unlink(missing_ok=True)
         progress(catalogue.looked, source.total)
-    if stored:
-        _remove_unused(catalogue, store)
+    # what a killed run has left in the store: files of no kept picture, and unfinished ones
+    for file in store.glob("[0-9a-f][0-9a-f]/*") if stored else ():
+        digest = re.match(r"\.*([0-9a-f]{64})\.", file.name)
+        if digest and (file.name.startswith(".") or catalogue.name_of(digest[1]) is None):
+            file.unlink()
     catalogue.finish()
-
-
-def _remove_unused(catalogue: Catalogue, store: Path) -> None:
-    """Removes what a killed run has left in the store: files of no kept picture, and unfinished ones."""
-    own = re.compile(r"\.*([0-9a-f]{64})\.")
-    for folder in sorted(store.glob("[0-9a-f][0-9a-f]")):
-        for file in folder.iterdir():
-            digest = own.match(file.name)
-            if digest and (file.name.startswith(".") or catalogue.name_of(digest[1]) is None):
-                file.unlink()

@@ -74,8 +74,7 @@ def convert_coco(
         output: Our JSONL file; it appears when it is whole, and replaces one that is there.
         min_area: Share of the picture from which on a box is clear; smaller ones are never asked about.
         min_turns: Images with fewer turns are left out.
-        seed: Of the draws among things that can be asked about.
-        limit: So many samples at most.
+        limit: Maximum samples.
         progress: Called with (images done, images in all).
     Returns:
         Counts: ``samples``, ``turns``, turns of each kind, ``too_few_turns``, ``missing_images``, ``empty_boxes`` and
@@ -124,9 +123,6 @@ def convert_coco(
     counts |= {"missing_images": len(missing), "empty_boxes": found.empty_boxes}
     counts["blank_captions"] = found.blank_captions
     return {name: counts[name] for name in COUNTED} | {"output": str(output)}
-
-
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_coco(annotations: str | Path, images: str | Path, captions: str | Path | None = None) -> Annotated:

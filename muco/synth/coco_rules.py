@@ -68,29 +68,22 @@ class Thing:
 
 @dataclass(slots=True)
 class Picture:
-    """An image with what is annotated on it; the order of the lists does not matter.
-
-    Args:
-        captions: As (id, text).
-        unsure: Names of categories of which boxes may be lacking.
-        absent: Names of categories known to be absent; None where all that have no box are.
-    """
+    """An image with what is annotated on it; the order of the lists does not matter."""
 
     id: int
     file: str
     width: float
     height: float
     things: list[Thing] = field(default_factory=list)
-    captions: list[tuple[int, str]] = field(default_factory=list)
-    unsure: frozenset[str] = frozenset()
-    absent: frozenset[str] | None = None
+    captions: list[tuple[int, str]] = field(default_factory=list)  # (id, text)
+    unsure: frozenset[str] = frozenset()  # categories of which boxes may be lacking
+    absent: frozenset[str] | None = None  # categories known to be absent; None where all that have no box are
 
 
 def turns_of(picture: Picture, kinds: Mapping[str, str], *, min_area: float = 0.01, seed: int = 0) -> list[Turn]:
     """The turns of one image in the order classification, global, local, retrieval; perhaps none.
 
-    Args:
-        kinds: The supercategory of every category by name, from which hard negatives are drawn.
+    Hard negatives are drawn from ``kinds``, the supercategory of every category by name.
     """
     return _Rules(picture, kinds, min_area, random.Random(f"{seed}:{picture.id}")).turns()
 
@@ -106,7 +99,12 @@ class _Rules:
         for thing in self.things:
             self.boxes.setdefault(thing.name, []).append(thing)
         self.clear = [thing for thing in self.things if thing.area >= self.least and not thing.crowd]
-        self.exact = [name for name in self.boxes if self._is_exact(name)]
+        # where the number of boxes is the number of things, and all of them are clear
+        self.exact = [
+            name
+            for name, boxes in self.boxes.items()
+            if name not in picture.unsure and all(not box.crowd and box.area >= self.least for box in boxes)
+        ]
         self.single = {name: self.boxes[name][0] for name in self.exact if len(self.boxes[name]) == 1}
         areas: Counter[str] = Counter()
         for thing in self.things:
@@ -116,11 +114,6 @@ class _Rules:
         self.answers: set[str] = set()
         self.asked: set[str] = set()
         self._done: set[tuple[str, str]] = set()  # (rule, name)
-
-    def _is_exact(self, name: str) -> bool:
-        """Whether the number of boxes is the number of things, and all of them are clear."""
-        boxes = self.boxes[name]
-        return name not in self.picture.unsure and all(not t.crowd and t.area >= self.least for t in boxes)
 
     def turns(self) -> list[Turn]:
         asked = [self.main(), self.list_things(), self.list_kinds()]

@@ -90,7 +90,18 @@ class Endpoint:
         self.budget, self.usage, self.structured = budget or Budget(), Usage(), structured
         self.key_variable = key_variable
         self._key = os.environ.get(key_variable, "")
-        self._client = self._make_client()
+        try:
+            import openai
+        except ImportError as error:
+            raise MucoError("asking a model server needs the package openai: pip install 'muco[synth]'") from error
+        # Retries are ours, so that they are counted, paced and within the budget.
+        self._client = openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=limits.timeout,
+            http_client=openai.DefaultAioHttpClient(timeout=limits.timeout),  # quicker than httpx, the default
+        )
         self._places = asyncio.Semaphore(limits.concurrency)
         self._next_at = self._paused_until = 0.0  # of the loop's clock
         self._useless = 0  # answers in a row
@@ -200,7 +211,13 @@ class Endpoint:
         import openai
 
         async with self._places:
-            await self._wait_for_turn()
+            clock = asyncio.get_running_loop().time
+            while (left := self._paused_until - clock()) > 0:
+                await asyncio.sleep(left * random.uniform(1, 1.1))  # not all at the same moment
+            if self.limits.requests_per_minute:
+                at = max(self._next_at, clock())
+                self._next_at = at + 60 / self.limits.requests_per_minute
+                await asyncio.sleep(at - clock())
             self.budget.take()
             self.usage.requests += 1
             try:
@@ -219,15 +236,6 @@ class Endpoint:
             raise Passing(f"not an answer of a chat endpoint: {said}") from error
         self._count(usage, body, answer)
         return answer
-
-    async def _wait_for_turn(self) -> None:
-        clock = asyncio.get_running_loop().time
-        while (left := self._paused_until - clock()) > 0:
-            await asyncio.sleep(left * random.uniform(1, 1.1))  # not all at the same moment
-        if self.limits.requests_per_minute:
-            at = max(self._next_at, clock())
-            self._next_at = at + 60 / self.limits.requests_per_minute
-            await asyncio.sleep(at - clock())
 
     def _refused(self, error: openai.APIStatusError) -> Unanswered:
         said = self._shown(f"HTTP {error.status_code}: {error.response.text}")
@@ -251,21 +259,6 @@ class Endpoint:
         self.usage.prompt_tokens += counts[0]
         self.usage.completion_tokens += counts[1]
         self.budget.used_tokens += sum(counts)
-
-    def _make_client(self) -> openai.AsyncOpenAI:
-        try:
-            import openai
-        except ImportError as error:
-            raise MucoError("asking a model server needs the package openai: pip install 'muco[synth]'") from error
-        # Retries are ours, so that they are counted, paced and within the budget.
-        return openai.AsyncOpenAI(
-            base_url=self.url,
-            api_key=self._key or "none",
-            max_retries=0,
-            timeout=self.limits.timeout,
-            # quicker than httpx, which is the default
-            http_client=openai.DefaultAioHttpClient(timeout=self.limits.timeout),
-        )
 
     async def _models(self) -> list[str] | None:
         """The names of the models, or None where the server has no list of them."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -94,7 +94,11 @@ def question_problem(question: str, prompts: Prompts, name: str) -> str | None:
         return problem
     if len(question.split()) > prompts.words["question"]:
         return TOO_LONG
-    return NAMES_SOURCE if names_source(question, name) else None
+    stem = PurePath(name).stem
+    named = len(stem) > 3 and re.search(rf"(?<!\w){re.escape(stem)}(?!\w)", question, re.IGNORECASE) is not None
+    # A file may be called "red ring.jpg"; one named by digits or with signs between the words is meant as a file.
+    found = _SOURCE.search(question) is not None or (named and re.search(r"[\d_]", stem) is not None)
+    return NAMES_SOURCE if found else None
 
 
 def answer_problem(question: str, answer: str, most_words: int, prompts: Prompts) -> str | None:
@@ -109,14 +113,6 @@ def answer_problem(question: str, answer: str, most_words: int, prompts: Prompts
         return REPEATS
     told = content_words(answer)
     return GIVEN_AWAY if told and told <= content_words(question) else None
-
-
-def names_source(question: str, name: str) -> bool:
-    """Whether a question speaks of a description or of the image's file, which nobody has who sees the image."""
-    stem = PurePath(name).stem
-    named = len(stem) > 3 and re.search(rf"(?<!\w){re.escape(stem)}(?!\w)", question, re.IGNORECASE) is not None
-    # A file may be called "red ring.jpg"; one named by digits or with signs between the words is meant as a file.
-    return _SOURCE.search(question) is not None or (named and re.search(r"[\d_]", stem) is not None)
 
 
 def foreign(text: str, script: str) -> float:
@@ -183,15 +179,10 @@ class Rejected:
 
 @dataclass
 class Pairs:
-    """The pairs of one picture so far: good ones by slot, and what is wrong with the last try of every other slot.
+    """The pairs of one picture so far: good ones by slot, and what is wrong with the last try of every other slot."""
 
-    Args:
-        caption: Of the picture; the answer of the retrieval pair.
-        name: Of the picture's file.
-    """
-
-    caption: str
-    name: str
+    caption: str  # the answer of the retrieval pair
+    name: str  # of the picture's file
     prompts: Prompts
     good: dict[Slot, Pair] = field(default_factory=dict)
     rejected: dict[Slot, Rejected] = field(default_factory=dict)
@@ -270,7 +261,8 @@ ALL_KEYS = tuple(key for slot in SLOTS for key in slot.keys)
 
 def read_object(text: str) -> dict[str, Any] | None:
     """The one JSON object of a text, also in a fence or with words around it; None if there is none."""
-    for candidate in _candidates(text):
+    fenced = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    for candidate in (text, *fenced[:1], text[text.find("{") : text.rfind("}") + 1]):
         try:
             value = json.loads(candidate)
         except (ValueError, RecursionError):
@@ -278,10 +270,3 @@ def read_object(text: str) -> dict[str, Any] | None:
         if isinstance(value, dict):
             return value
     return None
-
-
-def _candidates(text: str) -> Iterator[str]:
-    yield text
-    if fenced := re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL):
-        yield fenced[1]
-    yield text[text.find("{") : text.rfind("}") + 1]

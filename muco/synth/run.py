@@ -16,7 +16,7 @@ from muco.base.daft import daft_on
 from muco.base.files import claimed, writing
 from muco.base.terminal import progress_bar
 from muco.errors import MucoError
-from muco.synth.catalogue import Catalogue, Kept
+from muco.synth.catalogue import Kept
 from muco.synth.chat import Budget, BudgetSpent
 from muco.synth.pictures import WORKERS
 from muco.synth.pipeline import Job, Server, check, claim, look, make, unfinished
@@ -108,7 +108,9 @@ def synth(
         with job.open_catalogue() as catalogue:
             parts = unfinished(job, catalogue.kept_count)
             left = sum(map(len, parts))
-            needs = estimate(job.setting.prompts, left, _mean_pixels(job, catalogue, parts), prices)
+            some = catalogue.kept(parts[0].start, FIRST) if parts else []
+            pixels = [min(picture.width * picture.height, job.setting.max_pixels) for picture in some]
+            needs = estimate(job.setting.prompts, left, sum(pixels) / max(1, len(pixels)), prices)
             result: dict[str, Any] = {
                 "pictures": looked,
                 "estimate": {role: asdict(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()},
@@ -189,13 +191,6 @@ async def _made(
             stopped = str(error)
     usage = {"captioner": asdict(captioner.usage), "writer": asdict(writer.usage)}
     return {"later": later, "stopped": stopped, "usage": usage}
-
-
-def _mean_pixels(job: Job, catalogue: Catalogue, parts: Sequence[range]) -> float:
-    """Of the first pictures that are left, as they are sent."""
-    some = catalogue.kept(parts[0].start, FIRST) if parts else []
-    pixels = [min(picture.width * picture.height, job.setting.max_pixels) for picture in some]
-    return sum(pixels) / len(pixels) if pixels else 0.0
 
 
 def _told(looked: dict[str, int], left: int, needs: dict[str, Need]) -> str:

@@ -233,10 +233,15 @@ class ShardSource(Source):
     def pictures(self, start: int = 0) -> Iterator[Picture]:
         first = 0
         for shard, file in enumerate(self.files):
-            found = self._members(shard)  # of the whole shard: of one that is damaged no picture is taken
-            for at in range(max(0, start - first), len(found)):
-                name, place = found[at]
-                yield Picture(first + at, f"{file.name}/{name}"[:LONGEST_NAME], f"{shard}:{place}")
+            with open_unchanged(file, self.states[shard]) as opened:
+                found = [
+                    (member.name.removeprefix("./"), f"{shard}:{member.offset_data}:{member.size}")
+                    for member in members(opened, file, Counter())
+                    if key_and_kind(member.name)[1] in SHARD_KINDS
+                ]  # of the whole shard: of one that is damaged no picture is taken
+            for number, (name, ref) in enumerate(found, first):
+                if number >= start:
+                    yield Picture(number, f"{file.name}/{name}"[:LONGEST_NAME], ref)
             first += len(found)
 
     def read(self, ref: str) -> bytes:
@@ -247,15 +252,6 @@ class ShardSource(Source):
         if not data:
             raise ImageError(f"{self.files[shard].name}: the image at byte {place} is empty (0 bytes)")
         return data
-
-    def _members(self, shard: int) -> list[tuple[str, str]]:
-        """Name and "place:size" of every image of a shard."""
-        with open_unchanged(self.files[shard], self.states[shard]) as file:
-            return [
-                (member.name.removeprefix("./"), f"{member.offset_data}:{member.size}")
-                for member in members(file, self.files[shard], Counter())
-                if key_and_kind(member.name)[1] in SHARD_KINDS
-            ]
 
 
 def _open_shards(path: Path, files: list[Path]) -> Source:
