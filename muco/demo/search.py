@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from muco.data.source import Data
 from muco.dialogue import Content, Turn
@@ -91,8 +92,6 @@ class Scenes:
     """The held-out scenes: per scene its image's name, its caption, its turns and the vector of its image."""
 
     def __init__(self, data: Data, parquet: Path) -> None:
-        import pyarrow.parquet as pq
-
         self.samples = [data[i] for i in range(len(data))]
         self.paths = [Path(sample.images[0]) for sample in self.samples]
         self.names = [f"images/test/{path.name}" for path in self.paths]
@@ -160,24 +159,18 @@ def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
 
     chosen = set(enumerate(SHOWN_TURNS))
     first = [row for row, question in enumerate(asked) if (question.scene, question.number) in chosen]
-    missed = _first_missed(asked, ranks, set(range(len(SHOWN_TURNS))))
+    missed, used = {}, set(range(len(SHOWN_TURNS)))  # turn number -> row
+    for row, question in enumerate(asked):
+        if ranks[row] > 1 and question.scene not in used and question.number not in missed:
+            missed[question.number] = row
+            used.add(question.scene)
     return {
         "answers": [shown(row) for row in first],
-        "missed_answers": [shown(row) for row in missed],
+        "missed_answers": [shown(row) for _, row in sorted(missed.items())],
         "asked": len(asked),
         "right": int((ranks == 1).sum()),
         "candidates": len(candidates),
     }
-
-
-def _first_missed(asked: Sequence[Question], ranks: np.ndarray, used: set[int]) -> list[int]:
-    """For each turn number the first row with a wrong answer, each of another scene and of none in ``used``."""
-    missed: dict[int, int] = {}
-    for row, question in enumerate(asked):
-        if ranks[row] > 1 and question.scene not in used and question.number not in missed:
-            missed[question.number] = row
-            used = used | {question.scene}
-    return [row for _, row in sorted(missed.items())]
 
 
 def missed_images(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:

@@ -69,7 +69,6 @@ def run_demo(
         output: A new or empty folder, or one of an earlier call with the same arguments.
         steps: Training steps; None for the recipe's.
         train, test: Numbers of scenes; the test scenes are held out from training and from every choice.
-        seed: Of the scenes.
     Returns:
         ``<output>/report.html``.
     Raises:
@@ -88,7 +87,11 @@ def run_demo(
         held_out = open_data(scenes / "test.jsonl")
         stages.run("before", partial(score_untrained, recipe, held_out, cache))
 
-        command = command_line(output, steps=steps, train=train, test=test, seed=seed)
+        # the command that does the same again; options with their default are left out
+        options = {"steps": steps, "train": train, "test": test, "seed": seed}
+        changed = [(name, value) for name, value in options.items() if value != run_demo.__kwdefaults__[name]]
+        words = [word for name, value in changed for word in (f"--{name}", str(value))]
+        command = shlex.join(["muco", "demo", "--output", str(output), *words])
         folder = Path(recipe.output) / MODEL
         stages.run("train", partial(train_model, recipe, command), makes=folder)
         model = load(folder)
@@ -125,13 +128,6 @@ def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
         raise RecipeError(f"steps is {steps}; pass at least 1")
     warmup = recipe.trainer["warmup_steps"] * steps // recipe.trainer["max_steps"]
     return replace(recipe, trainer={**recipe.trainer, "max_steps": steps, "warmup_steps": warmup})
-
-
-def command_line(output: Path, **options: Any) -> str:
-    """The command that does the same again; options with their default are left out."""
-    defaults = run_demo.__kwdefaults__
-    given = [(f"--{name}", str(value)) for name, value in options.items() if value != defaults[name]]
-    return shlex.join(["muco", "demo", "--output", str(output), *(word for pair in given for word in pair)])
 
 
 class Stages:

@@ -217,6 +217,12 @@ def _runs() -> Iterator[Run]:
         yield from _pair(image, SEEING, start, FROZEN | steps(count, learning_rate=5e-4))
 
 
+_POINTS = tuple(
+    Point(start, f"{image}, {start}, k = 7", f"{image}, {start}, k = 1", image)
+    for start in (SCRATCH, TEXT, SEEING)
+    for image in IMAGES
+)
+
 IMAGE_SHARE = Study(
     name="image-share",
     question="Where do seven turns pay at equal seconds, by how dear the image is and by what training starts from?",
@@ -228,21 +234,11 @@ IMAGE_SHARE = Study(
         Column("within", ("within",)),
     ),
     prepare=plain_scenes,
-    compared=tuple(
-        (f"{image}, {start}, k = 7", f"{image}, {start}, k = 1")
-        for start in (SCRATCH, TEXT, SEEING)
-        for image in IMAGES
-    )
-    + tuple(
-        (f"{image}, {SEEING}, k = {k}", f"{image}, {SCRATCH}, k = 7")  # what training made of its start
-        for image in IMAGES
-        for k in (7, 1)
+    compared=(
+        *((point.a, point.b) for point in _POINTS),
+        *((f"{i}, {SEEING}, k = {k}", f"{i}, {SCRATCH}, k = 7") for i in IMAGES for k in (7, 1)),  # against the start
     ),
-    points=tuple(
-        Point(start, f"{image}, {start}, k = 7", f"{image}, {start}, k = 1", image)
-        for start in (SCRATCH, TEXT, SEEING)
-        for image in IMAGES
-    ),
+    points=_POINTS,
     notes=(
         "Above zero seven isolated turns are better than one at equal seconds. To the left the image takes most of a "
         "step and six more turns cost little, as with large models and large images: 1.2 times the operations of one "

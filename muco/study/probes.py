@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from muco.data.source import InMemory
+from muco.data.source import Data, InMemory
 from muco.dialogue import Content
+from muco.model import Model
 from muco.training.batches import TrainingBatches
 from muco.training.blind import pictured
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
-    from muco.model import Model
 
 SAMPLES, BATCHES = 32, 4  # dialogues among which one is looked for, and how often
 DESCRIBED = 200  # samples of which the coherence is taken

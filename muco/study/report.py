@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from muco.base.files import write_text
 from muco.base.json_text import finite
 from muco.base.svg import EDGE, HEAD, LETTER, LINE, Mark, chart, element, figure, label, number, rising, ticks, wrapped
 from muco.base.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Column, Study
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

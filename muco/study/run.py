@@ -77,7 +77,12 @@ def run_study(
         if not earlier_record(output / "study.json", asked, "study"):
             write_json(output / "study.json", {"asked": asked, "runs": []})
         if sets is None:
-            _make_data(study, output, scale)
+            final, part = output / "data", output / "data.part"
+            if not final.exists():
+                shutil.rmtree(part, ignore_errors=True)
+                with writing(final):
+                    study.prepare(part, scale)
+                    os.replace(part, final)
         settings = {"scale": scale, "sets": sets}
         costs = _costs(study, output, first_seed, jobs, **settings)
         todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
@@ -89,16 +94,6 @@ def run_study(
         found |= {"costs": costs} if costs else {}
         write_json(output / "study.json", found)
         return found
-
-
-def _make_data(study: Study, output: Path, scale: float) -> None:
-    final, part = output / "data", output / "data.part"
-    if final.exists():
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    with writing(final):
-        study.prepare(part, scale)
-        os.replace(part, final)
 
 
 def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, sets: Sets | None) -> Costs:

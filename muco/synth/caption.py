@@ -18,10 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.base.journal import Journal
 from muco.data.captions import captioned_digests, sides_of, uncaptioned
+from muco.data.source import Data
 from muco.dialogue import ImageLike
 from muco.errors import ImageError
 from muco.images import image_digest
@@ -29,10 +30,7 @@ from muco.synth.chat import BudgetSpent, Passing, Unanswered, image_part, seed_o
 from muco.synth.endpoint import Endpoint
 from muco.synth.flow import in_order
 from muco.synth.pairs import caption_problem
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
-    from muco.synth.prompts import Prompts
+from muco.synth.prompts import Prompts
 
 MAX_PIXELS = 1 << 20  # of an image as it is sent
 ATTEMPTS = 3  # to get a caption that can be used

@@ -144,11 +144,6 @@ class Catalogue:
         found = self._one(query, (bytes.fromhex(digest),))
         return found[0] if found else None
 
-    def examples(self, reason: str, n: int) -> list[tuple[str, str]]:
-        """Name and note of the first ``n`` pictures that were left out for a reason."""
-        query = "SELECT name, note FROM pictures WHERE place IS NULL AND reason = ? ORDER BY number LIMIT ?"
-        return self._database.execute(query, (reason, n)).fetchall()
-
     def _add_block(self, looks: Sequence[Look]) -> list[str]:
         hashes = np.array([look.phash for look in looks], dtype=np.uint64)
         nearest = first_near(hashes, self._phashes, self._near).tolist()

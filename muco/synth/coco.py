@@ -146,7 +146,11 @@ def read_coco(annotations: str | Path, images: str | Path, captions: str | Path 
     if captions is not None:
         with _opened(Path(captions), ("annotations",)) as entries:
             for entry, where in entries("annotations"):
-                found.blank_captions += _add_caption(pictures, entry, where)
+                picture, order = _known(entry, "image_id", pictures, where), entry.get("id", 0)
+                if text := _words(entry, "caption", where, name=False):
+                    picture.captions.append((order if isinstance(order, int) else 0, text))
+                else:
+                    found.blank_captions += 1
     return found
 
 
@@ -244,16 +248,6 @@ def _add_box(
         return True
     picture.things.append(Thing(name, left, top, right, bottom, bool(crowd)))
     return False
-
-
-def _add_caption(pictures: Mapping[int, Picture], entry: JsonObject, where: str) -> bool:
-    """Puts a caption on its picture; whether it was left out because it is blank."""
-    picture = _known(entry, "image_id", pictures, where)
-    text = _words(entry, "caption", where, name=False)
-    order = entry.get("id", 0)
-    if text:
-        picture.captions.append((order if isinstance(order, int) else 0, text))
-    return not text
 
 
 def _new_id(entry: JsonObject, taken: Container[int], where: str) -> int:

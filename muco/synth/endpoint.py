@@ -62,7 +62,6 @@ class Endpoint:
         url: Base of the API; "/v1" is added where it has no path.
         model: The model's name at that server; "" until :meth:`check` takes the only one that it has.
         sampling: Further fields of every request (temperature, max_tokens, top_p …), passed on as they are.
-        limits: Concurrency, pace, retries.
         budget: May be shared with other endpoints.
         key_variable: Environment variable with the API key; where it is not set, none is sent. The key is in no
             message, log or file.

@@ -39,21 +39,12 @@ MAX_NOTE = 300  # characters
 
 @dataclass(frozen=True)
 class Filter:
-    """Which pictures are kept.
+    """Which pictures are kept; MucoError if a value makes no sense."""
 
-    Args:
-        min_side: Pixels that the shorter side must have.
-        max_aspect: Longer side by shorter side, at most.
-        near: Bits of 64 by which the hash of a near duplicate may differ; 0 means equal hashes, -1 turns this off.
-        max_pixels: A picture of more is not decoded. A worker holds one picture, 3 bytes per pixel and more.
-    Raises:
-        MucoError: If a value makes no sense.
-    """
-
-    min_side: int = 512
-    max_aspect: float = 3.0
-    near: int = 4
-    max_pixels: int = MAX_PIXELS
+    min_side: int = 512  # px that the shorter side must have
+    max_aspect: float = 3.0  # longer side by shorter side, at most
+    near: int = 4  # bits of 64 by which the hash of a near duplicate may differ; -1 turns this off
+    max_pixels: int = MAX_PIXELS  # of more, it is not decoded; a worker holds one picture, 3 bytes per pixel and more
 
     def __post_init__(self) -> None:
         if self.min_side < 1 or not self.max_aspect >= 1 or self.max_pixels < 1:

@@ -43,12 +43,7 @@ FIXED = ("prompt", "captioner", "writer", "filter", "setting", "shard")  # of wh
 
 @dataclass(frozen=True)
 class Server:
-    """A model behind a URL and how it is asked; see :class:`muco.synth.endpoint.Endpoint`.
-
-    Args:
-        model: "" means the only one that the server has; :func:`check` finds out.
-        structured: Whether answers are held to a JSON schema; :func:`check` finds out.
-    """
+    """The arguments of a :class:`muco.synth.endpoint.Endpoint`, which :func:`check` completes."""
 
     url: str
     model: str

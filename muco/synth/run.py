@@ -91,7 +91,6 @@ def synth(
         threads: That look at pictures in pass one, on each machine.
         workers: Processes of pass two.
         ray: Address of a Ray cluster for both passes; None: this machine.
-        dry_run: Stop before pass two.
         say: Gets sentences for the user while the run is under way.
     Returns:
         ``pictures`` by what became of them, ``estimate`` (of each model, and ``seconds``), and after pass two

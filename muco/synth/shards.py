@@ -20,16 +20,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from muco.base.files import whole_file
 from muco.base.tables import markdown_table
 from muco.base.text import escaped
 from muco.errors import DataError
 from muco.synth.writing import Made
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 METADATA = b"muco.synth"  # key in the schema's metadata; its value is JSON
 SHEET = 60  # pictures on the contact sheet
@@ -43,8 +43,6 @@ tags: [multimodal-embedding, synthetic]
 
 def schema(facts: Mapping[str, Any]) -> pa.Schema:
     """The columns of a shard; ``facts`` say how its rows were made."""
-    import pyarrow as pa
-
     texts = pa.list_(pa.string())
     columns = {
         "qry": pa.list_(texts),  # of each turn its wordings
@@ -73,9 +71,6 @@ def shard_files(folder: Path) -> list[Path]:
 
 def write_shard(folder: Path, number: int, made: Sequence[Made], facts: Mapping[str, Any]) -> None:
     """Writes what became of the pictures of a shard; its Parquet file comes last and says that all is there."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = shard_file(folder, number)
     with whole_file(_rejected_file(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.writelines(escaped(json.dumps(line, ensure_ascii=False)) + "\n" for one in made for line in _rejected(one))
@@ -118,17 +113,14 @@ def _rejected(made: Made) -> Iterator[dict[str, Any]]:
 class Summary:
     """What the shards hold.
 
-    Args:
-        questions, answers: By kind of turn, how many have how many words.
-        turns: Number of turns of a picture -> pictures.
-        rejected: (what, reason) -> how many. ``what`` is "picture"; "pair" for what is missing in the end; "answer" for
-            every try, also if a later one was good.
+    ``rejected`` counts (what, reason). ``what`` is "picture"; "pair" for what is missing in the end; "answer" for every
+    try, also if a later one was good.
     """
 
     pictures: int = 0
-    questions: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    questions: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # by kind and words
     answers: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    turns: Counter[int] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)  # number of turns of a picture -> pictures
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -160,9 +152,6 @@ def write_whole(
     Raises:
         DataError: If a shard cannot be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns, found, folder = schema(facts), Summary(), _relative(root, output)
     made_by: dict[bytes, None] = {}  # how the shards were made, each way once
     with (

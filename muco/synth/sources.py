@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from muco.base.fetch import FetchError, FetchLimits, fetch
 from muco.data.folders import image_files, state_of_images, told_passed_over
 from muco.data.parquet import batches, read_header, require_columns
@@ -43,19 +46,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Source:
-    """A list of pictures.
+    """A list of pictures."""
 
-    Args:
-        path: As it was given.
-        fingerprint: SHA-256 (hex) of names, sizes and times of the files; another one means other pictures.
-        total: How many there are; None where that would take going through everything.
-        root: The folder in which the pictures lie as files, named by their refs; None: they must be stored to be kept.
-    """
-
-    path: Path
-    fingerprint: str
-    total: int | None
-    root: Path | None
+    path: Path  # as it was given
+    fingerprint: str  # SHA-256 (hex) of names, sizes and times of the files; another one means other pictures
+    total: int | None  # how many there are; None where that would take going through everything
+    root: Path | None  # the folder of the pictures, which are files named by their refs; None: they must be stored
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
         """The pictures from number ``start`` on; DataError if the list is broken at some place."""
@@ -208,9 +204,6 @@ def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None,
 
 
 def _check_strings(file: Path, column: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     kind = pq.read_schema(file).field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):

@@ -15,17 +15,15 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
+from muco.synth.catalogue import Kept
 from muco.synth.chat import Answer, Message, Passing, Unanswered, image_part, seed_of, user
+from muco.synth.endpoint import Endpoint
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, caption_problem, schema
 from muco.synth.prompts import Prompts
-
-if TYPE_CHECKING:
-    from muco.synth.catalogue import Kept
-    from muco.synth.endpoint import Endpoint
 
 NO_CAPTION, NO_ANSWER, TOO_FEW = "no caption", "refused by the server", "too few turns"
 PAIRS_SCHEMA = schema(ALL_KEYS)
@@ -43,23 +41,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a picture.
-
-    Args:
-        turns: (kind, pair) in the order of M3T.
-        rejected: What is not used, with reasons; of pairs the last try only.
-        reasons: How many answers were turned down for which reason, those that came good later included.
-        reason: Why the picture as a whole is rejected; "" if it is not.
-        later: A server did not answer for now: nothing is known yet, and a later run has to ask again.
-    """
+    """What became of a picture."""
 
     picture: Kept
     caption: str = ""
-    turns: tuple[tuple[str, Pair], ...] = ()
-    rejected: tuple[Rejected, ...] = ()
-    reasons: Counter[str] = field(default_factory=Counter)
-    reason: str = ""
-    later: bool = False
+    turns: tuple[tuple[str, Pair], ...] = ()  # (kind, pair) in the order of M3T
+    rejected: tuple[Rejected, ...] = ()  # what is not used, with reasons; of pairs the last try only
+    reasons: Counter[str] = field(default_factory=Counter)  # of all answers turned down, also if good ones came later
+    reason: str = ""  # why the picture as a whole is rejected
+    later: bool = False  # a server did not answer for now: nothing is known yet, and a later run has to ask again
 
 
 class Answers:

@@ -56,6 +56,12 @@ from muco.synth.sources import Picture, Source, open_source, without_query
 SMALL = Filter(min_side=40, max_aspect=2.0)
 
 
+def examples(catalogue: Catalogue, reason: str, n: int) -> list[tuple[str, str]]:
+    """Name and note of the first ``n`` pictures that were left out for a reason."""
+    query = "SELECT name, note FROM pictures WHERE place IS NULL AND reason = ? ORDER BY number LIMIT ?"
+    return catalogue._database.execute(query, (reason, n)).fetchall()
+
+
 def photo(seed: int, width: int = 96, height: int = 72) -> Image.Image:
     """Noise smoothed at several scales: like photos, most of it is in the low frequencies."""
     rng = np.random.default_rng(seed)
@@ -671,12 +677,12 @@ def test_the_catalogue_says_what_it_holds(tmp_path: Path) -> None:
         }
         kept = [Kept(p, n, f"name {n}", f"file {n}", f"{n:064x}", 600, 500) for p, n in enumerate((0, 3, 7))]
         assert catalogue.kept(0, 9) == kept and catalogue.kept(1, 1) == kept[1:2] and catalogue.kept(3, 9) == []
-        assert catalogue.examples(NEAR_DUPLICATE, 9) == [
+        assert examples(catalogue, NEAR_DUPLICATE, 9) == [
             ("name 2", "nearly the same as name 0"),
             ("name 6", "nearly the same as name 0"),
         ]
-        assert catalogue.examples(DUPLICATE, 9) == [("name 4", "same file as name 3")]
-        assert catalogue.examples(UNREADABLE, 9) == [("name 5", "broken")] and catalogue.examples(TOO_SMALL, 0) == []
+        assert examples(catalogue, DUPLICATE, 9) == [("name 4", "same file as name 3")]
+        assert examples(catalogue, UNREADABLE, 9) == [("name 5", "broken")] and examples(catalogue, TOO_SMALL, 0) == []
 
 
 def test_only_the_next_looks_can_be_added(tmp_path: Path) -> None:
