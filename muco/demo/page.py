@@ -73,8 +73,10 @@ def _summary(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     stage = record["stages"]["train"]
     pairs = train["steps"] * before["pairs_per_step"]
     interrupted = " after an interruption" if stage["interrupted"] else ""
+    minutes, rest = divmod(round(stage["seconds"]), 60)
+    duration = f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"""<p>A Qwen2-VL of <b>{before["parameters"] / 1e6:.1f} million parameters</b> with random weights was
-trained in <b>{_duration(stage["seconds"])}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
+trained in <b>{duration}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
 target, from {scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one
 pass over its image. The scores are of <b>{scenes["test"]:,} other scenes</b>, whose captions never occur in training.
 All of it ran on {_processor(train["machine"])}.</p>"""
@@ -308,8 +310,3 @@ def _image(scenes: Path, name: str, words: str) -> str:
 
 def _number(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -31,6 +31,8 @@ BASE = {
 }
 PLAIN = BASE | {"data": {"train": [{"path": "{train}"}]}}  # on the whole training set, the scenes' or a user's
 
+SCORES = tuple(Column(name.replace("_", " "), (name,)) for name in ("image_to_caption", "answer", "within"))
+
 SINGLE = {"turns": {"limit": 1}}
 COMPOUNDED = {"turns": {"mode": "compounded"}}
 
@@ -110,8 +112,8 @@ FINETUNE = Study(
     columns=(
         Column("tasks trained on", ("answer/classification", "answer/local", "image_to_caption")),
         Column("tasks held out", ("answer/global", "answer/creative")),
-        Column("image to caption", ("image_to_caption",)),
-        Column("within", ("within",)),
+        SCORES[0],
+        SCORES[2],
     ),
     prepare=scenes_in_two_stages,
     compared=(
@@ -228,11 +230,7 @@ IMAGE_SHARE = Study(
     question="Where do seven turns pay at equal seconds, by how dear the image is and by what training starts from?",
     base=PLAIN | {"loss": {"symmetric": True}},
     runs=tuple(_runs()),
-    columns=(
-        Column("image to caption", ("image_to_caption",)),
-        Column("answer", ("answer",)),
-        Column("within", ("within",)),
-    ),
+    columns=SCORES,
     prepare=plain_scenes,
     compared=(
         *((point.a, point.b) for point in _POINTS),

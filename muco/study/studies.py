@@ -13,6 +13,7 @@ from muco.study.base import (
     MULTI_TURN,
     NEGATIVES,
     PLAIN,
+    SCORES,
     SINGLE,
     fine_tuning,
     fresh_scenes,
@@ -23,10 +24,6 @@ from muco.study.base import (
 from muco.study.design import Column, Equal, Run, Study
 from muco.study.true_sizes import QUESTION
 
-TO_CAPTION = Column("image to caption", ("image_to_caption",))
-ANSWER = Column("answer", ("answer",))
-WITHIN = Column("within", ("within",))
-BACK = Column("caption to image", ("caption_to_image",))
 EVALUATED = (
     "Every model is scored with one question at a time, whatever its training; hit@1. There are 500 held-out scenes at "
     "scale 1 or more, fewer below, and chance for a caption is one in their number."
@@ -51,7 +48,7 @@ TURNS = Study(
         *(Run(f"k = {k}, equal pairs", _turns(k), equal=Equal("k = 7", "pairs")) for k in (4, 2, 1)),
         *(Run(f"k = 1, {k} × the images", _turns(1, 32 * k)) for k in (4, 7)),
     ),
-    columns=(TO_CAPTION, ANSWER, WITHIN),
+    columns=SCORES,
     prepare=plain_scenes,
     compared=(
         *(("k = 7", f"k = {k}, equal {what}") for what in ("images", "seconds", "pairs") for k in (4, 2, 1)),
@@ -90,7 +87,7 @@ COMPOUNDING = Study(
         *(Run(f"{mode}, from scratch", steps(400) | turns) for mode, turns in _POSITIONS.items()),
         *(Run(f"{mode}, {name}, fine-tuned", _TUNED, start=f"{mode}, {name}") for name in _STARTS for mode in _MODES),
     ),
-    columns=(TO_CAPTION, ANSWER, WITHIN),
+    columns=SCORES,
     prepare=plain_scenes,
     compared=(
         *(
@@ -128,7 +125,7 @@ ORDER = Study(
             for name, order in _ORDERS.items()
         ),
     ),
-    columns=(TO_CAPTION, ANSWER, WITHIN, *_LEAK),
+    columns=(*SCORES, *_LEAK),
     prepare=plain_scenes,
     probes=("leak",),
     compared=tuple((f"compounded, {name}", "compounded, per sample (the paper)") for name in [*_ORDERS][1:])
@@ -169,7 +166,7 @@ MASKS = Study(
             start="isolated, masked",
         ),
     ),
-    columns=(TO_CAPTION, ANSWER, WITHIN),
+    columns=SCORES,
     prepare=scenes_in_two_stages,
     compared=(
         ("isolated, masked", "isolated, not masked"),
@@ -208,7 +205,7 @@ COHERENCE = Study(
         ),
     ),
     columns=(
-        TO_CAPTION,
+        SCORES[0],
         _shape("modality gap", "gap"),
         _shape("alignment, lower is closer", "alignment"),
         _shape("uniformity of images", "uniformity_images"),
@@ -241,7 +238,6 @@ PAPER = {"turns": {"mode": "compounded", "order": "sample"}, "loss": {"temperatu
 BOTH = {"loss": {"symmetric": True}}
 IMAGE_TURN = {"turns": {"image_turn": "retrieval"}}
 _AS_LONG = Equal("the paper's", "seconds")
-_LATER = Equal("the paper's, pre-trained start", "seconds")
 _CANDIDATE = "isolated, both directions, image turn"
 
 BEAT = Study(
@@ -260,10 +256,10 @@ BEAT = Study(
             f"{_CANDIDATE}, pre-trained start",
             BOTH | IMAGE_TURN | {"trainer": {"learning_rate": 5e-4}},
             start="single turns, short",
-            equal=_LATER,
+            equal=Equal("the paper's, pre-trained start", "seconds"),
         ),
     ),
-    columns=(TO_CAPTION, BACK, ANSWER, WITHIN),
+    columns=(SCORES[0], Column("caption to image", ("caption_to_image",)), *SCORES[1:]),
     prepare=fresh_scenes,
     compared=(
         *((name, "the paper's") for name in ("isolated", "isolated, both directions", _CANDIDATE, "single turns")),
@@ -286,8 +282,6 @@ BEAT = Study(
         EVALUATED,
     ),
 )
-
-# ── by name ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _ALL = (TURNS, MASKS, COMPOUNDING, IMAGE_SHARE, ORDER, NEGATIVES, FINETUNE, COHERENCE, BEAT)
 STUDIES = {study.name: study for study in _ALL}

@@ -183,9 +183,8 @@ class _Rules:
 
     def _alone_at(self, place: int) -> Thing | None:
         there = [thing for thing in self.clear if self._place(thing) == place]
-        if len(there) != 1 or sum(self._reaches(thing, place) for thing in self.things) != 1:
-            return None
-        return there[0]
+        alone = len(there) == 1 and sum(self._reaches(thing, place) for thing in self.things) == 1
+        return there[0] if alone else None
 
     def _place(self, thing: Thing) -> int | None:
         """The index of its place in PLACES, None where it is not clearly at one."""
