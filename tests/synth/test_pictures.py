@@ -709,13 +709,15 @@ def test_a_failed_transaction_changes_nothing(tmp_path: Path, monkeypatch: pytes
 
 def test_another_source_or_filter_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pictures.db"
-    Catalogue(path, "source", Filter()).close()
+    with Catalogue(path, "source", Filter()):
+        pass
     with pytest.raises(OutputError, match="pictures.db: made from other pictures, or their files have changed; name"):
         Catalogue(path, "another", Filter())
     for filter in (Filter(min_side=1), Filter(max_aspect=2), Filter(near=3), Filter(max_pixels=99)):
         with pytest.raises(OutputError, match="pictures.db: made from another filter"):
             Catalogue(path, "source", filter)
-    Catalogue(path, "source", Filter()).close()
+    with Catalogue(path, "source", Filter()):
+        pass
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
