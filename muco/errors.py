@@ -10,7 +10,7 @@
     ├── OutputError           an output cannot be written, is in use, or already holds other work
     ├── StorageError          an index is damaged, or its files cannot be read or written (muco/search/lance.py)
     ├── FetchError            a download was refused or failed (muco/base/fetch.py)
-    ├── EndpointError         a model server is missing or of no use (muco/synth/limits.py)
+    ├── EndpointError         a model server is missing or of no use (muco/synth/chat.py)
     ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)
     └── TrainingError         training cannot continue: the loss is not finite, or memory ran out
 

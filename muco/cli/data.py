@@ -154,8 +154,8 @@ def data_caption(
 
     from muco.base.terminal import progress_bar
     from muco.synth.caption import caption
+    from muco.synth.chat import Budget, Limits
     from muco.synth.endpoint import Endpoint
-    from muco.synth.limits import Budget, Limits
     from muco.synth.prompts import load_prompts
 
     wordings = load_prompts(prompts)

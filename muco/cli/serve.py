@@ -83,9 +83,9 @@ def serve(
     """
     _check_installed()
     from muco.base.fetch import FetchLimits
+    from muco.serve.app import run_server
     from muco.serve.batcher import BatchLimits
     from muco.serve.images import ImageLimits
-    from muco.serve.run import run_server
     from muco.serve.schema import RequestLimits
 
     fetch = None

@@ -54,8 +54,7 @@ def study(
         return
 
     from muco.study.design import Sets
-    from muco.study.report import print_study, write_report
-    from muco.study.results import table_as_json
+    from muco.study.report import print_study, table_as_json, write_report
     from muco.study.run import run_study
 
     chosen = find_study(name)

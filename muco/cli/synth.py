@@ -12,7 +12,7 @@ import typer
 from muco.base.terminal import finish, print_pairs
 from muco.cli.options import Json, examples
 from muco.errors import MucoError
-from muco.synth.limits import KEY_VARIABLE as KEY_VARIABLE
+from muco.synth.chat import KEY_VARIABLE as KEY_VARIABLE
 
 Concurrency = Annotated[int, typer.Option(min=1, help="Simultaneous requests per model.")]
 Rate = Annotated[
@@ -123,7 +123,7 @@ def synth(
     again to resume after a kill.
     """
     from muco.base.fetch import FetchLimits
-    from muco.synth.limits import Budget, Limits
+    from muco.synth.chat import Budget, Limits
     from muco.synth.pictures import Filter
     from muco.synth.pipeline import Job, Server
     from muco.synth.prompts import load_prompts

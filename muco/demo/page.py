@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image
 
-from muco.base.files import write_text
 from muco.base.html import count, data_uri, document, house_style, section, sign
 from muco.base.svg import loss_curve
 from muco.evaluate.retrieval import CONTROLS
@@ -39,20 +38,13 @@ STAGES = {
 }
 
 
-def write_page(output: Path, record: Mapping[str, Any], scenes: Path) -> str:
-    """Writes the report of a demo, whole or not at all.
+def page(record: Mapping[str, Any], scenes: Path) -> str:
+    """The report of a demo.
 
     Args:
         record: ``demo.json``, all stages but the page itself done.
         scenes: The folder of the data, for the images.
-    Returns:
-        The file's name.
     """
-    write_text(output, page(record, scenes))
-    return output.name
-
-
-def page(record: Mapping[str, Any], scenes: Path) -> str:
     results = {name: stage["result"] for name, stage in record["stages"].items() if "result" in stage}
     image = cache(partial(_image, scenes))
     sections = [
@@ -76,16 +68,15 @@ def page(record: Mapping[str, Any], scenes: Path) -> str:
     return document("MuCo demo", body, house_style())
 
 
-# ---------------------------------------------------------------- pieces
-
-
 def _summary(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     before, train, scenes = results["before"], results["train"], results["scenes"]
     stage = record["stages"]["train"]
     pairs = train["steps"] * before["pairs_per_step"]
     interrupted = " after an interruption" if stage["interrupted"] else ""
+    minutes, rest = divmod(round(stage["seconds"]), 60)
+    duration = f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"""<p>A Qwen2-VL of <b>{before["parameters"] / 1e6:.1f} million parameters</b> with random weights was
-trained in <b>{_duration(stage["seconds"])}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
+trained in <b>{duration}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
 target, from {scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one
 pass over its image. The scores are of <b>{scenes["test"]:,} other scenes</b>, whose captions never occur in training.
 All of it ran on {_processor(train["machine"])}.</p>"""
@@ -122,31 +113,28 @@ def _tile(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tasks:
 
 
 def _texts(search: Mapping[str, Any], image: Any) -> str:
-    cards = "".join(_text(query, image) for query in search["texts"])
     return section(
         "Text → image",
         "Captions that no held-out image has, and the images nearest to each, with the cosine of the two vectors. The "
         "marks show which parts of the query each picture has. The model was trained on whole captions; it does not "
         "understand a shorter text, such as “a red star”.",
-        cards,
+        "".join(_text(query, image) for query in search["texts"]),
     )
 
 
 def _text(query: Mapping[str, Any], image: Any) -> str:
-    items = "".join(
-        f"<li>{image(found['image'], found['caption'])}"
-        f'<p class="score"><span class="place">{place}</span><span>{found["score"]:.3f}</span></p>'
-        f'<ul class="facts">{_facts(found["facts"])}</ul></li>'
-        for place, found in enumerate(query["found"], start=1)
-    )
+    items = ""
+    for place, found in enumerate(query["found"], start=1):
+        facts = "".join(f"<li{'' if has else ' class=no'}>{escape(fact)}</li>" for fact, has in found["facts"].items())
+        items += (
+            f"<li>{image(found['image'], found['caption'])}"
+            f'<p class="score"><span class="place">{place}</span><span>{found["score"]:.3f}</span></p>'
+            f'<ul class="facts">{facts}</ul></li>'
+        )
     fits = "fits" if query["fitting"] == 1 else "fit"
     count = f"{query['fitting']} of the {query['of']} images {fits} entirely"
     return f"""<article class="card query"><h3>“{escape(query["query"])}”</h3><p class="count">{count}</p>
 <ol>{items}</ol></article>"""
-
-
-def _facts(facts: Mapping[str, bool]) -> str:
-    return "".join(f"<li{'' if shown else ' class=no'}>{escape(fact)}</li>" for fact, shown in facts.items())
 
 
 def _answers(search: Mapping[str, Any], image: Any) -> str:
@@ -181,9 +169,6 @@ def _curve(results: Mapping[str, Any]) -> str:
         f"{chance:.2f} nats: each pair competes with about {math.expm1(chance):.0f} others.",
         f'<figure class="card chart"><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>',
     )
-
-
-# ---------------------------------------------------------------- the table
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -239,9 +224,6 @@ def _candidates(scores: Mapping[str, Any]) -> str:
     return f"{low}" if low == high else f"{low}–{high}"
 
 
-# ---------------------------------------------------------------- mistakes
-
-
 def _missed_images(missed: Mapping[str, Any], image: Any) -> str:
     cards = "".join(
         f"""<figure class="card missed"><p>{_differing(item["caption"], item["found_caption"])}</p><div class="pair">
@@ -277,9 +259,6 @@ def _missed_answers(search: Mapping[str, Any], image: Any) -> str:
     )
     cards = "".join(_asked(item, image) for item in search["missed_answers"])
     return section("Mistakes: image + question → answer", text, f'<div class="cards">{cards}</div>')
-
-
-# ---------------------------------------------------------------- what was run
 
 
 def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
@@ -323,9 +302,6 @@ def _seconds(stages: Mapping[str, Any]) -> str:
 <tfoot><tr><th>together</th><td>{total:.1f}</td></tr></tfoot></table>"""
 
 
-# ---------------------------------------------------------------- small things
-
-
 def _image(scenes: Path, name: str, words: str) -> str:
     with Image.open(scenes / name) as picture:
         source = data_uri(picture, "PNG", optimize=True)
@@ -334,8 +310,3 @@ def _image(scenes: Path, name: str, words: str) -> str:
 
 def _number(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

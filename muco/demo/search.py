@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from muco.data.source import Data
 from muco.dialogue import Content, Turn
@@ -54,10 +55,9 @@ SHOWN_TURNS = (3, 0, 5, 2)  # of the first scenes, one each: local, classificati
 
 
 def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, Any]:
-    """Answers the demo's queries.
+    """Answers the demo's queries over the held-out scenes.
 
     Args:
-        data: The held-out scenes; the file that holds them is beside ``images/``.
         parquet: The vectors of their images, from :func:`muco.embed.embed`.
         cache: Folder of the vectors that evaluation has already computed.
     Returns:
@@ -92,8 +92,6 @@ class Scenes:
     """The held-out scenes: per scene its image's name, its caption, its turns and the vector of its image."""
 
     def __init__(self, data: Data, parquet: Path) -> None:
-        import pyarrow.parquet as pq
-
         self.samples = [data[i] for i in range(len(data))]
         self.paths = [Path(sample.images[0]) for sample in self.samples]
         self.names = [f"images/test/{path.name}" for path in self.paths]
@@ -149,39 +147,29 @@ def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
     ranks = _ranks(scores, [place[question.turn.target[0].text] for question in asked])
 
     def shown(row: int) -> dict[str, Any]:
-        best = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS]
-        found = [{"text": candidates[i], "score": float(scores[row, i])} for i in best]
-        return _asked(scenes.names[asked[row].scene], asked[row].turn, int(ranks[row])) | {"found": found}
+        best, turn = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS], asked[row].turn
+        return {
+            "image": scenes.names[asked[row].scene],
+            "kind": turn.kind,
+            "question": turn.query[0].text,
+            "right": turn.target[0].text,
+            "rank": int(ranks[row]),
+            "found": [{"text": candidates[i], "score": float(scores[row, i])} for i in best],
+        }
 
     chosen = set(enumerate(SHOWN_TURNS))
     first = [row for row, question in enumerate(asked) if (question.scene, question.number) in chosen]
-    missed = _first_missed(asked, ranks, set(range(len(SHOWN_TURNS))))
-    return {
-        "answers": [shown(row) for row in first],
-        "missed_answers": [shown(row) for row in missed],
-        "asked": len(asked),
-        "right": int((ranks == 1).sum()),
-        "candidates": len(candidates),
-    }
-
-
-def _first_missed(asked: Sequence[Question], ranks: np.ndarray, used: set[int]) -> list[int]:
-    """For each turn number the first row with a wrong answer, each of another scene and of none in ``used``."""
-    missed: dict[int, int] = {}
+    missed, used = {}, set(range(len(SHOWN_TURNS)))  # turn number -> row
     for row, question in enumerate(asked):
         if ranks[row] > 1 and question.scene not in used and question.number not in missed:
             missed[question.number] = row
-            used = used | {question.scene}
-    return [row for _, row in sorted(missed.items())]
-
-
-def _asked(image: str, turn: Turn, rank: int) -> dict[str, Any]:
+            used.add(question.scene)
     return {
-        "image": image,
-        "kind": turn.kind,
-        "question": turn.query[0].text,
-        "right": turn.target[0].text,
-        "rank": rank,
+        "answers": [shown(row) for row in first],
+        "missed_answers": [shown(row) for _, row in sorted(missed.items())],
+        "asked": len(asked),
+        "right": int((ranks == 1).sum()),
+        "candidates": len(candidates),
     }
 
 

@@ -32,13 +32,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from muco.base.files import claimed, earlier_record, write_json
+from muco.base.files import claimed, earlier_record, write_json, write_text
 from muco.base.machine import VERSION, usable_cores, versions
 from muco.base.terminal import progress_bar
 from muco.data import open_data
 from muco.data.scenes import write_scenes
 from muco.data.source import Data
-from muco.demo.page import STAGES, write_page
+from muco.demo.page import STAGES, page
 from muco.demo.search import search
 from muco.embed import embed
 from muco.errors import RecipeError
@@ -69,7 +69,6 @@ def run_demo(
         output: A new or empty folder, or one of an earlier call with the same arguments.
         steps: Training steps; None for the recipe's.
         train, test: Numbers of scenes; the test scenes are held out from training and from every choice.
-        seed: Of the scenes.
     Returns:
         ``<output>/report.html``.
     Raises:
@@ -77,7 +76,9 @@ def run_demo(
     """
     output = Path(output)
     recipe = demo_recipe(output, steps)
-    asked = {"muco": VERSION, "train": train, "test": test, "seed": seed, "recipe": _settings(recipe)}
+    # without the recipe's paths, which follow from the output folder
+    settings = {key: value for key, value in to_dict(recipe).items() if key not in ("output", "data")}
+    asked = {"muco": VERSION, "train": train, "test": test, "seed": seed, "recipe": settings}
     with claimed(output):
         stages = Stages(output / "demo.json", asked)
         scenes, cache = output / "scenes", output / "cache"
@@ -86,7 +87,11 @@ def run_demo(
         held_out = open_data(scenes / "test.jsonl")
         stages.run("before", partial(score_untrained, recipe, held_out, cache))
 
-        command = command_line(output, steps=steps, train=train, test=test, seed=seed)
+        # the command that does the same again; options with their default are left out
+        options = {"steps": steps, "train": train, "test": test, "seed": seed}
+        changed = [(name, value) for name, value in options.items() if value != run_demo.__kwdefaults__[name]]
+        words = [word for name, value in changed for word in (f"--{name}", str(value))]
+        command = shlex.join(["muco", "demo", "--output", str(output), *words])
         folder = Path(recipe.output) / MODEL
         stages.run("train", partial(train_model, recipe, command), makes=folder)
         model = load(folder)
@@ -98,8 +103,12 @@ def run_demo(
         stages.run("embed", partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume))
         stages.run("search", partial(search, model, held_out, vectors, cache))
         report = output / "report.html"
-        stages.run("page", lambda: write_page(report, stages.record, scenes))
 
+        def write_page() -> str:
+            write_text(report, page(stages.record, scenes))
+            return report.name
+
+        stages.run("page", write_page)
         print_results(after, Console(file=sys.stdout))
         return report
 
@@ -121,25 +130,10 @@ def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
     return replace(recipe, trainer={**recipe.trainer, "max_steps": steps, "warmup_steps": warmup})
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without its paths, which follow from the output folder."""
-    return {key: value for key, value in to_dict(recipe).items() if key not in ("output", "data")}
-
-
-def command_line(output: Path, **options: Any) -> str:
-    """The command that does the same again; options with their default are left out."""
-    defaults = run_demo.__kwdefaults__
-    given = [(f"--{name}", str(value)) for name, value in options.items() if value != defaults[name]]
-    return shlex.join(["muco", "demo", "--output", str(output), *(word for pair in given for word in pair)])
-
-
 class Stages:
     """Does the stages, says so, and writes ``demo.json``: ``asked``, and of each stage begun, seconds and result.
 
-    Args:
-        asked: What makes a demo this demo; a folder that holds another one is refused.
-    Raises:
-        OutputError: If the folder holds another demo, or anything else.
+    ``asked`` makes a demo this demo; a folder that holds another one, or anything else, is refused (OutputError).
     """
 
     def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
@@ -152,18 +146,14 @@ class Stages:
         return self.record["stages"].get(name, {}).get("result", {})
 
     def run(self, name: str, work: Callable[[], Any], makes: Path | None = None) -> Any:
-        """The result of ``work()``.
-
-        Args:
-            makes: Appears when the work is done. If it is there already, the seconds stay those of the call that made
-                it.
-        """
+        """The result of ``work()``; where what it ``makes`` is there already, the seconds stay those of that call."""
         known = self.record["stages"].get(name, {})
         done = makes is not None and makes.exists() and "seconds" in known
         title = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {STAGES[name]}"
         self._say(title)
         # The work before a kill was not timed, so the page has to know that there was some.
-        stage = known if done else {"begun": now(), "interrupted": "begun" in known and "seconds" not in known}
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        stage = known if done else {"begun": begun, "interrupted": "begun" in known and "seconds" not in known}
         self._write(name, stage)
         start = time.perf_counter()
         result = work()
@@ -178,13 +168,6 @@ class Stages:
     def _write(self, name: str, stage: dict[str, Any]) -> None:
         self.record["stages"][name] = stage
         write_json(self.file, self.record)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# ---------------------------------------------------------------- the work
 
 
 def make_scenes(folder: Path, *, train: int, test: int, seed: int) -> dict[str, int]:
@@ -225,21 +208,16 @@ def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and system of this machine; None where the system does not tell."""
+    """Processor, cores and system of this machine; None where the system does not tell."""
+    names = [platform.processor() or None]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] + names
     return {
-        "processor": _processor(),
+        "processor": names[0],
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "system": platform.platform(),
     }
-
-
-def _processor() -> str | None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or None

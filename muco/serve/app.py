@@ -1,10 +1,18 @@
-"""The ASGI application: routes, pages, and how errors are answered."""
+"""The ASGI application: routes, pages, and how errors are answered; and the process that serves it."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,11 +21,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from muco.base.terminal import print_json
 from muco.errors import MucoError
+from muco.search.lance import is_local
 from muco.serve import routes
-from muco.serve.guard import ClientGone, Guard, error_answer
-from muco.serve.schema import RequestError, first_error
+from muco.serve.engine import Item
+from muco.serve.guard import LOCAL_HOSTS, ClientGone, Guard, error_answer
+from muco.serve.process import ModelProcess
+from muco.serve.schema import RequestError, RequestLimits, first_error
 from muco.serve.service import Served, Service
+from muco.training.folder import RECIPE_FILE
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
@@ -70,16 +83,14 @@ async def _same(response: Response) -> Response:
 
 
 def _add_errors(api: FastAPI) -> None:
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+    async def invalid(request: Request, error: Any) -> Response:
         kind = request.headers.get("content-type", "")
         if not JSON.match(kind):
             given = f"not {kind[:80]!r}" if kind else "which this request lacks"
             return error_answer(RequestError(f"send the header Content-Type: application/json, {given}", status=415))
         return error_answer(first_error(error.errors()))
 
-    async def http(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    async def http(_: Request, error: Any) -> Response:
         answer = error_answer(RequestError(str(error.detail), status=error.status_code))
         answer.headers.update(error.headers or {})
         return answer
@@ -93,8 +104,122 @@ def _add_errors(api: FastAPI) -> None:
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; it is counted
 
-    api.add_exception_handler(RequestValidationError, invalid)
-    api.add_exception_handler(HTTPException, http)
-    api.add_exception_handler(MucoError, refused)
-    api.add_exception_handler(ClientGone, gone)
-    api.add_exception_handler(Exception, defect)
+    handlers = {RequestValidationError: invalid, HTTPException: http, MucoError: refused, ClientGone: gone}
+    for kind, handler in {**handlers, Exception: defect}.items():
+        api.add_exception_handler(kind, handler)
+
+
+# ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_server(
+    path: str,
+    *,
+    host: str,
+    port: int,
+    device: str | None,
+    index: str | None,
+    limits: RequestLimits,
+    allowed_hosts: Sequence[str],
+    **offered: Any,
+) -> None:
+    """Listens, loads the model and serves it until the process is told to stop.
+
+    Args:
+        path, device: As for :func:`muco.load`.
+        index: Folder or URL of an index to search in; None: there is no search.
+        allowed_hosts: Names that clients may call the server by, besides those of this machine. Without any, a server
+            that other machines reach takes every name.
+        limits, offered: See :class:`muco.serve.service.Served`.
+    Raises:
+        MucoError: If the address cannot be had, the model or the index cannot be used, or the model's process ends.
+    """
+    codes: list[int | None] = []  # of the model's process, if it ends by itself
+
+    def gone(code: int | None) -> None:
+        codes.append(code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    local = host in LOCAL_HOSTS
+    hosts = frozenset((*LOCAL_HOSTS, *map(str.lower, allowed_hosts))) if local or allowed_hosts else None
+    with _bound(host, port) as listener:
+        if index is not None and is_local(index) and not Path(index).is_dir():
+            raise MucoError(f"{index}: no such index; make one with muco index")
+        searched = index is not None
+        engine = ModelProcess(path, device, limits.image, limits.tokens, fingerprint=searched, gone=gone)
+        with closing(engine):
+            opened = None
+            if index is not None:
+                from muco.search import Index
+
+                opened = Index.open(index)
+                opened.check(engine.facts.fingerprint, path)
+            dimensions = _trained_dimensions(path)
+            _run(Served(engine, limits=limits, dimensions=dimensions, index=opened, hosts=hosts, **offered), listener)
+    if codes:
+        raise MucoError(f"the model's process ended (exit code {codes[0]}); its last messages are above")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address. It does not listen yet, so nobody connects before there is a model."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)  # without the protocol asyncio leaves Nagle's delay on: 40 ms
+    except OSError as error:
+        raise MucoError(f"--host {host}: {error.strerror}; name an address of this machine") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise MucoError(f"cannot listen at {host} port {port}: {error.strerror}; choose another --port") from error
+    return listener
+
+
+def _trained_dimensions(path: str) -> tuple[int, ...]:
+    """The lengths that a model was trained for (Matryoshka), from the recipe that is saved beside its weights."""
+    import yaml
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(path, RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return ()
+    try:
+        return tuple(int(number) for number in yaml.safe_load(Path(file).read_text("utf-8"))["loss"]["dimensions"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise MucoError(f"{file}: its loss.dimensions cannot be read") from error
+
+
+def _run(served: Served, listener: socket.socket) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
+            await super().startup(list(sockets or ()))
+            _announce(served, listener)
+
+    for name, text in served.instructions.items():  # better refused here than for every client that asks for it
+        served.engine.prepare(Item((text or "ready?",), where=f"--instruction {name}"))
+    served.engine.run([served.engine.prepare(Item(("ready?",)))])  # whatever a first pass sets up is set up now
+    quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+    config = uvicorn.Config(build_app(served), lifespan="on", timeout_keep_alive=30, **quiet)
+    # uvicorn ends after SIGTERM by raising it again, but a stop that was asked for and went well is not a failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    Server(config).run(sockets=[listener])
+
+
+def _announce(served: Served, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    limits, batches, engine = served.limits, served.batches, served.engine
+    lines = [
+        f"{address}  model {served.name}, vectors of {engine.dimension} dimensions, on {engine.facts.device}",
+        f"one request: {limits.items} items, {limits.images} images, {limits.body_bytes >> 20} MiB, "
+        f"{limits.seconds:g} s; one item: {limits.tokens:,} tokens; one image: {limits.image.max_pixels:,} pixels",
+        f"one pass: {batches.tokens:,} tokens, {batches.milliseconds:g} ms; queue: {batches.queue}",
+        "search page at /" if served.index is not None else "no index, so no search",
+    ]
+    if host not in LOCAL_HOSTS and served.token is None:
+        lines.append("anyone who can reach this address may use it: no token is set")
+    print("\n".join(f"muco serve: {line}" for line in lines), file=sys.stderr)
+    print_json({"address": address, "model": served.name, "dimension": engine.dimension})

@@ -19,25 +19,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 LIGHT = 16  # items without images that one thread prepares at once: a thread per short text costs more than the text
 
 
-class Weighed(Protocol):
-    @property
-    def tokens(self) -> int: ...
-
-
-class Light(Protocol):
-    @property
-    def light(self) -> bool: ...
-
-
-Given = TypeVar("Given", bound=Light)
-Ready = TypeVar("Ready", bound=Weighed)
+Given = TypeVar("Given")  # has ``light``: whether it is cheap to prepare
+Ready = TypeVar("Ready")  # has ``tokens``
 Result = TypeVar("Result")
 
 
@@ -54,24 +44,22 @@ class BatchLimits:
     """How requests are put together.
 
     Args:
-        tokens: Of one forward pass, padding included; a longer item passes alone.
-        milliseconds: How long a ready item waits for others while the model is idle.
         queue: Items accepted and not yet finished, where of each request no more count than the newest one has. (In
             all they are at most queue × (1 + ln queue): the second largest request has half of it at most, and so on.)
     """
 
-    tokens: int = 8192
-    milliseconds: float = 5.0
+    tokens: int = 8192  # of one forward pass, padding included; a longer item passes alone
+    milliseconds: float = 5.0  # that a ready item waits for others while the model is idle
     queue: int = 512
 
 
 @dataclass(eq=False)
-class _Job(Generic[Given, Ready]):
-    given: Given
+class _Job:
+    given: Any
     request: object  # the same one for all jobs of a call
     future: asyncio.Future[Any]
-    prepared: Ready | None = None
-    ready_at: float = field(default=0.0)
+    prepared: Any = None
+    ready_at: float = 0.0
 
 
 class _Queue:
@@ -210,7 +198,7 @@ class Batcher(Generic[Given, Ready, Result]):
         while True:
             while not (jobs := self._next_to_prepare()):
                 await self._next_change()
-            outcomes = await loop.run_in_executor(threads, self._prepared, [job.given for job in jobs])
+            outcomes = await loop.run_in_executor(threads, _attempt_all, self._prepare, [job.given for job in jobs])
             for job, prepared in _good(jobs, outcomes):
                 job.prepared, job.ready_at = prepared, loop.time()
                 self._ready.add(job)
@@ -233,9 +221,6 @@ class Batcher(Generic[Given, Ready, Result]):
             jobs.append(job)
         self._waiting.take(jobs)
         return jobs
-
-    def _prepared(self, items: Sequence[Given]) -> list[Ready | Exception]:
-        return [_attempt(self._prepare, item) for item in items]
 
     async def _run_all(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
@@ -274,7 +259,7 @@ class Batcher(Generic[Given, Ready, Result]):
         except Exception as error:
             if len(prepared) == 1:
                 return [error]
-        return [_attempt(lambda item: self._run([item])[0], item) for item in prepared]
+        return _attempt_all(lambda item: self._run([item])[0], prepared)
 
     @staticmethod
     def _padded(jobs: Any) -> int:
@@ -292,9 +277,12 @@ def _good(jobs: Sequence[_Job], outcomes: Sequence[Any]) -> Iterator[tuple[_Job,
             yield job, outcome
 
 
-def _attempt(action: Callable[[Any], Any], item: Any) -> Any:
-    """The result, or the exception as a value: only outside the thread is it known whose it is."""
-    try:
-        return action(item)
-    except Exception as error:
-        return error
+def _attempt_all(action: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """For each item the result, or the exception as a value: only outside the thread is it known whose it is."""
+    outcomes: list[Any] = []
+    for item in items:
+        try:
+            outcomes.append(action(item))
+        except Exception as error:
+            outcomes.append(error)
+    return outcomes

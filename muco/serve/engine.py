@@ -24,21 +24,13 @@ CACHED_TEXT = 128  # characters; of longer texts of strangers a cache may fill t
 
 @dataclass(frozen=True)
 class Item:
-    """One text, an image or both: one vector; or several texts about the same images: one vector each.
+    """One text, an image or both: one vector; or several texts about the same images: one vector each."""
 
-    Args:
-        texts: An empty one means the images themselves.
-        images: Data URIs, or bytes that were fetched.
-        mode: How turns see one another, as in ``Model.encode_turns``; None: there is one text.
-        truncate: Which end of a text is cut where the item is too long.
-        where: Names the item in errors.
-    """
-
-    texts: tuple[str, ...]
-    images: tuple[str | bytes, ...] = ()
-    mode: Literal["isolated", "compounded"] | None = None
-    truncate: Truncate = "NONE"
-    where: str = "input 0"
+    texts: tuple[str, ...]  # an empty one means the images themselves
+    images: tuple[str | bytes, ...] = ()  # data URIs, or bytes that were fetched
+    mode: Literal["isolated", "compounded"] | None = None  # as in ``Model.encode_turns``; None: there is one text
+    truncate: Truncate = "NONE"  # which end of a text is cut where the item is too long
+    where: str = "input 0"  # names the item in errors
 
     @property
     def light(self) -> bool:
@@ -74,37 +66,24 @@ class BoundedProcessor(Processor):
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to know of a model without having it.
-
-    Args:
-        dimension: Numbers of a vector.
-        device: As torch calls it.
-        fingerprint: See ``Model.fingerprint``; "" where nobody asked.
-    """
+    """What there is to know of a model without having it."""
 
     processor: Processor
     padding_side: Literal["left", "right"]
-    dimension: int
-    device: str
-    fingerprint: str = ""
+    dimension: int  # of a vector
+    device: str  # as torch calls it
+    fingerprint: str = ""  # where somebody asked for it
 
     @classmethod
     def of(cls, model: Model, fingerprint: str = "") -> Facts:
-        encoder = model.encoder
-        return cls(
-            encoder.muco_processor,
-            encoder.padding_side,
-            model.get_embedding_dimension(),
-            str(model.device),
-            fingerprint,
-        )
+        encoder, dimension = model.encoder, model.get_embedding_dimension()
+        return cls(encoder.muco_processor, encoder.padding_side, dimension, str(model.device), fingerprint)
 
 
 class Preparation:
     """The first of the two functions that a batcher takes, which needs no model.
 
-    Args:
-        max_tokens: Of one item, image tokens included; at most the model's context.
+    ``max_tokens`` is for one item, image tokens included; at most the model's context.
     """
 
     def __init__(self, facts: Facts, images: ImageLimits, max_tokens: int) -> None:
@@ -126,7 +105,11 @@ class Preparation:
             DataError: If a text holds a special token, an image is not sound, or the item is too long.
         """
         images = tuple(decode(image, self.image_limits, item.where) for image in item.images)
-        batch = self._collated(item, images)
+        dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
+        cut = item.truncate if item.mode is None else "NONE"
+        most = None if cut == "NONE" else self.max_tokens
+        side = self.facts.padding_side
+        batch = collate([dialogue], self.processor, padding_side=side, truncate=cut, max_tokens=most)
         tokens = batch["input_ids"].shape[1]
         if tokens > self.max_tokens:
             raise DataError(
@@ -135,12 +118,6 @@ class Preparation:
         image_tokens = int((batch["input_ids"] == self.processor.image_id).sum())
         alone = item.mode is None
         return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
-
-    def _collated(self, item: Item, images: tuple[Any, ...]) -> DialogueBatch:
-        dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
-        cut = item.truncate if item.mode is None else "NONE"
-        most = None if cut == "NONE" else self.max_tokens
-        return collate([dialogue], self.processor, padding_side=self.facts.padding_side, truncate=cut, max_tokens=most)
 
 
 class Engine(Preparation):
@@ -155,16 +132,13 @@ class Engine(Preparation):
         """One forward pass of all single items, one for the turns of each mode; results in the order given."""
         vectors: dict[int, np.ndarray] = {}
         for mode in (None, "isolated", "compounded"):
-            chosen = [number for number, one in enumerate(prepared) if one.item.mode == mode]
-            if chosen:
-                found = self._vectors([prepared[number] for number in chosen], mode)
-                vectors |= dict(zip(chosen, found, strict=True))
+            chosen = {number: one for number, one in enumerate(prepared) if one.item.mode == mode}
+            if not chosen:
+                continue
+            if mode is None:
+                found = self.model.embed(join([one.batch for one in chosen.values()])).cpu().numpy()[:, None]
+            else:
+                images, texts = zip(*((one.images, one.item.texts) for one in chosen.values()), strict=True)
+                found = self.model.encode_turns_batch(images, texts, mode=mode)
+            vectors |= dict(zip(chosen, found, strict=True))
         return [Embedded(vectors[n], one.tokens, one.image_tokens) for n, one in enumerate(prepared)]
-
-    def _vectors(self, prepared: Sequence[Prepared], mode: Any) -> list[np.ndarray]:
-        if mode is not None:
-            images, texts = [one.images for one in prepared], [one.item.texts for one in prepared]
-            return self.model.encode_turns_batch(images, texts, mode=mode)
-        batch = join([one.batch for one in prepared if one.batch is not None])
-        found = self.model.embed(batch)
-        return [*found.cpu().numpy()[:, None]]

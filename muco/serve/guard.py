@@ -1,4 +1,4 @@
-"""The guard before every route: who may ask, how much may come, and what every answer says to browsers."""
+"""The guard before every route: who may ask, how much may come, what every answer says to browsers, what is counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,38 @@ import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from muco.serve.metrics import Metrics
 from muco.serve.schema import RequestError, RequestLimits
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """Counters for Prometheus; one registry per server, so that several can live in one process.
+
+    Args:
+        unfinished: Items accepted and not yet answered, asked when Prometheus asks.
+    """
+
+    def __init__(self, unfinished: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry}
+        self.requests = Counter("muco_requests", "Requests answered, by route and status", ("route", "status"), **own)
+        self.seconds = Histogram("muco_request_seconds", "Seconds of a request", ("route",), buckets=SECONDS, **own)
+        self.vectors = Counter("muco_vectors", "Vectors computed", **own)
+        self.tokens = Counter("muco_tokens", "Tokens embedded, by kind", ("kind",), **own)
+        self.items = Histogram("muco_batch_items", "Items of a forward pass", buckets=SIZES, **own)
+        self.padded = Counter("muco_padded_tokens", "Tokens passed, padding included", **own)
+        Gauge("muco_unfinished_items", "Items accepted and not yet answered", **own).set_function(unfinished)
+
+    def batch(self, items: int, padded_tokens: int) -> None:
+        self.items.observe(items)
+        self.padded.inc(padded_tokens)
+
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -103,8 +130,6 @@ class Guard:
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
-    # ------------------------------------------------------------ the head
-
     def _check_head(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host")
@@ -116,8 +141,6 @@ class Guard:
         # Digests are compared, so that the time tells neither the token's length nor where it differs.
         if not hmac.compare_digest(_digest(given.strip()), self._token) or kind.lower() != b"bearer":
             raise RequestError("send the server's token as Authorization: Bearer …", status=401, code="unauthorized")
-
-    # ------------------------------------------------------------ the body
 
     async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> Receive:
         """Reads the whole body and checks its form; returns what the application receives it by."""

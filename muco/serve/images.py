@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from muco.base.fetch import FetchLimits, fetch
+from muco.base.fetch import FetchLimits
 from muco.errors import ImageError
 
 if TYPE_CHECKING:
@@ -18,22 +15,20 @@ if TYPE_CHECKING:
 
 HEAD = 200  # characters before the comma of a data URI, at most
 FETCHED = ("http://", "https://")
-FETCHES = 8  # at once
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Of one image.
+    """Of one image."""
 
-    Args:
-        max_bytes: As a file.
-        max_pixels: Decoded; known from the header before a pixel is.
-        fetch: How http(s) URLs are fetched; None: not at all.
-    """
+    max_bytes: int = 20 * 2**20  # as a file
+    max_pixels: int = 16_000_000  # known from the header before a pixel is decoded
+    fetch: FetchLimits | None = None  # how http(s) URLs are fetched; None: not at all
 
-    max_bytes: int = 20 * 2**20
-    max_pixels: int = 16_000_000
-    fetch: FetchLimits | None = None
+
+def is_url(source: str | bytes) -> bool:
+    """Whether an image is to be fetched; else it is a data URI, or there."""
+    return isinstance(source, str) and source[:8].lower().startswith(FETCHED)
 
 
 def check_source(source: str, limits: ImageLimits, where: str) -> None:
@@ -42,7 +37,7 @@ def check_source(source: str, limits: ImageLimits, where: str) -> None:
     Raises:
         ImageError: If the source is neither a base64 data URI of an image nor a URL that may be fetched.
     """
-    if source[:8].lower().startswith(FETCHED):
+    if is_url(source):
         if limits.fetch is None:
             raise ImageError(f"{where}: this server fetches no URLs; send the image as a data:image/…;base64 URI")
         return
@@ -58,53 +53,23 @@ def check_source(source: str, limits: ImageLimits, where: str) -> None:
 def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
     """The RGB image of a data URI or of bytes that were fetched.
 
+    White space in the base64 of a data URI and missing padding do not matter.
+
     Raises:
         ImageError: If the data URI is not valid base64, or the image is too large or broken.
     """
     from muco.images import open_image
 
-    data = source if isinstance(source, bytes) else _bytes(source, where)
+    data = source
+    if isinstance(source, str):
+        encoded = source.partition(",")[2].encode("ascii", "replace").translate(None, b" \t\n\f\r")
+        try:
+            data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+        except binascii.Error:
+            kind = ", but percent-encoded; send it as it was before" if b"%" in encoded else ""
+            if b"-" in encoded or b"_" in encoded:
+                kind = ", but URL-safe base64; write + for - and / for _"
+            raise ImageError(f"{where}: the data URI is not valid base64{kind}") from None
     if len(data) > limits.max_bytes:
         raise ImageError(f"{where}: the image has more than the {limits.max_bytes:,} bytes that are accepted")
     return open_image(data, max_pixels=limits.max_pixels, where=where)
-
-
-def _bytes(source: str, where: str) -> bytes:
-    """The bytes of a base64 data URI; white space in it and missing padding do not matter."""
-    data = source.partition(",")[2].encode("ascii", "replace").translate(None, b" \t\n\f\r")
-    try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except binascii.Error:
-        raise ImageError(f"{where}: the data URI is not valid base64{_kind_of_base64(data)}") from None
-
-
-def _kind_of_base64(data: bytes) -> str:
-    if b"-" in data or b"_" in data:
-        return ", but URL-safe base64; write + for - and / for _"
-    return ", but percent-encoded; send it as it was before" if b"%" in data else ""
-
-
-class Fetcher:
-    """Fetches a request's images, some at a time over all requests."""
-
-    def __init__(self, limits: FetchLimits) -> None:
-        self._limits = limits
-        self._threads = ThreadPoolExecutor(FETCHES, "muco-fetch")
-
-    async def replace(self, sources: Sequence[str]) -> list[str | bytes]:
-        """Data URIs as they are, and the bytes behind URLs.
-
-        Raises:
-            FetchError: If a URL cannot be fetched.
-        """
-        loop = asyncio.get_running_loop()
-
-        async def one(source: str) -> str | bytes:
-            if not source[:8].lower().startswith(FETCHED):
-                return source
-            return await loop.run_in_executor(self._threads, fetch, source, self._limits)
-
-        return list(await asyncio.gather(*map(one, sources)))
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -36,14 +36,12 @@ SMALL = 1 << 20  # bytes of arrays that go through the pipe itself
 
 
 class ModelProcess(Preparation):
-    """What :class:`Engine` is, with the model elsewhere.
+    """What :class:`Engine` is, with the model elsewhere; MucoError if it cannot be loaded.
 
     Args:
         path, device: As for :func:`muco.load`.
         fingerprint: Whether to compute the model's, which reads all weights.
         gone: Called once, from a thread, if the process ends although it was not asked to.
-    Raises:
-        MucoError: If the model cannot be loaded.
     """
 
     def __init__(
@@ -66,11 +64,7 @@ class ModelProcess(Preparation):
         threading.Thread(target=self._watch, args=(gone,), name="muco-watch", daemon=True).start()
 
     def run(self, prepared: Sequence[Prepared]) -> list[Embedded]:
-        """See :meth:`Engine.run`.
-
-        Raises:
-            Exception: What that raised, or a RuntimeError if the process is not there any more.
-        """
+        """See :meth:`Engine.run`; raises what that raised, or a RuntimeError if the process is not there any more."""
         with self._one_at_a_time:
             try:
                 send(self._pipe, [replace(one, batch=_as_numpy(one.batch)) for one in prepared])
@@ -164,11 +158,7 @@ def send(pipe: Connection, value: Any) -> None:
 
 
 def receive(pipe: Connection) -> Any:
-    """What :func:`send` sent.
-
-    Raises:
-        EOFError: If the other side is gone.
-    """
+    """What :func:`send` sent; EOFError if the other side is gone."""
     size, parts, head = pickle.loads(pipe.recv_bytes())
     if not size:
         return pickle.loads(head, buffers=parts)
@@ -182,13 +172,9 @@ def receive(pipe: Connection) -> Any:
 
 
 # Torch would send every tensor through shared memory of its own, which costs more than a small one takes.
-def _as_numpy(batch: Any) -> Any:
-    return _each(batch, lambda value: value.numpy() if isinstance(value, torch.Tensor) else value)
+def _as_numpy(batch: Mapping[str, Any] | None) -> Any:
+    return batch and {key: value.numpy() for key, value in batch.items()}
 
 
-def _as_tensors(batch: Any) -> Any:
-    return _each(batch, lambda value: value if isinstance(value, torch.Tensor) else torch.from_numpy(value))
-
-
-def _each(batch: Mapping[str, Any] | None, change: Callable[[Any], Any]) -> Any:
-    return None if batch is None else {key: change(value) for key, value in batch.items()}
+def _as_tensors(batch: Mapping[str, Any] | None) -> Any:
+    return batch and {key: torch.from_numpy(value) for key, value in batch.items()}

@@ -26,14 +26,10 @@ from muco.serve.schema import (
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads requests for one server.
-
-    Args:
-        instructions: input_type -> instruction.
-    """
+    """Reads requests for one server."""
 
     limits: RequestLimits
-    instructions: Mapping[str, str] = field(default_factory=dict)
+    instructions: Mapping[str, str] = field(default_factory=dict)  # by input_type
 
     def embeddings(self, request: EmbeddingsRequest) -> list[Item]:
         if (request.input is None) == (request.messages is None):
@@ -44,7 +40,11 @@ class Reader:
         instruction = self._instruction(request.instruction, request.input_type)
         if request.input is not None:
             entries = [request.input] if isinstance(request.input, str) else request.input
-            items = [self._entry(entry, f"input[{n}]", instruction) for n, entry in enumerate(entries)]
+            given = [ItemInput(text=entry) if isinstance(entry, str) else entry for entry in entries]
+            items = [
+                self._item(each.text or "", [each.image, *each.images], f"input[{n}]", instruction)
+                for n, each in enumerate(given)
+            ]
         else:
             many: Any = request.messages if isinstance(request.messages[0], list) else [request.messages]
             for number, conversation in enumerate(many):
@@ -77,8 +77,7 @@ class Reader:
             raise RequestError(f"at most {self.limits.hits} hits", "k")
         if not asked:
             return None
-        images = [request.image] if request.image else []
-        item = self._item(request.text or "", images, "query", request.instruction or "")
+        item = self._item(request.text or "", [request.image or None], "query", request.instruction or "")
         return self._checked([item])[0]
 
     def _instruction(self, text: str | None, input_type: str | None) -> str:
@@ -91,13 +90,8 @@ class Reader:
             raise RequestError(f"unknown input_type; known are {known}", "input_type")
         return self.instructions.get(input_type, "")
 
-    def _entry(self, entry: str | ItemInput, where: str, instruction: str) -> Item:
-        if isinstance(entry, str):
-            return self._item(entry, [], where, instruction)
-        images = [*([entry.image] if entry.image is not None else []), *entry.images]
-        return self._item(entry.text or "", images, where, instruction)
-
-    def _item(self, text: str, images: Sequence[str], where: str, instruction: str) -> Item:
+    def _item(self, text: str, images: Sequence[str | None], where: str, instruction: str) -> Item:
+        images = [image for image in images if image is not None]
         if not text and not images:
             raise RequestError(f"{where}: nothing to embed; give text, an image or both", where)
         return Item((_instructed(text, instruction),), tuple(images), where=where)
@@ -109,11 +103,16 @@ class Reader:
         user = [_parts(message.content) for message in messages if message.role == "user"]
         if not user:
             raise RequestError(f"{where}: no user message to embed", where)
-        if turns is not None:
-            return _turns(user, where, instruction, turns)
-        if len(user) > 1:
-            raise RequestError(f"{where}: several user messages; for a vector each, set 'turns'", where)
-        return self._item(*user[0], where, instruction)
+        if turns is None:
+            if len(user) > 1:
+                raise RequestError(f"{where}: several user messages; for a vector each, set 'turns'", where)
+            return self._item(*user[0], where, instruction)
+        images = user[0][1]
+        if any(others for _, others in user[1:]):
+            raise RequestError(f"{where}: with 'turns', put images in the first user message", where)
+        if not images and not all(text for text, _ in user):
+            raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
+        return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), turns, where=where)
 
     def _checked(self, items: list[Item]) -> list[Item]:
         limits = self.limits
@@ -146,18 +145,6 @@ def _system(messages: Sequence[Message], where: str, instruction: str) -> str:
     if images:
         raise RequestError(f"{where}: a system message holds text only", where)
     return text
-
-
-def _turns(
-    user: Sequence[tuple[str, list[str]]], where: str, instruction: str, mode: Literal["isolated", "compounded"]
-) -> Item:
-    """Every user message as a turn; ``user`` holds their texts and images."""
-    images = user[0][1]
-    if any(others for _, others in user[1:]):
-        raise RequestError(f"{where}: with 'turns', put images in the first user message", where)
-    if not images and not all(text for text, _ in user):
-        raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
-    return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), mode, where=where)
 
 
 def _check_assistant(messages: Sequence[Message], where: str, request: VLLMOptions) -> None:

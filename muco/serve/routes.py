@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import APIRouter, Request
+from prometheus_client import generate_latest
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -37,9 +38,6 @@ openai, cohere, about, searching = APIRouter(), APIRouter(), APIRouter(), APIRou
 log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------- OpenAI's shape, and vLLM's
-
-
 @openai.post("/v1/embeddings", responses=REFUSALS)
 async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     """Embeds texts, items or conversations: OpenAI's and vLLM's shape."""
@@ -49,7 +47,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     items = service.reader.embeddings(body)
     results = await service.answered(request, service.embedded(items))
     vectors = shortened(results, dimension)
-    values: list[Any] = _base64(vectors) if body.encoding_format == "base64" else vectors.tolist()
+    values = _as_type(vectors, body.encoding_format)
     tokens = usage(results)
     total = sum(tokens.values())
     details = {"text_tokens": tokens["text"], "image_tokens": tokens["image"]}
@@ -61,9 +59,6 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
             "usage": {"prompt_tokens": total, "total_tokens": total, "prompt_tokens_details": details},
         }
     )
-
-
-# ---------------------------------------------------------------- Cohere's shape
 
 
 @cohere.post("/v2/embed", responses=REFUSALS)
@@ -109,15 +104,12 @@ def _as_type(vectors: np.ndarray, name: str) -> list[Any]:
     if name == "float":
         return vectors.tolist()
     if name == "base64":
-        return _base64(vectors)
+        return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
     if name == "int8":
         largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
         return np.rint(vectors / largest * 127).astype(np.int8).tolist()
     bits = np.packbits(vectors > 0, axis=1)
     return bits.tolist() if name == "ubinary" else (bits.astype(np.int16) - 128).tolist()
-
-
-# ---------------------------------------------------------------- about the server
 
 
 @about.get("/v1/models", responses=REFUSALS)
@@ -159,11 +151,8 @@ async def health() -> Response:
 @about.get("/metrics", responses={**REFUSALS, 200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Counters for Prometheus."""
-    text = service_of(request).metrics.text()
+    text = generate_latest(service_of(request).metrics.registry)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-# ---------------------------------------------------------------- search
 
 
 @searching.post("/search", responses=REFUSALS)
@@ -194,21 +183,13 @@ async def _hits(service: Service, request: SearchRequest) -> list[Hit]:
 
 def _as_json(hit: Hit) -> dict[str, Any]:
     """A hit without the path of its image, which a client must not learn."""
-    thumbnail = None
+    shown = {"id": hit.id, "score": float(hit.score), "text": hit.text, "thumbnail": None, "extra": in_json(hit.extra)}
     if hit.thumbnail is not None:
-        thumbnail = "data:image/jpeg;base64," + base64.b64encode(hit.thumbnail).decode()
-    extra = in_json(hit.extra)
-    return {"id": hit.id, "score": float(hit.score), "text": hit.text, "thumbnail": thumbnail, "extra": extra}
-
-
-# ---------------------------------------------------------------- what the shapes share
+        shown["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(hit.thumbnail).decode()
+    return shown
 
 
 def _json(content: Mapping[str, Any]) -> Response:
     """JSON of anything that a column may hold: bytes as base64, NaN and infinity as null."""
     body = to_json(content, bytes_mode="base64", inf_nan_mode="null", fallback=str)
     return Response(body, media_type="application/json")
-
-
-def _base64(vectors: np.ndarray) -> list[str]:
-    return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]

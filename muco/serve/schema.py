@@ -39,39 +39,22 @@ REFUSED = {  # fields of vLLM that would change a vector
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may ask for; more is an answer 400 or 413 that says so.
-
-    Args:
-        body_bytes: Of a request's body.
-        depth: Brackets within brackets in its JSON.
-        seconds: For reading a body, and again for answering it.
-        items: Embedded by one request; every turn counts.
-        turns: Of one conversation.
-        images: In one request.
-        characters: Of one text.
-        tokens: Of one item, its images included.
-        hits: Of one search.
-        image: Of one image.
-    """
+    """What one request may ask for; more is an answer 400 or 413 that says so."""
 
     body_bytes: int = 64 * 2**20
-    depth: int = 32
-    seconds: float = 60.0
-    items: int = 256
-    turns: int = 64
+    depth: int = 32  # brackets within brackets in its JSON
+    seconds: float = 60.0  # for reading a body, and again for answering it
+    items: int = 256  # embedded; every turn counts
+    turns: int = 64  # of one conversation
     images: int = 64
-    characters: int = 100_000
-    tokens: int = 8192
-    hits: int = 100
+    characters: int = 100_000  # of one text
+    tokens: int = 8192  # of one item, its images included
+    hits: int = 100  # of one search
     image: ImageLimits = field(default_factory=ImageLimits)
 
 
 class RequestError(MucoError):
-    """A request that cannot be answered as it is.
-
-    Args:
-        param: The part of the request that is wrong.
-    """
+    """A request that cannot be answered as it is; ``param`` is the part of it that is wrong."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
@@ -163,10 +146,7 @@ def _flat(value: Any) -> Any:
     return value
 
 
-Entry = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[ItemInput, Tag("<item>")],
-    _form(text=str, item=dict),
-]
+Entry = Annotated[Annotated[str, Tag("<text>")] | Annotated[ItemInput, Tag("<item>")], _form(text=str, item=dict)]
 Entries = Annotated[list[Entry], MANY]
 Conversation = Annotated[list[Message], MANY]
 Conversations = Annotated[list[Conversation], MANY]
@@ -174,9 +154,6 @@ Conversations = Annotated[list[Conversation], MANY]
 
 def _one_or_many(value: Any) -> str:
     return "<conversations>" if isinstance(value, list) and value and isinstance(value[0], list) else "<conversation>"
-
-
-# ---------------------------------------------------------------- requests
 
 
 class VLLMOptions(_Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from fastapi import FastAPI, Request
 
+from muco.base.fetch import fetch
 from muco.errors import MucoError
 from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
 from muco.serve.engine import Embedded, Engine, Item
-from muco.serve.guard import ClientGone
-from muco.serve.images import Fetcher
-from muco.serve.metrics import Metrics
+from muco.serve.guard import ClientGone, Metrics
+from muco.serve.images import is_url
 from muco.serve.process import ModelProcess
 from muco.serve.reader import Reader
 from muco.serve.schema import RequestError, RequestLimits
@@ -26,31 +27,23 @@ if TYPE_CHECKING:
     from muco.search import Index
 
 Answer = TypeVar("Answer")
+FETCHES = 8  # at once
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a server offers.
-
-    Args:
-        name: Of the model, as clients call it.
-        dimensions: To which vectors may be cut, besides their whole length.
-        index: To search in; None: there is no search.
-        instructions: input_type -> instruction.
-        token, hosts: See :class:`muco.serve.guard.Guard`.
-        origins: Of pages elsewhere whose scripts may ask and read answers, "https://example.com"; "*": of any page.
-    """
+    """What a server offers; see :class:`muco.serve.guard.Guard` for ``token`` and ``hosts``."""
 
     engine: Engine | ModelProcess
-    name: str
+    name: str  # of the model, as clients call it
     limits: RequestLimits = field(default_factory=RequestLimits)
     batches: BatchLimits = field(default_factory=BatchLimits)
-    dimensions: tuple[int, ...] = ()
-    index: Index | None = None
-    instructions: Mapping[str, str] = field(default_factory=dict)
+    dimensions: tuple[int, ...] = ()  # to which vectors may be cut, besides their whole length
+    index: Index | None = None  # None: there is no search
+    instructions: Mapping[str, str] = field(default_factory=dict)  # by input_type
     token: str | None = None
     hosts: frozenset[str] | None = None
-    origins: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()  # of pages elsewhere whose scripts may ask: "https://example.com"; "*": of any page
 
 
 class Service:
@@ -63,8 +56,7 @@ class Service:
             served.engine.prepare, served.engine.run, served.batches, observe=lambda *sizes: self.metrics.batch(*sizes)
         )
         self.metrics = Metrics(lambda: self.batcher.unfinished)
-        fetch = served.limits.image.fetch
-        self.fetcher = None if fetch is None else Fetcher(fetch)
+        self.fetching = ThreadPoolExecutor(FETCHES, "muco-fetch")
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -73,14 +65,11 @@ class Service:
             yield
         finally:
             await self.batcher.close()
-            if self.fetcher is not None:
-                self.fetcher.close()
+            self.fetching.shutdown(wait=False, cancel_futures=True)
 
     async def embedded(self, items: Sequence[Item]) -> list[Embedded]:
         try:
-            if self.fetcher is not None and any(item.images for item in items):
-                items = await asyncio.gather(*map(self._with_images, items))
-            results = await self.batcher.submit(items)
+            results = await self.batcher.submit(await asyncio.gather(*map(self._with_images, items)))
         except QueueFull:
             raise RequestError("too many requests wait; try again", status=503, code="queue_full") from None
         except ShuttingDown:
@@ -91,9 +80,16 @@ class Service:
         return results
 
     async def _with_images(self, item: Item) -> Item:
-        assert self.fetcher is not None
+        """The item with bytes in the place of URLs, of which some are fetched at a time over all requests."""
+        loop, limits = asyncio.get_running_loop(), self.served.limits.image.fetch
+
+        async def one(source: str | bytes) -> str | bytes:
+            return await loop.run_in_executor(self.fetching, fetch, source, limits) if is_url(source) else source
+
+        if limits is None or not any(map(is_url, item.images)):
+            return item
         try:
-            return replace(item, images=tuple(await self.fetcher.replace(item.images)))
+            return replace(item, images=tuple(await asyncio.gather(*map(one, item.images))))
         except MucoError as error:
             raise RequestError(f"{item.where}: {error}", item.where) from None
 
@@ -125,10 +121,9 @@ class Service:
             return full
         if asked in self.served.dimensions:
             return asked
-        if not self.served.dimensions:
-            raise RequestError(f"the model's vectors have {full} dimensions; it was not trained for fewer", param)
         accepted = ", ".join(map(str, sorted({*self.served.dimensions, full})))
-        raise RequestError(f"the model was trained for {accepted}", param)
+        why = f"the model's vectors have {full} dimensions; it was not trained for fewer"
+        raise RequestError(f"the model was trained for {accepted}" if self.served.dimensions else why, param)
 
 
 def service_of(request: Request) -> Service:

@@ -1,4 +1,4 @@
-"""What the studies share: the scenes that they train on, and the recipe that they change."""
+"""What the studies share, scenes to train on and a recipe to change; and the studies of fine-tuning and dear images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from muco.data.jsonl import write_jsonl
 from muco.data.scenes import write_scenes
+from muco.study.design import Column, Equal, Point, Run, Study
 
 SCENES, TEST = 20_000, 500  # training and held-out scenes at scale 1
 HELD_OUT = ("global", "creative")  # kinds of turns that fine-tuning never sees
@@ -30,6 +31,8 @@ BASE = {
 }
 PLAIN = BASE | {"data": {"train": [{"path": "{train}"}]}}  # on the whole training set, the scenes' or a user's
 
+SCORES = tuple(Column(name.replace("_", " "), (name,)) for name in ("image_to_caption", "answer", "within"))
+
 SINGLE = {"turns": {"limit": 1}}
 COMPOUNDED = {"turns": {"mode": "compounded"}}
 
@@ -39,20 +42,15 @@ def steps(count: int, **trainer: Any) -> dict[str, Any]:
     return {"trainer": {"max_steps": count, "warmup_steps": count // 20, **trainer}}
 
 
-def plain_scenes(folder: Path, scale: float) -> None:
+def plain_scenes(folder: Path, scale: float, seed: int = SEED) -> None:
     """``train.jsonl`` and ``test.jsonl``; the test set does not grow beyond scale 1, so that its scores compare."""
-    write_sets(folder, scale, SEED)
+    test = min(TEST, max(32, round(TEST * scale)))
+    write_scenes(folder, train=max(64, round(SCENES * scale)), dev=0, test=test, seed=seed)
 
 
 def fresh_scenes(folder: Path, scale: float) -> None:
     """The same, of scenes that no other study has."""
-    write_sets(folder, scale, FRESH)
-
-
-def write_sets(folder: Path, scale: float, seed: int, train: int = SCENES, **drawing: Any) -> None:
-    """Both sets, ``train`` at scale 1; ``drawing`` is passed on to :func:`muco.data.scenes.write_scenes`."""
-    test = min(TEST, max(32, round(TEST * scale)))
-    write_scenes(folder, train=max(64, round(train * scale)), dev=0, test=test, seed=seed, **drawing)
+    plain_scenes(folder, scale, FRESH)
 
 
 def scenes_in_two_stages(folder: Path, scale: float) -> None:
@@ -77,3 +75,181 @@ def _single_pairs(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         wordings = turn["query"] if isinstance(turn["query"], list) else [turn["query"]]
         query = [{"text": wording, "caption": caption} for wording in wordings]
         yield {"image": row["image"], "turns": [turn | {"query": query}], "id": row["id"]}
+
+
+def fine_tuning(mode: str, **loss: Any) -> dict[str, Any]:
+    """A recipe for the pairs of :func:`muco.study.base.scenes_in_two_stages`."""
+    return {
+        "data": {"train": [{"path": "{data}/pairs.jsonl"}]},
+        "turns": {"mode": mode},
+        "loss": loss,
+        "batch": {"size": 64},
+        "trainer": {"max_steps": 300, "warmup_steps": 15, "learning_rate": 5e-4},
+    }
+
+
+MULTI_TURN = {"data": {"train": [{"path": "{data}/pretrain.jsonl"}]}}
+JOINT = fine_tuning("reconstruction", joint=True)
+
+FINETUNE = Study(
+    name="finetune",
+    question="Does reconstruction help fine-tuning on single pairs, and is the mask of the counterpart needed?",
+    base=BASE,
+    runs=(
+        Run("untrained", MULTI_TURN | {"trainer": {"max_steps": 1, "learning_rate": 0.0}}, shown=False),
+        Run("pre-trained", MULTI_TURN | {"trainer": {"max_steps": 400, "warmup_steps": 20}}),
+        Run("plain pairs", fine_tuning("isolated"), start="pre-trained"),
+        Run("reconstruction, joint", JOINT, start="pre-trained"),
+        Run("reconstruction, separate", fine_tuning("reconstruction"), start="pre-trained"),
+        Run(
+            "joint without mask",
+            fine_tuning("reconstruction", joint=True, mask_counterpart=False),
+            start="pre-trained",
+        ),
+        Run("plain from scratch", fine_tuning("isolated"), start="untrained"),
+        Run("reconstruction from scratch", JOINT, start="untrained"),
+    ),
+    columns=(
+        Column("tasks trained on", ("answer/classification", "answer/local", "image_to_caption")),
+        Column("tasks held out", ("answer/global", "answer/creative")),
+        SCORES[0],
+        SCORES[2],
+    ),
+    prepare=scenes_in_two_stages,
+    compared=(
+        ("reconstruction, joint", "plain pairs"),
+        ("reconstruction, separate", "plain pairs"),
+        ("reconstruction, joint", "joint without mask"),
+        ("plain pairs", "plain from scratch"),
+        ("reconstruction from scratch", "plain from scratch"),
+    ),
+    notes=(
+        "Pre-training: 400 steps of 32 images with their seven turns. Fine-tuning: 300 steps of 64 pairs of other "
+        f"images, one turn each, of kinds other than {' and '.join(HELD_OUT)}. From scratch: fine-tuning only.",
+        "In reconstruction the image of a hidden counterpart is replaced by its caption, as in the paper.",
+        "A run with reconstruction costs more operations per step than plain pairs; see the column.",
+    ),
+)
+
+# ── identical targets ────────────────────────────────────────────────────────────────────────────────────────────────
+
+VOCABULARIES = {"1440 answers": 9, "48 answers": 2, "8 answers": 1}  # words that are kept of an answer
+TREATMENTS = {
+    "masked": {},
+    "left out": {"data": {"duplicates": "leave_out"}},
+    "as negatives": {"loss": {"mask_identical_targets": False}},
+}
+
+
+def scenes_with_few_answers(folder: Path, scale: float) -> None:
+    """The two stages' data, and of classification turns ``pairs-N.jsonl`` and ``test-N.jsonl`` by words kept."""
+    scenes_in_two_stages(folder, scale)
+    half = max(64, round(SCENES * scale)) // 2
+    for split, first in (("train", half), ("test", 0)):
+        rows = rows_of(folder / f"{split}.jsonl")[first:]
+        for words in VOCABULARIES.values():
+            name = f"{'pairs' if split == 'train' else 'test'}-{words}.jsonl"
+            write_jsonl(folder / name, (_classification(row, words) for row in rows))
+
+
+def _classification(row: dict[str, Any], words: int) -> dict[str, Any]:
+    turns = [turn for turn in row["turns"] if turn["kind"] == "classification"]
+    return row | {"turns": [turn | {"target": " ".join(turn["target"].split()[:words])} for turn in turns]}
+
+
+def _few_answers(words: int, treatment: dict[str, Any]) -> dict[str, Any]:
+    source = {"train": [{"path": f"{{data}}/pairs-{words}.jsonl"}]}
+    trainer = {"max_steps": 150, "warmup_steps": 8, "learning_rate": 5e-4}
+    data, loss = source | treatment.get("data", {}), treatment.get("loss", {})
+    return {"data": data, "loss": loss, "batch": {"size": 64}, "trainer": trainer}
+
+
+NEGATIVES = Study(
+    name="negatives",
+    question="What becomes of identical targets in a batch: masked, left out, or taken for negatives?",
+    base=BASE,
+    runs=(
+        Run("pre-trained", MULTI_TURN | {"trainer": {"max_steps": 300, "warmup_steps": 15}}, shown=False),
+        *(
+            Run(f"{name}, {how}", _few_answers(words, change), start="pre-trained", test=f"{{data}}/test-{words}.jsonl")
+            for name, words in VOCABULARIES.items()
+            for how, change in TREATMENTS.items()
+        ),
+    ),
+    columns=(Column("answer", ("answer/classification",)), Column("final loss, nats", ("loss",), percent=False)),
+    prepare=scenes_with_few_answers,
+    compared=tuple(
+        (f"{name}, masked", f"{name}, {how}") for name in VOCABULARIES for how in ("left out", "as negatives")
+    ),
+    notes=(
+        "Fine-tuning on single classification pairs, 64 per step, 150 steps, after 300 steps of multi-turn "
+        "pre-training; the answers are cut to fewer words, so that more of a batch are equal.",
+        "hit@1 is among all answers that there are, at most 100: the rows of one vocabulary can be compared, those of "
+        "different ones cannot.",
+    ),
+)
+
+# ── how dear the image is ─────────────────────────────────────────────────────────────────────────────────────────────
+
+# how dear an image is: visual tokens of a picture of 84 px, and layers that it passes through; steps of k = 7
+IMAGES: dict[str, tuple[dict[str, int], int]] = {
+    "9 tokens, depth 1": ({"patch": 14, "vision_depth": 1}, 240),
+    "9 tokens, depth 6": ({"patch": 14, "vision_depth": 6}, 220),
+    "36 tokens, depth 4": ({"patch": 7, "vision_depth": 4}, 180),
+}
+WARMED = {"warm_up": {"steps": 200}, "trainer": {"max_steps": 1, "warmup_steps": 0, "learning_rate": 0.0}}
+FROZEN = {"model": {"vision": "frozen"}}
+SCRATCH, TEXT, SEEING = "from scratch", "text warmed up", "pre-trained, vision frozen"
+
+
+def _pair(image: str, start: str, first: str | None, recipe: dict[str, Any]) -> Iterator[Run]:
+    """k = 7, and k = 1 at equal seconds."""
+    seven = f"{image}, {start}, k = 7"
+    yield Run(seven, recipe, start=first)
+    yield Run(f"{image}, {start}, k = 1", recipe | SINGLE, start=first, equal=Equal(seven, "seconds"))
+
+
+def _runs() -> Iterator[Run]:
+    for image, (sizes, count) in IMAGES.items():
+        model = {"model": {"tiny": sizes, "vision": "trained"}}
+        yield from _pair(image, SCRATCH, None, model | steps(count))
+        yield Run(f"{image}, text", model | WARMED, shown=False)
+        yield from _pair(image, TEXT, f"{image}, text", steps(count))
+        start = f"{image}, {SCRATCH}, k = 7"
+        yield from _pair(image, SEEING, start, FROZEN | steps(count, learning_rate=5e-4))
+
+
+_POINTS = tuple(
+    Point(start, f"{image}, {start}, k = 7", f"{image}, {start}, k = 1", image)
+    for start in (SCRATCH, TEXT, SEEING)
+    for image in IMAGES
+)
+
+IMAGE_SHARE = Study(
+    name="image-share",
+    question="Where do seven turns pay at equal seconds, by how dear the image is and by what training starts from?",
+    base=PLAIN | {"loss": {"symmetric": True}},
+    runs=tuple(_runs()),
+    columns=SCORES,
+    prepare=plain_scenes,
+    compared=(
+        *((point.a, point.b) for point in _POINTS),
+        *((f"{i}, {SEEING}, k = {k}", f"{i}, {SCRATCH}, k = 7") for i in IMAGES for k in (7, 1)),  # against the start
+    ),
+    points=_POINTS,
+    notes=(
+        "Above zero seven isolated turns are better than one at equal seconds. To the left the image takes most of a "
+        "step and six more turns cost little, as with large models and large images: 1.2 times the operations of one "
+        "turn with Qwen2-VL-2B (`muco study flops`).",
+        "From scratch: random weights. Text warmed up: 200 steps of next-token prediction on the texts, which teaches "
+        "the model to give all texts nearly the same vector. Pre-trained, vision frozen: training continues from the "
+        "run 'from scratch, k = 7' of the same image and seed, with the vision tower frozen. Starts are shared by both "
+        "runs of a pair and not counted.",
+        "The pre-trained start favours k = 7: it was trained with k = 7, on the batches that k = 7 then sees again. "
+        "The last rows of differences compare both with the start.",
+        "All train in both directions, query to target and target to query, by which more is learnt in the same time.",
+        "The dearer the image, the fewer steps fit in a time; near chance on both sides a difference says nothing, so "
+        "look at the table beside the plot. More steps: --scale 3.",
+        "A step's seconds are taken alone, batch and optimizer included.",
+    ),
+)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from muco.errors import MucoError
 from muco.training.folder import MODEL
 
 Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" and "seconds" of one of its steps
@@ -17,15 +16,10 @@ Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" a
 
 @dataclass(frozen=True)
 class Equal:
-    """A run makes the number of steps that costs what another run costs.
+    """A run makes the number of steps that costs what another run costs."""
 
-    Args:
-        to: That run's name.
-        by: What is equal in the end: "pairs" trained, "flops" counted, or "seconds", taken before the runs.
-    """
-
-    to: str
-    by: Literal["pairs", "flops", "seconds"]
+    to: str  # that run's name
+    by: Literal["pairs", "flops", "seconds"]  # what is equal in the end; seconds are taken before the runs
 
 
 @dataclass(frozen=True)
@@ -33,52 +27,37 @@ class Run:
     """One training of a study, made once per seed.
 
     Args:
-        name: As the table shows it.
         recipe: What differs from the study's base recipe. ``{data}`` in a path is the study's data folder, ``{train}``
             and ``{test}`` are its sets, or those of a user.
-        start: The run whose model this one starts from; None: from what the recipe says.
-        shown: Whether the table has a row for it.
-        test: Its held-out set, where it is not the study's.
         equal: Sets its steps, and its warm-up steps in proportion; what the recipe says of them is not used.
     """
 
-    name: str
+    name: str  # as the table shows it
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    start: str | None = None
-    shown: bool = True
-    test: str | None = None
+    start: str | None = None  # the run whose model this one starts from; None: from what the recipe says
+    shown: bool = True  # whether the table has a row for it
+    test: str | None = None  # its held-out set, where it is not the study's
     equal: Equal | None = None
 
 
 @dataclass(frozen=True)
 class Column:
-    """A score of the table: the mean of some entries of a result.
-
-    Args:
-        scores: Their names, see :func:`muco.study.one.flat_scores` and :mod:`muco.study.probes`.
-        percent: Whether they are shares, which are shown in %.
-        digits: After the point.
-    """
+    """A score of the table: the mean of some entries of a result."""
 
     title: str
-    scores: tuple[str, ...]
-    percent: bool = True
-    digits: int = 1
+    scores: tuple[str, ...]  # see :func:`muco.study.one.flat_scores` and :mod:`muco.study.probes`
+    percent: bool = True  # whether they are shares, which are shown in %
+    digits: int = 1  # after the point
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a plot: by how much run ``a`` is better than ``b``, over how many times its step costs.
+    """A point of a plot: by how much run ``a`` is better than ``b``, over how many times its step costs."""
 
-    Args:
-        series: Points of one series are joined by a line.
-        label: What makes this point, shown at it.
-    """
-
-    series: str
+    series: str  # points of one are joined by a line
     a: str
     b: str
-    label: str = ""
+    label: str = ""  # what makes this point, shown at it
 
 
 @dataclass(frozen=True)
@@ -86,30 +65,21 @@ class Study:
     """Several trainings that differ in one thing each.
 
     Args:
-        question: A sentence for the top of the page.
-        base: The recipe that all runs share.
-        prepare: Writes the data into a folder, given the scale: 1.0 for all of it.
-        test: The held-out set.
-        compared: Pairs of runs (a, b) of which the page shows a − b, paired by seed.
-        notes: What a reader has to know to read the table.
-        probes: Names of :data:`muco.study.probes.PROBES`, whose scores every run gets besides.
-        seeds: How many there are unless more are asked for.
-        registered: What was expected, or what will decide, written down before the runs.
         points: For a plot of differences of the first column over the ratio of seconds per step; empty: the usual plot.
     """
 
     name: str
-    question: str
-    base: Mapping[str, Any]
+    question: str  # a sentence for the top of the page
+    base: Mapping[str, Any]  # the recipe that all runs share
     runs: tuple[Run, ...]
     columns: tuple[Column, ...]
-    prepare: Callable[[Path, float], None]
-    test: str = "{test}"
-    compared: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-    probes: tuple[str, ...] = ()
-    seeds: int = 3
-    registered: tuple[str, ...] = ()
+    prepare: Callable[[Path, float], None]  # writes the data into a folder, given the scale: 1.0 for all of it
+    test: str = "{test}"  # the held-out set
+    compared: tuple[tuple[str, str], ...] = ()  # runs (a, b) of which the page shows a − b, paired by seed
+    notes: tuple[str, ...] = ()  # what a reader has to know to read the table
+    probes: tuple[str, ...] = ()  # of :data:`muco.study.probes.PROBES`, whose scores every run gets besides
+    seeds: int = 3  # unless others are asked for
+    registered: tuple[str, ...] = ()  # what was expected, or what will decide, written down before the runs
     points: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,9 +133,7 @@ def recipe_of(
 
     Args:
         scale: Of the number of steps, of warm-up steps and of a language warm-up's; every run makes at least one step.
-        folder: The study's.
         costs: Of a step, where the run equals another one.
-        sets: A user's data; None: the study's own.
     """
     values = filled(_merged(study.base, run.recipe), folder, sets)
     values |= {"output": str(folder_of(folder, run.name, seed) / "run"), "seed": seed}
@@ -215,14 +183,9 @@ def filled(value: Any, folder: Path, sets: Sets | None = None) -> Any:
     if not isinstance(value, str):
         return value
     data = folder / "data"
-    places = {
-        "{data}": str(data),
-        "{train}": sets.train if sets else str(data / "train.jsonl"),
-        "{test}": sets.test if sets else str(data / "test.jsonl"),
-    }
-    for name, place in places.items():
-        value = value.replace(name, place)
-    return value
+    value = value.replace("{data}", str(data))
+    value = value.replace("{train}", sets.train if sets else str(data / "train.jsonl"))
+    return value.replace("{test}", sets.test if sets else str(data / "test.jsonl"))
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,9 +194,3 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         inner = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = _merged(result[key], value) if inner else copy.deepcopy(value)
     return result
-
-
-def checked_scale(scale: float) -> float:
-    if not 0 < scale <= 100:
-        raise MucoError(f"--scale is {scale:g}; pass more than 0, e.g. 0.1 for a tenth of the steps and of the data")
-    return scale

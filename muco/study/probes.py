@@ -8,22 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from muco.data.source import InMemory
-from muco.dialogue import Content, Sample
-from muco.negatives import TurnIds
+from muco.data.source import Data, InMemory
+from muco.dialogue import Content
+from muco.model import Model
 from muco.training.batches import TrainingBatches
 from muco.training.blind import pictured
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
-    from muco.model import Model
 
 SAMPLES, BATCHES = 32, 4  # dialogues among which one is looked for, and how often
 DESCRIBED = 200  # samples of which the coherence is taken
@@ -38,12 +33,8 @@ def turns_found(
     """Share of turns whose target scores above the targets of all other samples; a tie is lost.
 
     This is what the training loss asks for. By the kind of its question alone a turn finds its target once in as many
-    times as there are samples.
-
-    Args:
-        query, target: float [turns, dim], row i of one belongs to row i of the other.
-        sample_ids: [turns]; turns of the own sample are no rivals.
-        target_ids: [turns]; equal ones are no rivals either.
+    times as there are samples. Rows of ``query`` and ``target`` (float [turns, dim]) belong together; turns of the own
+    sample, by ``sample_ids`` [turns], are not rivals, nor are those of an equal ``target_ids`` [turns].
     """
     scores = query @ target.T
     rivals = sample_ids[:, None] != sample_ids[None, :]
@@ -57,11 +48,8 @@ def dialogues_found(query: np.ndarray, target: np.ndarray, sample_ids: np.ndarra
     """Share of samples whose query dialogue scores highest with their own target dialogue; a tie is lost.
 
     The score of two dialogues is the sum over the turns that both have, the first with the first, and so on. So two
-    orders of questions that differ show here, even where no single turn knows of the order.
-
-    Args:
-        query, target: float [turns, dim], the turns of a sample one after another.
-        sample_ids: [turns], whose they are.
+    orders of questions that differ show here, even where no single turn knows of the order. The turns of a sample, by
+    ``sample_ids`` [turns], come one after another in ``query`` and ``target`` (float [turns, dim]).
     """
     _, first, owner = np.unique(sample_ids, return_index=True, return_inverse=True)
     place = np.arange(len(sample_ids)) - first[owner]
@@ -106,12 +94,7 @@ def cross_cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
-    """Mean cosine of two different vectors of one owner, over owners of two or more; NaN if there is none.
-
-    Args:
-        vectors: [n, dim] of length 1.
-        owners: [n], whose each is.
-    """
+    """Mean cosine of two different vectors [n, dim], of length 1, of one of the ``owners`` [n]; NaN if all have one."""
     means = []
     for owner in np.unique(owners):
         own = vectors[owners == owner]
@@ -140,24 +123,16 @@ def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
     swapped = InMemory(row.with_images(other.images) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True))
     scores: dict[str, float] = {}
     for view, own, blind in (("sighted", rows, False), ("blank", rows, True), ("swapped", swapped, False)):
-        found = [_matched(*batch) for batch in _dialogues(model, own, recipe, blind=blind)]
-        scores |= {f"leak/{view}/{what}": float(np.mean([batch[what] for batch in found])) for what in found[0]}
+        batches = _dialogues(model, own, recipe, blind=blind)
+        turns = [turns_found(*batch) for batch in batches]
+        dialogues = [dialogues_found(*batch[:3]) for batch in batches]
+        scores |= {f"leak/{view}/turns": float(np.mean(turns)), f"leak/{view}/dialogues": float(np.mean(dialogues))}
     return scores
 
 
-def _matched(query: np.ndarray, target: np.ndarray, ids: TurnIds) -> dict[str, float]:
-    sample_ids = ids.sample_ids.numpy()
-    return {
-        "turns": turns_found(query, target, sample_ids, ids.target_ids.numpy()),
-        "dialogues": dialogues_found(query, target, sample_ids),
-    }
-
-
 @torch.inference_mode()
-def _dialogues(
-    model: Model, rows: InMemory, recipe: Recipe, *, blind: bool
-) -> list[tuple[np.ndarray, np.ndarray, TurnIds]]:
-    """Query vectors, target vectors and ids of batches of whole samples, as training makes them."""
+def _dialogues(model: Model, rows: InMemory, recipe: Recipe, *, blind: bool) -> list[tuple[np.ndarray, ...]]:
+    """Of batches of whole samples, as training makes them: query and target vectors, ids of samples and targets."""
     size = min(SAMPLES, len(rows))
     turns = replace(recipe.turns, limit=None, image_turn=None)
     if turns.mode == "reconstruction":
@@ -170,7 +145,8 @@ def _dialogues(
     for step in range(len(rows) // size):
         batch = batches[step]
         query, target = (model.embed(batch[side]).cpu().numpy() for side in ("query", "target"))
-        made.append((query, target[batch["ids"].target_rows.numpy()], batch["ids"]))
+        ids = batch["ids"]
+        made.append((query, target[ids.target_rows.numpy()], ids.sample_ids.numpy(), ids.target_ids.numpy()))
     return made
 
 
@@ -193,7 +169,8 @@ def coherence(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
     captions = _encoded(model, [turn.target[0] for turn in described])
     alone = _encoded(model, [Content(images=row.images) for row in rows])
     asked = [(owner, turn) for owner, row in enumerate(rows) for turn in row.turns]
-    questions = _encoded(model, [_asked(rows[owner], turn.query[0]) for owner, turn in asked])
+    contents = [(turn.query[0], rows[owner].images) for owner, turn in asked]
+    questions = _encoded(model, [Content(query.text, (*images, *query.images)) for query, images in contents])
     images = questions[[place for place, (owner, turn) in enumerate(asked) if turn is described[owner]]]
     values = {
         "gap": modality_gap(images, captions),
@@ -206,10 +183,6 @@ def coherence(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
         "turns": agreement(questions, np.array([owner for owner, _ in asked])),
     }
     return {f"coherence/{name}": value for name, value in values.items() if value == value}
-
-
-def _asked(sample: Sample, query: Content) -> Content:
-    return Content(query.text, (*sample.images, *query.images))
 
 
 def _encoded(model: Model, contents: Sequence[Content]) -> np.ndarray:

@@ -2,18 +2,200 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from rich.console import Console
 
 from muco.base.files import write_text
+from muco.base.json_text import finite
+from muco.base.svg import EDGE, HEAD, LETTER, LINE, Mark, chart, element, figure, label, number, rising, ticks, wrapped
 from muco.base.tables import markdown_table, print_whole, table_of_numbers
-from muco.study.design import Study
-from muco.study.plots import plot
-from muco.study.results import Estimate, differences, point_values, table
+from muco.study.design import Column, Study
 
-if TYPE_CHECKING:
-    from rich.console import Console
+# ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % interval; NaN where there is one seed only, or no value."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def half_width(self) -> float:
+        from scipy.stats import t
+
+        count = len(self.values)
+        if count < 2:
+            return math.nan
+        return float(t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
+
+    def text(self, digits: int = 1) -> str:
+        if math.isnan(self.mean):
+            return "–"
+        if math.isnan(self.half_width):
+            return f"{self.mean:.{digits}f}"
+        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def values_of(found: Mapping[str, Any], name: str, column: Column) -> tuple[float, ...]:
+    """A column of a run, one value per seed, in % if it is a share; NaN where it was not or could not be taken."""
+    factor, values = 100.0 if column.percent else 1.0, []
+    for run in found["runs"]:
+        if run["name"] == name:
+            scores = [run["result"]["scores"].get(score) for score in column.scores]
+            values.append(factor * float(np.mean(np.array(scores, dtype=float))))
+    return tuple(values)
+
+
+def table(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per shown run: name, an :class:`Estimate` per column, steps, operations in 10¹² and seconds (means)."""
+    rows = []
+    for run in study.runs:
+        if not run.shown:
+            continue
+        results = [entry["result"] for entry in found["runs"] if entry["name"] == run.name]
+        seconds = [result["seconds"] for result in results if result["seconds"] is not None]
+        rows.append(
+            {
+                "name": run.name,
+                "columns": {c.title: Estimate(values_of(found, run.name, c)) for c in study.columns},
+                "steps": float(np.mean([result["steps"] for result in results])),
+                "tflops": float(np.mean([result["flops"] for result in results])) / 1e12,
+                "seconds": float(np.mean(seconds)) if seconds else math.nan,
+            }
+        )
+    return rows
+
+
+def table_as_json(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """:func:`table` as JSON can hold it; None for what is unknown."""
+    rows = table(study, found)
+    for row in rows:
+        row["columns"] = {
+            title: {"mean": each.mean, "half_width": each.half_width, "values": list(each.values)}
+            for title, each in row["columns"].items()
+        }
+    return finite(rows)
+
+
+def _difference(found: Mapping[str, Any], a: str, b: str, column: Column) -> Estimate:
+    pairs = zip(values_of(found, a, column), values_of(found, b, column), strict=True)
+    return Estimate(tuple(x - y for x, y in pairs))
+
+
+def differences(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each comparison and column a − b, paired by seed."""
+    return [
+        {"a": a, "b": b, "columns": {c.title: _difference(found, a, b, c) for c in study.columns}}
+        for a, b in study.compared
+    ]
+
+
+def point_values(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each point of a study: series, label, ratio of seconds per step, and difference in the first column."""
+    seconds = {name: cost["seconds"] for name, cost in found["costs"].items()}
+    return [
+        {
+            "series": point.series,
+            "label": point.label,
+            "ratio": seconds[point.a] / seconds[point.b],
+            "difference": _difference(found, point.a, point.b, study.columns[0]),
+        }
+        for point in study.points
+    ]
+
+
+# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ROW, PANEL, GAP = 30, 210, 26  # px
+BAND, BETWEEN = 4, 34  # panels in a row; px between two rows of them
+
+
+def plot(study: Study, found: Mapping[str, Any]) -> str:
+    """A study's plot as SVG: differences over the ratio of costs where it has points, else a panel per column.
+
+    A panel has a line per run: a dot for the mean, a bar for the interval, faint dots for seeds. More columns than
+    ``BAND`` are in further bands below.
+    """
+    if study.points:
+        return _plot_points(study, found)
+    rows = table(study, found)
+    bands = [study.columns[first : first + BAND] for first in range(0, len(study.columns), BAND)]
+    names = max(len(row["name"]) for row in rows) * LETTER + EDGE + 12
+    width = names + len(bands[0]) * (PANEL + GAP) + EDGE
+    title = wrapped(study.question, width)
+    first, band = HEAD + LINE * (len(title) - 1), ROW * len(rows) + 34
+    parts = figure(study.question, title, width, first + len(bands) * (band + BETWEEN) - BETWEEN)
+    for place, columns in enumerate(bands):
+        top = first + place * (band + BETWEEN)
+        for row, line in enumerate(rows):
+            parts.append(
+                label(line["name"], x=f"{names - 10:.0f}", y=top + ROW * row + ROW // 2, dy="4", text_anchor="end")
+            )
+        for column, shown in enumerate(columns):
+            estimates = [row["columns"][shown.title] for row in rows]
+            parts += _panel(shown, estimates, names + column * (PANEL + GAP), top, top + band)
+    return "".join(parts) + "</svg>\n"
+
+
+def _panel(column: Column, estimates: Sequence[Estimate], left: float, top: float, height: float) -> list[str]:
+    low, high = 0.0, 100.0
+    if not column.percent:
+        values = [0.0, *(v for e in estimates for v in e.values if not math.isnan(v))]
+        low, high = (min(values) * 1.05, max(values) * 1.05) if any(values) else (0.0, 1.0)
+
+    def x(value: float) -> float:
+        return left + PANEL * (min(max(value, low), high) - low) / (high - low)
+
+    parts = [label(column.title, x=left, y=top - 10, font_weight="600")]
+    for value in (0, 25, 50, 75, 100) if column.percent else ticks(low, high, 4):
+        parts.append(rising("grid", x(value), top, height - 26))
+        parts.append(label(number(value), class_="soft", x=x(value), y=height - 10, text_anchor="middle"))
+    for place, estimate in enumerate(estimates):
+        if math.isnan(estimate.mean):
+            continue
+        y, half = top + ROW * place + ROW // 2, estimate.half_width
+        for value in estimate.values:
+            parts.append(element("circle", class_="mark", opacity=".35", cx=x(value), cy=y, r=3))
+        if not math.isnan(half):
+            ends = {"x1": x(estimate.mean - half), "x2": x(estimate.mean + half)}
+            parts.append(element("line", class_="mark", stroke_width=2, **ends, y1=y, y2=y))
+        said = f"<title>{escape(estimate.text(column.digits))}</title>"
+        parts.append(element("circle", said, class_="mark", cx=x(estimate.mean), cy=y, r="4.5"))
+    return parts
+
+
+def _plot_points(study: Study, found: Mapping[str, Any]) -> str:
+    """The ratio of seconds per step to the right, the difference in points upwards; a line per series."""
+    lines: dict[str, list[Mark]] = {}
+    for point in point_values(study, found):
+        estimate = point["difference"]
+        mark = Mark(point["ratio"], estimate.mean, estimate.half_width, point["label"])
+        lines.setdefault(point["series"], []).append(mark)
+    return chart(
+        study.question,
+        lines,
+        across="seconds of a step with seven turns, over those of a step with one",
+        upwards=f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better",
+        times=True,
+    )
+
+
+# ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_report(study: Study, found: Mapping[str, Any], output: Path, command: str) -> Path:
@@ -53,7 +235,10 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
         "",
     ]
     if study.points:
-        lines += [*_points(study, found), ""]
+        points = point_values(study, found)
+        rows = [[p["series"], p["label"], f"{p['ratio']:.2f} ×", str(p["difference"])] for p in points]
+        head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
+        lines += ["Points of the plot:", "", *markdown_table(head, rows), ""]
     if study.compared:
         rows = [[f"{d['a']} − {d['b']}", *_cells(study, d["columns"])] for d in differences(study, found)]
         lines += ["Differences in points, paired by seed:", "", *markdown_table(["difference", *titles], rows), ""]
@@ -73,15 +258,6 @@ def _made(found: Mapping[str, Any], command: str) -> str:
     data = f" of `{asked['data']}`, tested on `{asked['test']}`" if asked.get("data") else ""
     how_much = "all data and steps" if scale == 1 else f"{scale:g} × {'the steps' if data else 'data and steps'}"
     return f"Made by `{command}`; {which}, {how_much}{data}. {versions}."
-
-
-def _points(study: Study, found: Mapping[str, Any]) -> list[str]:
-    rows = [
-        [point["series"], point["label"], f"{point['ratio']:.2f} ×", str(point["difference"])]
-        for point in point_values(study, found)
-    ]
-    head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
-    return ["Points of the plot:", "", *markdown_table(head, rows)]
 
 
 def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -26,8 +26,9 @@ from typing import Any
 from muco.base.files import claimed, earlier_record, read_json, write_json, writing
 from muco.base.machine import VERSION, usable_cores
 from muco.base.terminal import progress_bar
+from muco.data import open_data
 from muco.errors import MucoError, OutputError
-from muco.study.design import Costs, Sets, Study, checked_scale, filled, folder_of, recipe_of, root_of
+from muco.study.design import Costs, Sets, Study, filled, folder_of, recipe_of, root_of
 
 POLL = 0.2  # seconds
 ROUNDS = 3  # in which the runs take turns to have their steps timed
@@ -48,10 +49,8 @@ def run_study(
     """Trains and scores all runs of a study, but for those that are there.
 
     Args:
-        seeds: How many, from ``first_seed`` on.
         scale: Of data and steps; 0.1 is a tenth of both, to try it out.
         jobs: Runs at a time; they share the cores.
-        sets: A user's data instead of the scenes.
     Returns:
         What ``study.json`` holds: ``asked``, ``runs``, each with name, seed and result, and ``costs`` of a step by run
         where some runs equal others.
@@ -65,15 +64,25 @@ def run_study(
             f"--seeds is {seeds}, --first-seed {first_seed} and --jobs {jobs}; pass at least 1 seed, a first seed of 0 "
             "or more, and at least 1 job"
         )
-    asked = {"study": study.name, "scale": checked_scale(scale), "muco": VERSION}
+    if not 0 < scale <= 100:
+        raise MucoError(f"--scale is {scale:g}; pass more than 0, e.g. 0.1 for a tenth of the steps and of the data")
+    asked = {"study": study.name, "scale": scale, "muco": VERSION}
     asked |= {"data": sets.train, "test": sets.test, "format": sets.format} if sets else {"data": None}
     with claimed(output):
+        if sets is not None:
+            if study.needs_scenes:
+                raise MucoError(f"the study {study.name} is made of the scenes' structure; leave out --data and --test")
+            for path in (sets.train, sets.test):
+                open_data(path, sets.format)
+        if not earlier_record(output / "study.json", asked, "study"):
+            write_json(output / "study.json", {"asked": asked, "runs": []})
         if sets is None:
-            claim(output, asked)
-            _make_data(study, output, scale)
-        else:
-            _check_sets(study, sets)
-            claim(output, asked)
+            final, part = output / "data", output / "data.part"
+            if not final.exists():
+                shutil.rmtree(part, ignore_errors=True)
+                with writing(final):
+                    study.prepare(part, scale)
+                    os.replace(part, final)
         settings = {"scale": scale, "sets": sets}
         costs = _costs(study, output, first_seed, jobs, **settings)
         todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
@@ -85,35 +94,6 @@ def run_study(
         found |= {"costs": costs} if costs else {}
         write_json(output / "study.json", found)
         return found
-
-
-def _check_sets(study: Study, sets: Sets) -> None:
-    from muco.data import open_data
-
-    if study.needs_scenes:
-        raise MucoError(f"the study {study.name} is made of the scenes' structure; leave out --data and --test")
-    for path in (sets.train, sets.test):
-        open_data(path, sets.format)
-
-
-def claim(output: Path, asked: dict[str, Any]) -> None:
-    """Makes the folder of a study, or finds that it is this study's already.
-
-    Raises:
-        OutputError: If the folder holds another study, or anything else.
-    """
-    if not earlier_record(output / "study.json", asked, "study"):
-        write_json(output / "study.json", {"asked": asked, "runs": []})
-
-
-def _make_data(study: Study, output: Path, scale: float) -> None:
-    final, part = output / "data", output / "data.part"
-    if final.exists():
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    with writing(final):
-        study.prepare(part, scale)
-        os.replace(part, final)
 
 
 def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, sets: Sets | None) -> Costs:
@@ -136,7 +116,7 @@ def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, se
 
 
 def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> dict[str, Any]:
-    process = _start(folder, {"rounds": ROUNDS, "runs": runs}, "muco.study.calibrate", jobs)
+    process = _start(folder, {"rounds": ROUNDS, "runs": runs}, jobs)
     with progress_bar(f"{study.name}, cost of a step") as progress:
         try:
             while process.poll() is None:
@@ -183,19 +163,14 @@ class _Runs:
         with progress_bar(self.study.name) as progress:
             try:
                 while self.waiting or self.going:
-                    self.reap()
+                    for key in [key for key, process in self.going.items() if process.poll() is not None]:
+                        _check(folder_of(self.output, *key), self.going.pop(key))
                     for key in self.ready()[: self.jobs - len(self.going)]:
                         self.start(key)
                     progress(total - len(self.waiting) - len(self.going), total)
                     time.sleep(POLL)
             finally:
                 _stop([*self.going.values()])
-
-    def reap(self) -> None:
-        """Forgets the processes that ended; a MucoError if one failed."""
-        ended = [key for key, process in self.going.items() if process.poll() is not None]
-        for key in ended:
-            _check(folder_of(self.output, *key), self.going.pop(key))
 
     def ready(self) -> list[Key]:
         """Those that wait for no other run."""
@@ -205,38 +180,29 @@ class _Runs:
     def start(self, key: Key) -> None:
         """Starts a run, unless its result is there."""
         self.waiting.remove(key)
-        folder, job = folder_of(self.output, *key), self.job(*key)
-        if not _is_done(folder, job):
-            self.going[key] = _start(folder, job, "muco.study.one", self.jobs)
-
-    def job(self, name: str, seed: int) -> dict[str, Any]:
-        """What ``job.json`` says, see :func:`muco.study.one.run_job`."""
-        run, study = self.study.run(name), self.study
+        run, study, folder = self.study.run(key[0]), self.study, folder_of(self.output, *key)
         job: dict[str, Any] = {
-            "recipe": recipe_of(study, run, seed, self.scale, self.output, costs=self.costs, sets=self.sets),
+            "recipe": recipe_of(study, run, key[1], self.scale, self.output, costs=self.costs, sets=self.sets),
             "test": filled(run.test or study.test, self.output, self.sets),
         }
         if self.sets:
             job["format"] = self.sets.format
         if study.probes:
             job["probes"] = [*study.probes]
-        return job
+        known = _result(folder)
+        if known is None:
+            self.going[key] = _start(folder, job, self.jobs)
+        elif known["job"] != job:
+            raise OutputError(f"{folder} is a run of another recipe; choose another output folder, or delete it")
 
 
-def _is_done(folder: Path, job: dict[str, Any]) -> bool:
-    known = _result(folder)
-    if known is not None and known["job"] != job:
-        raise OutputError(f"{folder} is a run of another recipe; choose another output folder, or delete it")
-    return known is not None
-
-
-def _start(folder: Path, job: dict[str, Any], module: str, jobs: int) -> subprocess.Popen:
+def _start(folder: Path, job: dict[str, Any], jobs: int) -> subprocess.Popen:
     """A process of its share of the cores that does what ``job.json`` in its folder says."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", job)
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", module, str(folder)]
+        command = [sys.executable, "-m", "muco.study.one", str(folder)]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 

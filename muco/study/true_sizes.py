@@ -10,6 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muco.base.files import claimed, earlier_record, write_json, write_text
+from muco.base.machine import VERSION, versions
+from muco.base.svg import Mark, chart
 from muco.base.tables import markdown_table
 from muco.base.terminal import progress_bar
 from muco.sizes import Adapter
@@ -49,16 +52,12 @@ def run_flops(
     Raises:
         OutputError: If the folder holds another study, or anything else.
     """
-    from muco.base.files import claimed, read_json, write_json, write_text
-    from muco.base.machine import VERSION, versions
-    from muco.study.run import claim
     from muco.training.flops import meta_step_flops, qwen2_vl_config
 
     asked = {"study": "flops", "muco": VERSION}
     with claimed(output):
-        claim(output, asked)
         file = output / "study.json"
-        flops: dict[str, Any] = read_json(file).get("flops", {})
+        flops: dict[str, Any] = earlier_record(file, asked, "study").get("flops", {})
         todo = [(size, name) for size in sizes for name in assumptions if name not in flops.get(size, {})]
         found = {"asked": asked, "runs": [], "versions": versions(), "flops": flops}
         with progress_bar("flops") as progress:
@@ -88,11 +87,9 @@ def pflops(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
 
 
 def tokens_per_turn(counts: Mapping[str, Mapping[str, int]], tokens: int, published: Mapping[str, float]) -> float:
-    """How many text tokens a turn may have so that six more of them add what is published.
+    """How many text tokens a turn may have so that six more of them add what is published, in PFLOPs at k = 1 and 7.
 
-    Args:
-        counts: With so many ``tokens`` per turn, both sides together; cost per token is taken for constant.
-        published: PFLOPs per step at k = 1 and 7.
+    ``counts`` have so many ``tokens`` per turn, both sides together; cost per token is taken for constant.
     """
     ours = pflops(counts)
     return tokens * (published["7"] - published["1"]) / (ours["7"] - ours["1"])
@@ -164,8 +161,6 @@ def _row(name: str, values: Mapping[str, float], digits: int) -> list[str]:
 
 
 def _plot(flops: Mapping[str, Any]) -> str:
-    from muco.base.svg import Mark, chart
-
     size = next(iter(flops))
     lines = {"the paper": PAPER} if size == "2B" else {}
     lines |= {name: pflops(runs) for name, runs in flops[size].items()}

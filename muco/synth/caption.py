@@ -18,23 +18,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from muco.base.journal import Journal
 from muco.data.captions import captioned_digests, sides_of, uncaptioned
+from muco.data.source import Data
 from muco.dialogue import ImageLike
 from muco.errors import ImageError
 from muco.images import image_digest
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
-    from muco.synth.endpoint import Endpoint
-    from muco.synth.prompts import Prompts
+from muco.synth.chat import BudgetSpent, Passing, Unanswered, image_part, seed_of, user
+from muco.synth.endpoint import Endpoint
+from muco.synth.flow import in_order
+from muco.synth.pairs import caption_problem
+from muco.synth.prompts import Prompts
 
 MAX_PIXELS = 1 << 20  # of an image as it is sent
 ATTEMPTS = 3  # to get a caption that can be used
 
 Progress = Callable[[int, int], None]  # samples gone through, and all of them
-
 log = logging.getLogger(__name__)
 
 
@@ -49,13 +50,9 @@ async def caption(
 ) -> dict[str, Any]:
     """Asks for a caption of every image of the data that has none, and appends it to ``output``.
 
-    Images of hard negatives are left out: nothing is reconstructed from them.
+    Images of hard negatives are left out: nothing is reconstructed from them. Captions that the data has, and those in
+    ``output`` of other data or by other models, are kept. Images of more than ``max_pixels`` are sent smaller.
 
-    Args:
-        data: Captions of its own stand.
-        endpoint: Of a model that sees. It is checked before any work.
-        output: May hold captions of other data or by other models; they are kept.
-        max_pixels: Larger images are sent smaller.
     Returns:
         ``images`` of the data; how many of them were ``found`` in the file, ``captioned`` or ``failed``; ``stopped``,
         the reason if the budget ended the run; ``output``; ``usage`` of the endpoint.
@@ -64,14 +61,10 @@ async def caption(
         EndpointError: If the server or the model is missing, or nothing that it says is of use.
         OutputError: If another process writes to ``output``.
     """
-    from muco.base.journal import Journal
-    from muco.synth.flow import in_order
-    from muco.synth.limits import BudgetSpent
-
     await endpoint.check(image=True)
     counts: Counter[str] = Counter(images=0, found=0, captioned=0, failed=0)
-    held: list[dict[str, Any]] = []  # failures, until something succeeds: a server out of order must not be blamed on
-    stopped = None  # images
+    held: list[dict[str, Any]] = []  # failures, until something succeeds: images do not answer for a broken server
+    stopped = None
 
     async def one(image: tuple[ImageLike, str]) -> None:
         line = await _line(*image, endpoint, prompts, max_pixels)
@@ -94,16 +87,13 @@ async def caption(
         for line in held:
             journal.add(line)
     counts["failed"] += counts.pop("missing", 0)
-    return {**counts, "stopped": stopped, "output": str(output), "usage": endpoint.usage.as_dict()}
+    return {**counts, "stopped": stopped, "output": str(output), "usage": vars(endpoint.usage).copy()}
 
 
 async def _line(
     image: ImageLike, digest: str, endpoint: Endpoint, prompts: Prompts, max_pixels: int
 ) -> dict[str, Any] | None:
     """The line of an image; None if the server did not answer, so that the next run asks again."""
-    from muco.synth.answers import Unanswered, seed_of
-    from muco.synth.checks import caption_problem
-    from muco.synth.messages import image_part, user
 
     made = {"model": endpoint.model, "prompt": prompts.name}
     reason = ""
@@ -120,7 +110,7 @@ async def _line(
     except ImageError as error:
         reason = str(error)
     except Unanswered as error:
-        if error.passing:
+        if isinstance(error, Passing):
             log.warning("no caption for now: %s", error)
             return None
         reason = str(error)
@@ -152,6 +142,3 @@ def _images(
                 yield image, digest
         if progress is not None:
             progress(number + 1, len(data))
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────

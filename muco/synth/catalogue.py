@@ -11,17 +11,19 @@ new picture is compared with all of them.
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from muco.errors import OutputError
-from muco.synth.pictures import DUPLICATE, NEAR_DUPLICATE, Filter, Look
+from muco.errors import MucoError, OutputError
+from muco.synth.pictures import DUPLICATE, NEAR_DUPLICATE, UNREACHABLE, WORKERS, Filter, Look, look_at_all
+from muco.synth.sources import Source
 
 BLOCK = 256  # pictures compared at once with the kept ones
 COMPARED = 512  # kept ones that they are compared with at once: both fit into a processor's cache
@@ -62,10 +64,8 @@ class Kept:
 class Catalogue:
     """What is known of the pictures of one source under one filter. One process at a time has it.
 
-    Args:
-        path: Of the file; made where it does not exist, with its folder.
-        source_fingerprint: Of the source whose pictures these are.
-        filter: By which they are kept.
+    Attributes:
+        looked: How many pictures were looked at, which is the number of the next one.
     Raises:
         OutputError: If the file is of another source or filter, in use by another process, or not a catalogue.
     """
@@ -75,7 +75,7 @@ class Catalogue:
         self._database = _opened(self.path)
         try:
             self._check({"source": source_fingerprint, "filter": json.dumps(asdict(filter))})
-            (self._looked,) = self._one("SELECT ifnull(max(number) + 1, 0) FROM pictures")
+            (self.looked,) = self._one("SELECT ifnull(max(number) + 1, 0) FROM pictures")
             phashes = self._database.execute("SELECT phash FROM pictures WHERE place >= 0 ORDER BY place")
             self._phashes = np.array([signed for (signed,) in phashes], dtype=np.int64).view(np.uint64)
             self._near = filter.near
@@ -87,15 +87,7 @@ class Catalogue:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._database.close()
-
-    @property
-    def looked(self) -> int:
-        """How many pictures were looked at, which is the number of the next one."""
-        return self._looked
 
     @property
     def kept_count(self) -> int:
@@ -119,11 +111,12 @@ class Catalogue:
             ValueError: If they are not the next ones.
             OutputError: If the file cannot be written.
         """
-        if [look.number for look in looks] != [*range(self._looked, self._looked + len(looks))]:
-            raise ValueError(f"looks must be those of the pictures from {self._looked} on, in order")
+        if [look.number for look in looks] != [*range(self.looked, self.looked + len(looks))]:
+            raise ValueError(f"looks must be those of the pictures from {self.looked} on, in order")
         before, unused = self._phashes, []
         try:
-            with _transaction(self._database):
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
                 for start in range(0, len(looks), BLOCK):
                     unused += self._add_block(looks[start : start + BLOCK])
         except BaseException as error:
@@ -131,13 +124,13 @@ class Catalogue:
             if isinstance(error, sqlite3.Error):
                 raise OutputError(f"{self.path}: cannot be written ({error})") from error
             raise
-        self._looked += len(looks)
+        self.looked += len(looks)
         return unused
 
     def counts(self) -> dict[str, int]:
         """``pictures`` looked at, ``kept``, and how many were left out for each reason."""
         rows = self._database.execute("SELECT reason, count(*) FROM pictures WHERE place IS NULL GROUP BY reason")
-        return {"pictures": self._looked, "kept": self.kept_count, **dict(rows)}
+        return {"pictures": self.looked, "kept": self.kept_count, **dict(rows)}
 
     def kept(self, start: int, count: int) -> list[Kept]:
         """The kept pictures from place ``start`` on, at most ``count``."""
@@ -148,13 +141,8 @@ class Catalogue:
     def name_of(self, digest: str) -> str | None:
         """The name of the kept picture whose file has this digest."""
         query = "SELECT name FROM pictures WHERE digest = ? AND place IS NOT NULL"
-        found = self._database.execute(query, (bytes.fromhex(digest),)).fetchone()
+        found = self._one(query, (bytes.fromhex(digest),))
         return found[0] if found else None
-
-    def examples(self, reason: str, n: int) -> list[tuple[str, str]]:
-        """Name and note of the first ``n`` pictures that were left out for a reason."""
-        query = "SELECT name, note FROM pictures WHERE place IS NULL AND reason = ? ORDER BY number LIMIT ?"
-        return self._database.execute(query, (reason, n)).fetchall()
 
     def _add_block(self, looks: Sequence[Look]) -> list[str]:
         hashes = np.array([look.phash for look in looks], dtype=np.uint64)
@@ -163,14 +151,13 @@ class Catalogue:
         kept, unused, rows = [], [], []
         for n, look in enumerate(looks):
             reason, note = self._decide(look, nearest[n], kept)
+            place = None if reason else self.kept_count + len(kept)
             if reason == NEAR_DUPLICATE:
                 unused.append(look.file)
-            place = None if reason else self.kept_count + len(kept)
-            if place is not None:
+            elif not reason:
                 kept.append(look)
-            size = (look.width, look.height)
-            digest = bytes.fromhex(look.digest)
-            rows.append((look.number, look.name, look.file, digest, signed[n], *size, reason, note, place))
+            found = (look.number, look.name, look.file, bytes.fromhex(look.digest), signed[n], look.width, look.height)
+            rows.append((*found, reason, note, place))
         self._database.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         self._phashes = np.append(self._phashes, np.array([look.phash for look in kept], dtype=np.uint64))
         return unused
@@ -178,9 +165,7 @@ class Catalogue:
     def _decide(self, look: Look, nearest: int, block: Sequence[Look]) -> tuple[str, str]:
         """Why a picture is not kept, and a note about it; two empty strings if it is kept.
 
-        Args:
-            nearest: The place of the first near duplicate among the kept pictures of the file, or -1.
-            block: The pictures that are kept and not in the file yet.
+        ``nearest``: place of its first near duplicate in the file, or -1; ``block``: is kept and not in the file yet.
         """
         if look.reason:
             return look.reason, look.note
@@ -190,22 +175,21 @@ class Catalogue:
         if (same := self.name_of(look.digest)) is not None:
             return DUPLICATE, f"same file as {same}"
         if nearest >= 0:
-            return NEAR_DUPLICATE, f"nearly the same as {self._name(nearest)}"
+            (other,) = self._one("SELECT name FROM pictures WHERE place = ?", (nearest,))
+            return NEAR_DUPLICATE, f"nearly the same as {other}"
         for other in block:
             if (other.phash ^ look.phash).bit_count() <= self._near:
                 return NEAR_DUPLICATE, f"nearly the same as {other.name}"
         return "", ""
 
-    def _name(self, place: int) -> str:
-        return self._one("SELECT name FROM pictures WHERE place = ?", (place,))[0]
-
-    def _one(self, query: str, values: tuple = ()) -> tuple[Any, ...]:
+    def _one(self, query: str, values: tuple = ()) -> Any:
         return self._database.execute(query, values).fetchone()
 
     def _check(self, about: dict[str, str]) -> None:
         found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
         if not found:
-            with _transaction(self._database):
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
                 self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             return
         for key, what in (("source", "other pictures, or their files have changed"), ("filter", "another filter")):
@@ -214,13 +198,7 @@ class Catalogue:
 
 
 def first_near(hashes: np.ndarray, kept: np.ndarray, near: int) -> np.ndarray:
-    """For each hash the place of the first kept one that differs in at most ``near`` bits; -1 if there is none.
-
-    Args:
-        hashes, kept: uint64 [n] and [m].
-    Returns:
-        int64 [n].
-    """
+    """For each hash (uint64 [n]) the place (int64) of the first kept one (uint64 [m]) within ``near`` bits, or -1."""
     places = np.full(len(hashes), -1)
     for start in range(0, len(kept), COMPARED):
         close = np.bitwise_count(hashes[:, None] ^ kept[start : start + COMPARED]) <= near
@@ -239,7 +217,8 @@ def _opened(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("PRAGMA wal_autocheckpoint = 16384")  # pages of 4 KiB: digests come in random order
         database.execute("PRAGMA cache_size = -65536")  # KiB
-        with _transaction(database):
+        with database:
+            database.execute("BEGIN IMMEDIATE")
             if database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                 for statement in _TABLES.split(";\n")[:-1]:
                     database.execute(statement)
@@ -254,13 +233,42 @@ def _opened(path: Path) -> sqlite3.Connection:
     return database
 
 
-@contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        if database.in_transaction:  # some errors of SQLite end it
-            database.execute("ROLLBACK")
-        raise
-    database.execute("COMMIT")
+ADD = 256  # looks in one transaction
+GONE = 100  # pictures in a row that cannot be reached stop the run
+
+
+def fill(
+    catalogue: Catalogue,
+    source: Source,
+    filter: Filter,
+    store: Path | None,
+    *,
+    workers: int = WORKERS,
+    ray: str | None = None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> None:
+    """Pass one: looks at all pictures that the catalogue does not know yet, see ``look_at_all``, and keeps each result.
+
+    ``progress`` is told how many pictures are done, and of how many if that is known.
+    """
+    if catalogue.complete:
+        return
+    stored = store is not None and source.root is None  # otherwise the files are the user's own
+    looks = look_at_all(source, filter, store, start=catalogue.looked, workers=workers, ray=ray)
+    while chunk := list(islice(looks, ADD)):
+        gone = all(look.reason == UNREACHABLE for look in chunk)
+        if gone and (len(chunk) >= GONE or not catalogue.looked):  # which must not be held against the pictures
+            raise MucoError(
+                f"none of {len(chunk)} pictures in a row could be fetched, the last: {chunk[-1].note}. Fix the "
+                "connection and run the same command again: it resumes where it stopped"
+            )
+        unused = catalogue.add(chunk)
+        for file in unused if stored else ():
+            (store / file).unlink(missing_ok=True)
+        progress(catalogue.looked, source.total)
+    # what a killed run has left in the store: files of no kept picture, and unfinished ones
+    for file in store.glob("[0-9a-f][0-9a-f]/*") if stored else ():
+        digest = re.match(r"\.*([0-9a-f]{64})\.", file.name)
+        if digest and (file.name.startswith(".") or catalogue.name_of(digest[1]) is None):
+            file.unlink()
+    catalogue.finish()

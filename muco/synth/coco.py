@@ -18,11 +18,11 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from muco.base.text import SPECIAL_TOKEN
 from muco.data.json_places import Scanner, checked_object, value_at
@@ -36,17 +36,20 @@ from muco.synth.coco_rules import Picture, Thing, turns_of
 MAX_BYTES = 2 << 30  # of a JSON file; boxes take about 200 bytes of memory each, masks are never kept
 MAX_SIDE = 1_000_000  # px; larger numbers are no boxes
 NAMED = 10  # missing images that the log names
+COUNTED = (
+    *("samples", "turns", "classification", "global", "local", "retrieval"),
+    *("too_few_turns", "missing_images", "empty_boxes", "blank_captions"),
+)
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 
 
-@dataclass(slots=True)
+@dataclass
 class Annotated:
-    """What :func:`read_coco` found. ``kinds`` gives the supercategory of every category, "" where it has none."""
+    """What :func:`read_coco` found: pictures in the order of ids, and categories with their supercategory or ""."""
 
-    pictures: list[Picture]  # by id
-    kinds: dict[str, str]  # by name
+    pictures: list[Picture]
+    kinds: dict[str, str]
     empty_boxes: int = 0
     blank_captions: int = 0
 
@@ -61,7 +64,7 @@ def convert_coco(
     min_turns: int = 2,
     seed: int = 0,
     limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes one JSON line per image, in the order of image ids; the same content gives the same bytes.
 
@@ -71,8 +74,7 @@ def convert_coco(
         output: Our JSONL file; it appears when it is whole, and replaces one that is there.
         min_area: Share of the picture from which on a box is clear; smaller ones are never asked about.
         min_turns: Images with fewer turns are left out.
-        seed: Of the draws among things that can be asked about.
-        limit: So many samples at most.
+        limit: Maximum samples.
         progress: Called with (images done, images in all).
     Returns:
         Counts: ``samples``, ``turns``, turns of each kind, ``too_few_turns``, ``missing_images``, ``empty_boxes`` and
@@ -108,31 +110,19 @@ def convert_coco(
             counts.update(["samples", *(str(turn.kind) for turn in turns)], turns=len(turns))
             sample = Sample(Path(picture.file).absolute(), turns, id=str(picture.id))
             yield sample_to_row(sample, Path(output).absolute().parent)
-        _refuse_nothing(counts, missing, annotations, images, min_turns)
+        if missing and not counts["samples"] and not counts["too_few_turns"]:
+            raise DataError(f"{annotations}: none of its {len(missing):,} images is in {images} (the first is "
+                            f"{missing[0]}); give the folder that file names count from")  # fmt: skip
+        if not counts["samples"]:
+            raise DataError(f"{annotations}: no image has {min_turns} turns; lower min_turns or min_area")
 
     write_jsonl(output, rows())
     if missing:
-        log.warning("%d images are missing and left out: %s%s", len(missing), ", ".join(missing[:NAMED]),
-                    " …" if len(missing) > NAMED else "")  # fmt: skip
-    names = ("samples", "turns", "classification", "global", "local", "retrieval", "too_few_turns")
-    left_out = {
-        "missing_images": len(missing),
-        "empty_boxes": found.empty_boxes,
-        "blank_captions": found.blank_captions,
-    }
-    return {name: counts[name] for name in names} | left_out | {"output": str(output)}
-
-
-def _refuse_nothing(counts: Counter[str], missing: list[str], path: Any, images: Any, min_turns: int) -> None:
-    if counts["samples"]:
-        return
-    if missing and not counts["too_few_turns"]:
-        raise DataError(f"{path}: none of its {len(missing):,} images is in {images} (the first is {missing[0]}); give "
-                        "the folder that file names count from")  # fmt: skip
-    raise DataError(f"{path}: no image has {min_turns} turns; lower min_turns or min_area")
-
-
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+        named = [*missing[:NAMED], *(["…"] if len(missing) > NAMED else [])]
+        log.warning("%d images are missing and left out: %s", len(missing), ", ".join(named))
+    counts |= {"missing_images": len(missing), "empty_boxes": found.empty_boxes}
+    counts["blank_captions"] = found.blank_captions
+    return {name: counts[name] for name in COUNTED} | {"output": str(output)}
 
 
 def read_coco(annotations: str | Path, images: str | Path, captions: str | Path | None = None) -> Annotated:
@@ -147,60 +137,60 @@ def read_coco(annotations: str | Path, images: str | Path, captions: str | Path 
             text holds a model's token. Messages name the file, the id and the field.
     """
     path = Path(annotations)
-    with _opened(path, ("categories", "images", "annotations")) as lists:
-        names, kinds = _categories(lists.entries("categories"))
-        pictures = _pictures(lists.entries("images"), Path(images), names)
-        taken: dict[int, None] = {}
-        empty = sum(_add_box(pictures, names, taken, *entry) for entry in lists.entries("annotations"))
+    with _opened(path, ("categories", "images", "annotations")) as entries:
+        names, kinds = _categories(entries("categories"))
+        pictures = _pictures(entries("images"), Path(images), names)
+        taken: set[int] = set()
+        empty = sum(_add_box(pictures, names, taken, *entry) for entry in entries("annotations"))
     found = Annotated([pictures[key] for key in sorted(pictures)], kinds, empty)
     if captions is not None:
-        with _opened(Path(captions), ("annotations",)) as lists:
-            for entry, where in lists.entries("annotations"):
-                found.blank_captions += _add_caption(pictures, entry, where)
+        with _opened(Path(captions), ("annotations",)) as entries:
+            for entry, where in entries("annotations"):
+                picture, order = _known(entry, "image_id", pictures, where), entry.get("id", 0)
+                if text := _words(entry, "caption", where, name=False):
+                    picture.captions.append((order if isinstance(order, int) else 0, text))
+                else:
+                    found.blank_captions += 1
     return found
 
 
-class _Lists:
-    """The lists of a file, of which one entry at a time is in memory."""
-
-    def __init__(self, file: BinaryIO, path: Path, needed: tuple[str, ...]) -> None:
-        self.file, self.path = file, path
-        self._places: dict[str, Any] = {}
-        scanner = Scanner(file, path)
-        if scanner.peek() != "{":
-            raise DataError(f"{path}: the file must hold one JSON object with the lists {', '.join(needed)}")
-        for key in scanner.members():
-            if key not in needed:
-                scanner.value()
-            elif scanner.peek() != "[" or key in self._places:
-                raise DataError(f"{path}: {key!r} must be one list; fix the file")
-            else:
-                self._places[key] = scanner.elements()
-        scanner.end()
-        for key in needed:
-            if key not in self._places:
-                raise DataError(f"{path}: no list {key!r}; COCO's form has {', '.join(needed)} (captions in a file of "
-                                "their own)")  # fmt: skip
-
-    def entries(self, key: str) -> Iterator[tuple[JsonObject, str]]:
-        """Every object of a list, and what names it in errors."""
-        one = {"categories": "category", "images": "image", "annotations": "annotation"}[key]
-        for number, place in enumerate(self._places[key]):
-            where = f"{self.path} {key}[{number}]"
-            entry = checked_object(value_at(self.file, place, where), f"the {one}", where)
-            yield entry, f"{self.path} {one} {entry['id']}" if isinstance(entry.get("id"), int) else where
+Entries = Iterator[tuple[JsonObject, str]]  # objects of a list, and what names each in errors
 
 
 @contextmanager
-def _opened(path: Path, needed: tuple[str, ...]) -> Iterator[_Lists]:
+def _opened(path: Path, needed: tuple[str, ...]) -> Iterator[Callable[[str], Entries]]:
+    """Yields a function from the name of a list to its entries, of which one at a time is in memory."""
     state = file_state(path)
     if state[0] > MAX_BYTES:
         raise DataError(f"{path}: {state[0]:,} bytes; at most {MAX_BYTES:,} are read, split the file by images")
     with open_unchanged(path, state) as file:
-        yield _Lists(file, path, needed)
+        scanner = Scanner(file, path)
+        if scanner.peek() != "{":
+            raise DataError(f"{path}: the file must hold one JSON object with the lists {', '.join(needed)}")
+        places: dict[str, Any] = {}
+        for key in scanner.members():
+            if key not in needed:
+                scanner.value()
+            elif scanner.peek() != "[" or key in places:
+                raise DataError(f"{path}: {key!r} must be one list; fix the file")
+            else:
+                places[key] = scanner.elements()
+        scanner.end()
+        if lacking := [key for key in needed if key not in places]:
+            raise DataError(f"{path}: no list {lacking[0]!r}; COCO's form has {', '.join(needed)} (captions in a file "
+                            "of their own)")  # fmt: skip
+
+        def entries(key: str) -> Entries:
+            one = {"categories": "category", "images": "image", "annotations": "annotation"}[key]
+            for number, place in enumerate(places[key]):
+                where = f"{path} {key}[{number}]"
+                entry = checked_object(value_at(file, place, where), f"the {one}", where)
+                yield entry, f"{path} {one} {entry['id']}" if isinstance(entry.get("id"), int) else where
+
+        yield entries
 
 
-def _categories(entries: Iterator[tuple[JsonObject, str]]) -> tuple[dict[int, str], dict[str, str]]:
+def _categories(entries: Entries) -> tuple[dict[int, str], dict[str, str]]:
     """Names by category id, and the supercategory by name. Categories of the same name are one."""
     given: dict[int, tuple[str, str]] = {}
     for entry, where in entries:
@@ -213,12 +203,10 @@ def _categories(entries: Iterator[tuple[JsonObject, str]]) -> tuple[dict[int, st
     short = {name: re.sub(r"\s*\([^()]*\)$", "", name) or name for name in {name for name, _ in given.values()}}
     often = Counter(short.values())  # "bow (weapon)" keeps its note where there is another bow
     names = {key: short[name] if often[short[name]] == 1 else name for key, (name, _) in given.items()}
-    return names, {
-        names[key]: given[key][1] for key in sorted(given, reverse=True)
-    }  # the lowest id comes last and wins
+    return names, {names[key]: given[key][1] for key in sorted(given, reverse=True)}  # the lowest id wins
 
 
-def _pictures(entries: Iterator[tuple[JsonObject, str]], folder: Path, names: Mapping[int, str]) -> dict[int, Picture]:
+def _pictures(entries: Entries, folder: Path, names: Mapping[int, str]) -> dict[int, Picture]:
     pictures: dict[int, Picture] = {}
     for entry, where in entries:
         key = _new_id(entry, pictures, where)
@@ -239,10 +227,10 @@ def _pictures(entries: Iterator[tuple[JsonObject, str]], folder: Path, names: Ma
 
 
 def _add_box(
-    pictures: Mapping[int, Picture], names: Mapping[int, str], taken: dict[int, None], entry: JsonObject, where: str
+    pictures: Mapping[int, Picture], names: Mapping[int, str], taken: set[int], entry: JsonObject, where: str
 ) -> bool:
     """Puts a box on its picture; whether it was left out because it is empty."""
-    taken[_new_id(entry, taken, where)] = None
+    taken.add(_new_id(entry, taken, where))
     picture = _known(entry, "image_id", pictures, where)
     name = _known(entry, "category_id", names, where)
     crowd = entry.get("iscrowd", 0)
@@ -262,17 +250,7 @@ def _add_box(
     return False
 
 
-def _add_caption(pictures: Mapping[int, Picture], entry: JsonObject, where: str) -> bool:
-    """Puts a caption on its picture; whether it was left out because it is blank."""
-    picture = _known(entry, "image_id", pictures, where)
-    text = _words(entry, "caption", where, name=False)
-    order = entry.get("id", 0)
-    if text:
-        picture.captions.append((order if isinstance(order, int) else 0, text))
-    return not text
-
-
-def _new_id(entry: JsonObject, taken: Mapping[int, Any], where: str) -> int:
+def _new_id(entry: JsonObject, taken: Container[int], where: str) -> int:
     key = _id(entry.get("id"), "id", where)
     if key in taken:
         raise DataError(f"{where}: the id {key} is there twice; ids must be unique")

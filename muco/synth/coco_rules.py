@@ -68,29 +68,22 @@ class Thing:
 
 @dataclass(slots=True)
 class Picture:
-    """An image with what is annotated on it; the order of the lists does not matter.
-
-    Args:
-        captions: As (id, text).
-        unsure: Names of categories of which boxes may be lacking.
-        absent: Names of categories known to be absent; None where all that have no box are.
-    """
+    """An image with what is annotated on it; the order of the lists does not matter."""
 
     id: int
     file: str
     width: float
     height: float
     things: list[Thing] = field(default_factory=list)
-    captions: list[tuple[int, str]] = field(default_factory=list)
-    unsure: frozenset[str] = frozenset()
-    absent: frozenset[str] | None = None
+    captions: list[tuple[int, str]] = field(default_factory=list)  # (id, text)
+    unsure: frozenset[str] = frozenset()  # categories of which boxes may be lacking
+    absent: frozenset[str] | None = None  # categories known to be absent; None where all that have no box are
 
 
 def turns_of(picture: Picture, kinds: Mapping[str, str], *, min_area: float = 0.01, seed: int = 0) -> list[Turn]:
     """The turns of one image in the order classification, global, local, retrieval; perhaps none.
 
-    Args:
-        kinds: The supercategory of every category by name, from which hard negatives are drawn.
+    Hard negatives are drawn from ``kinds``, the supercategory of every category by name.
     """
     return _Rules(picture, kinds, min_area, random.Random(f"{seed}:{picture.id}")).turns()
 
@@ -106,28 +99,27 @@ class _Rules:
         for thing in self.things:
             self.boxes.setdefault(thing.name, []).append(thing)
         self.clear = [thing for thing in self.things if thing.area >= self.least and not thing.crowd]
-        self.exact = [name for name in self.boxes if self._is_exact(name)]
+        # where the number of boxes is the number of things, and all of them are clear
+        self.exact = [
+            name
+            for name, boxes in self.boxes.items()
+            if name not in picture.unsure and all(not box.crowd and box.area >= self.least for box in boxes)
+        ]
         self.single = {name: self.boxes[name][0] for name in self.exact if len(self.boxes[name]) == 1}
-        areas = Counter(dict.fromkeys(self.boxes, 0.0))
+        areas: Counter[str] = Counter()
         for thing in self.things:
-            areas[thing.name] += thing.area * (thing.area >= self.least)
-        self.seen = sorted((name for name in areas if areas[name] > 0), key=lambda name: (-areas[name], name))
+            if thing.area >= self.least:
+                areas[thing.name] += thing.area
+        self.seen = sorted(areas, key=lambda name: (-areas[name], name))
         self.answers: set[str] = set()
         self.asked: set[str] = set()
         self._done: set[tuple[str, str]] = set()  # (rule, name)
-
-    def _is_exact(self, name: str) -> bool:
-        """Whether the number of boxes is the number of things, and all of them are clear."""
-        boxes = self.boxes[name]
-        return name not in self.picture.unsure and all(not t.crowd and t.area >= self.least for t in boxes)
 
     def turns(self) -> list[Turn]:
         asked = [self.main(), self.list_things(), self.list_kinds()]
         often = [self.place, self.where, self.size, self.count]
         self.rng.shuffle(often)  # each takes names from the others; what can be asked least often comes first
-        for _ in range(ROUNDS):
-            for rule in (self.beside, *often):
-                asked.append(rule())
+        asked += [rule() for rule in ROUNDS * [self.beside, *often]]
         made = [turn for turn in asked if turn is not None]
         made.sort(key=lambda turn: KIND_ORDER.index(turn.kind))
         used: dict[str, Turn] = {}  # target -> the first turn that has it
@@ -180,20 +172,19 @@ class _Rules:
         return Turn(asks, f"{number(len(self.boxes[name]))} {many}", "global")
 
     def place(self) -> Turn | None:
-        alone = [(place, thing) for place in range(9) if (thing := self._alone_at(place)) and self._free(thing.name)]
-        drawn = self._draw(alone)
+        alone = [(name, self._alone_at(place)) for place, name in enumerate(PLACES)]
+        drawn = self._draw([(name, thing) for name, thing in alone if thing and self._free(thing.name)])
         if drawn is None:
             return None
-        place, thing = PLACES[drawn[0]], drawn[1]
+        place, thing = drawn
         self.answers.add(thing.name)
         asks = [f"What is {place}?", f"What can be seen {place} of the picture?", f"Name the thing {place}."]
         return Turn(asks, a(thing.name), "local")
 
     def _alone_at(self, place: int) -> Thing | None:
         there = [thing for thing in self.clear if self._place(thing) == place]
-        if len(there) != 1 or sum(self._reaches(thing, place) for thing in self.things) != 1:
-            return None
-        return there[0]
+        alone = len(there) == 1 and sum(self._reaches(thing, place) for thing in self.things) == 1
+        return there[0] if alone else None
 
     def _place(self, thing: Thing) -> int | None:
         """The index of its place in PLACES, None where it is not clearly at one."""
@@ -215,13 +206,8 @@ class _Rules:
         if len(self.things) > MAX_LEVEL:
             return None
         anchors = [anchor for name, anchor in self.single.items() if name not in self.answers]
-        drawn = self._draw(
-            [
-                (thing, side, anchor)
-                for anchor, side in product(anchors, SIDES)
-                if (thing := self._alone_beside(anchor, side)) is not None
-            ]
-        )
+        sides = [(self._alone_beside(anchor, side), side, anchor) for anchor, side in product(anchors, SIDES)]
+        drawn = self._draw([each for each in sides if each[0] is not None])
         if drawn is None:
             return None
         thing, side, anchor = drawn

@@ -20,12 +20,28 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from muco.errors import MucoError
-from muco.synth.answers import Answer, Passing, Unanswered, cause_of, read_answer, retry_after
-from muco.synth.limits import KEY_VARIABLE, Budget, EndpointError, Limits, Usage, base_url
-from muco.synth.messages import Message, length, response_format, trial
+from muco.synth.chat import (
+    KEY_VARIABLE,
+    Answer,
+    Budget,
+    EndpointError,
+    Limits,
+    Message,
+    Passing,
+    Unanswered,
+    Usage,
+    base_url,
+    cause_of,
+    length,
+    read_answer,
+    response_format,
+    retry_after,
+    trial,
+)
 
 if TYPE_CHECKING:
     import openai
@@ -46,11 +62,9 @@ class Endpoint:
         url: Base of the API; "/v1" is added where it has no path.
         model: The model's name at that server; "" until :meth:`check` takes the only one that it has.
         sampling: Further fields of every request (temperature, max_tokens, top_p …), passed on as they are.
-        limits: Concurrency, pace, retries.
         budget: May be shared with other endpoints.
         key_variable: Environment variable with the API key; where it is not set, none is sent. The key is in no
             message, log or file.
-    Attributes:
         structured: Whether ``response_format`` with a JSON schema is used; :meth:`check` finds out.
     Raises:
         EndpointError: If the URL, or a field of ``sampling``, cannot be used.
@@ -66,15 +80,27 @@ class Endpoint:
         limits: Limits = Limits(),  # noqa: B008
         budget: Budget | None = None,
         key_variable: str = KEY_VARIABLE,
+        structured: bool = True,
     ) -> None:
         self.url, self.model, self.limits = base_url(url), model, limits
         self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
         if own := OWN_FIELDS & self.sampling.keys():
             raise EndpointError(f"sampling: {sorted(own)[0]!r} is set by muco; leave it out")
-        self.budget, self.usage, self.structured = budget or Budget(), Usage(), True
+        self.budget, self.usage, self.structured = budget or Budget(), Usage(), structured
         self.key_variable = key_variable
         self._key = os.environ.get(key_variable, "")
-        self._client = self._make_client()
+        try:
+            import openai
+        except ImportError as error:
+            raise MucoError("asking a model server needs the package openai: pip install 'muco[synth]'") from error
+        # Retries are ours, so that they are counted, paced and within the budget.
+        self._client = openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=limits.timeout,
+            http_client=openai.DefaultAioHttpClient(timeout=limits.timeout),  # quicker than httpx, the default
+        )
         self._places = asyncio.Semaphore(limits.concurrency)
         self._next_at = self._paused_until = 0.0  # of the loop's clock
         self._useless = 0  # answers in a row
@@ -90,10 +116,8 @@ class Endpoint:
     ) -> Answer:
         """The model's answer. The caller says by :meth:`useful` or :meth:`useless` what it was worth.
 
-        Args:
-            messages: In OpenAI's form.
-            schema: JSON schema of the answer, for servers that hold a model to one.
-            seed: Of the sampling, where the server knows seeds.
+        ``schema`` (JSON) and ``seed`` are for servers that hold a model to one, and know seeds.
+
         Raises:
             Unanswered: If the server refuses this question, or does not answer it although it answers others.
             BudgetSpent: If the budget is used up.
@@ -104,27 +128,22 @@ class Endpoint:
             body["seed"] = seed
         if schema is not None and self.structured:
             body["response_format"] = response_format(schema)
-        for round in range(ROUNDS):
+        for round in count(1):
             answered = self.usage.answers
             try:
                 return await self._ask(body)
             except Unanswered as error:
                 self.usage.unanswered += 1
                 self.useless(str(error))
-                if not error.passing or self.usage.answers > answered or round == ROUNDS - 1:
+                if not isinstance(error, Passing) or self.usage.answers > answered or round == ROUNDS:
                     raise
-        raise AssertionError("unreachable")
 
     def useful(self) -> None:
         """The last answer could be used."""
         self._useless = 0
 
     def useless(self, example: str) -> None:
-        """An answer could not be used.
-
-        Raises:
-            EndpointError: If that happened too many times in a row; shows the example.
-        """
+        """An answer could not be used; EndpointError, with the example, if that happened too many times in a row."""
         self._useless += 1
         if self._useless >= self.limits.max_failures:
             raise EndpointError(
@@ -143,20 +162,24 @@ class Endpoint:
             BudgetSpent: If there is no budget for it.
         """
         names = await self._models()
+        serves = "has no list of its models"
+        if names is not None:
+            serves = f"serves {', '.join(names[:10]) or 'no model'}" + (" …" if len(names) > 10 else "")
         if not self.model:
-            self.model = self._only(names)
+            if names is None or len(names) != 1:
+                raise EndpointError(f"{self.url}: {serves}; name the one to ask")
+            self.model = names[0]
         if names is not None and self.model not in names and f"{self.model}:latest" not in names:  # as Ollama has them
             near = difflib.get_close_matches(self.model, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-            raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It serves {shown or 'none'}")
+            raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It {serves}")
         body: dict[str, Any] = {"model": self.model, "messages": [trial(image)], **self.sampling}
         if schema is not None:
             try:
                 await self._ask(body | {"response_format": response_format(schema)})
                 return
             except Unanswered as error:
-                if error.passing:
+                if isinstance(error, Passing):
                     raise EndpointError(f"{self.url}: a first question failed: {error}") from error
                 refusal = error
         try:
@@ -168,10 +191,8 @@ class Endpoint:
             self.structured = False
             log.warning("%s refuses response_format, so its answers keep to no schema: %s", self.url, refusal)
 
-    # ── one question ─────────────────────────────────────────────────────────────────────────────────────────────────
-
     async def _ask(self, body: Mapping[str, Any]) -> Answer:
-        for attempt in range(self.limits.retries + 1):
+        for attempt in count():
             try:
                 answer = await self._send(body)
             except Passing as error:
@@ -184,13 +205,18 @@ class Endpoint:
             else:
                 self.usage.answers += 1
                 return answer
-        raise AssertionError("unreachable")
 
     async def _send(self, body: Mapping[str, Any]) -> Answer:
         import openai
 
         async with self._places:
-            await self._wait_for_turn()
+            clock = asyncio.get_running_loop().time
+            while (left := self._paused_until - clock()) > 0:
+                await asyncio.sleep(left * random.uniform(1, 1.1))  # not all at the same moment
+            if self.limits.requests_per_minute:
+                at = max(self._next_at, clock())
+                self._next_at = at + 60 / self.limits.requests_per_minute
+                await asyncio.sleep(at - clock())
             self.budget.take()
             self.usage.requests += 1
             try:
@@ -209,15 +235,6 @@ class Endpoint:
             raise Passing(f"not an answer of a chat endpoint: {said}") from error
         self._count(usage, body, answer)
         return answer
-
-    async def _wait_for_turn(self) -> None:
-        clock = asyncio.get_running_loop().time
-        while (left := self._paused_until - clock()) > 0:
-            await asyncio.sleep(left * random.uniform(1, 1.1))  # not all at the same moment
-        if self.limits.requests_per_minute:
-            at = max(self._next_at, clock())
-            self._next_at = at + 60 / self.limits.requests_per_minute
-            await asyncio.sleep(at - clock())
 
     def _refused(self, error: openai.APIStatusError) -> Unanswered:
         said = self._shown(f"HTTP {error.status_code}: {error.response.text}")
@@ -242,23 +259,6 @@ class Endpoint:
         self.usage.completion_tokens += counts[1]
         self.budget.used_tokens += sum(counts)
 
-    # ── the server ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _make_client(self) -> openai.AsyncOpenAI:
-        try:
-            import openai
-        except ImportError as error:
-            raise MucoError("asking a model server needs the package openai: pip install 'muco[synth]'") from error
-        # Retries are ours, so that they are counted, paced and within the budget.
-        return openai.AsyncOpenAI(
-            base_url=self.url,
-            api_key=self._key or "none",
-            max_retries=0,
-            timeout=self.limits.timeout,
-            # quicker than httpx, which is the default
-            http_client=openai.DefaultAioHttpClient(timeout=self.limits.timeout),
-        )
-
     async def _models(self) -> list[str] | None:
         """The names of the models, or None where the server has no list of them."""
         import openai
@@ -278,12 +278,6 @@ class Endpoint:
             return [str(model["id"]) for model in json.loads(raw)["data"]]
         except (ValueError, LookupError, TypeError):
             return None
-
-    def _only(self, names: list[str] | None) -> str:
-        if names is not None and len(names) == 1:
-            return names[0]
-        has = "has no list of its models" if names is None else f"serves {', '.join(names[:10]) or 'no model'}"
-        raise EndpointError(f"{self.url}: {has}; name the one to ask")
 
     def _shown(self, text: str) -> str:
         """A piece of what a server said: in one line, without the key."""

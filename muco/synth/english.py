@@ -40,20 +40,17 @@ def plural(name: str) -> str:
             return f"{plural(head)}{joint}{plural(rest) if joint == '/' else rest}"
     if not countable(name):
         return name
-    before, blank, word = name.rpartition(" ")
-    return f"{before}{blank}{_plural_word(word)}"
-
-
-def _plural_word(word: str) -> str:
+    word = name.rpartition(" ")[2]
+    before = name.removesuffix(word)
     if word in _IRREGULAR:
-        return _IRREGULAR[word]
+        return before + _IRREGULAR[word]
     if word.endswith(_SAME):
-        return word
+        return name
     if word.endswith("man"):
-        return f"{word[:-3]}men"
+        return f"{name[:-3]}men"
     if word.endswith(("s", "x", "z", "ch", "sh")):
-        return f"{word}es"
-    return f"{word[:-1]}ies" if re.search(r"[^aeiou]y$", word) else f"{word}s"
+        return f"{name}es"
+    return f"{name[:-1]}ies" if re.search(r"[^aeiou]y$", word) else f"{name}s"
 
 
 def is_plural(name: str) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from muco.synth.limits import BudgetSpent
+from muco.synth.chat import BudgetSpent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,7 +42,10 @@ async def in_order(
                     tasks.append(asyncio.create_task(work(item)))
             if drawing is None and more and len(tasks) < ahead:
                 drawing = loop.run_in_executor(thread, next, items, _END)
-            _raise_error_of(tasks)
+            for task in tasks:
+                error = task.exception() if task.done() else None
+                if error is not None and not isinstance(error, BudgetSpent):  # which waits for the results before it
+                    raise error
             if tasks and tasks[0].done():
                 yield tasks.popleft().result()
                 continue
@@ -57,11 +60,3 @@ async def in_order(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await loop.run_in_executor(None, thread.shutdown)  # an iterator must not be closed while it runs
-
-
-def _raise_error_of(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Raises the error of a task that failed; but a spent budget waits until the results before it are yielded."""
-    for task in tasks:
-        error = task.exception() if task.done() else None
-        if error is not None and not isinstance(error, BudgetSpent):
-            raise error

@@ -11,12 +11,128 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
-from muco.synth import checks
+from muco.base.text import LONE_SURROGATE, SPECIAL_TOKEN
+from muco.synth.chat import Answer
 from muco.synth.prompts import Prompts
+
+# ── checks of texts ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The reasons, in the order in which they are looked for.
+NOT_JSON, MISSING, EMPTY, CUT_OFF = "not JSON", "missing field", "empty", "cut off"
+SPECIAL, REFUSAL, LANGUAGE, TOO_LONG, TOO_SHORT = "special token", "refusal", "language", "too long", "too short"
+HALF = "half a character"
+NAMES_SOURCE, GIVEN_AWAY, REPEATS = "names its source", "does not need the image", "repeats the question"
+SAME_QUESTION, SAME_TARGET, NOT_WRONG = "same question twice", "same target twice", "wrong answer is right"
+
+FOREIGN = 0.3  # share of letters of another script from which a text is in another language
+SHORTEST_CAPTION = 3  # words
+
+_SPECIAL = re.compile(
+    SPECIAL_TOKEN.pattern
+    + r"|</?(?:s|unk|pad|bos|eos|cls|sep|mask|image|img|video|think|start_of_turn|end_of_turn|image_soft_token)>"
+    r"|\[/?(?:INST|SEP|CLS|MASK|PAD|UNK|IMG)\]",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\A\W*(?:i['’]?m (?:sorry|afraid|unable|not able)|i am (?:sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e"
+    r"|i (?:can['’]?t|cannot|can not|won['’]?t|will not|must decline)|as an ai\b|as a (?:large )?language model)",
+    re.IGNORECASE,
+)
+_NO_ANSWER = re.compile(
+    r"\b(?:cannot|can['’]?t|can not|could not|impossible to) (?:be )?(?:determin|told\b|tell\b|known?\b|identif|answer)"
+    r"|\bnot (?:mentioned|specified|stated|provided)\b|\A\W*(?:unknown|n/a|not visible)\W*\Z",
+    re.IGNORECASE,
+)
+_SOURCE = re.compile(
+    r"\b(?:descri(?:bed|ption)|captions?|passage|paragraph|text) (?:above|below|states?|mentions?|provided|given)\b"
+    r"|\b(?:according to|based on|in|from|by) (?:the|this|that) (?:description|caption|passage|paragraph)\b"
+    r"|\bthe (?:description|caption|passage)\b|\bbeing described\b|\bas described\b|\bfile ?names?\b"
+    r"|\b[\w-]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"\w+")
+_FILLERS = frozenset(
+    "a an the this that these those it its is are was were be do does did there here of in on at to for with by from "
+    "and or as what which who whom whose where when why how many much kind type sort you can see shown picture image "
+    "photo photograph yes no".split()
+)
+
+
+def caption_problem(answer: Answer, prompts: Prompts) -> str | None:
+    """Why an answer is not a caption."""
+    if answer.finish == "length":
+        return CUT_OFF
+    if answer.finish in ("refusal", "content_filter"):
+        return REFUSAL
+    return text_problem(answer.text, prompts) or (
+        TOO_SHORT if len(answer.text.split()) < SHORTEST_CAPTION and prompts.script == "LATIN" else None
+    )
+
+
+def text_problem(text: str, prompts: Prompts) -> str | None:
+    """What is wrong with any text of a model, a question, an answer or a caption."""
+    if not text.strip():
+        return EMPTY
+    if LONE_SURROGATE.search(text):
+        return HALF
+    if _SPECIAL.search(text):
+        return SPECIAL
+    if _REFUSAL.search(text):
+        return REFUSAL
+    return LANGUAGE if prompts.script and foreign(text, prompts.script) > FOREIGN else None
+
+
+def question_problem(question: str, prompts: Prompts, name: str) -> str | None:
+    """What is wrong with a question; ``name`` is that of the image's file."""
+    if problem := text_problem(question, prompts):
+        return problem
+    if len(question.split()) > prompts.words["question"]:
+        return TOO_LONG
+    stem = PurePath(name).stem
+    named = len(stem) > 3 and re.search(rf"(?<!\w){re.escape(stem)}(?!\w)", question, re.IGNORECASE) is not None
+    # A file may be called "red ring.jpg"; one named by digits or with signs between the words is meant as a file.
+    found = _SOURCE.search(question) is not None or (named and re.search(r"[\d_]", stem) is not None)
+    return NAMES_SOURCE if found else None
+
+
+def answer_problem(question: str, answer: str, most_words: int, prompts: Prompts) -> str | None:
+    """What is wrong with an answer to a question that is sound."""
+    if problem := text_problem(answer, prompts):
+        return problem
+    if _NO_ANSWER.search(answer):
+        return REFUSAL
+    if len(answer.split()) > most_words:
+        return TOO_LONG
+    if plain(question) in plain(answer):
+        return REPEATS
+    told = content_words(answer)
+    return GIVEN_AWAY if told and told <= content_words(question) else None
+
+
+def foreign(text: str, script: str) -> float:
+    """Share of the letters that belong to another script."""
+    letters = [char for char in text if char.isalpha()]
+    own = sum(unicodedata.name(char, "").startswith(script) for char in letters)
+    return 1 - own / len(letters) if letters else 0.0
+
+
+def plain(text: str) -> str:
+    """A text by which two are compared: words in lower case, without signs and articles."""
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or text.strip()
+
+
+def content_words(text: str) -> Set[str]:
+    return {word for word in plain(text).split() if word not in _FILLERS}
+
+
+# ── pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -60,21 +176,13 @@ class Rejected:
     reason: str
     text: str
 
-    def as_dict(self) -> dict[str, str]:
-        return {"kind": self.kind, "reason": self.reason, "text": self.text}
-
 
 @dataclass
 class Pairs:
-    """The pairs of one picture so far: good ones by slot, and what is wrong with the last try of every other slot.
+    """The pairs of one picture so far: good ones by slot, and what is wrong with the last try of every other slot."""
 
-    Args:
-        caption: Of the picture; the answer of the retrieval pair.
-        name: Of the picture's file.
-    """
-
-    caption: str
-    name: str
+    caption: str  # the answer of the retrieval pair
+    name: str  # of the picture's file
     prompts: Prompts
     good: dict[Slot, Pair] = field(default_factory=dict)
     rejected: dict[Slot, Rejected] = field(default_factory=dict)
@@ -113,33 +221,33 @@ class Pairs:
     def _judged(self, slot: Slot, value: Mapping[str, Any] | None, text: str) -> tuple[Pair, str | None, str]:
         nothing = Pair("", "")
         if value is None:
-            return nothing, checks.NOT_JSON, text
+            return nothing, NOT_JSON, text
         given = [value.get(key) for key in slot.keys]
         if not all(isinstance(part, str) for part in given):
-            return nothing, checks.MISSING, f"no text under {', '.join(slot.keys)}"
+            return nothing, MISSING, f"no text under {', '.join(slot.keys)}"
         parts = [part.strip() for part in given]
         pair = Pair(parts[0], self.caption if slot.name == "retrieval" else parts[1], *parts[2:])
         return pair, self._problem(slot, pair), " | ".join(parts)
 
     def _problem(self, slot: Slot, pair: Pair) -> str | None:
-        if problem := checks.question_problem(pair.query, self.prompts, self.name):
+        if problem := question_problem(pair.query, self.prompts, self.name):
             return problem
         others = [other for key, other in self.good.items() if key != slot]
-        if any(checks.plain(other.query) == checks.plain(pair.query) for other in others):
-            return checks.SAME_QUESTION
+        if any(plain(other.query) == plain(pair.query) for other in others):
+            return SAME_QUESTION
         if slot.name == "retrieval":
             return None
         most = self.prompts.words[slot.kind]
-        if problem := checks.answer_problem(pair.query, pair.answer, most, self.prompts):
+        if problem := answer_problem(pair.query, pair.answer, most, self.prompts):
             return problem
-        targets = {checks.plain(other.answer) for other in others} | {checks.plain(self.caption)}
-        if checks.plain(pair.answer) in targets:
-            return checks.SAME_TARGET
+        targets = {plain(other.answer) for other in others} | {plain(self.caption)}
+        if plain(pair.answer) in targets:
+            return SAME_TARGET
         if slot.name != "cls":
             return None
-        if checks.plain(pair.negative) == checks.plain(pair.answer):
-            return checks.NOT_WRONG
-        return checks.text_problem(pair.negative, self.prompts)
+        if plain(pair.negative) == plain(pair.answer):
+            return NOT_WRONG
+        return text_problem(pair.negative, self.prompts)
 
 
 def schema(keys: Sequence[str]) -> dict[str, Any]:
@@ -153,7 +261,8 @@ ALL_KEYS = tuple(key for slot in SLOTS for key in slot.keys)
 
 def read_object(text: str) -> dict[str, Any] | None:
     """The one JSON object of a text, also in a fence or with words around it; None if there is none."""
-    for candidate in _candidates(text):
+    fenced = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    for candidate in (text, *fenced[:1], text[text.find("{") : text.rfind("}") + 1]):
         try:
             value = json.loads(candidate)
         except (ValueError, RecursionError):
@@ -161,10 +270,3 @@ def read_object(text: str) -> dict[str, Any] | None:
         if isinstance(value, dict):
             return value
     return None
-
-
-def _candidates(text: str) -> Iterator[str]:
-    yield text
-    if fenced := re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL):
-        yield fenced[1]
-    yield text[text.find("{") : text.rfind("}") + 1]

@@ -39,21 +39,12 @@ MAX_NOTE = 300  # characters
 
 @dataclass(frozen=True)
 class Filter:
-    """Which pictures are kept.
+    """Which pictures are kept; MucoError if a value makes no sense."""
 
-    Args:
-        min_side: Pixels that the shorter side must have.
-        max_aspect: Longer side by shorter side, at most.
-        near: Bits of 64 by which the hash of a near duplicate may differ; 0 means equal hashes, -1 turns this off.
-        max_pixels: A picture of more is not decoded. A worker holds one picture, 3 bytes per pixel and more.
-    Raises:
-        MucoError: If a value makes no sense.
-    """
-
-    min_side: int = 512
-    max_aspect: float = 3.0
-    near: int = 4
-    max_pixels: int = MAX_PIXELS
+    min_side: int = 512  # px that the shorter side must have
+    max_aspect: float = 3.0  # longer side by shorter side, at most
+    near: int = 4  # bits of 64 by which the hash of a near duplicate may differ; -1 turns this off
+    max_pixels: int = MAX_PIXELS  # of more, it is not decoded; a worker holds one picture, 3 bytes per pixel and more
 
     def __post_init__(self) -> None:
         if self.min_side < 1 or not self.max_aspect >= 1 or self.max_pixels < 1:
@@ -64,28 +55,18 @@ class Filter:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at a picture has found.
-
-    Args:
-        number, name, ref: Of the picture.
-        digest: SHA-256 (hex) of the file's bytes; "" if there are none.
-        phash: Perceptual hash, 64 bits; 0 if it has a reason.
-        width, height: Pixels, upright; 0 if unreadable.
-        reason: Why it is not kept; "" as long as it is.
-        note: The sentence of the error.
-        file: Relative to the source's root, or to the store; "" if it has a reason and is not stored.
-    """
+    """What one look at a picture has found."""
 
     number: int
     name: str
     ref: str
-    digest: str = ""
-    phash: int = 0
-    width: int = 0
+    digest: str = ""  # SHA-256 (hex) of the file's bytes, if there are any
+    phash: int = 0  # perceptual hash, 64 bits
+    width: int = 0  # px, upright
     height: int = 0
-    reason: str = ""
-    note: str = ""
-    file: str = ""
+    reason: str = ""  # why it is not kept
+    note: str = ""  # the sentence of the error
+    file: str = ""  # relative to the source's root, or to the store; "" if it is not kept
 
 
 def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -> Look:
@@ -94,27 +75,27 @@ def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -
     Args:
         store: Folder; ``<first two letters>/<digest>.<kind>`` appears in it, whole. Needed if ``source.root`` is None.
     Raises:
-        OutputError: If it cannot be stored.
-        DataError: If the source has changed.
+        MucoError: If it cannot be stored, or the source has changed.
     """
     own = {"number": picture.number, "name": picture.name, "ref": picture.ref}
     try:
         data = source.read(picture.ref)
-    except (ImageError, FetchError) as error:
-        reason = _why_not_read(error)
-        return Look(**own, reason=reason, note=str(error)[:MAX_NOTE])
-    try:
         own["digest"] = image_digest(data)
         image = open_image(data, max_pixels=filter.max_pixels, small_side=0, where=picture.name)
     except ImageError as error:
         return Look(**own, reason=UNREADABLE, note=str(error)[:MAX_NOTE])
+    except FetchError as error:
+        reason = UNREACHABLE if isinstance(error, UnreachableError) else NOT_FETCHED
+        return Look(**own, reason=reason, note=str(error)[:MAX_NOTE])
     own |= {"width": image.width, "height": image.height}
-    if reason := _wrong_size(image.width, image.height, filter):
+    short, long = sorted(image.size)
+    if short < filter.min_side or long > filter.max_aspect * short:
+        reason = TOO_SMALL if short < filter.min_side else ASPECT
         return Look(**own, reason=reason, note=f"{image.width} x {image.height}")
     if source.root is not None:
         file = picture.ref
     elif store is not None:
-        file = _store(data, own["digest"], picture.number, store)
+        file = _store(data, own["digest"], store)
     else:
         raise ValueError("pictures of this source need a store")
     return Look(**own, phash=perceptual_hash(image), file=file)
@@ -127,19 +108,7 @@ def perceptual_hash(image: Any) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
-def _why_not_read(error: Exception) -> str:
-    if isinstance(error, UnreachableError):
-        return UNREACHABLE
-    return NOT_FETCHED if isinstance(error, FetchError) else UNREADABLE
-
-
-def _wrong_size(width: int, height: int, filter: Filter) -> str:
-    if min(width, height) < filter.min_side:
-        return TOO_SMALL
-    return ASPECT if max(width, height) > filter.max_aspect * min(width, height) else ""
-
-
-def _store(data: bytes, digest: str, number: int, store: Path) -> str:
+def _store(data: bytes, digest: str, store: Path) -> str:
     from PIL import Image
 
     kind = Image.open(io.BytesIO(data), formats=FORMATS).format  # the header of what has just been decoded
@@ -153,9 +122,6 @@ def _store(data: bytes, digest: str, number: int, store: Path) -> str:
     except OSError as error:
         raise OutputError(f"{store}: a picture cannot be stored ({error.strerror or error}); make room") from error
     return file
-
-
-# ── many ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def look_at_all(
@@ -222,7 +188,7 @@ def _on_daft(source: Source, filter: Filter, store: Path | None, workers: int, r
 
     def query(pictures: list[Picture]) -> list[Look]:
         names = ("number", "name", "ref")
-        frame = daft.from_pydict({key: [getattr(picture, key) for picture in pictures] for key in names})
+        frame = daft.from_pylist([asdict(picture) for picture in pictures])
         if ray is not None:
             frame = frame.into_partitions(-(-len(pictures) // CHUNK))
         frame = frame.select(look_at(*(daft.col(key) for key in names)).alias("look"))

@@ -2,9 +2,9 @@
 
 ::
 
-    pictures ─▶ look at each once (filling.py) ─▶ catalogue.py: which are kept             pass one, no model
+    pictures ─▶ look at each once ─▶ catalogue.py: which are kept                          pass one, no model
     kept pictures ─▶ caption ─▶ pairs (writing.py) ─▶ shards.py, as soon as one is whole   pass two, asks the models
-    shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              card.py
+    shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              shards.py
 
     <output>/synth.json       what was asked for; another run into this folder has to ask for the same
              pictures.db      pass one
@@ -28,11 +28,10 @@ from typing import Any
 from muco.base.files import is_empty, read_json, write_json, writing
 from muco.base.machine import VERSION
 from muco.errors import DataError, OutputError
-from muco.synth.catalogue import Catalogue, Kept
+from muco.synth.catalogue import Catalogue, Kept, fill
+from muco.synth.chat import KEY_VARIABLE, Budget, BudgetSpent, Limits
 from muco.synth.endpoint import Endpoint
-from muco.synth.filling import fill
 from muco.synth.flow import in_order
-from muco.synth.limits import KEY_VARIABLE, Budget, BudgetSpent, Limits
 from muco.synth.pictures import WORKERS, Filter
 from muco.synth.shards import shard_file, write_shard
 from muco.synth.sources import Source
@@ -44,12 +43,7 @@ FIXED = ("prompt", "captioner", "writer", "filter", "setting", "shard")  # of wh
 
 @dataclass(frozen=True)
 class Server:
-    """A model behind a URL and how it is asked; see :class:`muco.synth.endpoint.Endpoint`.
-
-    Args:
-        model: "" means the only one that the server has; :func:`check` finds out.
-        structured: Whether answers are held to a JSON schema; :func:`check` finds out.
-    """
+    """The arguments of a :class:`muco.synth.endpoint.Endpoint`, which :func:`check` completes."""
 
     url: str
     model: str
@@ -59,27 +53,12 @@ class Server:
     structured: bool = True
 
     def open(self, budget: Budget | None = None) -> Endpoint:
-        endpoint = Endpoint(
-            self.url,
-            self.model,
-            sampling=self.sampling,
-            limits=self.limits,
-            budget=budget,
-            key_variable=self.key_variable,
-        )
-        endpoint.structured = self.structured
-        return endpoint
+        return Endpoint(budget=budget, **vars(self))
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the turns depend on, and where they go.
-
-    Args:
-        captioner: A model that sees.
-        writer: A model that writes; may be the same one.
-        shard: Pictures in a shard.
-    """
+    """Everything that the turns depend on, and where they go; ``shard`` is the number of pictures in one."""
 
     source: Source
     output: Path
@@ -116,42 +95,30 @@ class Job:
 
 
 async def check(job: Job) -> tuple[Job, float]:
-    """Asks both servers a first question.
+    """Asks both servers a first question; EndpointError if a server cannot be reached, or lacks the model.
 
     Returns:
         The job with what was learnt of them, and seconds per picture that the slower one takes if it answers all
         questions as quickly as this one, at the highest concurrency and rate allowed.
-    Raises:
-        EndpointError: If a server cannot be reached, or lacks the model.
     """
     async with job.captioner.open() as captioner, job.writer.open() as writer:
         begun = time.monotonic()
         await captioner.check(image=True)
         seen = time.monotonic()
         await writer.check(schema=PAIRS_SCHEMA)
-        paces = (
-            _pace(job.captioner.limits, seen - begun),
-            _pace(job.writer.limits, time.monotonic() - seen),
-        )
-        learnt = replace(
-            job,
-            captioner=replace(job.captioner, model=captioner.model),
-            writer=replace(job.writer, model=writer.model, structured=writer.structured),
-        )
-        return learnt, max(paces)
-
-
-def _pace(limits: Limits, seconds: float) -> float:
-    """Seconds between two answers, if each takes ``seconds``."""
-    return max(seconds / limits.concurrency, 60 / (limits.requests_per_minute or float("inf")))
+        taken = ((job.captioner.limits, seen - begun), (job.writer.limits, time.monotonic() - seen))
+    pace = max(seconds / limits.concurrency for limits, seconds in taken)
+    rates = [limits.requests_per_minute for limits, _ in taken if limits.requests_per_minute]
+    learnt = replace(
+        job,
+        captioner=replace(job.captioner, model=captioner.model),
+        writer=replace(job.writer, model=writer.model, structured=writer.structured),
+    )
+    return learnt, max([pace, *(60 / rate for rate in rates)])
 
 
 def claim(job: Job) -> None:
-    """Notes in the output folder what is asked for.
-
-    Raises:
-        OutputError: If the folder holds something else, or the result of other models, prompts or settings.
-    """
+    """Notes in the output folder what is asked for; OutputError if it holds anything else."""
     file, facts = job.output / "synth.json", job.facts()
     if file.is_file():
         known = read_json(file)
@@ -171,14 +138,7 @@ def claim(job: Job) -> None:
 def look(
     job: Job, *, workers: int = WORKERS, ray: str | None = None, progress: Callable[[int, int | None], None]
 ) -> dict[str, int]:
-    """Pass one: looks at all pictures that the catalogue does not know; returns its counts.
-
-    Args:
-        workers, ray: See :func:`muco.synth.pictures.look_at_all`.
-        progress: Is told how many pictures are done, and of how many if that is known.
-    Raises:
-        DataError: If no picture is kept.
-    """
+    """Pass one, see :func:`muco.synth.catalogue.fill`: returns the catalogue's counts; DataError if nothing is kept."""
     store = None if job.source.root else job.root
     with job.open_catalogue() as catalogue:
         fill(catalogue, job.source, job.filter, store, workers=workers, ray=ray, progress=progress)
@@ -192,28 +152,32 @@ def look(
     return counts
 
 
-# ── pass two ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def unfinished(job: Job, kept: int) -> list[range]:
     """For each shard that is not there yet the places of its pictures among the ``kept`` ones."""
     places = [range(start, min(kept, start + job.shard)) for start in range(0, kept, job.shard)]
     return [part for number, part in enumerate(places) if not shard_file(job.shards, number).exists()]
 
 
+@dataclass
+class _Shard:
+    """A shard under way."""
+
+    size: int
+    answers: Answers
+    made: list[Made] = field(default_factory=list)
+
+
 async def make(
     job: Job,
-    pictures: Iterable[Kept],
-    sizes: Mapping[int, int],
+    shards: Iterable[Sequence[Kept]],
     captioner: Endpoint,
     writer: Endpoint,
     done: Callable[[bool], None] = lambda fresh: None,
 ) -> int:
-    """Makes the turns of pictures and writes their shards.
+    """Makes the turns of pictures and writes each shard when all of its pictures are through.
 
     Args:
-        pictures: In order, of whole shards.
-        sizes: How many pictures each of these shards has.
+        shards: The pictures of each, in order, so that few shards are under way at a time.
         done: Called after each picture with whether a model was asked about it in this run.
     Returns:
         How many pictures a server did not answer for now; their shards are left for a later run.
@@ -221,10 +185,17 @@ async def make(
         BudgetSpent: If there is no budget left; what was answered is kept.
         EndpointError: If a server sends nothing useful.
     """
-    writing = _Writing(job, sizes)
+    under_way: dict[int, _Shard] = {}
+    later = 0
+
+    def pictures() -> Iterator[Kept]:
+        for shard in shards:
+            number = shard[0].place // job.shard
+            under_way[number] = _Shard(len(shard), Answers(job.output / "answers" / f"{number:05}.jsonl"))
+            yield from shard
 
     async def work(picture: Kept) -> Made:
-        answers = writing.answers(picture)
+        answers = under_way[picture.place // job.shard].answers
         fresh = answers.find((picture.digest, "caption", 0)) is None
         made = await make_turns(picture, job.root, captioner, writer, job.setting, answers)
         done(fresh)
@@ -232,67 +203,31 @@ async def make(
 
     ahead = 2 * (captioner.limits.concurrency + writer.limits.concurrency)
     try:
-        async with aclosing(in_order(iter(pictures), work, ahead=ahead)) as results:
+        async with aclosing(in_order(pictures(), work, ahead=ahead)) as results:
             async for made in results:
-                await writing.take(made)
+                number = made.picture.place // job.shard
+                shard = under_way[number]
+                shard.made.append(made)
+                if len(shard.made) == shard.size:
+                    later += await asyncio.to_thread(_finish, job, number, under_way.pop(number))
     except BudgetSpent:
-        writing.settle()
+        for shard in under_way.values():
+            shard.answers.settle()
         raise
     finally:
-        writing.close()
-    return writing.later
+        for shard in under_way.values():
+            shard.answers.close()
+    return later
 
 
-class _Writing:
-    """Collects what becomes of pictures, and writes a shard when all of its pictures are through.
-
-    Pictures come in order, so that few shards are open at a time.
-    """
-
-    def __init__(self, job: Job, sizes: Mapping[int, int]) -> None:
-        self.job, self.sizes, self.facts = job, sizes, job.facts()
-        self.later = 0
-        self._answers: dict[int, Answers] = {}
-        self._made: dict[int, list[Made]] = {}
-
-    def answers(self, picture: Kept) -> Answers:
-        shard = picture.place // self.job.shard
-        if shard not in self._answers:
-            self._answers[shard] = Answers(self.job.output / "answers" / f"{shard:05}.jsonl")
-        return self._answers[shard]
-
-    async def take(self, made: Made) -> None:
-        shard = made.picture.place // self.job.shard
-        together = self._made.setdefault(shard, [])
-        together.append(made)
-        if len(together) == self.sizes[shard]:
-            await asyncio.to_thread(self._finish, shard)
-
-    def _finish(self, shard: int) -> None:
-        made, answers = self._made.pop(shard), self._answers.pop(shard)
-        if later := sum(one.later for one in made):
-            self.later += later
-            answers.settle()
-            answers.close()
-            return
-        with writing(self.job.shards, again=True):
-            write_shard(self.job.shards, shard, made, self.facts)
-        answers.delete()
-
-    def settle(self) -> None:
-        for answers in self._answers.values():
-            answers.settle()
-
-    def close(self) -> None:
-        for answers in self._answers.values():
-            answers.close()
-
-
-def shard_sizes(job: Job, parts: Sequence[range]) -> dict[int, int]:
-    return {part.start // job.shard: len(part) for part in parts}
-
-
-def kept_pictures(catalogue: Catalogue, parts: Iterable[range]) -> Iterator[Kept]:
-    """The pictures of shards, one shard in memory at a time."""
-    for part in parts:
-        yield from catalogue.kept(part.start, len(part))
+def _finish(job: Job, number: int, shard: _Shard) -> int:
+    """Writes a shard, unless some of its pictures have to be asked about later: returns how many."""
+    later = sum(made.later for made in shard.made)
+    if later:
+        shard.answers.settle()
+        shard.answers.close()
+        return later
+    with writing(job.shards, again=True):
+        write_shard(job.shards, number, shard.made, job.facts())
+    shard.answers.close(delete=True)
+    return 0

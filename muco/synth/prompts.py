@@ -11,17 +11,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from muco.base.text import read_text
-from muco.errors import DataError
+from muco.errors import DataError, did_you_mean
 
 WORDS = {"question": 40, "classification": 8, "global": 40, "local": 20, "creative": 60}  # the most that are asked for
 
@@ -79,34 +78,22 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """The wordings. ``{language}``, ``{caption}`` … are filled in; other braces stay as they are.
+    """The wordings. ``{language}``, ``{caption}`` … are filled in; other braces stay as they are."""
 
-    Args:
-        version: Stored with what is made; a changed wording needs a version of its own.
-        language: In which everything is written.
-        script: Script of that language as Unicode names its letters (LATIN, CYRILLIC, CJK …); "" checks nothing.
-        picture: Asks for the short captions of ``muco data caption``.
-        caption: Asks for the dense caption.
-        pairs: Asks for the pairs; needs ``{caption}`` and ``{keys}``.
-        again: Added where pairs are asked for again; needs ``{rejected}``.
-        keys: What is asked for under each key.
-        words: The most words of a question and of each kind of answer; longer ones are rejected.
-    """
-
-    version: str = "muco-1"
-    language: str = "English"
-    script: str = "LATIN"
-    picture: str = PICTURE
-    caption: str = CAPTION
-    pairs: str = PAIRS
-    again: str = AGAIN
-    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))
-    words: Mapping[str, int] = field(default_factory=lambda: dict(WORDS))
+    version: str = "muco-1"  # stored with what is made; a changed wording needs a version of its own
+    language: str = "English"  # in which everything is written
+    script: str = "LATIN"  # of that language, as Unicode names its letters (CYRILLIC, CJK …); "" checks nothing
+    picture: str = PICTURE  # asks for the short captions of ``muco data caption``
+    caption: str = CAPTION  # asks for the dense caption
+    pairs: str = PAIRS  # asks for the pairs; needs {caption} and {keys}
+    again: str = AGAIN  # added where pairs are asked for again; needs {rejected}
+    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))  # what is asked for under each
+    words: Mapping[str, int] = field(default_factory=lambda: dict(WORDS))  # longer questions and answers are rejected
 
     @property
     def name(self) -> str:
         """The version and the beginning of a digest of all wordings, so that a silent change shows."""
-        told = json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=True, default=dict)
+        told = json.dumps(vars(self), sort_keys=True, default=dict)
         return f"{self.version} ({hashlib.sha256(told.encode()).hexdigest()[:8]})"
 
     def filled(self, text: str, **values: Any) -> str:
@@ -131,7 +118,7 @@ def load_prompts(path: Path | None) -> Prompts:
         raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(given, dict) or not isinstance(given.get("version"), str):
         raise DataError(f"{path}: prompts are a mapping with a 'version' of your own, such as version: mine-1")
-    _check(given, {f.name for f in fields(Prompts)}, str(path))
+    _check(given, {*vars(Prompts())}, str(path))
     for name, defaults in (("keys", KEYS), ("words", WORDS)):
         part = given.get(name, {})
         if not isinstance(part, dict):
@@ -139,10 +126,9 @@ def load_prompts(path: Path | None) -> Prompts:
         _check(part, {*defaults}, f"{path}: {name}")
         given[name] = defaults | part
     prompts = replace(Prompts(), **given)
-    for f in fields(Prompts):
-        kind = dict if f.name in ("keys", "words") else str
-        if not isinstance(getattr(prompts, f.name), kind):
-            raise DataError(f"{path}: {f.name!r} must be a {'mapping' if kind is dict else 'text'}")
+    for name, value in vars(prompts).items():
+        if name not in ("keys", "words") and not isinstance(value, str):
+            raise DataError(f"{path}: {name!r} must be a text")
     if wrong := [name for name, number in prompts.words.items() if not isinstance(number, int) or number < 1]:
         raise DataError(f"{path}: words: {wrong[0]!r} must be a whole number from 1 on")
     for name, needed in (("pairs", "{caption}"), ("pairs", "{keys}"), ("again", "{rejected}")):
@@ -154,6 +140,4 @@ def load_prompts(path: Path | None) -> Prompts:
 def _check(given: Mapping[str, Any], accepted: set[str], where: str) -> None:
     for key in given:
         if key not in accepted:
-            near = difflib.get_close_matches(str(key), accepted, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{where}: unknown key {key!r}; {hint}accepted are {', '.join(sorted(accepted))}")
+            raise DataError(f"{where}: unknown key {key!r}{did_you_mean(key, sorted(accepted))}")

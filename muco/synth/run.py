@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
+from muco.base.daft import daft_on
 from muco.base.files import claimed, writing
 from muco.base.terminal import progress_bar
-from muco.synth.card import write_card, write_sheet
-from muco.synth.catalogue import Catalogue, Kept
-from muco.synth.endpoint import Endpoint
-from muco.synth.limits import Budget, BudgetSpent
+from muco.errors import MucoError
+from muco.synth.catalogue import Kept
+from muco.synth.chat import Budget, BudgetSpent
 from muco.synth.pictures import WORKERS
-from muco.synth.pipeline import Job, check, claim, kept_pictures, look, make, shard_sizes, unfinished
+from muco.synth.pipeline import Job, Server, check, claim, look, make, unfinished
 from muco.synth.prompts import Prompts
-from muco.synth.shards import shard_files, write_whole
-from muco.synth.workers import make_in_workers
+from muco.synth.shards import shard_files, write_sheet, write_whole
 
+STOP = "stop"  # a file that is there while a run ends by a worker's error: others do not begin another shard then
 FIRST = 64  # pictures after which a run says how long the rest will take
 CHARACTERS = 4  # of a token, roughly
 CAPTION_TOKENS, PAIRS_TOKENS = 200, 400  # of an answer, roughly
@@ -44,14 +47,7 @@ class Need:
     requests: int
     read: int
     written: int
-    price: Price = Price()  # noqa: RUF009
-
-    @property
-    def cost(self) -> float:
-        return (self.read * self.price.read + self.written * self.price.written) / 1e6
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"requests": self.requests, "read": self.read, "written": self.written, "cost": round(self.cost, 2)}
+    cost: float
 
 
 def estimate(
@@ -66,9 +62,14 @@ def estimate(
     caption = len(prompts.filled(prompts.caption)) / CHARACTERS + pixels / VISUAL_PIXELS
     keys = sum(map(len, prompts.keys.values()))
     pairs = (len(prompts.filled(prompts.pairs)) + keys) / CHARACTERS + CAPTION_TOKENS
+
+    def need(read: float, written: int, price: Price) -> Need:
+        tokens = round(read * pictures), written * pictures
+        return Need(pictures, *tokens, (tokens[0] * price.read + tokens[1] * price.written) / 1e6)
+
     return {
-        "captioner": Need(pictures, round(caption * pictures), CAPTION_TOKENS * pictures, prices[0]),
-        "writer": Need(pictures, round(pairs * pictures), PAIRS_TOKENS * pictures, prices[1]),
+        "captioner": need(caption, CAPTION_TOKENS, prices[0]),
+        "writer": need(pairs, PAIRS_TOKENS, prices[1]),
     }
 
 
@@ -90,7 +91,6 @@ def synth(
         threads: That look at pictures in pass one, on each machine.
         workers: Processes of pass two.
         ray: Address of a Ray cluster for both passes; None: this machine.
-        dry_run: Stop before pass two.
         say: Gets sentences for the user while the run is under way.
     Returns:
         ``pictures`` by what became of them, ``estimate`` (of each model, and ``seconds``), and after pass two
@@ -107,35 +107,40 @@ def synth(
         with job.open_catalogue() as catalogue:
             parts = unfinished(job, catalogue.kept_count)
             left = sum(map(len, parts))
-            needs = estimate(job.setting.prompts, left, _mean_pixels(job, catalogue, parts), prices)
+            some = catalogue.kept(parts[0].start, FIRST) if parts else []
+            pixels = [min(picture.width * picture.height, job.setting.max_pixels) for picture in some]
+            needs = estimate(job.setting.prompts, left, sum(pixels) / max(1, len(pixels)), prices)
             result: dict[str, Any] = {
                 "pictures": looked,
-                "estimate": {role: need.as_dict() for role, need in needs.items()},
+                "estimate": {role: asdict(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()},
             }
             result["estimate"]["seconds"] = round(pace * left, 1)
             say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
             if dry_run:
                 return result
-            making = _Making(left, say)
-            if workers > 1 or ray is not None:
-                later = _in_workers(job, catalogue, parts, making, workers, ray)
-            else:
-                later = asyncio.run(_here(job, catalogue, parts, making, budget or Budget()))
+            shards_left = (catalogue.kept(part.start, len(part)) for part in parts)
+            with progress_bar("turns") as move:
+                making = _Making(left, say, move)
+                if workers > 1 or ray is not None:
+                    made = {"stopped": None, "later": make_in_workers(job, shards_left, workers, ray, making.shard)}
+                else:
+                    made = asyncio.run(_made(job, shards_left, budget or Budget(), making.picture))
+                    making.shard(0, made["usage"])
         shards = shard_files(job.shards)
         with writing(job.output, again=True):
-            rows = write_whole(job.output, job.root, shards, job.facts())
-            summary = write_card(job.output, shards, looked)
-        if rows:
+            found = write_whole(job.output, job.root, shards, job.facts(), looked)
+        if found.pictures:
             write_sheet(job.output)
-        found = summary.as_dict()
         return result | {
             "shards": -(-looked["kept"] // job.shard),
             "finished": len(shards),
-            "rows": rows,
-            **{key: found[key] for key in ("pairs", "kinds", "rejected")},
-            "unanswered": later,
-            "stopped": making.stopped,
-            "usage": making.usage,
+            "rows": found.pictures,
+            "pairs": found.pairs,
+            "kinds": {kind: words.total() for kind, words in found.questions.items()},
+            "rejected": [{"what": w, "reason": r, "count": n} for (w, r), n in found.rejected.most_common()],
+            "unanswered": made["later"],
+            "stopped": made["stopped"],
+            "usage": {role: dict(counts) for role, counts in making.usage.items()},
             "output": str(job.output),
         }
 
@@ -146,12 +151,11 @@ class _Making:
 
     left: int
     say: Callable[[str], None]
+    move: Callable[[int, int], None]
     done: int = 0
     fresh: int = 0
-    stopped: str | None = None
-    usage: dict[str, dict[str, int]] = field(default_factory=dict)
+    usage: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     begun: float = field(default_factory=time.monotonic)
-    move: Callable[[int, int], None] = lambda done, total: None
 
     def picture(self, fresh: bool) -> None:
         self.done += 1
@@ -164,56 +168,32 @@ class _Making:
             seconds = (time.monotonic() - self.begun) / FIRST * (self.left - self.done)
             self.say(f"the first {FIRST} pictures are through; at this pace the rest takes {_duration(seconds)}")
 
-    def shard(self, pictures: int, usage: dict[str, Any]) -> None:
+    def shard(self, pictures: int, usage: Mapping[str, Mapping[str, int]]) -> None:
         self.done += pictures
         self.move(self.done, self.left)
-        self.use(usage)
-
-    def use(self, usage: dict[str, Any]) -> None:
         for role, counts in usage.items():
-            known = self.usage.setdefault(role, dict.fromkeys(counts, 0))
-            self.usage[role] = {name: known[name] + count for name, count in counts.items()}
+            self.usage[role].update(counts)
 
 
-async def _here(job: Job, catalogue: Catalogue, parts: Sequence[range], making: _Making, budget: Budget) -> int:
+async def _made(
+    job: Job,
+    shards: Iterable[Sequence[Kept]],
+    budget: Budget | None = None,
+    done: Callable[[bool], None] = lambda fresh: None,
+) -> dict[str, Any]:
+    """What pass two made of shards: pictures for ``later``, why it ``stopped`` early, and ``usage`` of both models."""
+    later, stopped = 0, None
     async with job.captioner.open(budget) as captioner, job.writer.open(budget) as writer:
-        with progress_bar("turns") as move:
-            making.move = move
-            try:
-                pictures = kept_pictures(catalogue, parts)
-                return await make(job, pictures, shard_sizes(job, parts), captioner, writer, making.picture)
-            except BudgetSpent as error:
-                making.stopped = str(error)
-                return 0
-            finally:
-                making.use(_usage(captioner, writer))
-
-
-def _usage(captioner: Endpoint, writer: Endpoint) -> dict[str, dict[str, int]]:
-    return {"captioner": captioner.usage.as_dict(), "writer": writer.usage.as_dict()}
-
-
-def _in_workers(
-    job: Job, catalogue: Catalogue, parts: Sequence[range], making: _Making, workers: int, ray: str | None
-) -> int:
-    shards: Any = (catalogue.kept(part.start, len(part)) for part in parts)
-    with progress_bar("turns") as move:
-        making.move = move
-        return make_in_workers(job, shards, workers, ray, making.shard)
-
-
-def _mean_pixels(job: Job, catalogue: Catalogue, parts: Sequence[range]) -> float:
-    """Of the first pictures that are left, as they are sent."""
-    some: list[Kept] = catalogue.kept(parts[0].start, FIRST) if parts else []
-    pixels = [min(picture.width * picture.height, job.setting.max_pixels) for picture in some]
-    return sum(pixels) / len(pixels) if pixels else 0.0
+        try:
+            later = await make(job, shards, captioner, writer, done)
+        except BudgetSpent as error:
+            stopped = str(error)
+    usage = {"captioner": asdict(captioner.usage), "writer": asdict(writer.usage)}
+    return {"later": later, "stopped": stopped, "usage": usage}
 
 
 def _told(looked: dict[str, int], left: int, needs: dict[str, Need]) -> str:
-    requests, read, written = (
-        sum(getattr(need, name) for need in needs.values()) for name in ("requests", "read", "written")
-    )
-    cost = sum(need.cost for need in needs.values())
+    requests, read, written, cost = map(sum, zip(*map(astuple, needs.values()), strict=True))
     priced = f", which costs {cost:,.2f}" if cost else ""
     return (
         f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
@@ -227,3 +207,72 @@ def _duration(seconds: float) -> str:
         if seconds < most * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds / 86400:.1f} days"
+
+
+# ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_in_workers(
+    job: Job, shards: Iterator[list[Kept]], workers: int, ray: str | None, done: Callable[[int, Any], None]
+) -> int:
+    """Pass two in several processes, on this machine or a Ray cluster: each makes whole shards, by Daft.
+
+    The head sends the names of a shard's pictures and gets counts back; pictures are read, models asked and shards
+    written where the work is done, in folders that all machines see.
+
+    Args:
+        workers: Processes; each asks a server ``limits.concurrency / workers`` questions at once, at most.
+        done: Called after each shard with its number of pictures and what its worker has used.
+    Returns:
+        How many pictures a server did not answer for now.
+    Raises:
+        MucoError: With the sentence of the first worker that failed; shards that were finished stay.
+    """
+    daft = daft_on(ray, "synth")
+    result = daft.DataType.string()
+    share = replace(job, captioner=_share(job.captioner, workers), writer=_share(job.writer, workers))
+
+    class Make:
+        def __init__(self, job: Job) -> None:
+            self.job = job
+
+        @daft.method.batch(return_dtype=result, batch_size=1)
+        def __call__(self, pictures: Any) -> list[str]:
+            return [json.dumps(made_shard(self.job, json.loads(shard))) for shard in pictures.to_pylist()]
+
+    makes = daft.cls(Make, use_process=True, max_concurrency=workers)(share)
+    later, failed, stop = 0, "", job.output / STOP
+    stop.unlink(missing_ok=True)
+    while group := list(islice(shards, 4 * workers)):
+        frame = daft.from_pydict({"pictures": [json.dumps([asdict(kept) for kept in shard]) for shard in group]})
+        if ray is not None:  # the native runner hands out single rows by itself
+            frame = frame.into_partitions(len(group))
+        for record in frame.select(makes(daft.col("pictures")).alias("made")).iter_rows():
+            found = json.loads(record["made"])
+            later += found["later"]
+            done(found["pictures"], found["usage"])
+            if found["failed"] and not failed:
+                failed = found["failed"]
+                stop.touch()
+        if failed:  # not before: a query of Daft that is broken off takes the whole process with it
+            stop.unlink()
+            raise MucoError(failed)
+    return later
+
+
+def made_shard(job: Job, pictures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs in a worker: what came of a shard; ``failed`` is the sentence of an error that stops the run."""
+    if (job.output / STOP).exists():
+        return {"failed": "", "later": 0, "pictures": 0, "usage": {}}
+    try:
+        found = asyncio.run(_made(job, [[Kept(**values) for values in pictures]]))
+    except MucoError as error:  # of another process Daft would send its words within many others
+        found = {"failed": str(error), "later": 0, "usage": {}}
+    return {"failed": "", "pictures": len(pictures), **found}
+
+
+def _share(server: Server, workers: int) -> Server:
+    limits = server.limits
+    pace = limits.requests_per_minute and limits.requests_per_minute / workers
+    at_once = max(1, limits.concurrency // workers)
+    return replace(server, limits=replace(limits, concurrency=at_once, requests_per_minute=pace))

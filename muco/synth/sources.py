@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from muco.base.fetch import FetchError, FetchLimits, fetch
 from muco.data.folders import image_files, state_of_images, told_passed_over
 from muco.data.parquet import batches, read_header, require_columns
@@ -34,41 +37,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a source.
+    """One picture of a source."""
 
-    Args:
-        number: From 0, in the order of the source.
-        name: For people: a relative path, a URL without its query, "shard.tar/0001.jpg", or as a column names it.
-        ref: By which the source reads it.
-    """
-
-    number: int
-    name: str
-    ref: str
+    number: int  # from 0, in the order of the source
+    name: str  # for people: a relative path, a URL without its query, "shard.tar/0001.jpg", or as a column names it
+    ref: str  # by which the source reads it
 
 
 @dataclass(frozen=True)
 class Source:
-    """A list of pictures.
+    """A list of pictures."""
 
-    Args:
-        path: As it was given.
-        fingerprint: SHA-256 (hex) of names, sizes and times of the files; another one means other pictures.
-        total: How many there are; None where that would take going through everything.
-        root: The folder in which the pictures lie as files, named by their refs; None: they must be stored to be kept.
-    """
-
-    path: Path
-    fingerprint: str
-    total: int | None
-    root: Path | None
+    path: Path  # as it was given
+    fingerprint: str  # SHA-256 (hex) of names, sizes and times of the files; another one means other pictures
+    total: int | None  # how many there are; None where that would take going through everything
+    root: Path | None  # the folder of the pictures, which are files named by their refs; None: they must be stored
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
-        """The pictures from number ``start`` on.
-
-        Raises:
-            DataError: If the list is broken at some place, which the message names.
-        """
+        """The pictures from number ``start`` on; DataError if the list is broken at some place."""
         raise NotImplementedError
 
     def read(self, ref: str) -> bytes:
@@ -89,7 +75,7 @@ def open_source(
     name_column: str | None = None,
     fetch: FetchLimits | None = None,
 ) -> Source:
-    """The pictures of a folder, of Parquet files with URLs, or of webdataset shards.
+    """Opens a source of pictures.
 
     Args:
         path: A folder with images in it or in folders below; a ``.parquet`` file or a folder of them; a ``.tar`` shard
@@ -103,7 +89,7 @@ def open_source(
     """
     path = Path(path)
     tables, shards, image = _found(path)
-    kinds = [what for what, found in (("images", image), (".parquet files", tables), (".tar shards", shards)) if found]
+    kinds = [what for what, there in (("images", image), (".parquet files", tables), (".tar shards", shards)) if there]
     if len(kinds) > 1:
         raise DataError(f"{path}: both {' and '.join(kinds)}; name a folder or file that has one kind of them only")
     if not kinds:
@@ -113,31 +99,28 @@ def open_source(
         raise DataError(f"{path}: no .parquet files here, so there is no column {url_column or name_column!r}")
     if tables:
         return _open_urls(path, tables, url_column, name_column, fetch or FetchLimits())
-    return _open_shards(path, shards) if shards else _open_folder(path)
+    if shards:
+        return _open_shards(path, shards)
+    state = state_of_images(path)
+    if state.passed_over:
+        log.warning("%s", told_passed_over(path, state.passed_over))
+    return FolderSource(path, state.fingerprint, state.total, path)
 
 
 def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
     """Parquet files, shards, and whether there are images."""
-    if path.is_dir():
-        return _found_in_folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix == ".tar":
-        return [], [path], False
-    if path.suffix in (".parquet", ".pq"):
-        return [path], [], False
-    raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
-
-
-def _found_in_folder(folder: Path) -> tuple[list[Path], list[Path], bool]:
     try:
-        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-        image = next(image_files(folder), None) is not None
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if not f.name.startswith("."))
+        image = path.is_dir() and next(image_files(path), None) is not None
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error}") from error
+        raise DataError(f"{path}: cannot be listed: {error}") from error
     shards = [file for file in files if file.suffix == ".tar"]
     described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
     tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
+    if path.is_file() and not shards and not tables:
+        raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
     return tables, shards, image
 
 
@@ -146,13 +129,6 @@ def _fingerprint(*parts: object) -> str:
 
 
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _open_folder(path: Path) -> Source:
-    state = state_of_images(path)
-    if state.passed_over:
-        log.warning("%s", told_passed_over(path, state.passed_over))
-    return FolderSource(path, state.fingerprint, state.total, path)
 
 
 class FolderSource(Source):
@@ -228,9 +204,6 @@ def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None,
 
 
 def _check_strings(file: Path, column: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     kind = pq.read_schema(file).field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -253,10 +226,15 @@ class ShardSource(Source):
     def pictures(self, start: int = 0) -> Iterator[Picture]:
         first = 0
         for shard, file in enumerate(self.files):
-            found = self._members(shard)  # of the whole shard: of one that is damaged no picture is taken
-            for at in range(max(0, start - first), len(found)):
-                name, place = found[at]
-                yield Picture(first + at, f"{file.name}/{name}"[:LONGEST_NAME], f"{shard}:{place}")
+            with open_unchanged(file, self.states[shard]) as opened:
+                found = [
+                    (member.name.removeprefix("./"), f"{shard}:{member.offset_data}:{member.size}")
+                    for member in members(opened, file, Counter())
+                    if key_and_kind(member.name)[1] in SHARD_KINDS
+                ]  # of the whole shard: of one that is damaged no picture is taken
+            for number, (name, ref) in enumerate(found, first):
+                if number >= start:
+                    yield Picture(number, f"{file.name}/{name}"[:LONGEST_NAME], ref)
             first += len(found)
 
     def read(self, ref: str) -> bytes:
@@ -267,15 +245,6 @@ class ShardSource(Source):
         if not data:
             raise ImageError(f"{self.files[shard].name}: the image at byte {place} is empty (0 bytes)")
         return data
-
-    def _members(self, shard: int) -> list[tuple[str, str]]:
-        """Name and "place:size" of every image of a shard."""
-        with open_unchanged(self.files[shard], self.states[shard]) as file:
-            return [
-                (member.name.removeprefix("./"), f"{member.offset_data}:{member.size}")
-                for member in members(file, self.files[shard], Counter())
-                if key_and_kind(member.name)[1] in SHARD_KINDS
-            ]
 
 
 def _open_shards(path: Path, files: list[Path]) -> Source:

@@ -13,64 +13,43 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
-from muco.synth.answers import Answer, Unanswered, seed_of
-from muco.synth.checks import caption_problem
-from muco.synth.messages import Message, image_part, user
-from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, schema
+from muco.synth.catalogue import Kept
+from muco.synth.chat import Answer, Message, Passing, Unanswered, image_part, seed_of, user
+from muco.synth.endpoint import Endpoint
+from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, caption_problem, schema
 from muco.synth.prompts import Prompts
-
-if TYPE_CHECKING:
-    from muco.synth.catalogue import Kept
-    from muco.synth.endpoint import Endpoint
 
 NO_CAPTION, NO_ANSWER, TOO_FEW = "no caption", "refused by the server", "too few turns"
 PAIRS_SCHEMA = schema(ALL_KEYS)
 
-Ask = Callable[[int], tuple[Sequence[Message], Mapping[str, Any] | None]]
-
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the turns of a picture.
-
-    Args:
-        attempts: So many times a caption, and each pair, is asked for.
-        min_turns: A picture with fewer good turns is rejected.
-        max_pixels: Larger pictures are sent smaller.
-    """
+    """What decides the turns of a picture."""
 
     prompts: Prompts = Prompts()  # noqa: RUF009
-    attempts: int = 3
-    min_turns: int = 3
-    max_pixels: int = 1 << 20
+    attempts: int = 3  # to get a good caption, and each good pair
+    min_turns: int = 3  # a picture with fewer good ones is rejected
+    max_pixels: int = 1 << 20  # larger pictures are sent smaller
 
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a picture.
-
-    Args:
-        turns: (kind, pair) in the order of M3T.
-        rejected: What is not used, with reasons; of pairs the last try only.
-        reasons: How many answers were turned down for which reason, those that came good later included.
-        reason: Why the picture as a whole is rejected; "" if it is not.
-        later: A server did not answer for now: nothing is known yet, and a later run has to ask again.
-    """
+    """What became of a picture."""
 
     picture: Kept
     caption: str = ""
-    turns: tuple[tuple[str, Pair], ...] = ()
-    rejected: tuple[Rejected, ...] = ()
-    reasons: Counter[str] = field(default_factory=Counter)
-    reason: str = ""
-    later: bool = False
+    turns: tuple[tuple[str, Pair], ...] = ()  # (kind, pair) in the order of M3T
+    rejected: tuple[Rejected, ...] = ()  # what is not used, with reasons; of pairs the last try only
+    reasons: Counter[str] = field(default_factory=Counter)  # of all answers turned down, also if good ones came later
+    reason: str = ""  # why the picture as a whole is rejected
+    later: bool = False  # a server did not answer for now: nothing is known yet, and a later run has to ask again
 
 
 class Answers:
@@ -81,7 +60,13 @@ class Answers:
     """
 
     def __init__(self, path: Path) -> None:
-        self._known = _read(path) if path.exists() else {}
+        self._known: dict[tuple[str, str, int], Answer] = {}
+        for _, line in read_lines(path) if path.exists() else ():
+            try:
+                key = (line["picture"], line["asked"], line["attempt"])
+                self._known[key] = Answer(line["text"], line["finish"])
+            except (KeyError, TypeError) as error:
+                raise DataError(f"{path}: a line is not an answer of a model ({error!r}); delete the file") from error
         self._journal = Journal(path)
         self._held: dict[str, list[dict[str, Any]]] = {}  # by what was asked: each model by itself
 
@@ -105,24 +90,11 @@ class Answers:
         for line in self._held.pop(asked, []):
             self._journal.add(line)
 
-    def close(self) -> None:
+    def close(self, *, delete: bool = False) -> None:
         """Ends without what waits."""
         self._journal.close()
-
-    def delete(self) -> None:
-        self.close()
-        self._journal.path.unlink()
-
-
-def _read(path: Path) -> dict[tuple[str, str, int], Answer]:
-    known = {}
-    for _, line in read_lines(path):
-        try:
-            key = (line["picture"], line["asked"], line["attempt"])
-            known[key] = Answer(line["text"], line["finish"])
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: a line is not an answer of a model ({error!r}); delete the file") from error
-    return known
+        if delete:
+            self._journal.path.unlink()
 
 
 async def make_turns(
@@ -132,7 +104,6 @@ async def make_turns(
 
     Args:
         root: The folder that ``picture.file`` is relative to.
-        answers: Of the shard that the picture belongs to.
     Raises:
         BudgetSpent: If there is no budget left.
         EndpointError: If a server sends nothing useful.
@@ -145,7 +116,7 @@ async def make_turns(
             return talk.made(NO_CAPTION)
         return await talk.pairs(writer, caption)
     except Unanswered as error:
-        if error.passing:
+        if isinstance(error, Passing):
             return Made(picture, later=True)
         talk.rejected.append(Rejected("picture", NO_ANSWER, str(error)))
         return talk.made(NO_ANSWER)
@@ -163,37 +134,45 @@ class _Talk:
         prompts, part = self.setting.prompts, None
         for attempt in range(self.setting.attempts):
             key = (self.picture.digest, "caption", attempt)
-            answer = self.answers.find(key)
-            fresh = answer is None
+            known = answer = self.answers.find(key)
             if answer is None:
-                part = part or await _image_part(path, self.setting.max_pixels, self.picture.name)
+                part = part or await self._image_part(path)
                 message = user(part, prompts.filled(prompts.caption))
                 answer = await endpoint.ask([message], seed=seed_of(*key))
             problem = caption_problem(answer, prompts)
-            if fresh:
+            if known is None:
                 self._weigh(endpoint, key, answer, problem)
+            text = " ".join(answer.text.split())
             if problem is None:
-                return " ".join(answer.text.split())
+                return text
             self.reasons[problem] += 1
-            self.rejected = [Rejected("caption", problem, " ".join(answer.text.split())[:200])]
+            self.rejected = [Rejected("caption", problem, text[:200])]
         return ""
 
+    async def _image_part(self, path: Path) -> Message:
+        try:
+            return await asyncio.to_thread(image_part, path, self.setting.max_pixels)
+        except ImageError as error:
+            raise DataError(
+                f"{self.picture.name}: the picture was sound when it was looked at and cannot be read any more "
+                f"({error}); put it back, or begin again in another output folder"
+            ) from error
+
     async def pairs(self, endpoint: Endpoint, caption: str) -> Made:
-        self.rejected = []
         pairs = Pairs(caption, self.picture.name, self.setting.prompts)
+        self.rejected = []
         for attempt in range(self.setting.attempts):
             if not pairs.missing:
                 break
             key = (self.picture.digest, "pairs", attempt)
-            answer = self.answers.find(key)
-            fresh = answer is None
+            known = answer = self.answers.find(key)
             if answer is None:
                 text, wanted = pairs.request()
                 answer = await endpoint.ask([user(text)], schema=wanted, seed=seed_of(*key))
             good = pairs.take(answer.text)
-            if fresh:
-                worst = next(iter(pairs.rejected.values()), None)
-                self._weigh(endpoint, key, answer, None if good else worst.reason if worst else "")
+            if known is None:
+                worst = next((rejected.reason for rejected in pairs.rejected.values()), "")
+                self._weigh(endpoint, key, answer, None if good else worst)
         self.rejected = [pairs.rejected[slot] for slot in SLOTS if slot in pairs.rejected]
         self.reasons.update(pairs.reasons)
         turns = tuple((slot.kind, pair) for slot, pair in pairs.good.items())
@@ -209,13 +188,3 @@ class _Talk:
     def made(self, reason: str, caption: str = "", turns: tuple[tuple[str, Pair], ...] = ()) -> Made:
         kept = () if reason else turns
         return Made(self.picture, caption, kept, tuple(self.rejected), self.reasons, reason)
-
-
-async def _image_part(path: Path, max_pixels: int, name: str) -> Message:
-    try:
-        return await asyncio.to_thread(image_part, path, max_pixels)
-    except ImageError as error:
-        raise DataError(
-            f"{name}: the picture was sound when it was looked at and cannot be read any more ({error}); put it back, "
-            "or begin again in another output folder"
-        ) from error

@@ -24,10 +24,8 @@ from muco import MucoError, OutputError
 from muco.base.files import write_json
 from muco.cli import main
 from muco.data import open_data
-from muco.study.calibrate import seconds_of
 from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
-from muco.study.one import run_job
-from muco.study.plots import plot
+from muco.study.one import run_job, seconds_of
 from muco.study.probes import (
     agreement,
     alignment,
@@ -40,8 +38,7 @@ from muco.study.probes import (
     turns_found,
     uniformity,
 )
-from muco.study.report import write_report
-from muco.study.results import Estimate, differences, point_values, table, table_as_json
+from muco.study.report import Estimate, differences, plot, point_values, table, table_as_json, write_report
 from muco.study.run import run_study
 from muco.study.studies import FLOPS, STUDIES, find_study, questions
 from muco.study.true_sizes import ASSUMPTIONS, run_flops, tokens_per_turn

@@ -22,8 +22,7 @@ from PIL import Image
 from processes import PIPE, SOON, Popen
 
 from muco.cli.serve import TOKEN
-from muco.serve.app import Served, build_app
-from muco.serve.run import _bound
+from muco.serve.app import Served, _bound, build_app
 
 
 @contextmanager

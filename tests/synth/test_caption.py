@@ -26,8 +26,8 @@ from muco.data.jsonl import write_jsonl
 from muco.errors import DataError, OutputError
 from muco.images import image_digest
 from muco.synth.caption import caption
+from muco.synth.chat import Budget, Limits
 from muco.synth.endpoint import Endpoint, EndpointError
-from muco.synth.limits import Budget, Limits
 from muco.synth.prompts import Prompts
 
 QUICK = Limits(backoff=0.01, retries=2, timeout=120)

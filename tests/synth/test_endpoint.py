@@ -19,10 +19,8 @@ from PIL import Image
 
 from muco.errors import MucoError
 from muco.synth import endpoint as endpoint_module
-from muco.synth.answers import Unanswered, read_answer, retry_after
+from muco.synth.chat import Budget, BudgetSpent, Limits, Unanswered, image_part, read_answer, retry_after, user
 from muco.synth.endpoint import Endpoint, EndpointError
-from muco.synth.limits import Budget, BudgetSpent, Limits
-from muco.synth.messages import image_part, system, user
 
 QUICK = Limits(backoff=0.01, retries=3, timeout=120)
 SCHEMA = {"type": "object", "properties": {"answer_cls": {"type": "string"}}, "required": ["answer_cls"]}
@@ -56,9 +54,11 @@ def test_a_request_says_all_that_was_asked_for():
         server.keep_bodies = True
 
         async def go(endpoint: Endpoint) -> None:
-            answer = await endpoint.ask([system("be brief"), user("hello")], schema=SCHEMA, seed=7)
+            answer = await endpoint.ask(
+                [{"role": "system", "content": "be brief"}, user("hello")], schema=SCHEMA, seed=7
+            )
             assert (answer.text, answer.finish) == ("Yes.", "stop")
-            assert endpoint.usage.as_dict() == {
+            assert vars(endpoint.usage) == {
                 "requests": 1,
                 "retries": 0,
                 "answers": 1,

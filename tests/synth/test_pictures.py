@@ -35,8 +35,7 @@ from muco.base.fetch import FetchError, FetchLimits
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.synth import catalogue as catalogue_module
 from muco.synth import pictures as pictures_module
-from muco.synth.catalogue import Catalogue, Kept, first_near
-from muco.synth.filling import fill
+from muco.synth.catalogue import Catalogue, Kept, fill, first_near
 from muco.synth.pictures import (
     ASPECT,
     DUPLICATE,
@@ -55,6 +54,12 @@ from muco.synth.pictures import (
 from muco.synth.sources import Picture, Source, open_source, without_query
 
 SMALL = Filter(min_side=40, max_aspect=2.0)
+
+
+def examples(catalogue: Catalogue, reason: str, n: int) -> list[tuple[str, str]]:
+    """Name and note of the first ``n`` pictures that were left out for a reason."""
+    query = "SELECT name, note FROM pictures WHERE place IS NULL AND reason = ? ORDER BY number LIMIT ?"
+    return catalogue._database.execute(query, (reason, n)).fetchall()
 
 
 def photo(seed: int, width: int = 96, height: int = 72) -> Image.Image:
@@ -672,12 +677,12 @@ def test_the_catalogue_says_what_it_holds(tmp_path: Path) -> None:
         }
         kept = [Kept(p, n, f"name {n}", f"file {n}", f"{n:064x}", 600, 500) for p, n in enumerate((0, 3, 7))]
         assert catalogue.kept(0, 9) == kept and catalogue.kept(1, 1) == kept[1:2] and catalogue.kept(3, 9) == []
-        assert catalogue.examples(NEAR_DUPLICATE, 9) == [
+        assert examples(catalogue, NEAR_DUPLICATE, 9) == [
             ("name 2", "nearly the same as name 0"),
             ("name 6", "nearly the same as name 0"),
         ]
-        assert catalogue.examples(DUPLICATE, 9) == [("name 4", "same file as name 3")]
-        assert catalogue.examples(UNREADABLE, 9) == [("name 5", "broken")] and catalogue.examples(TOO_SMALL, 0) == []
+        assert examples(catalogue, DUPLICATE, 9) == [("name 4", "same file as name 3")]
+        assert examples(catalogue, UNREADABLE, 9) == [("name 5", "broken")] and examples(catalogue, TOO_SMALL, 0) == []
 
 
 def test_only_the_next_looks_can_be_added(tmp_path: Path) -> None:
@@ -704,13 +709,15 @@ def test_a_failed_transaction_changes_nothing(tmp_path: Path, monkeypatch: pytes
 
 def test_another_source_or_filter_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pictures.db"
-    Catalogue(path, "source", Filter()).close()
+    with Catalogue(path, "source", Filter()):
+        pass
     with pytest.raises(OutputError, match="pictures.db: made from other pictures, or their files have changed; name"):
         Catalogue(path, "another", Filter())
     for filter in (Filter(min_side=1), Filter(max_aspect=2), Filter(near=3), Filter(max_pixels=99)):
         with pytest.raises(OutputError, match="pictures.db: made from another filter"):
             Catalogue(path, "source", filter)
-    Catalogue(path, "source", Filter()).close()
+    with Catalogue(path, "source", Filter()):
+        pass
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -781,7 +788,7 @@ def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
     results = []
     for n, (workers, chunk, add, block) in enumerate(((16, 256, 256, 256), (1, 1, 7, 2), (3, 10, 64, 64))):
         monkeypatch.setattr("muco.synth.pictures.CHUNK", chunk)
-        monkeypatch.setattr("muco.synth.filling.ADD", add)
+        monkeypatch.setattr("muco.synth.catalogue.ADD", add)
         monkeypatch.setattr(catalogue_module, "BLOCK", block)
         filled(tmp_path / str(n), source, workers=workers)
         with Catalogue(tmp_path / str(n) / "pictures.db", source.fingerprint, SMALL) as catalogue:
@@ -793,7 +800,7 @@ def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_was_found_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muco.synth.pictures.CHUNK", 4)
-    monkeypatch.setattr("muco.synth.filling.ADD", 4)
+    monkeypatch.setattr("muco.synth.catalogue.ADD", 4)
     files, store = mixed_files(), tmp_path / "images"
     write_tar(tmp_path / "a.tar", files)
     content = bytearray(write_tar(tmp_path / "b.tar", files).read_bytes())

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from muco.data import scenes as scene_data
 from muco.errors import DataError
-from muco.synth import checks
-from muco.synth.answers import Answer
+from muco.synth import pairs as checks
+from muco.synth.chat import Answer, BudgetSpent
 from muco.synth.flow import in_order
-from muco.synth.limits import BudgetSpent
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pairs, read_object, schema
 from muco.synth.prompts import Prompts, load_prompts
 

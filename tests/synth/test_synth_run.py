@@ -26,8 +26,8 @@ from muco.cli import main
 from muco.data import open_data
 from muco.data.check import check as check_data
 from muco.errors import DataError, OutputError
+from muco.synth.chat import Budget, Limits
 from muco.synth.endpoint import EndpointError
-from muco.synth.limits import Budget, Limits
 from muco.synth.pictures import Filter
 from muco.synth.pipeline import Job, Server
 from muco.synth.prompts import Prompts
@@ -288,7 +288,7 @@ def test_a_dry_run_asks_one_question_of_each_and_tells_the_cost(scenes, pictures
     assert found["pictures"] == {"pictures": 32, "kept": 32}
     need = estimate(Prompts(), 32, 84 * 84, prices)
     assert found["estimate"].pop("seconds") < 60
-    assert found["estimate"] == {role: need[role].as_dict() for role in need}
+    assert found["estimate"] == {role: vars(one) | {"cost": round(one.cost, 2)} for role, one in need.items()}
     assert need["captioner"].cost == pytest.approx(
         (need["captioner"].read * 1.0 + need["captioner"].written * 2.0) / 1e6
     )
