@@ -234,7 +234,7 @@ def literal_list(text: str, name: str) -> list[Any]:
         # Python joins strings without a comma between them into one, as numpy writes its arrays: never what was meant.
         strings = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
-        raise DataError(f"{name} begins like a list but is none: {text[:60]!r}; fix the row") from error
+        raise DataError(f"{name} looks like a list but is not valid: {text[:60]!r}; fix the row") from error
     if not isinstance(value, list):
         raise DataError(f"{name} must be one list, not {text[:60]!r}")
     if strings != sum(1 for _ in _texts(value)):

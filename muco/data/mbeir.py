@@ -81,7 +81,7 @@ class MBEIRTrainData:
         negatives: int | None = None,
     ) -> None:
         if negatives is not None and negatives < 0:
-            raise DataError(f"negatives is {negatives}; give 0 or more, or leave it out to take all")
+            raise DataError(f"negatives is {negatives}; it must be 0 or more, or left out to take all")
         self.data = self.path = Path(data)
         self.max_negatives = negatives
         named = [sets] if isinstance(sets, str) else DATA_SETS if sets is None else sets

@@ -128,7 +128,7 @@ def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iter
         try:
             cells = next(reader, None)  # takes no more lines than the row has
         except csv.Error as error:
-            raise DataError(f"{path}:{first}: not a row of CSV ({error}); fix its quotes") from error
+            raise DataError(f"{path}:{first}: not a valid CSV row ({error}); fix its quotes") from error
         if cells is None:
             return
         if cells:

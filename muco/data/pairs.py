@@ -98,7 +98,7 @@ class PairsData(Fingerprinted):
             sides.append(self._content(row, text, image, where))
             if sides[-1].empty:
                 names = " and ".join(repr(name) for name in (text, image) if name)
-                raise DataError(f"{where}: no {side}, {names} says nothing; fix the row")
+                raise DataError(f"{where}: no {side}, {names} is empty; fix the row")
         return Sample(turns=[Turn(*sides, negatives=self._negatives(row, where))], where=where)
 
     def _read_from(self) -> tuple[list[Path], Any]:

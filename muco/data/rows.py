@@ -221,4 +221,4 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def cannot_write(folder: Path, error: OSError) -> DataError:
-    return DataError(f"{folder}: the cache cannot be written ({one_line(error)}); pass another folder as 'cache'")
+    return DataError(f"{folder}: cannot write the cache ({one_line(error)}); pass another folder as 'cache'")

@@ -315,7 +315,7 @@ def write_scenes(
     wanted = {"train": train, "dev": dev, "test": test}
     for name, value in (*wanted.items(), ("seed", seed)):
         if value < 0:
-            raise DataError(f"scenes: {name} is {value}; give 0 or more")
+            raise DataError(f"scenes: {name} is {value}; it must be 0 or more")
     if size < MIN_SIZE:
         raise DataError(f"scenes: size is {size} px; it must be at least {MIN_SIZE} px")
     if not objects or not set(objects) <= set(NUMBERS):

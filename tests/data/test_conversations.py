@@ -280,7 +280,7 @@ def test_the_names_of_images_can_be_chosen_and_a_caption_can_be_a_turn(tmp_path:
     with pytest.raises(DataError, match="row 0: 'image' is '../7.png'; use the path of an image within"):
         VisDialData(path, pattern="../{image_id}.png")[0]
     with pytest.raises(
-        DataError, match="row 0: no image of 7 in .*, looked for a7 and b7; give the folder as 'images'"
+        DataError, match="row 0: no image of 7 in .*, looked for a7 and b7; pass the folder as 'images'"
     ):
         VisDialData(path, pattern=("a{image_id}", "b{image_id}"))[0]
 

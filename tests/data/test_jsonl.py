@@ -378,7 +378,7 @@ def test_open_data(dataset):
     assert list(open_data(folder)) == list(open_data(str(dataset))) == list(JsonlData(dataset))
     for path, message in [
         (folder / "none.jsonl", r"none.jsonl: no such file or folder"),
-        (folder / "0.png", r"0.png: unknown kind of data; give a .jsonl file"),
+        (folder / "0.png", r"0.png: unknown kind of data; pass a .jsonl file"),
         (lines(folder / "empty.jsonl", "\n \n"), r"empty.jsonl: the file holds no rows"),
         (folder, r"holds 2 .jsonl files \(empty.jsonl, train.jsonl\); pass one of them"),
     ]:

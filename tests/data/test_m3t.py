@@ -129,7 +129,7 @@ def test_a_bad_row_is_named(tmp_path, changes, message):
 
 def test_a_path_must_not_leave_the_folder_of_images(tmp_path):
     tree.write_image(tmp_path / "secret.png")
-    with pytest.raises(DataError, match=r"row 0: 'qry_image_path' is '../secret.png'; give the path of an image with"):
+    with pytest.raises(DataError, match=r"row 0: 'qry_image_path' is '../secret.png'; use the path of an image with"):
         read_one(tmp_path, qry_image_path="../secret.png")
 
 
@@ -206,9 +206,9 @@ def test_a_damaged_index_is_an_error(tmp_path, small_shards):
 
 KILLED = """
 import os, signal, sys
-from muco.data import parquet
+from muco.data import rows
 from muco.data.m3t import M3TData
-parquet.SHARD_ROWS = 10
+rows.SHARD_ROWS = 10
 done, replace = 0, os.replace
 def last(*paths):
     global done

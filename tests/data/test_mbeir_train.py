@@ -197,7 +197,7 @@ def test_a_bad_line_is_named_on_opening(tree: Path, change, sentence: str) -> No
     [
         (lambda row: row | {"query_modality": "image+text"}, "unknown query_modality 'image+text'; known are"),
         (lambda row: row | {"query_txt": None}, "'query_txt' is missing, but 'query_modality' is 'image,text'"),
-        (lambda row: row | {"query_img_path": "../x.png"}, "'query_img_path' is '../x.png'; give the path of an image"),
+        (lambda row: row | {"query_img_path": "../x.png"}, "'query_img_path' is '../x.png'; use the path of an image"),
         (lambda row: row | {"query_modality": "text", "query_img_path": None}, "no prompt for CIRR (data set 8), text"),
     ],
 )
