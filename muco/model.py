@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
@@ -27,10 +28,6 @@ from muco.pooling import TurnPooling, shortened
 from muco.processor import Processor
 from muco.sizes import checked_dimension
 from muco.turns import embed_turns
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
 
 TOKEN_BUDGET = 16384  # of a pass of turns
 

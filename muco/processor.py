@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from PIL.Image import Image
 from torch import Tensor
 
 from muco.dialogue import Content, Dialogue, ImageLike
@@ -30,9 +31,6 @@ from muco.template import (
     from_chat_template,
     read_settings,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)

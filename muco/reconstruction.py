@@ -18,13 +18,11 @@ Source: arXiv 2602.06393, fine-tuning by reconstruction; the wording of the prom
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from muco.dialogue import Content, Dialogue, Exchange, ImageLike, Sample
 from muco.template import MASK
-
-if TYPE_CHECKING:
-    import numpy as np
 
 HIDDEN = 0.5  # probability that all of a counterpart is hidden, and, if not, that a word of it is
 PROMPT = "Something belongs to this. Here it is with parts of it hidden; complete it in your mind:\n{hidden}"

@@ -10,13 +10,14 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from muco.base.machine import GIB, VERSION, installed
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-    from rich.console import Console
 
 # Packages that MuCo runs without, and what each of them adds.
 OPTIONAL = {
@@ -62,8 +63,6 @@ def examine() -> dict[str, Any]:
 
 def _requirements() -> list[Requirement]:
     """MuCo itself, then what it requires; the first is not met where muco is imported without being installed."""
-    from packaging.requirements import Requirement
-
     lines = metadata.requires("muco") or [] if installed("muco") else []
     requirements = [Requirement(line) for line in (f"muco=={VERSION}", *lines)]
     return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -118,8 +117,6 @@ def print_report(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
     table = Table(*columns, title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
@@ -133,6 +130,4 @@ def _device(device: Mapping[str, Any]) -> str:
 
 
 def _word(value: object, absent: str = "missing") -> str:
-    from rich.markup import escape
-
     return absent if value is None else escape(str(value))

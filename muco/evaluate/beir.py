@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +31,10 @@ from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
+from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_ndcg, score_ranked
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 FORM = "BEIR 1"  # of a candidate's content: the title, a blank and the text
 RULES = {

@@ -13,17 +13,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from muco.base.html import count
 from muco.base.tables import markdown, markdown_table, print_report, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 BLOCK = 1 << 21  # counts in memory at a time (16 MiB)
 COLUMNS = ("task", "metric", "queries", "A", "B", "B - A", "interval", "won", "lost", "equal")
@@ -247,8 +246,6 @@ def _differing(
 
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     """Prints the differences in points of a per cent; rows whose interval excludes 0 are bold."""
-    from rich.text import Text
-
     table = table_of_numbers("B - A, %", COLUMNS)
     for number, (cells, sure) in enumerate(_rows(result)):
         if number == len(result["tasks"]):

@@ -15,16 +15,13 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from muco import distributed
 from muco.errors import MucoError
 from muco.evaluate.benchmark import TaskFiles, TaskResult, benchmark_result
-from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.cache import Embedder, EmbeddingCache
 from muco.evaluate.page import write_reports
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 
 class NamedTask(Protocol):

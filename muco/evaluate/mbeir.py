@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.data.mbeir_test import ALL, MBEIRTask, Prompts, instructions_file
 from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate.benchmark import Progress, mean_of
+from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark, check_queries
 from muco.evaluate.mbeir_tasks import Drawing, PoolName, open_tasks
 from muco.evaluate.ranked import score_ranked
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 GROUPS = {  # name -> numbers of its tasks
     "single to single": (0, 1, 3, 4),

@@ -17,17 +17,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
 from muco.data.mmeb_test import BLANK, find_files, open_set
 from muco.errors import DataError, did_you_mean
 from muco.evaluate.benchmark import Progress, TaskResult, mean_of
+from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark, check_queries
 from muco.evaluate.mmeb_task import MmebTask
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 RULES = {
     "ranking": "each query ranks its own list; scores are float32 dot products; ties are lost",

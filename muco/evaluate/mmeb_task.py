@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,10 +18,7 @@ from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
-from muco.evaluate.cache import Book, EmbeddingCache, embed
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 
 METRIC = "hit@1"
 

@@ -11,18 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from muco.data.judged import Candidate, Query
+from muco.data.judged import Candidate, LinePool, Query
 from muco.errors import DataError
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Shown
 from muco.evaluate.metrics import Health
-
-if TYPE_CHECKING:
-    from muco.data.judged import LinePool
-    from muco.evaluate.pool import Vectors
+from muco.evaluate.pool import Vectors
 
 TIES = 0.01  # share of queries decided by a tie from which on that is a warning
 TIED = "queries whose best right candidate ties with a wrong one"

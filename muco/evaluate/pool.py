@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -28,10 +28,7 @@ from muco.data.left_out import LeftOut
 from muco.dialogue import Content
 from muco.errors import DataError, OutputError
 from muco.evaluate import metrics
-from muco.evaluate.cache import encode_named
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
+from muco.evaluate.cache import Embedder, encode_named
 
 SHARD = 4096  # candidates per file
 QUERIES = 4096  # that pass over the pool together

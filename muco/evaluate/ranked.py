@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from muco import distributed
-from muco.data.judged import Query
+from muco.data.judged import LinePool, Query
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
 from muco.evaluate import metrics
@@ -30,9 +30,6 @@ from muco.evaluate.cache import Book, embed
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
-
-if TYPE_CHECKING:
-    from muco.data.judged import LinePool
 
 # The score of a random order: (queries, judgements of each that name a candidate of the pool, size of the pool) -> it.
 Chance = Callable[[Sequence[Query], Sequence[Mapping[str, int]], int], float]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from muco.base.tables import markdown_table, print_report, table_of_numbers
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COLUMNS = ("task", "queries", "candidates", "hit@1", "hit@5", "hit@10", "MRR", "chance@1")
 
 
 def print_results(result: Mapping[str, Any], console: Console) -> None:
     """Prints the scores of ``evaluate_retrieval`` in per cent, what was skipped, and every warning."""
-    from rich.text import Text
-
     table = table_of_numbers("Retrieval, %", COLUMNS)
     for cells, control in _rows(result):
         table.add_row(*(Text(cell) for cell in cells), style="dim" if control else None)

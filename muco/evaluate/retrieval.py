@@ -26,12 +26,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from muco.base.files import write_json
 from muco.base.machine import versions
+from muco.data.source import Data
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
@@ -39,9 +40,6 @@ from muco.evaluate.metrics import Precision
 from muco.evaluate.report import task_warnings
 from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
 from muco.sizes import checked_dimension
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
 
 CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known without the image
 AT = (1, 5, 10)

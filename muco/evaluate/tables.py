@@ -10,12 +10,12 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from muco.base.tables import clean, markdown, markdown_table, print_report, table_of_numbers
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COLUMNS = ("task", "metric", "score", "chance", "queries", "candidates")
 CSV_COLUMNS = (
@@ -35,8 +35,6 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     Args:
         result: Of :func:`muco.evaluate.benchmark.benchmark_result`.
     """
-    from rich.text import Text
-
     table = table_of_numbers(f"{title_of(result)}, %", columns_of(result))
     for cells in task_rows(result):
         table.add_row(*map(Text, cells))

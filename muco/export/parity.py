@@ -11,17 +11,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from muco.errors import CheckpointError
 from muco.template import EMB, QWEN_MODEL_TYPES
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # smallest cosine and largest difference of a coordinate of unit vectors that count as the same. Both sides compute in
 # this precision, so what differs is the order of sums; adapters that are folded in are also rounded.
@@ -68,9 +66,7 @@ def examples() -> dict[str, dict[str, Any]]:
     }
 
 
-def _image(width: int, height: int, seed: int) -> Image:
-    from PIL import Image
-
+def _image(width: int, height: int, seed: int) -> Image.Image:
     cells = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST)
 
@@ -131,7 +127,7 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
     return vectors
 
 
-def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Image]], dict[str, Any]]:
+def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Image.Image]], dict[str, Any]]:
     """Makes the tensors of one prompt and its images, by the folder's own processor."""
     from transformers import AutoImageProcessor, AutoProcessor
 
@@ -144,7 +140,7 @@ def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Im
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     pad = tokenizer.convert_ids_to_tokens(config.image_token_id)
 
-    def read(prompt: str, images: list[Image]) -> dict[str, Any]:
+    def read(prompt: str, images: list[Image.Image]) -> dict[str, Any]:
         tensors = dict(image_processor(images=images, return_tensors="pt")) if images else {}
         for grid in tensors.get("image_grid_thw", ()):
             count = int(grid.prod()) // image_processor.merge_size**2

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -28,16 +28,12 @@ from muco import distributed
 from muco.base.files import is_empty, read_json, write_json, write_text, writing
 from muco.base.machine import versions
 from muco.data.fingerprint import RULE
+from muco.data.source import Data
 from muco.errors import CheckpointError, OutputError, RecipeError
+from muco.model import Model
 from muco.training.card import model_card
 from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
 from muco.training.recipe import Recipe, dump_recipe, from_dict, to_dict
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from muco.data.source import Data
-    from muco.model import Model
 
 log = logging.getLogger(__name__)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sentence_transformers.base.evaluation import BaseEvaluator
 
+from muco.data.source import Data
 from muco.errors import MucoError, did_you_mean
 from muco.evaluate.retrieval import Scoring, score_tasks
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
-    from muco.model import Model
+from muco.model import Model
 
 
 class RetrievalEvaluator(BaseEvaluator):

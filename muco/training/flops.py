@@ -11,21 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2VLConfig
 
 from muco.backbone import VISION_NAMES, add_adapters, meta_backbone
 from muco.encoder import tree_mask
 from muco.loss import MultiTurnLoss, ReconstructionLoss, multi_turn_info_nce
+from muco.model import Model
 from muco.sizes import Adapter
-
-if TYPE_CHECKING:
-    from transformers import Qwen2VLConfig
-
-    from muco.model import Model
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,6 @@ _SIZES: dict[str, dict[str, int]] = {
 
 def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
     """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
-    from transformers import Qwen2VLConfig
-
     text = _SIZES[size]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2VLConfig(

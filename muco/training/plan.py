@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
 from muco.batch import chunks_of
@@ -28,9 +29,6 @@ from muco.training.memory import activation_bytes, held_bytes
 from muco.training.meta_model import meta_model, model_facts
 from muco.training.mixture import Mixture
 from muco.training.recipe import DataRecipe, Recipe
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
