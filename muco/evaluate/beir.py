@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
 from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure, Pools
+from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_ndcg, score_ranked
 
 FORM = "BEIR 1"  # of a candidate's content: the title, a blank and the text
@@ -56,16 +55,12 @@ def evaluate_beir(
     batch_size: int = 64,
     instruction: str = "",
     skip_broken: bool = False,
-    pixels: str = "",
-    trained_pixels: str = "",
-    command: str = "",
-    model_path: str = "",
     progress: Progress | None = None,
+    **recorded: str,
 ) -> dict[str, Any]:
     """Scores a model on a retrieval set, or on every one that is directly below a folder.
 
-    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
-    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
+    Run it again to resume an interrupted run. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -74,9 +69,8 @@ def evaluate_beir(
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
         instruction: Put before every query, with a space between; candidates get none.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
-            the results, with a warning if they differ.
         progress: Called with (contents embedded, contents in all).
+        recorded: ``pixels``, ``trained_pixels``, ``command`` and ``model_path`` of :class:`Benchmark`.
     Returns:
         What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
     Raises:
@@ -87,9 +81,7 @@ def evaluate_beir(
     if k < 1:
         raise MucoError(f"k is {k}; pass at least 1")
     data = Path(data)
-    run = Benchmark(
-        "beir", model, data, Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
-    )
+    run = Benchmark("beir", model, data, Path(output), batch_size, skip_broken, **recorded)
     settings = {"split": split, "k": k, "instruction": instruction, "rules": RULES}
     sets = [_open_set(folder, split, k, instruction, skip_broken) for folder in _folders(data, split)]
     results = score_ranked(run, sets, settings, progress)
@@ -120,7 +112,6 @@ def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
         DataError: If a line is malformed or has neither text nor image, an id occurs twice, or an image is missing or
             outside of the folder.
     """
-
     return LinePool(
         folder / "corpus.jsonl",
         f"the corpus of {_name(folder)}",
@@ -147,16 +138,10 @@ def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, ins
     return Content(" ".join([*([instruction] if instruction else []), *parts]), (image,) if image else ())
 
 
-@dataclass(frozen=True)
-class _Counts:
-    without_judgements: int
-    unknown: int  # judged queries that the query file lacks
-
-
 def read_judged(
     folder: Path, split: str, instruction: str, left_out: LeftOut | None = None
-) -> tuple[list[Query], _Counts]:
-    """The judged queries of a set in the order of their ids.
+) -> tuple[list[Query], dict[str, int]]:
+    """The judged queries of a set in the order of their ids, and how many others there are.
 
     Args:
         left_out: Whether a query may have nothing that can be embedded.
@@ -178,7 +163,10 @@ def read_judged(
     judged = [queries[id] for id in sorted(queries) if queries[id].grades]
     if not judged:
         raise DataError(f"{folder / 'qrels' / f'{split}.tsv'}: judges none of the {len(queries)} queries of {path}")
-    return judged, _Counts(len(queries) - len(judged), len(judgements.keys() - queries.keys()))
+    return judged, {
+        "queries without judgements, left out": len(queries) - len(judged),
+        "judged queries that queries.jsonl lacks": len(judgements.keys() - queries.keys()),
+    }
 
 
 WARNED = {  # fact -> what follows from it
@@ -191,14 +179,13 @@ WARNED = {  # fact -> what follows from it
 def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> RankedTask:
     """One set as a task, read and checked."""
     left_out = LeftOut(skip_broken)
-    queries, found = read_judged(folder, split, instruction, left_out)
+    queries, others = read_judged(folder, split, instruction, left_out)
     asked, pool = JudgedQueries(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
     judged = [id for query in queries for id in query.grades]
     facts = {
         "split": split,
         "instruction": instruction,
-        "queries without judgements, left out": found.without_judgements,
-        "judged queries that queries.jsonl lacks": found.unknown,
+        **others,
         "queries for which nothing is relevant": sum(not query.relevant for query in queries),
         "judged candidates that the corpus lacks": int((pool.find(judged) < 0).sum()),
         "queries that have the id of a candidate": int((pool.find([q.id for q in queries]) >= 0).sum()),
@@ -208,23 +195,18 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
         queries=asked,
         pools=Pools([pool]),
         metric=f"ndcg@{k}",
-        measures=measures(k),
+        measures={
+            f"ndcg@{k}": functools.partial(metrics.ndcg_at, k=k),
+            "hit@1": functools.partial(metrics.hit_at, k=1),
+            f"recall@{k}": functools.partial(metrics.recall_at, k=k),
+            f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
+        },
         depth=k,
         chance=functools.partial(chance_of_ndcg, k=k),
         facts=facts,
         warnings=[f"{facts[fact]} {fact}: {said}" for fact, said in WARNED.items() if facts[fact]],
         cached_as=f"BEIR {_name(folder)}",
     )
-
-
-def measures(k: int) -> dict[str, Measure]:
-    """The scores of a set, by name."""
-    return {
-        f"ndcg@{k}": functools.partial(metrics.ndcg_at, k=k),
-        "hit@1": functools.partial(metrics.hit_at, k=1),
-        f"recall@{k}": functools.partial(metrics.recall_at, k=k),
-        f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
-    }
 
 
 def _name(folder: Path) -> str:

@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from muco.base.files import write_json, write_text
-from muco.base.machine import versions
+from muco.base.files import make_folder, write_json, write_text, writing
 from muco.data.left_out import Broken, as_lines
-from muco.errors import OutputError
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -120,6 +117,12 @@ class TaskResult:
     def score(self) -> float:
         return self.scores[self.metric]
 
+    def summary(self) -> dict[str, Any]:
+        """What the files of the whole benchmark say of the task."""
+        kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "left_out", "warnings")
+        plain = asdict(self)
+        return {"score": self.score, **{key: plain[key] for key in kept}}
+
 
 class TaskFiles:
     """The tasks of a benchmark that are done, in its output folder.
@@ -134,11 +137,9 @@ class TaskFiles:
 
     def __init__(self, output: Path, key: Mapping[str, Any], *, partial: bool = False) -> None:
         self.output, self.key, self.partial = Path(output), json.loads(json.dumps(key, sort_keys=True)), partial
-        try:
+        with writing(output):
             for name in ("tasks", "outcomes"):
-                (self.output / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{output}: cannot hold results ({error}); choose another output folder") from error
+                make_folder(self.output / name)
 
     def find(self, name: str, data: str) -> TaskResult | None:
         """A task that is done for this model, these settings and this data (fingerprint); else None."""
@@ -183,44 +184,6 @@ def read_outcomes(output: Path, name: str) -> tuple[Outcome, ...] | None:
     return tuple(Outcome(r["query"], r["value"], r["rank"], tuple(map(tuple, r["found"]))) for r in rows)
 
 
-def benchmark_result(
-    name: str,
-    results: Sequence[TaskResult],
-    groups: Mapping[str, float | None],
-    *,
-    overall: float | None,
-    model: Mapping[str, str],
-    settings: Mapping[str, Any],
-    command: str,
-    missing: Sequence[str] = (),
-    warnings: Iterable[str] = (),
-) -> dict[str, Any]:
-    """A whole benchmark as plain values for JSON.
-
-    Args:
-        groups: Means over tasks by name, 0 to 1; None where one of their tasks was not scored.
-        overall: None if a task is missing or was left out.
-        model: "path" and "fingerprint".
-        missing: Tasks whose data was not found.
-        warnings: Of the benchmark as a whole; those of tasks are added.
-    """
-    own = [f"{result.name}: {line}" for result in results for line in result.warnings]
-    return {
-        "format": FORMAT,
-        "benchmark": name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "model": dict(model),
-        "versions": versions(),
-        "settings": dict(settings),
-        "tasks": {result.name: _summary(result) for result in results},
-        "groups": dict(groups),
-        "overall": overall,
-        "missing": list(missing),
-        "warnings": [*pixels_differ(settings.get("pixels"), settings.get("trained_pixels")), *warnings, *own],
-    }
-
-
 def pixels_differ(used: str | None, trained: str | None) -> list[str]:
     """A warning if images are encoded in other sizes than the model was trained with, or nothing."""
     if not used or not trained or used in (trained, OWN_PIXELS):
@@ -229,12 +192,6 @@ def pixels_differ(used: str | None, trained: str | None) -> list[str]:
         f"the model was trained on images of {trained} pixels and is scored on images of {used}; train with the limits "
         "of the evaluation (model.min_pixels, model.max_pixels), or score with the model's own"
     ]
-
-
-def _summary(result: TaskResult) -> dict[str, Any]:
-    kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "left_out", "warnings")
-    plain = asdict(result)
-    return {"score": result.score, **{key: plain[key] for key in kept}}
 
 
 def mean_of(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
@@ -248,10 +205,14 @@ def gate(score: float, chance: float | None, queries: int) -> list[str]:
     """A warning where a score (0 to 1) is not clearly above chance: three standard deviations of guessing."""
     if chance is None:
         return []
-    limit = chance + 3 * (chance * (1 - chance) / max(1, queries)) ** 0.5
-    if score > limit:
+    if score > above_guessing(chance, queries):
         return []
     return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
+
+
+def above_guessing(share: float, n: int) -> float:
+    """What n guesses with this chance of success stay below, nearly always: three standard deviations above it."""
+    return share + 3 * (share * (1 - share) / max(1, n)) ** 0.5
 
 
 def _safe(name: str) -> str:
@@ -271,8 +232,6 @@ def _result(plain: Mapping[str, Any]) -> TaskResult:
 
 
 Progress = Callable[[int, int], None]  # (done, total), of contents encoded
-
-
 Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), best first
 
 

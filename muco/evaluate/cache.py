@@ -11,17 +11,17 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from muco import distributed
-from muco.base.files import write_bytes
+from muco.base.files import make_folder, write_bytes, writing
 from muco.data.left_out import LeftOut
 from muco.dialogue import Content, ImageLike
-from muco.errors import DataError, ImageError, OutputError
+from muco.errors import DataError, ImageError
 from muco.images import image_digest
 
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
@@ -150,10 +150,8 @@ class EmbeddingCache:
     def __init__(self, root: Path, *, model: str, data: str, prompt: str = "single-turn") -> None:
         name = hashlib.sha256(json.dumps([LAYOUT, model, data, prompt]).encode()).hexdigest()
         self.folder = Path(root) / name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{root}: cannot hold cached vectors ({error}); choose another cache folder") from error
+        with writing(root, "choose another cache folder"):
+            make_folder(self.folder)
 
     def load(self) -> dict[str, np.ndarray]:
         """All intact rows, content key -> float32 [d]; damaged shards are removed with a message."""
@@ -223,10 +221,6 @@ def embed(
     for part, reasons in distributed.gather_objects((made, left_out.reasons)) if shared else [(made, {})]:
         rows.update(part)
         left_out.reasons.update(reasons)
-    return _in_order(rows, keys, left_out)
-
-
-def _in_order(rows: Mapping[str, np.ndarray], keys: Sequence[str], left_out: LeftOut) -> np.ndarray:
     known = next((rows[key] for key in keys if key not in left_out), None)
     if known is None:
         raise DataError(f"nothing can be embedded; the first: {next(iter(left_out.reasons.values()), '')}")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from muco.base.html import count
-from muco.base.tables import markdown, markdown_table, print_report, table_of_numbers
+from muco.base.tables import print_report, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
 
@@ -252,14 +252,6 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
             table.add_section()
         table.add_row(*map(Text, cells), style="bold" if sure else None)
     print_report(table, result["warnings"], _notes(result), console)
-
-
-def comparison_markdown(result: Mapping[str, Any]) -> str:
-    """The same as GitHub Markdown, ending in a newline; differences whose interval excludes 0 have a star."""
-    rows = ((f"{cells[0]} *" if sure else cells[0], *cells[1:]) for cells, sure in _rows(result))
-    lines = [*markdown_table(COLUMNS, rows), "", "In per cent; \\*: the interval excludes 0.", ""]
-    lines += [f"- **Warning:** {markdown(line)}" for line in result["warnings"]]
-    return "\n".join([*lines, *(f"- {markdown(note)}" for note in _notes(result))]) + "\n"
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:

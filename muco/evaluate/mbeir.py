@@ -51,16 +51,12 @@ def evaluate_mbeir(
     strict: bool = False,
     allow_missing: bool = False,
     skip_broken: bool = False,
-    pixels: str = "",
-    trained_pixels: str = "",
-    command: str = "",
-    model_path: str = "",
     progress: Progress | None = None,
+    **recorded: str,
 ) -> dict[str, Any]:
     """Scores a model on M-BEIR, or on some of its tasks.
 
-    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
-    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
+    Run it again to resume an interrupted run. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -75,10 +71,8 @@ def evaluate_mbeir(
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
         allow_missing: Score what is available, instead of refusing to start if a file is missing.
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
-            the results, with a warning if they differ.
-        command, model_path: Recorded in the results.
         progress: Called with (contents embedded, contents in all).
+        recorded: ``pixels``, ``trained_pixels``, ``command`` and ``model_path`` of :class:`Benchmark`.
     Returns:
         What ``mbeir.json`` holds; shares are 0 to 1. Tasks and groups have the pool in their names; "overall" is the
         mean of 16 in the global pool if that was asked for, else in the local ones; None unless all 16 were scored.
@@ -88,23 +82,25 @@ def evaluate_mbeir(
         OutputError: If the output cannot be written.
     """
     chosen, data = _chosen(tasks), Path(data)
-    _check(pools, prompts)
+    if not pools or set(pools) - {"local", "global"}:
+        raise MucoError(f"pools must be 'local', 'global' or both, not {list(pools)!r}")
+    if prompts not in ("random", "first"):
+        raise MucoError(f"prompts must be 'random' or 'first', not {prompts!r}")
+    pools = sorted(set(pools), reverse=True)  # local first
     check_queries(queries)
     plan = _plan(data, chosen, pools, allow_missing)
-    run = Benchmark(
-        "mbeir", model, data, Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
-    )
+    run = Benchmark("mbeir", model, data, Path(output), batch_size, skip_broken, **recorded)
     drawing = Drawing(prompts, seed, queries)
     settings = {**asdict(drawing), "rules": RULES}
     opened = open_tasks(run, plan.todo, drawing, strict)
     results = score_ranked(run, opened, settings, progress)
     scores = {result.name: result.score for result in results}
     groups: dict[str, float | None] = {}
-    for pool in _in_order(pools):
+    for pool in pools:
         groups |= means(scores, pool)
     counted = "global" if "global" in pools else "local"
     settings = {
-        "pools": sorted(pools, reverse=True),
+        "pools": pools,
         "overall": f"mean of 16 tasks, {counted} pool",
         "tasks": [task.name for task in chosen],
         **settings,
@@ -152,17 +148,6 @@ def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
     return tuple(task for task in ALL if task.name in names)
 
 
-def _check(pools: Sequence[str], prompts: str) -> None:
-    if not pools or set(pools) - {"local", "global"}:
-        raise MucoError(f"pools must be 'local', 'global' or both, not {list(pools)!r}")
-    if prompts not in ("random", "first"):
-        raise MucoError(f"prompts must be 'random' or 'first', not {prompts!r}")
-
-
-def _in_order(pools: Sequence[PoolName]) -> list[PoolName]:
-    return [pool for pool in ("local", "global") if pool in pools]
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What is scored, the names of what cannot be, and warnings about files."""
@@ -179,7 +164,7 @@ def _plan(data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], al
     lost = _absent([instructions_file(data)])
     readable = not lost  # no task can do without the instructions
     todo, missing = [], []
-    for pool in _in_order(pools):
+    for pool in pools:
         for task in chosen:
             own = task.files(data)
             absent = _absent([own["queries"], own["judgements"]])

@@ -227,7 +227,6 @@ class Health:
     """What a set of vectors of *distinct* contents looks like.
 
     Args:
-        rows: Number of vectors.
         non_finite: Rows that hold NaN or infinity.
         spread: Largest distance of a finite row from the first finite one; 0 to 2 for unit vectors.
         collapsed: True when no two of several rows can be told apart, or no row is finite.
@@ -237,6 +236,12 @@ class Health:
     non_finite: int
     spread: float
     collapsed: bool
+
+    def fault(self, what: str) -> str:
+        """What is wrong with these ``what`` vectors; "" if nothing."""
+        if self.non_finite:
+            return f"{self.non_finite} of {self.rows} {what} vectors are not finite"
+        return f"all {self.rows} {what} vectors are the same; the model has collapsed" if self.collapsed else ""
 
 
 def embedding_health(vectors: np.ndarray) -> Health:

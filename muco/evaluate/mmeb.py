@@ -55,16 +55,12 @@ def evaluate_mmeb(
     allow_missing: bool = False,
     skip_broken: bool = False,
     official: bool = False,
-    pixels: str = "",
-    trained_pixels: str = "",
-    command: str = "",
-    model_path: str = "",
     progress: Progress | None = None,
+    **recorded: str,
 ) -> dict[str, Any]:
     """Scores a model on MMEB, or on some of its data sets.
 
-    Run it again to resume: a data set that ``output`` holds for this model, these settings and this data is not
-    repeated. Call it on every process alike; the first one writes.
+    Run it again to resume an interrupted run. Call it on every process alike; the first one writes.
 
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
@@ -78,10 +74,8 @@ def evaluate_mmeb(
         skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         official: Tell candidates apart as the paper's code does, see :func:`muco.data.mmeb_test.official_name`.
             How images are opened is the model's own: set ``images_as_stored`` of its processor too.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
-            the results, with a warning if they differ.
-        command, model_path: Recorded in the results.
         progress: Called with (contents encoded, contents in all) of one data set after another.
+        recorded: ``pixels``, ``trained_pixels``, ``command`` and ``model_path`` of :class:`Benchmark`.
     Returns:
         What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.
     Raises:
@@ -92,11 +86,12 @@ def evaluate_mmeb(
     check_queries(queries)
     chosen = _chosen(tasks)
     found, missing = find_files(data, chosen)
-    _refuse_missing(missing, len(chosen), bool(found), allow_missing)
+    if missing and not (allow_missing and found):
+        listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
+        remedy = "or score the others alone by allowing missing ones" if found else "or name another folder"
+        raise DataError(f"{len(missing)} of {len(chosen)} data sets of MMEB are missing; get them, {remedy}. {listed}")
     sources = [open_set(Path(data), name, paths, images) for name, paths in found.items()]
-    run = Benchmark(
-        "mmeb", model, Path(data), Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
-    )
+    run = Benchmark("mmeb", model, Path(data), Path(output), batch_size, skip_broken, **recorded)
     rules = RULES | (OFFICIAL if official else {})
     # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
     places = sorted({str(source.images.resolve()) for source in sources})
@@ -143,13 +138,6 @@ def _chosen(tasks: Sequence[str] | None) -> tuple[str, ...]:
         if name not in NAMES:
             raise DataError(f"{name!r} is not a data set of MMEB{did_you_mean(name, NAMES)}")
     return tuple(name for name in NAMES if name in tasks)
-
-
-def _refuse_missing(missing: Mapping[str, str], chosen: int, some: bool, allowed: bool) -> None:
-    if missing and not (allowed and some):
-        listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
-        remedy = "or score the others alone by allowing missing ones" if some else "or name another folder"
-        raise DataError(f"{len(missing)} of {chosen} data sets of MMEB are missing; get them, {remedy}. {listed}")
 
 
 def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: int) -> list[str]:

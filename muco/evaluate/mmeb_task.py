@@ -56,10 +56,6 @@ class ListQuery:
         """How many distinct candidates the query chooses from; of one that is missed, how many it names."""
         return len(set(self.candidates)) if self.missed else len(self.places)
 
-    @property
-    def repeats_truth(self) -> bool:
-        return self.candidates[0] in self.candidates[1:]
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -143,7 +139,8 @@ class MmebTask:
         judged = []
         for asked in self.queries:
             if asked.missed:
-                judged.append(missed(asked))
+                # no candidate is found, and the right one is behind all
+                judged.append(Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1))
                 continue
             rows = [row_of[key] for key in asked.places]
             with np.errstate(invalid="ignore", over="ignore"):  # NaN is wanted in the scores, not as a warning
@@ -159,7 +156,7 @@ class MmebTask:
         ranks = np.array([one.rank for one in judged])
         # hit@5 says nothing where everyone hits five of five.
         hits = {f"hit@{k}": metrics.hit_rate(ranks, k) for k in (1, 5) if k < sizes.min()}
-        ties, repeated = sum(one.tied for one in judged), sum(question.repeats_truth for question in asked)
+        ties, repeated = sum(one.tied for one in judged), sum(one.candidates[0] in one.candidates[1:] for one in asked)
         chance = metrics.chance_hit(1, sizes)
         facts = {
             "meta": data_set.meta,
@@ -173,7 +170,8 @@ class MmebTask:
             "repeated_truth": repeated,
         }
         broken, gone = self._broken(), sum(question.missed for question in asked)
-        warnings = [*left_out_warnings(broken, gone), *_of_health(health), *gate(hits[METRIC], chance, len(asked))]
+        of_health = filter(None, (of.fault(side) for side, of in health.items()))
+        warnings = [*left_out_warnings(broken, gone), *of_health, *gate(hits[METRIC], chance, len(asked))]
         if ties:
             warnings.append(f"queries lost to a tie with a wrong candidate: {ties}")
         if repeated:
@@ -231,11 +229,6 @@ def sample(rows: int, queries: int | None, seed: int) -> list[int]:
     return sorted(order[:queries])
 
 
-def missed(asked: ListQuery) -> Judged:
-    """The outcome of a query that cannot be answered: no candidate is found, and the right one is behind all."""
-    return Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1)
-
-
 def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
     """What became of a query.
 
@@ -255,13 +248,3 @@ def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
     margin = float(scores[1:].max() - scores[0])
     tied = rank > 1 and margin <= metrics.TIE
     return Judged(Outcome(name, float(rank == 1), rank, found), rank, margin, tied)
-
-
-def _of_health(health: Mapping[str, metrics.Health]) -> list[str]:
-    lines = []
-    for side, of in health.items():
-        if of.non_finite:
-            lines.append(f"{of.non_finite} of {of.rows} {side} vectors are not finite")
-        elif of.collapsed:
-            lines.append(f"all {of.rows} {side} vectors are the same; the model has collapsed")
-    return lines

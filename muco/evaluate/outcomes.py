@@ -141,11 +141,8 @@ class Searched:
 
     def warnings(self, of_queries: Health) -> list[str]:
         """Sentences about vectors that are not finite, or all the same."""
-        lines, rows = [], of_queries.rows
-        if of_queries.non_finite:
-            lines.append(f"{of_queries.non_finite} of {rows} query vectors are not finite; they find nothing")
-        elif of_queries.collapsed:
-            lines.append(f"all {rows} query vectors are the same; the model has collapsed")
+        fault = of_queries.fault("query")
+        lines = [f"{fault}; they find nothing" if of_queries.non_finite else fault] if fault else []
         for pool, health in zip(self.pools.pools, self.health, strict=True):
             if health.non_finite:
                 lines.append(
@@ -269,5 +266,4 @@ def _failure(query: Query, number: int, right: np.ndarray, searched: Searched) -
 
 
 def shown(of: Query | Candidate) -> Shown:
-    """A query or candidate for the page."""
     return Shown(of.id, of.content.text, tuple(map(str, of.content.images)))

@@ -40,7 +40,7 @@ def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[Tas
     """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all.
 
     Args:
-        result: Of :func:`muco.evaluate.benchmark.benchmark_result`.
+        result: Of :meth:`muco.evaluate.driver.Benchmark.result`.
         results: The tasks it was made of, for their failures.
     Raises:
         OutputError: If a file cannot be written.

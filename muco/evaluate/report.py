@@ -1,4 +1,4 @@
-"""What a reader gets: warnings in sentences, a table for the terminal, and the same as Markdown."""
+"""What a reader of retrieval scores gets: warnings in sentences, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from muco.base.tables import markdown_table, print_report, table_of_numbers
+from muco.base.tables import print_report, table_of_numbers
+from muco.evaluate.benchmark import above_guessing
+from muco.evaluate.metrics import Health
 
 COLUMNS = ("task", "queries", "candidates", "hit@1", "hit@5", "hit@10", "MRR", "chance@1")
 
@@ -19,14 +21,6 @@ def print_results(result: Mapping[str, Any], console: Console) -> None:
     for cells, control in _rows(result):
         table.add_row(*(Text(cell) for cell in cells), style="dim" if control else None)
     print_report(table, result["warnings"], _notes(result), console)
-
-
-def retrieval_markdown(result: Mapping[str, Any]) -> str:
-    """The same table and notes as GitHub Markdown, ending in a newline."""
-    lines = markdown_table(COLUMNS, (cells for cells, _ in _rows(result)))
-    lines += ["", "In per cent.", *(f"- **Warning:** {line}" for line in result["warnings"])]
-    lines += [f"- {note}" for note in _notes(result)]
-    return "\n".join(lines) + "\n"
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -72,19 +66,13 @@ def task_warnings(label: str, scores: Mapping[str, Any], *, control: str | None)
     """
     lines = []
     for side, health in scores["health"].items():
-        if health["non_finite"]:
-            lines.append(f"{label}: {health['non_finite']} of {health['rows']} {side} vectors are not finite")
-        elif health["collapsed"] and (side == "pool" or not control):
-            lines.append(f"{label}: all {health['rows']} {side} vectors are the same; the model has collapsed")
+        fault = Health(**health).fault(side)
+        if fault and (health["non_finite"] or side == "pool" or not control):
+            lines.append(f"{label}: {fault}")
     hit, chance = scores["hit@1"], scores["chance@1"]
     if control == "blind":
-        if hit > _noise(max(chance, scores["most_common"]), scores["queries"]):
+        if hit > above_guessing(max(chance, scores["most_common"]), scores["queries"]):
             lines.append(f"{label}: {hit:.1%} without any pixel is above chance; something gives the answer away")
-    elif not control and hit <= _noise(chance, scores["queries"]):
+    elif not control and hit <= above_guessing(chance, scores["queries"]):
         lines.append(f"{label}: hit@1 of {hit:.1%} is not above chance ({chance:.1%})")
     return lines
-
-
-def _noise(share: float, n: int) -> float:
-    """What n guesses with this chance of success stay below, nearly always: three standard deviations above it."""
-    return share + 3 * (share * (1 - share) / n) ** 0.5

@@ -33,7 +33,7 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     """Prints tasks, groups and overall in per cent, and every warning.
 
     Args:
-        result: Of :func:`muco.evaluate.benchmark.benchmark_result`.
+        result: Of :meth:`muco.evaluate.driver.Benchmark.result`.
     """
     table = table_of_numbers(f"{title_of(result)}, %", columns_of(result))
     for cells in task_rows(result):

@@ -17,7 +17,7 @@ from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.cache import Book, EmbeddingCache, embed
-from muco.evaluate.report import print_results, retrieval_markdown
+from muco.evaluate.report import print_results
 from muco.evaluate.retrieval import evaluate_retrieval
 
 COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "white": (255, 255, 255), "grey": (120,) * 3}
@@ -391,13 +391,10 @@ def test_reports_hold_every_task(capsys):
     result = evaluate_retrieval(Constant(), data, limit=10)
     out = io.StringIO()
     print_results(result, Console(file=out, width=120))
-    text, markdown = out.getvalue(), retrieval_markdown(result)
+    text = out.getvalue()
     told = ["image_to_caption", "within", "blind", "(mean of kinds)", "(none)", "collapsed", "first 10"]
-    for name in [*told, "skipped answer/lonely"]:
-        assert name in text and name in markdown
-    assert "a|[bold]b" in text and "a\\|\\[bold\\]b" in markdown
-    rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.replace("\\|", "").count("|") for line in rows} == {9}
+    for name in [*told, "skipped answer/lonely", "a|[bold]b"]:
+        assert name in text
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
