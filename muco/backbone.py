@@ -70,8 +70,10 @@ def load_backbone(
     processor, added = load_processor(source, config, local_files_only=local_files_only)
     model = wrapper.model
     tokens, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
-    if added:
-        _grow_embeddings(model, tokens)
+    if added and tokens > rows:  # never shrinks: families pad their vocabulary, and new tokens often fit in there
+        with torch.random.fork_rng(devices=[]):  # loading twice, or on two processes, gives the same new rows
+            torch.manual_seed(0)
+            model.resize_token_embeddings(tokens, mean_resizing=False)
     elif tokens > rows:
         raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
     return model.eval(), processor
@@ -112,14 +114,6 @@ def _check_loaded(source: str, info: Any) -> None:
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise CheckpointError(f"the checkpoint {source!r} {what} weights: {shown}; the checkpoint is incomplete")
-
-
-def _grow_embeddings(model: nn.Module, tokens: int) -> None:
-    # Never shrinks: families pad their vocabulary, and the new tokens often fit into the padding.
-    if tokens > model.get_input_embeddings().num_embeddings:
-        with torch.random.fork_rng(devices=[]):  # loading twice, or on two processes, gives the same new rows
-            torch.manual_seed(0)
-            model.resize_token_embeddings(tokens, mean_resizing=False)
 
 
 def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -187,13 +181,15 @@ def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -
     """
     from peft import LoraConfig, get_peft_model
 
+    matrix = model.get_input_embeddings()
+    embeddings = next(name for name, module in model.named_modules() if module is matrix)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_dora=adapter.kind == "dora",
         target_modules=language_linears(model),
-        trainable_token_indices={_embedding_name(model): list(token_ids)},
+        trainable_token_indices={embeddings: list(token_ids)},
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -248,8 +244,3 @@ def language_linears(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not other & set(name.split("."))
     ]
-
-
-def _embedding_name(model: nn.Module) -> str:
-    embeddings = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embeddings)

@@ -120,20 +120,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 def largest(value: int) -> int:
     """The largest of the processes' values."""
-    return _reduced(value, dist.ReduceOp.MAX)
-
-
-def smallest(value: int) -> int:
-    return _reduced(value, dist.ReduceOp.MIN)
-
-
-def _reduced(value: int, operation: Any) -> int:
     if world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     number = torch.tensor(value, device=device)
-    dist.all_reduce(number, operation)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
+
+
+def smallest(value: int) -> int:
+    return -largest(-value)
 
 
 def first_only(action: Callable[[], Result]) -> Result:

@@ -1,21 +1,9 @@
-"""Every exception a user of MuCo can cause.
+"""Every exception a user of MuCo can cause; ``str(error)`` is a sentence that says what, where and what to do.
 
-::
-
-    MucoError                 base: str(error) is a sentence that says what, where and what to do
-    ├── DataError             a file, row, turn or image of the data is not as it must be
-    │   └── ImageError        an image is missing, broken, too large or not an image
-    ├── RecipeError           a recipe has an unknown key, a wrong type or a contradiction
-    ├── CheckpointError       a model folder is incomplete or belongs to something else
-    ├── OutputError           an output cannot be written, is in use, or already holds other work
-    ├── StorageError          an index is damaged, or its files cannot be read or written (muco/search/lance.py)
-    ├── FetchError            a download was refused or failed (muco/base/fetch.py)
-    ├── EndpointError         a model server is missing or of no use (muco/synth/limits.py)
-    ├── RequestError          a request to the server is not as it must be (muco/serve/schema.py)
-    └── TrainingError         training cannot continue: the loss is not finite, or memory ran out
-
-All of them are also :class:`ValueError`, so that callers who know nothing of MuCo can catch them. The command line
-turns them into one line on stderr and exit code 1; anything else is a defect and keeps its traceback.
+Three more are next to what raises them: FetchError (muco/base/fetch.py), EndpointError (muco/synth/limits.py) and
+RequestError (muco/serve/schema.py). All are also :class:`ValueError`, so that callers who know nothing of MuCo can
+catch them. The command line turns them into one line on stderr and exit code 1; anything else is a defect and keeps its
+traceback.
 """
 
 from __future__ import annotations

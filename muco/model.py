@@ -22,10 +22,10 @@ from muco.backbone import load_backbone
 from muco.base.files import writing
 from muco.batch import DialogueBatch, to
 from muco.dialogue import Content, Dialogue, ImageLike, as_images
-from muco.encoder import Encoder, content_of, write_config
+from muco.encoder import Encoder, content_of
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
-from muco.processor import Processor
+from muco.processor import Processor, write_config
 from muco.sizes import checked_dimension
 from muco.turns import embed_turns
 
@@ -152,22 +152,22 @@ class Model(SentenceTransformer):
         if mode not in ("isolated", "compounded"):
             raise MucoError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
         dimension = checked_dimension(self.truncate_dim, self.encoder.get_embedding_dimension())
-        rows = zip(images, queries, places, strict=True)
-        dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]
+        dialogues = []
+        for image, asked, place in zip(images, queries, places, strict=True):
+            dialogues.append(_dialogue_of_turns(image, asked, mode == "isolated", place))
         self.eval()
         vectors: list[Tensor] = []
         with self._telling_cuts():
             for start in range(0, len(dialogues), size):
-                vectors += self._embed_turns(dialogues[start : start + size], budget)
+                some = dialogues[start : start + size]
+                made = embed_turns(self.encoder, self.embed, some, budget)
+                vectors += self._embed_each(some) if made is None else made
         return [shortened(some, dimension).cpu().numpy() for some in vectors]
 
-    def _embed_turns(self, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
-        vectors = embed_turns(self.encoder, self.embed, dialogues, token_budget)
-        if vectors is None:
-            contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
-            alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
-            vectors = list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
-        return vectors
+    def _embed_each(self, dialogues: Sequence[Dialogue]) -> list[Tensor]:
+        contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
+        alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
+        return list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
 
     @property
     def fingerprint(self) -> str:

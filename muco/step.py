@@ -141,7 +141,10 @@ class TrainingStep:
             loss = self._plain(chunks, batch) if plain else self._cached(chunks, batch)
             if loss is not None:
                 break
-            self._halve_budget(chunks, plain=plain)
+            # smaller than what was in memory at once: all chunks in a plain step, one in a cached one
+            tokens = [chunk.tokens for chunk in chunks]
+            smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
+            self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
         distributed.sum_gradients(self.model.parameters())
         tokens = sum(int(side["attention_mask"].sum()) for side in batch.sides.values())
         passed = sum(chunk.tokens for chunk in chunks)
@@ -174,30 +177,22 @@ class TrainingStep:
         if not self.keeps_features or "pixel_values" not in batch:
             return batch, room
         features: list[tuple[Tensor, ...]] = []
-        tokens = self._visual_tokens(batch)
+        image_token = self.model.encoder.muco_processor.image_id
+        per_patch = (batch["input_ids"] == image_token).sum() / batch["image_patches"].sum()
+        tokens = (batch["image_patches"] * per_patch).round().long()  # of each image
         while len(features) < len(tokens):
-            images = _next_group(tokens, len(features), self.token_budget)
-            seen = self._features(images_of(batch, images))
-            if seen is None:
+            first, memory = len(features), _OutOfMemory()
+            fitting = int((tokens[first:].cumsum(0) <= self.token_budget).sum())
+            images = torch.arange(first, first + max(1, fitting))
+            with memory, torch.no_grad(), self.autocast():
+                seen = self.model.encoder.image_features(to(images_of(batch, images), self.model.device))
+            if memory.happened:
                 self._shrink(int(tokens[images].sum()), possible=len(images) > 1)
                 continue
             room -= sum(tensor.nbytes for image in seen for tensor in image)
             features += seen if room >= 0 else [tuple(tensor.cpu() for tensor in image) for image in seen]
         light = {key: value for key, value in batch.items() if key not in PATCH_KEYS}
         return light | {"image_features": features}, room  # type: ignore[return-value]
-
-    def _features(self, images: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:
-        """Of these images; None if memory ran out."""
-        memory = _OutOfMemory()
-        with memory, torch.no_grad(), self.autocast():
-            seen = self.model.encoder.image_features(to(images, self.model.device))
-        return None if memory.happened else seen
-
-    def _visual_tokens(self, batch: DialogueBatch) -> Tensor:
-        """How many tokens each image has, int64 [images]."""
-        image_token = self.model.encoder.muco_processor.image_id
-        per_patch = (batch["input_ids"] == image_token).sum() / batch["image_patches"].sum()
-        return (batch["image_patches"] * per_patch).round().long()
 
     def _plain(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:
         """Each chunk once, all with their graphs; None if memory ran out on any process."""
@@ -218,7 +213,7 @@ class TrainingStep:
         states, vectors = [], []
         with memory, torch.no_grad():
             for chunk in passed:
-                states.append(RandContext(self._any_parameter))
+                states.append(RandContext(next(self.model.parameters())))
                 vectors.append(self._embed(chunk))
         if self._failed(memory):
             return None
@@ -244,10 +239,6 @@ class TrainingStep:
     def _embed(self, chunk: _Chunk) -> Tensor:
         with self.autocast():  # one per pass: autocast keeps cast weights, which without a graph are of no use with one
             return self.model.embed(chunk.batch)
-
-    @property
-    def _any_parameter(self) -> Tensor:
-        return next(self.model.parameters())
 
     def _loss(self, query: Tensor, vectors: Tensor, batch: _Batch) -> Tensor:
         if not batch.places:  # the dialogue of a share without a turn
@@ -276,12 +267,6 @@ class TrainingStep:
             return False
         self.model.zero_grad(set_to_none=True)
         return True
-
-    def _halve_budget(self, chunks: Sequence[_Chunk], *, plain: bool) -> None:
-        """Makes the budget smaller than what was in memory at once: all chunks in a plain step, one in a cached one."""
-        tokens = [chunk.tokens for chunk in chunks]
-        smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
-        self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
 
     def _shrink(self, tokens: int, *, possible: bool) -> None:
         before = min(self.token_budget, tokens)
@@ -315,12 +300,6 @@ class _OutOfMemory:
         self.happened = True
         clear_device_cache(garbage_collection=True)
         return True
-
-
-def _next_group(sizes: Tensor, first: int, budget: int) -> Tensor:
-    """Numbers of the images from ``first`` on whose sizes together do not exceed the budget; at least one."""
-    fitting = int((sizes[first:].cumsum(0) <= budget).sum())
-    return torch.arange(first, first + max(1, fitting))
 
 
 def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.text import LONE_SURROGATE
-from muco.dialogue import Content, Dialogue, Exchange
+from muco.dialogue import Content, Dialogue
 from muco.errors import CheckpointError, DataError
 
 EMB = "<|emb|>"
@@ -110,14 +110,12 @@ class Template:
             images, text = self._images(seen, count), self._text(turn, count > 0)
             opening = self.next_turn if j else first
             if dialogue.exchange and 0 < j == len(dialogue.turns) - 1:
-                opening, text = self._exchange(dialogue.exchange), turn.text
+                said, text = dialogue.exchange, turn.text
+                # The released code leaves the user's turn of the request open, and its models have learnt it so.
+                opening += f"{said.request}{self.tail.removeprefix(END)}{said.reply}{self.next_turn}"
             branches.append(_joined((opening, *images, text, self.tail, EMB)))
             seen += count
         return Prompt((), tuple(branches), False)
-
-    def _exchange(self, exchange: Exchange) -> str:
-        # The released code leaves the user's turn of the request open, and its models have learnt it so.
-        return f"{self.next_turn}{exchange.request}{self.tail.removeprefix(END)}{exchange.reply}{self.next_turn}"
 
     def _images(self, first: int, count: int) -> Pieces:
         pieces: Pieces = ()
@@ -207,16 +205,8 @@ def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str])
     plain = render(("user", one))
     pictured = render(("user", [{"type": "image"}, *one]))
     double = render(("user", one), ("assistant", reply), ("user", two))
-    marks = [
-        (first, plain),
-        (first, pictured),
-        (image_token, pictured),
-        (first, double),
-        (second, double),
-        (EMB, double),
-    ]
-    for mark, rendered in marks:
-        if rendered.count(mark) != 1:
+    for rendered, marks in ((plain, (first,)), (pictured, (first, image_token)), (double, (first, second, EMB))):
+        if any(rendered.count(mark) != 1 for mark in marks):
             raise CheckpointError(f"the model's chat template drops or repeats a part of a message: {rendered!r}")
 
     opening, tail = plain.split(first)
