@@ -100,7 +100,11 @@ class TrainingBatches(Dataset):
         left_out = 0
         if self.leave_out_duplicates:
             draws, left_out = self._distinct(draws, step)
-            self._enough(len(draws), step)
+            if len(draws) < self.world_size:
+                raise DataError(
+                    f"step {step}: without duplicates {self.mixture.batch_size} samples leave {len(draws)}, fewer "
+                    "than there are processes; set data.duplicates: mask"
+                )
         return Share(draws[self.rank :: self.world_size], left_out)
 
     def _batch(self, own: Sequence[Numbered], step: int) -> TrainingBatch:
@@ -145,13 +149,6 @@ class TrainingBatches(Dataset):
                 distinct.append(replace(one, turns=tuple(new)))
         return distinct, left_out
 
-    def _enough(self, samples: int, step: int) -> None:
-        if samples < self.world_size:
-            raise DataError(
-                f"step {step}: without duplicates {self.mixture.batch_size} samples leave {samples}, fewer than there "
-                "are processes; set data.duplicates: mask"
-            )
-
     def _prepared(self, one: Numbered, step: int) -> Prepared:
         """A sample by itself, so that what is wrong with it concerns no other."""
         draw = one.draw
@@ -165,12 +162,10 @@ class TrainingBatches(Dataset):
         isolated = self.turns.mode == "isolated"
         return prepare_turns(sample, turns, key, self.processor, isolated=isolated, positions=self.turns.positions)
 
-    def _sample(self, draw: Draw) -> Sample:
-        sample = self.sources[draw.source][draw.index]
-        return with_image_turn(sample, self.turns.image_turn) if self.turns.image_turn else sample
-
     def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
-        sample = self._sample(draw)
+        sample = self.sources[draw.source][draw.index]
+        if self.turns.image_turn:
+            sample = with_image_turn(sample, self.turns.image_turn)
         order = turn_order(len(sample.turns), draw, row, step, self.turns, self.seed)
         if self.turns.mode == "reconstruction":
             order = order[:1]

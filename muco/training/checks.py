@@ -18,7 +18,7 @@ from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
 from muco.step import SIDES
 from muco.training.build import model_config
-from muco.training.recipe import BatchRecipe, LossRecipe, ModelRecipe, Recipe
+from muco.training.recipe import ModelRecipe, Recipe
 
 NO_NEGATIVE = (
     "data.train: {samples} gives no turn a negative ({reason}), so the loss would be 0 and nothing learnt; add samples "
@@ -43,11 +43,7 @@ def check_recipe(recipe: Recipe, processes: int) -> None:
         RecipeError: With the key and the numbers.
         CheckpointError: If the model's configuration is needed and cannot be read.
     """
-    _check_processes(recipe.batch, recipe.model, processes)
-    _check_dimensions(recipe.loss, recipe.model)
-
-
-def _check_processes(batch: BatchRecipe, model: ModelRecipe, processes: int) -> None:
+    batch, model, dimensions = recipe.batch, recipe.model, recipe.loss.dimensions
     if batch.size < processes:
         raise RecipeError(f"batch.size: {batch.size} samples are fewer than the {processes} processes")
     if batch.sharding == "fsdp":
@@ -55,16 +51,11 @@ def _check_processes(batch: BatchRecipe, model: ModelRecipe, processes: int) -> 
             raise RecipeError("batch.sharding: fsdp needs several processes; start them with torchrun --nproc-per-node")
         if model.vision == "trained":
             raise RecipeError("batch.sharding: fsdp needs 'vision: frozen': processes without images would not join in")
-
-
-def _check_dimensions(loss: LossRecipe, model: ModelRecipe) -> None:
-    if not loss.dimensions:
-        return
-    width = model.tiny.width if model.tiny else model_config(str(model.path)).get_text_config().hidden_size
-    for dimension in loss.dimensions:
-        if dimension > width:
+    if dimensions:
+        width = model.tiny.width if model.tiny else model_config(str(model.path)).get_text_config().hidden_size
+        if max(dimensions) > width:
             raise RecipeError(
-                f"loss.dimensions: {dimension} is more than the {width} dimensions of the model's vectors"
+                f"loss.dimensions: {max(dimensions)} is more than the {width} dimensions of the model's vectors"
             )
 
 

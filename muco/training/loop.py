@@ -10,16 +10,23 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from muco import distributed
 from muco.base.files import writing
@@ -32,8 +39,10 @@ from muco.training.arguments import OneDeviceArguments
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.build import shard_model
 from muco.training.callbacks import Record, ScreenProgress, TensorBoardLog, TokenBudget
-from muco.training.folder import LOGS
+from muco.training.folder import LOGS, WEIGHTS_FILE
 from muco.training.recipe import BatchRecipe
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +96,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
         loader = DataLoader(
             self.batches,
             batch_sampler=steps,
-            collate_fn=_only,
+            collate_fn=itemgetter(0),
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=bool(workers),
@@ -173,7 +182,9 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if broken:
             raise TrainingError(f"step {self.state.global_step}: {broken[0]} is not finite; {self._last_good()}")
         if self.args.should_save:
-            checkpoint.save_trained(weights, Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, str(folder / WEIGHTS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_trained(self.model, Path(resume_from_checkpoint))
@@ -186,15 +197,18 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if not distributed.is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        checkpoint.save_sharded_optimizer(
-            self.model, self.optimizer.optimizer, self.lr_scheduler, Path(output_dir), writes=self.args.should_save
-        )
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)  # on all processes
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None or not distributed.is_sharded(self.model):
             super()._load_optimizer_and_scheduler(folder)
             return
-        checkpoint.load_sharded_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, Path(folder))
+        state = torch.load(Path(folder) / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_NAME, weights_only=True))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -207,7 +221,3 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _only(items: list[Any]) -> Any:
-    return items[0]

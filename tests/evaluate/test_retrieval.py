@@ -560,7 +560,7 @@ def test_the_trainer_logs_the_evaluator(tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from torch import nn
 
-    from muco.training.evaluator import RetrievalEvaluator
+    from muco.training.callbacks import RetrievalEvaluator
 
     class Trained(SentenceTransformer):
         def encode(self, inputs, **kwargs):
