@@ -10,6 +10,7 @@ A folder gets its name only if it gives the model's vectors (:mod:`muco.export.p
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from dataclasses import asdict
@@ -22,16 +23,19 @@ from torch import nn
 from muco.backbone import cast_weights, merge_adapters
 from muco.base.files import claimed, read_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
-from muco.export.card import ADAPTER, Format, export_card, write_matryoshka
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, from_backbone, load
-from muco.processor import Processor, first_line
+from muco.processor import Processor, first_line, write_config
+from muco.template import EMB
 from muco.training.build import build_model, saved_dtype
+from muco.training.card import card_head, usage
 from muco.training.checkpoint import load_trained
 from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict, load_recipe
 
+Format = Literal["sentence-transformers", "vllm"]
+ADAPTER = "adapter"  # folder of adapters that are kept separate
 INNER, WHOLE = "base_model.model.", "base_model.model.model."  # PEFT's names: of the inner model, within the whole one
 
 
@@ -63,9 +67,10 @@ def export(
         CheckpointError: If the source cannot be loaded, or has no adapters to keep separate.
         MucoError: If there is no token to push with, or the hub refuses.
     """
-    _check_choice("format", format, get_args(Format))
-    _check_choice("adapters", adapters, ("merged", "separate"))
-    _check_choice("dtype", dtype, (None, *TOLERANCES))
+    choices = {"format": get_args(Format), "adapters": ("merged", "separate"), "dtype": (*TOLERANCES, None)}
+    for (name, accepted), value in zip(choices.items(), (format, adapters, dtype), strict=True):
+        if value not in accepted:
+            raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
     with claimed(output, beside=True):
         if output.exists():
             raise OutputError(f"{output} already exists; choose another folder or delete it")
@@ -97,11 +102,6 @@ def export(
         if push:
             result["url"] = _push(output, push)
         return result
-
-
-def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
-    if value not in accepted:
-        raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
 
 
 def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
@@ -210,10 +210,44 @@ def _describe(
     folder: Path, source: str, format: Format, model: Model, recipe: Recipe | None, *, separate: bool
 ) -> None:
     shorter = sorted(recipe.loss.dimensions) if recipe else []
-    if format == "vllm" and shorter:
-        write_matryoshka(folder, shorter)
-    card = export_card(format, Path(source).name, model.get_embedding_dimension(), shorter, separate=separate)
-    write_text(folder / CARD_FILE, card)
+    listed = ", ".join(map(str, shorter))
+    if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_config(folder / "config.json", config | {"is_matryoshka": True, "matryoshka_dimensions": shorter})
+    if format == "vllm":
+        body = _usage_of_vllm(listed, separate)
+    else:
+        body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
+        body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
+    origin = (
+        f"exported from {Path(source).name} by\nMuCo. Its vectors were compared with the model's own after the export."
+    )
+    write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
+
+
+def _usage_of_vllm(shorter: str, separate: bool) -> str:
+    lora = f" --enable-lora --lora-modules muco=./{ADAPTER}" if separate else ""
+    name = "muco" if separate else "."
+    if shorter:
+        short = f"`dimensions` may be {shorter}, for which the model was trained."
+    else:
+        short = "`dimensions` is refused: the model was not trained for shorter vectors."
+    return f"""From within this folder:
+
+```bash
+vllm serve . --runner pooling --convert embed --chat-template ./chat_template.jinja{lora}
+```
+
+```bash
+curl http://localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages":
+  [{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": "data:image/png;base64,…"}}}},
+  {{"type": "text", "text": "What is it?"}}]}}]}}'
+```
+
+Send `messages`, for texts too: only they pass through the chat template, which ends at `{EMB}`, where the vector is
+read (last token, L2-normalised: `1_Pooling/config.json`). A plain `input` would be embedded without it, as something
+else. {short} A text alone needs no placeholder image.
+"""
 
 
 def _check_push(repository: str) -> None:
