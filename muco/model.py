@@ -77,7 +77,13 @@ class Model(SentenceTransformer):
         dimension = checked_dimension(asked, self.encoder.get_embedding_dimension())
         if asked is not None:
             kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
-        values = [_as_mapping(value, i) for i, value in enumerate(_listed(inputs))]
+        # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
+        # the caller's, so each input takes along the number by which an error names it.
+        values = []
+        for number, value in enumerate(_listed(inputs)):
+            content = content_of(value, f"input {number}")
+            images = list[ImageLike](content.images)
+            values.append({"text": content.text, "images": images, "where": f"input {number}"})
         if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
             return np.zeros((0, dimension), dtype=np.float32)
         with self._telling_cuts():
@@ -217,14 +223,6 @@ def _listed(inputs: Iterable[Any]) -> list[Any]:
             "pixels as a Pillow image, and inputs in an order"
         )
     return list(inputs)
-
-
-def _as_mapping(value: Any, number: int) -> dict[str, Any]:
-    # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
-    # the caller's, so each input takes along the number by which an error names it.
-    where = f"input {number}"
-    content = content_of(value, where)
-    return {"text": content.text, "images": list[ImageLike](content.images), "where": where}
 
 
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:

@@ -45,7 +45,14 @@ def examine() -> dict[str, Any]:
         ``disk_free_gib`` (of the working directory), ``torch`` (threads, devices, or the error of its import),
         ``required`` and ``optional`` (one mapping per package).
     """
-    required = [_package(requirement) for requirement in _requirements()]
+    # MuCo itself, then what it requires; the first is not met where muco is imported without being installed
+    lines = metadata.requires("muco") or [] if installed("muco") else []
+    required = []
+    for requirement in map(Requirement, (f"muco=={VERSION}", *lines)):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            version, needs = installed(requirement.name), requirement.specifier
+            ok = version is not None and needs.contains(version, prereleases=True)
+            required.append({"name": requirement.name, "needs": str(needs), "installed": version, "ok": ok})
     torch = _torch()
     return {
         "ok": all(package["ok"] for package in required) and "error" not in torch,
@@ -59,19 +66,6 @@ def examine() -> dict[str, Any]:
         "required": required,
         "optional": [{"name": name, "installed": installed(name), "gives": gives} for name, gives in OPTIONAL.items()],
     }
-
-
-def _requirements() -> list[Requirement]:
-    """MuCo itself, then what it requires; the first is not met where muco is imported without being installed."""
-    lines = metadata.requires("muco") or [] if installed("muco") else []
-    requirements = [Requirement(line) for line in (f"muco=={VERSION}", *lines)]
-    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-
-
-def _package(requirement: Requirement) -> dict[str, Any]:
-    version = installed(requirement.name)
-    ok = version is not None and requirement.specifier.contains(version, prereleases=True)
-    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": version, "ok": ok}
 
 
 def _memory_gib() -> float | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class TaskFiles:
                 make_folder(self.output / name)
 
     def find(self, name: str, data: str) -> TaskResult | None:
-        """A task that is done for this model, these settings and this data (fingerprint); else None."""
+        """A task that is done for this model, these settings and this data (fingerprint), without outcomes; or None."""
         file = self._file(name)
         if not file.is_file():
             return None
@@ -155,8 +155,7 @@ class TaskFiles:
             return None
         if found["result"].get("left_out") and not self.partial:
             return None
-        outcomes = read_outcomes(self.output, name)
-        return replace(_result(found["result"]), outcomes=outcomes or ())
+        return _result(found["result"])
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
@@ -173,15 +172,6 @@ class TaskFiles:
 
     def _file(self, name: str) -> Path:
         return self.output / "tasks" / f"{_safe(name)}.json"
-
-
-def read_outcomes(output: Path, name: str) -> tuple[Outcome, ...] | None:
-    """The outcomes of a task in a results folder, in their order; None if there are none."""
-    file = Path(output) / "outcomes" / f"{_safe(name)}.jsonl"
-    if not file.is_file():
-        return None
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return tuple(Outcome(r["query"], r["value"], r["rank"], tuple(map(tuple, r["found"]))) for r in rows)
 
 
 def pixels_differ(used: str | None, trained: str | None) -> list[str]:

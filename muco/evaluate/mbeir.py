@@ -9,7 +9,7 @@ the 16 local ones searched as one. What the benchmark calls Recall@k is hit@k he
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,30 +88,21 @@ def evaluate_mbeir(
         raise MucoError(f"prompts must be 'random' or 'first', not {prompts!r}")
     pools = sorted(set(pools), reverse=True)  # local first
     check_queries(queries)
-    plan = _plan(data, chosen, pools, allow_missing)
+    todo, missing, warnings = _plan(data, chosen, pools, allow_missing)
     run = Benchmark("mbeir", model, data, Path(output), batch_size, skip_broken, **recorded)
     drawing = Drawing(prompts, seed, queries)
     settings = {**asdict(drawing), "rules": RULES}
-    opened = open_tasks(run, plan.todo, drawing, strict)
+    opened = open_tasks(run, todo, drawing, strict)
     results = score_ranked(run, opened, settings, progress)
     scores = {result.name: result.score for result in results}
     groups: dict[str, float | None] = {}
     for pool in pools:
         groups |= means(scores, pool)
     counted = "global" if "global" in pools else "local"
-    settings = {
-        "pools": pools,
-        "overall": f"mean of 16 tasks, {counted} pool",
-        "tasks": [task.name for task in chosen],
-        **settings,
-        "batch_size": batch_size,
-        "strict": strict,
-        **run.settings,
-    }
+    said = {"pools": pools, "overall": f"mean of 16 tasks, {counted} pool", "tasks": [task.name for task in chosen]}
+    settings = said | settings | {"batch_size": batch_size, "strict": strict} | run.settings
     overall = groups[f"overall {counted}"]
-    return run.write(
-        results, settings=settings, groups=groups, overall=overall, missing=plan.missing, warnings=plan.warnings
-    )
+    return run.write(results, settings=settings, groups=groups, overall=overall, missing=missing, warnings=warnings)
 
 
 def check_folder(data: Path) -> None:
@@ -148,17 +139,14 @@ def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
     return tuple(task for task in ALL if task.name in names)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is scored, the names of what cannot be, and warnings about files."""
+def _plan(
+    data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool
+) -> tuple[list[tuple[MBEIRTask, PoolName]], list[str], list[str]]:
+    """What can be scored, the names of what cannot be, and warnings about files.
 
-    todo: tuple[tuple[MBEIRTask, PoolName], ...]
-    missing: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def _plan(data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool) -> _Plan:
-    """What can be scored; a DataError that lists all missing files unless they may be missing."""
+    Raises:
+        DataError: That lists all missing files, unless they may be missing.
+    """
     check_folder(data)
     lost_pools = _absent([task.files(data)["pool"] for task in ALL])
     lost = _absent([instructions_file(data)])
@@ -180,7 +168,7 @@ def _plan(data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], al
     warnings = [f"the file {path} is missing" for path in lost]
     if "global" in pools and lost_pools:
         warnings.append(f"nothing was searched in the global pool: {len(lost_pools)} of its 16 parts are missing")
-    return _Plan(tuple(todo), tuple(f"{task.name} {pool}" for task, pool in missing), tuple(warnings))
+    return todo, [f"{task.name} {pool}" for task, pool in missing], warnings
 
 
 def _absent(files: Sequence[Path]) -> list[Path]:

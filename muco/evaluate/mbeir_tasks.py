@@ -27,7 +27,7 @@ from muco.data.mbeir_test import (
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure, Pools
+from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_hit
 
 PoolName = Literal["local", "global"]
@@ -46,13 +46,6 @@ def depths(task: MBEIRTask) -> tuple[int, ...]:
     return (1, 5, 10, 20, 50) if task.k == 10 else (1, 5, 10)
 
 
-def measures(task: MBEIRTask) -> dict[str, Measure]:
-    """hit@k and recall@k of a task, by name."""
-
-    hits = {f"hit@{k}": functools.partial(metrics.hit_at, k=k) for k in depths(task)}
-    return hits | {f"recall@{k}": functools.partial(metrics.recall_at, k=k) for k in depths(task)}
-
-
 def open_tasks(
     run: Benchmark, todo: Sequence[tuple[MBEIRTask, PoolName]], drawing: Drawing, strict: bool
 ) -> list[RankedTask]:
@@ -68,8 +61,12 @@ def open_tasks(
         queries, facts = asked[task]
         pools = together if together and pool == "global" else Pools([local[task]])
         lost = _lost(queries.queries, pools)
-        if strict:
-            _refuse_lost(task, pool, lost)
+        for query, id in lost if strict else ():
+            if pool == "global" or data_set_of(id) == task.data_set_id:
+                raise DataError(
+                    f"{query.where}: the positive {id!r} of the query {query.id!r} is not in the {pool} pool; "
+                    f"complete the pool, or score without strict"
+                )
         opened.append(_ranked_task(run, task, pool, queries, pools, lost, facts))
     return opened
 
@@ -113,16 +110,6 @@ def _lost(queries: Sequence[Query], pools: Pools) -> list[tuple[Query, str]]:
     ]
 
 
-def _refuse_lost(task: MBEIRTask, pool: PoolName, lost: Sequence[tuple[Query, str]]) -> None:
-    """DataError for a positive that should be in the pool."""
-    for query, id in lost:
-        if pool == "global" or data_set_of(id) == task.data_set_id:
-            raise DataError(
-                f"{query.where}: the positive {id!r} of the query {query.id!r} is not in the {pool} pool; "
-                f"complete the pool, or score without strict"
-            )
-
-
 def _ranked_task(
     run: Benchmark,
     task: MBEIRTask,
@@ -132,7 +119,6 @@ def _ranked_task(
     lost: Sequence[tuple[Query, str]],
     facts: Mapping[str, Any],
 ) -> RankedTask:
-    """A task in a pool."""
     rows = pools.relevant(queries.queries)
     facts = {
         "pool": pool,
@@ -143,23 +129,21 @@ def _ranked_task(
         "queries without a positive in the pool": sum(not (own >= 0).any() for own in rows),
     }
     name = f"{task.name} {pool}"
+    hits = {f"hit@{k}": functools.partial(metrics.hit_at, k=k) for k in depths(task)}
+    recalls = {f"recall@{k}": functools.partial(metrics.recall_at, k=k) for k in depths(task)}
     return RankedTask(
         name=name,
         queries=queries,
         pools=pools,
         metric=f"hit@{task.k}",
-        measures=measures(task),
+        measures=hits | recalls,
         depth=max(depths(task)),
-        chance=functools.partial(_chance, k=task.k),
+        chance=functools.partial(chance_of_hit, k=task.k),
         facts=facts,
         warnings=_warnings(facts, len(queries)),
         cached_as=f"M-BEIR {task.name}",
         run_file=run.output / "runs" / f"{name.replace(' ', '_')}.trec",
     )
-
-
-def _chance(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, *, k: int) -> float:
-    return chance_of_hit([sum(grade > 0 for grade in own.values()) for own in held], pool, k)
 
 
 def _warnings(facts: Mapping[str, Any], asked: int) -> list[str]:

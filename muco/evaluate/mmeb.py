@@ -112,9 +112,8 @@ def evaluate_mmeb(
         "rules": rules,
     }
     warnings = _warnings(results, missing, seed)
-    return run.write(
-        results, settings=settings, groups=groups, overall=overall, missing=list(missing), warnings=warnings
-    )
+    lost = list(missing)
+    return run.write(results, settings=settings, groups=groups, overall=overall, missing=lost, warnings=warnings)
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:

@@ -113,7 +113,10 @@ class RankedTask:
         log.info("%s: %d queries, %d candidates", self.name, len(self.queries), len(self.pools))
         vectors = self.queries.embed(run, self.cached_as, steps.part)
         stored, health = zip(*map(stores.of, self.pools.pools), strict=True)
-        rows, scores = _search(vectors, stored, [pool.order for pool in self.pools.pools], self.depth)
+        # of several processes each searches for a part of the queries
+        share = np.array_split(vectors, distributed.world_size())[distributed.rank()]
+        found = search(share, stored, [pool.order for pool in self.pools.pools], self.depth)
+        rows, scores = map(np.concatenate, zip(*distributed.gather_objects(found), strict=True))
         searched = Searched(self.pools, stored, health, vectors, rows, scores)
         scored = score_queries(self.queries.queries, searched, self.measures, self.metric)
         if self.run_file is not None:
@@ -211,10 +214,13 @@ class Stores:
 
     def of(self, pool: LinePool) -> tuple[Vectors, metrics.Health]:
         if pool.fingerprint not in self._known:
-            folder, batch_size = self.run.output / "cache" / "pools", self.run.batch_size
-            progress = self.steps.part
             store = embed_pool(
-                self.run.model, pool, folder, batch_size=batch_size, left_out=pool.left_out, progress=progress
+                self.run.model,
+                pool,
+                self.run.output / "cache" / "pools",
+                batch_size=self.run.batch_size,
+                left_out=pool.left_out,
+                progress=self.steps.part,
             )
             self._known[pool.fingerprint] = store, distributed.first_only(store.health)
             self.steps.done(len(pool))
@@ -240,20 +246,12 @@ class Steps:
         self.done(self.total - self.before)
 
 
-def _search(
-    vectors: np.ndarray, stores: Sequence[Vectors], orders: Sequence[np.ndarray], depth: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`muco.evaluate.pool.search`, where of several processes each searches for a part of the queries."""
-    share = np.array_split(vectors, distributed.world_size())[distributed.rank()]
-    parts = distributed.gather_objects(search(share, stores, orders, depth))
-    return np.concatenate([rows for rows, _ in parts]), np.concatenate([scores for _, scores in parts])
-
-
-def chance_of_hit(relevant: Sequence[int], pool: int, k: int) -> float:
+def chance_of_hit(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
     """hit@k of a random order: the mean over queries of 1 - (N-R)/N · (N-R-1)/(N-1) · …, k factors.
 
     Args:
-        relevant: R of each query, how many right candidates are among the N of the pool.
+        held: Of each query, the judgements of candidates that are in the pool; R are above 0.
+        pool: N candidates.
     """
 
     @functools.cache
@@ -263,7 +261,7 @@ def chance_of_hit(relevant: Sequence[int], pool: int, k: int) -> float:
             miss *= max(0, pool - right - drawn) / (pool - drawn)
         return 1.0 - miss
 
-    return float(np.mean([one(int(right)) for right in relevant]))
+    return float(np.mean([one(sum(grade > 0 for grade in own.values())) for own in held]))
 
 
 def chance_of_ndcg(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:

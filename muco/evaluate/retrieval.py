@@ -53,8 +53,15 @@ RULES = {
 
 @dataclass(frozen=True)
 class Scoring:
-    """How tasks are made and scored; the fields are arguments of :func:`evaluate_retrieval`.
+    """How tasks are made and scored.
 
+    Args:
+        batch_size: Contents per forward pass; the scores do not depend on it.
+        candidates: Size of the drawn lists of "answer", the right target included; fewer where fewer exist.
+        seed: Of the draw.
+        limit: Only the first N samples of the data.
+        dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
+            values cost no encoding.
     Raises:
         MucoError: If ``candidates`` or ``limit`` is too small.
     """
@@ -78,14 +85,9 @@ def evaluate_retrieval(
     data: Data,
     *,
     output: Path | None = None,
-    batch_size: int = 64,
-    candidates: int = 100,
-    seed: int = 0,
-    limit: int | None = None,
-    dimension: int | None = None,
-    precision: Precision = "float32",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **scoring: Any,
 ) -> dict[str, Any]:
     """Scores a model on every task that the data allows.
 
@@ -94,39 +96,31 @@ def evaluate_retrieval(
         data: Samples with a fingerprint.
         output: Folder that gets ``retrieval.json``, or with a dimension and precision ``retrieval-64-int8.json``;
             nothing is written without it.
-        batch_size: Contents per forward pass; the scores do not depend on it.
-        candidates: Size of the drawn lists of "answer", the right target included; fewer where fewer exist.
-        seed: Of the draw.
-        limit: Only the first N samples of the data.
-        dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
-            values cost no encoding.
         cache: Folder of encoded vectors, used again only for the same model and data.
         progress: Called with (contents encoded, contents in all).
+        scoring: Of :class:`Scoring`.
     Returns:
         A dictionary that JSON can hold: "tasks" (name -> scores, or for both "answer" tasks {"kinds", "mean"}),
         "skipped" (task -> reason), "warnings", "collapsed", "non_finite", and all that tells where the scores come
         from. Shares are 0 to 1.
     Raises:
         DataError: If the data allows no task at all, or a content cannot be read.
-        MucoError: If ``candidates`` or ``limit`` is too small, or ``dimension`` too large.
+        MucoError: If a number of ``scoring`` is too small or too large.
         OutputError: If the output or cache folder cannot be written.
     """
     start = time.perf_counter()
-    scoring = Scoring(batch_size, candidates, seed, limit, dimension, precision)
+    chosen = Scoring(**scoring)
     origin = {"model": model.fingerprint, "data": data.fingerprint}
     store = None if cache is None else EmbeddingCache(cache, **origin)
-    result = score_tasks(model, data, scoring, cache=store, progress=progress)
+    result = score_tasks(model, data, chosen, cache=store, progress=progress)
     result |= origin | {
         "rules": RULES,
-        "candidates": candidates,
-        "seed": seed,
-        "limit": limit,
-        "batch_size": batch_size,
+        **{name: getattr(chosen, name) for name in ("candidates", "seed", "limit", "batch_size")},
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if output is not None:
-        write_result(output, result, dimension, precision)
+        write_result(output, result, chosen.dimension, chosen.precision)
     return result
 
 

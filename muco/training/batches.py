@@ -31,14 +31,6 @@ class Numbered:
     turns: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Share:
-    """One process's samples of a step, and how many turns of the whole step are left out as duplicates."""
-
-    samples: Sequence[Numbered]
-    left_out: int
-
-
 class TrainingBatches(Dataset):
     """Item n is this process's share of the batch of step n; item (n, p) is part p of it.
 
@@ -70,7 +62,7 @@ class TrainingBatches(Dataset):
         self.seed, self.mask_identical_targets = seed, mask_identical_targets
         self.skip_broken, self.leave_out_duplicates, self.blind = skip_broken, leave_out_duplicates, blind
         self.rank, self.world_size = rank, world_size
-        self._share: tuple[int, Share] | None = None  # of the last step asked for
+        self._share: tuple[int, list[Numbered], int] | None = None  # of the last step asked for: it, its share
 
     @property
     def parts(self) -> int:
@@ -80,22 +72,22 @@ class TrainingBatches(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> TrainingBatch | None:
         """The item; None for a part that duplicates leave with no sample at all."""
         step, part = key if isinstance(key, tuple) else (key, None)
-        share = self.share(step)
-        own = share.samples if part is None else share.samples[part * PART : (part + 1) * PART]
+        samples, left_out = self.share(step)
+        own = samples if part is None else samples[part * PART : (part + 1) * PART]
         if not own:
             return None
         batch = self._batch(own, step)
         if self.rank == 0 and not part:  # the same on every process and in every part, so counted once
-            batch["left_out"] = share.left_out
+            batch["left_out"] = left_out
         return batch
 
-    def share(self, step: int) -> Share:
-        """The samples of a step that this process prepares; found once for all parts of a step."""
-        if self._share is None or self._share[0] != step:
-            self._share = step, self._found(step)
-        return self._share[1]
+    def share(self, step: int) -> tuple[list[Numbered], int]:
+        """The samples of a step that this process prepares, and how many turns of the whole step are duplicates.
 
-    def _found(self, step: int) -> Share:
+        Found once for all parts of a step.
+        """
+        if self._share is not None and self._share[0] == step:
+            return self._share[1:]
         draws = [Numbered(number, draw) for number, draw in enumerate(self.mixture.draws(step))]
         left_out = 0
         if self.leave_out_duplicates:
@@ -105,7 +97,8 @@ class TrainingBatches(Dataset):
                     f"step {step}: without duplicates {self.mixture.batch_size} samples leave {len(draws)}, fewer "
                     "than there are processes; set data.duplicates: mask"
                 )
-        return Share(draws[self.rank :: self.world_size], left_out)
+        self._share = step, draws[self.rank :: self.world_size], left_out
+        return self._share[1:]
 
     def _batch(self, own: Sequence[Numbered], step: int) -> TrainingBatch:
         prepared, skipped = [], []

@@ -102,29 +102,16 @@ IMAGE_MARKS = 3
 
 # The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
 _VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
-_SIZES: dict[str, dict[str, int]] = {
-    "2B": {
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-        "vocab_size": 151936,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-    },
+_SIZES = {  # width, heads, heads of keys and values, feed-forward, vocabulary
+    "2B": (1536, 12, 2, 8960, 151936),
+    "7B": (3584, 28, 4, 18944, 152064),
 }
 
 
 def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
     """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
-    text = _SIZES[size]
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    text = {"num_hidden_layers": 28, **dict(zip(names, _SIZES[size], strict=True))}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2VLConfig(
         text_config={**text, "rope_parameters": rope, "bos_token_id": None},
