@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import flex_attention_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from muco.errors import CheckpointError
 from muco.processor import Processor, first_line, load_processor
@@ -44,9 +50,6 @@ def load_backbone(
         CheckpointError: If the path holds no model, the model does not take images, or weights are missing,
             unexpected or of another shape; the message names them.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     source = str(path)
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
@@ -92,8 +95,6 @@ def _without_load_report() -> Iterator[None]:
 
 
 def _check_config(source: str, config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
     kind = config.model_type
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CheckpointError(
@@ -118,8 +119,6 @@ def _check_loaded(source: str, info: Any) -> None:
 
 def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a configuration on the meta device, where tensors have shapes and no memory."""
-    from transformers import AutoModelForImageTextToText
-
     own = copy.deepcopy(config)  # it remembers the precision
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation="sdpa").model
@@ -148,8 +147,6 @@ def reads_all_before(model: nn.Module, tokens: int) -> bool:
     Only then a mask of our own may take the place of the layers' masks: it would override a window, and a recurrent
     state knows no mask.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     config = model.config.get_text_config()
     layers = DynamicCache(config=config).layers
     attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -164,10 +161,6 @@ def use_flex_attention(model: nn.Module) -> None:
     transformers offers it for some families only, although its function fits all that take theirs from its registry. So
     that function is registered under a name of ours.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.flex_attention import flex_attention_forward
-    from transformers.masking_utils import flex_attention_mask
-
     AttentionInterface.register(FLEX, flex_attention_forward)
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
     model.set_attn_implementation({"text_config": FLEX})

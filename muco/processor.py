@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 from torch import Tensor
+from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
@@ -218,7 +219,6 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         CheckpointError: If no prompt is known for the model's family, or its processor cannot be built here or does
             not belong to the model.
     """
-    from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     def read(auto_class: Any, **kwargs: Any) -> Any:
         try:

@@ -90,9 +90,6 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
     }
 
 
-# ── the bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def bootstrap(differences: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
     """Mean differences of ``samples`` draws of the same number of queries, with replacement.
 
@@ -159,9 +156,6 @@ def _mean(label: str, tasks: Mapping[str, Mapping[str, Any]], total: np.ndarray,
     own = [task for name, task in tasks.items() if _mean_of(name) == label]
     plain = {key: math.fsum(task[key] for task in own) / len(own) for key in ("a", "b", "difference")}
     return {"tasks": len(own), **plain, **_with_interval(total / len(own), level)}
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -239,9 +233,6 @@ def _differing(
     one, other = a[first]["key"], b[first]["key"]
     keys = sorted(one.keys() | other.keys())
     return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
-
-
-# ── showing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:

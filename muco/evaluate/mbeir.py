@@ -124,9 +124,6 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
     }
 
 
-# ── what is asked, and what is there ─────────────────────────────────────────────────────────────────────────────────
-
-
 def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
     if names is None:
         return ALL

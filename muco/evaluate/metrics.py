@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,10 +138,7 @@ def chance_hit(k: int, candidates: int | np.ndarray) -> float:
     return float(np.mean(np.minimum(1.0, k / np.asarray(candidates))))
 
 
-# ── ranked lists with graded judgements ──────────────────────────────────────────────────────────────────────────────
 # k is the depth. *Relevant* is a candidate of a grade above 0. A list shorter than k counts as if wrong ones followed.
-
-Gain = Literal["linear", "exponential"]
 
 
 def hit_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
@@ -155,24 +152,22 @@ def recall_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
     return len(relevant.intersection(found[:k])) / len(relevant) if relevant else 0.0
 
 
-def ndcg_at(found: Sequence[str], grades: Mapping[str, int], k: int, *, gain: Gain = "linear") -> float:
-    """Discounted gain of the first k over that of the best possible list; 0.0 where nothing is relevant.
+def ndcg_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    """Discounted grades of the first k over those of the best possible list; 0.0 where nothing is relevant.
 
-    Args:
-        gain: "linear" (trec_eval, BEIR): the grade; "exponential": 2 ^ grade - 1. Negative grades count as 0.
-    Source: Järvelin and Kekäläinen, 2002; the discount is log2(rank + 1).
+    Negative grades count as 0. Source: Järvelin and Kekäläinen, 2002; the discount is log2(rank + 1).
     """
-    gained = [_gain(grades.get(candidate, 0), gain) for candidate in found[:k]]
-    best = sorted((_gain(grade, gain) for grade in grades.values()), reverse=True)[:k]
-    ideal = _discounted(best)
-    return _discounted(gained) / ideal if ideal else 0.0
+    gained = [max(0, grades.get(candidate, 0)) for candidate in found[:k]]
+    ideal = ideal_gain(grades, k)
+    return discounted(gained) / ideal if ideal else 0.0
 
 
-def _gain(grade: int, gain: Gain) -> float:
-    return float(max(0, grade)) if gain == "linear" else 2.0 ** max(0, grade) - 1
+def ideal_gain(grades: Mapping[str, int], k: int) -> float:
+    """The discounted grades of the best possible list."""
+    return discounted(sorted((max(0, grade) for grade in grades.values()), reverse=True)[:k])
 
 
-def _discounted(gains: Sequence[float]) -> float:
+def discounted(gains: Iterable[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
 
@@ -182,8 +177,6 @@ def reciprocal_rank(found: Sequence[str], grades: Mapping[str, int], k: int) -> 
     first = next(ranks, None)
     return 1 / first if first else 0.0
 
-
-# ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Precision = Literal["float32", "int8", "binary"]
 

@@ -76,9 +76,6 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
     return document(f"{title_of(result)}: {result['model']['path']}", body, style)
 
 
-# ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _head(result: Mapping[str, Any]) -> str:
     lead = "".join(
         f'<p class="lead">{_overall(score)} <span>{text(name)}</span></p>\n'
@@ -108,8 +105,6 @@ def _items(lines: Sequence[str]) -> str:
     items = "".join(f"<li>{text(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
-
-# ── bars ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LEGEND = """<ul class="legend"><li><i class="ours"></i>this model, measured</li>
 <li><i class="chance"></i>chance</li></ul>"""
@@ -150,9 +145,6 @@ def _bar(score: float | None, chance: float | None = None) -> str:
 <span class="value">{percent(score)}</span></div>"""
 
 
-# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _table(result: Mapping[str, Any]) -> str:
     tasks = result["tasks"]
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task["scores"]))
@@ -174,9 +166,6 @@ def _table(result: Mapping[str, Any]) -> str:
 
 def _scrolled(label: str, table: str) -> str:
     return f'<div class="card scroll" tabindex="0" role="region" aria-label="{label}">{table}</div>'
-
-
-# ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Thumbnails:
@@ -260,9 +249,6 @@ def _shown(shown: Shown, thumbnails: Thumbnails) -> str:
         words = f"{words[:TEXT]}… ({len(words):,} characters)"
     said = f'<p dir="auto">{text(words)}</p>' if words else ""
     return f'<div class="thing">{images}{said}<p class="name" dir="auto">{text(shown.id[:200])}</p></div>'
-
-
-# ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _section(title: str, words: str, body: str) -> str:

@@ -3,7 +3,7 @@
 M-BEIR and BEIR-like sets differ in their files only; from here on they are the same::
 
     queries ─JudgedQueries─▶ vectors ┐
-    pools ─────Stores──────▶ shards ─┴─search─▶ rows, scores ─outcomes.py─▶ measures, outcomes, failures, warnings
+    pools ───embed_pool────▶ shards ─┴─search─▶ rows, scores ─outcomes.py─▶ measures, outcomes, failures, warnings
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,16 +107,18 @@ class RankedTask:
         parts = (self.name, json.dumps(self.facts), *(pool.fingerprint for pool in self.pools.pools))
         return self.queries.fingerprint(*parts)
 
-    def score(self, run: Benchmark, stores: Stores, steps: Steps) -> TaskResult:
+    def score(
+        self, run: Benchmark, stored: Callable[[LinePool], tuple[Vectors, metrics.Health]], steps: Steps
+    ) -> TaskResult:
         """Embeds, searches and scores; of several processes each does a part, and all get everything."""
         log.info("%s: %d queries, %d candidates", self.name, len(self.queries), len(self.pools))
         vectors = self.queries.embed(run, self.cached_as, steps.part)
-        stored, health = zip(*map(stores.of, self.pools.pools), strict=True)
+        vectors_of, health = zip(*map(stored, self.pools.pools), strict=True)
         # of several processes each searches for a part of the queries
         share = np.array_split(vectors, distributed.world_size())[distributed.rank()]
-        found = search(share, stored, [pool.order for pool in self.pools.pools], self.depth)
+        found = search(share, vectors_of, [pool.order for pool in self.pools.pools], self.depth)
         rows, scores = map(np.concatenate, zip(*distributed.gather_objects(found), strict=True))
-        searched = Searched(self.pools, stored, health, vectors, rows, scores)
+        searched = Searched(self.pools, vectors_of, health, vectors, rows, scores)
         scored = score_queries(self.queries.queries, searched, self.measures, self.metric)
         if self.run_file is not None:
             distributed.first_only(functools.partial(write_trec_run, self.run_file, scored.run, "muco"))
@@ -191,7 +192,14 @@ def score_ranked(
     """
     pools = dict.fromkeys(pool for task in tasks for pool in task.pools.pools)
     steps = Steps(sum(map(len, pools)) + sum(len(task.queries) for task in tasks), progress)
-    stores = Stores(run, steps)
+
+    @functools.cache
+    def stored(pool: LinePool) -> tuple[Vectors, metrics.Health]:
+        folder, batch_size = run.output / "cache" / "pools", run.batch_size
+        left_out, progress = pool.left_out, steps.part
+        store = embed_pool(run.model, pool, folder, batch_size=batch_size, left_out=left_out, progress=progress)
+        steps.done(len(pool))
+        return store, distributed.first_only(store.health)
 
     def counted() -> Iterator[RankedTask]:
         for task in tasks:
@@ -200,31 +208,9 @@ def score_ranked(
 
     # Paths of images are on the page, so results found again must be of this folder.
     key = {"data": str(run.data.resolve()), **key}
-    results = run.score(counted(), lambda task: task.score(run, stores, steps), key)
+    results = run.score(counted(), lambda task: task.score(run, stored, steps), key)
     steps.finish()
     return results
-
-
-class Stores:
-    """The vectors of pools, each embedded when first asked for, and once."""
-
-    def __init__(self, run: Benchmark, steps: Steps) -> None:
-        self.run, self.steps = run, steps
-        self._known: dict[str, tuple[Vectors, metrics.Health]] = {}
-
-    def of(self, pool: LinePool) -> tuple[Vectors, metrics.Health]:
-        if pool.fingerprint not in self._known:
-            store = embed_pool(
-                self.run.model,
-                pool,
-                self.run.output / "cache" / "pools",
-                batch_size=self.run.batch_size,
-                left_out=pool.left_out,
-                progress=self.steps.part,
-            )
-            self._known[pool.fingerprint] = store, distributed.first_only(store.health)
-            self.steps.done(len(pool))
-        return self._known[pool.fingerprint]
 
 
 class Steps:
@@ -271,11 +257,10 @@ def chance_of_ndcg(queries: Sequence[Query], held: Sequence[Mapping[str, int]], 
         held: Of each query, the judgements of candidates that are in the pool.
         pool: N candidates.
     """
-    discounts = sum(1 / math.log2(rank + 1) for rank in range(1, min(k, pool) + 1))
+    discounts = metrics.discounted([1] * min(k, pool))
     values = []
     for query, own in zip(queries, held, strict=True):
-        best = sorted((max(0, grade) for grade in query.grades.values()), reverse=True)[:k]
-        ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(best, start=1))
+        ideal = metrics.ideal_gain(query.grades, k)
         gained = sum(max(0, grade) for grade in own.values()) / pool * discounts
         values.append(gained / ideal if ideal else 0.0)
     return float(np.mean(values))

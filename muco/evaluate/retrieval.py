@@ -171,11 +171,17 @@ def score_tasks(
     codes = metrics.reduced(vectors, precision)
     scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
     health = metrics.embedding_health(vectors)
+    warnings, collapsed = [], health.collapsed
+    for task, scores in scored:
+        control = task.name in CONTROLS
+        warnings += task_warnings(task.label, scores, control=task.name if control else None)
+        for side in ("pool",) if control else ("queries", "pool"):  # without the image, queries may be equal
+            collapsed = collapsed or scores["health"][side]["collapsed"]
     return {
         "tasks": _by_task(scored),
         "skipped": builder.skipped,
-        "warnings": [line for task, scores in scored for line in _warnings(task, scores)],
-        "collapsed": health.collapsed or any(_collapsed(task, scores) for task, scores in scored),
+        "warnings": warnings,
+        "collapsed": collapsed,
         "non_finite": health.non_finite,
         "samples": samples,
         "turns": len(turns),
@@ -220,10 +226,6 @@ def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: M
     }
 
 
-def _warnings(task: RetrievalTask, scores: Mapping[str, Any]) -> list[str]:
-    return task_warnings(task.label, scores, control=task.name if task.name in CONTROLS else None)
-
-
 def _by_task(scored: Sequence[tuple[RetrievalTask, dict[str, Any]]]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for task, scores in scored:
@@ -247,9 +249,3 @@ def _mean(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "candidates_max": max(kind["candidates_max"] for kind in kinds),
         **{name: None if None in column else float(np.mean(column)) for name, column in columns.items()},
     }
-
-
-def _collapsed(task: RetrievalTask, scores: Mapping[str, Any]) -> bool:
-    # Without the image, equal queries are as it should be.
-    sides = ("pool",) if task.name in CONTROLS else ("queries", "pool")
-    return any(scores["health"][side]["collapsed"] for side in sides)

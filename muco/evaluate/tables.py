@@ -26,9 +26,6 @@ CSV_COLUMNS = (
 INCOMPLETE = "not all tasks were scored"
 
 
-# ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     """Prints tasks, groups and overall in per cent, and every warning.
 
@@ -45,9 +42,6 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     print_report(table, warnings_of(result), notes, console)
 
 
-# ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def benchmark_markdown(result: Mapping[str, Any]) -> str:
     """Tables of tasks and groups, warnings and origin as GitHub Markdown, ending in a newline."""
     lines = [f"# {markdown(title_of(result))}: {markdown(result['model']['path'])}", ""]
@@ -59,9 +53,6 @@ def benchmark_markdown(result: Mapping[str, Any]) -> str:
             lines.append(f"- {markdown(name)}: {markdown(facts_text(task['facts']))}")
     lines += ["", *(f"- {name}: {markdown(value)}" for name, value in origin(result).items())]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
-
-
-# ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def as_csv(result: Mapping[str, Any]) -> str:
@@ -119,9 +110,6 @@ def _cell(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-# ── what all of them say ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def columns_of(result: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from muco.dialogue import Content, Sample
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book
+from muco.images import open_image
 
 RETRIEVAL = "retrieval"  # the kind of the turn whose target is the caption
 
@@ -191,9 +193,6 @@ def _made_of(content: Content) -> str:
 
 def blackening(book: Book) -> Callable[[str], str]:
     """Key of a query -> key of the same query with black images of the same sizes."""
-    from PIL import Image
-
-    from muco.images import open_image
 
     @functools.cache
     def black(text: str, sizes: tuple[tuple[int, int], ...]) -> str:

@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from muco.backbone import cast_weights, merge_adapters
 from muco.base.files import claimed, read_json, write_text, writing
@@ -182,8 +187,6 @@ def _write_whole(folder: Path) -> None:
 
     An embedding model has no language-model head; the class wants one and takes the input embeddings for it.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
     whole = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
@@ -194,7 +197,6 @@ def _write_whole(folder: Path) -> None:
 
 def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     weights = {name: weight for name, weight in get_peft_model_state_dict(adapted).items() if "lora_" in name}
     if whole:
@@ -251,9 +253,6 @@ else. {short} A text alone needs no placeholder image.
 
 
 def _check_push(repository: str) -> None:
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -265,9 +264,6 @@ def _check_push(repository: str) -> None:
 
 
 def _push(folder: Path, repository: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     hub = HfApi()
     try:
         hub.create_repo(repository, private=True, exist_ok=True)

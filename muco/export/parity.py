@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from muco.errors import CheckpointError
 from muco.template import EMB, QWEN_MODEL_TYPES
@@ -96,8 +97,6 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
         CheckpointError: If weights are missing or unexpected, a prompt does not end at ``<|emb|>``, or the folder's
             pooling is not that of the last token.
     """
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
-
     kind = AutoModelForImageTextToText if generation else AutoModel
     model, info = kind.from_pretrained(
         folder, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True
@@ -129,8 +128,6 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
 
 def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Image.Image]], dict[str, Any]]:
     """Makes the tensors of one prompt and its images, by the folder's own processor."""
-    from transformers import AutoImageProcessor, AutoProcessor
-
     if config.model_type not in QWEN_MODEL_TYPES:
         processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         return lambda prompt, images: dict(

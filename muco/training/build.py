@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from muco import distributed
 from muco.backbone import (
@@ -83,8 +84,6 @@ def model_config(path: str) -> Any:
     Raises:
         CheckpointError: If it cannot be read.
     """
-    from transformers import AutoConfig
-
     known = PUBLISHED.get(path)
     try:
         return qwen2_vl_config(known) if known else AutoConfig.from_pretrained(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
@@ -60,8 +61,6 @@ class MuCoTrainer(SentenceTransformerTrainer):
         record: Record,
         evaluator: Any = None,
     ) -> None:
-        from datasets import Dataset
-
         self.batch, self.batches, self.record = batch, batches, record
         self._output = Path(args.output_dir).parent
         # the library insists on a table; ours has a row per step, and the batches are made in the loader below

@@ -90,9 +90,6 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     return result
 
 
-# ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _step(recipe: Recipe, measured: Measured, devices: int) -> dict[str, Any]:
     """Samples, turns, tokens and passes of one step, on average."""
     size, share = recipe.batch.size, math.ceil(recipe.batch.size / devices)
@@ -170,9 +167,6 @@ def _memory(
     }
     memory["total"] = sum(memory.values())
     return {name: round(value / GIB, 2) for name, value in memory.items()}
-
-
-# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _recipe_facts(recipe: Recipe, devices: int) -> dict[str, Any]:

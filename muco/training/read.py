@@ -127,9 +127,6 @@ def _dotted(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-# ── what the numbers of a recipe must be ────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Bound:
     """What a number must be, as a test and in words."""
