@@ -11,7 +11,7 @@ from muco.base.files import write_json, write_text
 from muco.base.html import count, data_uri, document, house_style, section, sign, text
 from muco.errors import ImageError
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
-from muco.evaluate.tables import (
+from muco.evaluate.report import (
     INCOMPLETE,
     as_csv,
     benchmark_markdown,

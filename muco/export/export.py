@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import huggingface_hub
 import torch
-from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
@@ -33,9 +33,8 @@ from muco.model import Model, from_backbone, load
 from muco.processor import Processor, first_line, write_config
 from muco.template import EMB
 from muco.training.build import build_model, saved_dtype
-from muco.training.card import card_head, usage
 from muco.training.checkpoint import load_trained
-from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
+from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict, load_recipe
 
@@ -259,12 +258,12 @@ def _check_push(repository: str) -> None:
         raise MucoError(f"--push {repository!r} is not a valid repository name: {first_line(error)}") from error
     if repository.count("/") != 1:
         raise MucoError(f"--push {repository!r}: write it as NAMESPACE/NAME")
-    if get_token() is None:
+    if huggingface_hub.get_token() is None:
         raise MucoError("--push needs a token of the Hugging Face hub: set HF_TOKEN or run 'hf auth login'")
 
 
 def _push(folder: Path, repository: str) -> str:
-    hub = HfApi()
+    hub = huggingface_hub.HfApi()
     try:
         hub.create_repo(repository, private=True, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=folder).commit_url)

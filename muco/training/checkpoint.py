@@ -24,8 +24,7 @@ from muco.data.fingerprint import RULE
 from muco.data.source import Data
 from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.model import Model
-from muco.training.card import model_card
-from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
+from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, model_card
 from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, to_dict
 
 log = logging.getLogger(__name__)

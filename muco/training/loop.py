@@ -36,10 +36,10 @@ from muco.loss import MultiTurnLoss
 from muco.model import Model
 from muco.step import GIB, TrainingStep
 from muco.training import checkpoint
-from muco.training.arguments import OneDeviceArguments
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.build import shard_model
 from muco.training.callbacks import Record, ScreenProgress, TensorBoardLog, TokenBudget
+from muco.training.checks import OneDeviceArguments
 from muco.training.folder import LOGS, WEIGHTS_FILE
 from muco.training.recipe import BatchRecipe
 

@@ -19,9 +19,8 @@ from torch import nn
 from muco.batch import chunks_of
 from muco.data.source import InMemory
 from muco.step import GIB, UNLIMITED
-from muco.training.arguments import OneDeviceArguments, steps_of, training_arguments
 from muco.training.build import make_loss, uses_autocast
-from muco.training.checks import check_recipe
+from muco.training.checks import OneDeviceArguments, check_recipe, steps_of, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts

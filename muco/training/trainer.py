@@ -21,16 +21,21 @@ from muco.data.fingerprint import recall, remember
 from muco.data.source import Data
 from muco.model import Model
 from muco.training import checkpoint
-from muco.training.arguments import steps_of, training_arguments
 from muco.training.batches import TrainingBatches
-from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast
+from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast, warm_up
 from muco.training.callbacks import Record, RetrievalEvaluator, told_once
-from muco.training.checks import check_budget, check_machine, check_negatives, check_recipe
+from muco.training.checks import (
+    check_budget,
+    check_machine,
+    check_negatives,
+    check_recipe,
+    steps_of,
+    training_arguments,
+)
 from muco.training.folder import DIGESTS_FILE
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.recipe import Recipe
-from muco.training.warmup import warm_up
 
 
 def train(recipe: Recipe, *, resume: bool = True) -> Path:

@@ -25,7 +25,7 @@ from muco.errors import OutputError
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.page import SIDE, page, print_benchmark, write_reports
-from muco.evaluate.tables import as_csv, benchmark_markdown
+from muco.evaluate.report import as_csv, benchmark_markdown
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
 MODEL = {"path": "models/<i>tiny</i>", "fingerprint": "f" * 64}
