@@ -134,17 +134,11 @@ class Model(SentenceTransformer):
         read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
 
         Args:
-            images: For each dialogue an image, several, or None.
-            queries: For each dialogue its queries, at least one.
-            mode: As for :meth:`encode_turns`.
             batch_size: Dialogues whose images are in memory at once; does not change the result.
             token_budget: Most tokens that pass through the model at once, which bounds memory; does not change the
                 result. What one image needs by itself may exceed it.
-        Returns:
-            Per dialogue float32 [k, dim], L2-normalised.
         Raises:
-            DataError: If a dialogue has no query, or an empty one and no image (named by its place, from 0), or
-                ``images`` and ``queries`` differ in length.
+            DataError: Also if ``images`` and ``queries`` differ in length; names the dialogue by its place, from 0.
         """
         if len(images) != len(queries):
             raise DataError(f"encode_turns_batch: {len(images)} images but {len(queries)} lists of queries")

@@ -39,19 +39,12 @@ EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image as a model reads it.
+    """One image as a model reads it."""
 
-    Args:
-        ids: Its placeholder tokens.
-        patches: Tensors whose first dimension is this image's patches or tiles, e.g. ``pixel_values``.
-        grid: (time, height, width) in patches, for families with multimodal rotary positions.
-        merge: Patches per visual token along one side.
-    """
-
-    ids: tuple[int, ...]
-    patches: dict[str, Tensor]
-    grid: tuple[int, int, int] | None = None
-    merge: int = 1
+    ids: tuple[int, ...]  # its placeholder tokens
+    patches: dict[str, Tensor]  # whose first dimension is this image's patches or tiles, e.g. "pixel_values"
+    grid: tuple[int, int, int] | None = None  # (time, height, width) in patches, for multimodal rotary positions
+    merge: int = 1  # patches per visual token along one side
 
 
 class Processor:

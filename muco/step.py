@@ -43,36 +43,23 @@ UNLIMITED = 1 << 40  # tokens: the budget where none is asked for
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step found, on this process.
+    """What a step found, on this process."""
 
-    Args:
-        loss: In nats, the same on every process.
-        tokens: Of all dialogues, padding left out.
-        padding: Share of padding in what passed through the model.
-        chunks: Forward passes with gradient.
-        no_negative: Why no turn of the step has a negative, over all processes; "" where one has.
-    """
-
-    loss: Tensor
-    tokens: int
-    padding: float
-    chunks: int
-    no_negative: str = ""
+    loss: Tensor  # in nats, the same on every process
+    tokens: int  # of all dialogues, padding left out
+    padding: float  # share of padding in what passed through the model
+    chunks: int  # forward passes with gradient
+    no_negative: str = ""  # why no turn of the step has a negative, over all processes; "" where one has
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Dialogues that pass through the model together.
-
-    Args:
-        turns: Which vectors of the side are theirs.
-        used: Whether the vectors count; False for a pass made only because other processes wait for it.
-    """
+    """Dialogues that pass through the model together."""
 
     side: str
     batch: DialogueBatch
-    turns: Tensor
-    used: bool = True
+    turns: Tensor  # which vectors of the side are theirs
+    used: bool = True  # False for a pass made only because other processes wait for it
 
     @property
     def tokens(self) -> int:

@@ -142,15 +142,10 @@ class _Tree:
 
 @dataclass(frozen=True)
 class _Trunks:
-    """What has passed.
+    """What has passed."""
 
-    Args:
-        cache: Keys and values of each layer, [N, heads, P, dim] both.
-        real: Which of the P are not padding, bool [N, P].
-    """
-
-    cache: DynamicCache
-    real: Tensor
+    cache: DynamicCache  # keys and values of each layer, [N, heads, P, dim] both
+    real: Tensor  # which of the P are not padding, bool [N, P]
 
     @classmethod
     def of(cls, encoder: Encoder, batch: DialogueBatch) -> _Trunks:

@@ -60,23 +60,17 @@ def evaluate_beir(
 ) -> dict[str, Any]:
     """Scores a model on a retrieval set, or on every one that is directly below a folder.
 
-    Run it again to resume an interrupted run. Call it on every process alike; the first one writes.
-
     Args:
-        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
-        output: Gets ``beir.json`` and its other forms, a file per task, and the vectors.
+        model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
         split: Names the judgements. Queries that they do not name are left out and counted.
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
         instruction: Put before every query, with a space between; candidates get none.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         progress: Called with (contents embedded, contents in all).
-        recorded: ``pixels``, ``trained_pixels``, ``command`` and ``model_path`` of :class:`Benchmark`.
     Returns:
         What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
     Raises:
         DataError: If a file is missing (all are listed) or a line cannot be used, or no query is judged.
         MucoError: If ``k`` is less than 1.
-        OutputError: If the output cannot be written.
     """
     if k < 1:
         raise MucoError(f"k is {k}; pass at least 1")

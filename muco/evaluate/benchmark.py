@@ -35,83 +35,50 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shown:
-    """A query or candidate as a person sees it.
-
-    Args:
-        images: Paths of image files that can be opened from here.
-    """
+    """A query or candidate as a person sees it."""
 
     id: str
     text: str = ""
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # paths of image files that can be opened from here
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one query.
+    """What became of one query."""
 
-    Args:
-        query: Its id, unique within the task.
-        value: Of the task's metric, 0 to 1.
-        rank: Of the best right candidate, from 1; None if it is beyond what was ranked.
-        found: The best candidates, (id, score), best first, at most ``FOUND``.
-    """
-
-    query: str
-    value: float
-    rank: int | None
-    found: tuple[tuple[str, float], ...]
+    query: str  # its id, unique within the task
+    value: float  # of the task's metric, 0 to 1
+    rank: int | None  # of the best right candidate, from 1; None if it is beyond what was ranked
+    found: tuple[tuple[str, float], ...]  # the best candidates, (id, score), best first, at most FOUND
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A query whose best candidate is wrong, for the page.
+    """A query whose best candidate is wrong, for the page."""
 
-    Args:
-        margin: Score of the best wrong candidate minus that of the best right one.
-        right: A right candidate.
-        found: The best candidates with their scores, best first.
-    """
-
-    margin: float
+    margin: float  # score of the best wrong candidate minus that of the best right one
     query: Shown
-    right: Shown
-    found: tuple[tuple[Shown, float], ...]
+    right: Shown  # a right candidate
+    found: tuple[tuple[Shown, float], ...]  # the best candidates with their scores, best first
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of a benchmark.
+    """One task of a benchmark."""
 
-    Args:
-        name: As the benchmark spells it; with the pool where a benchmark has several ("NAME local").
-        metric: The one that counts: "hit@1", "hit@5", "ndcg@10".
-        scores: Every metric by name, 0 to 1, ``metric`` among them.
-        queries: How many were asked.
-        candidates: Smallest and largest number that a query chose from.
-        chance: Of ``metric``, 0 to 1, for a model that cannot tell candidates apart; None if unknown.
-        data: Fingerprint of queries, candidates and judgements.
-        facts: Anything else a reader must know: pool, prompt choice, sampling, positives that no pool holds.
-        warnings: Sentences that nobody should overlook.
-        outcomes: One per query.
-        failures: The worst ones, largest margin first, at most ``FAILURES``.
-        left_out: Of :func:`muco.data.left_out.counts`; empty where everything was embedded.
-        broken: What was left out, one by one.
-    """
-
-    name: str
-    metric: str
-    scores: Mapping[str, float]
-    queries: int
-    candidates: tuple[int, int]
-    chance: float | None
-    data: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    outcomes: tuple[Outcome, ...] = ()
-    failures: tuple[Failure, ...] = ()
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    broken: tuple[Broken, ...] = ()
+    name: str  # as the benchmark spells it; with the pool where a benchmark has several ("NAME local")
+    metric: str  # the one that counts: "hit@1", "hit@5", "ndcg@10"
+    scores: Mapping[str, float]  # every metric by name, 0 to 1
+    queries: int  # how many were asked
+    candidates: tuple[int, int]  # smallest and largest number that a query chose from
+    chance: float | None  # of the metric, 0 to 1, for a model that cannot tell candidates apart; None if unknown
+    data: str  # fingerprint of queries, candidates and judgements
+    facts: Mapping[str, Any] = field(default_factory=dict)  # anything else a reader must know
+    warnings: tuple[str, ...] = ()  # sentences that nobody should overlook
+    outcomes: tuple[Outcome, ...] = ()  # one per query
+    failures: tuple[Failure, ...] = ()  # the worst ones, largest margin first, at most FAILURES
+    left_out: Mapping[str, int] = field(default_factory=dict)  # muco.data.left_out.counts
+    broken: tuple[Broken, ...] = ()  # what was left out, one by one
 
     @property
     def score(self) -> float:

@@ -5,8 +5,7 @@
     tasks ─found done?─▶ TaskResult ◀─work─ the task      tasks/NAME.json, outcomes/NAME.jsonl
       └──────────── all TaskResults ─▶ <benchmark>.json .csv .md .html
 
-A benchmark brings its tasks, the work that scores one of them, and the means over them. Of several processes all run
-alike: the first one reads and writes the files.
+A benchmark brings its tasks, the work that scores one of them, and the means over them.
 """
 
 from __future__ import annotations
@@ -43,10 +42,14 @@ class Benchmark:
     """A run of a benchmark: what is scored, and where the results go.
 
     A task that ``output`` holds for this model, these settings and this data is not repeated, and vectors of an
-    interrupted run are reused.
+    interrupted run are reused. All processes run alike; the first one writes.
 
     Args:
         name: "mmeb", "mbeir" or "beir"; the files are named after it.
+        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        output: Gets the files of :mod:`muco.evaluate.benchmark`, else an OutputError.
+        batch_size: Contents per forward pass; the scores do not depend on it.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in the
             results, with a warning if they differ.
         command, model_path: Recorded in the results.

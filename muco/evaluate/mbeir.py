@@ -73,30 +73,23 @@ def evaluate_mbeir(
 ) -> dict[str, Any]:
     """Scores a model on M-BEIR, or on some of its tasks.
 
-    Run it again to resume an interrupted run. Call it on every process alike; the first one writes.
-
     Args:
-        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
         data: Folder in the published layout, see :mod:`muco.data.mbeir_test`.
-        output: Gets ``mbeir.json`` and its other forms, a file per task, ``runs/`` in TREC's form, and the vectors.
         pools: "local", "global" or both. The global one needs the pools of all 16 tasks.
         tasks: Names such as "MSCOCO t0"; None: all 16.
         prompts: "random": one of a task's prompts for each query, by ``seed`` and the query's id; "first".
         queries: How many of each task to ask, drawn by ``seed`` and the query's id; None: all.
-        batch_size: Contents per forward pass; the scores do not depend on it.
         strict: Refuse positives that should be in the searched pool and are not. A local pool should hold those of its
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
         allow_missing: Score what is available, instead of refusing to start if a file is missing.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         progress: Called with (contents embedded, contents in all).
-        recorded: ``pixels``, ``trained_pixels``, ``command`` and ``model_path`` of :class:`Benchmark`.
     Returns:
         What ``mbeir.json`` holds; shares are 0 to 1. Tasks and groups have the pool in their names; "overall" is the
         mean of 16 in the global pool if that was asked for, else in the local ones; None unless all 16 were scored.
     Raises:
         DataError: If a file is missing (all are listed) or a line cannot be used.
         MucoError: If another argument cannot be used.
-        OutputError: If the output cannot be written.
     """
     chosen, data = _chosen(tasks), Path(data)
     if not pools or set(pools) - {"local", "global"}:

@@ -217,18 +217,12 @@ def reduced(vectors: np.ndarray, precision: Precision) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Health:
-    """What a set of vectors of *distinct* contents looks like.
-
-    Args:
-        non_finite: Rows that hold NaN or infinity.
-        spread: Largest distance of a finite row from the first finite one; 0 to 2 for unit vectors.
-        collapsed: True when no two of several rows can be told apart, or no row is finite.
-    """
+    """What a set of vectors of *distinct* contents looks like."""
 
     rows: int
-    non_finite: int
-    spread: float
-    collapsed: bool
+    non_finite: int  # rows that hold NaN or infinity
+    spread: float  # largest distance of a finite row from the first finite one; 0 to 2 for unit vectors
+    collapsed: bool  # no two of several rows can be told apart, or no row is finite
 
     def fault(self, what: str) -> str:
         """What is wrong with these ``what`` vectors; "" if nothing."""

@@ -60,28 +60,21 @@ def evaluate_mmeb(
 ) -> dict[str, Any]:
     """Scores a model on MMEB, or on some of its data sets.
 
-    Run it again to resume an interrupted run. Call it on every process alike; the first one writes.
-
     Args:
-        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
         data: A folder with one folder per data set, see :mod:`muco.data.mmeb_test`.
-        output: Gets ``mmeb.json`` and its other forms, a file per data set, and the vectors.
         images: The folder of all images; None: ``eval_images`` or ``image-tasks`` in ``data``, by the layout.
         tasks: Names of data sets; None: all 36.
         queries: How many of each data set to ask, drawn by ``seed``; None: all.
-        batch_size: Contents per forward pass; the scores do not depend on it.
         allow_missing: Score what is available, instead of refusing to start if a data set is missing.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         official: Tell candidates apart as the paper's code does, see :func:`muco.data.mmeb_test.official_name`.
             How images are opened is the model's own: set ``images_as_stored`` of its processor too.
         progress: Called with (contents encoded, contents in all) of one data set after another.
-        recorded: ``pixels``, ``trained_pixels``, ``command`` and ``model_path`` of :class:`Benchmark`.
     Returns:
         What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.
     Raises:
         DataError: If a data set is unknown or missing, or a row cannot be used.
         MucoError: If ``queries`` is less than 1.
-        OutputError: If the output cannot be written.
     """
     check_queries(queries)
     chosen = _chosen(tasks)

@@ -25,17 +25,12 @@ METRIC = "hit@1"
 
 @dataclass(frozen=True)
 class ListQuery:
-    """One query by keys of the book.
-
-    Args:
-        candidates: All of its list, the right one first, repeated ones too.
-        lost: Keys that cannot be embedded.
-    """
+    """One query by keys of the book."""
 
     number: int
     query: str
-    candidates: tuple[str, ...]
-    lost: Collection[str] = ()
+    candidates: tuple[str, ...]  # all of its list, the right one first, repeated ones too
+    lost: Collection[str] = ()  # keys that cannot be embedded
 
     @functools.cached_property
     def places(self) -> dict[str, int]:
@@ -59,15 +54,12 @@ class ListQuery:
 
 @dataclass(frozen=True)
 class Judged:
-    """A query's outcome. ``rank`` counts from 1, beyond the list where a score is not finite; then ``margin`` is None.
-
-    ``margin`` is the score of the best rival minus that of the right candidate; ``tied``: nothing but a tie was lost.
-    """
+    """A query's outcome."""
 
     outcome: Outcome
-    rank: int
-    margin: float | None = None
-    tied: bool = False
+    rank: int  # from 1, beyond the list where a score is not finite
+    margin: float | None = None  # score of the best rival minus that of the right candidate; None if not finite
+    tied: bool = False  # nothing but a tie was lost
 
 
 class MmebTask:

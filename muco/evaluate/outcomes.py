@@ -93,21 +93,14 @@ class Pools:
 
 @dataclass(frozen=True)
 class Searched:
-    """What queries found in pools.
-
-    Args:
-        stored, health: Of each pool, its vectors and what they look like.
-        vectors: float32 [Q, D], of the queries.
-        rows: int64 [Q, depth], best first; -1 beyond the end.
-        scores: float32 [Q, depth].
-    """
+    """What queries found in pools."""
 
     pools: Pools
-    stored: Sequence[Vectors]
+    stored: Sequence[Vectors]  # of each pool
     health: Sequence[Health]
-    vectors: np.ndarray
-    rows: np.ndarray
-    scores: np.ndarray
+    vectors: np.ndarray  # float32 [Q, D], of the queries
+    rows: np.ndarray  # int64 [Q, depth], best first; -1 beyond the end
+    scores: np.ndarray  # float32 [Q, depth]
 
     @cached_property
     def collapsed(self) -> set[int]:
@@ -158,16 +151,11 @@ class Searched:
 
 @dataclass(frozen=True)
 class Found:
-    """The ranked candidates of one query, best first.
-
-    Args:
-        counted: Their ids, but "" for a candidate of a collapsed pool: it is never right.
-        scores: float32 [n].
-    """
+    """The ranked candidates of one query, best first."""
 
     ids: Sequence[str]
-    counted: Sequence[str]
-    scores: np.ndarray
+    counted: Sequence[str]  # the ids, but "" for a candidate of a collapsed pool: it is never right
+    scores: np.ndarray  # float32 [n]
 
     @property
     def scored(self) -> list[tuple[str, float]]:
@@ -176,14 +164,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Scored:
-    """The results of the queries of a task.
+    """The results of the queries of a task: for a TaskResult, and ``run`` for ``write_trec_run``."""
 
-    Args:
-        scores: The mean of each measure over the queries.
-        run: For :func:`muco.evaluate.benchmark.write_trec_run`; the rest is for a TaskResult.
-    """
-
-    scores: dict[str, float]
+    scores: dict[str, float]  # the mean of each measure over the queries
     outcomes: tuple[Outcome, ...]
     failures: tuple[Failure, ...]
     warnings: tuple[str, ...]

@@ -79,28 +79,19 @@ class JudgedQueries:
 
 @dataclass(frozen=True)
 class RankedTask:
-    """One task: queries, the pools that they search, and how the found lists are scored.
-
-    Args:
-        metric: The measure that counts.
-        depth: Candidates that are ranked per query; no measure looks further.
-        facts: What else a reader must know; they are part of the fingerprint.
-        warnings: Sentences about the data.
-        cached_as: Names the folder of the queries' vectors.
-        run_file: Gets the ranked lists in TREC's form; None: they are not written.
-    """
+    """One task: queries, the pools that they search, and how the found lists are scored."""
 
     name: str
     queries: JudgedQueries
     pools: Pools
-    metric: str
+    metric: str  # the measure that counts
     measures: Mapping[str, Measure]
-    depth: int
+    depth: int  # candidates that are ranked per query; no measure looks further
     chance: Chance
-    facts: Mapping[str, Any]
-    warnings: Sequence[str]
-    cached_as: str
-    run_file: Path | None = None
+    facts: Mapping[str, Any]  # what else a reader must know; they are part of the fingerprint
+    warnings: Sequence[str]  # about the data
+    cached_as: str  # names the folder of the queries' vectors
+    run_file: Path | None = None  # gets the ranked lists in TREC's form
 
     @functools.cached_property
     def fingerprint(self) -> str:

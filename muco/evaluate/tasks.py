@@ -43,23 +43,15 @@ def read_turns(book: Book, index: int, sample: Sample) -> list[TurnKeys]:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Queries, and the pool in which each has its right target.
-
-    Args:
-        queries: Keys of what is encoded, Q of them.
-        pool: Distinct keys, sorted.
-        positives: int64 [Q], the place of the right target in the pool.
-        relevant: For each query the places of all targets that the data calls right for it.
-        lists: int64 [Q, C], places in the pool, the right one first (see ``metrics.ranks_in_lists``); None: all of it.
-    """
+    """Queries, and the pool in which each has its right target."""
 
     name: str
     kind: str | None
-    queries: list[str]
-    pool: list[str]
-    positives: np.ndarray
-    relevant: list[list[int]]
-    lists: np.ndarray | None = None
+    queries: list[str]  # keys of what is encoded, Q of them
+    pool: list[str]  # distinct keys, sorted
+    positives: np.ndarray  # int64 [Q], the place of the right target in the pool
+    relevant: list[list[int]]  # for each query the places of all targets that the data calls right for it
+    lists: np.ndarray | None = None  # int64 [Q, C], places in the pool, see metrics.ranks_in_lists; None: all of it
 
     @property
     def label(self) -> str:

@@ -35,18 +35,13 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export is from its model.
-
-    Args:
-        cosine, difference: The smallest cosine, and the largest absolute difference of a coordinate, of all examples.
-        worst: The example with the smallest cosine.
-    """
+    """How far an export is from its model."""
 
     dtype: str
     examples: int
-    cosine: float
-    difference: float
-    worst: str
+    cosine: float  # the smallest of all examples
+    difference: float  # the largest absolute difference of a coordinate
+    worst: str  # the example with the smallest cosine
 
     @property
     def ok(self) -> bool:

@@ -53,17 +53,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample as rows of tokens and pixels, and what the loss has to know of its turns.
-
-    Args:
-        target: One dialogue; isolated targets that occur twice in it are embedded once.
-        hard: A dialogue per hard negative.
-    """
+    """A sample as rows of tokens and pixels, and what the loss has to know of its turns."""
 
     place: str
     query: Row
-    target: Row
-    hard: list[Row]
+    target: Row  # one dialogue; isolated targets that occur twice in it are embedded once
+    hard: list[Row]  # a dialogue per hard negative
     ids: SampleIds
 
 
