@@ -11,21 +11,19 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, merge_adapters, reads_all_before
 from muco.batch import PATCH_KEYS, DialogueBatch, collate
 from muco.dialogue import Content, Dialogue, as_content, single_turn
 from muco.errors import DataError, MucoError
 from muco.processor import Processor, write_config
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 STOCK_TRANSFORMER = {  # what the stock library may be given, and the output it hands to the pooling
@@ -204,8 +202,6 @@ def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
     """
     if "branch_ids" not in batch:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
-
     branches, real = batch["branch_ids"], batch["attention_mask"].bool()
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -233,20 +233,16 @@ class TrainingStep:
         loss = self.loss.of_vectors(query, vectors, batch.ids)
         if torch.isfinite(loss):
             return loss
-        rows = self._not_finite(batch, query, vectors)
-        places = [place for own in distributed.gather_objects([batch.places[row] for row in rows]) for place in own]
+        own: list[str] = []  # samples with a vector that is not finite
+        if batch.places:
+            parts = self.loss.parts(query, vectors, batch.ids)
+            finite = torch.stack([torch.isfinite(part).all(dim=1) for part in parts]).all(dim=0)
+            owners = batch.sides["query"]["turn_rows"].view(len(batch.ids), -1)[:, 0]  # a reconstructed pair has two
+            own = [batch.places[row] for row in owners[~finite.cpu()].unique().tolist()]
+        places = [place for part in distributed.gather_objects(own) for place in part]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
         where = f"vectors are not finite for {shown}" if places else "all vectors are finite"
         raise TrainingError(f"the loss is {loss.item()}; {where}")
-
-    def _not_finite(self, batch: _Batch, query: Tensor, vectors: Tensor) -> list[int]:
-        """Numbers of the samples with a vector that is not finite."""
-        if not batch.places:
-            return []
-        parts = self.loss.parts(query, vectors, batch.ids)
-        finite = torch.stack([torch.isfinite(part).all(dim=1) for part in parts]).all(dim=0)
-        owners = batch.sides["query"]["turn_rows"].view(len(batch.ids), -1)[:, 0]  # a reconstructed pair has two
-        return owners[~finite.cpu()].unique().tolist()
 
     def _failed(self, memory: _OutOfMemory) -> bool:
         """Whether memory ran out on any process; then the gradients found so far are dropped."""

@@ -51,33 +51,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    """The strings around a user's message.
+    """The strings around a user's message."""
 
-    Args:
-        head: From the start of the prompt to the last special token before the user's content.
-        user_open: Plain text between ``head`` and a content that begins with text.
-        user_open_image: The same for a content that begins with an image.
-        image_open: Special tokens before an image's own tokens; may be empty.
-        image_close: Special tokens after them; may be empty.
-        image_end: Plain text after an image.
-        tail: From the end of the content to ``<|emb|>``, which is not part of it.
-        next_turn: From after ``<|emb|>`` to the next user content.
-        image_token: The placeholder that stock processors replace by an image's own tokens.
-        newline_at_end: Runs of newlines become one and text ends with one, as in the paper's evaluation.
-        shared_opening: Whether the tokenizer splits between plain opening text and a content that does not begin
-            with white space, so that the opening may be part of the trunk.
-    """
-
-    head: str
-    user_open: str
-    user_open_image: str
-    image_open: str
-    image_close: str
-    image_end: str
-    tail: str
-    next_turn: str
-    image_token: str
-    newline_at_end: bool = False
+    head: str  # from the start of the prompt to the last special token before the user's content
+    user_open: str  # plain text between the head and a content that begins with text
+    user_open_image: str  # the same for a content that begins with an image
+    image_open: str  # special tokens before an image's own tokens; may be empty
+    image_close: str  # special tokens after them; may be empty
+    image_end: str  # plain text after an image
+    tail: str  # from the end of the content to <|emb|>, which is not part of it
+    next_turn: str  # from after <|emb|> to the next user content
+    image_token: str  # the placeholder that stock processors replace by an image's own tokens
+    newline_at_end: bool = False  # runs of newlines become one and text ends with one, as in the paper's evaluation
+    # Whether the tokenizer splits between plain opening text and a content that does not begin with white space, so
+    # that the opening may be part of the trunk.
     shared_opening: bool = False
 
     def prompt(self, dialogue: Dialogue) -> Prompt:

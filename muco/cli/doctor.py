@@ -97,7 +97,10 @@ def print_report(found: Mapping[str, Any], console: Console) -> None:
     names = ("python", "platform", "cpu_count", "memory_gib", "disk_free_gib")
     facts = [(name, _word(found[name], "unknown")) for name in names]
     facts += [(f"torch {name}", _word(torch[name])) for name in ("threads", "error") if name in torch]
-    facts += [("device", _device(device)) for device in torch.get("devices", [])]
+    for device in torch.get("devices", []):
+        bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
+        memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
+        facts.append(("device", "  ".join(filter(None, (device["name"], memory, bf16)))))
     _print_table(console, "This machine", ("", ""), facts)
     required = [
         (package["name"], _word(package["installed"]), package["needs"], "" if package["ok"] else "[red]not met[/red]")
@@ -115,12 +118,6 @@ def _print_table(console: Console, title: str, columns: Sequence[str], rows: Seq
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _device(device: Mapping[str, Any]) -> str:
-    bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
-    memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
-    return "  ".join(filter(None, (device["name"], memory, bf16)))
 
 
 def _word(value: object, absent: str = "missing") -> str:

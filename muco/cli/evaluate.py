@@ -301,7 +301,7 @@ def _run(
     """
     from muco import distributed
     from muco.base.terminal import progress_bar
-    from muco.evaluate.page import print_benchmark
+    from muco.evaluate.report import print_benchmark
     from muco.model import load
     from muco.processor import EVALUATION_PIXELS
 

@@ -81,7 +81,12 @@ def serve(
     Accepts OpenAI's, vLLM's and Cohere's requests; with an index, has a search page at /; exports Prometheus metrics.
     Prints one JSON line with the address when it listens. SIGTERM finishes accepted requests. See docs/serving.md.
     """
-    _check_installed()
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MucoError(f"muco serve needs the package {error.name}: pip install 'muco[serve]'") from error
     from muco.base.fetch import FetchLimits
     from muco.serve.batcher import BatchLimits
     from muco.serve.images import ImageLimits
@@ -112,15 +117,6 @@ def serve(
         allowed_hosts=allow_host,
         origins=tuple(map(_origin, allow_origin)),
     )
-
-
-def _check_installed() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MucoError(f"muco serve needs the package {error.name}: pip install 'muco[serve]'") from error
 
 
 def _token(file: Path | None) -> str | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from muco.base.files import make_folder, write_json, write_text, writing
 from muco.data.left_out import Broken, as_lines
+from muco.dialogue import Content
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -40,6 +41,10 @@ class Shown:
     id: str
     text: str = ""
     images: tuple[str, ...] = ()  # paths of image files that can be opened from here
+
+    @classmethod
+    def of(cls, id: str, content: Content) -> Shown:
+        return cls(id, content.text, tuple(map(str, content.images)))
 
 
 @dataclass(frozen=True)

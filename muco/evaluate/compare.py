@@ -69,12 +69,19 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
             warnings.append(f"{name}: {left:,} queries are in one of the two only and are not compared")
         warnings += _partial(name, ours[name]["left_out"], theirs[name]["left_out"])
         values = np.array([[first[query], second[query]] for query in common])  # float64 [Q, 2]
-        means = bootstrap(values[:, 1] - values[:, 0], samples, _generator(seed, name))
+        # draws depend on the seed and the task only, not on which other tasks there are
+        own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8])
+        means = bootstrap(values[:, 1] - values[:, 0], samples, np.random.default_rng([seed, own]))
         tasks[name] = {"metric": ours[name]["metric"]} | _summary(values, means, level)
         totals[_mean_of(name)] = totals.get(_mean_of(name), 0.0) + means
     if not tasks:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         raise DataError(f"{a} and {b} have no task that can be compared ({listed})")
+    one, other = (side[min(tasks)]["key"] for side in (ours, theirs))  # of the first task
+    settings = {}
+    for key in sorted(one.keys() | other.keys()):
+        if one.get(key) != other.get(key):
+            settings[key] = [one.get(key), other.get(key)]
     return {
         "format": FORMAT,
         "a": str(a),
@@ -85,7 +92,7 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
         "tasks": tasks,
         "means": {label: _mean(label, tasks, total, level) for label, total in sorted(totals.items())},
         "not_comparable": reasons,
-        "settings": _differing(ours, theirs, tasks),
+        "settings": settings,
         "warnings": warnings,
     }
 
@@ -120,11 +127,6 @@ def interval(means: np.ndarray, level: float) -> tuple[float, float]:
     """The percentile interval; that of negated means is exactly its mirror image."""
     tail = (1 - level) / 2
     return float(np.quantile(means, tail)) + 0.0, -float(np.quantile(-means, tail)) + 0.0  # + 0.0: no negative zero
-
-
-def _generator(seed: int, task: str) -> np.random.Generator:
-    """Draws that depend on the seed and the task only, not on which other tasks there are."""
-    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(task.encode("utf-8", "replace")).digest()[:8])])
 
 
 def _summary(values: np.ndarray, means: np.ndarray, level: float) -> dict[str, Any]:
@@ -223,16 +225,6 @@ def _partial(name: str, a: Mapping[str, int], b: Mapping[str, int]) -> list[str]
     )
     return [f"{name}: {', '.join(said)} that could not be embedded; the scores are of different tasks unless these are "
             "the same"]  # fmt: skip
-
-
-def _differing(
-    a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], names: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    """Settings of the runs that are not the same, from the first task: the model, and whatever else should be equal."""
-    first = min(names)
-    one, other = a[first]["key"], b[first]["key"]
-    keys = sorted(one.keys() | other.keys())
-    return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
 
 
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:

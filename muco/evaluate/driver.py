@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from muco import distributed
 from muco.base.machine import versions
@@ -32,9 +32,6 @@ class NamedTask(Protocol):
     def name(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
-
-
-AnyTask = TypeVar("AnyTask", bound=NamedTask)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Benchmark:
         return EmbeddingCache(self.output / "cache", model=self.fingerprint, data=data)
 
     def score(
-        self, tasks: Iterable[AnyTask], work: Callable[[AnyTask], TaskResult], key: Mapping[str, Any]
+        self, tasks: Iterable[NamedTask], work: Callable[[Any], TaskResult], key: Mapping[str, Any]
     ) -> list[TaskResult]:
         """The results of all tasks; ``work`` is done for those that the output folder does not hold already.
 

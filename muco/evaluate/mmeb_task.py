@@ -161,7 +161,11 @@ class MmebTask:
             "ties": ties,
             "repeated_truth": repeated,
         }
-        broken, gone = self._broken(), sum(question.missed for question in asked)
+        reasons = self.left_out.reasons
+        lost = [("query", one.query) for one in asked]
+        lost += [("candidate", key) for key in dict.fromkeys(key for one in asked for key in one.candidates)]
+        broken = tuple(Broken(kind, reasons[key]) for kind, key in lost if key in reasons)
+        gone = sum(question.missed for question in asked)
         of_health = filter(None, (of.fault(side) for side, of in health.items()))
         warnings = [*left_out_warnings(broken, gone), *of_health, *gate(hits[METRIC], chance, len(asked))]
         if ties:
@@ -187,15 +191,6 @@ class MmebTask:
             broken=broken,
         )
 
-    def _broken(self) -> tuple[Broken, ...]:
-        reasons = self.left_out.reasons
-        queries = [question.query for question in self.queries if question.query in reasons]
-        candidates = dict.fromkeys(key for question in self.queries for key in question.candidates if key in reasons)
-        return (
-            *(Broken("query", reasons[key]) for key in queries),
-            *(Broken("candidate", reasons[key]) for key in candidates),
-        )
-
     def _failures(self, judged: Sequence[Judged]) -> tuple[Failure, ...]:
         lost = [
             (one.margin, asked, one.outcome.found)
@@ -203,16 +198,15 @@ class MmebTask:
             if one.rank > 1 and one.margin is not None
         ]
         lost.sort(key=lambda item: (-item[0], item[1].number))
-        failures = []
+        failures, contents = [], self.book.contents
         for margin, asked, found in lost[:FAILURES]:
-            best = tuple((self._shown(place, asked.candidates[int(place)]), score) for place, score in found)
-            query = self._shown(str(asked.number), asked.query)
-            failures.append(Failure(margin, query, self._shown("0", asked.candidates[0]), best))
+            best = tuple((Shown.of(place, contents[asked.candidates[int(place)]]), score) for place, score in found)
+            query, right = (
+                Shown.of(str(asked.number), contents[asked.query]),
+                Shown.of("0", contents[asked.candidates[0]]),
+            )
+            failures.append(Failure(margin, query, right, best))
         return tuple(failures)
-
-    def _shown(self, name: str, key: str) -> Shown:
-        content = self.book.contents[key]
-        return Shown(name, content.text, tuple(str(image) for image in content.images))
 
 
 def sample(rows: int, queries: int | None, seed: int) -> list[int]:

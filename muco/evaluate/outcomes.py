@@ -187,10 +187,14 @@ def score_queries(queries: Sequence[Query], searched: Searched, measures: Mappin
         found = searched.found(number)
         for name, measure in measures.items():
             values[name].append(measure(found.counted, query.grades))
-        rank, tied = rank_one(query, found)
+        right = [query.grades.get(id, 0) > 0 for id in found.counted]
+        best = right.index(True) if True in right else None
+        if best is not None:  # does a wrong one tie with it?
+            equal = np.flatnonzero(found.scores == found.scores[best])
+            ties += not all(right[place] for place in equal)
+        rank = None if best is None else best + 1
         run[query.id] = found.scored
         outcomes.append(Outcome(query.id, values[metric][-1], rank, tuple(found.scored[:FOUND])))
-        ties += tied
     many = ties > TIES * len(queries)
     return Scored(
         scores={name: float(np.mean(each)) for name, each in values.items()},
@@ -200,16 +204,6 @@ def score_queries(queries: Sequence[Query], searched: Searched, measures: Mappin
         facts={TIED: ties},
         run=run,
     )
-
-
-def rank_one(query: Query, found: Found) -> tuple[int | None, bool]:
-    """The rank of the best right candidate, from 1 (None if none was ranked), and whether a wrong one ties with it."""
-    right = [query.grades.get(id, 0) > 0 for id in found.counted]
-    if True not in right:
-        return None, False
-    best = right.index(True)
-    equal = np.flatnonzero(found.scores == found.scores[best])
-    return best + 1, not all(right[place] for place in equal)
 
 
 def worst_failures(queries: Sequence[Query], searched: Searched) -> list[Failure]:
@@ -241,12 +235,11 @@ def _failure(query: Query, number: int, right: np.ndarray, searched: Searched) -
     of_right = [searched.score(number, row) for row in right]
     best = int(np.argmax(np.nan_to_num(of_right, nan=-np.inf)))
     rows, scores = searched.rows[number, :FOUND], searched.scores[number, :FOUND]
-    found = tuple(
-        (shown(searched.pools[row]), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0
-    )
+
+    def shown(of: Query | Candidate) -> Shown:
+        return Shown.of(of.id, of.content)
+
+    ranked = zip(rows, scores, strict=True)
+    found = tuple((shown(searched.pools[row]), float(score)) for row, score in ranked if row >= 0)
     margin = float(scores[0]) - of_right[best]
     return Failure(margin, shown(query), shown(searched.pools[right[best]]), found)
-
-
-def shown(of: Query | Candidate) -> Shown:
-    return Shown(of.id, of.content.text, tuple(map(str, of.content.images)))

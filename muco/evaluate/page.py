@@ -22,13 +22,10 @@ from muco.evaluate.report import (
     means_of,
     origin,
     percent,
-    print_benchmark,
     title_of,
     warnings_of,
 )
 from muco.images import open_image
-
-__all__ = ["page", "print_benchmark", "write_reports"]
 
 SIDE = 160  # px, of a thumbnail
 THUMBNAILS = 12 * 2**20  # characters of all images of a page together
@@ -77,8 +74,11 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
 
 
 def _head(result: Mapping[str, Any]) -> str:
+    def overall(score: float | None) -> str:
+        return f'<b class="none">{INCOMPLETE}</b>' if score is None else f"<b>{percent(score)}<small>%</small></b>"
+
     lead = "".join(
-        f'<p class="lead">{_overall(score)} <span>{text(name)}</span></p>\n'
+        f'<p class="lead">{overall(score)} <span>{text(name)}</span></p>\n'
         for name, score in means_of(result).items()
         if name.startswith("overall")
     )
@@ -88,22 +88,14 @@ def _head(result: Mapping[str, Any]) -> str:
 <dl class="card facts-list run-of">{items}</dl>"""
 
 
-def _overall(score: float | None) -> str:
-    return f'<b class="none">{INCOMPLETE}</b>' if score is None else f"<b>{percent(score)}<small>%</small></b>"
-
-
 def _warnings(lines: Sequence[str]) -> str:
     if not lines:
         return ""
-    first, more = (_items(part) for part in (lines[:WARNINGS], lines[WARNINGS:]))
-    if more:
-        more = f"<details><summary>{len(lines) - WARNINGS:,} more</summary>{more}</details>"
-    return f'<div class="alarm" role="alert"><h2>{count(len(lines), "warning")}</h2>{first}{more}</div>'
-
-
-def _items(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{text(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if items else ""
+    items = [f"<li>{text(line)}</li>" for line in lines]
+    shown = f"<ul>{''.join(items[:WARNINGS])}</ul>"
+    if more := items[WARNINGS:]:
+        shown += f"<details><summary>{len(more):,} more</summary><ul>{''.join(more)}</ul></details>"
+    return f'<div class="alarm" role="alert"><h2>{count(len(lines), "warning")}</h2>{shown}</div>'
 
 
 LEGEND = """<ul class="legend"><li><i class="ours"></i>this model, measured</li>
@@ -160,12 +152,9 @@ def _table(result: Mapping[str, Any]) -> str:
         if "left out" in last:
             cells.append(left_out_text(task["left_out"]))
         rows += f"<tr><th>{text(name)}{counts}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    body = _scrolled("all scores", f'<table class="all"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
+    body = f"""<div class="card scroll" tabindex="0" role="region" aria-label="all scores"><table class="all"><thead>
+<tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"""
     return _section("All metrics", "Every metric of every task, in per cent.", body)
-
-
-def _scrolled(label: str, table: str) -> str:
-    return f'<div class="card scroll" tabindex="0" role="region" aria-label="{label}">{table}</div>'
 
 
 class Thumbnails:
@@ -183,7 +172,12 @@ class Thumbnails:
         """The image, or its name where it cannot be read or does not fit any more."""
         name = text(Path(image).name)
         if not self.full and image not in self._made:
-            self._made[image] = _thumbnail(image)
+            try:
+                picture = open_image(image, small_side=0)
+                picture.thumbnail((SIDE, SIDE))
+                self._made[image] = data_uri(picture, "JPEG", quality=72)
+            except ImageError:
+                self._made[image] = None
         if image in self._made and (uri := self._made[image]) is None:
             return f'<span class="gone">{name}: the image is missing or cannot be read</span>'
         if self.full or len(uri) > self.room:
@@ -191,15 +185,6 @@ class Thumbnails:
             return f'<span class="gone">{name}: left out</span>'
         self.room -= len(uri)
         return f'<img src="{uri}" alt="{name}" title="{name}" loading="lazy">'
-
-
-def _thumbnail(image: str) -> str | None:
-    try:
-        picture = open_image(image, small_side=0)
-    except ImageError:
-        return None
-    picture.thumbnail((SIDE, SIDE))
-    return data_uri(picture, "JPEG", quality=72)
 
 
 def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:

@@ -114,7 +114,12 @@ class RankedTask:
         if self.run_file is not None:
             distributed.first_only(functools.partial(write_trec_run, self.run_file, scored.run, "muco"))
 
-        of_queries = self._health_of_queries(vectors)
+        # of the distinct queries that could be embedded: equal ones have equal vectors
+        first: dict[str, int] = {}
+        for row, key in enumerate(self.queries.keys):
+            if key not in self.queries.left_out:
+                first.setdefault(key, row)
+        of_queries = metrics.embedding_health(vectors[list(first.values())])
         broken, missed = self._left_out()
         lost = self.pools.left_out
         size = len(self.pools) - len(lost)
@@ -163,14 +168,6 @@ class RankedTask:
             elif right and right <= lost.keys():
                 missed += 1
         return (*broken, *(Broken("candidate", reason) for reason in lost.values())), missed
-
-    def _health_of_queries(self, vectors: np.ndarray) -> metrics.Health:
-        """Of the distinct queries that could be embedded: equal ones have equal vectors."""
-        first: dict[str, int] = {}
-        for row, key in enumerate(self.queries.keys):
-            if key not in self.queries.left_out:
-                first.setdefault(key, row)
-        return metrics.embedding_health(vectors[list(first.values())])
 
 
 def score_ranked(

@@ -94,12 +94,9 @@ def _csv_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
     for name, score in groups_of(result).items():
         yield {"kind": "group", "name": name, "score": score, "warnings": "" if score is not None else INCOMPLETE}
-    own = [line for line in warnings_of(result) if not _of_task(line, result)]
+    of_tasks = {f"{name}: {line}" for name, task in result["tasks"].items() for line in task["warnings"]}
+    own = [line for line in warnings_of(result) if line not in of_tasks]
     yield {"kind": "overall", "name": "overall", "score": result["overall"], "warnings": " | ".join(own)}
-
-
-def _of_task(line: str, result: Mapping[str, Any]) -> bool:
-    return any(line == f"{name}: {own}" for name, task in result["tasks"].items() for own in task["warnings"])
 
 
 def _cell(value: Any) -> Any:

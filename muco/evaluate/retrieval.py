@@ -53,23 +53,13 @@ RULES = {
 
 @dataclass(frozen=True)
 class Scoring:
-    """How tasks are made and scored.
+    """How tasks are made and scored; a MucoError if ``candidates`` or ``limit`` is too small."""
 
-    Args:
-        batch_size: Contents per forward pass; the scores do not depend on it.
-        candidates: Size of the drawn lists of "answer", the right target included; fewer where fewer exist.
-        seed: Of the draw.
-        limit: Only the first N samples of the data.
-        dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
-            values cost no encoding.
-    Raises:
-        MucoError: If ``candidates`` or ``limit`` is too small.
-    """
-
-    batch_size: int = 64
-    candidates: int = 100
-    seed: int = 0
-    limit: int | None = None
+    batch_size: int = 64  # contents per forward pass; the scores do not depend on it
+    candidates: int = 100  # size of the drawn lists of "answer", the right target included; fewer where fewer exist
+    seed: int = 0  # of the draw
+    limit: int | None = None  # only the first N samples of the data
+    # See muco.evaluate.metrics.reduced. The cache holds whole vectors, so that further values cost no encoding.
     dimension: int | None = None
     precision: Precision = "float32"
 

@@ -165,8 +165,11 @@ class Builder:
         by_name: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for turn in self.turns:
             if not turn.image:
-                sides = (self.book.contents[key] for key in (turn.query, turn.target))
-                by_name["_to_".join(map(_made_of, sides))].append((turn.query, turn.target))
+                sides = []
+                for content in (self.book.contents[turn.query], self.book.contents[turn.target]):
+                    parts = {"image": content.images, "text": content.text}
+                    sides.append("+".join(name for name, part in parts.items() if part))
+                by_name["_to_".join(sides)].append((turn.query, turn.target))
         for name, pairs in sorted(by_name.items()):
             self.add(name, None, pairs)
 
@@ -176,11 +179,6 @@ def _table(positives: list[int], rivals: list[list[int]]) -> np.ndarray:
     for row, others in zip(table, rivals, strict=True):
         row[1 : 1 + len(others)] = others
     return table
-
-
-def _made_of(content: Content) -> str:
-    parts = {"image": content.images, "text": content.text}
-    return "+".join(name for name, part in parts.items() if part)
 
 
 def blackening(book: Book) -> Callable[[str], str]:

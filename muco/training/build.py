@@ -24,7 +24,7 @@ from muco.backbone import (
 )
 from muco.batch import to
 from muco.data.source import Data
-from muco.dialogue import Dialogue, Sample
+from muco.dialogue import Dialogue
 from muco.encoder import Encoder, model_inputs
 from muco.errors import CheckpointError, DataError, RecipeError
 from muco.layout import prepare
@@ -183,7 +183,10 @@ def _texts(
         index = int(rng.integers(len(source)))
         own: list[Dialogue] = []
         try:
-            own = _texts_of(source[index], rng)
+            sample = source[index]
+            contents = [c for turn in sample.turns for c in (turn.query[rng.integers(len(turn.query))], turn.target[0])]
+            alone = (content for content in contents if content.text and not content.images)
+            own = [Dialogue((), (content,), True, sample.place) for content in alone]
             for dialogue in own if skip_broken else ():  # else the batch finds it
                 prepare(dialogue, encoder.muco_processor)
         except DataError as found:
@@ -196,11 +199,6 @@ def _texts(
             reason = f"the last one: {error}" if error else "leave warm_up out"
             raise DataError(f"warm_up: {BARREN} samples in a row have no usable text; {reason}") from error
     return dialogues[:count]
-
-
-def _texts_of(sample: Sample, rng: np.random.Generator) -> list[Dialogue]:
-    contents = [c for turn in sample.turns for c in (turn.query[rng.integers(len(turn.query))], turn.target[0])]
-    return [Dialogue((), (content,), True, sample.place) for content in contents if content.text and not content.images]
 
 
 def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tensor:

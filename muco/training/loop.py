@@ -163,7 +163,12 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if "loss" in logs and not self.made:  # all steps since the last time were left out: no loss was found
             del logs["loss"]
         elif "loss" in logs:
-            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak_memory() / GIB, 3)}
+            # the most that torch held on this process's GPU, or that this process held in host memory
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated()
+            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
             self.made = 0
         super().log(logs, start_time)
 
@@ -213,10 +218,3 @@ class MuCoTrainer(SentenceTransformerTrainer):
         super()._save_rng_state(output_dir)
         self.record.gather()
         distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
-
-
-def peak_memory() -> int:
-    """Bytes: the most that torch held on this process's GPU, or that this process held in host memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -31,27 +31,23 @@ def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tup
     if recipe.model.tiny:
         model = build_model(recipe, sources)
         return model.encoder.model.to("meta"), model.encoder.muco_processor
-    config, processor = _found(str(recipe.model.path), sources, notes)
+    path = str(recipe.model.path)
+    config = model_config(path)
+    try:  # the paper's models without a download
+        processor, _ = load_processor(path, config, local_files_only=path in PUBLISHED)
+    except CheckpointError:
+        if path not in PUBLISHED:
+            raise
+        notes.append(
+            f"{path} is not in the local cache: sizes as published; texts are counted with a tokenizer made from them"
+        )
+        processor = stand_in_processor(texts_of(sources), config)
     wanted = config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     model = meta_backbone(config, wanted or torch.float32)
     if recipe.model.min_pixels or recipe.model.max_pixels:
         processor.set_pixels(recipe.model.min_pixels, recipe.model.max_pixels)
     with torch.device("meta"):
         return prepare_for_training(model, recipe.model, range(len(SPECIAL_TOKENS))), processor
-
-
-def _found(path: str, sources: Sequence[Data], notes: list[str]) -> tuple[Any, Processor]:
-    """Configuration and processor; for the paper's models without a download."""
-    config = model_config(path)
-    if path not in PUBLISHED:
-        return config, load_processor(path, config)[0]
-    try:
-        return config, load_processor(path, config, local_files_only=True)[0]
-    except CheckpointError:
-        notes.append(
-            f"{path} is not in the local cache: sizes as published; texts are counted with a tokenizer made from them"
-        )
-        return config, stand_in_processor(texts_of(sources), config)
 
 
 def model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:

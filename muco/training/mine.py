@@ -183,17 +183,14 @@ def _mine(
             ranked = scores.topk(min(mining.depth, len(candidates) - len(targets))).indices[mining.skip :]
             fit = [candidates[number] for number in ranked.tolist() if mining.takes(float(scores[number]), right)]
             usable = [candidate for candidate in fit if pairs.allowed(query, candidate)]
-            mined[query] = _choice(query, usable, mining)
+            if mining.sample == "random" and len(usable) > mining.negatives:
+                rng = np.random.default_rng([mining.seed, int(query[:16], 16)])  # of nothing else
+                drawn = rng.permutation(len(usable))[: mining.negatives]
+                usable = [usable[i] for i in sorted(drawn)]
+            mined[query] = usable[: mining.negatives]
         if progress:
             progress(start + len(part), len(queries))
     return mined
-
-
-def _choice(query: str, usable: list[str], mining: Mining) -> list[str]:
-    if mining.sample == "top" or len(usable) <= mining.negatives:
-        return usable[: mining.negatives]
-    rng = np.random.default_rng([mining.seed, int(query[:16], 16)])  # the draw of a query depends on nothing else
-    return [usable[i] for i in sorted(rng.permutation(len(usable))[: mining.negatives])]
 
 
 def _rows(data: Data, pairs: _Pairs, mined: Mapping[str, list[str]], folder: Path) -> Iterator[dict[str, Any]]:

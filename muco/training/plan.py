@@ -60,9 +60,19 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         look_for_negatives(loss, recipe.batch.size, sources, varieties, problems=problems, notes=notes)
     bf16 = uses_autocast(recipe.model, recipe.trainer.get("bf16"), model)
     step = _step(recipe, measured, devices)
+    adapter = recipe.model.adapter
     lengths = [None if source is None else len(source) for source in sources]
     result = {
-        "recipe": _recipe_facts(recipe, devices),
+        "recipe": {
+            "output": recipe.output,
+            "devices": devices,
+            "sharding": recipe.batch.sharding,
+            "turns": recipe.turns.mode,
+            "temperature": recipe.loss.temperature,
+            "adapter": adapter and f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
+            "vision": recipe.model.vision,
+            "token_budget": recipe.batch.token_budget,
+        },
         "data": {
             "rows": dict(zip(_names(recipe.data), lengths, strict=True)),
             "looked_at": len(measured.query),
@@ -166,20 +176,6 @@ def _memory(
     }
     memory["total"] = sum(memory.values())
     return {name: round(value / GIB, 2) for name, value in memory.items()}
-
-
-def _recipe_facts(recipe: Recipe, devices: int) -> dict[str, Any]:
-    adapter = recipe.model.adapter
-    return {
-        "output": recipe.output,
-        "devices": devices,
-        "sharding": recipe.batch.sharding,
-        "turns": recipe.turns.mode,
-        "temperature": recipe.loss.temperature,
-        "adapter": adapter and f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
-        "vision": recipe.model.vision,
-        "token_budget": recipe.batch.token_budget,
-    }
 
 
 def _names(data: DataRecipe) -> list[str]:

@@ -11,7 +11,6 @@ import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
@@ -127,29 +126,22 @@ def _dotted(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What a number must be, as a test and in words."""
-
-    holds: Callable[[float], bool]
-    words: str
-
-
-_POSITIVE = Bound(lambda value: value > 0, "positive")
-_NOT_NEGATIVE = Bound(lambda value: value >= 0, "at least 0")
-_BELOW_ONE = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
-_SHARE = Bound(lambda value: 0 <= value <= 1, "a share, 0 to 1")
-_COUNT = Bound(lambda value: isinstance(value, int) and value > 0, "a positive whole number")
-_COUNT_OR_ZERO = Bound(lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0")
-_STEPS = Bound(
+Bound = tuple[Callable[[float], bool], str]  # what a number must be: a test, and words
+_POSITIVE = (lambda value: value > 0, "positive")
+_NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
+_BELOW_ONE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_SHARE = (lambda value: 0 <= value <= 1, "a share, 0 to 1")
+_COUNT = (lambda value: isinstance(value, int) and value > 0, "a positive whole number")
+_COUNT_OR_ZERO = (lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0")
+_STEPS = (
     lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
     "a positive number of steps, or a share of all steps below 1",
 )
-_MAX_STEPS = Bound(
+_MAX_STEPS = (
     lambda value: isinstance(value, int) and (value > 0 or value == -1),
     "a positive whole number (leave it out to train for num_train_epochs)",
 )
-_SEED = Bound(lambda value: isinstance(value, int) and 0 <= value < 1 << 31, "a whole number, 0 to 2147483647")
+_SEED = (lambda value: isinstance(value, int) and 0 <= value < 1 << 31, "a whole number, 0 to 2147483647")
 
 
 def _of(group: str, keys: str, bound: Bound) -> dict[str, Bound]:
@@ -226,8 +218,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
         if value is None and (not key.startswith("trainer.") or key in MAY_BE_NULL):
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not bound.holds(value):
-            raise RecipeError(f"{key} must be {bound.words}, got {value!r}")
+        if not number or not bound[0](value):
+            raise RecipeError(f"{key} must be {bound[1]}, got {value!r}")
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from muco.evaluate import cache as cache_module
 from muco.evaluate.benchmark import Outcome
 from muco.evaluate.mmeb import aggregates, evaluate_mmeb
 from muco.evaluate.mmeb_task import ListQuery, judge, sample
-from muco.evaluate.page import print_benchmark
+from muco.evaluate.report import print_benchmark
 
 LAYOUTS = ("v1", "split")
 

@@ -24,8 +24,8 @@ from muco.base.tables import markdown, print_whole, table_of_numbers
 from muco.errors import OutputError
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.page import SIDE, page, print_benchmark, write_reports
-from muco.evaluate.report import as_csv, benchmark_markdown
+from muco.evaluate.page import SIDE, page, write_reports
+from muco.evaluate.report import as_csv, benchmark_markdown, print_benchmark
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
 MODEL = {"path": "models/<i>tiny</i>", "fingerprint": "f" * 64}
