@@ -80,7 +80,13 @@ class Model(SentenceTransformer):
         # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
         # the caller's, so each input takes along the number by which an error names it.
         values = []
-        for number, value in enumerate(_listed(inputs)):
+        shape = getattr(inputs, "shape", (0,))
+        if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
+            raise DataError(
+                f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
+                "pixels as a Pillow image, and inputs in an order"
+            )
+        for number, value in enumerate(inputs):
             content = content_of(value, f"input {number}")
             images = list[ImageLike](content.images)
             values.append({"text": content.text, "images": images, "where": f"input {number}"})
@@ -207,16 +213,6 @@ def _write_stock_modules(folder: Path, dimension: int) -> None:
     write_config(folder / "modules.json", modules)
     write_config(folder / STOCK_MODULES["Pooling"] / "config.json", pooling)
     shutil.rmtree(folder / f"1_{TurnPooling.__name__}")  # written by the library under our class's name
-
-
-def _listed(inputs: Iterable[Any]) -> list[Any]:
-    shape = getattr(inputs, "shape", (0,))
-    if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
-        raise DataError(
-            f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
-            "pixels as a Pillow image, and inputs in an order"
-        )
-    return list(inputs)
 
 
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:

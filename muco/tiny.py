@@ -115,7 +115,9 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    bpe.train_from_iterator(_with_roles(texts), trainer)
+    # words begin a prompt without the space they have in running text, so both forms must be learnt
+    forms = [form for text in texts for form in (text, f" {text}")]
+    bpe.train_from_iterator([*forms, *["user\n", "\n"] * 1000], trainer)
     core = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=core["vocab"],
@@ -126,11 +128,3 @@ def train_tokenizer(
     )
     tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in added], special_tokens=True)
     return tokenizer
-
-
-def _with_roles(texts: Iterable[str]) -> Iterable[str]:
-    # words begin a prompt without the space they have in running text, so both forms must be learnt
-    for text in texts:
-        yield text
-        yield " " + text
-    yield from ["user\n", "\n"] * 1000

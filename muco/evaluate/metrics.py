@@ -233,14 +233,19 @@ class Health:
 
 def embedding_health(vectors: np.ndarray) -> Health:
     """Looks for NaN and collapse in float32 [n, D]; one row alone cannot collapse."""
-    finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    spread = 0.0
-    for block in _blocks(len(finite), vectors.shape[1]):
-        distance = np.linalg.norm(vectors[finite[block]] - vectors[finite[0]], axis=1)
-        spread = max(spread, float(distance.max()))
-    rows = len(vectors)
-    collapsed = spread <= COLLAPSED if rows > 1 else rows == 1 and not len(finite)
-    return Health(rows, rows - len(finite), spread, bool(collapsed))
+    return health_of(vectors[block] for block in _blocks(len(vectors), vectors.shape[1]))
+
+
+def health_of(blocks: Iterable[np.ndarray], left_out: int = 0) -> Health:
+    """The same of vectors that come in blocks; ``left_out`` rows of NaN do not count."""
+    first, spread, rows, broken = None, 0.0, -left_out, -left_out
+    for block in blocks:
+        finite = block[np.isfinite(block).all(axis=1)]
+        rows, broken = rows + len(block), broken + len(block) - len(finite)
+        if len(finite):
+            first = finite[0].copy() if first is None else first
+            spread = max(spread, float(np.linalg.norm(finite - first, axis=1).max()))
+    return Health(rows, broken, spread, spread <= COLLAPSED if rows > 1 else rows == 1 and first is None)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

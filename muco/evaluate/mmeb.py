@@ -5,11 +5,8 @@
     data sets ─read_questions─▶ rows ─Task─▶ distinct contents ─embed─▶ vectors ─judge─▶ hit@1 per data set ─▶ means
 
 Every query ranks its own list, and the right candidate must beat all others: it is listed first, so a rule that lets it
-win ties would give full marks to a model that maps everything to one point. Candidates are the same if their text and
-the bytes of their image are; copies of the right one are not rivals. Each distinct content is embedded once of a data
-set, once, in an order that the order of rows does not change.
-
-The overall score is the mean of the 36 data sets, not of the four meta-tasks.
+win ties would give full marks to a model that maps everything to one point. Each distinct content of a data set is
+embedded once, in an order that the order of rows does not change.
 """
 
 from __future__ import annotations

@@ -74,21 +74,8 @@ class Vectors:
         raise IndexError(f"row {number} of {first}")
 
     def health(self) -> metrics.Health:
-        """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`.
-
-        What was left out does not count.
-        """
-        first, spread, broken = None, 0.0, -self._left_out
-        for block in self.blocks(SHARD):
-            finite = block[np.isfinite(block).all(axis=1)]
-            broken += len(block) - len(finite)
-            if first is None and len(finite):
-                first = finite[0].copy()
-            if len(finite):
-                spread = max(spread, float(np.linalg.norm(finite - first, axis=1).max()))
-        rows = len(self) - self._left_out
-        collapsed = spread <= metrics.COLLAPSED if rows > 1 else first is None
-        return metrics.Health(rows, broken, spread, collapsed)
+        """Whether the pool as a whole holds NaN or has collapsed; what was left out does not count."""
+        return metrics.health_of(self.blocks(SHARD), self._left_out)
 
 
 def embed_pool(

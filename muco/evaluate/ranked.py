@@ -55,13 +55,6 @@ class JudgedQueries:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def fingerprint(self, *others: str) -> str:
-        """SHA-256 over ids, contents with the bytes of images, judgements, and ``others``."""
-        digest = hashlib.sha256(json.dumps(others).encode())
-        for query, key in zip(self.queries, self.keys, strict=True):
-            digest.update(json.dumps([query.id, key, sorted(query.grades.items())]).encode())
-        return digest.hexdigest()
-
     def embed(self, run: Benchmark, cached_as: str, progress: Progress) -> np.ndarray:
         """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out.
 
@@ -95,8 +88,12 @@ class RankedTask:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 over name, facts, pools, and the queries' ids, contents with the bytes of images, and judgements."""
         parts = (self.name, json.dumps(self.facts), *(pool.fingerprint for pool in self.pools.pools))
-        return self.queries.fingerprint(*parts)
+        digest = hashlib.sha256(json.dumps(parts).encode())
+        for query, key in zip(self.queries.queries, self.queries.keys, strict=True):
+            digest.update(json.dumps([query.id, key, sorted(query.grades.items())]).encode())
+        return digest.hexdigest()
 
     def score(
         self, run: Benchmark, stored: Callable[[LinePool], tuple[Vectors, metrics.Health]], steps: Steps

@@ -14,9 +14,8 @@ blind               as image_to_caption, all pixels black   all captions; above 
 text_to_image, …    a query of a sample without image       all targets of such turns, by what both sides are made of
 =================== ======================================= ========================================================
 
-The identity of a content is its text and the bytes of its images. Pools hold each identity once, in the order of their
-digests, and every target that the data calls right for a query is not a rival of the right one. The draw depends on
-(seed, query, candidate) only: neither the order of the samples nor the batch size changes it.
+Pools hold each identity once, in the order of their digests. Neither the order of the samples nor the batch size
+changes a draw. ``RULES`` has the rest.
 """
 
 from __future__ import annotations

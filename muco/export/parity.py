@@ -69,15 +69,13 @@ def _image(width: int, height: int, seed: int) -> Image.Image:
 
 def compare(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], dtype: str) -> Parity:
     """Measures two sets of vectors with the same names, of length 1 but for the rounding of their precision."""
-    cosines = {name: _cosine(vector, found[name]) for name, vector in expected.items()}
+    cosines = {}
+    for name, vector in expected.items():
+        one, other = vector.astype(np.float64), found[name].astype(np.float64)
+        cosines[name] = float(one @ other / np.sqrt((one @ one) * (other @ other)))
     worst = min(cosines, key=lambda name: cosines[name] if np.isfinite(cosines[name]) else -np.inf)
     difference = max(float(np.abs(vector - found[name]).max()) for name, vector in expected.items())
     return Parity(dtype, len(cosines), cosines[worst], difference, worst)
-
-
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
 
 
 @torch.inference_mode()

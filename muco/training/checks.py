@@ -138,7 +138,12 @@ def training_arguments(
     Raises:
         RecipeError: For unknown names, and for what transformers refuses.
     """
-    _check_trainer(recipe.trainer)
+    accepted = [field for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init]
+    check_keys(recipe.trainer, [field.name for field in accepted], "trainer")
+    for field in accepted:
+        value = recipe.trainer.get(field.name)
+        if isinstance(field.default, bool) and value is not None and not isinstance(value, bool):
+            raise RecipeError(f"trainer.{field.name} must be true or false, got {value!r}")
     values = {**DEFAULTS, **recipe.trainer}
     if bf16 is not None:
         values["bf16"] = bf16
@@ -172,15 +177,6 @@ def steps_of(arguments: OneDeviceArguments, mixture: Mixture) -> int:
     if arguments.max_steps > 0:
         return arguments.max_steps
     return max(1, int(arguments.num_train_epochs * mixture.steps_per_epoch))
-
-
-def _check_trainer(values: Mapping[str, Any]) -> None:
-    accepted = [field for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init]
-    check_keys(values, [field.name for field in accepted], "trainer")
-    for field in accepted:
-        value = values.get(field.name)
-        if isinstance(field.default, bool) and value is not None and not isinstance(value, bool):
-            raise RecipeError(f"trainer.{field.name} must be true or false, got {value!r}")
 
 
 def _try_out(arguments: OneDeviceArguments) -> None:
