@@ -28,6 +28,7 @@ from sentence_transformers.base.losses.gradcache import RandContext
 from torch import Tensor
 
 from muco import distributed
+from muco.base.machine import GIB
 from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, rows_of, spans_of, split, to
 from muco.dialogue import single_turn
 from muco.errors import TrainingError
@@ -37,7 +38,6 @@ from muco.negatives import TurnIds, Variety
 
 logger = logging.getLogger(__name__)
 SIDES = ("query", "target")
-GIB = 1 << 30
 UNLIMITED = 1 << 40  # tokens: the budget where none is asked for
 
 

@@ -22,9 +22,7 @@ from muco.base.text import LONE_SURROGATE, escape_what_streams_cannot_write, esc
 from muco.cli.data import app as data_app
 from muco.cli.evaluate import app as evaluate_app
 from muco.cli.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, Model, examples
-from muco.cli.search import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
-from muco.cli.serve import EXAMPLES as SERVE_EXAMPLES
-from muco.cli.serve import serve
+from muco.cli.search import INDEX_EXAMPLES, SEARCH_EXAMPLES, SERVE_EXAMPLES, index, search, serve
 from muco.cli.study import study
 from muco.cli.synth import EXAMPLES as SYNTH_EXAMPLES
 from muco.cli.synth import synth

@@ -1,8 +1,9 @@
-"""``muco index`` and ``muco search``: each imports what it needs inside itself."""
+"""``muco index``, ``muco search`` and ``muco serve``: each imports what it needs inside itself."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from muco.base.terminal import finish, print_json, print_pairs
-from muco.cli.options import BatchSize, Dimension, Json, Precision, examples
+from muco.base.text import read_text
+from muco.cli.options import BatchSize, Dimension, Json, Model, Precision, examples
+from muco.errors import MucoError
 
 Place = Annotated[
     str, typer.Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
@@ -136,3 +139,136 @@ def search(
     from muco.search.terminal import protocol, show_hits
 
     show_hits(hits, Console(file=sys.stdout), protocol(os.environ, sys.stdout))
+
+
+TOKEN = "MUCO_SERVE_TOKEN"
+ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
+SERVE_EXAMPLES = examples(
+    "muco serve --model runs/demo/run/model",
+    "muco serve --model runs/demo/run/model --index photos.index --port 8080",
+    "muco serve --model runs/demo/run/model --host 0.0.0.0 --token-file token.txt --name scenes",
+)
+Repeated = list[str]
+
+
+def serve(
+    model: Model,
+    index: Annotated[
+        str | None, typer.Option(metavar="DIR", help="An index of muco index: adds POST /search and the search page.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the folder's name.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: the best available.")] = None,
+    instruction: Annotated[
+        Repeated,
+        typer.Option(
+            metavar="INPUT_TYPE=TEXT", help="Text that an input_type prepends to every text; may be repeated."
+        ),
+    ] = [],  # noqa: B006
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help=f"File with the token that clients must send; else the environment variable {TOKEN}."),
+    ] = None,
+    allow_host: Annotated[
+        Repeated,
+        typer.Option(metavar="NAME", help="A host name clients may call, e.g. that of a proxy; may be repeated."),
+    ] = [],  # noqa: B006
+    allow_origin: Annotated[
+        Repeated,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Allow requests from scripts on this site's pages, e.g. https://app.example.com; * for any site; "
+            "may be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    allow_fetch: Annotated[bool, typer.Option(help="Fetch images from http(s) URLs of public hosts.")] = False,
+    fetch_host: Annotated[
+        Repeated,
+        typer.Option(metavar="NAME", help="Fetch from this host only, or *.NAME for those under it; may be repeated."),
+    ] = [],  # noqa: B006
+    fetch_address: Annotated[
+        Repeated,
+        typer.Option(
+            metavar="ADDRESS:PORT", help="Fetch from this address although it is not public; may be repeated."
+        ),
+    ] = [],  # noqa: B006
+    max_items: Annotated[int, typer.Option(min=1, help="Maximum vectors per request.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per item, including its images.")] = 8192,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 16_000_000,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum MiB per request body.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to answer a request.")] = 60,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per forward pass.")] = 8192,
+    batch_milliseconds: Annotated[float, typer.Option(min=0, help="How long an item waits for others.")] = 5,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Items that may wait; large requests leave room for small ones, see the docs.")
+    ] = 512,
+) -> None:
+    """Serve embeddings and search over HTTP.
+
+    Accepts OpenAI's, vLLM's and Cohere's requests; with an index, has a search page at /; exports Prometheus metrics.
+    Prints one JSON line with the address when it listens. SIGTERM finishes accepted requests. See docs/serving.md.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MucoError(f"muco serve needs the package {error.name}: pip install 'muco[serve]'") from error
+    from muco.base.fetch import FetchLimits
+    from muco.serve.batcher import BatchLimits
+    from muco.serve.images import ImageLimits
+    from muco.serve.run import run_server
+    from muco.serve.schema import RequestLimits
+
+    fetch = None
+    if allow_fetch or fetch_host or fetch_address:
+        fetch = FetchLimits(hosts=tuple(fetch_host) or None, allowed_addresses=tuple(fetch_address))
+    image = ImageLimits(max_pixels=max_pixels, fetch=fetch)
+    limits = RequestLimits(
+        body_bytes=max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image
+    )
+    if queue < max_items:
+        raise MucoError(f"--queue {queue}: a request may have {max_items} items (--max-items), which must fit in it")
+    token, instructions = _token(token_file), dict(map(_instruction, instruction))
+    run_server(
+        model,
+        host=host,
+        port=port,
+        device=device,
+        index=index,
+        name=name or Path(model).name,
+        limits=limits,
+        batches=BatchLimits(batch_tokens, batch_milliseconds, queue),
+        instructions=instructions,
+        token=token,
+        allowed_hosts=allow_host,
+        origins=tuple(map(_origin, allow_origin)),
+    )
+
+
+def _token(file: Path | None) -> str | None:
+    token = os.environ.get(TOKEN, "").strip() if file is None else read_text(file, MucoError).strip()
+    if file is None and not token:
+        return None
+    if not token or not token.isprintable() or not token.isascii() or " " in token:
+        raise MucoError(f"{file or TOKEN}: a token is one word of ASCII letters, digits and signs")
+    return token
+
+
+def _instruction(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise MucoError(f"--instruction {text!r}: write it as INPUT_TYPE=TEXT")
+    return key, value
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it, so that it can be compared as a text: without the scheme's own port."""
+    origin = text.lower().removesuffix("/")
+    origin = origin.removesuffix(":443" if origin.startswith("https:") else ":80")
+    if text != "*" and not ORIGIN.fullmatch(origin):
+        raise MucoError(
+            f"--allow-origin {text!r}: write scheme, host and perhaps port, as https://app.example.com:8443"
+        )
+    return origin

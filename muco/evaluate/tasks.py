@@ -108,7 +108,11 @@ class Builder:
                 positives.append(place[target])
                 relevant.append(sorted(place[key] for key in right))
                 rivals.append([place[key] for key in others])
-        lists = None if choose is None or not queries else _table(positives, rivals)
+        lists = None
+        if choose is not None and queries:
+            lists = np.repeat(np.array(positives)[:, None], 1 + max(map(len, rivals)), axis=1)
+            for row, others in zip(lists, rivals, strict=True):
+                row[1 : 1 + len(others)] = others
         task = RetrievalTask(name, kind, queries, pool, np.array(positives, dtype=np.int64), relevant, lists)
         if not queries:
             self.skipped[task.label] = "no query has two different targets to choose from" if pairs else "no such turns"
@@ -172,13 +176,6 @@ class Builder:
                 by_name["_to_".join(sides)].append((turn.query, turn.target))
         for name, pairs in sorted(by_name.items()):
             self.add(name, None, pairs)
-
-
-def _table(positives: list[int], rivals: list[list[int]]) -> np.ndarray:
-    table = np.repeat(np.array(positives)[:, None], 1 + max(map(len, rivals)), axis=1)
-    for row, others in zip(table, rivals, strict=True):
-        row[1 : 1 + len(others)] = others
-    return table
 
 
 def blackening(book: Book) -> Callable[[str], str]:

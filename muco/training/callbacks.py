@@ -22,7 +22,7 @@ from muco import distributed
 from muco.base.files import write_text, writing
 from muco.base.text import escaped
 from muco.data.source import Data
-from muco.errors import MucoError, TrainingError, did_you_mean
+from muco.errors import TrainingError
 from muco.evaluate.retrieval import Scoring, score_tasks
 from muco.model import Model
 
@@ -194,33 +194,26 @@ class RetrievalEvaluator(BaseEvaluator):
 
     Args:
         data: Samples that are not trained on.
-        primary: The metric by which checkpoints are compared. None takes hit@1 of the first task of image_to_caption,
-            answer, and any other that the data has.
         options: Of :class:`muco.evaluate.retrieval.Scoring`.
     """
 
-    def __init__(self, data: Data, *, primary: str | None = None, **options: Any) -> None:
+    def __init__(self, data: Data, **options: Any) -> None:
         super().__init__()
-        self.data, self.scoring, self.primary_metric = data, Scoring(**options), primary
+        self.data, self.scoring = data, Scoring(**options)
 
     def __call__(
         self, model: Model, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
         """hit@1 and MRR of every task (0 to 1), and ``collapsed`` (1 if the vectors are one point or not finite).
 
-        Raises:
-            MucoError: If the data does not have the primary metric.
+        The primary metric is hit@1 of image_to_caption, else of answer, else of the first task that the data has.
         """
         result = score_tasks(model, self.data, self.scoring)
         metrics = {"collapsed": float(result["collapsed"])}
         for name, scores in result["tasks"].items():
             scores = scores.get("mean", scores)
             metrics |= {f"{name}_hit@1": scores["hit@1"], f"{name}_mrr": scores["mrr"]}
-        if self.primary_metric is None:
-            first = [name for name in ("image_to_caption", "answer", *result["tasks"]) if name in result["tasks"]]
-            self.primary_metric = f"{first[0]}_hit@1"
-        if self.primary_metric not in metrics:
-            hint = did_you_mean(self.primary_metric, sorted(metrics))
-            raise MucoError(f"{self.primary_metric!r} is not a metric of this data{hint}")
+        first = next(name for name in ("image_to_caption", "answer", *result["tasks"]) if name in result["tasks"])
+        self.primary_metric = f"{first}_hit@1"
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics

@@ -31,10 +31,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from muco import distributed
 from muco.base.files import writing
+from muco.base.machine import GIB
 from muco.errors import OutputError, TrainingError
 from muco.loss import MultiTurnLoss
 from muco.model import Model
-from muco.step import GIB, TrainingStep
+from muco.step import TrainingStep
 from muco.training import checkpoint
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.build import shard_model

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from muco.base.machine import GIB
 from muco.batch import chunks_of
 from muco.data.source import InMemory
-from muco.step import GIB, UNLIMITED
+from muco.step import UNLIMITED
 from muco.training.build import make_loss, uses_autocast
 from muco.training.checks import OneDeviceArguments, check_recipe, steps_of, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops

@@ -29,7 +29,7 @@ from servers import SOON, command, data_uri, picture, serving, until, vectors_of
 
 from muco.base.fetch import FetchLimits
 from muco.cli import main
-from muco.cli.serve import TOKEN, _origin, _token
+from muco.cli.search import TOKEN, _origin, _token
 from muco.errors import MucoError
 from muco.serve.app import Served
 from muco.serve.batcher import BatchLimits

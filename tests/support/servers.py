@@ -21,7 +21,7 @@ import uvicorn
 from PIL import Image
 from processes import PIPE, SOON, Popen
 
-from muco.cli.serve import TOKEN
+from muco.cli.search import TOKEN
 from muco.serve.app import Served, build_app
 from muco.serve.run import _bound
 
