@@ -69,13 +69,10 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A whole step's share of this process. Dialogues lie on the CPU, ``ids`` on the device.
+    """A whole step's share of this process."""
 
-    A share without a turn has a dialogue per side all the same, so that this process makes passes as the others do.
-    """
-
-    sides: dict[str, DialogueBatch]
-    ids: TurnIds
+    sides: dict[str, DialogueBatch]  # on the CPU; a dialogue per side also where the share has no turn
+    ids: TurnIds  # on the device
     places: list[str]
     variety: Variety
 
@@ -149,18 +146,13 @@ class TrainingStep:
             ids.append(part["ids"])
             places += part["places"]
         joined = TurnIds.join(ids)
+        # a share without a turn makes passes as the others do
         idle = [] if places else [collate([single_turn("nothing")], self.model.encoder.muco_processor)]
         whole = {side: join(batches or idle) for side, batches in sides.items()}
         return _Batch(whole, joined.to(self.model.device), places, Variety.of(joined))
 
     def _see(self, batch: DialogueBatch, room: float) -> tuple[DialogueBatch, float]:
-        """Runs the vision tower on a batch if it is frozen: the only time in this step.
-
-        Args:
-            room: Bytes of the device that features may still take.
-        Returns:
-            The batch with features for pixels, and the room that is left.
-        """
+        """The batch with features for pixels if vision is frozen, and the bytes of the device left of ``room``."""
         if not self.keeps_features or "pixel_values" not in batch:
             return batch, room
         features: list[tuple[Tensor, ...]] = []

@@ -293,12 +293,7 @@ def _run(
     images_as_stored: bool = False,
     **settings: Any,
 ) -> None:
-    """Runs a benchmark on the model at a path, with progress; one of several processes prints the result.
-
-    Args:
-        own_pixels: Keep the model's own limits of image size; otherwise a family that has such takes the benchmarks'.
-        images_as_stored: Do not turn images upright.
-    """
+    """Runs a benchmark on the model at a path, with progress; one of several processes prints the result."""
     from muco import distributed
     from muco.base.terminal import progress_bar
     from muco.evaluate.report import print_benchmark

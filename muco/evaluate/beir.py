@@ -100,8 +100,6 @@ def _folders(data: Path, split: str) -> list[Path]:
 def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
     """The candidates of a set; equal scores are ordered by their ids.
 
-    Args:
-        left_out: See :class:`LinePool`.
     Raises:
         DataError: If a line is malformed or has neither text nor image, an id occurs twice, or an image is missing or
             outside of the folder.
@@ -135,11 +133,7 @@ def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, ins
 def read_judged(
     folder: Path, split: str, instruction: str, left_out: LeftOut | None = None
 ) -> tuple[list[Query], dict[str, int]]:
-    """The judged queries of a set in the order of their ids, and how many others there are.
-
-    Args:
-        left_out: Whether a query may have nothing that can be embedded.
-    """
+    """The judged queries of a set in the order of their ids, and how many others there are."""
     left_out = LeftOut() if left_out is None else left_out
     path, judgements = folder / "queries.jsonl", read_qrels(folder / "qrels" / f"{split}.tsv")
     queries: dict[str, Query] = {}

@@ -1,6 +1,6 @@
 """Vectors on disk, so that an evaluation that was stopped, or is run again, encodes nothing twice.
 
-One folder per (model, data, kind of prompt); in it shards, each an ``.npy`` file named by the SHA-256 of its own bytes.
+One folder per (model, data); in it shards, each an ``.npy`` file named by the SHA-256 of its own bytes.
 A shard holds rows (content key, vector). A shard whose bytes do not match its name is damaged: it is removed with a
 message and its rows are encoded again. A run that is killed loses at most the shard it was working on.
 """
@@ -139,16 +139,12 @@ class EmbeddingCache:
     """The vectors that one model gave to the contents of one data set.
 
     Args:
-        root: Folder of all caches; made if it does not exist.
-        model: The model's fingerprint.
-        data: The data's fingerprint.
-        prompt: How contents were put to the model; vectors of other prompts are other vectors.
-    Raises:
-        OutputError: If the folder cannot be made.
+        root: Folder of all caches; made if it does not exist, else an OutputError.
+        model, data: Their fingerprints.
     """
 
-    def __init__(self, root: Path, *, model: str, data: str, prompt: str = "single-turn") -> None:
-        name = hashlib.sha256(json.dumps([LAYOUT, model, data, prompt]).encode()).hexdigest()
+    def __init__(self, root: Path, *, model: str, data: str) -> None:
+        name = hashlib.sha256(json.dumps([LAYOUT, model, data, "single-turn"]).encode()).hexdigest()
         self.folder = Path(root) / name
         with writing(root, "choose another cache folder"):
             make_folder(self.folder)
@@ -196,9 +192,7 @@ def embed(
             processes.
         progress: Called with (done, total) after every shard.
     Returns:
-        float32 [len(keys), d]; the rows of keys that were left out are NaN.
-    Raises:
-        DataError: If all keys were left out.
+        float32 [len(keys), d]; rows of NaN for keys that were left out, a DataError if all were.
     """
     rows = cache.load() if cache else {}
     left_out = LeftOut() if left_out is None else left_out

@@ -34,10 +34,9 @@ TEXT = 600  # characters shown of a query or candidate
 
 
 def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all.
+    """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` of a :meth:`muco.evaluate.driver.Benchmark.result`.
 
     Args:
-        result: Of :meth:`muco.evaluate.driver.Benchmark.result`.
         results: The tasks it was made of, for their failures.
     Raises:
         OutputError: If a file cannot be written.
@@ -158,11 +157,7 @@ def _table(result: Mapping[str, Any]) -> str:
 
 
 class Thumbnails:
-    """Small JPEGs as data URIs until the room is used up.
-
-    Args:
-        room: Characters that all of them may take together.
-    """
+    """Small JPEGs as data URIs until ``room`` characters are used up."""
 
     def __init__(self, room: int) -> None:
         self.room, self.full, self.left_out = room, False, 0

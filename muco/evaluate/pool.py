@@ -39,14 +39,11 @@ log = logging.getLogger(__name__)
 
 
 class Vectors:
-    """The vectors of a pool on disk, float32 [N, D], read block by block.
-
-    Args:
-        left_out: How many rows are NaN because their candidates cannot be embedded.
-    """
+    """The vectors of a pool on disk, float32 [N, D], read block by block."""
 
     def __init__(self, files: Sequence[Path], rows: int, left_out: int = 0) -> None:
-        self.files, self._rows, self._left_out = list(files), rows, left_out
+        self.files, self._rows = list(files), rows
+        self._left_out = left_out  # rows that are NaN because their candidates cannot be embedded
         self.dimension = int(np.load(self.files[0], mmap_mode="r", allow_pickle=False).shape[1])
 
     def __len__(self) -> int:
@@ -60,11 +57,7 @@ class Vectors:
                 yield np.asarray(shard[start : start + rows])  # read when used; nothing of it is kept
 
     def row(self, number: int) -> np.ndarray:
-        """One vector, float32 [D].
-
-        Raises:
-            IndexError: If there is no such row.
-        """
+        """One vector, float32 [D]; an IndexError if there is no such row."""
         first = 0
         for file in self.files:
             shard = np.load(file, mmap_mode="r", allow_pickle=False)

@@ -56,11 +56,7 @@ class JudgedQueries:
         return len(self.queries)
 
     def embed(self, run: Benchmark, cached_as: str, progress: Progress) -> np.ndarray:
-        """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out.
-
-        Args:
-            cached_as: Names the folder of these vectors in the cache.
-        """
+        """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out."""
         distinct = self.book.in_order(self.book.contents.keys())
         encode = functools.partial(self.book.encode, run.model, run.batch_size)
         cache = run.cache(cached_as)
@@ -170,11 +166,7 @@ class RankedTask:
 def score_ranked(
     run: Benchmark, tasks: Sequence[RankedTask], key: Mapping[str, Any], progress: Progress | None
 ) -> list[TaskResult]:
-    """The results of tasks, each found done or scored; a pool that several tasks search is embedded once.
-
-    Args:
-        key: What the scores depend on besides the model and the data of a task.
-    """
+    """The results of tasks, each found done or scored; a pool that several tasks search is embedded once."""
     pools = dict.fromkeys(pool for task in tasks for pool in task.pools.pools)
     steps = Steps(sum(map(len, pools)) + sum(len(task.queries) for task in tasks), progress)
 

@@ -29,11 +29,7 @@ INCOMPLETE = "not all tasks were scored"
 
 
 def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
-    """Prints tasks, groups and overall in per cent, and every warning.
-
-    Args:
-        result: Of :meth:`muco.evaluate.driver.Benchmark.result`.
-    """
+    """Prints tasks, groups and overall of a :meth:`muco.evaluate.driver.Benchmark.result`, and every warning."""
     table = table_of_numbers(f"{title_of(result)}, %", columns_of(result))
     for cells in task_rows(result):
         table.add_row(*map(Text, cells))

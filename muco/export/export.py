@@ -177,11 +177,9 @@ def _without_adapters(adapted: Any) -> nn.Module:
 
 
 def _write_whole(folder: Path) -> None:
-    """Saves the weights again under the names of the ``…ForConditionalGeneration`` class, which vLLM's loaders read.
-
-    An embedding model has no language-model head; the class wants one and takes the input embeddings for it.
-    """
+    """Saves the weights again under the names of the ``…ForConditionalGeneration`` class, which vLLM's loaders read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # an embedding model has no language-model head; the class wants one and takes the input embeddings for it
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
     whole = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
     for file in folder.glob("model*.safetensors*"):

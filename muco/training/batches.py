@@ -116,14 +116,8 @@ class TrainingBatches(Dataset):
         return batch | {"skipped": skipped, "left_out": 0}
 
     def _distinct(self, numbered: Sequence[Numbered], step: int) -> tuple[list[Numbered], int]:
-        """The samples of a step, with those of their turns that are trained if no image and no target comes twice.
-
-        Every process finds the same. This reads the rows of the whole step, and images only where two have equally
-        many bytes.
-
-        Returns:
-            Samples with at least one turn; and how many turns are left out.
-        """
+        """Samples with those of their turns that make no image and no target come twice, and how many are left out."""
+        # Every process finds the same. Images are read only where two have equally many bytes.
         distinct: list[Numbered] = []
         keys, targets, left_out = set[Any](), set[Any](), 0
         for one in numbered:

@@ -180,11 +180,7 @@ def steps_of(arguments: OneDeviceArguments, mixture: Mixture) -> int:
 
 
 def _try_out(arguments: OneDeviceArguments) -> None:
-    """Makes what the trainer will make of its arguments: the optimizer, its schedule and the loggers.
-
-    Raises:
-        TypeError, ValueError, ImportError, RuntimeError: By transformers, if one cannot be made.
-    """
+    """Makes what the trainer will make of its arguments, for transformers' errors: optimizer, schedule and loggers."""
     with suppress(ValueError):  # of an optimizer that asks for the model, which is not there yet
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     get_scheduler(

@@ -139,16 +139,11 @@ def held_bytes(backbone: nn.Module, dtype: torch.dtype, *, shards: int) -> dict[
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Saves of attention what fused kernels save; on the meta device torch would save every score.
-
-    Args:
-        kv_heads: Heads of the keys and values to save; None saves them as they are passed, with a mask repeated for
-            all heads.
-    """
+    """Saves of attention what fused kernels save; on the meta device torch would save every score."""
 
     def __init__(self, kv_heads: int | None) -> None:
         super().__init__()
-        self.kv_heads = kv_heads
+        self.kv_heads = kv_heads  # to save; None: all that are passed, which with a mask are repeated for all heads
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not scaled_dot_product_attention:
