@@ -67,7 +67,7 @@ def prepare(
     """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
     limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
     processor.guard.check(dialogue)
-    images = processor.encode_images(dialogue.images, dialogue.where)
+    images = [processor.encode_image(image, dialogue.where) for image in dialogue.images]
     row = whole = _laid_out(dialogue, images, processor)
     alone = dialogue.isolated or len(dialogue.turns) == 1
     for _ in range(CUTS if alone and truncate != "NONE" else 0):

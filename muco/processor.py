@@ -7,7 +7,6 @@ image half and the tokenizer are put together here. Other families go through th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -110,12 +109,9 @@ class Processor:
             return text
         return (text[spans[tokens - 1][1] :] if end == "START" else text[: spans[-tokens][0]]) or text
 
-    def encode_images(self, images: Sequence[ImageLike], where: str = "") -> list[EncodedImage]:
-        """Opens and encodes images one by one, in order; raises ImageError naming the file and the row."""
-        as_stored = self.images_as_stored
-        return [self.encode_image(open_image(image, as_stored=as_stored, where=where), where) for image in images]
-
-    def encode_image(self, image: Image, where: str = "") -> EncodedImage:
+    def encode_image(self, image: ImageLike, where: str = "") -> EncodedImage:
+        """Opens and encodes an image; an ImageError names the file and the row."""
+        image = open_image(image, as_stored=self.images_as_stored, where=where)
         if self.stock is not None:
             return self._encode_with_stock(image)
         try:

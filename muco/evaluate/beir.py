@@ -97,24 +97,6 @@ def _folders(data: Path, split: str) -> list[Path]:
     return folders
 
 
-def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
-    """The candidates of a set; equal scores are ordered by their ids.
-
-    Raises:
-        DataError: If a line is malformed or has neither text nor image, an id occurs twice, or an image is missing or
-            outside of the folder.
-    """
-    return LinePool(
-        folder / "corpus.jsonl",
-        f"the corpus of {_name(folder)}",
-        lambda row, where: id_of(row, "_id", where),
-        lambda row, where: _content(row, ("title", "text"), folder, where),
-        form=FORM,
-        numbers=_places,
-        left_out=left_out,
-    )
-
-
 def _places(ids: np.ndarray) -> np.ndarray:
     """The place of each id among all of them in the order of their bytes."""
     places = np.empty(len(ids), dtype=np.int64)
@@ -168,7 +150,16 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
     """One set as a task, read and checked."""
     left_out = LeftOut(skip_broken)
     queries, others = read_judged(folder, split, instruction, left_out)
-    asked, pool = JudgedQueries(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
+    asked = JudgedQueries(queries, left_out)
+    pool = LinePool(
+        folder / "corpus.jsonl",
+        f"the corpus of {_name(folder)}",
+        lambda row, where: id_of(row, "_id", where),
+        lambda row, where: _content(row, ("title", "text"), folder, where),
+        form=FORM,
+        numbers=_places,  # equal scores are ordered by ids
+        left_out=LeftOut(skip_broken),
+    )
     judged = [id for query in queries for id in query.grades]
     facts = {
         "split": split,

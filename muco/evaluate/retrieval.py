@@ -116,19 +116,9 @@ def evaluate_retrieval(
 def write_result(
     output: Path, result: Mapping[str, Any], dimension: int | None = None, precision: Precision = "float32"
 ) -> None:
-    """Writes a result of :func:`evaluate_retrieval` as ``retrieval.json``, or as ``retrieval-64-int8.json``.
-
-    Args:
-        dimension, precision: What was asked for; they make the name.
-    Raises:
-        OutputError: If the folder cannot be written.
-    """
-    parts = ["retrieval"]
-    if dimension is not None:
-        parts.append(str(dimension))
-    if precision != "float32":
-        parts.append(precision)
-    write_json(Path(output) / f"{'-'.join(parts)}.json", result)
+    """Writes a result as ``retrieval.json``, or with what was asked for in its name, as ``retrieval-64-int8.json``."""
+    asked = (dimension and str(dimension), precision if precision != "float32" else None)
+    write_json(Path(output) / f"{'-'.join(['retrieval', *filter(None, asked)])}.json", result)
 
 
 def score_tasks(
