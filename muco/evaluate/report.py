@@ -232,11 +232,9 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def task_warnings(label: str, scores: Mapping[str, Any], *, control: str | None) -> list[str]:
-    """Sentences about one task's scores that nobody should overlook.
+    """Sentences about the scores of one task and kind that nobody should overlook.
 
     Args:
-        label: Name of the task and kind.
-        scores: Of ``evaluate_retrieval``, for one task and kind.
         control: The task's name if it is one without the image ("answer_text_only", "blind"): there equal queries and
             low scores are as they should be, and high ones of "blind" are not.
     """

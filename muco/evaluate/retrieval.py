@@ -171,13 +171,7 @@ def score_tasks(
 
 
 def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
-    """Scores of one task by the dot products of ``codes``, and the health of ``vectors``.
-
-    Args:
-        vectors: float32 [n, d].
-        codes: float32 [n, d], what is left of them at lower precision.
-        row_of: Finds the row of a key.
-    """
+    """Scores of one task by the dot products of ``codes``, and the health of ``vectors``; float32 [n, d] both."""
     queries = codes[[row_of[key] for key in task.queries]]
     rows = [row_of[key] for key in task.pool]
     pool = codes[rows]

@@ -59,11 +59,7 @@ def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
 
 
 def prepare_for_training(backbone: nn.Module, model: ModelRecipe, token_ids: Sequence[int]) -> nn.Module:
-    """Freezes and adds adapters as the recipe says, and holds in float32 what is trained.
-
-    Args:
-        token_ids: Of MuCo's special tokens, whose embeddings are trained with adapters.
-    """
+    """Freezes, adds adapters that train the embeddings of ``token_ids`` too, and holds in float32 what is trained."""
     if model.vision == "frozen":
         freeze_vision(backbone)
     if model.adapter is not None:

@@ -71,14 +71,7 @@ def check_recipe(recipe: Recipe, processes: int) -> None:
 
 
 def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:
-    """Refuses a token budget that is smaller than a single dialogue of a batch.
-
-    Args:
-        budget: ``batch.token_budget`` of the recipe; None for none.
-        batch: From :func:`muco.training.prepared.batch_of`.
-    Raises:
-        RecipeError: With the numbers and the sample.
-    """
+    """Refuses a token budget that is smaller than a single dialogue of a batch; names the numbers and the sample."""
     if budget is None or not batch["places"]:
         return
     lengths = {side: batch[side]["attention_mask"].sum(dim=1) for side in SIDES}
@@ -94,13 +87,7 @@ def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:
 
 
 def check_negatives(loss: MultiTurnLoss, batch: Mapping[str, Any], sources: Sequence[Data]) -> None:
-    """Refuses data of a single sample that gives none of its turns a negative; with more samples, a step warns.
-
-    Args:
-        batch: Of this sample, from :func:`muco.training.prepared.batch_of`.
-    Raises:
-        DataError: With the reason.
-    """
+    """Refuses data of a single sample that gives none of its turns a negative; with more samples, a step warns."""
     reason = loss.why_no_negative([Variety.of(batch["ids"])])
     if reason and sum(map(len, sources)) == 1:
         raise DataError(NO_NEGATIVE.format(samples="its only sample", reason=reason))

@@ -103,12 +103,7 @@ def prepare_pair(
     *,
     requests: Sequence[str] = (),
 ) -> Prepared:
-    """A pair as dialogues of two turns, itself and its reconstruction, see :mod:`muco.reconstruction`.
-
-    Args:
-        rng: Decides on the masks.
-        requests: See :func:`muco.reconstruction.reconstruction_dialogues`.
-    """
+    """A pair as dialogues of two turns, see :func:`muco.reconstruction.reconstruction_dialogues`."""
     query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng, requests)
     return Prepared(
         sample.place,
@@ -139,11 +134,7 @@ def _ids(sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequenc
 
 
 def batch_of(samples: Sequence[Prepared], processor: Processor, *, target_ids: bool) -> TrainingBatch:
-    """Both sides of some samples as batches, and the index tensors of the loss.
-
-    Args:
-        target_ids: Whether identical targets are marked.
-    """
+    """Both sides of some samples as batches, and the loss's index tensors; ``target_ids`` marks identical targets."""
     batch: TrainingBatch = {
         "ids": TurnIds.of([sample.ids for sample in samples], mask_identical_targets=target_ids),
         "places": [sample.place for sample in samples],
