@@ -82,14 +82,8 @@ def export(
             _check_push(push)
         separate = adapters == "separate"
         model, recipe, own_dtype = _load(source)
-        config = getattr(model.encoder.model, "peft_config", None)
-        if separate and config is None:
-            raise CheckpointError(
-                f"{source} has no adapters of its own (a finished model has them folded in); name a checkpoint of its "
-                "run, RUN/checkpoints/checkpoint-N, or use --adapters merged"
-            )
-        if separate and format == "vllm" and config["default"].use_dora:
-            raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
+        if separate:
+            _check_separable(source, model, format)
         before = _vectors(model)
         changed = _cast(model, getattr(torch, dtype) if dtype else own_dtype, separate=separate)
         expected = _vectors(model) if changed else before
@@ -135,6 +129,17 @@ def _load_checkpoint(folder: Path) -> tuple[Model, Recipe, torch.dtype]:
     if recipe.model.adapter is None:  # trained weights are held in float32, and frozen ones as they were
         cast_weights(model.encoder.model, dtype)
     return model.to("cpu").eval(), recipe, dtype
+
+
+def _check_separable(source: str, model: Model, format: Format) -> None:
+    config = getattr(model.encoder.model, "peft_config", None)
+    if config is None:
+        raise CheckpointError(
+            f"{source} has no adapters of its own (a finished model has them folded in); name a checkpoint of its run, "
+            "RUN/checkpoints/checkpoint-N, or use --adapters merged"
+        )
+    if format == "vllm" and config["default"].use_dora:
+        raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
 
 
 def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
