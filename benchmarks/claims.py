@@ -25,9 +25,8 @@ from turns import heading, write
 
 from muco.data import open_data
 from muco.study.base import plain_scenes
-from muco.training.build import build_model
+from muco.training.build import build_model, warm_up
 from muco.training.recipe import WarmUpRecipe, from_dict
-from muco.training.warmup import warm_up
 
 KINDS = ("classification", "global", "global", "local", "local", "creative", "retrieval")  # of M3T and of the scenes
 CAPTIONS = 200

@@ -1,6 +1,6 @@
 """MuCo: multi-turn contrastive training of multimodal embedding models.
 
-Names are loaded on first use, so that ``import muco`` costs milliseconds and no torch. README.md shows them at work.
+Names that need torch are loaded on first use, so that ``import muco`` costs milliseconds. README.md shows them at work.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from muco.base.machine import VERSION
+from muco.dialogue import Content, Dialogue, Sample, Turn
+from muco.errors import (
+    CheckpointError,
+    DataError,
+    ImageError,
+    MucoError,
+    OutputError,
+    RecipeError,
+    StorageError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
-    from muco.dialogue import Content, Dialogue, Sample, Turn
-    from muco.errors import (
-        CheckpointError,
-        DataError,
-        ImageError,
-        MucoError,
-        OutputError,
-        RecipeError,
-        StorageError,
-        TrainingError,
-    )
     from muco.loss import multi_turn_info_nce, reconstruction_info_nce
     from muco.model import load
     from muco.training.recipe import Recipe
@@ -31,22 +31,10 @@ __version__ = VERSION
 
 _HOME = {
     "load": "muco.model",
-    "Content": "muco.dialogue",
-    "Dialogue": "muco.dialogue",
-    "Sample": "muco.dialogue",
-    "Turn": "muco.dialogue",
     "multi_turn_info_nce": "muco.loss",
     "reconstruction_info_nce": "muco.loss",
     "Recipe": "muco.training.recipe",
     "train": "muco.training.trainer",
-    "MucoError": "muco.errors",
-    "DataError": "muco.errors",
-    "ImageError": "muco.errors",
-    "RecipeError": "muco.errors",
-    "CheckpointError": "muco.errors",
-    "OutputError": "muco.errors",
-    "StorageError": "muco.errors",
-    "TrainingError": "muco.errors",
 }
 
 __all__ = [

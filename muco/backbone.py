@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import flex_attention_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from muco.errors import CheckpointError
 from muco.processor import Processor, first_line, load_processor
@@ -44,9 +50,6 @@ def load_backbone(
         CheckpointError: If the path holds no model, the model does not take images, or weights are missing,
             unexpected or of another shape; the message names them.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     source = str(path)
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
@@ -70,8 +73,10 @@ def load_backbone(
     processor, added = load_processor(source, config, local_files_only=local_files_only)
     model = wrapper.model
     tokens, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
-    if added:
-        _grow_embeddings(model, tokens)
+    if added and tokens > rows:  # never shrinks: families pad their vocabulary, and new tokens often fit in there
+        with torch.random.fork_rng(devices=[]):  # loading twice, or on two processes, gives the same new rows
+            torch.manual_seed(0)
+            model.resize_token_embeddings(tokens, mean_resizing=False)
     elif tokens > rows:
         raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
     return model.eval(), processor
@@ -90,8 +95,6 @@ def _without_load_report() -> Iterator[None]:
 
 
 def _check_config(source: str, config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
     kind = config.model_type
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CheckpointError(
@@ -114,18 +117,8 @@ def _check_loaded(source: str, info: Any) -> None:
             raise CheckpointError(f"the checkpoint {source!r} {what} weights: {shown}; the checkpoint is incomplete")
 
 
-def _grow_embeddings(model: nn.Module, tokens: int) -> None:
-    # Never shrinks: families pad their vocabulary, and the new tokens often fit into the padding.
-    if tokens > model.get_input_embeddings().num_embeddings:
-        with torch.random.fork_rng(devices=[]):  # loading twice, or on two processes, gives the same new rows
-            torch.manual_seed(0)
-            model.resize_token_embeddings(tokens, mean_resizing=False)
-
-
 def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a configuration on the meta device, where tensors have shapes and no memory."""
-    from transformers import AutoModelForImageTextToText
-
     own = copy.deepcopy(config)  # it remembers the precision
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation="sdpa").model
@@ -154,8 +147,6 @@ def reads_all_before(model: nn.Module, tokens: int) -> bool:
     Only then a mask of our own may take the place of the layers' masks: it would override a window, and a recurrent
     state knows no mask.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     config = model.config.get_text_config()
     layers = DynamicCache(config=config).layers
     attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -170,10 +161,6 @@ def use_flex_attention(model: nn.Module) -> None:
     transformers offers it for some families only, although its function fits all that take theirs from its registry. So
     that function is registered under a name of ours.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.flex_attention import flex_attention_forward
-    from transformers.masking_utils import flex_attention_mask
-
     AttentionInterface.register(FLEX, flex_attention_forward)
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
     model.set_attn_implementation({"text_config": FLEX})
@@ -187,13 +174,15 @@ def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -
     """
     from peft import LoraConfig, get_peft_model
 
+    matrix = model.get_input_embeddings()
+    embeddings = next(name for name, module in model.named_modules() if module is matrix)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_dora=adapter.kind == "dora",
         target_modules=language_linears(model),
-        trainable_token_indices={_embedding_name(model): list(token_ids)},
+        trainable_token_indices={embeddings: list(token_ids)},
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -248,8 +237,3 @@ def language_linears(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not other & set(name.split("."))
     ]
-
-
-def _embedding_name(model: nn.Module) -> str:
-    embeddings = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embeddings)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from muco.dialogue import Dialogue
 from muco.layout import Row, Truncate, prepare
 from muco.processor import Processor
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 
 class DialogueBatch(TypedDict):

@@ -187,15 +187,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is said before the last turn of a dialogue, word for word; no embedding is read after it.
+    """What is said before the last turn of a dialogue, word for word; no embedding is read after it."""
 
-    Args:
-        request: Of the user.
-        reply: The assistant's text.
-    """
-
-    request: str
-    reply: str
+    request: str  # of the user
+    reply: str  # of the assistant
 
 
 @dataclass(frozen=True)

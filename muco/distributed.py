@@ -18,19 +18,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from muco.base import files
 from muco.errors import MucoError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import FSDPModule
 
 Result = TypeVar("Result")
 BUCKET = 1 << 26  # elements that are reduced in one message
@@ -120,20 +118,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 def largest(value: int) -> int:
     """The largest of the processes' values."""
-    return _reduced(value, dist.ReduceOp.MAX)
-
-
-def smallest(value: int) -> int:
-    return _reduced(value, dist.ReduceOp.MIN)
-
-
-def _reduced(value: int, operation: Any) -> int:
     if world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     number = torch.tensor(value, device=device)
-    dist.all_reduce(number, operation)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
+
+
+def smallest(value: int) -> int:
+    return -largest(-value)
 
 
 def first_only(action: Callable[[], Result]) -> Result:
@@ -206,9 +200,6 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn
         layers: Modules that are gathered one at a time; what is outside of them is gathered for the whole pass.
         replicated: Modules whose weights every process keeps whole; they must not be trained.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     mesh = init_device_mesh(device.type, (world_size(),))
     _meshes.append(mesh)
@@ -216,7 +207,6 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn
     for module in (*layers, model):
         # the outermost too: left whole after an evaluation, its weights would not be those that the optimizer knows
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-        module: FSDPModule
         module.set_gradient_divide_factor(1.0)  # the loss is already the mean over all turns, so gradients are summed
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
 

@@ -6,28 +6,24 @@ A saved model is a stock SentenceTransformer folder (Transformer, last-token Poo
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, merge_adapters, reads_all_before
 from muco.batch import PATCH_KEYS, DialogueBatch, collate
 from muco.dialogue import Content, Dialogue, as_content, single_turn
 from muco.errors import DataError, MucoError
-from muco.layout import Truncate
-from muco.processor import Processor
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from muco.processor import Processor, write_config
 
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 STOCK_TRANSFORMER = {  # what the stock library may be given, and the output it hands to the pooling
@@ -100,19 +96,20 @@ class Encoder(InputModule):
         """
         if prompt:
             raise MucoError("this model takes no prompt; write the instruction into the text")
-        batch = self.collate([dialogue_of(value, i) for i, value in enumerate(inputs)])
+        dialogues = []
+        for number, value in enumerate(inputs):
+            if isinstance(value, dict) and "where" in value:
+                content = Content(value["text"], tuple(value["images"]))
+                dialogues.append(single_turn(content, value["where"]))
+            else:
+                dialogues.append(single_turn(value, f"input {number}"))
+        batch = self.collate(dialogues)
         self.cut += len(batch.get("cut_turns", ()))
         return batch
 
     def collate(self, dialogues: Sequence[Dialogue]) -> DialogueBatch:
-        truncate: Truncate = "END" if self._cut_to else "NONE"
-        return collate(
-            dialogues,
-            self.muco_processor,
-            padding_side=self.padding_side,
-            truncate=truncate,
-            max_tokens=self._cut_to,
-        )
+        side, truncate = self.padding_side, "END" if self._cut_to else "NONE"
+        return collate(dialogues, self.muco_processor, padding_side=side, truncate=truncate, max_tokens=self._cut_to)
 
     @property
     def uses_flex_attention(self) -> bool:
@@ -146,15 +143,14 @@ class Encoder(InputModule):
                 f"isolated turns, {tokens} tokens in a row: this model has layers that do not attend to all earlier "
                 "tokens, and the mask of isolated turns would override them; train with turns.mode: compounded"
             )
-        inputs = model_inputs(features, self.muco_processor, self._computes_in(), flex=self.uses_flex_attention)
-        features["token_embeddings"] = self.model(**inputs).last_hidden_state
-        return features
-
-    def _computes_in(self) -> torch.dtype:
         device = self.model.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return next(self.model.get_input_embeddings().parameters()).dtype  # a frozen vision tower may have another
+            dtype = torch.get_autocast_dtype(device)
+        else:  # a frozen vision tower may have another
+            dtype = next(self.model.get_input_embeddings().parameters()).dtype
+        inputs = model_inputs(features, self.muco_processor, dtype, flex=self.uses_flex_attention)
+        features["token_embeddings"] = self.model(**inputs).last_hidden_state
+        return features
 
     def get_embedding_dimension(self) -> int:
         config = self.model.config
@@ -206,8 +202,6 @@ def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
     """
     if "branch_ids" not in batch:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
-
     branches, real = batch["branch_ids"], batch["attention_mask"].bool()
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -243,7 +237,10 @@ def model_inputs(
         "return_dict": True,
     }
     if "image_features" in batch:
-        return inputs | {"mm_encoder_outputs": {"image": _joined_features(batch["image_features"])}}
+        # in the form in which a backbone's own vision tower returns them
+        pooled, *further = zip(*batch["image_features"], strict=True)
+        seen = SimpleNamespace(pooler_output=pooled, deepstack_features=[torch.cat(level) for level in further])
+        return inputs | {"mm_encoder_outputs": {"image": seen}}
     if "pixel_values" not in batch:
         return inputs
     if processor.rotary_3d:
@@ -251,17 +248,6 @@ def model_inputs(
     # other families take [rows, tiles, …] and flatten it; the order of the tiles is all that counts
     tiles = {k: batch[k][None] for k in PATCH_KEYS if k in batch}
     return inputs | tiles
-
-
-def _joined_features(images: Sequence[tuple[Tensor, ...]]) -> Any:
-    """Features of several images in the form in which a backbone's own vision tower returns them."""
-    pooled, *further = zip(*images, strict=True)
-    return SimpleNamespace(pooler_output=pooled, deepstack_features=[torch.cat(level) for level in further])
-
-
-def write_config(file: Path, value: Any) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def content_of(value: Any, where: str) -> Content:
@@ -277,9 +263,3 @@ def content_of(value: Any, where: str) -> Content:
         f"{where} is of type {type(value).__name__}{', of texts' if pair else ''}; for each vector pass a text, an "
         "image (a path, bytes or a Pillow image), or a mapping with 'text' and 'image' or 'images'"
     )
-
-
-def dialogue_of(value: Any, number: int) -> Dialogue:
-    if isinstance(value, dict) and "where" in value:
-        return single_turn(Content(value["text"], tuple(value["images"])), value["where"])
-    return single_turn(value, f"input {number}")

@@ -1,4 +1,4 @@
-"""Every exception a user of MuCo can cause.
+"""Every exception a user of MuCo can cause; ``str(error)`` is a sentence that says what, where and what to do.
 
 ::
 

@@ -72,11 +72,12 @@ def open_image(
     _check_size(opened.size, max_pixels, name)
     try:
         opened.load()
-        rgb = _as_stored(opened) if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
+        rgb = opened.convert("RGB") if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error …
         raise ImageError(f"{name}: the image is truncated or broken ({_reason(error)}); replace the file") from error
+    rgb.info = {}
     if min(rgb.size) < small_side:
         rgb = rgb.resize(SMALL_SIZE, Image.Resampling.BICUBIC)
     return rgb
@@ -158,20 +159,18 @@ def _name(image: ImageLike, where: str) -> str:
 
 def read_bytes(image: str | Path | bytes, name: str) -> bytes:
     """The bytes of an image file, at most ``MAX_BYTES``; nothing says yet whether they are an image."""
-    data = image if isinstance(image, bytes) else _read_file(image, name)
+    data = image
+    if not isinstance(image, bytes):
+        _status(image, name)
+        try:
+            data = Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
     if not data:
         raise ImageError(f"{name}: the image is empty (0 bytes)")
     if len(data) > MAX_BYTES:
         raise ImageError(f"{name}: {len(data):,} bytes; at most {MAX_BYTES:,} are read")
     return data
-
-
-def _read_file(path: str | Path, name: str) -> bytes:
-    _status(path, name)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
 def _status(path: str | Path, name: str) -> os.stat_result:
@@ -217,28 +216,20 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
         raise ImageError(f"{name}: {width} x {height} is longer than {MAX_ASPECT} : 1; crop it")
 
 
-def _as_stored(image: Image.Image) -> Image.Image:
-    rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
-
-
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new RGB image without metadata. Pillow alone would clip 16-bit and float pixels to white or black."""
+    """A new RGB image. Pillow alone would clip 16-bit and float pixels to white or black."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        rgb = _from_16_bit(image, name).convert("RGB")
-    elif image.mode == "F":
-        rgb = _from_float(image, name).convert("RGB")
-    elif image.has_transparency_data:
+        return _from_16_bit(image, name).convert("RGB")
+    if image.mode == "F":
+        return _from_float(image, name).convert("RGB")
+    if image.has_transparency_data:
         if image.mode == "La":  # premultiplied grey: Pillow knows no way from it but to LA
             image = image.convert("LA")
         rgba = image.convert("RGBA")
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(rgba, mask=rgba.getchannel("A"))
-    else:
-        rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
+        return rgb
+    return image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:

@@ -66,14 +66,19 @@ def prepare(
 ) -> Row:
     """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
     limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
-    processor.check(dialogue)
-    images = processor.encode_images(dialogue.images, dialogue.where)
+    processor.guard.check(dialogue)
+    images = [processor.encode_image(image, dialogue.where) for image in dialogue.images]
     row = whole = _laid_out(dialogue, images, processor)
     alone = dialogue.isolated or len(dialogue.turns) == 1
     for _ in range(CUTS if alone and truncate != "NONE" else 0):
         if max(row.lengths) <= limit:
             break
-        dialogue = _cut(dialogue, [length - limit for length in row.lengths], processor, truncate)
+        turns = list(dialogue.turns)
+        for number, length in enumerate(row.lengths):
+            if length > limit:
+                text = processor.shortened(turns[number].text, length - limit, truncate)
+                turns[number] = replace(turns[number], text=text)
+        dialogue = replace(dialogue, turns=tuple(turns))
         row = _laid_out(dialogue, images, processor)
     row.cut = tuple(turn for turn, length in enumerate(whole.lengths) if length > limit)
     for turn in row.cut:
@@ -85,13 +90,6 @@ def prepare(
     return row
 
 
-def _cut(dialogue: Dialogue, excess: Sequence[int], processor: Processor, end: Literal["START", "END"]) -> Dialogue:
-    """The dialogue with ``excess`` tokens cut from each turn's text; turns of an excess below 1 stay as they are."""
-    turns = zip(dialogue.turns, excess, strict=True)
-    cut = [replace(turn, text=processor.shortened(turn.text, n, end)) if n > 0 else turn for turn, n in turns]
-    return replace(dialogue, turns=tuple(cut))
-
-
 def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> Row:
     prompt = processor.template.prompt(dialogue)
     row = Row(images=images)
@@ -99,8 +97,11 @@ def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Process
     position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
     trunk = len(row.ids)
     begin = None  # of the positions of all turns after the first; None: where the turn before ended
-    if dialogue.restarts:
-        begin = position if prompt.isolated else _shared_end(dialogue, row.images, processor)
+    if dialogue.restarts and not prompt.isolated:  # after what isolated turns of this dialogue would share
+        shared = _part(processor.template.prompt(replace(dialogue, isolated=True)).trunk, images, processor)
+        begin = int(shared.positions(0).max()) + 1 if shared.ids else 0
+    elif dialogue.restarts:
+        begin = position
     for number, branch in enumerate(prompt.branches, start=1):
         start = position if number == 1 or begin is None else begin
         before = trunk if prompt.isolated else len(row.ids)
@@ -111,12 +112,6 @@ def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Process
     if not prompt.isolated:
         row.branches = [0] * len(row.ids)
     return row
-
-
-def _shared_end(dialogue: Dialogue, images: Sequence[EncodedImage], processor: Processor) -> int:
-    """The position that follows what isolated turns of this dialogue share."""
-    trunk = _part(processor.template.prompt(replace(dialogue, isolated=True)).trunk, images, processor)
-    return int(trunk.positions(0).max()) + 1 if trunk.ids else 0
 
 
 def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> _Part:

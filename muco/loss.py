@@ -130,10 +130,8 @@ def reconstruction_info_nce(
         p, p2: The same of the target side; row i of all four belongs together.
         negatives: Hard negatives, candidates of every term besides.
         joint: Every term chooses among all p and p2 (the paper); else among those of its own kind (the released code).
-        sample_ids: Equal for pairs of one sample; None: every pair is a sample.
-        target_ids: Equal for identical targets, which are then not negatives of one another.
+        sample_ids, target_ids, negative_ids: See :func:`multi_turn_info_nce`. No sample_ids: every pair is a sample.
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
-        negative_ids: The ``target_ids`` of the hard negatives; needed where both are given.
         mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
             the mask is for.
     Returns:

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
@@ -21,16 +22,12 @@ from muco.backbone import load_backbone
 from muco.base.files import writing
 from muco.batch import DialogueBatch, to
 from muco.dialogue import Content, Dialogue, ImageLike, as_images
-from muco.encoder import Encoder, content_of, write_config
+from muco.encoder import Encoder, content_of
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
-from muco.processor import Processor
+from muco.processor import Processor, write_config
 from muco.sizes import checked_dimension
 from muco.turns import embed_turns
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
 
 TOKEN_BUDGET = 16384  # of a pass of turns
 
@@ -80,7 +77,19 @@ class Model(SentenceTransformer):
         dimension = checked_dimension(asked, self.encoder.get_embedding_dimension())
         if asked is not None:
             kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
-        values = [_as_mapping(value, i) for i, value in enumerate(_listed(inputs))]
+        # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
+        # the caller's, so each input takes along the number by which an error names it.
+        values = []
+        shape = getattr(inputs, "shape", (0,))
+        if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
+            raise DataError(
+                f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
+                "pixels as a Pillow image, and inputs in an order"
+            )
+        for number, value in enumerate(inputs):
+            content = content_of(value, f"input {number}")
+            images = list[ImageLike](content.images)
+            values.append({"text": content.text, "images": images, "where": f"input {number}"})
         if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
             return np.zeros((0, dimension), dtype=np.float32)
         with self._telling_cuts():
@@ -131,17 +140,11 @@ class Model(SentenceTransformer):
         read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
 
         Args:
-            images: For each dialogue an image, several, or None.
-            queries: For each dialogue its queries, at least one.
-            mode: As for :meth:`encode_turns`.
             batch_size: Dialogues whose images are in memory at once; does not change the result.
             token_budget: Most tokens that pass through the model at once, which bounds memory; does not change the
                 result. What one image needs by itself may exceed it.
-        Returns:
-            Per dialogue float32 [k, dim], L2-normalised.
         Raises:
-            DataError: If a dialogue has no query, or an empty one and no image (named by its place, from 0), or
-                ``images`` and ``queries`` differ in length.
+            DataError: Also if ``images`` and ``queries`` differ in length; names the dialogue by its place, from 0.
         """
         if len(images) != len(queries):
             raise DataError(f"encode_turns_batch: {len(images)} images but {len(queries)} lists of queries")
@@ -155,22 +158,22 @@ class Model(SentenceTransformer):
         if mode not in ("isolated", "compounded"):
             raise MucoError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
         dimension = checked_dimension(self.truncate_dim, self.encoder.get_embedding_dimension())
-        rows = zip(images, queries, places, strict=True)
-        dialogues = [_dialogue_of_turns(image, asked, mode == "isolated", place) for image, asked, place in rows]
+        dialogues = []
+        for image, asked, place in zip(images, queries, places, strict=True):
+            dialogues.append(_dialogue_of_turns(image, asked, mode == "isolated", place))
         self.eval()
         vectors: list[Tensor] = []
         with self._telling_cuts():
             for start in range(0, len(dialogues), size):
-                vectors += self._embed_turns(dialogues[start : start + size], budget)
+                some = dialogues[start : start + size]
+                made = embed_turns(self.encoder, self.embed, some, budget)
+                vectors += self._embed_each(some) if made is None else made
         return [shortened(some, dimension).cpu().numpy() for some in vectors]
 
-    def _embed_turns(self, dialogues: Sequence[Dialogue], token_budget: int) -> list[Tensor]:
-        vectors = embed_turns(self.encoder, self.embed, dialogues, token_budget)
-        if vectors is None:
-            contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
-            alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
-            vectors = list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
-        return vectors
+    def _embed_each(self, dialogues: Sequence[Dialogue]) -> list[Tensor]:
+        contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
+        alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
+        return list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
 
     @property
     def fingerprint(self) -> str:
@@ -210,24 +213,6 @@ def _write_stock_modules(folder: Path, dimension: int) -> None:
     write_config(folder / "modules.json", modules)
     write_config(folder / STOCK_MODULES["Pooling"] / "config.json", pooling)
     shutil.rmtree(folder / f"1_{TurnPooling.__name__}")  # written by the library under our class's name
-
-
-def _listed(inputs: Iterable[Any]) -> list[Any]:
-    shape = getattr(inputs, "shape", (0,))
-    if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
-        raise DataError(
-            f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
-            "pixels as a Pillow image, and inputs in an order"
-        )
-    return list(inputs)
-
-
-def _as_mapping(value: Any, number: int) -> dict[str, Any]:
-    # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
-    # the caller's, so each input takes along the number by which an error names it.
-    where = f"input {number}"
-    content = content_of(value, where)
-    return {"text": content.text, "images": list[ImageLike](content.images), "where": where}
 
 
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:

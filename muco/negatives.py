@@ -14,19 +14,14 @@ from muco.distributed import gather, rank, world_size
 
 @dataclass(frozen=True)
 class SampleIds:
-    """What the loss needs to know about one sample of a batch, see :class:`TurnIds`.
-
-    Args:
-        target_rows: For each turn, its vector among those of the sample's target dialogue.
-        vectors: How many vectors the target dialogue has.
-    """
+    """What the loss needs to know about one sample of a batch, see :class:`TurnIds`."""
 
     sample_id: int
-    target_rows: Sequence[int]
+    target_rows: Sequence[int]  # for each turn, its vector among those of the sample's target dialogue
     target_ids: Sequence[int]
     hard_turns: Sequence[int]
     hard_ids: Sequence[int]
-    vectors: int
+    vectors: int  # how many the target dialogue has
 
 
 @dataclass(frozen=True)
@@ -35,24 +30,15 @@ class TurnIds:
 
     The ids of samples and contents are hashes, so batches of several processes can be put together. A pair trained by
     reconstruction is one turn of two vectors on either side, which follow one another.
-
-    Args:
-        sample_ids: Equal for turns whose targets are not negatives of one another.
-        target_rows: The (first) vector of each turn on the target side.
-        hard_rows: The vector of each hard negative, also on the target side.
-        hard_turns: The turn that each hard negative belongs to.
-        hard_ids: The ``target_ids`` of the hard negatives.
-        target_ids: Equal for identical targets; None if identical targets are negatives of one another.
-        vectors: How many vectors the target side has.
     """
 
-    sample_ids: Int[Tensor, " turns"]
-    target_rows: Int[Tensor, " turns"]
-    hard_rows: Int[Tensor, " hard"]
-    hard_turns: Int[Tensor, " hard"]
-    hard_ids: Int[Tensor, " hard"]
-    target_ids: Int[Tensor, " turns"] | None
-    vectors: int
+    sample_ids: Int[Tensor, " turns"]  # equal for turns whose targets are not negatives of one another
+    target_rows: Int[Tensor, " turns"]  # the (first) vector of each turn on the target side
+    hard_rows: Int[Tensor, " hard"]  # the vector of each hard negative, also on the target side
+    hard_turns: Int[Tensor, " hard"]  # the turn that each hard negative belongs to
+    hard_ids: Int[Tensor, " hard"]  # the target_ids of the hard negatives
+    target_ids: Int[Tensor, " turns"] | None  # equal for identical targets; None if these are negatives of one another
+    vectors: int  # how many the target side has
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -154,17 +140,12 @@ def allowed_hard_negatives(
 
 @dataclass(frozen=True)
 class Variety:
-    """What a part of a batch holds of different things: enough to say whether any turn of the batch has a negative.
-
-    Args:
-        samples, targets: Up to two different ids; ``targets`` is None where identical targets are not marked.
-        hard: Whether a turn has a hard negative that is not its own target.
-    """
+    """What a part of a batch holds of different things: enough to say whether any turn of the batch has a negative."""
 
     turns: int
-    samples: frozenset[int]
-    targets: frozenset[int] | None
-    hard: bool
+    samples: frozenset[int]  # up to two different ids
+    targets: frozenset[int] | None  # the same; None where identical targets are not marked
+    hard: bool  # whether a turn has a hard negative that is not its own target
 
     @classmethod
     def of(cls, ids: TurnIds) -> Variety:

@@ -7,13 +7,14 @@ image half and the tokenizer are put together here. Other families go through th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from PIL.Image import Image
 from torch import Tensor
+from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
@@ -31,28 +32,18 @@ from muco.template import (
     read_settings,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image as a model reads it.
+    """One image as a model reads it."""
 
-    Args:
-        ids: Its placeholder tokens.
-        patches: Tensors whose first dimension is this image's patches or tiles, e.g. ``pixel_values``.
-        grid: (time, height, width) in patches, for families with multimodal rotary positions.
-        merge: Patches per visual token along one side.
-    """
-
-    ids: tuple[int, ...]
-    patches: dict[str, Tensor]
-    grid: tuple[int, int, int] | None = None
-    merge: int = 1
+    ids: tuple[int, ...]  # its placeholder tokens
+    patches: dict[str, Tensor]  # whose first dimension is this image's patches or tiles, e.g. "pixel_values"
+    grid: tuple[int, int, int] | None = None  # (time, height, width) in patches, for multimodal rotary positions
+    merge: int = 1  # patches per visual token along one side
 
 
 class Processor:
@@ -81,8 +72,7 @@ class Processor:
         self.trained_pixels: tuple[int, int] | None = None
         self.images_as_stored = False
         self.emb_id = tokenizer.convert_tokens_to_ids(EMB)
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.guard = SpecialTokenGuard(special)
+        self.guard = SpecialTokenGuard(special_tokens(tokenizer))
         self._text_ids = lru_cache(maxsize=65536)(self._tokenize)
 
     def __getstate__(self) -> dict[str, Any]:  # lru_cache does not pickle, and workers fill their own
@@ -119,16 +109,9 @@ class Processor:
             return text
         return (text[spans[tokens - 1][1] :] if end == "START" else text[: spans[-tokens][0]]) or text
 
-    def check(self, dialogue: Dialogue) -> None:
-        """Raises DataError if a text holds a special token."""
-        self.guard.check(dialogue)
-
-    def encode_images(self, images: Sequence[ImageLike], where: str = "") -> list[EncodedImage]:
-        """Opens and encodes images one by one, in order; raises ImageError naming the file and the row."""
-        as_stored = self.images_as_stored
-        return [self.encode_image(open_image(image, as_stored=as_stored, where=where), where) for image in images]
-
-    def encode_image(self, image: Image, where: str = "") -> EncodedImage:
+    def encode_image(self, image: ImageLike, where: str = "") -> EncodedImage:
+        """Opens and encodes an image; an ImageError names the file and the row."""
+        image = open_image(image, as_stored=self.images_as_stored, where=where)
         if self.stock is not None:
             return self._encode_with_stock(image)
         try:
@@ -138,8 +121,7 @@ class Processor:
         merge = self.image_processor.merge_size
         grid = tuple(output["image_grid_thw"][0].tolist())
         count = grid[0] * grid[1] * grid[2] // merge**2
-        ids = (self.tokenizer.convert_tokens_to_ids(self.template.image_token),) * count
-        return EncodedImage(ids, {"pixel_values": output["pixel_values"]}, grid, merge)
+        return EncodedImage((self.image_id,) * count, {"pixel_values": output["pixel_values"]}, grid, merge)
 
     def _encode_with_stock(self, image: Image) -> EncodedImage:
         output = self.stock(
@@ -197,20 +179,22 @@ class Processor:
             self.stock.save_pretrained(folder)
         else:
             self.image_processor.save_pretrained(folder)
-            _write_video_half(folder, self.image_processor)
+            # Stock Qwen processors have a video half: of the class of the model's family, with these settings.
+            video = _plain(self.image_processor.to_dict())
+            video.pop("image_processor_type", None)
+            write_config(folder / "video_preprocessor_config.json", video)
         self.tokenizer.save_pretrained(folder)
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_config(folder / SETTINGS_FILE, settings)
 
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
-def _write_video_half(folder: Path, image_processor: Any) -> None:
-    # Stock Qwen processors have a video half: of the class of the model's family, with the image half's settings.
-    settings = _plain(image_processor.to_dict())
-    settings.pop("image_processor_type", None)
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+def write_config(file: Path, value: Any) -> None:
+    """Writes a JSON file as stock libraries do."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def load_processor(path: str, config: Any, *, local_files_only: bool = False) -> tuple[Processor, bool]:
@@ -224,7 +208,6 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         CheckpointError: If no prompt is known for the model's family, or its processor cannot be built here or does
             not belong to the model.
     """
-    from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     def read(auto_class: Any, **kwargs: Any) -> Any:
         try:
@@ -250,27 +233,22 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         if settings:  # an older model has no record, and keeps the limits that it was saved with
             processor.trained_pixels = tuple(settings.get("pixels") or processor.pixels)
     else:
-        stock = _with_tokenizer(read(AutoProcessor, backend="pil"), tokenizer, path)
-        template = template or _derived_template(stock)
+        stock = read(AutoProcessor, backend="pil")
+        if not hasattr(stock, "image_token") or not hasattr(stock, "image_processor"):
+            raise CheckpointError(
+                f"{path}: {type(stock).__name__} has no image token; MuCo needs an image-text-to-text model"
+            )
+        tokenizer.chat_template = tokenizer.chat_template or getattr(stock, "chat_template", None)
+        stock.tokenizer = tokenizer
+        template = template or from_chat_template(tokenizer, stock.image_token, special_tokens(tokenizer))
         processor = Processor(tokenizer, stock.image_processor, template, stock=stock)
     processor.max_tokens = context_of(config, tokenizer)
     _check_tokens(processor, config, path)
     return processor, not released
 
 
-def _with_tokenizer(stock: Any, tokenizer: Any, path: str) -> Any:
-    if not hasattr(stock, "image_token") or not hasattr(stock, "image_processor"):
-        raise CheckpointError(
-            f"{path}: {type(stock).__name__} has no image token; MuCo needs an image-text-to-text model"
-        )
-    tokenizer.chat_template = tokenizer.chat_template or getattr(stock, "chat_template", None)
-    stock.tokenizer = tokenizer
-    return stock
-
-
-def _derived_template(stock: Any) -> Template:
-    special = [str(token) for token in stock.tokenizer.added_tokens_decoder.values() if token.special]
-    return from_chat_template(stock.tokenizer, stock.image_token, special)
+def special_tokens(tokenizer: Any) -> list[str]:
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _check_tokens(processor: Processor, config: Any, path: str) -> None:

@@ -18,13 +18,11 @@ Source: arXiv 2602.06393, fine-tuning by reconstruction; the wording of the prom
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from muco.dialogue import Content, Dialogue, Exchange, ImageLike, Sample
 from muco.template import MASK
-
-if TYPE_CHECKING:
-    import numpy as np
 
 HIDDEN = 0.5  # probability that all of a counterpart is hidden, and, if not, that a word of it is
 PROMPT = "Something belongs to this. Here it is with parts of it hidden; complete it in your mind:\n{hidden}"
@@ -65,27 +63,15 @@ def hide(content: Content, rng: np.random.Generator, *, as_reply: bool = False) 
     Args:
         as_reply: Words are parted at blanks only and lines are kept, as in the released code.
     """
-    words = _as_reply(content).split(" ") if as_reply else _as_words(content)
+    form = DESCRIPTION if as_reply else PICTURE
+    picture = form.format(caption=content.caption) if content.caption else MASK
+    if as_reply:
+        text = f"{picture}\n{content.text}" if content.images else content.text
+        words = (text if text.endswith("\n") else text + "\n").split(" ")
+    else:
+        words = [*(picture.split() if content.images else ()), *content.text.split()]
     if rng.random() < HIDDEN:
         return MASK
-    return " ".join(_merged([MASK if rng.random() < HIDDEN else word for word in words]))
-
-
-def _as_words(content: Content) -> list[str]:
-    words = content.text.split()
-    if not content.images:
-        return words
-    picture = PICTURE.format(caption=content.caption).split() if content.caption else [MASK]
-    return [*picture, *words]
-
-
-def _as_reply(content: Content) -> str:
-    picture = DESCRIPTION.format(caption=content.caption) if content.caption else MASK
-    text = f"{picture}\n{content.text}" if content.images else content.text
-    return text if text.endswith("\n") else text + "\n"
-
-
-def _merged(words: Sequence[str]) -> list[str]:
-    """Neighbouring masks are one; nothing at all is one too."""
+    words = [MASK if rng.random() < HIDDEN else word for word in words]
     kept = [word for place, word in enumerate(words) if word != MASK or place == 0 or words[place - 1] != MASK]
-    return kept or [MASK]
+    return " ".join(kept or [MASK])  # neighbouring masks are one; nothing at all is one too

@@ -35,32 +35,17 @@ def checked_dimension(dimension: int | None, whole: int) -> int:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank adapters on every linear layer of the language model.
+    """Low-rank adapters on every linear layer of the language model."""
 
-    Args:
-        kind: "lora" or "dora" (arXiv 2402.09353).
-        rank: r.
-        alpha: Scale; the update is multiplied by alpha / r.
-        dropout: On the adapter's input.
-    """
-
-    kind: Literal["lora", "dora"] = "lora"
+    kind: Literal["lora", "dora"] = "lora"  # DoRA: arXiv 2402.09353
     rank: int = 64
-    alpha: int = 64
-    dropout: float = 0.0
+    alpha: int = 64  # the update is multiplied by alpha / rank
+    dropout: float = 0.0  # on the adapter's input
 
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of a Qwen2-VL small enough to train from scratch on a CPU.
-
-    Args:
-        width, layers, heads, kv_heads, feed_forward: The language model.
-        vision_width, vision_depth, vision_heads: The vision tower.
-        patch: Side of a patch in pixels; a visual token is 2 x 2 patches.
-        vocabulary: Tokens of the tokenizer, which is trained on the data's texts.
-        max_pixels: Largest image in pixels, larger ones are shrunk; the smallest is one visual token.
-    """
+    """Sizes of a Qwen2-VL small enough to train from scratch on a CPU: the language model, the vision tower, images."""
 
     width: int = 128
     layers: int = 2
@@ -71,6 +56,6 @@ class TinyConfig:
     vision_depth: int = 2
     vision_heads: int = 4
     vision_mlp_ratio: int = 2
-    patch: int = 14
-    vocabulary: int = 1024
-    max_pixels: int = 84 * 84
+    patch: int = 14  # side of a patch in pixels; a visual token is 2 x 2 patches
+    vocabulary: int = 1024  # tokens of the tokenizer, which is trained on the data's texts
+    max_pixels: int = 84 * 84  # of an image, larger ones are shrunk; the smallest is one visual token

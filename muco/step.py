@@ -28,6 +28,7 @@ from sentence_transformers.base.losses.gradcache import RandContext
 from torch import Tensor
 
 from muco import distributed
+from muco.base.machine import GIB
 from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, rows_of, spans_of, split, to
 from muco.dialogue import single_turn
 from muco.errors import TrainingError
@@ -37,42 +38,28 @@ from muco.negatives import TurnIds, Variety
 
 logger = logging.getLogger(__name__)
 SIDES = ("query", "target")
-GIB = 1 << 30
 UNLIMITED = 1 << 40  # tokens: the budget where none is asked for
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step found, on this process.
+    """What a step found, on this process."""
 
-    Args:
-        loss: In nats, the same on every process.
-        tokens: Of all dialogues, padding left out.
-        padding: Share of padding in what passed through the model.
-        chunks: Forward passes with gradient.
-        no_negative: Why no turn of the step has a negative, over all processes; "" where one has.
-    """
-
-    loss: Tensor
-    tokens: int
-    padding: float
-    chunks: int
-    no_negative: str = ""
+    loss: Tensor  # in nats, the same on every process
+    tokens: int  # of all dialogues, padding left out
+    padding: float  # share of padding in what passed through the model
+    chunks: int  # forward passes with gradient
+    no_negative: str = ""  # why no turn of the step has a negative, over all processes; "" where one has
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Dialogues that pass through the model together.
-
-    Args:
-        turns: Which vectors of the side are theirs.
-        used: Whether the vectors count; False for a pass made only because other processes wait for it.
-    """
+    """Dialogues that pass through the model together."""
 
     side: str
     batch: DialogueBatch
-    turns: Tensor
-    used: bool = True
+    turns: Tensor  # which vectors of the side are theirs
+    used: bool = True  # False for a pass made only because other processes wait for it
 
     @property
     def tokens(self) -> int:
@@ -82,13 +69,10 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A whole step's share of this process. Dialogues lie on the CPU, ``ids`` on the device.
+    """A whole step's share of this process."""
 
-    A share without a turn has a dialogue per side all the same, so that this process makes passes as the others do.
-    """
-
-    sides: dict[str, DialogueBatch]
-    ids: TurnIds
+    sides: dict[str, DialogueBatch]  # on the CPU; a dialogue per side also where the share has no turn
+    ids: TurnIds  # on the device
     places: list[str]
     variety: Variety
 
@@ -141,7 +125,10 @@ class TrainingStep:
             loss = self._plain(chunks, batch) if plain else self._cached(chunks, batch)
             if loss is not None:
                 break
-            self._halve_budget(chunks, plain=plain)
+            # smaller than what was in memory at once: all chunks in a plain step, one in a cached one
+            tokens = [chunk.tokens for chunk in chunks]
+            smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
+            self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
         distributed.sum_gradients(self.model.parameters())
         tokens = sum(int(side["attention_mask"].sum()) for side in batch.sides.values())
         passed = sum(chunk.tokens for chunk in chunks)
@@ -159,45 +146,32 @@ class TrainingStep:
             ids.append(part["ids"])
             places += part["places"]
         joined = TurnIds.join(ids)
+        # a share without a turn makes passes as the others do
         idle = [] if places else [collate([single_turn("nothing")], self.model.encoder.muco_processor)]
         whole = {side: join(batches or idle) for side, batches in sides.items()}
         return _Batch(whole, joined.to(self.model.device), places, Variety.of(joined))
 
     def _see(self, batch: DialogueBatch, room: float) -> tuple[DialogueBatch, float]:
-        """Runs the vision tower on a batch if it is frozen: the only time in this step.
-
-        Args:
-            room: Bytes of the device that features may still take.
-        Returns:
-            The batch with features for pixels, and the room that is left.
-        """
+        """The batch with features for pixels if vision is frozen, and the bytes of the device left of ``room``."""
         if not self.keeps_features or "pixel_values" not in batch:
             return batch, room
         features: list[tuple[Tensor, ...]] = []
-        tokens = self._visual_tokens(batch)
+        image_token = self.model.encoder.muco_processor.image_id
+        per_patch = (batch["input_ids"] == image_token).sum() / batch["image_patches"].sum()
+        tokens = (batch["image_patches"] * per_patch).round().long()  # of each image
         while len(features) < len(tokens):
-            images = _next_group(tokens, len(features), self.token_budget)
-            seen = self._features(images_of(batch, images))
-            if seen is None:
+            first, memory = len(features), _OutOfMemory()
+            fitting = int((tokens[first:].cumsum(0) <= self.token_budget).sum())
+            images = torch.arange(first, first + max(1, fitting))
+            with memory, torch.no_grad(), self.autocast():
+                seen = self.model.encoder.image_features(to(images_of(batch, images), self.model.device))
+            if memory.happened:
                 self._shrink(int(tokens[images].sum()), possible=len(images) > 1)
                 continue
             room -= sum(tensor.nbytes for image in seen for tensor in image)
             features += seen if room >= 0 else [tuple(tensor.cpu() for tensor in image) for image in seen]
         light = {key: value for key, value in batch.items() if key not in PATCH_KEYS}
         return light | {"image_features": features}, room  # type: ignore[return-value]
-
-    def _features(self, images: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:
-        """Of these images; None if memory ran out."""
-        memory = _OutOfMemory()
-        with memory, torch.no_grad(), self.autocast():
-            seen = self.model.encoder.image_features(to(images, self.model.device))
-        return None if memory.happened else seen
-
-    def _visual_tokens(self, batch: DialogueBatch) -> Tensor:
-        """How many tokens each image has, int64 [images]."""
-        image_token = self.model.encoder.muco_processor.image_id
-        per_patch = (batch["input_ids"] == image_token).sum() / batch["image_patches"].sum()
-        return (batch["image_patches"] * per_patch).round().long()
 
     def _plain(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:
         """Each chunk once, all with their graphs; None if memory ran out on any process."""
@@ -218,7 +192,7 @@ class TrainingStep:
         states, vectors = [], []
         with memory, torch.no_grad():
             for chunk in passed:
-                states.append(RandContext(self._any_parameter))
+                states.append(RandContext(next(self.model.parameters())))
                 vectors.append(self._embed(chunk))
         if self._failed(memory):
             return None
@@ -245,30 +219,22 @@ class TrainingStep:
         with self.autocast():  # one per pass: autocast keeps cast weights, which without a graph are of no use with one
             return self.model.embed(chunk.batch)
 
-    @property
-    def _any_parameter(self) -> Tensor:
-        return next(self.model.parameters())
-
     def _loss(self, query: Tensor, vectors: Tensor, batch: _Batch) -> Tensor:
         if not batch.places:  # the dialogue of a share without a turn
             query, vectors = query[:0], vectors[:0]
         loss = self.loss.of_vectors(query, vectors, batch.ids)
         if torch.isfinite(loss):
             return loss
-        rows = self._not_finite(batch, query, vectors)
-        places = [place for own in distributed.gather_objects([batch.places[row] for row in rows]) for place in own]
+        own: list[str] = []  # samples with a vector that is not finite
+        if batch.places:
+            parts = self.loss.parts(query, vectors, batch.ids)
+            finite = torch.stack([torch.isfinite(part).all(dim=1) for part in parts]).all(dim=0)
+            owners = batch.sides["query"]["turn_rows"].view(len(batch.ids), -1)[:, 0]  # a reconstructed pair has two
+            own = [batch.places[row] for row in owners[~finite.cpu()].unique().tolist()]
+        places = [place for part in distributed.gather_objects(own) for place in part]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
         where = f"vectors are not finite for {shown}" if places else "all vectors are finite"
         raise TrainingError(f"the loss is {loss.item()}; {where}")
-
-    def _not_finite(self, batch: _Batch, query: Tensor, vectors: Tensor) -> list[int]:
-        """Numbers of the samples with a vector that is not finite."""
-        if not batch.places:
-            return []
-        parts = self.loss.parts(query, vectors, batch.ids)
-        finite = torch.stack([torch.isfinite(part).all(dim=1) for part in parts]).all(dim=0)
-        owners = batch.sides["query"]["turn_rows"].view(len(batch.ids), -1)[:, 0]  # a reconstructed pair has two
-        return owners[~finite.cpu()].unique().tolist()
 
     def _failed(self, memory: _OutOfMemory) -> bool:
         """Whether memory ran out on any process; then the gradients found so far are dropped."""
@@ -276,12 +242,6 @@ class TrainingStep:
             return False
         self.model.zero_grad(set_to_none=True)
         return True
-
-    def _halve_budget(self, chunks: Sequence[_Chunk], *, plain: bool) -> None:
-        """Makes the budget smaller than what was in memory at once: all chunks in a plain step, one in a cached one."""
-        tokens = [chunk.tokens for chunk in chunks]
-        smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
-        self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
 
     def _shrink(self, tokens: int, *, possible: bool) -> None:
         before = min(self.token_budget, tokens)
@@ -315,12 +275,6 @@ class _OutOfMemory:
         self.happened = True
         clear_device_cache(garbage_collection=True)
         return True
-
-
-def _next_group(sizes: Tensor, first: int, budget: int) -> Tensor:
-    """Numbers of the images from ``first`` on whose sizes together do not exceed the budget; at least one."""
-    fitting = int((sizes[first:].cumsum(0) <= budget).sum())
-    return torch.arange(first, first + max(1, fitting))
 
 
 def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:

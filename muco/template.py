@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.text import LONE_SURROGATE
-from muco.dialogue import Content, Dialogue, Exchange
+from muco.dialogue import Content, Dialogue
 from muco.errors import CheckpointError, DataError
 
 EMB = "<|emb|>"
@@ -51,33 +51,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    """The strings around a user's message.
+    """The strings around a user's message."""
 
-    Args:
-        head: From the start of the prompt to the last special token before the user's content.
-        user_open: Plain text between ``head`` and a content that begins with text.
-        user_open_image: The same for a content that begins with an image.
-        image_open: Special tokens before an image's own tokens; may be empty.
-        image_close: Special tokens after them; may be empty.
-        image_end: Plain text after an image.
-        tail: From the end of the content to ``<|emb|>``, which is not part of it.
-        next_turn: From after ``<|emb|>`` to the next user content.
-        image_token: The placeholder that stock processors replace by an image's own tokens.
-        newline_at_end: Runs of newlines become one and text ends with one, as in the paper's evaluation.
-        shared_opening: Whether the tokenizer splits between plain opening text and a content that does not begin
-            with white space, so that the opening may be part of the trunk.
-    """
-
-    head: str
-    user_open: str
-    user_open_image: str
-    image_open: str
-    image_close: str
-    image_end: str
-    tail: str
-    next_turn: str
-    image_token: str
-    newline_at_end: bool = False
+    head: str  # from the start of the prompt to the last special token before the user's content
+    user_open: str  # plain text between the head and a content that begins with text
+    user_open_image: str  # the same for a content that begins with an image
+    image_open: str  # special tokens before an image's own tokens; may be empty
+    image_close: str  # special tokens after them; may be empty
+    image_end: str  # plain text after an image
+    tail: str  # from the end of the content to <|emb|>, which is not part of it
+    next_turn: str  # from after <|emb|> to the next user content
+    image_token: str  # the placeholder that stock processors replace by an image's own tokens
+    newline_at_end: bool = False  # runs of newlines become one and text ends with one, as in the paper's evaluation
+    # Whether the tokenizer splits between plain opening text and a content that does not begin with white space, so
+    # that the opening may be part of the trunk.
     shared_opening: bool = False
 
     def prompt(self, dialogue: Dialogue) -> Prompt:
@@ -110,14 +97,12 @@ class Template:
             images, text = self._images(seen, count), self._text(turn, count > 0)
             opening = self.next_turn if j else first
             if dialogue.exchange and 0 < j == len(dialogue.turns) - 1:
-                opening, text = self._exchange(dialogue.exchange), turn.text
+                said, text = dialogue.exchange, turn.text
+                # The released code leaves the user's turn of the request open, and its models have learnt it so.
+                opening += f"{said.request}{self.tail.removeprefix(END)}{said.reply}{self.next_turn}"
             branches.append(_joined((opening, *images, text, self.tail, EMB)))
             seen += count
         return Prompt((), tuple(branches), False)
-
-    def _exchange(self, exchange: Exchange) -> str:
-        # The released code leaves the user's turn of the request open, and its models have learnt it so.
-        return f"{self.next_turn}{exchange.request}{self.tail.removeprefix(END)}{exchange.reply}{self.next_turn}"
 
     def _images(self, first: int, count: int) -> Pieces:
         pieces: Pieces = ()
@@ -207,16 +192,8 @@ def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str])
     plain = render(("user", one))
     pictured = render(("user", [{"type": "image"}, *one]))
     double = render(("user", one), ("assistant", reply), ("user", two))
-    marks = [
-        (first, plain),
-        (first, pictured),
-        (image_token, pictured),
-        (first, double),
-        (second, double),
-        (EMB, double),
-    ]
-    for mark, rendered in marks:
-        if rendered.count(mark) != 1:
+    for rendered, marks in ((plain, (first,)), (pictured, (first, image_token)), (double, (first, second, EMB))):
+        if any(rendered.count(mark) != 1 for mark in marks):
             raise CheckpointError(f"the model's chat template drops or repeats a part of a message: {rendered!r}")
 
     opening, tail = plain.split(first)

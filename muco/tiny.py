@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from muco.processor import Processor
 from muco.sizes import TinyConfig, context_of
@@ -22,9 +25,6 @@ def tiny_qwen2_vl(
     The fixed strings of the prompt are single tokens, which shortens a tiny model's sequences by almost half; the
     prompt as a string is that of the full-size model.
     """
-    from transformers import Qwen2VLConfig, Qwen2VLModel
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     config = config or TinyConfig()
     tokenizer = train_tokenizer(texts, config.vocabulary)
     side = config.patch * 2
@@ -82,8 +82,6 @@ def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 3276
     Args:
         config: The model's configuration, which states its context.
     """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
     tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
     return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL, max_tokens=context_of(config))
@@ -103,9 +101,6 @@ def train_tokenizer(
     added: Sequence[str] = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, *PROMPT_STRINGS),
 ) -> Any:
     """A byte-level BPE tokenizer in Qwen's form (same pre-tokenisation) trained on ``texts``; ``added`` are special."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
-
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     bpe = Tokenizer(models.BPE())
@@ -120,7 +115,9 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    bpe.train_from_iterator(_with_roles(texts), trainer)
+    # words begin a prompt without the space they have in running text, so both forms must be learnt
+    forms = [form for text in texts for form in (text, f" {text}")]
+    bpe.train_from_iterator([*forms, *["user\n", "\n"] * 1000], trainer)
     core = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=core["vocab"],
@@ -131,11 +128,3 @@ def train_tokenizer(
     )
     tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in added], special_tokens=True)
     return tokenizer
-
-
-def _with_roles(texts: Iterable[str]) -> Iterable[str]:
-    # words begin a prompt without the space they have in running text, so both forms must be learnt
-    for text in texts:
-        yield text
-        yield " " + text
-    yield from ["user\n", "\n"] * 1000

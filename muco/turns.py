@@ -75,15 +75,10 @@ def embed_turns(
     if way == "cache":
         vectors = _with_cache(encoder, embed, batch, trees, token_budget)
     else:
-        vectors = _in_passes(embed, batch, token_budget)
+        chunks = split(batch, token_budget)
+        vectors = torch.cat([embed(chunk) for chunk, _ in chunks])
+        vectors = vectors[torch.cat([turns for _, turns in chunks]).argsort()]
     return list(vectors.split([len(dialogue.turns) for dialogue in dialogues]))
-
-
-def _in_passes(embed: Embed, batch: DialogueBatch, token_budget: int) -> Tensor:
-    """Whole dialogues, each in one row."""
-    chunks = split(batch, token_budget)
-    vectors = torch.cat([embed(chunk) for chunk, _ in chunks])
-    return vectors[torch.cat([turns for _, turns in chunks]).argsort()]
 
 
 def _with_cache(
@@ -94,22 +89,16 @@ def _with_cache(
     for rows in chunks_of(torch.tensor([tree.trunk.length for tree in trees]), token_budget):
         together = [trees[row] for row in rows.tolist()]
         trunks = _Trunks.of(encoder, cut(batch, [tree.trunk for tree in together]))
-        packs = [_Pack(place, span) for place, tree in enumerate(together) for span in tree.packs()]
+        packs = [tree.packs() for tree in together]
+        spans = [span for own in packs for span in own]
+        places = torch.arange(len(packs)).repeat_interleave(torch.tensor([len(own) for own in packs]))  # their trunks
         kept = trunks.real.shape[1]
-        for numbers in chunks_of(torch.tensor([kept + pack.span.length for pack in packs]), token_budget):
-            chosen = [packs[number] for number in numbers.tolist()]
-            branches = to(cut(batch, [pack.span for pack in chosen]), encoder.device)
-            vectors.append(embed(branches | trunks.read_by(branches, torch.tensor([pack.trunk for pack in chosen]))))
-            turns += [turn for pack in chosen for turn in pack.span.turns]
+        for numbers in chunks_of(torch.tensor([kept + span.length for span in spans]), token_budget):
+            chosen = [spans[number] for number in numbers.tolist()]
+            branches = to(cut(batch, chosen), encoder.device)
+            vectors.append(embed(branches | trunks.read_by(branches, places[numbers])))
+            turns += [turn for span in chosen for turn in span.turns]
     return torch.cat(vectors)[torch.tensor(turns).argsort()]
-
-
-@dataclass(frozen=True)
-class _Pack:
-    """Neighbouring branches in one row, and the place of their trunk among those that passed with it."""
-
-    trunk: int
-    span: Span
 
 
 @dataclass(frozen=True)
@@ -153,15 +142,10 @@ class _Tree:
 
 @dataclass(frozen=True)
 class _Trunks:
-    """What has passed.
+    """What has passed."""
 
-    Args:
-        cache: Keys and values of each layer, [N, heads, P, dim] both.
-        real: Which of the P are not padding, bool [N, P].
-    """
-
-    cache: DynamicCache
-    real: Tensor
+    cache: DynamicCache  # keys and values of each layer, [N, heads, P, dim] both
+    real: Tensor  # which of the P are not padding, bool [N, P]
 
     @classmethod
     def of(cls, encoder: Encoder, batch: DialogueBatch) -> _Trunks:

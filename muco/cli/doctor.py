@@ -10,13 +10,14 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from muco.base.machine import GIB, VERSION, installed
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-    from rich.console import Console
 
 # Packages that MuCo runs without, and what each of them adds.
 OPTIONAL = {
@@ -44,7 +45,14 @@ def examine() -> dict[str, Any]:
         ``disk_free_gib`` (of the working directory), ``torch`` (threads, devices, or the error of its import),
         ``required`` and ``optional`` (one mapping per package).
     """
-    required = [_package(requirement) for requirement in _requirements()]
+    # MuCo itself, then what it requires; the first is not met where muco is imported without being installed
+    lines = metadata.requires("muco") or [] if installed("muco") else []
+    required = []
+    for requirement in map(Requirement, (f"muco=={VERSION}", *lines)):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            version, needs = installed(requirement.name), requirement.specifier
+            ok = version is not None and needs.contains(version, prereleases=True)
+            required.append({"name": requirement.name, "needs": str(needs), "installed": version, "ok": ok})
     torch = _torch()
     return {
         "ok": all(package["ok"] for package in required) and "error" not in torch,
@@ -58,21 +66,6 @@ def examine() -> dict[str, Any]:
         "required": required,
         "optional": [{"name": name, "installed": installed(name), "gives": gives} for name, gives in OPTIONAL.items()],
     }
-
-
-def _requirements() -> list[Requirement]:
-    """MuCo itself, then what it requires; the first is not met where muco is imported without being installed."""
-    from packaging.requirements import Requirement
-
-    lines = metadata.requires("muco") or [] if installed("muco") else []
-    requirements = [Requirement(line) for line in (f"muco=={VERSION}", *lines)]
-    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-
-
-def _package(requirement: Requirement) -> dict[str, Any]:
-    version = installed(requirement.name)
-    ok = version is not None and requirement.specifier.contains(version, prereleases=True)
-    return {"name": requirement.name, "needs": str(requirement.specifier), "installed": version, "ok": ok}
 
 
 def _memory_gib() -> float | None:
@@ -104,7 +97,10 @@ def print_report(found: Mapping[str, Any], console: Console) -> None:
     names = ("python", "platform", "cpu_count", "memory_gib", "disk_free_gib")
     facts = [(name, _word(found[name], "unknown")) for name in names]
     facts += [(f"torch {name}", _word(torch[name])) for name in ("threads", "error") if name in torch]
-    facts += [("device", _device(device)) for device in torch.get("devices", [])]
+    for device in torch.get("devices", []):
+        bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
+        memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
+        facts.append(("device", "  ".join(filter(None, (device["name"], memory, bf16)))))
     _print_table(console, "This machine", ("", ""), facts)
     required = [
         (package["name"], _word(package["installed"]), package["needs"], "" if package["ok"] else "[red]not met[/red]")
@@ -118,21 +114,11 @@ def print_report(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
     table = Table(*columns, title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
 
-def _device(device: Mapping[str, Any]) -> str:
-    bf16 = {True: "bfloat16", False: "no bfloat16", None: ""}[device["bf16"]]
-    memory = f"{device['memory_gib']} GiB" if device["memory_gib"] else ""
-    return "  ".join(filter(None, (device["name"], memory, bf16)))
-
-
 def _word(value: object, absent: str = "missing") -> str:
-    from rich.markup import escape
-
     return absent if value is None else escape(str(value))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from muco.base.terminal import finish
-from muco.cli.options import BatchSize, Dimension, Json, Model, examples
+from muco.cli.options import BatchSize, Dimension, Json, Model, Precision, examples
 
 if TYPE_CHECKING:
     from muco.processor import Processor
@@ -43,23 +42,6 @@ OwnPixels = Annotated[
 WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose vectors are then found there
 
 
-class Precision(StrEnum):
-    float32 = "float32"
-    int8 = "int8"
-    binary = "binary"
-
-
-class PoolChoice(StrEnum):
-    both = "both"
-    local = "local"
-    global_ = "global"
-
-
-class Prompts(StrEnum):
-    random = "random"
-    first = "first"
-
-
 @app.command(
     epilog=examples(
         "muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test",
@@ -78,7 +60,7 @@ def retrieval(
     dimension: Dimension = None,
     precision: Annotated[
         Precision, typer.Option(help="Score vectors of this precision, as an index would.")
-    ] = Precision.float32,
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the drawn lists.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -109,13 +91,13 @@ def retrieval(
             seed=seed,
             limit=limit,
             dimension=dimension,
-            precision=precision.value,
+            precision=precision,
             cache=output / "cache",
             progress=progress,
         )
         if (recipe := recipe_of(model)) is not None:
             add_blind_loss(result, encoder, rows, recipe)
-        write_result(output, result, dimension, precision.value)
+        write_result(output, result, dimension, precision)
     finish(result, as_json, print_results)
 
 
@@ -188,15 +170,17 @@ def mbeir(
     model: Model,
     data: Annotated[Path, typer.Option("--data", "-d", help="The M-BEIR folder, as published.")],
     output: Output,
-    pool: Annotated[PoolChoice, typer.Option(help="Rank among a task's own candidates, all of them, or both.")] = (
-        PoolChoice.both
-    ),
+    pool: Annotated[
+        Literal["both", "local", "global"],
+        typer.Option(help="Rank among a task's own candidates, all of them, or both."),
+    ] = "both",
     task: Annotated[
         list[str], typer.Option(metavar="NAME", help="A task, such as 'MSCOCO t0'; may be repeated. Default: all 16.")
     ] = [],  # noqa: B006
     prompts: Annotated[
-        Prompts, typer.Option(help="Which of a task's instructions a query gets: one drawn by the seed, or the first.")
-    ] = Prompts.random,
+        Literal["random", "first"],
+        typer.Option(help="Which of a task's instructions a query gets: one drawn by the seed, or the first."),
+    ] = "random",
     queries: Queries = None,
     seed: Seed = 2023,
     batch_size: BatchSize = 64,
@@ -224,9 +208,9 @@ def mbeir(
         own_pixels=own_pixels,
         data=data,
         output=output,
-        pools=("local", "global") if pool is PoolChoice.both else (pool.value,),
+        pools=("local", "global") if pool == "both" else (pool,),
         tasks=task or None,
-        prompts=prompts.value,
+        prompts=prompts,
         seed=seed,
         queries=queries,
         batch_size=batch_size,
@@ -309,15 +293,10 @@ def _run(
     images_as_stored: bool = False,
     **settings: Any,
 ) -> None:
-    """Runs a benchmark on the model at a path, with progress; one of several processes prints the result.
-
-    Args:
-        own_pixels: Keep the model's own limits of image size; otherwise a family that has such takes the benchmarks'.
-        images_as_stored: Do not turn images upright.
-    """
+    """Runs a benchmark on the model at a path, with progress; one of several processes prints the result."""
     from muco import distributed
     from muco.base.terminal import progress_bar
-    from muco.evaluate.page import print_benchmark
+    from muco.evaluate.report import print_benchmark
     from muco.model import load
     from muco.processor import EVALUATION_PIXELS
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ Dimension = Annotated[
     int | None,
     typer.Option(min=1, help="Cut vectors to their first N dimensions, for models trained with loss.dimensions."),
 ]
+Precision = Literal["float32", "int8", "binary"]
 
 
 def examples(*lines: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from muco.base.terminal import finish, print_json, print_pairs
-from muco.cli.options import BatchSize, Dimension, Json, examples
+from muco.cli.options import BatchSize, Dimension, Json, Precision, examples
 
 Place = Annotated[
     str, typer.Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
@@ -30,12 +29,6 @@ SEARCH_EXAMPLES = examples(
 )
 
 
-class StorageName(StrEnum):
-    float32 = "float32"
-    int8 = "int8"
-    binary = "binary"
-
-
 def index(
     context: typer.Context,
     index: Place,
@@ -49,7 +42,7 @@ def index(
         ),
     ] = None,
     storage: Annotated[
-        StorageName | None, typer.Option(help="How a new index stores its vectors; float32 by default.")
+        Precision | None, typer.Option(help="How a new index stores its vectors; float32 by default.")
     ] = None,
     dimension: Dimension = None,
     delete: Annotated[list[str], typer.Option("--delete", metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
@@ -90,7 +83,7 @@ def index(
             input,
             index,
             model,
-            storage=storage.value if storage else None,
+            storage=storage,
             dimension=dimension,
             text_column=text_column,
             image_column=image_column,

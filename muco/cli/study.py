@@ -11,6 +11,7 @@ import typer
 
 from muco.base.terminal import finish, print_pairs
 from muco.cli.options import Json
+from muco.errors import MucoError
 
 
 def study(
@@ -50,7 +51,11 @@ def study(
     if (data is None) != (test is None):
         raise typer.BadParameter("--data and --test go together", param_hint="--data")
     if name == FLOPS:
-        _flops(context.obj, output, as_json, trains=(seeds, data) != (None, None) or scale != 1 or first_seed > 0)
+        if (seeds, data) != (None, None) or scale != 1 or first_seed > 0:
+            raise MucoError("the study flops counts and trains nothing; leave out --seeds, --scale, --data and --test")
+        from muco.study.true_sizes import print_flops, run_flops
+
+        finish(run_flops(output, context.obj), as_json, print_flops)
         return
 
     from muco.study.design import Sets
@@ -68,12 +73,3 @@ def study(
     if as_json:
         found = {"study": name, "page": str(page), "table": table_as_json(chosen, found)}
     finish(found, as_json, lambda value, console: print_study(chosen, value, console))
-
-
-def _flops(command: str, output: Path, as_json: bool, *, trains: bool) -> None:
-    from muco.errors import MucoError
-    from muco.study.true_sizes import print_flops, run_flops
-
-    if trains:
-        raise MucoError("the study flops counts and trains nothing; leave out --seeds, --scale, --data and --test")
-    finish(run_flops(output, command), as_json, print_flops)

@@ -4,13 +4,13 @@ metrics    ranks, hit@k, nDCG, precision, health of vectors
 cache      contents and their vectors, on disk
 pool       pools too large for memory: vectors in shards, exact search
 
-retrieval  any data of samples and turns (tasks, report)
+retrieval  any data of samples and turns (tasks)
 mmeb       36 data sets, local lists (mmeb_task: one of them)
-mbeir      16 tasks, local and global pool (mbeir_tasks: reading them)
+mbeir      16 tasks, local and global pool
 beir       any set in BEIR's form (ranked, outcomes: what it shares with mbeir)
 mteb       a model for the mteb package
 
 driver     how every benchmark runs, benchmark: what it leaves behind and resumes from
-tables     terminal, CSV and Markdown; page: HTML
+report     terminal, CSV and Markdown; page: HTML
 compare    two results with bootstrap intervals
 """

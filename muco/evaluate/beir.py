@@ -18,9 +18,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +30,10 @@ from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
+from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure, Pools
+from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_ndcg, score_ranked
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 FORM = "BEIR 1"  # of a candidate's content: the title, a blank and the text
 RULES = {
@@ -58,40 +55,27 @@ def evaluate_beir(
     batch_size: int = 64,
     instruction: str = "",
     skip_broken: bool = False,
-    pixels: str = "",
-    trained_pixels: str = "",
-    command: str = "",
-    model_path: str = "",
     progress: Progress | None = None,
+    **recorded: str,
 ) -> dict[str, Any]:
     """Scores a model on a retrieval set, or on every one that is directly below a folder.
 
-    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
-    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
-
     Args:
-        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
-        output: Gets ``beir.json`` and its other forms, a file per task, and the vectors.
+        model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
         split: Names the judgements. Queries that they do not name are left out and counted.
         k: Depth of nDCG (the metric), recall and MRR; hit@1 is scored besides.
         instruction: Put before every query, with a space between; candidates get none.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
-            the results, with a warning if they differ.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
     Raises:
         DataError: If a file is missing (all are listed) or a line cannot be used, or no query is judged.
         MucoError: If ``k`` is less than 1.
-        OutputError: If the output cannot be written.
     """
     if k < 1:
         raise MucoError(f"k is {k}; pass at least 1")
     data = Path(data)
-    run = Benchmark(
-        "beir", model, data, Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
-    )
+    run = Benchmark("beir", model, data, Path(output), batch_size, skip_broken, **recorded)
     settings = {"split": split, "k": k, "instruction": instruction, "rules": RULES}
     sets = [_open_set(folder, split, k, instruction, skip_broken) for folder in _folders(data, split)]
     results = score_ranked(run, sets, settings, progress)
@@ -113,27 +97,6 @@ def _folders(data: Path, split: str) -> list[Path]:
     return folders
 
 
-def open_corpus(folder: Path, left_out: LeftOut | None = None) -> LinePool:
-    """The candidates of a set; equal scores are ordered by their ids.
-
-    Args:
-        left_out: See :class:`LinePool`.
-    Raises:
-        DataError: If a line is malformed or has neither text nor image, an id occurs twice, or an image is missing or
-            outside of the folder.
-    """
-
-    return LinePool(
-        folder / "corpus.jsonl",
-        f"the corpus of {_name(folder)}",
-        lambda row, where: id_of(row, "_id", where),
-        lambda row, where: _content(row, ("title", "text"), folder, where),
-        form=FORM,
-        numbers=_places,
-        left_out=left_out,
-    )
-
-
 def _places(ids: np.ndarray) -> np.ndarray:
     """The place of each id among all of them in the order of their bytes."""
     places = np.empty(len(ids), dtype=np.int64)
@@ -149,20 +112,10 @@ def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, ins
     return Content(" ".join([*([instruction] if instruction else []), *parts]), (image,) if image else ())
 
 
-@dataclass(frozen=True)
-class _Counts:
-    without_judgements: int
-    unknown: int  # judged queries that the query file lacks
-
-
 def read_judged(
     folder: Path, split: str, instruction: str, left_out: LeftOut | None = None
-) -> tuple[list[Query], _Counts]:
-    """The judged queries of a set in the order of their ids.
-
-    Args:
-        left_out: Whether a query may have nothing that can be embedded.
-    """
+) -> tuple[list[Query], dict[str, int]]:
+    """The judged queries of a set in the order of their ids, and how many others there are."""
     left_out = LeftOut() if left_out is None else left_out
     path, judgements = folder / "queries.jsonl", read_qrels(folder / "qrels" / f"{split}.tsv")
     queries: dict[str, Query] = {}
@@ -180,7 +133,10 @@ def read_judged(
     judged = [queries[id] for id in sorted(queries) if queries[id].grades]
     if not judged:
         raise DataError(f"{folder / 'qrels' / f'{split}.tsv'}: judges none of the {len(queries)} queries of {path}")
-    return judged, _Counts(len(queries) - len(judged), len(judgements.keys() - queries.keys()))
+    return judged, {
+        "queries without judgements, left out": len(queries) - len(judged),
+        "judged queries that queries.jsonl lacks": len(judgements.keys() - queries.keys()),
+    }
 
 
 WARNED = {  # fact -> what follows from it
@@ -193,14 +149,22 @@ WARNED = {  # fact -> what follows from it
 def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> RankedTask:
     """One set as a task, read and checked."""
     left_out = LeftOut(skip_broken)
-    queries, found = read_judged(folder, split, instruction, left_out)
-    asked, pool = JudgedQueries(queries, left_out), open_corpus(folder, LeftOut(skip_broken))
+    queries, others = read_judged(folder, split, instruction, left_out)
+    asked = JudgedQueries(queries, left_out)
+    pool = LinePool(
+        folder / "corpus.jsonl",
+        f"the corpus of {_name(folder)}",
+        lambda row, where: id_of(row, "_id", where),
+        lambda row, where: _content(row, ("title", "text"), folder, where),
+        form=FORM,
+        numbers=_places,  # equal scores are ordered by ids
+        left_out=LeftOut(skip_broken),
+    )
     judged = [id for query in queries for id in query.grades]
     facts = {
         "split": split,
         "instruction": instruction,
-        "queries without judgements, left out": found.without_judgements,
-        "judged queries that queries.jsonl lacks": found.unknown,
+        **others,
         "queries for which nothing is relevant": sum(not query.relevant for query in queries),
         "judged candidates that the corpus lacks": int((pool.find(judged) < 0).sum()),
         "queries that have the id of a candidate": int((pool.find([q.id for q in queries]) >= 0).sum()),
@@ -210,23 +174,18 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
         queries=asked,
         pools=Pools([pool]),
         metric=f"ndcg@{k}",
-        measures=measures(k),
+        measures={
+            f"ndcg@{k}": functools.partial(metrics.ndcg_at, k=k),
+            "hit@1": functools.partial(metrics.hit_at, k=1),
+            f"recall@{k}": functools.partial(metrics.recall_at, k=k),
+            f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
+        },
         depth=k,
         chance=functools.partial(chance_of_ndcg, k=k),
         facts=facts,
         warnings=[f"{facts[fact]} {fact}: {said}" for fact, said in WARNED.items() if facts[fact]],
         cached_as=f"BEIR {_name(folder)}",
     )
-
-
-def measures(k: int) -> dict[str, Measure]:
-    """The scores of a set, by name."""
-    return {
-        f"ndcg@{k}": functools.partial(metrics.ndcg_at, k=k),
-        "hit@1": functools.partial(metrics.hit_at, k=1),
-        f"recall@{k}": functools.partial(metrics.recall_at, k=k),
-        f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
-    }
 
 
 def _name(folder: Path) -> str:

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from muco.base.files import write_json, write_text
-from muco.base.machine import versions
+from muco.base.files import make_folder, write_json, write_text, writing
 from muco.data.left_out import Broken, as_lines
-from muco.errors import OutputError
+from muco.dialogue import Content
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -38,87 +36,64 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shown:
-    """A query or candidate as a person sees it.
-
-    Args:
-        images: Paths of image files that can be opened from here.
-    """
+    """A query or candidate as a person sees it."""
 
     id: str
     text: str = ""
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # paths of image files that can be opened from here
+
+    @classmethod
+    def of(cls, id: str, content: Content) -> Shown:
+        return cls(id, content.text, tuple(map(str, content.images)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one query.
+    """What became of one query."""
 
-    Args:
-        query: Its id, unique within the task.
-        value: Of the task's metric, 0 to 1.
-        rank: Of the best right candidate, from 1; None if it is beyond what was ranked.
-        found: The best candidates, (id, score), best first, at most ``FOUND``.
-    """
-
-    query: str
-    value: float
-    rank: int | None
-    found: tuple[tuple[str, float], ...]
+    query: str  # its id, unique within the task
+    value: float  # of the task's metric, 0 to 1
+    rank: int | None  # of the best right candidate, from 1; None if it is beyond what was ranked
+    found: tuple[tuple[str, float], ...]  # the best candidates, (id, score), best first, at most FOUND
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A query whose best candidate is wrong, for the page.
+    """A query whose best candidate is wrong, for the page."""
 
-    Args:
-        margin: Score of the best wrong candidate minus that of the best right one.
-        right: A right candidate.
-        found: The best candidates with their scores, best first.
-    """
-
-    margin: float
+    margin: float  # score of the best wrong candidate minus that of the best right one
     query: Shown
-    right: Shown
-    found: tuple[tuple[Shown, float], ...]
+    right: Shown  # a right candidate
+    found: tuple[tuple[Shown, float], ...]  # the best candidates with their scores, best first
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of a benchmark.
+    """One task of a benchmark."""
 
-    Args:
-        name: As the benchmark spells it; with the pool where a benchmark has several ("NAME local").
-        metric: The one that counts: "hit@1", "hit@5", "ndcg@10".
-        scores: Every metric by name, 0 to 1, ``metric`` among them.
-        queries: How many were asked.
-        candidates: Smallest and largest number that a query chose from.
-        chance: Of ``metric``, 0 to 1, for a model that cannot tell candidates apart; None if unknown.
-        data: Fingerprint of queries, candidates and judgements.
-        facts: Anything else a reader must know: pool, prompt choice, sampling, positives that no pool holds.
-        warnings: Sentences that nobody should overlook.
-        outcomes: One per query.
-        failures: The worst ones, largest margin first, at most ``FAILURES``.
-        left_out: Of :func:`muco.data.left_out.counts`; empty where everything was embedded.
-        broken: What was left out, one by one.
-    """
-
-    name: str
-    metric: str
-    scores: Mapping[str, float]
-    queries: int
-    candidates: tuple[int, int]
-    chance: float | None
-    data: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    outcomes: tuple[Outcome, ...] = ()
-    failures: tuple[Failure, ...] = ()
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    broken: tuple[Broken, ...] = ()
+    name: str  # as the benchmark spells it; with the pool where a benchmark has several ("NAME local")
+    metric: str  # the one that counts: "hit@1", "hit@5", "ndcg@10"
+    scores: Mapping[str, float]  # every metric by name, 0 to 1
+    queries: int  # how many were asked
+    candidates: tuple[int, int]  # smallest and largest number that a query chose from
+    chance: float | None  # of the metric, 0 to 1, for a model that cannot tell candidates apart; None if unknown
+    data: str  # fingerprint of queries, candidates and judgements
+    facts: Mapping[str, Any] = field(default_factory=dict)  # anything else a reader must know
+    warnings: tuple[str, ...] = ()  # sentences that nobody should overlook
+    outcomes: tuple[Outcome, ...] = ()  # one per query
+    failures: tuple[Failure, ...] = ()  # the worst ones, largest margin first, at most FAILURES
+    left_out: Mapping[str, int] = field(default_factory=dict)  # muco.data.left_out.counts
+    broken: tuple[Broken, ...] = ()  # what was left out, one by one
 
     @property
     def score(self) -> float:
         return self.scores[self.metric]
+
+    def summary(self) -> dict[str, Any]:
+        """What the files of the whole benchmark say of the task."""
+        kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "left_out", "warnings")
+        plain = asdict(self)
+        return {"score": self.score, **{key: plain[key] for key in kept}}
 
 
 class TaskFiles:
@@ -134,14 +109,12 @@ class TaskFiles:
 
     def __init__(self, output: Path, key: Mapping[str, Any], *, partial: bool = False) -> None:
         self.output, self.key, self.partial = Path(output), json.loads(json.dumps(key, sort_keys=True)), partial
-        try:
+        with writing(output):
             for name in ("tasks", "outcomes"):
-                (self.output / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{output}: cannot hold results ({error}); choose another output folder") from error
+                make_folder(self.output / name)
 
     def find(self, name: str, data: str) -> TaskResult | None:
-        """A task that is done for this model, these settings and this data (fingerprint); else None."""
+        """A task that is done for this model, these settings and this data (fingerprint), without outcomes; or None."""
         file = self._file(name)
         if not file.is_file():
             return None
@@ -154,8 +127,7 @@ class TaskFiles:
             return None
         if found["result"].get("left_out") and not self.partial:
             return None
-        outcomes = read_outcomes(self.output, name)
-        return replace(_result(found["result"]), outcomes=outcomes or ())
+        return _result(found["result"])
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
@@ -174,53 +146,6 @@ class TaskFiles:
         return self.output / "tasks" / f"{_safe(name)}.json"
 
 
-def read_outcomes(output: Path, name: str) -> tuple[Outcome, ...] | None:
-    """The outcomes of a task in a results folder, in their order; None if there are none."""
-    file = Path(output) / "outcomes" / f"{_safe(name)}.jsonl"
-    if not file.is_file():
-        return None
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return tuple(Outcome(r["query"], r["value"], r["rank"], tuple(map(tuple, r["found"]))) for r in rows)
-
-
-def benchmark_result(
-    name: str,
-    results: Sequence[TaskResult],
-    groups: Mapping[str, float | None],
-    *,
-    overall: float | None,
-    model: Mapping[str, str],
-    settings: Mapping[str, Any],
-    command: str,
-    missing: Sequence[str] = (),
-    warnings: Iterable[str] = (),
-) -> dict[str, Any]:
-    """A whole benchmark as plain values for JSON.
-
-    Args:
-        groups: Means over tasks by name, 0 to 1; None where one of their tasks was not scored.
-        overall: None if a task is missing or was left out.
-        model: "path" and "fingerprint".
-        missing: Tasks whose data was not found.
-        warnings: Of the benchmark as a whole; those of tasks are added.
-    """
-    own = [f"{result.name}: {line}" for result in results for line in result.warnings]
-    return {
-        "format": FORMAT,
-        "benchmark": name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "model": dict(model),
-        "versions": versions(),
-        "settings": dict(settings),
-        "tasks": {result.name: _summary(result) for result in results},
-        "groups": dict(groups),
-        "overall": overall,
-        "missing": list(missing),
-        "warnings": [*pixels_differ(settings.get("pixels"), settings.get("trained_pixels")), *warnings, *own],
-    }
-
-
 def pixels_differ(used: str | None, trained: str | None) -> list[str]:
     """A warning if images are encoded in other sizes than the model was trained with, or nothing."""
     if not used or not trained or used in (trained, OWN_PIXELS):
@@ -229,12 +154,6 @@ def pixels_differ(used: str | None, trained: str | None) -> list[str]:
         f"the model was trained on images of {trained} pixels and is scored on images of {used}; train with the limits "
         "of the evaluation (model.min_pixels, model.max_pixels), or score with the model's own"
     ]
-
-
-def _summary(result: TaskResult) -> dict[str, Any]:
-    kept = ("metric", "scores", "queries", "candidates", "chance", "data", "facts", "left_out", "warnings")
-    plain = asdict(result)
-    return {"score": result.score, **{key: plain[key] for key in kept}}
 
 
 def mean_of(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
@@ -248,10 +167,14 @@ def gate(score: float, chance: float | None, queries: int) -> list[str]:
     """A warning where a score (0 to 1) is not clearly above chance: three standard deviations of guessing."""
     if chance is None:
         return []
-    limit = chance + 3 * (chance * (1 - chance) / max(1, queries)) ** 0.5
-    if score > limit:
+    if score > above_guessing(chance, queries):
         return []
     return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
+
+
+def above_guessing(share: float, n: int) -> float:
+    """What n guesses with this chance of success stay below, nearly always: three standard deviations above it."""
+    return share + 3 * (share * (1 - share) / max(1, n)) ** 0.5
 
 
 def _safe(name: str) -> str:
@@ -271,8 +194,6 @@ def _result(plain: Mapping[str, Any]) -> TaskResult:
 
 
 Progress = Callable[[int, int], None]  # (done, total), of contents encoded
-
-
 Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), best first
 
 

@@ -1,6 +1,6 @@
 """Vectors on disk, so that an evaluation that was stopped, or is run again, encodes nothing twice.
 
-One folder per (model, data, kind of prompt); in it shards, each an ``.npy`` file named by the SHA-256 of its own bytes.
+One folder per (model, data); in it shards, each an ``.npy`` file named by the SHA-256 of its own bytes.
 A shard holds rows (content key, vector). A shard whose bytes do not match its name is damaged: it is removed with a
 message and its rows are encoded again. A run that is killed loses at most the shard it was working on.
 """
@@ -11,17 +11,17 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from muco import distributed
-from muco.base.files import write_bytes
+from muco.base.files import make_folder, write_bytes, writing
 from muco.data.left_out import LeftOut
 from muco.dialogue import Content, ImageLike
-from muco.errors import DataError, ImageError, OutputError
+from muco.errors import DataError, ImageError
 from muco.images import image_digest
 
 SHARD = 256  # rows; small enough that a killed run loses little, large enough for the encoder to sort by length
@@ -139,21 +139,15 @@ class EmbeddingCache:
     """The vectors that one model gave to the contents of one data set.
 
     Args:
-        root: Folder of all caches; made if it does not exist.
-        model: The model's fingerprint.
-        data: The data's fingerprint.
-        prompt: How contents were put to the model; vectors of other prompts are other vectors.
-    Raises:
-        OutputError: If the folder cannot be made.
+        root: Folder of all caches; made if it does not exist, else an OutputError.
+        model, data: Their fingerprints.
     """
 
-    def __init__(self, root: Path, *, model: str, data: str, prompt: str = "single-turn") -> None:
-        name = hashlib.sha256(json.dumps([LAYOUT, model, data, prompt]).encode()).hexdigest()
+    def __init__(self, root: Path, *, model: str, data: str) -> None:
+        name = hashlib.sha256(json.dumps([LAYOUT, model, data, "single-turn"]).encode()).hexdigest()
         self.folder = Path(root) / name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{root}: cannot hold cached vectors ({error}); choose another cache folder") from error
+        with writing(root, "choose another cache folder"):
+            make_folder(self.folder)
 
     def load(self) -> dict[str, np.ndarray]:
         """All intact rows, content key -> float32 [d]; damaged shards are removed with a message."""
@@ -198,9 +192,7 @@ def embed(
             processes.
         progress: Called with (done, total) after every shard.
     Returns:
-        float32 [len(keys), d]; the rows of keys that were left out are NaN.
-    Raises:
-        DataError: If all keys were left out.
+        float32 [len(keys), d]; rows of NaN for keys that were left out, a DataError if all were.
     """
     rows = cache.load() if cache else {}
     left_out = LeftOut() if left_out is None else left_out
@@ -223,10 +215,6 @@ def embed(
     for part, reasons in distributed.gather_objects((made, left_out.reasons)) if shared else [(made, {})]:
         rows.update(part)
         left_out.reasons.update(reasons)
-    return _in_order(rows, keys, left_out)
-
-
-def _in_order(rows: Mapping[str, np.ndarray], keys: Sequence[str], left_out: LeftOut) -> np.ndarray:
     known = next((rows[key] for key in keys if key not in left_out), None)
     if known is None:
         raise DataError(f"nothing can be embedded; the first: {next(iter(left_out.reasons.values()), '')}")

@@ -13,17 +13,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from muco.base.html import count
-from muco.base.tables import markdown, markdown_table, print_report, table_of_numbers
+from muco.base.tables import print_report, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 BLOCK = 1 << 21  # counts in memory at a time (16 MiB)
 COLUMNS = ("task", "metric", "queries", "A", "B", "B - A", "interval", "won", "lost", "equal")
@@ -70,12 +69,19 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
             warnings.append(f"{name}: {left:,} queries are in one of the two only and are not compared")
         warnings += _partial(name, ours[name]["left_out"], theirs[name]["left_out"])
         values = np.array([[first[query], second[query]] for query in common])  # float64 [Q, 2]
-        means = bootstrap(values[:, 1] - values[:, 0], samples, _generator(seed, name))
+        # draws depend on the seed and the task only, not on which other tasks there are
+        own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8])
+        means = bootstrap(values[:, 1] - values[:, 0], samples, np.random.default_rng([seed, own]))
         tasks[name] = {"metric": ours[name]["metric"]} | _summary(values, means, level)
         totals[_mean_of(name)] = totals.get(_mean_of(name), 0.0) + means
     if not tasks:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         raise DataError(f"{a} and {b} have no task that can be compared ({listed})")
+    one, other = (side[min(tasks)]["key"] for side in (ours, theirs))  # of the first task
+    settings = {}
+    for key in sorted(one.keys() | other.keys()):
+        if one.get(key) != other.get(key):
+            settings[key] = [one.get(key), other.get(key)]
     return {
         "format": FORMAT,
         "a": str(a),
@@ -86,12 +92,9 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
         "tasks": tasks,
         "means": {label: _mean(label, tasks, total, level) for label, total in sorted(totals.items())},
         "not_comparable": reasons,
-        "settings": _differing(ours, theirs, tasks),
+        "settings": settings,
         "warnings": warnings,
     }
-
-
-# ── the bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def bootstrap(differences: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -126,11 +129,6 @@ def interval(means: np.ndarray, level: float) -> tuple[float, float]:
     return float(np.quantile(means, tail)) + 0.0, -float(np.quantile(-means, tail)) + 0.0  # + 0.0: no negative zero
 
 
-def _generator(seed: int, task: str) -> np.random.Generator:
-    """Draws that depend on the seed and the task only, not on which other tasks there are."""
-    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(task.encode("utf-8", "replace")).digest()[:8])])
-
-
 def _summary(values: np.ndarray, means: np.ndarray, level: float) -> dict[str, Any]:
     n, difference = len(values), values[:, 1] - values[:, 0]
     return {
@@ -160,9 +158,6 @@ def _mean(label: str, tasks: Mapping[str, Mapping[str, Any]], total: np.ndarray,
     own = [task for name, task in tasks.items() if _mean_of(name) == label]
     plain = {key: math.fsum(task[key] for task in own) / len(own) for key in ("a", "b", "difference")}
     return {"tasks": len(own), **plain, **_with_interval(total / len(own), level)}
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -232,37 +227,14 @@ def _partial(name: str, a: Mapping[str, int], b: Mapping[str, int]) -> list[str]
             "the same"]  # fmt: skip
 
 
-def _differing(
-    a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], names: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    """Settings of the runs that are not the same, from the first task: the model, and whatever else should be equal."""
-    first = min(names)
-    one, other = a[first]["key"], b[first]["key"]
-    keys = sorted(one.keys() | other.keys())
-    return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
-
-
-# ── showing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     """Prints the differences in points of a per cent; rows whose interval excludes 0 are bold."""
-    from rich.text import Text
-
     table = table_of_numbers("B - A, %", COLUMNS)
     for number, (cells, sure) in enumerate(_rows(result)):
         if number == len(result["tasks"]):
             table.add_section()
         table.add_row(*map(Text, cells), style="bold" if sure else None)
     print_report(table, result["warnings"], _notes(result), console)
-
-
-def comparison_markdown(result: Mapping[str, Any]) -> str:
-    """The same as GitHub Markdown, ending in a newline; differences whose interval excludes 0 have a star."""
-    rows = ((f"{cells[0]} *" if sure else cells[0], *cells[1:]) for cells, sure in _rows(result))
-    lines = [*markdown_table(COLUMNS, rows), "", "In per cent; \\*: the interval excludes 0.", ""]
-    lines += [f"- **Warning:** {markdown(line)}" for line in result["warnings"]]
-    return "\n".join([*lines, *(f"- {markdown(note)}" for note in _notes(result))]) + "\n"
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool]]:

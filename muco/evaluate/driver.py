@@ -3,10 +3,9 @@
 ::
 
     tasks ─found done?─▶ TaskResult ◀─work─ the task      tasks/NAME.json, outcomes/NAME.jsonl
-      └──────────── all TaskResults ─▶ benchmark_result ─▶ <benchmark>.json .csv .md .html
+      └──────────── all TaskResults ─▶ <benchmark>.json .csv .md .html
 
-A benchmark brings its tasks, the work that scores one of them, and the means over them. Of several processes all run
-alike: the first one reads and writes the files.
+A benchmark brings its tasks, the work that scores one of them, and the means over them.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from muco import distributed
+from muco.base.machine import versions
 from muco.errors import MucoError
-from muco.evaluate.benchmark import TaskFiles, TaskResult, benchmark_result
-from muco.evaluate.cache import EmbeddingCache
+from muco.evaluate.benchmark import FORMAT, TaskFiles, TaskResult, pixels_differ
+from muco.evaluate.cache import Embedder, EmbeddingCache
 from muco.evaluate.page import write_reports
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 
 class NamedTask(Protocol):
@@ -36,15 +34,22 @@ class NamedTask(Protocol):
     def fingerprint(self) -> str: ...
 
 
-AnyTask = TypeVar("AnyTask", bound=NamedTask)
-
-
 @dataclass(frozen=True)
 class Benchmark:
-    """A run of a benchmark: what is scored, and where the results go. The arguments are those of ``evaluate_mmeb``.
+    """A run of a benchmark: what is scored, and where the results go.
+
+    A task that ``output`` holds for this model, these settings and this data is not repeated, and vectors of an
+    interrupted run are reused. All processes run alike; the first one writes.
 
     Args:
         name: "mmeb", "mbeir" or "beir"; the files are named after it.
+        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        output: Gets the files of :mod:`muco.evaluate.benchmark`, else an OutputError.
+        batch_size: Contents per forward pass; the scores do not depend on it.
+        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
+        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in the
+            results, with a warning if they differ.
+        command, model_path: Recorded in the results.
     """
 
     name: str
@@ -53,10 +58,10 @@ class Benchmark:
     output: Path
     batch_size: int
     skip_broken: bool
-    pixels: str
-    trained_pixels: str
-    command: str
-    model_path: str
+    pixels: str = ""
+    trained_pixels: str = ""
+    command: str = ""
+    model_path: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -66,19 +71,15 @@ class Benchmark:
     @property
     def settings(self) -> dict[str, Any]:
         """What the results of every benchmark say of their settings."""
-        return {
-            "skip_broken": self.skip_broken,
-            "pixels": self.pixels,
-            "trained_pixels": self.trained_pixels,
-            "data": str(self.data),
-        }
+        names = ("skip_broken", "pixels", "trained_pixels", "data")
+        return {name: getattr(self, name) for name in names} | {"data": str(self.data)}
 
     def cache(self, data: str) -> EmbeddingCache:
         """The vectors of some data, named by a fingerprint or otherwise."""
         return EmbeddingCache(self.output / "cache", model=self.fingerprint, data=data)
 
     def score(
-        self, tasks: Iterable[AnyTask], work: Callable[[AnyTask], TaskResult], key: Mapping[str, Any]
+        self, tasks: Iterable[NamedTask], work: Callable[[Any], TaskResult], key: Mapping[str, Any]
     ) -> list[TaskResult]:
         """The results of all tasks; ``work`` is done for those that the output folder does not hold already.
 
@@ -99,7 +100,13 @@ class Benchmark:
             results.append(replace(result, outcomes=()))
         return results
 
-    def write(
+    def write(self, results: Sequence[TaskResult], **said: Any) -> dict[str, Any]:
+        """Writes the files of the whole benchmark, and returns :meth:`result`."""
+        result = self.result(results, **said)
+        distributed.first_only(functools.partial(write_reports, self.output, result, results))
+        return result
+
+    def result(
         self,
         results: Sequence[TaskResult],
         *,
@@ -109,25 +116,29 @@ class Benchmark:
         missing: Sequence[str] = (),
         warnings: Iterable[str] = (),
     ) -> dict[str, Any]:
-        """Writes the files of the whole benchmark, and returns what its JSON file holds.
+        """The whole benchmark as plain values for JSON.
 
         Args:
-            settings, groups, overall, missing, warnings: See :func:`muco.evaluate.benchmark.benchmark_result`.
+            groups: Means over tasks by name, 0 to 1; None where one of their tasks was not scored.
+            overall: None if a task is missing or was left out.
+            missing: Tasks whose data was not found.
+            warnings: Of the benchmark as a whole; those of tasks are added.
         """
-        model = {"path": self.model_path, "fingerprint": self.fingerprint}
-        result = benchmark_result(
-            self.name,
-            results,
-            groups,
-            overall=overall,
-            model=model,
-            settings=settings,
-            command=self.command,
-            missing=missing,
-            warnings=warnings,
-        )
-        distributed.first_only(functools.partial(write_reports, self.output, result, results))
-        return result
+        own = [f"{result.name}: {line}" for result in results for line in result.warnings]
+        return {
+            "format": FORMAT,
+            "benchmark": self.name,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": self.command,
+            "model": {"path": self.model_path, "fingerprint": self.fingerprint},
+            "versions": versions(),
+            "settings": dict(settings),
+            "tasks": {result.name: result.summary() for result in results},
+            "groups": dict(groups),
+            "overall": overall,
+            "missing": list(missing),
+            "warnings": [*pixels_differ(self.pixels, self.trained_pixels), *warnings, *own],
+        }
 
 
 def check_queries(queries: int | None) -> None:

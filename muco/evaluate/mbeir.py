@@ -8,21 +8,36 @@ the 16 local ones searched as one. What the benchmark calls Recall@k is hit@k he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from muco.data.mbeir_test import ALL, MBEIRTask, Prompts, instructions_file
+from muco.data.left_out import LeftOut
+from muco.data.mbeir_test import (
+    ALL,
+    Key,
+    MBEIRTask,
+    Prompts,
+    as_queries,
+    data_set_of,
+    hash_of,
+    instructions_file,
+    open_pool,
+    read_instructions,
+    read_judgements,
+    read_queries,
+)
 from muco.errors import DataError, MucoError, did_you_mean
+from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
+from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark, check_queries
-from muco.evaluate.mbeir_tasks import Drawing, PoolName, open_tasks
-from muco.evaluate.ranked import score_ranked
+from muco.evaluate.outcomes import Pools
+from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_hit, score_ranked
 
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
-
+PoolName = Literal["local", "global"]
 GROUPS = {  # name -> numbers of its tasks
     "single to single": (0, 1, 3, 4),
     "single to fused": (2,),
@@ -53,71 +68,51 @@ def evaluate_mbeir(
     strict: bool = False,
     allow_missing: bool = False,
     skip_broken: bool = False,
-    pixels: str = "",
-    trained_pixels: str = "",
-    command: str = "",
-    model_path: str = "",
     progress: Progress | None = None,
+    **recorded: str,
 ) -> dict[str, Any]:
     """Scores a model on M-BEIR, or on some of its tasks.
 
-    Run it again to resume: a task that ``output`` holds for this model, these settings and this data is not repeated,
-    and vectors of an interrupted run are reused. Call it on every process alike; the first one writes.
-
     Args:
-        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
         data: Folder in the published layout, see :mod:`muco.data.mbeir_test`.
-        output: Gets ``mbeir.json`` and its other forms, a file per task, ``runs/`` in TREC's form, and the vectors.
         pools: "local", "global" or both. The global one needs the pools of all 16 tasks.
         tasks: Names such as "MSCOCO t0"; None: all 16.
         prompts: "random": one of a task's prompts for each query, by ``seed`` and the query's id; "first".
         queries: How many of each task to ask, drawn by ``seed`` and the query's id; None: all.
-        batch_size: Contents per forward pass; the scores do not depend on it.
         strict: Refuse positives that should be in the searched pool and are not. A local pool should hold those of its
             own data set: OVEN and InfoSeek name candidates of each other, which count in the global pool.
         allow_missing: Score what is available, instead of refusing to start if a file is missing.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
-            the results, with a warning if they differ.
-        command, model_path: Recorded in the results.
         progress: Called with (contents embedded, contents in all).
     Returns:
         What ``mbeir.json`` holds; shares are 0 to 1. Tasks and groups have the pool in their names; "overall" is the
         mean of 16 in the global pool if that was asked for, else in the local ones; None unless all 16 were scored.
     Raises:
         DataError: If a file is missing (all are listed) or a line cannot be used.
-        MucoError: If an argument is none of those above.
-        OutputError: If the output cannot be written.
+        MucoError: If another argument cannot be used.
     """
     chosen, data = _chosen(tasks), Path(data)
-    _check(pools, prompts)
+    if not pools or set(pools) - {"local", "global"}:
+        raise MucoError(f"pools must be 'local', 'global' or both, not {list(pools)!r}")
+    if prompts not in ("random", "first"):
+        raise MucoError(f"prompts must be 'random' or 'first', not {prompts!r}")
+    pools = sorted(set(pools), reverse=True)  # local first
     check_queries(queries)
-    plan = _plan(data, chosen, pools, allow_missing)
-    run = Benchmark(
-        "mbeir", model, data, Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
-    )
+    todo, missing, warnings = _plan(data, chosen, pools, allow_missing)
+    run = Benchmark("mbeir", model, data, Path(output), batch_size, skip_broken, **recorded)
     drawing = Drawing(prompts, seed, queries)
     settings = {**asdict(drawing), "rules": RULES}
-    opened = open_tasks(run, plan.todo, drawing, strict)
+    opened = _open_tasks(run, todo, drawing, strict)
     results = score_ranked(run, opened, settings, progress)
     scores = {result.name: result.score for result in results}
     groups: dict[str, float | None] = {}
-    for pool in _in_order(pools):
+    for pool in pools:
         groups |= means(scores, pool)
     counted = "global" if "global" in pools else "local"
-    settings = {
-        "pools": sorted(pools, reverse=True),
-        "overall": f"mean of 16 tasks, {counted} pool",
-        "tasks": [task.name for task in chosen],
-        **settings,
-        "batch_size": batch_size,
-        "strict": strict,
-        **run.settings,
-    }
+    said = {"pools": pools, "overall": f"mean of 16 tasks, {counted} pool", "tasks": [task.name for task in chosen]}
+    settings = said | settings | {"batch_size": batch_size, "strict": strict} | run.settings
     overall = groups[f"overall {counted}"]
-    return run.write(
-        results, settings=settings, groups=groups, overall=overall, missing=plan.missing, warnings=plan.warnings
-    )
+    return run.write(results, settings=settings, groups=groups, overall=overall, missing=missing, warnings=warnings)
 
 
 def check_folder(data: Path) -> None:
@@ -139,9 +134,6 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
     }
 
 
-# ── what is asked, and what is there ─────────────────────────────────────────────────────────────────────────────────
-
-
 def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
     if names is None:
         return ALL
@@ -154,34 +146,20 @@ def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
     return tuple(task for task in ALL if task.name in names)
 
 
-def _check(pools: Sequence[str], prompts: str) -> None:
-    if not pools or set(pools) - {"local", "global"}:
-        raise MucoError(f"pools must be 'local', 'global' or both, not {list(pools)!r}")
-    if prompts not in ("random", "first"):
-        raise MucoError(f"prompts must be 'random' or 'first', not {prompts!r}")
+def _plan(
+    data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool
+) -> tuple[list[tuple[MBEIRTask, PoolName]], list[str], list[str]]:
+    """What can be scored, the names of what cannot be, and warnings about files.
 
-
-def _in_order(pools: Sequence[PoolName]) -> list[PoolName]:
-    return [pool for pool in ("local", "global") if pool in pools]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is scored, the names of what cannot be, and warnings about files."""
-
-    todo: tuple[tuple[MBEIRTask, PoolName], ...]
-    missing: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def _plan(data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool) -> _Plan:
-    """What can be scored; a DataError that lists all missing files unless they may be missing."""
+    Raises:
+        DataError: That lists all missing files, unless they may be missing.
+    """
     check_folder(data)
     lost_pools = _absent([task.files(data)["pool"] for task in ALL])
     lost = _absent([instructions_file(data)])
     readable = not lost  # no task can do without the instructions
     todo, missing = [], []
-    for pool in _in_order(pools):
+    for pool in pools:
         for task in chosen:
             own = task.files(data)
             absent = _absent([own["queries"], own["judgements"]])
@@ -197,8 +175,126 @@ def _plan(data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], al
     warnings = [f"the file {path} is missing" for path in lost]
     if "global" in pools and lost_pools:
         warnings.append(f"nothing was searched in the global pool: {len(lost_pools)} of its 16 parts are missing")
-    return _Plan(tuple(todo), tuple(f"{task.name} {pool}" for task, pool in missing), tuple(warnings))
+    return todo, [f"{task.name} {pool}" for task, pool in missing], warnings
 
 
 def _absent(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if not file.is_file()]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which prompts and queries are taken; the arguments of ``evaluate_mbeir``."""
+
+    prompts: Prompts
+    seed: int
+    queries: int | None
+
+
+def _open_tasks(
+    run: Benchmark, todo: Sequence[tuple[MBEIRTask, PoolName]], drawing: Drawing, strict: bool
+) -> list[RankedTask]:
+    """Everything that is scored, read and checked; with ``strict`` a DataError for a positive that no pool holds."""
+    instructions = read_instructions(instructions_file(run.data))
+    tasks = dict.fromkeys(task for task, _ in todo)
+    whole = any(pool == "global" for _, pool in todo)
+    local = {task: open_pool(run.data, task, LeftOut(run.skip_broken)) for task in (ALL if whole else tasks)}
+    asked = {task: _ask(run.data, task, instructions, drawing, LeftOut(run.skip_broken)) for task in tasks}
+    together = Pools(list(local.values())) if whole else None
+    opened = []
+    for task, pool in todo:
+        queries, facts = asked[task]
+        pools = together if together and pool == "global" else Pools([local[task]])
+        opened.append(_ranked_task(run, task, pool, queries, pools, facts, strict))
+    return opened
+
+
+def _ask(
+    data: Path, task: MBEIRTask, instructions: Mapping[Key, Sequence[str]], drawing: Drawing, left_out: LeftOut
+) -> tuple[JudgedQueries, dict[str, Any]]:
+    """The queries of a task, and facts about them."""
+    if task.key not in instructions:
+        number, query, candidate = task.key
+        raise DataError(
+            f"{instructions_file(data)}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}"
+        )
+    lines, judgements = read_queries(data, task, left_out), read_judgements(task.files(data)["judgements"], task)
+    total, seed = len(lines), drawing.seed
+    if drawing.queries is not None and drawing.queries < total:
+        drawn = sorted(lines, key=lambda line: (hash_of(seed, "query", line.id), line.id))[: drawing.queries]
+        kept = {line.id for line in drawn}
+        lines = [line for line in lines if line.id in kept]
+    by_seed = seed if drawing.prompts == "random" else None
+    queries, taken = as_queries(lines, judgements, instructions[task.key], by_seed)
+    other = sum(set(query.relevant) != set(line.positives) for query, line in zip(queries, lines, strict=True))
+    return JudgedQueries(queries, left_out), {
+        "query": task.key[1],
+        "candidate": task.key[2],
+        "prompts": drawing.prompts,
+        "seed": seed,
+        "times each prompt was taken": taken,
+        "queries in the file": total,
+        "queries whose pos_cand_list is not what is judged relevant": other,
+    }
+
+
+def _ranked_task(
+    run: Benchmark,
+    task: MBEIRTask,
+    pool: PoolName,
+    queries: JudgedQueries,
+    pools: Pools,
+    facts: Mapping[str, Any],
+    strict: bool,
+) -> RankedTask:
+    rows = pools.relevant(queries.queries)
+    lost = []
+    for query, own in zip(queries.queries, rows, strict=True):
+        lost += [(query, id) for id, row in zip(query.relevant, own, strict=True) if row < 0]
+    for query, id in lost if strict else ():
+        if pool == "global" or data_set_of(id) == task.data_set_id:
+            raise DataError(
+                f"{query.where}: the positive {id!r} of the query {query.id!r} is not in the {pool} pool; "
+                f"complete the pool, or score without strict"
+            )
+    facts = {
+        "pool": pool,
+        **facts,
+        "positives": sum(map(len, rows)),
+        "positives that the pool lacks": len(lost),
+        "of those, of other data sets": sum(data_set_of(id) != task.data_set_id for _, id in lost),
+        "queries without a positive in the pool": sum(not (own >= 0).any() for own in rows),
+    }
+    name = f"{task.name} {pool}"
+    depths = (1, 5, 10, 20, 50) if task.k == 10 else (1, 5, 10)
+    hits = {f"hit@{k}": functools.partial(metrics.hit_at, k=k) for k in depths}
+    recalls = {f"recall@{k}": functools.partial(metrics.recall_at, k=k) for k in depths}
+    return RankedTask(
+        name=name,
+        queries=queries,
+        pools=pools,
+        metric=f"hit@{task.k}",
+        measures=hits | recalls,
+        depth=max(depths),
+        chance=functools.partial(chance_of_hit, k=task.k),
+        facts=facts,
+        warnings=_warnings(facts, len(queries)),
+        cached_as=f"M-BEIR {task.name}",
+        run_file=run.output / "runs" / f"{name.replace(' ', '_')}.trec",
+    )
+
+
+def _warnings(facts: Mapping[str, Any], asked: int) -> list[str]:
+    lines = []
+    if asked < (total := facts["queries in the file"]):
+        lines.append(f"only {asked} of {total} queries were asked, drawn with seed {facts['seed']}")
+    if lost := facts["positives that the pool lacks"]:
+        lines.append(
+            f"{lost} of {facts['positives']} positives are not in the {facts['pool']} pool, "
+            f"{facts['of those, of other data sets']} of them of other data sets; recall@k counts them as not found"
+        )
+    if empty := facts["queries without a positive in the pool"]:
+        lines.append(f"{empty} queries have no positive in the {facts['pool']} pool: nothing can be right for them")
+    if other := facts["queries whose pos_cand_list is not what is judged relevant"]:
+        lines.append(f"{other} queries have another pos_cand_list than the judgements, which count")
+    return lines

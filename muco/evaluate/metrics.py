@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,10 +138,7 @@ def chance_hit(k: int, candidates: int | np.ndarray) -> float:
     return float(np.mean(np.minimum(1.0, k / np.asarray(candidates))))
 
 
-# ── ranked lists with graded judgements ──────────────────────────────────────────────────────────────────────────────
 # k is the depth. *Relevant* is a candidate of a grade above 0. A list shorter than k counts as if wrong ones followed.
-
-Gain = Literal["linear", "exponential"]
 
 
 def hit_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
@@ -155,24 +152,22 @@ def recall_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
     return len(relevant.intersection(found[:k])) / len(relevant) if relevant else 0.0
 
 
-def ndcg_at(found: Sequence[str], grades: Mapping[str, int], k: int, *, gain: Gain = "linear") -> float:
-    """Discounted gain of the first k over that of the best possible list; 0.0 where nothing is relevant.
+def ndcg_at(found: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    """Discounted grades of the first k over those of the best possible list; 0.0 where nothing is relevant.
 
-    Args:
-        gain: "linear" (trec_eval, BEIR): the grade; "exponential": 2 ^ grade - 1. Negative grades count as 0.
-    Source: Järvelin and Kekäläinen, 2002; the discount is log2(rank + 1).
+    Negative grades count as 0. Source: Järvelin and Kekäläinen, 2002; the discount is log2(rank + 1).
     """
-    gained = [_gain(grades.get(candidate, 0), gain) for candidate in found[:k]]
-    best = sorted((_gain(grade, gain) for grade in grades.values()), reverse=True)[:k]
-    ideal = _discounted(best)
-    return _discounted(gained) / ideal if ideal else 0.0
+    gained = [max(0, grades.get(candidate, 0)) for candidate in found[:k]]
+    ideal = ideal_gain(grades, k)
+    return discounted(gained) / ideal if ideal else 0.0
 
 
-def _gain(grade: int, gain: Gain) -> float:
-    return float(max(0, grade)) if gain == "linear" else 2.0 ** max(0, grade) - 1
+def ideal_gain(grades: Mapping[str, int], k: int) -> float:
+    """The discounted grades of the best possible list."""
+    return discounted(sorted((max(0, grade) for grade in grades.values()), reverse=True)[:k])
 
 
-def _discounted(gains: Sequence[float]) -> float:
+def discounted(gains: Iterable[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
 
@@ -182,8 +177,6 @@ def reciprocal_rank(found: Sequence[str], grades: Mapping[str, int], k: int) -> 
     first = next(ranks, None)
     return 1 / first if first else 0.0
 
-
-# ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -224,31 +217,35 @@ def reduced(vectors: np.ndarray, precision: Precision) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Health:
-    """What a set of vectors of *distinct* contents looks like.
-
-    Args:
-        rows: Number of vectors.
-        non_finite: Rows that hold NaN or infinity.
-        spread: Largest distance of a finite row from the first finite one; 0 to 2 for unit vectors.
-        collapsed: True when no two of several rows can be told apart, or no row is finite.
-    """
+    """What a set of vectors of *distinct* contents looks like."""
 
     rows: int
-    non_finite: int
-    spread: float
-    collapsed: bool
+    non_finite: int  # rows that hold NaN or infinity
+    spread: float  # largest distance of a finite row from the first finite one; 0 to 2 for unit vectors
+    collapsed: bool  # no two of several rows can be told apart, or no row is finite
+
+    def fault(self, what: str) -> str:
+        """What is wrong with these ``what`` vectors; "" if nothing."""
+        if self.non_finite:
+            return f"{self.non_finite} of {self.rows} {what} vectors are not finite"
+        return f"all {self.rows} {what} vectors are the same; the model has collapsed" if self.collapsed else ""
 
 
 def embedding_health(vectors: np.ndarray) -> Health:
     """Looks for NaN and collapse in float32 [n, D]; one row alone cannot collapse."""
-    finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    spread = 0.0
-    for block in _blocks(len(finite), vectors.shape[1]):
-        distance = np.linalg.norm(vectors[finite[block]] - vectors[finite[0]], axis=1)
-        spread = max(spread, float(distance.max()))
-    rows = len(vectors)
-    collapsed = spread <= COLLAPSED if rows > 1 else rows == 1 and not len(finite)
-    return Health(rows, rows - len(finite), spread, bool(collapsed))
+    return health_of(vectors[block] for block in _blocks(len(vectors), vectors.shape[1]))
+
+
+def health_of(blocks: Iterable[np.ndarray], left_out: int = 0) -> Health:
+    """The same of vectors that come in blocks; ``left_out`` rows of NaN do not count."""
+    first, spread, rows, broken = None, 0.0, -left_out, -left_out
+    for block in blocks:
+        finite = block[np.isfinite(block).all(axis=1)]
+        rows, broken = rows + len(block), broken + len(block) - len(finite)
+        if len(finite):
+            first = finite[0].copy() if first is None else first
+            spread = max(spread, float(np.linalg.norm(finite - first, axis=1).max()))
+    return Health(rows, broken, spread, spread <= COLLAPSED if rows > 1 else rows == 1 and first is None)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

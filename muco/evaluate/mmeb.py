@@ -5,11 +5,8 @@
     data sets ─read_questions─▶ rows ─Task─▶ distinct contents ─embed─▶ vectors ─judge─▶ hit@1 per data set ─▶ means
 
 Every query ranks its own list, and the right candidate must beat all others: it is listed first, so a rule that lets it
-win ties would give full marks to a model that maps everything to one point. Candidates are the same if their text and
-the bytes of their image are; copies of the right one are not rivals. Each distinct content is embedded once of a data
-set, once, in an order that the order of rows does not change.
-
-The overall score is the mean of the 36 data sets, not of the four meta-tasks.
+win ties would give full marks to a model that maps everything to one point. Each distinct content of a data set is
+embedded once, in an order that the order of rows does not change.
 """
 
 from __future__ import annotations
@@ -17,17 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
 from muco.data.mmeb_test import BLANK, find_files, open_set
 from muco.errors import DataError, did_you_mean
 from muco.evaluate.benchmark import Progress, TaskResult, mean_of
+from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark, check_queries
 from muco.evaluate.mmeb_task import MmebTask
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
 
 RULES = {
     "ranking": "each query ranks its own list; scores are float32 dot products; ties are lost",
@@ -57,48 +52,36 @@ def evaluate_mmeb(
     allow_missing: bool = False,
     skip_broken: bool = False,
     official: bool = False,
-    pixels: str = "",
-    trained_pixels: str = "",
-    command: str = "",
-    model_path: str = "",
     progress: Progress | None = None,
+    **recorded: str,
 ) -> dict[str, Any]:
     """Scores a model on MMEB, or on some of its data sets.
 
-    Run it again to resume: a data set that ``output`` holds for this model, these settings and this data is not
-    repeated. Call it on every process alike; the first one writes.
-
     Args:
-        model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
+        model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
         data: A folder with one folder per data set, see :mod:`muco.data.mmeb_test`.
-        output: Gets ``mmeb.json`` and its other forms, a file per data set, and the vectors.
         images: The folder of all images; None: ``eval_images`` or ``image-tasks`` in ``data``, by the layout.
         tasks: Names of data sets; None: all 36.
         queries: How many of each data set to ask, drawn by ``seed``; None: all.
-        batch_size: Contents per forward pass; the scores do not depend on it.
         allow_missing: Score what is available, instead of refusing to start if a data set is missing.
-        skip_broken: Leave out what cannot be embedded, instead of stopping; see :mod:`muco.data.left_out`.
         official: Tell candidates apart as the paper's code does, see :func:`muco.data.mmeb_test.official_name`.
             How images are opened is the model's own: set ``images_as_stored`` of its processor too.
-        pixels, trained_pixels: The limits of image size, here and in training, as "3136 to 1003520". Recorded in
-            the results, with a warning if they differ.
-        command, model_path: Recorded in the results.
         progress: Called with (contents encoded, contents in all) of one data set after another.
     Returns:
         What ``mmeb.json`` holds; shares are 0 to 1, and "overall" is None unless all 36 were scored.
     Raises:
         DataError: If a data set is unknown or missing, or a row cannot be used.
         MucoError: If ``queries`` is less than 1.
-        OutputError: If the output cannot be written.
     """
     check_queries(queries)
     chosen = _chosen(tasks)
     found, missing = find_files(data, chosen)
-    _refuse_missing(missing, len(chosen), bool(found), allow_missing)
+    if missing and not (allow_missing and found):
+        listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
+        remedy = "or score the others alone by allowing missing ones" if found else "or name another folder"
+        raise DataError(f"{len(missing)} of {len(chosen)} data sets of MMEB are missing; get them, {remedy}. {listed}")
     sources = [open_set(Path(data), name, paths, images) for name, paths in found.items()]
-    run = Benchmark(
-        "mmeb", model, Path(data), Path(output), batch_size, skip_broken, pixels, trained_pixels, command, model_path
-    )
+    run = Benchmark("mmeb", model, Path(data), Path(output), batch_size, skip_broken, **recorded)
     rules = RULES | (OFFICIAL if official else {})
     # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
     places = sorted({str(source.images.resolve()) for source in sources})
@@ -119,9 +102,8 @@ def evaluate_mmeb(
         "rules": rules,
     }
     warnings = _warnings(results, missing, seed)
-    return run.write(
-        results, settings=settings, groups=groups, overall=overall, missing=list(missing), warnings=warnings
-    )
+    lost = list(missing)
+    return run.write(results, settings=settings, groups=groups, overall=overall, missing=lost, warnings=warnings)
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
@@ -145,13 +127,6 @@ def _chosen(tasks: Sequence[str] | None) -> tuple[str, ...]:
         if name not in NAMES:
             raise DataError(f"{name!r} is not a data set of MMEB{did_you_mean(name, NAMES)}")
     return tuple(name for name in NAMES if name in tasks)
-
-
-def _refuse_missing(missing: Mapping[str, str], chosen: int, some: bool, allowed: bool) -> None:
-    if missing and not (allowed and some):
-        listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
-        remedy = "or score the others alone by allowing missing ones" if some else "or name another folder"
-        raise DataError(f"{len(missing)} of {chosen} data sets of MMEB are missing; get them, {remedy}. {listed}")
 
 
 def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: int) -> list[str]:

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,27 +18,19 @@ from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
-from muco.evaluate.cache import Book, EmbeddingCache, embed
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
 
 METRIC = "hit@1"
 
 
 @dataclass(frozen=True)
 class ListQuery:
-    """One query by keys of the book.
-
-    Args:
-        candidates: All of its list, the right one first, repeated ones too.
-        lost: Keys that cannot be embedded.
-    """
+    """One query by keys of the book."""
 
     number: int
     query: str
-    candidates: tuple[str, ...]
-    lost: Collection[str] = ()
+    candidates: tuple[str, ...]  # all of its list, the right one first, repeated ones too
+    lost: Collection[str] = ()  # keys that cannot be embedded
 
     @functools.cached_property
     def places(self) -> dict[str, int]:
@@ -60,22 +51,15 @@ class ListQuery:
         """How many distinct candidates the query chooses from; of one that is missed, how many it names."""
         return len(set(self.candidates)) if self.missed else len(self.places)
 
-    @property
-    def repeats_truth(self) -> bool:
-        return self.candidates[0] in self.candidates[1:]
-
 
 @dataclass(frozen=True)
 class Judged:
-    """A query's outcome. ``rank`` counts from 1, beyond the list where a score is not finite; then ``margin`` is None.
-
-    ``margin`` is the score of the best rival minus that of the right candidate; ``tied``: nothing but a tie was lost.
-    """
+    """A query's outcome."""
 
     outcome: Outcome
-    rank: int
-    margin: float | None = None
-    tied: bool = False
+    rank: int  # from 1, beyond the list where a score is not finite
+    margin: float | None = None  # score of the best rival minus that of the right candidate; None if not finite
+    tied: bool = False  # nothing but a tie was lost
 
 
 class MmebTask:
@@ -147,7 +131,8 @@ class MmebTask:
         judged = []
         for asked in self.queries:
             if asked.missed:
-                judged.append(missed(asked))
+                # no candidate is found, and the right one is behind all
+                judged.append(Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1))
                 continue
             rows = [row_of[key] for key in asked.places]
             with np.errstate(invalid="ignore", over="ignore"):  # NaN is wanted in the scores, not as a warning
@@ -163,7 +148,7 @@ class MmebTask:
         ranks = np.array([one.rank for one in judged])
         # hit@5 says nothing where everyone hits five of five.
         hits = {f"hit@{k}": metrics.hit_rate(ranks, k) for k in (1, 5) if k < sizes.min()}
-        ties, repeated = sum(one.tied for one in judged), sum(question.repeats_truth for question in asked)
+        ties, repeated = sum(one.tied for one in judged), sum(one.candidates[0] in one.candidates[1:] for one in asked)
         chance = metrics.chance_hit(1, sizes)
         facts = {
             "meta": data_set.meta,
@@ -176,8 +161,13 @@ class MmebTask:
             "ties": ties,
             "repeated_truth": repeated,
         }
-        broken, gone = self._broken(), sum(question.missed for question in asked)
-        warnings = [*left_out_warnings(broken, gone), *_of_health(health), *gate(hits[METRIC], chance, len(asked))]
+        reasons = self.left_out.reasons
+        lost = [("query", one.query) for one in asked]
+        lost += [("candidate", key) for key in dict.fromkeys(key for one in asked for key in one.candidates)]
+        broken = tuple(Broken(kind, reasons[key]) for kind, key in lost if key in reasons)
+        gone = sum(question.missed for question in asked)
+        of_health = filter(None, (of.fault(side) for side, of in health.items()))
+        warnings = [*left_out_warnings(broken, gone), *of_health, *gate(hits[METRIC], chance, len(asked))]
         if ties:
             warnings.append(f"queries lost to a tie with a wrong candidate: {ties}")
         if repeated:
@@ -201,15 +191,6 @@ class MmebTask:
             broken=broken,
         )
 
-    def _broken(self) -> tuple[Broken, ...]:
-        reasons = self.left_out.reasons
-        queries = [question.query for question in self.queries if question.query in reasons]
-        candidates = dict.fromkeys(key for question in self.queries for key in question.candidates if key in reasons)
-        return (
-            *(Broken("query", reasons[key]) for key in queries),
-            *(Broken("candidate", reasons[key]) for key in candidates),
-        )
-
     def _failures(self, judged: Sequence[Judged]) -> tuple[Failure, ...]:
         lost = [
             (one.margin, asked, one.outcome.found)
@@ -217,27 +198,21 @@ class MmebTask:
             if one.rank > 1 and one.margin is not None
         ]
         lost.sort(key=lambda item: (-item[0], item[1].number))
-        failures = []
+        failures, contents = [], self.book.contents
         for margin, asked, found in lost[:FAILURES]:
-            best = tuple((self._shown(place, asked.candidates[int(place)]), score) for place, score in found)
-            query = self._shown(str(asked.number), asked.query)
-            failures.append(Failure(margin, query, self._shown("0", asked.candidates[0]), best))
+            best = tuple((Shown.of(place, contents[asked.candidates[int(place)]]), score) for place, score in found)
+            query, right = (
+                Shown.of(str(asked.number), contents[asked.query]),
+                Shown.of("0", contents[asked.candidates[0]]),
+            )
+            failures.append(Failure(margin, query, right, best))
         return tuple(failures)
-
-    def _shown(self, name: str, key: str) -> Shown:
-        content = self.book.contents[key]
-        return Shown(name, content.text, tuple(str(image) for image in content.images))
 
 
 def sample(rows: int, queries: int | None, seed: int) -> list[int]:
     """Numbers of the rows that are asked, ascending: those with the smallest hash of (seed, number)."""
     order = sorted(range(rows), key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest())
     return sorted(order[:queries])
-
-
-def missed(asked: ListQuery) -> Judged:
-    """The outcome of a query that cannot be answered: no candidate is found, and the right one is behind all."""
-    return Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1)
 
 
 def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
@@ -259,13 +234,3 @@ def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
     margin = float(scores[1:].max() - scores[0])
     tied = rank > 1 and margin <= metrics.TIE
     return Judged(Outcome(name, float(rank == 1), rank, found), rank, margin, tied)
-
-
-def _of_health(health: Mapping[str, metrics.Health]) -> list[str]:
-    lines = []
-    for side, of in health.items():
-        if of.non_finite:
-            lines.append(f"{of.non_finite} of {of.rows} {side} vectors are not finite")
-        elif of.collapsed:
-            lines.append(f"all {of.rows} {side} vectors are the same; the model has collapsed")
-    return lines

@@ -7,7 +7,7 @@ the content that :meth:`muco.model.Model.encode` takes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +20,11 @@ try:
 except ImportError as error:
     raise MucoError(f"the mteb package is not installed ({error}); run: pip install mteb") from error
 
-if TYPE_CHECKING:
-    from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.types import PromptType
-    from torch.utils.data import DataLoader
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.types import PromptType
+from torch.utils.data import DataLoader
 
-    from muco.model import Model
+from muco.model import Model, load
 
 
 class MtebEncoder(AbsEncoder):
@@ -42,8 +41,6 @@ class MtebEncoder(AbsEncoder):
         self, model: Model | str, revision: str | None = None, *, device: str | None = None, instructions: bool = True
     ) -> None:
         if isinstance(model, str):
-            from muco.model import load
-
             name, model = model, load(model, device=device)
         else:
             name = f"muco/{model.fingerprint[:12]}"

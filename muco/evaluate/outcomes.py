@@ -11,18 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from muco.data.judged import Candidate, Query
+from muco.data.judged import Candidate, LinePool, Query
 from muco.errors import DataError
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Shown
 from muco.evaluate.metrics import Health
-
-if TYPE_CHECKING:
-    from muco.data.judged import LinePool
-    from muco.evaluate.pool import Vectors
+from muco.evaluate.pool import Vectors
 
 TIES = 0.01  # share of queries decided by a tie from which on that is a warning
 TIED = "queries whose best right candidate ties with a wrong one"
@@ -96,21 +93,14 @@ class Pools:
 
 @dataclass(frozen=True)
 class Searched:
-    """What queries found in pools.
-
-    Args:
-        stored, health: Of each pool, its vectors and what they look like.
-        vectors: float32 [Q, D], of the queries.
-        rows: int64 [Q, depth], best first; -1 beyond the end.
-        scores: float32 [Q, depth].
-    """
+    """What queries found in pools."""
 
     pools: Pools
-    stored: Sequence[Vectors]
+    stored: Sequence[Vectors]  # of each pool
     health: Sequence[Health]
-    vectors: np.ndarray
-    rows: np.ndarray
-    scores: np.ndarray
+    vectors: np.ndarray  # float32 [Q, D], of the queries
+    rows: np.ndarray  # int64 [Q, depth], best first; -1 beyond the end
+    scores: np.ndarray  # float32 [Q, depth]
 
     @cached_property
     def collapsed(self) -> set[int]:
@@ -144,11 +134,8 @@ class Searched:
 
     def warnings(self, of_queries: Health) -> list[str]:
         """Sentences about vectors that are not finite, or all the same."""
-        lines, rows = [], of_queries.rows
-        if of_queries.non_finite:
-            lines.append(f"{of_queries.non_finite} of {rows} query vectors are not finite; they find nothing")
-        elif of_queries.collapsed:
-            lines.append(f"all {rows} query vectors are the same; the model has collapsed")
+        fault = of_queries.fault("query")
+        lines = [f"{fault}; they find nothing" if of_queries.non_finite else fault] if fault else []
         for pool, health in zip(self.pools.pools, self.health, strict=True):
             if health.non_finite:
                 lines.append(
@@ -164,16 +151,11 @@ class Searched:
 
 @dataclass(frozen=True)
 class Found:
-    """The ranked candidates of one query, best first.
-
-    Args:
-        counted: Their ids, but "" for a candidate of a collapsed pool: it is never right.
-        scores: float32 [n].
-    """
+    """The ranked candidates of one query, best first."""
 
     ids: Sequence[str]
-    counted: Sequence[str]
-    scores: np.ndarray
+    counted: Sequence[str]  # the ids, but "" for a candidate of a collapsed pool: it is never right
+    scores: np.ndarray  # float32 [n]
 
     @property
     def scored(self) -> list[tuple[str, float]]:
@@ -182,14 +164,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Scored:
-    """The results of the queries of a task.
+    """The results of the queries of a task: for a TaskResult, and ``run`` for ``write_trec_run``."""
 
-    Args:
-        scores: The mean of each measure over the queries.
-        run: For :func:`muco.evaluate.benchmark.write_trec_run`; the rest is for a TaskResult.
-    """
-
-    scores: dict[str, float]
+    scores: dict[str, float]  # the mean of each measure over the queries
     outcomes: tuple[Outcome, ...]
     failures: tuple[Failure, ...]
     warnings: tuple[str, ...]
@@ -210,10 +187,14 @@ def score_queries(queries: Sequence[Query], searched: Searched, measures: Mappin
         found = searched.found(number)
         for name, measure in measures.items():
             values[name].append(measure(found.counted, query.grades))
-        rank, tied = rank_one(query, found)
+        right = [query.grades.get(id, 0) > 0 for id in found.counted]
+        best = right.index(True) if True in right else None
+        if best is not None:  # does a wrong one tie with it?
+            equal = np.flatnonzero(found.scores == found.scores[best])
+            ties += not all(right[place] for place in equal)
+        rank = None if best is None else best + 1
         run[query.id] = found.scored
         outcomes.append(Outcome(query.id, values[metric][-1], rank, tuple(found.scored[:FOUND])))
-        ties += tied
     many = ties > TIES * len(queries)
     return Scored(
         scores={name: float(np.mean(each)) for name, each in values.items()},
@@ -223,16 +204,6 @@ def score_queries(queries: Sequence[Query], searched: Searched, measures: Mappin
         facts={TIED: ties},
         run=run,
     )
-
-
-def rank_one(query: Query, found: Found) -> tuple[int | None, bool]:
-    """The rank of the best right candidate, from 1 (None if none was ranked), and whether a wrong one ties with it."""
-    right = [query.grades.get(id, 0) > 0 for id in found.counted]
-    if True not in right:
-        return None, False
-    best = right.index(True)
-    equal = np.flatnonzero(found.scores == found.scores[best])
-    return best + 1, not all(right[place] for place in equal)
 
 
 def worst_failures(queries: Sequence[Query], searched: Searched) -> list[Failure]:
@@ -264,13 +235,11 @@ def _failure(query: Query, number: int, right: np.ndarray, searched: Searched) -
     of_right = [searched.score(number, row) for row in right]
     best = int(np.argmax(np.nan_to_num(of_right, nan=-np.inf)))
     rows, scores = searched.rows[number, :FOUND], searched.scores[number, :FOUND]
-    found = tuple(
-        (shown(searched.pools[row]), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0
-    )
+
+    def shown(of: Query | Candidate) -> Shown:
+        return Shown.of(of.id, of.content)
+
+    ranked = zip(rows, scores, strict=True)
+    found = tuple((shown(searched.pools[row]), float(score)) for row, score in ranked if row >= 0)
     margin = float(scores[0]) - of_right[best]
     return Failure(margin, shown(query), shown(searched.pools[right[best]]), found)
-
-
-def shown(of: Query | Candidate) -> Shown:
-    """A query or candidate for the page."""
-    return Shown(of.id, of.content.text, tuple(map(str, of.content.images)))

@@ -11,7 +11,7 @@ from muco.base.files import write_json, write_text
 from muco.base.html import count, data_uri, document, house_style, section, sign, text
 from muco.errors import ImageError
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
-from muco.evaluate.tables import (
+from muco.evaluate.report import (
     INCOMPLETE,
     as_csv,
     benchmark_markdown,
@@ -22,13 +22,10 @@ from muco.evaluate.tables import (
     means_of,
     origin,
     percent,
-    print_benchmark,
     title_of,
     warnings_of,
 )
 from muco.images import open_image
-
-__all__ = ["page", "print_benchmark", "write_reports"]
 
 SIDE = 160  # px, of a thumbnail
 THUMBNAILS = 12 * 2**20  # characters of all images of a page together
@@ -37,10 +34,9 @@ TEXT = 600  # characters shown of a query or candidate
 
 
 def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all.
+    """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` of a :meth:`muco.evaluate.driver.Benchmark.result`.
 
     Args:
-        result: Of :func:`muco.evaluate.benchmark.benchmark_result`.
         results: The tasks it was made of, for their failures.
     Raises:
         OutputError: If a file cannot be written.
@@ -76,12 +72,12 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
     return document(f"{title_of(result)}: {result['model']['path']}", body, style)
 
 
-# ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _head(result: Mapping[str, Any]) -> str:
+    def overall(score: float | None) -> str:
+        return f'<b class="none">{INCOMPLETE}</b>' if score is None else f"<b>{percent(score)}<small>%</small></b>"
+
     lead = "".join(
-        f'<p class="lead">{_overall(score)} <span>{text(name)}</span></p>\n'
+        f'<p class="lead">{overall(score)} <span>{text(name)}</span></p>\n'
         for name, score in means_of(result).items()
         if name.startswith("overall")
     )
@@ -91,25 +87,15 @@ def _head(result: Mapping[str, Any]) -> str:
 <dl class="card facts-list run-of">{items}</dl>"""
 
 
-def _overall(score: float | None) -> str:
-    return f'<b class="none">{INCOMPLETE}</b>' if score is None else f"<b>{percent(score)}<small>%</small></b>"
-
-
 def _warnings(lines: Sequence[str]) -> str:
     if not lines:
         return ""
-    first, more = (_items(part) for part in (lines[:WARNINGS], lines[WARNINGS:]))
-    if more:
-        more = f"<details><summary>{len(lines) - WARNINGS:,} more</summary>{more}</details>"
-    return f'<div class="alarm" role="alert"><h2>{count(len(lines), "warning")}</h2>{first}{more}</div>'
+    items = [f"<li>{text(line)}</li>" for line in lines]
+    shown = f"<ul>{''.join(items[:WARNINGS])}</ul>"
+    if more := items[WARNINGS:]:
+        shown += f"<details><summary>{len(more):,} more</summary><ul>{''.join(more)}</ul></details>"
+    return f'<div class="alarm" role="alert"><h2>{count(len(lines), "warning")}</h2>{shown}</div>'
 
-
-def _items(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{text(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if items else ""
-
-
-# ── bars ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LEGEND = """<ul class="legend"><li><i class="ours"></i>this model, measured</li>
 <li><i class="chance"></i>chance</li></ul>"""
@@ -150,9 +136,6 @@ def _bar(score: float | None, chance: float | None = None) -> str:
 <span class="value">{percent(score)}</span></div>"""
 
 
-# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _table(result: Mapping[str, Any]) -> str:
     tasks = result["tasks"]
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task["scores"]))
@@ -168,23 +151,13 @@ def _table(result: Mapping[str, Any]) -> str:
         if "left out" in last:
             cells.append(left_out_text(task["left_out"]))
         rows += f"<tr><th>{text(name)}{counts}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    body = _scrolled("all scores", f'<table class="all"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
+    body = f"""<div class="card scroll" tabindex="0" role="region" aria-label="all scores"><table class="all"><thead>
+<tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"""
     return _section("All metrics", "Every metric of every task, in per cent.", body)
 
 
-def _scrolled(label: str, table: str) -> str:
-    return f'<div class="card scroll" tabindex="0" role="region" aria-label="{label}">{table}</div>'
-
-
-# ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Thumbnails:
-    """Small JPEGs as data URIs until the room is used up.
-
-    Args:
-        room: Characters that all of them may take together.
-    """
+    """Small JPEGs as data URIs until ``room`` characters are used up."""
 
     def __init__(self, room: int) -> None:
         self.room, self.full, self.left_out = room, False, 0
@@ -194,7 +167,12 @@ class Thumbnails:
         """The image, or its name where it cannot be read or does not fit any more."""
         name = text(Path(image).name)
         if not self.full and image not in self._made:
-            self._made[image] = _thumbnail(image)
+            try:
+                picture = open_image(image, small_side=0)
+                picture.thumbnail((SIDE, SIDE))
+                self._made[image] = data_uri(picture, "JPEG", quality=72)
+            except ImageError:
+                self._made[image] = None
         if image in self._made and (uri := self._made[image]) is None:
             return f'<span class="gone">{name}: the image is missing or cannot be read</span>'
         if self.full or len(uri) > self.room:
@@ -202,15 +180,6 @@ class Thumbnails:
             return f'<span class="gone">{name}: left out</span>'
         self.room -= len(uri)
         return f'<img src="{uri}" alt="{name}" title="{name}" loading="lazy">'
-
-
-def _thumbnail(image: str) -> str | None:
-    try:
-        picture = open_image(image, small_side=0)
-    except ImageError:
-        return None
-    picture.thumbnail((SIDE, SIDE))
-    return data_uri(picture, "JPEG", quality=72)
 
 
 def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:
@@ -260,9 +229,6 @@ def _shown(shown: Shown, thumbnails: Thumbnails) -> str:
         words = f"{words[:TEXT]}… ({len(words):,} characters)"
     said = f'<p dir="auto">{text(words)}</p>' if words else ""
     return f'<div class="thing">{images}{said}<p class="name" dir="auto">{text(shown.id[:200])}</p></div>'
-
-
-# ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _section(title: str, words: str, body: str) -> str:

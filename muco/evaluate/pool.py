@@ -17,21 +17,17 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from muco import distributed
-from muco.base.files import write_bytes
-from muco.data.judged import Candidate
+from muco.base.files import make_folder, write_bytes, writing
+from muco.data.judged import LinePool
 from muco.data.left_out import LeftOut
 from muco.dialogue import Content
-from muco.errors import DataError, OutputError
+from muco.errors import DataError
 from muco.evaluate import metrics
-from muco.evaluate.cache import encode_named
-
-if TYPE_CHECKING:
-    from muco.evaluate.cache import Embedder
+from muco.evaluate.cache import Embedder, encode_named
 
 SHARD = 4096  # candidates per file
 QUERIES = 4096  # that pass over the pool together
@@ -42,30 +38,12 @@ LAYOUT = 1  # raise when the meaning of a shard changes
 log = logging.getLogger(__name__)
 
 
-class Pool(Protocol):
-    """Candidates in a fixed order.
-
-    ``fingerprint`` changes when a candidate may have changed; ``order`` is int64 [N], unique per candidate: among equal
-    scores the candidate with the smaller one comes first, wherever it is in the pool.
-    """
-
-    name: str
-    fingerprint: str
-    order: np.ndarray
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> Candidate: ...
-
-
 class Vectors:
-    """The vectors of a pool on disk, float32 [N, D], read block by block.
-
-    Args:
-        left_out: How many rows are NaN because their candidates cannot be embedded.
-    """
+    """The vectors of a pool on disk, float32 [N, D], read block by block."""
 
     def __init__(self, files: Sequence[Path], rows: int, left_out: int = 0) -> None:
-        self.files, self._rows, self._left_out = list(files), rows, left_out
+        self.files, self._rows = list(files), rows
+        self._left_out = left_out  # rows that are NaN because their candidates cannot be embedded
         self.dimension = int(np.load(self.files[0], mmap_mode="r", allow_pickle=False).shape[1])
 
     def __len__(self) -> int:
@@ -79,11 +57,7 @@ class Vectors:
                 yield np.asarray(shard[start : start + rows])  # read when used; nothing of it is kept
 
     def row(self, number: int) -> np.ndarray:
-        """One vector, float32 [D].
-
-        Raises:
-            IndexError: If there is no such row.
-        """
+        """One vector, float32 [D]; an IndexError if there is no such row."""
         first = 0
         for file in self.files:
             shard = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -93,26 +67,13 @@ class Vectors:
         raise IndexError(f"row {number} of {first}")
 
     def health(self) -> metrics.Health:
-        """Whether the pool as a whole holds NaN or has collapsed, see :func:`metrics.embedding_health`.
-
-        What was left out does not count.
-        """
-        first, spread, broken = None, 0.0, -self._left_out
-        for block in self.blocks(SHARD):
-            finite = block[np.isfinite(block).all(axis=1)]
-            broken += len(block) - len(finite)
-            if first is None and len(finite):
-                first = finite[0].copy()
-            if len(finite):
-                spread = max(spread, float(np.linalg.norm(finite - first, axis=1).max()))
-        rows = len(self) - self._left_out
-        collapsed = spread <= metrics.COLLAPSED if rows > 1 else first is None
-        return metrics.Health(rows, broken, spread, collapsed)
+        """Whether the pool as a whole holds NaN or has collapsed; what was left out does not count."""
+        return metrics.health_of(self.blocks(SHARD), self._left_out)
 
 
 def embed_pool(
     model: Embedder,
-    pool: Pool,
+    pool: LinePool,
     folder: Path,
     *,
     batch_size: int = 64,
@@ -136,15 +97,16 @@ def embed_pool(
         raise DataError(f"{pool.name}: the pool holds no candidate")
     key = hashlib.sha256(json.dumps([LAYOUT, SHARD, model.fingerprint, pool.fingerprint]).encode()).hexdigest()
     own = Path(folder) / key
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot hold vectors ({error}); choose another folder") from error
+    with writing(folder, "choose another folder"):
+        make_folder(own)
     left_out = LeftOut() if left_out is None else left_out
     starts = range(0, len(pool), SHARD)
     files = [own / f"shard-{start:09}.npy" for start in starts]
     if not left_out.allowed and distributed.rank() == 0:
-        _remove_partial(files)
+        for file in files:  # in which an earlier run left something out
+            if _note(file).is_file():
+                file.unlink(missing_ok=True)
+                _note(file).unlink()
     distributed.wait_for_all()
     missing = [(start, file) for start, file in zip(starts, files, strict=True) if not _whole(file, pool, start)]
     distributed.wait_for_all()  # all must have seen the same shards missing before one appears
@@ -167,15 +129,7 @@ def _note(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def _remove_partial(files: Sequence[Path]) -> None:
-    """Removes shards in which an earlier run left something out."""
-    for file in files:
-        if _note(file).is_file():
-            file.unlink(missing_ok=True)
-            _note(file).unlink()
-
-
-def _whole(file: Path, pool: Pool, start: int) -> bool:
+def _whole(file: Path, pool: LinePool, start: int) -> bool:
     """Whether a shard exists with all its rows; its name appears when it is complete."""
     if not file.is_file():
         return False
@@ -187,7 +141,7 @@ def _whole(file: Path, pool: Pool, start: int) -> bool:
     return rows == min(SHARD, len(pool) - start)
 
 
-def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int, left_out: LeftOut) -> None:
+def _encode_shard(model: Embedder, pool: LinePool, start: int, file: Path, batch_size: int, left_out: LeftOut) -> None:
     rows = range(start, min(start + SHARD, len(pool)))
     usable = [row for row in rows if row not in left_out]
     candidates = [pool[row] for row in usable]
@@ -200,21 +154,15 @@ def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_siz
     )
     reasons = {row: left_out.reasons[row] for row in rows if row in left_out}
     if reasons:
-        vectors = _with_gaps(model, vectors, [row in reasons for row in rows])
+        # a shard of which nothing is left still has the dimension of the others
+        dimension = vectors.shape[1] or model.encode([Content("a")], batch_size=1).shape[1]
+        known, vectors = vectors, np.full((len(rows), dimension), np.nan, dtype=np.float32)
+        if len(known):
+            vectors[[row not in reasons for row in rows]] = known
         write_bytes(_note(file), json.dumps(reasons).encode("ascii"))
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
     write_bytes(file, buffer.getvalue())
-
-
-def _with_gaps(model: Embedder, vectors: np.ndarray, gaps: Sequence[bool]) -> np.ndarray:
-    """The vectors with rows of NaN at the gaps, float32 [len(gaps), d]."""
-    # A shard of which nothing is left still has the dimension of the others.
-    dimension = vectors.shape[1] or model.encode([Content("a")], batch_size=1).shape[1]
-    whole = np.full((len(gaps), dimension), np.nan, dtype=np.float32)
-    if len(vectors):
-        whole[~np.array(gaps)] = vectors
-    return whole
 
 
 def search(

@@ -3,7 +3,7 @@
 M-BEIR and BEIR-like sets differ in their files only; from here on they are the same::
 
     queries ─JudgedQueries─▶ vectors ┐
-    pools ─────Stores──────▶ shards ─┴─search─▶ rows, scores ─outcomes.py─▶ measures, outcomes, failures, warnings
+    pools ───embed_pool────▶ shards ─┴─search─▶ rows, scores ─outcomes.py─▶ measures, outcomes, failures, warnings
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import functools
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from muco import distributed
-from muco.data.judged import Query
+from muco.data.judged import LinePool, Query
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
 from muco.evaluate import metrics
@@ -30,9 +29,6 @@ from muco.evaluate.cache import Book, embed
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
-
-if TYPE_CHECKING:
-    from muco.data.judged import LinePool
 
 # The score of a random order: (queries, judgements of each that name a candidate of the pool, size of the pool) -> it.
 Chance = Callable[[Sequence[Query], Sequence[Mapping[str, int]], int], float]
@@ -59,19 +55,8 @@ class JudgedQueries:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def fingerprint(self, *others: str) -> str:
-        """SHA-256 over ids, contents with the bytes of images, judgements, and ``others``."""
-        digest = hashlib.sha256(json.dumps(others).encode())
-        for query, key in zip(self.queries, self.keys, strict=True):
-            digest.update(json.dumps([query.id, key, sorted(query.grades.items())]).encode())
-        return digest.hexdigest()
-
     def embed(self, run: Benchmark, cached_as: str, progress: Progress) -> np.ndarray:
-        """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out.
-
-        Args:
-            cached_as: Names the folder of these vectors in the cache.
-        """
+        """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out."""
         distinct = self.book.in_order(self.book.contents.keys())
         encode = functools.partial(self.book.encode, run.model, run.batch_size)
         cache = run.cache(cached_as)
@@ -83,46 +68,51 @@ class JudgedQueries:
 
 @dataclass(frozen=True)
 class RankedTask:
-    """One task: queries, the pools that they search, and how the found lists are scored.
-
-    Args:
-        metric: The measure that counts.
-        depth: Candidates that are ranked per query; no measure looks further.
-        facts: What else a reader must know; they are part of the fingerprint.
-        warnings: Sentences about the data.
-        cached_as: Names the folder of the queries' vectors.
-        run_file: Gets the ranked lists in TREC's form; None: they are not written.
-    """
+    """One task: queries, the pools that they search, and how the found lists are scored."""
 
     name: str
     queries: JudgedQueries
     pools: Pools
-    metric: str
+    metric: str  # the measure that counts
     measures: Mapping[str, Measure]
-    depth: int
+    depth: int  # candidates that are ranked per query; no measure looks further
     chance: Chance
-    facts: Mapping[str, Any]
-    warnings: Sequence[str]
-    cached_as: str
-    run_file: Path | None = None
+    facts: Mapping[str, Any]  # what else a reader must know; they are part of the fingerprint
+    warnings: Sequence[str]  # about the data
+    cached_as: str  # names the folder of the queries' vectors
+    run_file: Path | None = None  # gets the ranked lists in TREC's form
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 over name, facts, pools, and the queries' ids, contents with the bytes of images, and judgements."""
         parts = (self.name, json.dumps(self.facts), *(pool.fingerprint for pool in self.pools.pools))
-        return self.queries.fingerprint(*parts)
+        digest = hashlib.sha256(json.dumps(parts).encode())
+        for query, key in zip(self.queries.queries, self.queries.keys, strict=True):
+            digest.update(json.dumps([query.id, key, sorted(query.grades.items())]).encode())
+        return digest.hexdigest()
 
-    def score(self, run: Benchmark, stores: Stores, steps: Steps) -> TaskResult:
+    def score(
+        self, run: Benchmark, stored: Callable[[LinePool], tuple[Vectors, metrics.Health]], steps: Steps
+    ) -> TaskResult:
         """Embeds, searches and scores; of several processes each does a part, and all get everything."""
         log.info("%s: %d queries, %d candidates", self.name, len(self.queries), len(self.pools))
         vectors = self.queries.embed(run, self.cached_as, steps.part)
-        stored, health = zip(*map(stores.of, self.pools.pools), strict=True)
-        rows, scores = _search(vectors, stored, [pool.order for pool in self.pools.pools], self.depth)
-        searched = Searched(self.pools, stored, health, vectors, rows, scores)
+        vectors_of, health = zip(*map(stored, self.pools.pools), strict=True)
+        # of several processes each searches for a part of the queries
+        share = np.array_split(vectors, distributed.world_size())[distributed.rank()]
+        found = search(share, vectors_of, [pool.order for pool in self.pools.pools], self.depth)
+        rows, scores = map(np.concatenate, zip(*distributed.gather_objects(found), strict=True))
+        searched = Searched(self.pools, vectors_of, health, vectors, rows, scores)
         scored = score_queries(self.queries.queries, searched, self.measures, self.metric)
         if self.run_file is not None:
             distributed.first_only(functools.partial(write_trec_run, self.run_file, scored.run, "muco"))
 
-        of_queries = self._health_of_queries(vectors)
+        # of the distinct queries that could be embedded: equal ones have equal vectors
+        first: dict[str, int] = {}
+        for row, key in enumerate(self.queries.keys):
+            if key not in self.queries.left_out:
+                first.setdefault(key, row)
+        of_queries = metrics.embedding_health(vectors[list(first.values())])
         broken, missed = self._left_out()
         lost = self.pools.left_out
         size = len(self.pools) - len(lost)
@@ -172,26 +162,21 @@ class RankedTask:
                 missed += 1
         return (*broken, *(Broken("candidate", reason) for reason in lost.values())), missed
 
-    def _health_of_queries(self, vectors: np.ndarray) -> metrics.Health:
-        """Of the distinct queries that could be embedded: equal ones have equal vectors."""
-        first: dict[str, int] = {}
-        for row, key in enumerate(self.queries.keys):
-            if key not in self.queries.left_out:
-                first.setdefault(key, row)
-        return metrics.embedding_health(vectors[list(first.values())])
-
 
 def score_ranked(
     run: Benchmark, tasks: Sequence[RankedTask], key: Mapping[str, Any], progress: Progress | None
 ) -> list[TaskResult]:
-    """The results of tasks, each found done or scored; a pool that several tasks search is embedded once.
-
-    Args:
-        key: What the scores depend on besides the model and the data of a task.
-    """
+    """The results of tasks, each found done or scored; a pool that several tasks search is embedded once."""
     pools = dict.fromkeys(pool for task in tasks for pool in task.pools.pools)
     steps = Steps(sum(map(len, pools)) + sum(len(task.queries) for task in tasks), progress)
-    stores = Stores(run, steps)
+
+    @functools.cache
+    def stored(pool: LinePool) -> tuple[Vectors, metrics.Health]:
+        folder, batch_size = run.output / "cache" / "pools", run.batch_size
+        left_out, progress = pool.left_out, steps.part
+        store = embed_pool(run.model, pool, folder, batch_size=batch_size, left_out=left_out, progress=progress)
+        steps.done(len(pool))
+        return store, distributed.first_only(store.health)
 
     def counted() -> Iterator[RankedTask]:
         for task in tasks:
@@ -200,28 +185,9 @@ def score_ranked(
 
     # Paths of images are on the page, so results found again must be of this folder.
     key = {"data": str(run.data.resolve()), **key}
-    results = run.score(counted(), lambda task: task.score(run, stores, steps), key)
+    results = run.score(counted(), lambda task: task.score(run, stored, steps), key)
     steps.finish()
     return results
-
-
-class Stores:
-    """The vectors of pools, each embedded when first asked for, and once."""
-
-    def __init__(self, run: Benchmark, steps: Steps) -> None:
-        self.run, self.steps = run, steps
-        self._known: dict[str, tuple[Vectors, metrics.Health]] = {}
-
-    def of(self, pool: LinePool) -> tuple[Vectors, metrics.Health]:
-        if pool.fingerprint not in self._known:
-            folder, batch_size = self.run.output / "cache" / "pools", self.run.batch_size
-            progress = self.steps.part
-            store = embed_pool(
-                self.run.model, pool, folder, batch_size=batch_size, left_out=pool.left_out, progress=progress
-            )
-            self._known[pool.fingerprint] = store, distributed.first_only(store.health)
-            self.steps.done(len(pool))
-        return self._known[pool.fingerprint]
 
 
 class Steps:
@@ -243,20 +209,12 @@ class Steps:
         self.done(self.total - self.before)
 
 
-def _search(
-    vectors: np.ndarray, stores: Sequence[Vectors], orders: Sequence[np.ndarray], depth: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`muco.evaluate.pool.search`, where of several processes each searches for a part of the queries."""
-    share = np.array_split(vectors, distributed.world_size())[distributed.rank()]
-    parts = distributed.gather_objects(search(share, stores, orders, depth))
-    return np.concatenate([rows for rows, _ in parts]), np.concatenate([scores for _, scores in parts])
-
-
-def chance_of_hit(relevant: Sequence[int], pool: int, k: int) -> float:
+def chance_of_hit(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
     """hit@k of a random order: the mean over queries of 1 - (N-R)/N · (N-R-1)/(N-1) · …, k factors.
 
     Args:
-        relevant: R of each query, how many right candidates are among the N of the pool.
+        held: Of each query, the judgements of candidates that are in the pool; R are above 0.
+        pool: N candidates.
     """
 
     @functools.cache
@@ -266,7 +224,7 @@ def chance_of_hit(relevant: Sequence[int], pool: int, k: int) -> float:
             miss *= max(0, pool - right - drawn) / (pool - drawn)
         return 1.0 - miss
 
-    return float(np.mean([one(int(right)) for right in relevant]))
+    return float(np.mean([one(sum(grade > 0 for grade in own.values())) for own in held]))
 
 
 def chance_of_ndcg(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
@@ -276,11 +234,10 @@ def chance_of_ndcg(queries: Sequence[Query], held: Sequence[Mapping[str, int]], 
         held: Of each query, the judgements of candidates that are in the pool.
         pool: N candidates.
     """
-    discounts = sum(1 / math.log2(rank + 1) for rank in range(1, min(k, pool) + 1))
+    discounts = metrics.discounted([1] * min(k, pool))
     values = []
     for query, own in zip(queries, held, strict=True):
-        best = sorted((max(0, grade) for grade in query.grades.values()), reverse=True)[:k]
-        ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(best, start=1))
+        ideal = metrics.ideal_gain(query.grades, k)
         gained = sum(max(0, grade) for grade in own.values()) / pool * discounts
         values.append(gained / ideal if ideal else 0.0)
     return float(np.mean(values))

@@ -14,9 +14,8 @@ blind               as image_to_caption, all pixels black   all captions; above 
 text_to_image, …    a query of a sample without image       all targets of such turns, by what both sides are made of
 =================== ======================================= ========================================================
 
-The identity of a content is its text and the bytes of its images. Pools hold each identity once, in the order of their
-digests, and every target that the data calls right for a query is not a rival of the right one. The draw depends on
-(seed, query, candidate) only: neither the order of the samples nor the batch size changes it.
+Pools hold each identity once, in the order of their digests. Neither the order of the samples nor the batch size
+changes a draw. ``RULES`` has the rest.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from muco.base.files import write_json
 from muco.base.machine import versions
+from muco.data.source import Data
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
@@ -39,9 +39,6 @@ from muco.evaluate.metrics import Precision
 from muco.evaluate.report import task_warnings
 from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
 from muco.sizes import checked_dimension
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
 
 CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known without the image
 AT = (1, 5, 10)
@@ -55,16 +52,13 @@ RULES = {
 
 @dataclass(frozen=True)
 class Scoring:
-    """How tasks are made and scored; the fields are arguments of :func:`evaluate_retrieval`.
+    """How tasks are made and scored; a MucoError if ``candidates`` or ``limit`` is too small."""
 
-    Raises:
-        MucoError: If ``candidates`` or ``limit`` is too small.
-    """
-
-    batch_size: int = 64
-    candidates: int = 100
-    seed: int = 0
-    limit: int | None = None
+    batch_size: int = 64  # contents per forward pass; the scores do not depend on it
+    candidates: int = 100  # size of the drawn lists of "answer", the right target included; fewer where fewer exist
+    seed: int = 0  # of the draw
+    limit: int | None = None  # only the first N samples of the data
+    # See muco.evaluate.metrics.reduced. The cache holds whole vectors, so that further values cost no encoding.
     dimension: int | None = None
     precision: Precision = "float32"
 
@@ -80,14 +74,9 @@ def evaluate_retrieval(
     data: Data,
     *,
     output: Path | None = None,
-    batch_size: int = 64,
-    candidates: int = 100,
-    seed: int = 0,
-    limit: int | None = None,
-    dimension: int | None = None,
-    precision: Precision = "float32",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **scoring: Any,
 ) -> dict[str, Any]:
     """Scores a model on every task that the data allows.
 
@@ -96,58 +85,40 @@ def evaluate_retrieval(
         data: Samples with a fingerprint.
         output: Folder that gets ``retrieval.json``, or with a dimension and precision ``retrieval-64-int8.json``;
             nothing is written without it.
-        batch_size: Contents per forward pass; the scores do not depend on it.
-        candidates: Size of the drawn lists of "answer", the right target included; fewer where fewer exist.
-        seed: Of the draw.
-        limit: Only the first N samples of the data.
-        dimension, precision: See :func:`muco.evaluate.metrics.reduced`. The cache holds whole vectors, so that further
-            values cost no encoding.
         cache: Folder of encoded vectors, used again only for the same model and data.
         progress: Called with (contents encoded, contents in all).
+        scoring: Of :class:`Scoring`.
     Returns:
         A dictionary that JSON can hold: "tasks" (name -> scores, or for both "answer" tasks {"kinds", "mean"}),
         "skipped" (task -> reason), "warnings", "collapsed", "non_finite", and all that tells where the scores come
         from. Shares are 0 to 1.
     Raises:
         DataError: If the data allows no task at all, or a content cannot be read.
-        MucoError: If ``candidates`` or ``limit`` is too small, or ``dimension`` too large.
+        MucoError: If a number of ``scoring`` is too small or too large.
         OutputError: If the output or cache folder cannot be written.
     """
     start = time.perf_counter()
-    scoring = Scoring(batch_size, candidates, seed, limit, dimension, precision)
+    chosen = Scoring(**scoring)
     origin = {"model": model.fingerprint, "data": data.fingerprint}
     store = None if cache is None else EmbeddingCache(cache, **origin)
-    result = score_tasks(model, data, scoring, cache=store, progress=progress)
+    result = score_tasks(model, data, chosen, cache=store, progress=progress)
     result |= origin | {
         "rules": RULES,
-        "candidates": candidates,
-        "seed": seed,
-        "limit": limit,
-        "batch_size": batch_size,
+        **{name: getattr(chosen, name) for name in ("candidates", "seed", "limit", "batch_size")},
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if output is not None:
-        write_result(output, result, dimension, precision)
+        write_result(output, result, chosen.dimension, chosen.precision)
     return result
 
 
 def write_result(
     output: Path, result: Mapping[str, Any], dimension: int | None = None, precision: Precision = "float32"
 ) -> None:
-    """Writes a result of :func:`evaluate_retrieval` as ``retrieval.json``, or as ``retrieval-64-int8.json``.
-
-    Args:
-        dimension, precision: What was asked for; they make the name.
-    Raises:
-        OutputError: If the folder cannot be written.
-    """
-    parts = ["retrieval"]
-    if dimension is not None:
-        parts.append(str(dimension))
-    if precision != "float32":
-        parts.append(precision)
-    write_json(Path(output) / f"{'-'.join(parts)}.json", result)
+    """Writes a result as ``retrieval.json``, or with what was asked for in its name, as ``retrieval-64-int8.json``."""
+    asked = (dimension and str(dimension), precision if precision != "float32" else None)
+    write_json(Path(output) / f"{'-'.join(['retrieval', *filter(None, asked)])}.json", result)
 
 
 def score_tasks(
@@ -179,11 +150,17 @@ def score_tasks(
     codes = metrics.reduced(vectors, precision)
     scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
     health = metrics.embedding_health(vectors)
+    warnings, collapsed = [], health.collapsed
+    for task, scores in scored:
+        control = task.name in CONTROLS
+        warnings += task_warnings(task.label, scores, control=task.name if control else None)
+        for side in ("pool",) if control else ("queries", "pool"):  # without the image, queries may be equal
+            collapsed = collapsed or scores["health"][side]["collapsed"]
     return {
         "tasks": _by_task(scored),
         "skipped": builder.skipped,
-        "warnings": [line for task, scores in scored for line in _warnings(task, scores)],
-        "collapsed": health.collapsed or any(_collapsed(task, scores) for task, scores in scored),
+        "warnings": warnings,
+        "collapsed": collapsed,
         "non_finite": health.non_finite,
         "samples": samples,
         "turns": len(turns),
@@ -194,13 +171,7 @@ def score_tasks(
 
 
 def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
-    """Scores of one task by the dot products of ``codes``, and the health of ``vectors``.
-
-    Args:
-        vectors: float32 [n, d].
-        codes: float32 [n, d], what is left of them at lower precision.
-        row_of: Finds the row of a key.
-    """
+    """Scores of one task by the dot products of ``codes``, and the health of ``vectors``; float32 [n, d] both."""
     queries = codes[[row_of[key] for key in task.queries]]
     rows = [row_of[key] for key in task.pool]
     pool = codes[rows]
@@ -228,10 +199,6 @@ def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: M
     }
 
 
-def _warnings(task: RetrievalTask, scores: Mapping[str, Any]) -> list[str]:
-    return task_warnings(task.label, scores, control=task.name if task.name in CONTROLS else None)
-
-
 def _by_task(scored: Sequence[tuple[RetrievalTask, dict[str, Any]]]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for task, scores in scored:
@@ -255,9 +222,3 @@ def _mean(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "candidates_max": max(kind["candidates_max"] for kind in kinds),
         **{name: None if None in column else float(np.mean(column)) for name, column in columns.items()},
     }
-
-
-def _collapsed(task: RetrievalTask, scores: Mapping[str, Any]) -> bool:
-    # Without the image, equal queries are as it should be.
-    sides = ("pool",) if task.name in CONTROLS else ("queries", "pool")
-    return any(scores["health"][side]["collapsed"] for side in sides)

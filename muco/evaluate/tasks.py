@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from muco.dialogue import Content, Sample
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book
+from muco.images import open_image
 
 RETRIEVAL = "retrieval"  # the kind of the turn whose target is the caption
 
@@ -41,23 +43,15 @@ def read_turns(book: Book, index: int, sample: Sample) -> list[TurnKeys]:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Queries, and the pool in which each has its right target.
-
-    Args:
-        queries: Keys of what is encoded, Q of them.
-        pool: Distinct keys, sorted.
-        positives: int64 [Q], the place of the right target in the pool.
-        relevant: For each query the places of all targets that the data calls right for it.
-        lists: int64 [Q, C], places in the pool, the right one first (see ``metrics.ranks_in_lists``); None: all of it.
-    """
+    """Queries, and the pool in which each has its right target."""
 
     name: str
     kind: str | None
-    queries: list[str]
-    pool: list[str]
-    positives: np.ndarray
-    relevant: list[list[int]]
-    lists: np.ndarray | None = None
+    queries: list[str]  # keys of what is encoded, Q of them
+    pool: list[str]  # distinct keys, sorted
+    positives: np.ndarray  # int64 [Q], the place of the right target in the pool
+    relevant: list[list[int]]  # for each query the places of all targets that the data calls right for it
+    lists: np.ndarray | None = None  # int64 [Q, C], places in the pool, see metrics.ranks_in_lists; None: all of it
 
     @property
     def label(self) -> str:
@@ -114,7 +108,11 @@ class Builder:
                 positives.append(place[target])
                 relevant.append(sorted(place[key] for key in right))
                 rivals.append([place[key] for key in others])
-        lists = None if choose is None or not queries else _table(positives, rivals)
+        lists = None
+        if choose is not None and queries:
+            lists = np.repeat(np.array(positives)[:, None], 1 + max(map(len, rivals)), axis=1)
+            for row, others in zip(lists, rivals, strict=True):
+                row[1 : 1 + len(others)] = others
         task = RetrievalTask(name, kind, queries, pool, np.array(positives, dtype=np.int64), relevant, lists)
         if not queries:
             self.skipped[task.label] = "no query has two different targets to choose from" if pairs else "no such turns"
@@ -171,29 +169,17 @@ class Builder:
         by_name: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for turn in self.turns:
             if not turn.image:
-                sides = (self.book.contents[key] for key in (turn.query, turn.target))
-                by_name["_to_".join(map(_made_of, sides))].append((turn.query, turn.target))
+                sides = []
+                for content in (self.book.contents[turn.query], self.book.contents[turn.target]):
+                    parts = {"image": content.images, "text": content.text}
+                    sides.append("+".join(name for name, part in parts.items() if part))
+                by_name["_to_".join(sides)].append((turn.query, turn.target))
         for name, pairs in sorted(by_name.items()):
             self.add(name, None, pairs)
 
 
-def _table(positives: list[int], rivals: list[list[int]]) -> np.ndarray:
-    table = np.repeat(np.array(positives)[:, None], 1 + max(map(len, rivals)), axis=1)
-    for row, others in zip(table, rivals, strict=True):
-        row[1 : 1 + len(others)] = others
-    return table
-
-
-def _made_of(content: Content) -> str:
-    parts = {"image": content.images, "text": content.text}
-    return "+".join(name for name, part in parts.items() if part)
-
-
 def blackening(book: Book) -> Callable[[str], str]:
     """Key of a query -> key of the same query with black images of the same sizes."""
-    from PIL import Image
-
-    from muco.images import open_image
 
     @functools.cache
     def black(text: str, sizes: tuple[tuple[int, int], ...]) -> str:

@@ -10,28 +10,36 @@ A folder gets its name only if it gives the model's vectors (:mod:`muco.export.p
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from muco.backbone import cast_weights, merge_adapters
 from muco.base.files import claimed, read_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
-from muco.export.card import ADAPTER, Format, export_card, write_matryoshka
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, from_backbone, load
-from muco.processor import Processor, first_line
+from muco.processor import Processor, first_line, write_config
+from muco.template import EMB
 from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
-from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
+from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict, load_recipe
 
+Format = Literal["sentence-transformers", "vllm"]
+ADAPTER = "adapter"  # folder of adapters that are kept separate
 INNER, WHOLE = "base_model.model.", "base_model.model.model."  # PEFT's names: of the inner model, within the whole one
 
 
@@ -63,9 +71,10 @@ def export(
         CheckpointError: If the source cannot be loaded, or has no adapters to keep separate.
         MucoError: If there is no token to push with, or the hub refuses.
     """
-    _check_choice("format", format, get_args(Format))
-    _check_choice("adapters", adapters, ("merged", "separate"))
-    _check_choice("dtype", dtype, (None, *TOLERANCES))
+    choices = {"format": get_args(Format), "adapters": ("merged", "separate"), "dtype": (*TOLERANCES, None)}
+    for (name, accepted), value in zip(choices.items(), (format, adapters, dtype), strict=True):
+        if value not in accepted:
+            raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
     with claimed(output, beside=True):
         if output.exists():
             raise OutputError(f"{output} already exists; choose another folder or delete it")
@@ -99,11 +108,6 @@ def export(
         return result
 
 
-def _check_choice(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
-    if value not in accepted:
-        raise MucoError(f"{name} must be one of {', '.join(filter(None, accepted))}, not {value!r}")
-
-
 def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
     """The model, its recipe if MuCo trained it, and the precision in which it is saved by default."""
     folder = Path(source)
@@ -128,13 +132,13 @@ def _load_checkpoint(folder: Path) -> tuple[Model, Recipe, torch.dtype]:
 
 
 def _check_separable(source: str, model: Model, format: Format) -> None:
-    backbone = model.encoder.model
-    if not hasattr(backbone, "peft_config"):
+    config = getattr(model.encoder.model, "peft_config", None)
+    if config is None:
         raise CheckpointError(
             f"{source} has no adapters of its own (a finished model has them folded in); name a checkpoint of its run, "
             "RUN/checkpoints/checkpoint-N, or use --adapters merged"
         )
-    if format == "vllm" and backbone.peft_config["default"].use_dora:
+    if format == "vllm" and config["default"].use_dora:
         raise MucoError("vLLM takes LoRA but not DoRA; export with --adapters merged")
 
 
@@ -178,13 +182,9 @@ def _without_adapters(adapted: Any) -> nn.Module:
 
 
 def _write_whole(folder: Path) -> None:
-    """Saves the weights again under the names of the ``…ForConditionalGeneration`` class, which vLLM's loaders read.
-
-    An embedding model has no language-model head; the class wants one and takes the input embeddings for it.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
+    """Saves the weights again under the names of the ``…ForConditionalGeneration`` class, which vLLM's loaders read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # an embedding model has no language-model head; the class wants one and takes the input embeddings for it
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
     whole = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
     for file in folder.glob("model*.safetensors*"):
@@ -194,7 +194,6 @@ def _write_whole(folder: Path) -> None:
 
 def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     weights = {name: weight for name, weight in get_peft_model_state_dict(adapted).items() if "lora_" in name}
     if whole:
@@ -210,31 +209,59 @@ def _describe(
     folder: Path, source: str, format: Format, model: Model, recipe: Recipe | None, *, separate: bool
 ) -> None:
     shorter = sorted(recipe.loss.dimensions) if recipe else []
-    if format == "vllm" and shorter:
-        write_matryoshka(folder, shorter)
-    card = export_card(format, Path(source).name, model.get_embedding_dimension(), shorter, separate=separate)
-    write_text(folder / CARD_FILE, card)
+    listed = ", ".join(map(str, shorter))
+    if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_config(folder / "config.json", config | {"is_matryoshka": True, "matryoshka_dimensions": shorter})
+    if format == "vllm":
+        body = _usage_of_vllm(listed, separate)
+    else:
+        body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
+        body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
+    origin = (
+        f"exported from {Path(source).name} by\nMuCo. Its vectors were compared with the model's own after the export."
+    )
+    write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
+
+
+def _usage_of_vllm(shorter: str, separate: bool) -> str:
+    lora = f" --enable-lora --lora-modules muco=./{ADAPTER}" if separate else ""
+    name = "muco" if separate else "."
+    if shorter:
+        short = f"`dimensions` may be {shorter}, for which the model was trained."
+    else:
+        short = "`dimensions` is refused: the model was not trained for shorter vectors."
+    return f"""From within this folder:
+
+```bash
+vllm serve . --runner pooling --convert embed --chat-template ./chat_template.jinja{lora}
+```
+
+```bash
+curl http://localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages":
+  [{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": "data:image/png;base64,…"}}}},
+  {{"type": "text", "text": "What is it?"}}]}}]}}'
+```
+
+Send `messages`, for texts too: only they pass through the chat template, which ends at `{EMB}`, where the vector is
+read (last token, L2-normalised: `1_Pooling/config.json`). A plain `input` would be embedded without it, as something
+else. {short} A text alone needs no placeholder image.
+"""
 
 
 def _check_push(repository: str) -> None:
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise MucoError(f"--push {repository!r} is not a valid repository name: {first_line(error)}") from error
     if repository.count("/") != 1:
         raise MucoError(f"--push {repository!r}: write it as NAMESPACE/NAME")
-    if get_token() is None:
+    if huggingface_hub.get_token() is None:
         raise MucoError("--push needs a token of the Hugging Face hub: set HF_TOKEN or run 'hf auth login'")
 
 
 def _push(folder: Path, repository: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    hub = HfApi()
+    hub = huggingface_hub.HfApi()
     try:
         hub.create_repo(repository, private=True, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=folder).commit_url)

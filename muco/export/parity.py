@@ -11,17 +11,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from muco.errors import CheckpointError
 from muco.template import EMB, QWEN_MODEL_TYPES
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # smallest cosine and largest difference of a coordinate of unit vectors that count as the same. Both sides compute in
 # this precision, so what differs is the order of sums; adapters that are folded in are also rounded.
@@ -36,18 +35,13 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export is from its model.
-
-    Args:
-        cosine, difference: The smallest cosine, and the largest absolute difference of a coordinate, of all examples.
-        worst: The example with the smallest cosine.
-    """
+    """How far an export is from its model."""
 
     dtype: str
     examples: int
-    cosine: float
-    difference: float
-    worst: str
+    cosine: float  # the smallest of all examples
+    difference: float  # the largest absolute difference of a coordinate
+    worst: str  # the example with the smallest cosine
 
     @property
     def ok(self) -> bool:
@@ -68,24 +62,20 @@ def examples() -> dict[str, dict[str, Any]]:
     }
 
 
-def _image(width: int, height: int, seed: int) -> Image:
-    from PIL import Image
-
+def _image(width: int, height: int, seed: int) -> Image.Image:
     cells = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST)
 
 
 def compare(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], dtype: str) -> Parity:
     """Measures two sets of vectors with the same names, of length 1 but for the rounding of their precision."""
-    cosines = {name: _cosine(vector, found[name]) for name, vector in expected.items()}
+    cosines = {}
+    for name, vector in expected.items():
+        one, other = vector.astype(np.float64), found[name].astype(np.float64)
+        cosines[name] = float(one @ other / np.sqrt((one @ one) * (other @ other)))
     worst = min(cosines, key=lambda name: cosines[name] if np.isfinite(cosines[name]) else -np.inf)
     difference = max(float(np.abs(vector - found[name]).max()) for name, vector in expected.items())
     return Parity(dtype, len(cosines), cosines[worst], difference, worst)
-
-
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
 
 
 @torch.inference_mode()
@@ -100,8 +90,6 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
         CheckpointError: If weights are missing or unexpected, a prompt does not end at ``<|emb|>``, or the folder's
             pooling is not that of the last token.
     """
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
-
     kind = AutoModelForImageTextToText if generation else AutoModel
     model, info = kind.from_pretrained(
         folder, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True
@@ -131,10 +119,8 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
     return vectors
 
 
-def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Image]], dict[str, Any]]:
+def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Image.Image]], dict[str, Any]]:
     """Makes the tensors of one prompt and its images, by the folder's own processor."""
-    from transformers import AutoImageProcessor, AutoProcessor
-
     if config.model_type not in QWEN_MODEL_TYPES:
         processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         return lambda prompt, images: dict(
@@ -144,7 +130,7 @@ def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Im
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     pad = tokenizer.convert_ids_to_tokens(config.image_token_id)
 
-    def read(prompt: str, images: list[Image]) -> dict[str, Any]:
+    def read(prompt: str, images: list[Image.Image]) -> dict[str, Any]:
         tensors = dict(image_processor(images=images, return_tensors="pt")) if images else {}
         for grid in tensors.get("image_grid_thw", ()):
             count = int(grid.prod()) // image_processor.merge_size**2

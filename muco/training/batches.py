@@ -31,14 +31,6 @@ class Numbered:
     turns: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Share:
-    """One process's samples of a step, and how many turns of the whole step are left out as duplicates."""
-
-    samples: Sequence[Numbered]
-    left_out: int
-
-
 class TrainingBatches(Dataset):
     """Item n is this process's share of the batch of step n; item (n, p) is part p of it.
 
@@ -70,7 +62,7 @@ class TrainingBatches(Dataset):
         self.seed, self.mask_identical_targets = seed, mask_identical_targets
         self.skip_broken, self.leave_out_duplicates, self.blind = skip_broken, leave_out_duplicates, blind
         self.rank, self.world_size = rank, world_size
-        self._share: tuple[int, Share] | None = None  # of the last step asked for
+        self._share: tuple[int, list[Numbered], int] | None = None  # of the last step asked for: it, its share
 
     @property
     def parts(self) -> int:
@@ -80,28 +72,33 @@ class TrainingBatches(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> TrainingBatch | None:
         """The item; None for a part that duplicates leave with no sample at all."""
         step, part = key if isinstance(key, tuple) else (key, None)
-        share = self.share(step)
-        own = share.samples if part is None else share.samples[part * PART : (part + 1) * PART]
+        samples, left_out = self.share(step)
+        own = samples if part is None else samples[part * PART : (part + 1) * PART]
         if not own:
             return None
         batch = self._batch(own, step)
         if self.rank == 0 and not part:  # the same on every process and in every part, so counted once
-            batch["left_out"] = share.left_out
+            batch["left_out"] = left_out
         return batch
 
-    def share(self, step: int) -> Share:
-        """The samples of a step that this process prepares; found once for all parts of a step."""
-        if self._share is None or self._share[0] != step:
-            self._share = step, self._found(step)
-        return self._share[1]
+    def share(self, step: int) -> tuple[list[Numbered], int]:
+        """The samples of a step that this process prepares, and how many turns of the whole step are duplicates.
 
-    def _found(self, step: int) -> Share:
+        Found once for all parts of a step.
+        """
+        if self._share is not None and self._share[0] == step:
+            return self._share[1:]
         draws = [Numbered(number, draw) for number, draw in enumerate(self.mixture.draws(step))]
         left_out = 0
         if self.leave_out_duplicates:
             draws, left_out = self._distinct(draws, step)
-            self._enough(len(draws), step)
-        return Share(draws[self.rank :: self.world_size], left_out)
+            if len(draws) < self.world_size:
+                raise DataError(
+                    f"step {step}: without duplicates {self.mixture.batch_size} samples leave {len(draws)}, fewer "
+                    "than there are processes; set data.duplicates: mask"
+                )
+        self._share = step, draws[self.rank :: self.world_size], left_out
+        return self._share[1:]
 
     def _batch(self, own: Sequence[Numbered], step: int) -> TrainingBatch:
         prepared, skipped = [], []
@@ -119,14 +116,8 @@ class TrainingBatches(Dataset):
         return batch | {"skipped": skipped, "left_out": 0}
 
     def _distinct(self, numbered: Sequence[Numbered], step: int) -> tuple[list[Numbered], int]:
-        """The samples of a step, with those of their turns that are trained if no image and no target comes twice.
-
-        Every process finds the same. This reads the rows of the whole step, and images only where two have equally
-        many bytes.
-
-        Returns:
-            Samples with at least one turn; and how many turns are left out.
-        """
+        """Samples with those of their turns that make no image and no target come twice, and how many are left out."""
+        # Every process finds the same. Images are read only where two have equally many bytes.
         distinct: list[Numbered] = []
         keys, targets, left_out = set[Any](), set[Any](), 0
         for one in numbered:
@@ -145,13 +136,6 @@ class TrainingBatches(Dataset):
                 distinct.append(replace(one, turns=tuple(new)))
         return distinct, left_out
 
-    def _enough(self, samples: int, step: int) -> None:
-        if samples < self.world_size:
-            raise DataError(
-                f"step {step}: without duplicates {self.mixture.batch_size} samples leave {samples}, fewer than there "
-                "are processes; set data.duplicates: mask"
-            )
-
     def _prepared(self, one: Numbered, step: int) -> Prepared:
         """A sample by itself, so that what is wrong with it concerns no other."""
         draw = one.draw
@@ -165,12 +149,10 @@ class TrainingBatches(Dataset):
         isolated = self.turns.mode == "isolated"
         return prepare_turns(sample, turns, key, self.processor, isolated=isolated, positions=self.turns.positions)
 
-    def _sample(self, draw: Draw) -> Sample:
-        sample = self.sources[draw.source][draw.index]
-        return with_image_turn(sample, self.turns.image_turn) if self.turns.image_turn else sample
-
     def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
-        sample = self._sample(draw)
+        sample = self.sources[draw.source][draw.index]
+        if self.turns.image_turn:
+            sample = with_image_turn(sample, self.turns.image_turn)
         order = turn_order(len(sample.turns), draw, row, step, self.turns, self.seed)
         if self.turns.mode == "reconstruction":
             order = order[:1]

@@ -10,20 +10,17 @@ import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from muco.data.source import InMemory
+from muco.data.source import Data, InMemory
 from muco.loss import MultiTurnLoss
+from muco.model import Model
 from muco.training.batches import TrainingBatches
 from muco.training.folder import RECIPE_FILE
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from muco.data.source import Data
-    from muco.model import Model
 
 SAMPLES, BATCHES = 32, 4
 BELOW = 0.9  # of the chance level: what the wording of questions tells about answers stays above this on our data

@@ -1,13 +1,17 @@
-"""A recipe becomes a model and a loss."""
+"""A recipe becomes a model and a loss; a model made from its config may learn the data's language first."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig
 
 from muco import distributed
 from muco.backbone import (
@@ -18,14 +22,19 @@ from muco.backbone import (
     load_backbone,
     use_flex_attention,
 )
+from muco.batch import to
 from muco.data.source import Data
+from muco.dialogue import Dialogue
+from muco.encoder import Encoder, model_inputs
 from muco.errors import CheckpointError, DataError, RecipeError
+from muco.layout import prepare
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model, from_backbone
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import tiny_qwen2_vl
 from muco.training.flops import qwen2_vl_config
-from muco.training.recipe import LossRecipe, ModelRecipe, Recipe, TurnsRecipe
+from muco.training.mixture import Purpose, generator
+from muco.training.recipe import LossRecipe, ModelRecipe, Recipe, TurnsRecipe, WarmUpRecipe
 
 PUBLISHED = {f"Qwen/Qwen2-VL-{size}-Instruct": size for size in ("2B", "7B")}  # sizes that need no download
 
@@ -50,11 +59,7 @@ def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
 
 
 def prepare_for_training(backbone: nn.Module, model: ModelRecipe, token_ids: Sequence[int]) -> nn.Module:
-    """Freezes and adds adapters as the recipe says, and holds in float32 what is trained.
-
-    Args:
-        token_ids: Of MuCo's special tokens, whose embeddings are trained with adapters.
-    """
+    """Freezes, adds adapters that train the embeddings of ``token_ids`` too, and holds in float32 what is trained."""
     if model.vision == "frozen":
         freeze_vision(backbone)
     if model.adapter is not None:
@@ -83,8 +88,6 @@ def model_config(path: str) -> Any:
     Raises:
         CheckpointError: If it cannot be read.
     """
-    from transformers import AutoConfig
-
     known = PUBLISHED.get(path)
     try:
         return qwen2_vl_config(known) if known else AutoConfig.from_pretrained(path)
@@ -134,3 +137,70 @@ def shard_model(model: Model) -> None:
     lists = [m for name, m in backbone.named_modules() if name.endswith("layers") and isinstance(m, nn.ModuleList)]
     layers = [layer for found in lists for layer in found if not any(layer in [*t.modules()] for t in towers)]
     distributed.shard(backbone, layers, towers)
+
+
+BARREN = 10_000  # samples without a text after which none is expected
+
+
+def warm_up(
+    encoder: Encoder, sources: Sequence[Data], settings: WarmUpRecipe, *, seed: int, skip_broken: bool = False
+) -> float:
+    """Next-token prediction on the queries and targets of random samples, with tied embeddings as the head.
+
+    Args:
+        skip_broken: Draw another sample for one that cannot be used.
+    Returns:
+        The mean loss of the last tenth of the steps, in nats per token.
+    """
+    rng = generator(seed, Purpose.WARM_UP)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    losses: list[float] = []
+    encoder.train()
+    for step in range(settings.steps):
+        loss = language_loss(encoder, _texts(encoder, sources, rng, settings.batch_size, skip_broken=skip_broken))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
+            print(f"warm-up {step + 1}/{settings.steps}  loss {losses[-1]:.3f}", file=sys.stderr)
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def _texts(
+    encoder: Encoder, sources: Sequence[Data], rng: np.random.Generator, count: int, *, skip_broken: bool
+) -> list[Dialogue]:
+    dialogues: list[Dialogue] = []
+    barren, error = 0, None  # draws since the last one with a text
+    while len(dialogues) < count:
+        source = sources[rng.integers(len(sources))]
+        index = int(rng.integers(len(source)))
+        own: list[Dialogue] = []
+        try:
+            sample = source[index]
+            contents = [c for turn in sample.turns for c in (turn.query[rng.integers(len(turn.query))], turn.target[0])]
+            alone = (content for content in contents if content.text and not content.images)
+            own = [Dialogue((), (content,), True, sample.place) for content in alone]
+            for dialogue in own if skip_broken else ():  # else the batch finds it
+                prepare(dialogue, encoder.muco_processor)
+        except DataError as found:
+            if not skip_broken:
+                raise
+            own, error = [], found
+        dialogues += own
+        barren = 0 if own else barren + 1
+        if barren == BARREN:
+            reason = f"the last one: {error}" if error else "leave warm_up out"
+            raise DataError(f"warm_up: {BARREN} samples in a row have no usable text; {reason}") from error
+    return dialogues[:count]
+
+
+def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tensor:
+    """Mean next-token cross-entropy of text prompts, padding left out."""
+    batch = to(encoder.collate(dialogues), encoder.device)
+    hidden = encoder.model(**model_inputs(batch, encoder.muco_processor, encoder.model.dtype)).last_hidden_state
+    logits = hidden[:, :-1] @ encoder.model.get_input_embeddings().weight.T
+    labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

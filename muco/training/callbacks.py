@@ -1,4 +1,4 @@
-"""The trainer's callbacks: the record of samples, the progress on the screen, TensorBoard, and the token budget."""
+"""The trainer's callbacks: the record of samples, progress on the screen, TensorBoard, the token budget, and scores."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
@@ -20,7 +21,10 @@ from transformers.trainer_callback import ExportableState
 from muco import distributed
 from muco.base.files import write_text, writing
 from muco.base.text import escaped
+from muco.data.source import Data
 from muco.errors import TrainingError
+from muco.evaluate.retrieval import Scoring, score_tasks
+from muco.model import Model
 
 FEW = 10  # samples that cannot be used never stop a run, whatever their share
 
@@ -180,3 +184,36 @@ class TokenBudget(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {"tokens": self.tokens}, "attributes": {}}
+
+
+class RetrievalEvaluator(BaseEvaluator):
+    """Scores the model on a few samples; the trainer logs the scores as ``eval_image_to_caption_hit@1`` and so on.
+
+    It uses no cache and no fingerprint, because the weights change between two calls. It draws nothing random and
+    writes no file, so that training continues as if it had not been interrupted.
+
+    Args:
+        data: Samples that are not trained on.
+        options: Of :class:`muco.evaluate.retrieval.Scoring`.
+    """
+
+    def __init__(self, data: Data, **options: Any) -> None:
+        super().__init__()
+        self.data, self.scoring = data, Scoring(**options)
+
+    def __call__(
+        self, model: Model, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """hit@1 and MRR of every task (0 to 1), and ``collapsed`` (1 if the vectors are one point or not finite).
+
+        The primary metric is hit@1 of image_to_caption, else of answer, else of the first task that the data has.
+        """
+        result = score_tasks(model, self.data, self.scoring)
+        metrics = {"collapsed": float(result["collapsed"])}
+        for name, scores in result["tasks"].items():
+            scores = scores.get("mean", scores)
+            metrics |= {f"{name}_hit@1": scores["hit@1"], f"{name}_mrr": scores["mrr"]}
+        first = next(name for name in ("image_to_caption", "answer", *result["tasks"]) if name in result["tasks"])
+        self.primary_metric = f"{first}_hit@1"
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics

@@ -9,39 +9,26 @@ import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from muco import distributed
 from muco.base.files import is_empty, read_json, write_json, write_text, writing
 from muco.base.machine import versions
 from muco.data.fingerprint import RULE
+from muco.data.source import Data
 from muco.errors import CheckpointError, OutputError, RecipeError
-from muco.training.card import model_card
-from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE
-from muco.training.recipe import Recipe, dump_recipe, from_dict, to_dict
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from muco.data.source import Data
-    from muco.model import Model
+from muco.model import Model
+from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, model_card
+from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, to_dict
 
 log = logging.getLogger(__name__)
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 OTHER_RULE = (
     "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
     "changed since is taken from its paths and numbers of samples alone"
@@ -51,26 +38,18 @@ OTHER_RULE = (
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     """What makes a run the same run: its recipe without the folder, and its data. Also the versions it began with."""
     settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
-    fingerprint = partial(_fingerprint, readable=recipe.data.broken_images == "skip")
+    readable = recipe.data.broken_images == "skip"
+
+    def facts_of(source: SourceRecipe, data: Data) -> dict[str, Any]:
+        kind = "readable_fingerprint" if readable and hasattr(data, "readable_fingerprint") else "fingerprint"
+        facts = {"path": source.path, "samples": len(data), "fingerprint": getattr(data, kind)}
+        # found missing when it was opened, and left out: rows without their image, candidates of no pool
+        names = ("missing", "missing_positives", "missing_negatives")
+        return facts | {name: getattr(data, name) for name in names if hasattr(data, name)}
+
     with ThreadPoolExecutor() as threads:
-        fingerprints = [*threads.map(fingerprint, sources)]
-    data = [
-        {"path": source.path, "samples": len(data), "fingerprint": fingerprint} | _missing(data)
-        for source, data, fingerprint in zip(recipe.data.train, sources, fingerprints, strict=True)
-    ]
+        data = [*threads.map(facts_of, recipe.data.train, sources)]
     return {"recipe": settings, "data": data, "fingerprint_rule": RULE, "versions": versions()}
-
-
-def _fingerprint(data: Data, *, readable: bool) -> str:
-    if readable and hasattr(data, "readable_fingerprint"):
-        return data.readable_fingerprint
-    return data.fingerprint
-
-
-def _missing(data: Data) -> dict[str, int]:
-    """What a source found missing when it was opened, and left out: rows without their image, candidates of no pool."""
-    names = ("missing", "missing_positives", "missing_negatives")
-    return {name: getattr(data, name) for name in names if hasattr(data, name)}
 
 
 def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
@@ -91,7 +70,8 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         return None
     known = read_json(file)
     differing = _differing(known, facts)
-    if differing and not _begun(output):  # stopped before it had anything to lose, by a mistake in its recipe perhaps
+    begun = (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*"))
+    if differing and not begun:  # stopped before it had anything to lose, by a mistake in its recipe perhaps
         write_json(file, facts)
         return None
     if differing:
@@ -106,10 +86,6 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         log.warning(OTHER_RULE.format(output=output))
         write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
     return None
-
-
-def _begun(output: Path) -> bool:
-    return (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*"))
 
 
 def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -188,11 +164,6 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: distributed.whole(p.detach()).cpu().contiguous() for name, p in trained}
 
 
-def save_trained(weights: dict[str, Tensor], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, str(folder / WEIGHTS_FILE))
-
-
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Reads the weights of a checkpoint into a model.
 
@@ -214,20 +185,6 @@ def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in weights:
             distributed.assign(parameter, weights[name])
-
-
-def save_sharded_optimizer(model: nn.Module, optimizer: Any, schedule: Any, folder: Path, *, writes: bool) -> None:
-    """Saves the whole state of a sharded optimizer. All processes call it; the one that ``writes`` writes."""
-    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    if writes:
-        torch.save(state, folder / OPTIMIZER_NAME)
-        torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
-
-
-def load_sharded_optimizer(model: nn.Module, optimizer: Any, schedule: Any, folder: Path) -> None:
-    state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
-    set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
-    schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
 def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any], state: Any) -> Path:

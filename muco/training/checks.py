@@ -1,24 +1,35 @@
 """What is refused before training, with the key and the numbers; a dry run and training ask the same.
 
-:func:`check_recipe` is asked before any work, :func:`check_budget` of a first batch. A recipe that contradicts itself
-is refused where it is made, see :class:`muco.training.recipe.Recipe`.
+:func:`check_recipe` and :func:`training_arguments` are asked before any work, :func:`check_budget` of a first batch. A
+recipe that contradicts itself is refused where it is made, see :class:`muco.training.recipe.Recipe`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
+from torch import nn
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
+from muco import distributed
 from muco.data.source import Data
 from muco.errors import DataError, RecipeError
 from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
 from muco.step import SIDES
 from muco.training.build import model_config
-from muco.training.recipe import BatchRecipe, LossRecipe, ModelRecipe, Recipe
+from muco.training.folder import CHECKPOINTS
+from muco.training.mixture import Mixture
+from muco.training.read import check_keys
+from muco.training.recipe import ModelRecipe, Recipe
 
 NO_NEGATIVE = (
     "data.train: {samples} gives no turn a negative ({reason}), so the loss would be 0 and nothing learnt; add samples "
@@ -43,11 +54,7 @@ def check_recipe(recipe: Recipe, processes: int) -> None:
         RecipeError: With the key and the numbers.
         CheckpointError: If the model's configuration is needed and cannot be read.
     """
-    _check_processes(recipe.batch, recipe.model, processes)
-    _check_dimensions(recipe.loss, recipe.model)
-
-
-def _check_processes(batch: BatchRecipe, model: ModelRecipe, processes: int) -> None:
+    batch, model, dimensions = recipe.batch, recipe.model, recipe.loss.dimensions
     if batch.size < processes:
         raise RecipeError(f"batch.size: {batch.size} samples are fewer than the {processes} processes")
     if batch.sharding == "fsdp":
@@ -55,28 +62,16 @@ def _check_processes(batch: BatchRecipe, model: ModelRecipe, processes: int) -> 
             raise RecipeError("batch.sharding: fsdp needs several processes; start them with torchrun --nproc-per-node")
         if model.vision == "trained":
             raise RecipeError("batch.sharding: fsdp needs 'vision: frozen': processes without images would not join in")
-
-
-def _check_dimensions(loss: LossRecipe, model: ModelRecipe) -> None:
-    if not loss.dimensions:
-        return
-    width = model.tiny.width if model.tiny else model_config(str(model.path)).get_text_config().hidden_size
-    for dimension in loss.dimensions:
-        if dimension > width:
+    if dimensions:
+        width = model.tiny.width if model.tiny else model_config(str(model.path)).get_text_config().hidden_size
+        if max(dimensions) > width:
             raise RecipeError(
-                f"loss.dimensions: {dimension} is more than the {width} dimensions of the model's vectors"
+                f"loss.dimensions: {max(dimensions)} is more than the {width} dimensions of the model's vectors"
             )
 
 
 def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:
-    """Refuses a token budget that is smaller than a single dialogue of a batch.
-
-    Args:
-        budget: ``batch.token_budget`` of the recipe; None for none.
-        batch: From :func:`muco.training.prepared.batch_of`.
-    Raises:
-        RecipeError: With the numbers and the sample.
-    """
+    """Refuses a token budget that is smaller than a single dialogue of a batch; names the numbers and the sample."""
     if budget is None or not batch["places"]:
         return
     lengths = {side: batch[side]["attention_mask"].sum(dim=1) for side in SIDES}
@@ -92,13 +87,95 @@ def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:
 
 
 def check_negatives(loss: MultiTurnLoss, batch: Mapping[str, Any], sources: Sequence[Data]) -> None:
-    """Refuses data of a single sample that gives none of its turns a negative; with more samples, a step warns.
-
-    Args:
-        batch: Of this sample, from :func:`muco.training.prepared.batch_of`.
-    Raises:
-        DataError: With the reason.
-    """
+    """Refuses data of a single sample that gives none of its turns a negative; with more samples, a step warns."""
     reason = loss.why_no_negative([Variety.of(batch["ids"])])
     if reason and sum(map(len, sources)) == 1:
         raise DataError(NO_NEGATIVE.format(samples="its only sample", reason=reason))
+
+
+DEFAULTS = {  # of the training arguments, where a recipe says nothing
+    "learning_rate": 5e-5,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+class OneDeviceArguments(SentenceTransformerTrainingArguments):
+    """The library's, with one device per process."""
+
+    @property
+    def n_gpu(self) -> int:
+        """1, or 0 without a GPU: of more, DataParallel would cut our batches in half along the wrong dimension."""
+        return min(1, super().n_gpu)
+
+
+def training_arguments(
+    recipe: Recipe, *, evaluates: bool, bf16: bool | None = None, use_cpu: bool | None = None
+) -> OneDeviceArguments:
+    """The recipe's ``trainer`` group over our defaults.
+
+    Args:
+        evaluates: Whether there is something to evaluate during training.
+        bf16: From :func:`muco.training.build.uses_autocast`; None, before the model is known: as the recipe says.
+        use_cpu: Take a CPU whatever there is; None takes it where there is nothing else.
+    Raises:
+        RecipeError: For unknown names, and for what transformers refuses.
+    """
+    accepted = [field for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init]
+    check_keys(recipe.trainer, [field.name for field in accepted], "trainer")
+    for field in accepted:
+        value = recipe.trainer.get(field.name)
+        if isinstance(field.default, bool) and value is not None and not isinstance(value, bool):
+            raise RecipeError(f"trainer.{field.name} must be true or false, got {value!r}")
+    values = {**DEFAULTS, **recipe.trainer}
+    if bf16 is not None:
+        values["bf16"] = bf16
+    if evaluates:
+        values.setdefault("eval_strategy", "steps")
+        values.setdefault("eval_steps", values["save_steps"])
+    if use_cpu is not None:
+        values["use_cpu"] = use_cpu
+    values.setdefault("use_cpu", distributed.on_cpu() or not torch.accelerator.is_available())
+    try:
+        arguments = OneDeviceArguments(
+            output_dir=str(Path(recipe.output) / CHECKPOINTS),
+            seed=recipe.seed,
+            per_device_train_batch_size=-(-recipe.batch.size // distributed.world_size()),
+            ignore_data_skip=True,  # our loader begins at the step that is asked for
+            dataloader_drop_last=True,  # only to quiet a warning: our loader has whole steps
+            **values,
+        )
+        _try_out(arguments)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"trainer: {error}") from None
+    if arguments.save_strategy == "best" and arguments.metric_for_best_model is None:
+        raise RecipeError("trainer.save_strategy: best needs trainer.metric_for_best_model")
+    if arguments.eval_strategy != "no" and not evaluates:
+        raise RecipeError("trainer.eval_strategy: there is nothing to evaluate; set data.validation")
+    return arguments
+
+
+def steps_of(arguments: OneDeviceArguments, mixture: Mixture) -> int:
+    """The steps of a whole run."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return max(1, int(arguments.num_train_epochs * mixture.steps_per_epoch))
+
+
+def _try_out(arguments: OneDeviceArguments) -> None:
+    """Makes what the trainer will make of its arguments, for transformers' errors: optimizer, schedule and loggers."""
+    with suppress(ValueError):  # of an optimizer that asks for the model, which is not there yet
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([nn.Parameter(torch.zeros(()))]),
+        num_warmup_steps=0,
+        num_training_steps=1,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    for logger_of in get_reporting_integration_callbacks(arguments.report_to):
+        logger_of()

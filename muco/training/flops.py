@@ -11,21 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2VLConfig
 
 from muco.backbone import VISION_NAMES, add_adapters, meta_backbone
 from muco.encoder import tree_mask
 from muco.loss import MultiTurnLoss, ReconstructionLoss, multi_turn_info_nce
+from muco.model import Model
 from muco.sizes import Adapter
-
-if TYPE_CHECKING:
-    from transformers import Qwen2VLConfig
-
-    from muco.model import Model
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,16 @@ def count_flops(forward: Callable[[], Tensor], *, backward: bool = True) -> Flop
         if backward:
             value.backward()
     counts = {name: sum(ops.values()) for name, ops in ahead.get_flop_counts().items()}
-    vision = sum(flops for name, flops in counts.items() if _is_tower(name.split(".")))
+    vision = 0
+    for name, flops in counts.items():
+        *above, own = name.split(".")
+        if own in VISION_NAMES and not {*VISION_NAMES} & {*above}:  # some families nest two such names
+            vision += flops
     return Flops(vision, ahead.get_total_flops() - vision, back.get_total_flops())
 
 
 def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, depth=None, custom_mapping=_ATTENTION)
-
-
-def _is_tower(path: list[str]) -> bool:
-    return path[-1] in VISION_NAMES and not {*VISION_NAMES} & {*path[:-1]}  # some families nest two such names
 
 
 def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True, temperature: float = 0.02) -> Flops:
@@ -105,31 +102,16 @@ IMAGE_MARKS = 3
 
 # The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
 _VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
-_SIZES: dict[str, dict[str, int]] = {
-    "2B": {
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-        "vocab_size": 151936,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-    },
+_SIZES = {  # width, heads, heads of keys and values, feed-forward, vocabulary
+    "2B": (1536, 12, 2, 8960, 151936),
+    "7B": (3584, 28, 4, 18944, 152064),
 }
 
 
 def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
     """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
-    from transformers import Qwen2VLConfig
-
-    text = _SIZES[size]
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    text = {"num_hidden_layers": 28, **dict(zip(names, _SIZES[size], strict=True))}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2VLConfig(
         text_config={**text, "rope_parameters": rope, "bos_token_id": None},

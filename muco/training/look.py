@@ -29,21 +29,13 @@ ASSUMED = Sample(
 
 @dataclass(frozen=True)
 class Measured:
-    """The dialogues that were looked at; int64 arrays with one entry per sample.
+    """The dialogues that were looked at; int64 arrays with one entry per sample."""
 
-    Args:
-        query: Tokens of the query dialogue.
-        target: Tokens of each target dialogue; hard negatives have dialogues of their own, so these may be more.
-        visual: Visual tokens.
-        turns: Turns.
-        images: Images of the query dialogue.
-    """
-
-    query: np.ndarray
-    target: np.ndarray
-    visual: np.ndarray
+    query: np.ndarray  # tokens of the query dialogue
+    target: np.ndarray  # tokens of each target dialogue; hard negatives have their own, so these may be more
+    visual: np.ndarray  # visual tokens
     turns: np.ndarray
-    images: np.ndarray
+    images: np.ndarray  # of the query dialogue
 
 
 def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:

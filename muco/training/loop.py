@@ -10,30 +10,41 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from muco import distributed
 from muco.base.files import writing
+from muco.base.machine import GIB
 from muco.errors import OutputError, TrainingError
 from muco.loss import MultiTurnLoss
 from muco.model import Model
-from muco.step import GIB, TrainingStep
+from muco.step import TrainingStep
 from muco.training import checkpoint
-from muco.training.arguments import OneDeviceArguments
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.build import shard_model
 from muco.training.callbacks import Record, ScreenProgress, TensorBoardLog, TokenBudget
-from muco.training.folder import LOGS
+from muco.training.checks import OneDeviceArguments
+from muco.training.folder import LOGS, WEIGHTS_FILE
 from muco.training.recipe import BatchRecipe
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +62,6 @@ class MuCoTrainer(SentenceTransformerTrainer):
         record: Record,
         evaluator: Any = None,
     ) -> None:
-        from datasets import Dataset
-
         self.batch, self.batches, self.record = batch, batches, record
         self._output = Path(args.output_dir).parent
         # the library insists on a table; ours has a row per step, and the batches are made in the loader below
@@ -87,7 +96,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
         loader = DataLoader(
             self.batches,
             batch_sampler=steps,
-            collate_fn=_only,
+            collate_fn=itemgetter(0),
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=bool(workers),
@@ -155,7 +164,12 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if "loss" in logs and not self.made:  # all steps since the last time were left out: no loss was found
             del logs["loss"]
         elif "loss" in logs:
-            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak_memory() / GIB, 3)}
+            # the most that torch held on this process's GPU, or that this process held in host memory
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated()
+            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
             self.made = 0
         super().log(logs, start_time)
 
@@ -173,7 +187,9 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if broken:
             raise TrainingError(f"step {self.state.global_step}: {broken[0]} is not finite; {self._last_good()}")
         if self.args.should_save:
-            checkpoint.save_trained(weights, Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, str(folder / WEIGHTS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_trained(self.model, Path(resume_from_checkpoint))
@@ -186,28 +202,20 @@ class MuCoTrainer(SentenceTransformerTrainer):
         if not distributed.is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        checkpoint.save_sharded_optimizer(
-            self.model, self.optimizer.optimizer, self.lr_scheduler, Path(output_dir), writes=self.args.should_save
-        )
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)  # on all processes
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None or not distributed.is_sharded(self.model):
             super()._load_optimizer_and_scheduler(folder)
             return
-        checkpoint.load_sharded_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, Path(folder))
+        state = torch.load(Path(folder) / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_NAME, weights_only=True))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.record.gather()
         distributed.wait_for_all()  # the trainer's state, written next, says that the checkpoint is complete
-
-
-def peak_memory() -> int:
-    """Bytes: the most that torch held on this process's GPU, or that this process held in host memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _only(items: list[Any]) -> Any:
-    return items[0]

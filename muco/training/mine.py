@@ -34,29 +34,19 @@ QUERIES = 4096  # most queries that are mined at a time
 
 @dataclass(frozen=True)
 class Mining:
-    """Which candidates become hard negatives.
+    """Which candidates become hard negatives."""
 
-    Args:
-        negatives: Negatives per turn; fewer where fewer qualify.
-        skip: Leaves out the first ranks, where false negatives are most likely. Rank 0 is the candidate most similar to
-            the query, without the query's own targets.
-        depth: Leaves out ranks from here on as too easy.
-        margin: The cosine by which a negative must score below the right target; None for no margin.
-        relative_margin: The same as a share of the right target's score; 0.05 takes at most 95 % of it.
-        max_score, min_score: Bounds of a negative's cosine.
-        sample: "top" takes the first that qualify, "random" draws among all of them.
-        seed: Seed of that draw.
-    """
-
-    negatives: int = 3
+    negatives: int = 3  # per turn; fewer where fewer qualify
+    # The first ranks are left out, where false negatives are most likely. Rank 0 is the candidate most similar to the
+    # query, without the query's own targets.
     skip: int = 0
-    depth: int = 100
-    margin: float | None = None
-    relative_margin: float | None = None
-    max_score: float | None = None
+    depth: int = 100  # ranks from here on are left out as too easy
+    margin: float | None = None  # the cosine by which a negative must score below the right target
+    relative_margin: float | None = None  # as a share of the right target's score; 0.05 takes at most 95 % of it
+    max_score: float | None = None  # bounds of a negative's cosine
     min_score: float | None = None
-    sample: Literal["top", "random"] = "top"
-    seed: int = 0
+    sample: Literal["top", "random"] = "top"  # "top" takes the first that qualify, "random" draws among all of them
+    seed: int = 0  # of that draw
 
     def __post_init__(self) -> None:
         if self.negatives < 1 or self.skip < 0:
@@ -183,17 +173,14 @@ def _mine(
             ranked = scores.topk(min(mining.depth, len(candidates) - len(targets))).indices[mining.skip :]
             fit = [candidates[number] for number in ranked.tolist() if mining.takes(float(scores[number]), right)]
             usable = [candidate for candidate in fit if pairs.allowed(query, candidate)]
-            mined[query] = _choice(query, usable, mining)
+            if mining.sample == "random" and len(usable) > mining.negatives:
+                rng = np.random.default_rng([mining.seed, int(query[:16], 16)])  # of nothing else
+                drawn = rng.permutation(len(usable))[: mining.negatives]
+                usable = [usable[i] for i in sorted(drawn)]
+            mined[query] = usable[: mining.negatives]
         if progress:
             progress(start + len(part), len(queries))
     return mined
-
-
-def _choice(query: str, usable: list[str], mining: Mining) -> list[str]:
-    if mining.sample == "top" or len(usable) <= mining.negatives:
-        return usable[: mining.negatives]
-    rng = np.random.default_rng([mining.seed, int(query[:16], 16)])  # the draw of a query depends on nothing else
-    return [usable[i] for i in sorted(rng.permutation(len(usable))[: mining.negatives])]
 
 
 def _rows(data: Data, pairs: _Pairs, mined: Mapping[str, list[str]], folder: Path) -> Iterator[dict[str, Any]]:

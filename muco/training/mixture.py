@@ -156,11 +156,9 @@ class Mixture:
         return [-(-length // self.batch_size) for length in self.lengths]
 
     def _steps(self, rounds: int) -> np.ndarray:
-        """Steps of each source in the first rounds; what is left of rounding goes to the one of the largest share.
-
-        From one round to the next no number falls: others get at most one step more than their share
-        of it, and the largest share of the steps of a round is above their number.
-        """
+        """Steps of each source in the first rounds; what is left of rounding goes to the one of the largest share."""
+        # From one round to the next no number falls: others get at most one step more than their share of it, and the
+        # largest share of the steps of a round is above their number.
         if not self.weighted:
             return rounds * np.array(self._filled)
         count, shares = rounds * self._round_steps, np.diff(self._shares, prepend=0.0)

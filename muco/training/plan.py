@@ -8,29 +8,25 @@ parameters, tokens, operations, memory and steps. What cannot be found here is p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
+from muco.base.machine import GIB
 from muco.batch import chunks_of
-from muco.data.source import Data, InMemory
-from muco.step import GIB, UNLIMITED
-from muco.training.arguments import OneDeviceArguments, steps_of, training_arguments
+from muco.data.source import InMemory
+from muco.step import UNLIMITED
 from muco.training.build import make_loss, uses_autocast
-from muco.training.checks import check_recipe
+from muco.training.checks import OneDeviceArguments, check_recipe, steps_of, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
-from muco.training.memory import activation_bytes, held_bytes
-from muco.training.meta_model import meta_model, model_facts
+from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
 from muco.training.mixture import Mixture
 from muco.training.recipe import DataRecipe, Recipe
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
@@ -65,9 +61,26 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         look_for_negatives(loss, recipe.batch.size, sources, varieties, problems=problems, notes=notes)
     bf16 = uses_autocast(recipe.model, recipe.trainer.get("bf16"), model)
     step = _step(recipe, measured, devices)
+    adapter = recipe.model.adapter
+    lengths = [None if source is None else len(source) for source in sources]
     result = {
-        "recipe": _recipe_facts(recipe, devices),
-        "data": _data_facts(recipe.data, sources, measured),
+        "recipe": {
+            "output": recipe.output,
+            "devices": devices,
+            "sharding": recipe.batch.sharding,
+            "turns": recipe.turns.mode,
+            "temperature": recipe.loss.temperature,
+            "adapter": adapter and f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
+            "vision": recipe.model.vision,
+            "token_budget": recipe.batch.token_budget,
+        },
+        "data": {
+            "rows": dict(zip(_names(recipe.data), lengths, strict=True)),
+            "looked_at": len(measured.query),
+            "turns_per_sample": _range(measured.turns),
+            "images_per_sample": _range(measured.images),
+            "image_tokens_per_sample": _range(measured.visual),
+        },
         "model": model_facts(model, recipe),
         "step": step,
         "memory": None,
@@ -85,9 +98,6 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     else:
         notes.append("memory is estimated only with a frozen vision tower")
     return result
-
-
-# ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _step(recipe: Recipe, measured: Measured, devices: int) -> dict[str, Any]:
@@ -169,34 +179,6 @@ def _memory(
     return {name: round(value / GIB, 2) for name, value in memory.items()}
 
 
-# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _recipe_facts(recipe: Recipe, devices: int) -> dict[str, Any]:
-    adapter = recipe.model.adapter
-    return {
-        "output": recipe.output,
-        "devices": devices,
-        "sharding": recipe.batch.sharding,
-        "turns": recipe.turns.mode,
-        "temperature": recipe.loss.temperature,
-        "adapter": adapter and f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
-        "vision": recipe.model.vision,
-        "token_budget": recipe.batch.token_budget,
-    }
-
-
-def _data_facts(data: DataRecipe, sources: Sequence[Data | None], measured: Measured) -> dict[str, Any]:
-    lengths = [None if source is None else len(source) for source in sources]
-    return {
-        "rows": dict(zip(_names(data), lengths, strict=True)),
-        "looked_at": len(measured.query),
-        "turns_per_sample": _range(measured.turns),
-        "images_per_sample": _range(measured.images),
-        "image_tokens_per_sample": _range(measured.visual),
-    }
-
-
 def _names(data: DataRecipe) -> list[str]:
     """The path of each source, with its number where several have the same."""
     paths = [source.path for source in data.train]
@@ -213,6 +195,10 @@ def _run_facts(
         steps = arguments.max_steps
     if steps and arguments.get_warmup_steps(steps) >= steps:
         notes.append(f"trainer.warmup_steps: the run of {steps} steps ends before the learning rate is reached")
+    checkpoints = None
+    if steps and arguments.save_strategy == "steps":
+        every = arguments.save_steps
+        checkpoints = steps // (math.ceil(every * steps) if every < 1 else int(every))  # below 1 a share of the run
     return {
         "steps_per_epoch": epoch,
         "steps": steps,
@@ -222,15 +208,8 @@ def _run_facts(
         "schedule": str(arguments.lr_scheduler_type.value),
         "warmup_steps": arguments.warmup_steps,
         "precision": "bfloat16 autocast" if bf16 else "as the weights",
-        "checkpoints": steps and _checkpoints(arguments, steps),
+        "checkpoints": checkpoints,
     }
-
-
-def _checkpoints(arguments: OneDeviceArguments, steps: int) -> int | None:
-    if arguments.save_strategy != "steps":
-        return None
-    every = arguments.save_steps
-    return steps // (math.ceil(every * steps) if every < 1 else int(every))  # below 1 it is a share of the run
 
 
 def _seen(data: DataRecipe, mixture: Mixture | None, steps: int | None) -> dict[str, float | None]:

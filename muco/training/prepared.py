@@ -53,17 +53,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample as rows of tokens and pixels, and what the loss has to know of its turns.
-
-    Args:
-        target: One dialogue; isolated targets that occur twice in it are embedded once.
-        hard: A dialogue per hard negative.
-    """
+    """A sample as rows of tokens and pixels, and what the loss has to know of its turns."""
 
     place: str
     query: Row
-    target: Row
-    hard: list[Row]
+    target: Row  # one dialogue; isolated targets that occur twice in it are embedded once
+    hard: list[Row]  # a dialogue per hard negative
     ids: SampleIds
 
 
@@ -108,12 +103,7 @@ def prepare_pair(
     *,
     requests: Sequence[str] = (),
 ) -> Prepared:
-    """A pair as dialogues of two turns, itself and its reconstruction, see :mod:`muco.reconstruction`.
-
-    Args:
-        rng: Decides on the masks.
-        requests: See :func:`muco.reconstruction.reconstruction_dialogues`.
-    """
+    """A pair as dialogues of two turns, see :func:`muco.reconstruction.reconstruction_dialogues`."""
     query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng, requests)
     return Prepared(
         sample.place,
@@ -144,11 +134,7 @@ def _ids(sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequenc
 
 
 def batch_of(samples: Sequence[Prepared], processor: Processor, *, target_ids: bool) -> TrainingBatch:
-    """Both sides of some samples as batches, and the index tensors of the loss.
-
-    Args:
-        target_ids: Whether identical targets are marked.
-    """
+    """Both sides of some samples as batches, and the loss's index tensors; ``target_ids`` marks identical targets."""
     batch: TrainingBatch = {
         "ids": TurnIds.of([sample.ids for sample in samples], mask_identical_targets=target_ids),
         "places": [sample.place for sample in samples],

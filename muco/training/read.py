@@ -1,4 +1,4 @@
-"""Strict reading: YAML without repeated keys, ``key=value`` words, and frozen dataclasses from plain values.
+"""Strict reading: YAML without repeated keys, ``key=value`` words, frozen dataclasses from plain values, and bounds.
 
 Unknown keys, wrong types and missing values are a :class:`~muco.errors.RecipeError` that names the dotted key.
 """
@@ -6,15 +6,17 @@ Unknown keys, wrong types and missing values are a :class:`~muco.errors.RecipeEr
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
 
 from muco.errors import RecipeError, did_you_mean
+from muco.sizes import TinyConfig
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -122,3 +124,111 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _dotted(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
+
+
+Bound = tuple[Callable[[float], bool], str]  # what a number must be: a test, and words
+_POSITIVE = (lambda value: value > 0, "positive")
+_NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
+_BELOW_ONE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_SHARE = (lambda value: 0 <= value <= 1, "a share, 0 to 1")
+_COUNT = (lambda value: isinstance(value, int) and value > 0, "a positive whole number")
+_COUNT_OR_ZERO = (lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0")
+_STEPS = (
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+    "a positive number of steps, or a share of all steps below 1",
+)
+_MAX_STEPS = (
+    lambda value: isinstance(value, int) and (value > 0 or value == -1),
+    "a positive whole number (leave it out to train for num_train_epochs)",
+)
+_SEED = (lambda value: isinstance(value, int) and 0 <= value < 1 << 31, "a whole number, 0 to 2147483647")
+
+
+def _of(group: str, keys: str, bound: Bound) -> dict[str, Bound]:
+    return {f"{group}.{key}": bound for key in keys.split()}
+
+
+BOUNDS = {  # key without the numbers of list items -> what its number must be; None is left to its type, or MAY_BE_NULL
+    **_of("model", "min_pixels max_pixels", _COUNT),
+    **_of("model.adapter", "rank alpha", _COUNT),
+    **_of("model.adapter", "dropout", _BELOW_ONE),
+    **_of("model.tiny", " ".join(size.name for size in dataclasses.fields(TinyConfig)), _COUNT),
+    **_of("data", "max_broken", _SHARE),
+    **_of("data", "train.weight", _POSITIVE),
+    **_of("turns", "order limit", _COUNT),
+    **_of("turns", "negatives", _COUNT_OR_ZERO),
+    **_of("loss", "temperature dimensions", _POSITIVE),
+    **_of("batch", "size token_budget", _COUNT),
+    **_of("batch", "feature_memory", _NOT_NEGATIVE),
+    **_of("warm_up", "steps", _COUNT_OR_ZERO),
+    **_of("warm_up", "batch_size", _COUNT),
+    **_of("warm_up", "learning_rate", _POSITIVE),
+    **_of("trainer", "num_train_epochs adam_epsilon", _POSITIVE),
+    **_of("trainer", "max_steps", _MAX_STEPS),
+    **_of("trainer", "per_device_eval_batch_size dataloader_prefetch_factor", _COUNT),
+    **_of("trainer", "dataloader_num_workers save_total_limit", _COUNT_OR_ZERO),
+    **_of("trainer", "learning_rate weight_decay warmup_steps max_grad_norm eval_delay", _NOT_NEGATIVE),
+    **_of("trainer", "adam_beta1 adam_beta2", _BELOW_ONE),
+    **_of("trainer", "logging_steps save_steps eval_steps", _STEPS),
+    "seed": _SEED,
+}
+MAY_BE_NULL = tuple(f"trainer.{key}" for key in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor"))
+_OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
+_BATCH = "splits the in-batch negatives; use batch.size, and batch.token_budget for what a device cannot hold at once"
+_FSDP = "is not supported; use batch.sharding: fsdp"
+REFUSED = {  # training arguments that a recipe may not set, and what to do instead
+    **dict.fromkeys(("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint"), _OURS),
+    "overwrite_output_dir": _OURS,
+    "per_device_train_batch_size": "is not used; batch.size counts the samples of a step over all devices",
+    "auto_find_batch_size": "is not supported; batch.token_budget is halved when memory runs out",
+    "gradient_accumulation_steps": _BATCH,
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
+    "deepspeed": _FSDP,
+    "parallelism_config": _FSDP,
+    "gradient_checkpointing": "is not used; set model.activation_checkpointing",
+    "activation_checkpointing": "is not used; set model.activation_checkpointing",
+    "torch_compile": "is not supported: chunks change their shape at every step",
+    "fp16": "is not supported: its loss scaling does not fit the gradient cache; use bf16",
+    "ignore_data_skip": "is set by MuCo: batches are a function of the step",
+    "dataloader_drop_last": "is set by MuCo: steps are whole",
+    "label_smoothing_factor": "is not used: the loss is MuCo's own",
+    "batch_sampler": "is not used; see data.duplicates",
+    "multi_dataset_batch_sampler": "is not used; see data.one_source and the weights of data.train",
+    "prompts": "is not used; write instructions into the queries",
+    "neftune_noise_alpha": "is not supported",
+    "use_liger_kernel": "is not supported",
+    "load_best_model_at_end": "is not supported; checkpoints hold trained weights only",
+    "push_to_hub": "is not supported; push the finished model",
+}
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuses a number out of its bounds; ``values`` is a recipe as nested mappings.
+
+    Raises:
+        RecipeError: With the dotted key, what its number must be, and what it is.
+    """
+    for key, value in _leaves(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{key} must be a finite number, got {value}")
+        bound = BOUNDS.get(re.sub(r"\[\d+\]", "", key))
+        if bound is None or (key == "turns.order" and isinstance(value, str)):
+            continue
+        if value is None and (not key.startswith("trainer.") or key in MAY_BE_NULL):
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not bound[0](value):
+            raise RecipeError(f"{key} must be {bound[1]}, got {value!r}")
+
+
+def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value with its dotted key."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, _dotted(where, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{where}[{i}]")
+    else:
+        yield where, value

@@ -17,8 +17,7 @@ from muco.base.text import read_text
 from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.sizes import Adapter, TinyConfig
-from muco.training.bounds import REFUSED, check_numbers
-from muco.training.read import build, parse_yaml, set_value
+from muco.training.read import REFUSED, build, check_numbers, parse_yaml, set_value
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ class Recipe:
 
     Args:
         output: The run's folder: checkpoints, logs and, at the end, ``model/``.
-        trainer: Training arguments of sentence-transformers, except those in :data:`muco.training.bounds.REFUSED`.
+        trainer: Training arguments of sentence-transformers, except those in :data:`muco.training.read.REFUSED`.
         seed: Seed of weights, order of samples, turns and paraphrases.
     """
 
@@ -215,7 +214,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_numbers(dataclasses.asdict(self))
-        self._check_sizes()
+        least, most, tiny = self.model.min_pixels, self.model.max_pixels, self.model.tiny
+        if least is not None and most is not None and least > most:
+            raise RecipeError(f"model.min_pixels: {least} is more than model.max_pixels: {most}")
+        for whole, part in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads")):
+            if tiny and getattr(tiny, whole) % getattr(tiny, part):
+                raise RecipeError(f"model.tiny.{whole}: {getattr(tiny, whole)} is not a multiple of {part}")
         if (self.model.path is None) == (self.model.tiny is None):
             raise RecipeError("model: set exactly one of 'path' (an existing model) and 'tiny' (made from its config)")
         if self.model.tiny and (self.model.adapter or self.model.vision == "frozen"):
@@ -229,14 +233,6 @@ class Recipe:
         for key in self.trainer:
             if key in REFUSED:
                 raise RecipeError(f"trainer.{key} {REFUSED[key]}")
-
-    def _check_sizes(self) -> None:
-        least, most, tiny = self.model.min_pixels, self.model.max_pixels, self.model.tiny
-        if least is not None and most is not None and least > most:
-            raise RecipeError(f"model.min_pixels: {least} is more than model.max_pixels: {most}")
-        for whole, part in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads")):
-            if tiny and getattr(tiny, whole) % getattr(tiny, part):
-                raise RecipeError(f"model.tiny.{whole}: {getattr(tiny, whole)} is not a multiple of {part}")
 
     def _check_reconstruction(self) -> None:
         if self.turns.mode == "reconstruction":

@@ -21,16 +21,21 @@ from muco.data.fingerprint import recall, remember
 from muco.data.source import Data
 from muco.model import Model
 from muco.training import checkpoint
-from muco.training.arguments import steps_of, training_arguments
 from muco.training.batches import TrainingBatches
-from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast
-from muco.training.callbacks import Record, told_once
-from muco.training.checks import check_budget, check_machine, check_negatives, check_recipe
+from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast, warm_up
+from muco.training.callbacks import Record, RetrievalEvaluator, told_once
+from muco.training.checks import (
+    check_budget,
+    check_machine,
+    check_negatives,
+    check_recipe,
+    steps_of,
+    training_arguments,
+)
 from muco.training.folder import DIGESTS_FILE
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.recipe import Recipe
-from muco.training.warmup import warm_up
 
 
 def train(recipe: Recipe, *, resume: bool = True) -> Path:
@@ -61,9 +66,10 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     distributed.start()
     training_arguments(recipe, evaluates=evaluates)
     with distributed.claimed(output):
-        finished = distributed.first_only(lambda: _claim(output, facts, resume))
+        finished = distributed.first_only(lambda: checkpoint.claim_output(output, facts, resume=resume))
         if finished:
             return finished
+        distributed.first_only(lambda: remember(output / DIGESTS_FILE))
         set_seed(recipe.seed)
         model = build_model(recipe, sources)
         last = distributed.first_only(lambda: checkpoint.last_complete(output, distributed.world_size()))
@@ -72,25 +78,13 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
             warm_up(model.encoder, sources, recipe.warm_up, seed=recipe.seed, skip_broken=skip)
         distributed.make_equal(p for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(recipe, model, sources, validation)
-        _check_first(trainer, sources)
+        first = trainer.batches[0, 0]
+        check_budget(recipe.batch.token_budget, first)
+        check_negatives(trainer.loss, first, sources)
         set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
         with told_once():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         return _finish(recipe, trainer, sources, facts)
-
-
-def _claim(output: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    finished = checkpoint.claim_output(output, facts, resume=resume)
-    if not finished:
-        remember(output / DIGESTS_FILE)
-    return finished
-
-
-def _check_first(trainer: MuCoTrainer, sources: Sequence[Data]) -> None:
-    """Refuses what the first part of the first step shows, before anything is trained."""
-    first = trainer.batches[0, 0]
-    check_budget(trainer.batch.token_budget, first)
-    check_negatives(trainer.loss, first, sources)
 
 
 def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: dict[str, Any]) -> Path:
@@ -130,10 +124,6 @@ def make_trainer(recipe: Recipe, model: Model, sources: Sequence[Data], validati
         world_size=distributed.world_size(),
     )
     loss = make_loss(recipe.turns, recipe.loss, model)
-    evaluator = None
-    if validation is not None:
-        from muco.training.evaluator import RetrievalEvaluator
-
-        evaluator = RetrievalEvaluator(validation)
+    evaluator = None if validation is None else RetrievalEvaluator(validation)
     record = Record(Path(recipe.output), data.max_broken)
     return MuCoTrainer(model, arguments, recipe.batch, batches, loss, record, evaluator)

@@ -21,10 +21,10 @@ from muco.data.mmeb_test import DATA_SETS, NAMES, official_name
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
-from muco.evaluate.benchmark import read_outcomes
+from muco.evaluate.benchmark import Outcome
 from muco.evaluate.mmeb import aggregates, evaluate_mmeb
 from muco.evaluate.mmeb_task import ListQuery, judge, sample
-from muco.evaluate.page import print_benchmark
+from muco.evaluate.report import print_benchmark
 
 LAYOUTS = ("v1", "split")
 
@@ -53,6 +53,11 @@ class Told:
     def encode(self, contents: list[Content], *, batch_size: int) -> np.ndarray:
         names = [c.text + "".join(f"@{image.name}" for image in c.images) for c in contents]
         return np.array([self.vectors[name] for name in names], np.float32)
+
+
+def read_outcomes(output: Path, name: str) -> list[Outcome]:
+    lines = (output / "outcomes" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Outcome(**json.loads(line)) for line in lines]
 
 
 def plain(value: dict) -> dict:

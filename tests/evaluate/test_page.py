@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -21,12 +22,14 @@ from rich.console import Console
 
 from muco.base.tables import markdown, print_whole, table_of_numbers
 from muco.errors import OutputError
-from muco.evaluate.benchmark import Failure, Shown, TaskResult, benchmark_result
-from muco.evaluate.page import SIDE, page, print_benchmark, write_reports
-from muco.evaluate.tables import as_csv, benchmark_markdown
+from muco.evaluate.benchmark import Failure, Shown, TaskResult
+from muco.evaluate.driver import Benchmark
+from muco.evaluate.page import SIDE, page, write_reports
+from muco.evaluate.report import as_csv, benchmark_markdown, print_benchmark
 
 NASTY = "<script>alert(1)</script>|*x*\n[bold]'\"&`"
 MODEL = {"path": "models/<i>tiny</i>", "fingerprint": "f" * 64}
+COMMAND = "muco evaluate mmeb --model <m>"
 
 
 def picture(folder: Path, name: str, colour: str = "red") -> str:
@@ -53,10 +56,11 @@ def failure(query: Shown, margin: float = 0.25) -> Failure:
     return Failure(margin, query, right, ((Shown("w", "a wrong one"), 0.75), (right, 0.5)))
 
 
-def result_of(results: list[TaskResult], name: str = "mmeb", overall: float | None = 0.5, **changes):
+def result_of(results, name="mmeb", overall: float | None = 0.5, model=MODEL, command=COMMAND, **told):
+    scored = SimpleNamespace(fingerprint=model["fingerprint"])
+    run = Benchmark(name, scored, Path("data"), Path("out"), 8, False, command=command, model_path=model["path"])
     groups = {"classification": 0.5, "vqa": None, "overall": overall}
-    given = {"model": MODEL, "settings": {"seed": 7}, "command": "muco evaluate mmeb --model <m>", "overall": overall}
-    return benchmark_result(name, results, groups, **(given | changes))
+    return run.result(results, settings={"seed": 7}, groups=groups, overall=overall, **told)
 
 
 class Checked(HTMLParser):

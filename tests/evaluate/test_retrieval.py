@@ -17,7 +17,7 @@ from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.cache import Book, EmbeddingCache, embed
-from muco.evaluate.report import print_results, retrieval_markdown
+from muco.evaluate.report import print_results
 from muco.evaluate.retrieval import evaluate_retrieval
 
 COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "white": (255, 255, 255), "grey": (120,) * 3}
@@ -391,13 +391,10 @@ def test_reports_hold_every_task(capsys):
     result = evaluate_retrieval(Constant(), data, limit=10)
     out = io.StringIO()
     print_results(result, Console(file=out, width=120))
-    text, markdown = out.getvalue(), retrieval_markdown(result)
+    text = out.getvalue()
     told = ["image_to_caption", "within", "blind", "(mean of kinds)", "(none)", "collapsed", "first 10"]
-    for name in [*told, "skipped answer/lonely"]:
-        assert name in text and name in markdown
-    assert "a|[bold]b" in text and "a\\|\\[bold\\]b" in markdown
-    rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.replace("\\|", "").count("|") for line in rows} == {9}
+    for name in [*told, "skipped answer/lonely", "a|[bold]b"]:
+        assert name in text
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
@@ -530,7 +527,7 @@ def test_the_cache_gives_back_the_bits_in_the_order_asked(tmp_path):
     found = embed(keys[::-1], encode, cache=EmbeddingCache(tmp_path, model="m", data="d"))
     assert found.tobytes() == np.stack([vectors[key] for key in keys[::-1]]).tobytes()
     assert sorted(asked) == sorted(keys)
-    for other in ({"model": "x", "data": "d"}, {"model": "m", "data": "x"}, {"model": "m", "data": "d", "prompt": "x"}):
+    for other in ({"model": "x", "data": "d"}, {"model": "m", "data": "x"}):
         assert EmbeddingCache(tmp_path, **other).load() == {}
 
 
@@ -563,7 +560,7 @@ def test_the_trainer_logs_the_evaluator(tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from torch import nn
 
-    from muco.training.evaluator import RetrievalEvaluator
+    from muco.training.callbacks import RetrievalEvaluator
 
     class Trained(SentenceTransformer):
         def encode(self, inputs, **kwargs):
@@ -583,5 +580,3 @@ def test_the_trainer_logs_the_evaluator(tmp_path):
         assert logged[f"eval_{name}_hit@1"] == expected[name]["hit@1"]
     assert logged["eval_answer_mrr"] == expected["answer"]["mean"]["mrr"]
     assert logged["eval_collapsed"] == 0.0
-    with pytest.raises(MucoError, match="'nothing' is not a metric of this data"):
-        RetrievalEvaluator(data, primary="nothing")(model)

@@ -239,7 +239,7 @@ turns = st.lists(st.tuples(texts, st.integers(0, 2)), min_size=1, max_size=4)
 def test_parts_have_the_tokens_of_the_whole(name, newline_at_end, context, turns, isolated):
     template = replace(processor(name).template, newline_at_end=newline_at_end)
     dialogue = Dialogue((IMAGE,) * context, tuple(Content(text, (IMAGE,) * n) for text, n in turns), isolated)
-    processor(name).check(dialogue)
+    processor(name).guard.check(dialogue)
     prompt = template.prompt(dialogue)
     assert slots(prompt) == list(range(len(dialogue.images)))
     seen = ids(name, prompt.trunk)
@@ -383,6 +383,6 @@ def test_the_guard_refuses_exactly_the_texts_with_special_tokens(name, text):
     special = {i for i, token in tokens.items() if token.special} & set(processor(name).text_ids(text))
     if special:
         with pytest.raises(DataError, match="special token"):
-            processor(name).check(single_turn(text))
+            processor(name).guard.check(single_turn(text))
     else:
-        processor(name).check(single_turn(text or "a"))
+        processor(name).guard.check(single_turn(text or "a"))

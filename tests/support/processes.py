@@ -28,7 +28,7 @@ LAUNCHERS = {
     "accelerate": "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no",
 }
 # what starts threads when it is imported, such as lancedb, is not among them
-LOADED = ("muco.cli.app", "muco.training.trainer", "muco.training.evaluator", "openai", "fastapi", "uvicorn")
+LOADED = ("muco.cli.app", "muco.training.trainer", "openai", "fastapi", "uvicorn")
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*LOADED])

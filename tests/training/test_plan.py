@@ -20,7 +20,7 @@ from muco.encoder import attention_bias
 from muco.sizes import Adapter
 from muco.training.build import build_model
 from muco.training.flops import qwen2_vl_config
-from muco.training.memory import activation_bytes
+from muco.training.meta_model import activation_bytes
 from muco.training.plan import plan
 from muco.training.recipe import Recipe, dump_recipe, from_dict, load_recipe
 from muco.training.trainer import make_trainer

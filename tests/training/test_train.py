@@ -30,11 +30,10 @@ from muco.data import open_data
 from muco.errors import OutputError
 from muco.training import checkpoint
 from muco.training.blind import blind_loss
-from muco.training.build import build_model
+from muco.training.build import build_model, language_loss, warm_up
 from muco.training.plan import plan
 from muco.training.recipe import dump_recipe, from_dict, load_recipe
 from muco.training.trainer import make_trainer
-from muco.training.warmup import language_loss, warm_up
 
 SMALL = {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1, "vocabulary": 512}
 
