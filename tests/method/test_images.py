@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from muco.data import images
+from muco import images
 from muco.data.images import SameImage
 from muco.errors import DataError, ImageError
 from muco.images import FORMATS, image_digest, open_image, resize_to_budget
