@@ -508,7 +508,7 @@ def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path) -> No
     bad = muco("search", "-i", index, "--text", "x", "--where", "id = 1; drop", code=1)
     assert bad.stderr.splitlines()[-1].startswith("muco: the filter: ';") and not bad.stdout
     assert "no index there" in muco("search", "-i", images, "--text", "x", code=1).stderr
-    assert "give an INPUT" in muco("index", "-i", index, code=2).stderr
+    assert "pass an INPUT" in muco("index", "-i", index, code=2).stderr
 
 
 JPEG = io.BytesIO()
