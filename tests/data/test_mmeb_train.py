@@ -279,7 +279,7 @@ def test_bad_negatives_are_named(tmp_path, text, image, message):
 def test_nothing_in_the_data_is_executed(tmp_path):
     call = f"['a', __import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()]"
     data = one(tmp_path, neg_text=call)
-    with pytest.raises(DataError, match="begins like a list but is none"):
+    with pytest.raises(DataError, match="looks like a list but is not valid"):
         data[0]
     assert not (tmp_path / "ran").exists()
 
