@@ -48,7 +48,8 @@ def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterat
     """
     suffixes = image_suffixes()
     with os.scandir(folder) as scan:
-        entries = [(e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in scan if not e.name.startswith(".")]
+        seen = [entry for entry in scan if not entry.name.startswith(".")]
+    entries = [(f"{e.name}/" if e.is_dir(follow_symlinks=False) else e.name, e) for e in seen]
     for name, entry in sorted(entries, key=itemgetter(0)):  # "a.png" before "a/", as in whole names
         suffix = os.path.splitext(name)[1].lower()
         if name.endswith("/"):

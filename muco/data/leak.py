@@ -138,7 +138,8 @@ class _Search:
                     for error in (image.error for image in keys.images if image.error is not None):
                         self.unreadable[side].add(f"{source.where(i)}: {error}")
                     yield source, i, keys
-                    progress(done := done + 1, total)
+                    done += 1
+                    progress(done, total)
 
     def _read_evaluation(self) -> None:
         hashes, samples = {kind: array("Q") for kind in KINDS}, {kind: array("Q") for kind in KINDS}
@@ -182,7 +183,7 @@ class _Search:
         warnings = [line for line in told if line]
         for side, failed in self.unreadable.items():
             if failed.total:
-                shown = "; ".join(failed.listed[:5]) + "; …" * (failed.total > 5)
+                shown = "; ".join([*failed.listed[:5], *(["…"] if failed.total > 5 else [])])
                 warnings.append(f"{side} data: {failed.total:,} images cannot be read and are not compared: {shown}")
         return {
             **self._counts(0, int(self.starts[-1])),

@@ -119,7 +119,8 @@ class _Rules:
         asked = [self.main(), self.list_things(), self.list_kinds()]
         often = [self.place, self.where, self.size, self.count]
         self.rng.shuffle(often)  # each takes names from the others; what can be asked least often comes first
-        asked += [rule() for rule in ROUNDS * [self.beside, *often]]
+        for _ in range(ROUNDS):
+            asked += [rule() for rule in (self.beside, *often)]
         made = [turn for turn in asked if turn is not None]
         made.sort(key=lambda turn: KIND_ORDER.index(turn.kind))
         used: dict[str, Turn] = {}  # target -> the first turn that has it
