@@ -189,8 +189,8 @@ def score_untrained(recipe: Recipe, data: Data, cache: Path) -> dict[str, Any]:
     ids = batches[0]["ids"]
     return score(model, data, cache) | {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "pairs_per_step": len(ids["sample_ids"]),
-        "chance_loss": chance_level(ids["sample_ids"], ids.get("target_ids")),
+        "pairs_per_step": len(ids),
+        "chance_loss": chance_level(ids.sample_ids, ids.target_ids),
     }
 
 
