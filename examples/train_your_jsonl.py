@@ -8,9 +8,8 @@ import argparse
 from pathlib import Path
 
 import muco
-from muco.data import images, jsonl, open_data
+from muco.data import Data, images, jsonl, open_data
 from muco.data.check import check
-from muco.data.source import Data
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.training.recipe import from_dict
 
