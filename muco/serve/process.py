@@ -58,10 +58,12 @@ class ModelProcess(Preparation):
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_main, args=(theirs, path, device, fingerprint), daemon=True)
         self._closing, self._one_at_a_time = False, threading.Lock()
+        self._ended: Any = self._process  # what to join: two threads must not wait for a process at once
         self._process.start()
         theirs.close()
         super().__init__(self._received(), images, max_tokens)
-        threading.Thread(target=self._watch, args=(gone,), name="muco-watch", daemon=True).start()
+        self._ended = threading.Thread(target=self._watch, args=(gone,), name="muco-watch", daemon=True)
+        self._ended.start()
 
     def run(self, prepared: Sequence[Prepared]) -> list[Embedded]:
         """See :meth:`Engine.run`; raises what that raised, or a RuntimeError if the process is not there any more."""
@@ -77,16 +79,16 @@ class ModelProcess(Preparation):
         with self._one_at_a_time:
             self._closing = True
             self._pipe.close()
-        self._process.join(JOIN)
-        if self._process.is_alive():
+        self._ended.join(JOIN)
+        if self._ended.is_alive():
             self._process.kill()
-            self._process.join()
+            self._ended.join()
 
     def _received(self) -> Any:
         try:
             ok, value = receive(self._pipe)
         except (EOFError, OSError) as error:
-            self._process.join(JOIN)
+            self._ended.join(JOIN)
             raise RuntimeError(f"the model's process has ended (exit code {self._process.exitcode})") from error
         if not ok:
             raise value
