@@ -87,7 +87,7 @@ class CaptionedData:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._data[index]
-        known: dict[int, str] = {}  # by the image as an object: one stands in many turns
+        known: dict[int, str] = {}  # by the image as an object: many turns share one
 
         def told(image: ImageLike) -> str:
             if id(image) not in known:

@@ -97,7 +97,7 @@ class _ImageChecks:
             self.finish(8 * self._threads)
 
     def finish(self, left: int = 0) -> None:
-        """Reports what was found, until only so many images are left in the queue."""
+        """Reports finished images, until at most this many are left in the queue."""
         while len(self._pending) > left:
             if problem := self._pending.popleft().result():
                 missing, message = problem

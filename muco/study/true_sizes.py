@@ -89,7 +89,7 @@ def pflops(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
 def tokens_per_turn(counts: Mapping[str, Mapping[str, int]], tokens: int, published: Mapping[str, float]) -> float:
     """How many text tokens a turn may have so that six more of them add what is published, in PFLOPs at k = 1 and 7.
 
-    ``counts`` have so many ``tokens`` per turn, both sides together; cost per token is taken for constant.
+    ``tokens``: tokens per turn of each of ``counts``, both sides together; cost per token is taken for constant.
     """
     ours = pflops(counts)
     return tokens * (published["7"] - published["1"]) / (ours["7"] - ours["1"])

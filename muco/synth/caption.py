@@ -6,7 +6,7 @@
     {"image": "<SHA-256 of the image>", "error": "refusal: …", "model": "…", "prompt": "muco-1 (…)"}
 
 Fine-tuning by reconstruction hides a caption in the place of an image (:mod:`muco.reconstruction`). Each image is asked
-about once, however often it stands in the data; a line is written when its answer is there, so that a killed run goes
+about once, however often it occurs in the data; a line is written when its answer is there, so that a killed run goes
 on with what is left. To ask about an image again, remove its line. Of two lines about an image the later one counts.
 """
 

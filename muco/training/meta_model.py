@@ -27,7 +27,7 @@ from muco.training.recipe import Recipe
 
 
 def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tuple[nn.Module, Processor]:
-    """The backbone with adapters and frozen parts, and a processor; what stands in for another goes to the notes."""
+    """The backbone with adapters and frozen parts, and a processor; the notes name each stand-in."""
     if recipe.model.tiny:
         model = build_model(recipe, sources)
         return model.encoder.model.to("meta"), model.encoder.muco_processor
