@@ -28,12 +28,12 @@ from muco.data.lines import JsonObject, as_object
 from muco.data.mbeir_test import (
     DATA_SETS,
     NUMBERS,
+    QUERY,
     candidate_ids,
     candidate_of,
     checked_id,
     data_set_of,
     instructions_file,
-    modality_of,
     number_of,
     positives_of,
     read_instructions,
@@ -103,8 +103,8 @@ class MBEIRTrainData:
         number = self._rows[position(index, len(self), self.data)]
         where = self._places.where(number)
         row = as_object(self._places.read(number), where)
-        modality = modality_of(row, "query_modality", row.get("query_modality"), where)
-        text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
+        modality = row.get("query_modality")
+        text, image = sides_of(row, QUERY, modality, self.data, where)
         qid, positives = checked_id(row, "qid", where), positives_of(row, where)
         targets, target_modality = self._targets(qid, positives)
         key = (data_set_of(qid), modality, target_modality)

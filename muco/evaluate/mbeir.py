@@ -19,12 +19,12 @@ from muco.data.mbeir_test import (
     ALL,
     Key,
     MBEIRTask,
-    Prompts,
-    as_queries,
     data_set_of,
     hash_of,
     instructions_file,
+    number_of,
     open_pool,
+    prompted,
     read_instructions,
     read_judgements,
     read_queries,
@@ -38,6 +38,7 @@ from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_hit, score_ranked
 
 PoolName = Literal["local", "global"]
+Prompts = Literal["random", "first"]
 GROUPS = {  # name -> numbers of its tasks
     "single to single": (0, 1, 3, 4),
     "single to fused": (2,),
@@ -218,23 +219,19 @@ def _ask(
         raise DataError(
             f"{instructions_file(data)}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}"
         )
-    lines, judgements = read_queries(data, task, left_out), read_judgements(task.files(data)["judgements"], task)
-    total, seed = len(lines), drawing.seed
-    if drawing.queries is not None and drawing.queries < total:
-        drawn = sorted(lines, key=lambda line: (hash_of(seed, "query", line.id), line.id))[: drawing.queries]
-        kept = {line.id for line in drawn}
-        lines = [line for line in lines if line.id in kept]
-    by_seed = seed if drawing.prompts == "random" else None
-    queries, taken = as_queries(lines, judgements, instructions[task.key], by_seed)
-    other = sum(set(query.relevant) != set(line.positives) for query, line in zip(queries, lines, strict=True))
+    judgements, seed = read_judgements(task.files(data)["judgements"], task), drawing.seed
+    found, differing = read_queries(data, task, judgements, left_out)
+    drawn = sorted(found, key=lambda query: (hash_of(seed, "query", query.id), query.id))[: drawing.queries]
+    drawn.sort(key=lambda query: number_of(query.id))
+    queries, taken = prompted(drawn, instructions[task.key], seed if drawing.prompts == "random" else None)
     return JudgedQueries(queries, left_out), {
         "query": task.key[1],
         "candidate": task.key[2],
         "prompts": drawing.prompts,
         "seed": seed,
         "times each prompt was taken": taken,
-        "queries in the file": total,
-        "queries whose pos_cand_list is not what is judged relevant": other,
+        "queries in the file": len(found),
+        "queries whose pos_cand_list is not what is judged relevant": sum(query.id in differing for query in queries),
     }
 
 
