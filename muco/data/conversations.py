@@ -24,7 +24,7 @@ import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.json_places import ArrayPlaces, Scanner, checked_object, value_at
-from muco.data.lines import JsonObject, image_of, parsed, text_of
+from muco.data.lines import JsonObject, image_folder, image_of, parsed, text_of
 from muco.data.places import LinePlaces, file_state, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
@@ -54,7 +54,7 @@ class LlavaData(Fingerprinted):
     """
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
-        self.path, self.images = Path(path), _image_folder(path, images)
+        self.path, self.images = Path(path), image_folder(Path(path), images)
         if self.path.suffix in (".jsonl", ".ndjson"):
             self._places: LinePlaces | ArrayPlaces = LinePlaces(self.path)
             for _ in self._places.scan():
@@ -107,7 +107,7 @@ class VisDialData(Fingerprinted):
         pattern: str | Sequence[str] = PATTERNS,
         caption: str | None = None,
     ) -> None:
-        self.path, self.images = Path(path), _image_folder(path, images)
+        self.path, self.images = Path(path), image_folder(Path(path), images)
         self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
         self.caption = caption
         self._state = file_state(self.path)
@@ -219,13 +219,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if text is None or not text.strip():
         raise DataError(f"{where}: {key!r} is empty; fix the entry")
     return text
-
-
-def _image_folder(path: str | Path, images: str | Path | None) -> Path:
-    folder = Path(images) if images is not None else Path(path).parent
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it must hold the images of {path}")
-    return folder
 
 
 # ── places in a large JSON file ──────────────────────────────────────────────────────────────────────────────────────
