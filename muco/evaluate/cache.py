@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -76,24 +76,26 @@ class Book:
         self._refuse(key, error)
         return key
 
-    def encode(self, model: Embedder, batch_size: int, keys: Sequence[str]) -> np.ndarray:
-        """Vectors of the contents with these keys, less those that the model refuses, if they may be left out."""
-        return encode_named(
-            model,
-            [self.contents[key] for key in keys],
-            [self.places[key] for key in keys],
-            batch_size,
-            lambda row, error: self._refuse(keys[row], error),
-        )
+    def vectors(
+        self, model: Embedder, batch_size: int, keys: Iterable[str], **how: Any
+    ) -> tuple[np.ndarray, dict[str, int]]:
+        """Vectors of the contents with these keys, and the row of each; ``how`` is for :func:`embed`.
+
+        They have an order of their own (contents of one image side by side): that of the keys moves no digit.
+        """
+        ordered = sorted(keys, key=self._order.__getitem__)
+
+        def encode(part: Sequence[str]) -> np.ndarray:
+            contents, places = ([known[key] for key in part] for known in (self.contents, self.places))
+            return encode_named(model, contents, places, batch_size, lambda row, error: self._refuse(part[row], error))
+
+        vectors = embed(ordered, encode, left_out=self.left_out, **how)
+        return vectors, {key: row for row, key in enumerate(ordered)}
 
     def _refuse(self, key: str, error: DataError) -> None:
         if self.left_out is None:
             raise error
         self.left_out.add(key, error)
-
-    def in_order(self, keys: Iterable[str]) -> list[str]:
-        """Keys in an order of their own (contents of one image side by side): that of the rows moves no digit."""
-        return sorted(keys, key=self._order.__getitem__)
 
     def _digest(self, image: ImageLike, where: str) -> str:
         if not isinstance(image, (str, Path)):

@@ -25,7 +25,7 @@ from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, TaskResult, gate, write_trec_run
-from muco.evaluate.cache import Book, embed
+from muco.evaluate.cache import Book
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
@@ -57,11 +57,8 @@ class JudgedQueries:
 
     def embed(self, run: Benchmark, cached_as: str, progress: Progress) -> np.ndarray:
         """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out."""
-        distinct = self.book.in_order(self.book.contents.keys())
-        encode = functools.partial(self.book.encode, run.model, run.batch_size)
-        cache = run.cache(cached_as)
-        vectors = embed(distinct, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
-        row_of = {key: row for row, key in enumerate(distinct)}
+        how = {"cache": run.cache(cached_as), "shared": True, "progress": progress}
+        vectors, row_of = self.book.vectors(run.model, run.batch_size, self.book.contents, **how)
         nothing = np.full_like(vectors[0], np.nan)
         return np.stack([vectors[row_of[key]] if key in row_of else nothing for key in self.keys])
 
