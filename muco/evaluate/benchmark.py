@@ -123,11 +123,8 @@ class TaskFiles:
         except ValueError:
             log.warning("%s is damaged; the task is done again", file)
             return None
-        if (found.get("format"), found.get("key"), found["result"]["data"]) != (FORMAT, self.key, data):
-            return None
-        if found["result"].get("left_out") and not self.partial:
-            return None
-        return _result(found["result"])
+        same = (found.get("format"), found.get("key"), found["result"]["data"]) == (FORMAT, self.key, data)
+        return _result(found["result"]) if same and (self.partial or not found["result"].get("left_out")) else None
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
@@ -165,9 +162,7 @@ def mean_of(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
 
 def gate(score: float, chance: float | None, queries: int) -> list[str]:
     """A warning where a score (0 to 1) is not clearly above chance: three standard deviations of guessing."""
-    if chance is None:
-        return []
-    if score > above_guessing(chance, queries):
+    if chance is None or score > above_guessing(chance, queries):
         return []
     return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
 

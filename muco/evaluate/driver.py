@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from muco import distributed
 from muco.base.machine import versions
@@ -23,15 +23,6 @@ from muco.errors import MucoError
 from muco.evaluate.benchmark import FORMAT, TaskFiles, TaskResult, pixels_differ
 from muco.evaluate.cache import Embedder, EmbeddingCache
 from muco.evaluate.page import write_reports
-
-
-class NamedTask(Protocol):
-    """A task, read and checked. ``fingerprint`` is of its queries, candidates and judgements."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -79,12 +70,13 @@ class Benchmark:
         return EmbeddingCache(self.output / "cache", model=self.fingerprint, data=data)
 
     def score(
-        self, tasks: Iterable[NamedTask], work: Callable[[Any], TaskResult], key: Mapping[str, Any]
+        self, tasks: Iterable[Any], work: Callable[[Any], TaskResult], key: Mapping[str, Any]
     ) -> list[TaskResult]:
         """The results of all tasks; ``work`` is done for those that the output folder does not hold already.
 
         Args:
-            tasks: Each is taken when the one before it is done.
+            tasks: Each has a name, and a fingerprint of its queries, candidates and judgements; it is taken when the
+                one before it is done.
             key: What the scores depend on besides the benchmark, the model and a task's data. Plain values.
         Returns:
             The results without their outcomes: those are in files, and many.

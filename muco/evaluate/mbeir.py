@@ -14,21 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from muco.data import mbeir_test
 from muco.data.left_out import LeftOut
-from muco.data.mbeir_test import (
-    ALL,
-    Key,
-    MBEIRTask,
-    data_set_of,
-    hash_of,
-    instructions_file,
-    number_of,
-    open_pool,
-    prompted,
-    read_instructions,
-    read_judgements,
-    read_queries,
-)
+from muco.data.mbeir_test import ALL, Key, MBEIRTask, data_set_of
 from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
@@ -157,7 +145,7 @@ def _plan(
     """
     check_folder(data)
     lost_pools = _absent([task.files(data)["pool"] for task in ALL])
-    lost = _absent([instructions_file(data)])
+    lost = _absent([mbeir_test.instructions_file(data)])
     readable = not lost  # no task can do without the instructions
     todo, missing = [], []
     for pool in pools:
@@ -196,10 +184,10 @@ def _open_tasks(
     run: Benchmark, todo: Sequence[tuple[MBEIRTask, PoolName]], drawing: Drawing, strict: bool
 ) -> list[RankedTask]:
     """Everything that is scored, read and checked; with ``strict`` a DataError for a positive that no pool holds."""
-    instructions = read_instructions(instructions_file(run.data))
+    instructions = mbeir_test.read_instructions(mbeir_test.instructions_file(run.data))
     tasks = dict.fromkeys(task for task, _ in todo)
     whole = any(pool == "global" for _, pool in todo)
-    local = {task: open_pool(run.data, task, LeftOut(run.skip_broken)) for task in (ALL if whole else tasks)}
+    local = {task: mbeir_test.open_pool(run.data, task, LeftOut(run.skip_broken)) for task in (ALL if whole else tasks)}
     asked = {task: _ask(run.data, task, instructions, drawing, LeftOut(run.skip_broken)) for task in tasks}
     together = Pools(list(local.values())) if whole else None
     opened = []
@@ -215,15 +203,13 @@ def _ask(
 ) -> tuple[JudgedQueries, dict[str, Any]]:
     """The queries of a task, and facts about them."""
     if task.key not in instructions:
-        number, query, candidate = task.key
-        raise DataError(
-            f"{instructions_file(data)}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}"
-        )
-    judgements, seed = read_judgements(task.files(data)["judgements"], task), drawing.seed
-    found, differing = read_queries(data, task, judgements, left_out)
-    drawn = sorted(found, key=lambda query: (hash_of(seed, "query", query.id), query.id))[: drawing.queries]
-    drawn.sort(key=lambda query: number_of(query.id))
-    queries, taken = prompted(drawn, instructions[task.key], seed if drawing.prompts == "random" else None)
+        file, (number, query, candidate) = mbeir_test.instructions_file(data), task.key
+        raise DataError(f"{file}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}")
+    judgements, seed = mbeir_test.read_judgements(task.files(data)["judgements"], task), drawing.seed
+    found, differing = mbeir_test.read_queries(data, task, judgements, left_out)
+    drawn = sorted(found, key=lambda query: (mbeir_test.hash_of(seed, "query", query.id), query.id))[: drawing.queries]
+    drawn.sort(key=lambda query: mbeir_test.number_of(query.id))
+    queries, taken = mbeir_test.prompted(drawn, instructions[task.key], seed if drawing.prompts == "random" else None)
     return JudgedQueries(queries, left_out), {
         "query": task.key[1],
         "candidate": task.key[2],
