@@ -74,9 +74,6 @@ def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: An
     return report
 
 
-# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class _ImageChecks:
     """Opens each image once in threads (Pillow decodes without the interpreter lock); results come in row order."""
 
@@ -116,9 +113,6 @@ def _digest(image: ImageLike) -> str:
         return image_digest(image)
     except ImageError as error:  # only a name is wanted here; opening the image reports it
         return str(error)
-
-
-# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Texts:

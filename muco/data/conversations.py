@@ -177,9 +177,6 @@ class VisDialData(Fingerprinted):
                             "{image_id:012d}, and {split}")  from error  # fmt: skip
 
 
-# ── entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _exchanges(entry: JsonObject, has_image: bool, where: str) -> list[Turn]:
     """The turns of a LLaVA entry, whose sides take turns and the human begins."""
     messages = entry.get("conversations")
@@ -219,9 +216,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if text is None or not text.strip():
         raise DataError(f"{where}: {key!r} is empty; fix the entry")
     return text
-
-
-# ── places in a large JSON file ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarray]]:

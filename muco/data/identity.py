@@ -86,9 +86,6 @@ def image_keys(image: ImageLike) -> ImageKeys:
         return replace(found, error=str(error))
 
 
-# ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class ContentRows:
     """Rows of contents, whatever they come from; a folder without a JSONL file is a folder of images."""
 

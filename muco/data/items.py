@@ -146,9 +146,6 @@ def _check_columns(path: Path, names: Sequence[str], columns: Columns) -> None:
         raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
 
 
-# ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
     for number, (name, _) in islice(enumerate(image_files(folder)), start, None):
         where = os.fsencode(folder / name).decode("utf-8", "backslashreplace")
@@ -194,9 +191,6 @@ def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence
                     values, error = {}, f"{name!r} cannot be read ({found})"
                     break
             yield Record(number, f"{path.name} row {number}", values, error)
-
-
-# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str] = ()) -> Row:

@@ -120,9 +120,6 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-# ── the schema ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _turn(value: Any, folder: Path) -> Turn:
     value = _object(value, _TURN_KEYS, "a turn")
     sides = {}
@@ -184,9 +181,6 @@ def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
         if key not in keys:
             raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, keys)}")
     return value
-
-
-# ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _turn_to_row(turn: Turn, folder: Path, place: str) -> dict[str, Any]:

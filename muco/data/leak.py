@@ -90,9 +90,6 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
     return report
 
 
-# ── the search ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class _Index:
     """Hashes of one kind, sorted, and the evaluation sample of each."""
 

@@ -31,9 +31,6 @@ TOKEN = "<|image_1|>"  # where data of others has an image in its texts
 _TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
 
 
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
     """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
 
@@ -122,9 +119,6 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return depth
-
-
-# ── fields ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def whole_text(text: str, key: str) -> str:

@@ -185,9 +185,6 @@ def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Co
     return texts
 
 
-# ── which images are there ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _present(rows: Rows, images: Path, column: str, *, rescan: bool) -> np.ndarray:
     """bool [rows]: whether the image of a row is there. Made shard by shard, each part kept when it is known.
 

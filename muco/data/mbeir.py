@@ -212,9 +212,6 @@ class TrainPool:
         return np.where(self._numbers[places] == wanted, self._order[places], -1)
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _query_files(data: Path, sets: Sequence[str], queries: str, *, named: bool) -> tuple[Path, ...]:
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; it must hold M-BEIR, with the folders query and cand_pool")

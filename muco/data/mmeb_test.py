@@ -219,9 +219,6 @@ def _decoded(value: Any) -> Any:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
-# ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} must be a string, not {type_of(value)}")
@@ -279,9 +276,6 @@ def _after_image(instruction: str, text: str) -> str:
 
 def _joined(instruction: str, text: str) -> str:
     return " ".join(part for part in (instruction, text) if part)
-
-
-# ── a pair as content ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _content(folder: Path, text: str, path: str) -> Content:

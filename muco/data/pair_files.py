@@ -104,9 +104,6 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
             raise DataError(f"{where}: the column {name!r} is there twice; found {', '.join(names)}")
 
 
-# ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iterator[tuple[int, int, list[str]]]:
     """First byte, first line and cells of every row that is not blank, from where the file stands, at ``line``."""
     start, first = file.tell(), line

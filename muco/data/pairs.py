@@ -121,9 +121,6 @@ class PairsData(Fingerprinted):
         return contents
 
 
-# ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def find_columns(path: Path, names: Sequence[str], given: Mapping[str, str | None]) -> dict[str, str]:
     """The columns that are used: those given, or the usual ones where the file has just one set of them.
 

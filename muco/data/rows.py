@@ -139,8 +139,6 @@ class Rows:
     def _shard_file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05}.arrow"
 
-    # ── copying ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def _copy(self) -> None:
         """Makes the shards that are missing."""
         import pyarrow as pa

@@ -163,9 +163,6 @@ def _names_images(value: Any) -> str | None:
     return None
 
 
-# ── indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def shard_files(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
     if not isinstance(given, str | Path):
         files = tuple(map(Path, given))

@@ -54,9 +54,6 @@ def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int
     return output
 
 
-# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -> str:
     kinds = Counter(turn.kind for sample in samples if isinstance(sample, Sample) for turn in sample.turns if turn.kind)
     colors = {}
@@ -121,9 +118,6 @@ def _content(content: Content, sample: Sample, empty: str = "") -> str:
     images = f"<div class='inline'>{_images(content.images, sample.place)}</div>" if content.images else ""
     text = f"<p>{escape(content.text)}</p>" if content.text else ""
     return images + text or f"<p class='empty'>{empty}</p>"
-
-
-# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _images(images: tuple[ImageLike, ...], where: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from muco import distributed
 from muco.base.machine import versions
-from muco.errors import MucoError
+from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate.benchmark import FORMAT, TaskFiles, TaskResult, pixels_differ
 from muco.evaluate.cache import Embedder, EmbeddingCache
 from muco.evaluate.page import write_reports
@@ -131,6 +131,16 @@ class Benchmark:
             "missing": list(missing),
             "warnings": [*pixels_differ(self.pixels, self.trained_pixels), *warnings, *own],
         }
+
+
+def chosen_tasks(named: Sequence[str] | None, known: Sequence[str], benchmark: str) -> tuple[str, ...]:
+    """The named tasks in the order of the benchmark, None names all; a DataError if one is unknown or none is named."""
+    for name in named or ():
+        if name not in known:
+            raise DataError(f"{benchmark} has no task {name!r}{did_you_mean(name, known)}")
+    if named is not None and not named:
+        raise DataError(f"no task of {benchmark} is named; name some, or leave the option out for all {len(known)}")
+    return tuple(name for name in known if named is None or name in named)
 
 
 def check_queries(queries: int | None) -> None:

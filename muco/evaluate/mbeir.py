@@ -17,11 +17,11 @@ from typing import Any, Literal
 from muco.data import mbeir_test
 from muco.data.left_out import LeftOut
 from muco.data.mbeir_test import ALL, Key, MBEIRTask, data_set_of
-from muco.errors import DataError, MucoError, did_you_mean
+from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
 from muco.evaluate.cache import Embedder
-from muco.evaluate.driver import Benchmark, check_queries
+from muco.evaluate.driver import Benchmark, check_queries, chosen_tasks
 from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_hit, score_ranked
 
@@ -80,7 +80,8 @@ def evaluate_mbeir(
         DataError: If a file is missing (all are listed) or a line cannot be used.
         MucoError: If another argument cannot be used.
     """
-    chosen, data = _chosen(tasks), Path(data)
+    named, data = chosen_tasks(tasks, [task.name for task in ALL], "M-BEIR"), Path(data)
+    chosen = [task for task in ALL if task.name in named]
     if not pools or set(pools) - {"local", "global"}:
         raise MucoError(f"pools must be 'local', 'global' or both, not {list(pools)!r}")
     if prompts not in ("random", "first"):
@@ -94,11 +95,9 @@ def evaluate_mbeir(
     opened = _open_tasks(run, todo, drawing, strict)
     results = score_ranked(run, opened, settings, progress)
     scores = {result.name: result.score for result in results}
-    groups: dict[str, float | None] = {}
-    for pool in pools:
-        groups |= means(scores, pool)
+    groups = {name: score for pool in pools for name, score in means(scores, pool).items()}
     counted = "global" if "global" in pools else "local"
-    said = {"pools": pools, "overall": f"mean of 16 tasks, {counted} pool", "tasks": [task.name for task in chosen]}
+    said = {"pools": pools, "overall": f"mean of 16 tasks, {counted} pool", "tasks": list(named)}
     settings = said | settings | {"batch_size": batch_size, "strict": strict} | run.settings
     overall = groups[f"overall {counted}"]
     return run.write(results, settings=settings, groups=groups, overall=overall, missing=missing, warnings=warnings)
@@ -121,18 +120,6 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
         f"{name} {pool}": mean_of(scores, [f"{task.name} {pool}" for task in own])
         for name, own in {**named, "overall": list(ALL)}.items()
     }
-
-
-def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
-    if names is None:
-        return ALL
-    known = [task.name for task in ALL]
-    for name in names:
-        if name not in known:
-            raise MucoError(f"M-BEIR has no task {name!r}{did_you_mean(name, known)}")
-    if not names:
-        raise MucoError("no task of M-BEIR is named; name some, or leave the option out for all 16")
-    return tuple(task for task in ALL if task.name in names)
 
 
 def _plan(
@@ -231,9 +218,8 @@ def _ranked_task(
     strict: bool,
 ) -> RankedTask:
     rows = pools.relevant(queries.queries)
-    lost = []
-    for query, own in zip(queries.queries, rows, strict=True):
-        lost += [(query, id) for id, row in zip(query.relevant, own, strict=True) if row < 0]
+    asked = zip(queries.queries, rows, strict=True)
+    lost = [(query, id) for query, own in asked for id, row in zip(query.relevant, own, strict=True) if row < 0]
     for query, id in lost if strict else ():
         if pool == "global" or data_set_of(id) == task.data_set_id:
             raise DataError(
