@@ -160,9 +160,7 @@ def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
             if not item or "\0" in item:
                 raise DataError(f"{key!r} is not a path: {item!r}; leave the key out if there is no image")
             if is_url(item):
-                raise DataError(
-                    f"{key!r} is a URL ({item[:60]}); URLs are not fetched; download the image and use its path"
-                )
+                raise DataError(f"{key!r} is a URL ({item[:60]}); URLs are not fetched, download the image")
             paths.append(folder.absolute() / whole_text(item, key))
     return tuple(paths)
 

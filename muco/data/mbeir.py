@@ -194,9 +194,7 @@ class TrainPool:
         if len(again):
             first, second = map(self._places.where, self._order[again[0] : again[0] + 2])
             data_set, number = divmod(int(self._numbers[again[0]]), NUMBERS)
-            raise DataError(
-                f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique among all candidates"
-            )
+            raise DataError(f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique")
 
     def __getitem__(self, row: int) -> tuple[Content, str]:
         """A candidate's content and modality; a DataError if its line is not as it must be, or its file changed."""

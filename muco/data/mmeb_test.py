@@ -239,9 +239,7 @@ def _pairs(record: Mapping[str, Any], source: MMEBSet) -> tuple[Pair, list[Pair]
         columns[column] = [_string(value, f"candidate {n} in {column!r}") for n, value in enumerate(values)]
     paths, texts = columns.values()
     if len(texts) != len(paths):
-        raise DataError(
-            f"'tgt_text' holds {len(texts)} candidates and 'tgt_img_path' {len(paths)}; each needs a text and a path"
-        )
+        raise DataError(f"'tgt_text' holds {len(texts)} candidates and 'tgt_img_path' {len(paths)}; each needs both")
     if len(texts) < 2:
         raise DataError(f"the number of candidates is {len(texts)}; a query chooses from at least 2")
     names = [name for name in COLUMNS[source.layout] if name not in columns]

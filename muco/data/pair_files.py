@@ -27,9 +27,6 @@ class JsonlTable(LinePlaces):
                 names |= dict.fromkeys(as_object(text, where))
         self.names = list(names)
 
-    def prepare(self, columns: Sequence[str]) -> None:
-        """Called once, with the columns that will be asked for."""
-
     def row(self, i: int) -> JsonObject:
         return as_object(self.read(i), self.where(i))
 
@@ -49,9 +46,6 @@ class CsvTable(LinePlaces):
                     self.names = cells
                     _refuse_twice(cells, f"{path}:{line}")
 
-    def prepare(self, columns: Sequence[str]) -> None:
-        """As of a :class:`JsonlTable`."""
-
     def row(self, i: int) -> JsonObject:
         with self.open(i) as file:
             _, _, cells = next(_csv_rows(file, self.path, self.delimiter, self.line(i)))
@@ -69,6 +63,7 @@ class ParquetTable:
         _refuse_twice(self.names, str(path))
 
     def prepare(self, columns: Sequence[str]) -> None:
+        """To be called once, with the columns that will be asked for."""
         self._rows = Rows(self.path, columns, cache=self.cache)
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.lines import JsonObject, image_cell, image_folder, literal_list, text_of, without_token
-from muco.data.pair_files import CsvTable, open_table
+from muco.data.pair_files import CsvTable, ParquetTable, open_table
 from muco.data.places import position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, did_you_mean
@@ -72,7 +72,8 @@ class PairsData(Fingerprinted):
         given["negatives"] = negatives
         self._table = open_table(self.path, cache)
         self.columns = find_columns(self.path, self._table.names, given)  # what it says -> the column
-        self._table.prepare(list(dict.fromkeys(self.columns.values())))
+        if isinstance(self._table, ParquetTable):
+            self._table.prepare(list(dict.fromkeys(self.columns.values())))
         if not len(self._table):
             raise DataError(f"{self.path}: the file has no rows")
 

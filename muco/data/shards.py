@@ -278,14 +278,9 @@ class _Headers:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.name, self.mode = file, getattr(file, "name", ""), "rb"
+        self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return self.file.read(size)
-
-    def seek(self, offset: int) -> int:
-        return self.file.seek(offset)
-
-    def tell(self) -> int:
-        return self.file.tell()

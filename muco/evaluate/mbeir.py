@@ -125,11 +125,7 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
 def _plan(
     data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool
 ) -> tuple[list[tuple[MBEIRTask, PoolName]], list[str], list[str]]:
-    """What can be scored, the names of what cannot be, and warnings about files.
-
-    Raises:
-        DataError: That lists all missing files, unless they may be missing.
-    """
+    """What can be scored, the names of what cannot, and warnings; a DataError lists missing files that may not be."""
     check_folder(data)
     lost_pools = _absent([task.files(data)["pool"] for task in ALL])
     lost = _absent([mbeir_test.instructions_file(data)])

@@ -199,11 +199,8 @@ class MmebTask:
         failures, contents = [], self.book.contents
         for margin, asked, found in lost[:FAILURES]:
             best = tuple((Shown.of(place, contents[asked.candidates[int(place)]]), score) for place, score in found)
-            query, right = (
-                Shown.of(str(asked.number), contents[asked.query]),
-                Shown.of("0", contents[asked.candidates[0]]),
-            )
-            failures.append(Failure(margin, query, right, best))
+            query, right = contents[asked.query], contents[asked.candidates[0]]
+            failures.append(Failure(margin, Shown.of(str(asked.number), query), Shown.of("0", right), best))
         return tuple(failures)
 
 
@@ -214,11 +211,7 @@ def sample(rows: int, queries: int | None, seed: int) -> list[int]:
 
 
 def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
-    """What became of a query.
-
-    Args:
-        scores: float32 [C] of ``asked.places``, the right candidate first.
-    """
+    """What became of a query; ``scores``, float32 [C], are of ``asked.places``, the right candidate first."""
     positive, columns = np.zeros(1, dtype=np.int64), np.arange(len(scores))
     rank = int(metrics.ranks(scores[None], positive, columns, tie=metrics.TIE)[0])
     name = str(asked.number)

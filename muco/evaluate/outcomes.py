@@ -28,11 +28,7 @@ Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, gra
 
 
 class Pools:
-    """Pools that are searched as one; rows count over them one after another.
-
-    Raises:
-        DataError: If two of them hold the same candidate.
-    """
+    """Pools that are searched as one, rows counted one after another; a DataError if two hold the same candidate."""
 
     def __init__(self, pools: Sequence[LinePool]) -> None:
         self.pools = list(pools)
@@ -163,12 +159,7 @@ class Scored:
 
 
 def score_queries(queries: Sequence[Query], searched: Searched, measures: Mapping[str, Measure], metric: str) -> Scored:
-    """Scores what the queries found.
-
-    Args:
-        measures: By name; each is averaged over the queries.
-        metric: The measure that outcomes hold.
-    """
+    """Scores what the queries found: the mean of each measure, and the outcomes in ``metric``, one of the measures."""
     values: dict[str, list[float]] = {name: [] for name in measures}
     outcomes, run, ties = [], {}, 0
     for number, query in enumerate(queries):

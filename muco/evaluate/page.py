@@ -36,11 +36,7 @@ def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[Tas
 
 
 def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails: int = THUMBNAILS) -> str:
-    """The HTML page as text.
-
-    Args:
-        thumbnails: Characters that all images may take; what does not fit is named instead, and the page says so.
-    """
+    """The HTML page as text; images beyond ``thumbnails`` characters in all are named instead, and the page says so."""
     sections = {
         "Groups": _groups(result),
         "Tasks": _tasks(result),

@@ -30,7 +30,7 @@ from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
 
-# The score of a random order: (queries, judgements of each that name a candidate of the pool, size of the pool) -> it.
+# The score of a random order, from queries, held: of each the judgements of candidates in the pool, and the pool's size.
 Chance = Callable[[Sequence[Query], Sequence[Mapping[str, int]], int], float]
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,7 @@ log = logging.getLogger(__name__)
 class JudgedQueries:
     """The queries of a task with the keys of their contents; image files are read once, for the keys.
 
-    Args:
-        left_out: Gets the keys of queries that cannot be embedded, if that is allowed.
-    Raises:
-        DataError: If a query cannot be read and may not be left out; names the query's line.
+    ``left_out`` gets the keys of queries that cannot be embedded; unless that is allowed, a DataError names the line.
     """
 
     def __init__(self, queries: Sequence[Query], left_out: LeftOut) -> None:
@@ -207,12 +204,7 @@ class Steps:
 
 
 def chance_of_hit(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
-    """hit@k of a random order: the mean over queries of 1 - (N-R)/N · (N-R-1)/(N-1) · …, k factors.
-
-    Args:
-        held: Of each query, the judgements of candidates that are in the pool; R are above 0.
-        pool: N candidates.
-    """
+    """hit@k of a random order: the mean of 1 - (N-R)/N · (N-R-1)/(N-1) · …, k factors; R of N candidates are right."""
 
     @functools.cache
     def one(right: int) -> float:
@@ -225,12 +217,7 @@ def chance_of_hit(queries: Sequence[Query], held: Sequence[Mapping[str, int]], p
 
 
 def chance_of_ndcg(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
-    """nDCG@k (linear gain) of a random order: every rank gains the mean grade of the pool.
-
-    Args:
-        held: Of each query, the judgements of candidates that are in the pool.
-        pool: N candidates.
-    """
+    """nDCG@k (linear gain) of a random order: every rank gains the mean grade of the pool."""
     discounts = metrics.discounted([1] * min(k, pool))
     values = []
     for query, own in zip(queries, held, strict=True):

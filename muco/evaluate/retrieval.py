@@ -137,10 +137,7 @@ def score_tasks(
     builder.build(scoring.candidates, scoring.seed)
     if not builder.tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in builder.skipped.items())
-        raise DataError(
-            f"nothing to evaluate in {samples} samples ({reasons}); see `muco data check` for what is there"
-        )
-
+        raise DataError(f"nothing to evaluate in {samples} samples ({reasons}); see what `muco data check` says")
     keys = {key for task in builder.tasks for key in (*task.queries, *task.pool)}
     vectors, row_of = book.vectors(model, scoring.batch_size, keys, cache=cache, progress=progress)
     vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
