@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import make_folder, write_json, write_text, writing
-from muco.data.left_out import Broken, as_lines
+from muco.data.left_out import Broken
 from muco.dialogue import Content
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
@@ -132,7 +132,8 @@ class TaskFiles:
         write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
         lost = self.output / "left_out" / f"{_safe(result.name)}.jsonl"
         if result.broken:
-            write_text(lost, as_lines(result.broken))
+            # ASCII, as a reason may quote half a character
+            write_text(lost, "".join(json.dumps(asdict(one)) + "\n" for one in result.broken))
         else:
             lost.unlink(missing_ok=True)
         plain = asdict(result)

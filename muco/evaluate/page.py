@@ -172,14 +172,12 @@ def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:
     if thumbnails.left_out:
         left = count(thumbnails.left_out, "image")
         words += f" Left out, so that the page stays small: {left}; their names are shown instead."
-    tasks, opened = "", False
+    tasks, first = "", next((name for name, own in cards.items() if own), None)
     for result in results:
-        own = cards[result.name]
-        open_now = " open" if own and not opened else ""
-        opened = opened or bool(own)
+        own, opened = cards[result.name], " open" if result.name == first else ""
         told = f"{report.percent(result.score)} % {text(result.metric)}, {count(len(own), 'failure')} shown"
         tasks += (
-            f'<details class="card worst"{open_now}><summary><b>{text(result.name)}</b><span>{told}</span></summary>'
+            f'<details class="card worst"{opened}><summary><b>{text(result.name)}</b><span>{told}</span></summary>'
             f"{''.join(own)}</details>"
         )
     return _section("Worst failures", words, tasks)

@@ -30,7 +30,7 @@ from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
 
-# The score of a random order, from queries, held: of each the judgements of candidates in the pool, and the pool's size.
+# The score of a random order, from the queries, the judgements of each that the pool holds, and the pool's size.
 Chance = Callable[[Sequence[Query], Sequence[Mapping[str, int]], int], float]
 
 log = logging.getLogger(__name__)

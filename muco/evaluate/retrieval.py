@@ -133,8 +133,7 @@ def score_tasks(
     book = Book()
     samples = len(data) if limit is None else min(limit, len(data))
     turns = [turn for i in range(samples) for turn in read_turns(book, i, data[i])]
-    builder = Builder(book, turns)
-    builder.build(scoring.candidates, scoring.seed)
+    builder = Builder(book, turns, scoring.candidates, scoring.seed)
     if not builder.tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in builder.skipped.items())
         raise DataError(f"nothing to evaluate in {samples} samples ({reasons}); see what `muco data check` says")
