@@ -50,7 +50,7 @@ class LlavaData(Fingerprinted):
         path: A ``.json`` file of one array, or a ``.jsonl`` file.
         images: What image paths count from, the file's folder by default. No path may leave it.
     Raises:
-        DataError: If the file cannot be read, is no such file or has no entries. Entries are checked on access.
+        DataError: If the file cannot be read, is not in this format or has no entries. Entries are checked on access.
     """
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
@@ -70,7 +70,7 @@ class LlavaData(Fingerprinted):
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such entry, DataError if it is not as it must be."""
+        """Raises IndexError if there is no such entry, DataError if it is not valid."""
         i = position(index, len(self), self.path)
         where = self._places.where(i)
         entry = parsed(self._places.read(i), where, constants=True)
@@ -87,7 +87,7 @@ class LlavaData(Fingerprinted):
 
 
 class VisDialData(Fingerprinted):
-    """Dialogues of VisDial 1.0, one sample each; read from disk when asked for. Texts are as they stand in the file.
+    """Dialogues of VisDial 1.0, one sample each; read from disk when asked for. Texts are left as they are.
 
     Args:
         path: ``visdial_1.0_train.json`` or ``…_val.json``.
@@ -95,7 +95,7 @@ class VisDialData(Fingerprinted):
         pattern: Names of image files within it, with ``{image_id}`` and ``{split}``; of several the first that exists.
         caption: What the caption answers ("Describe the image."): the first turn, where it is given.
     Raises:
-        DataError: If the file cannot be read, is no such file or has no dialogues, or a pattern cannot be used.
+        DataError: If the file cannot be read, is not in this format or has no dialogues, or a pattern cannot be used.
             Dialogues are checked on access.
     """
 
@@ -128,7 +128,7 @@ class VisDialData(Fingerprinted):
         return len(self._places["dialogs"])
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such dialogue, DataError if it is not as it must be."""
+        """Raises IndexError if there is no such dialogue, DataError if it is not valid."""
         i = position(index, len(self), self.path)
         where = f"{self.path} row {i}"
         with open_unchanged(self.path, self._state) as file:

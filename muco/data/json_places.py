@@ -87,7 +87,7 @@ class Scanner:
         return self._first + self._at
 
     def peek(self) -> str:
-        """The next character that is no blank, "" at the end of the file."""
+        """The next character that is not blank, "" at the end of the file."""
         while True:
             self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
@@ -117,7 +117,7 @@ class Scanner:
                     raise DataError(f"{self.path}: not JSON at byte {self.offset} ({said}); download the file "
                                     "again")  from error  # fmt: skip
                 continue
-            if len(self._text) - end < 3 and not self._ended:  # a number may go on, as with ".5" or "e+5"
+            if len(self._text) - end < 3 and not self._ended:  # a number may continue, as with ".5" or "e+5"
                 self._more(PIECE)
                 continue
             place = self.offset, end - self._at

@@ -53,7 +53,7 @@ class JsonlData(Fingerprinted):
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its images are absolute paths and its ``where`` is "file:line".
 
-        Raises an IndexError if there is no such row, a DataError if it is not as it must be, or the file changed since
+        Raises an IndexError if there is no such row, a DataError if it is not valid, or the file changed since
         it was opened.
         """
         where = self.where(index)

@@ -86,7 +86,7 @@ class MBEIRTrainData:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such query, DataError if its line or a candidate's is not as it must be."""
+        """Raises IndexError if there is no such query, DataError if its line or a candidate's is not valid."""
         number = self._rows[position(index, len(self), self.data)]
         where = self._places.where(number)
         row = as_object(self._places.read(number), where)
@@ -197,7 +197,7 @@ class TrainPool:
             raise DataError(f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique")
 
     def __getitem__(self, row: int) -> tuple[Content, str]:
-        """A candidate's content and modality; a DataError if its line is not as it must be, or its file changed."""
+        """A candidate's content and modality; a DataError if its line is not valid, or its file changed."""
         where = self._places.where(row)
         line = as_object(self._places.read(row), where)
         modality = line.get("modality")
@@ -214,14 +214,14 @@ def _query_files(data: Path, sets: Sequence[str], queries: str, *, named: bool) 
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; it must hold M-BEIR, with the folders query and cand_pool")
     if not sets:
-        raise DataError(f"{data}: no data set is named; give some of {', '.join(DATA_SETS)}")
+        raise DataError(f"{data}: no data set is named; name some of {', '.join(DATA_SETS)}")
     union = data / "query" / "union_train" / "mbeir_union_up_train.jsonl"
     if queries == "union_train":
         if not union.is_file():
             raise DataError(f"{union}: no such file; download it, or take the files in query/train")
         return (union,)
     if queries != "train":
-        raise DataError(f"unknown queries {queries!r} of M-BEIR; give 'train' or 'union_train'")
+        raise DataError(f"unknown queries {queries!r} of M-BEIR; pass 'train' or 'union_train'")
     files = [data / "query" / "train" / f"mbeir_{name.lower()}_train.jsonl" for name in sets]
     there = tuple(file for file in files if file.is_file())
     if not there or (named and len(there) < len(files)):

@@ -8,7 +8,7 @@
            images/<configuration>/…                                     paths in the files begin with "images/"
 
 Columns are qry, qry_image_path, pos_text and pos_image_path, and where the file has them neg_text, neg_image_path and
-the captions qry_sentence and pos_sentence. "" and null stand for what is absent.
+the captions qry_sentence and pos_sentence. "" and null mean that there is none.
 """
 
 from __future__ import annotations

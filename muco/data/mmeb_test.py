@@ -10,7 +10,7 @@ split     ``<data>/<name>/…test….parquet``:                ``<data>/image-ta
 ========= ================================================ ===========================================================
 
 Every row is a query with its own list of candidates, of which the first is right. In v1 the texts hold everything; in
-the split layout the instructions stand apart and are put in front again, which gives the text of v1. A content is then
+the split layout the instructions are separate and are put in front again, which gives the text of v1. A content is then
 that text without ``<|image_1|>``, and the image: models put an image and a newline in front of a text by themselves.
 """
 

@@ -100,7 +100,7 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
 
 
 def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iterator[tuple[int, int, list[str]]]:
-    """First byte, first line and cells of every row that is not blank, from where the file stands, at ``line``."""
+    """First byte, first line and cells of every row that is not blank, from the position of the file, at ``line``."""
     start, first = file.tell(), line
 
     def texts() -> Iterator[str]:

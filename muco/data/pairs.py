@@ -81,7 +81,7 @@ class PairsData(Fingerprinted):
         return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such row, DataError with file and row if it is not as it must be."""
+        """Raises IndexError if there is no such row, DataError with file and row if it is not valid."""
         i = position(index, len(self), self.path)
         where = self._table.where(i)
         row = self._table.row(i)

@@ -201,7 +201,7 @@ def write_scenes(
     Args:
         train, test, dev: Numbers of scenes.
         size: Width and height of the pictures in px.
-        objects: Numbers of objects, 2 to 6, each as often as it shall be drawn.
+        objects: Numbers of objects, 2 to 6, each as often as it should be drawn.
         progress: Called with (images written, images in all) after every image.
     Raises:
         OutputError: If the folder holds anything, or is a file.

@@ -138,12 +138,8 @@ def encode_named(
 
 
 class EmbeddingCache:
-    """The vectors that one model gave to the contents of one data set.
-
-    Args:
-        root: Folder of all caches; made if it does not exist, else an OutputError.
-        model, data: Their fingerprints.
-    """
+    """The vectors of one model for one data set, by their fingerprints, in a folder of ``root``; an OutputError if that
+    cannot be made."""
 
     def __init__(self, root: Path, *, model: str, data: str) -> None:
         name = hashlib.sha256(json.dumps([LAYOUT, model, data, "single-turn"]).encode()).hexdigest()

@@ -102,8 +102,7 @@ def evaluate_mmeb(
         "rules": rules,
     }
     warnings = _warnings(results, missing, seed)
-    lost = list(missing)
-    return run.write(results, settings=settings, groups=groups, overall=overall, missing=lost, warnings=warnings)
+    return run.write(results, settings=settings, groups=groups, overall=overall, missing=[*missing], warnings=warnings)
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
