@@ -42,10 +42,7 @@ def captioned_digests(path: Path) -> set[bytes]:
 
 
 class Captions:
-    """The captions of a file by the digest of the image, with 16 bytes for each in memory.
-
-    Raises a DataError if the file is missing or a line of it cannot be read.
-    """
+    """The captions of a file by the digest of the image, 16 bytes each in memory; a DataError if a line is invalid."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -155,10 +155,7 @@ def _lengths(by_side: dict[str, Counter[int]]) -> dict[str, TextLengths]:
 
 
 class _Targets:
-    """How often each target occurs, by kind: in turns, and in distinct samples.
-
-    With ``read_images`` copies of an image file are known for the same image; else names tell.
-    """
+    """How often each target occurs by kind, in turns and in samples; with ``read_images`` copies of a file are one."""
 
     def __init__(self, *, read_images: bool) -> None:
         self._read_images = read_images

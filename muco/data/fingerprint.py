@@ -85,10 +85,7 @@ def _looked_at(data: Any, *, skip_broken: bool) -> dict[ImageLike, str]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, remembered as long as size and time of the file stay as they are.
-
-    Raises a DataError if the file cannot be read, or changes meanwhile.
-    """
+    """SHA-256 (hex) of a file, remembered while size and time stay; a DataError if it cannot be read or changes."""
     place = str(path.absolute())
     before = file_state(path)
     known = _known.get(place)

@@ -47,10 +47,7 @@ def sample_images(sample: Sample) -> Iterator[ImageLike]:
 
 
 def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
-    """(is the file missing?, message), or None for an image that can be used; ``where`` names the row in the message.
-
-    Without ``opened``, only whether there is a file is looked at.
-    """
+    """(Is the file missing?, message), or None for an image that can be used; opens it only if ``opened``."""
     if isinstance(image, (str, Path)) and not os.path.exists(image):
         return True, f"{where}: {image}: no such image file"
     try:

@@ -41,10 +41,7 @@ def bytes_at(file: BinaryIO, place: Sequence[int]) -> bytes:
 
 
 class ArrayPlaces:
-    """The elements of the one array in a JSON file, read from the file when asked for. Memory: 16 bytes an element.
-
-    Raises a DataError if the file cannot be read or holds anything but an array.
-    """
+    """The elements of a JSON file's one array (else a DataError), read when asked for. Memory: 16 bytes an element."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._state = path, file_state(path)

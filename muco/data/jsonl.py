@@ -91,10 +91,7 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
 
 
 def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
-    """The inverse of :func:`sample_from_row`: image paths inside ``folder`` become relative, others absolute.
-
-    Raises a DataError if an image is not a path (bytes and Pillow images have to be saved first).
-    """
+    """The inverse of :func:`sample_from_row`, image paths relative in ``folder``; a DataError if one is not a path."""
     row: dict[str, Any] = _images_to_row(sample.images, folder, sample.place)
     if sample.id is not None:
         row["id"] = sample.id

@@ -163,8 +163,7 @@ class Query:
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements in TREC's form (``query 0 candidate grade``, a fifth column is ignored) or BEIR's (a TSV with header).
 
-    Raises a DataError that names a line of another form, with a grade that is not a number, or a pair that was judged
-    before.
+    Raises a DataError that names a line of another form, with an invalid grade, or a pair that was judged before.
     """
     qrels: dict[str, dict[str, int]] = {}
     lines = read_text(path).splitlines()

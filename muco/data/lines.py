@@ -34,8 +34,7 @@ _TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
 def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
     """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
 
-    A byte-order mark is skipped. Raises a DataError if the file cannot be read or a line is longer than
-    ``LONGEST_LINE``.
+    A byte-order mark is skipped. A DataError if the file cannot be read or a line is longer than ``LONGEST_LINE``.
     """
     try:
         with path.open("rb") as file:
@@ -182,10 +181,7 @@ def image_folder(path: Path, images: str | Path | None) -> Path:
 
 
 def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
-    """The path of a row's image within ``folder``, None where it is null or not there.
-
-    Raises a DataError if it is a URL, or leads out of the folder; links within it may.
-    """
+    """The path of a row's image, None where it is null; a DataError if it is a URL or leaves ``folder`` (links may)."""
     value = text_of(row, key, where)
     if value is None:
         return None

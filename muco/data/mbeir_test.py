@@ -114,10 +114,7 @@ def data_set_of(id: str) -> int:
 
 
 def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> LinePool:
-    """The local pool of a task, every line checked; ``left_out`` and errors as of :class:`LinePool`.
-
-    Raises a DataError also if a line is of another modality than the task's candidates, or lacks what it names.
-    """
+    """The local pool of a task, as :class:`LinePool` reads it; a line of another modality is a DataError too."""
     return LinePool(
         task.files(data)["pool"],
         f"the pool of {task.name}",
@@ -212,10 +209,7 @@ def checked_id(row: JsonObject, key: str, where: str) -> str:
 
 
 def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
-    """The prompts for each data set and pair of modalities; the first line is a header.
-
-    Raises a DataError that names a line without a prompt, with an unknown modality or data set, or a repeated key.
-    """
+    """The prompts for each data set and pair of modalities; a DataError names a line that is invalid or repeated."""
     prompts: dict[Key, tuple[str, ...]] = {}
     for where, line in _text_lines(path):
         cells = [cell.strip() for cell in line.split("\t")]

@@ -80,11 +80,7 @@ class Question:
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:
-    """Looks for data sets below a folder; a DataError if there is no such folder.
-
-    Returns:
-        The files of each that is there, in the order of the benchmark, and for each that is not what was expected.
-    """
+    """The files of each data set below a folder (a DataError without it), and for each missing one its pattern."""
     data = Path(data)
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; it must hold one folder per MMEB data set")

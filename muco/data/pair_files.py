@@ -80,10 +80,7 @@ Table = JsonlTable | CsvTable | ParquetTable
 
 
 def open_table(path: Path, cache: str | Path | None) -> Table:
-    """The table of a file, by the ending of its name; ``cache`` as of :class:`Rows`.
-
-    Raises a DataError if the ending is another one, the file cannot be read, or a column is there twice.
-    """
+    """The table of a file, by the ending of its name, ``cache`` as of :class:`Rows`; a DataError if it is invalid."""
     if path.suffix in (".csv", ".tsv"):
         return CsvTable(path, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix in (".jsonl", ".ndjson"):

@@ -194,12 +194,7 @@ Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), 
 
 
 def write_trec_run(path: Path, run: Run, name: str) -> None:
-    """Writes ``query Q0 candidate rank score name`` per line, queries in their order, ranks from 1.
-
-    Raises:
-        ValueError: If an id holds white space, which would make other columns of it.
-        OutputError: If the file cannot be written.
-    """
+    """Writes ``query Q0 candidate rank score name`` lines, ranks from 1; a ValueError if an id holds white space."""
     lines = []
     for query, found in run.items():
         for rank, (candidate, score) in enumerate(found, start=1):

@@ -39,11 +39,7 @@ class Embedder(Protocol):
 
 
 class Book:
-    """Every content once, under a key made of its text and the bytes of its images.
-
-    Args:
-        left_out: Gets the contents that cannot be embedded, if that is allowed; without it each is an error.
-    """
+    """Contents by a key of text and image bytes; what cannot be embedded goes to ``left_out`` or is an error."""
 
     def __init__(self, left_out: LeftOut | None = None) -> None:
         self.left_out = left_out
@@ -53,11 +49,7 @@ class Book:
         self._files: dict[str, str] = {}  # path -> digest: a file is read once
 
     def add(self, content: Content, where: str = "") -> str:
-        """Key of a content, 64 hexadecimal characters.
-
-        Raises:
-            DataError: If an image cannot be read or the text holds half a character, and nothing may be left out.
-        """
+        """Key of a content, 64 hexadecimal digits; a DataError if it cannot be read and nothing may be left out."""
         try:
             images = tuple(self._digest(image, where) for image in content.images)
             content.text.encode()
@@ -138,8 +130,7 @@ def encode_named(
 
 
 class EmbeddingCache:
-    """The vectors of one model for one data set, by their fingerprints, in a folder of ``root``; an OutputError if that
-    cannot be made."""
+    """The vectors of one model for one data set, by their fingerprints, below ``root``; made, else an OutputError."""
 
     def __init__(self, root: Path, *, model: str, data: str) -> None:
         name = hashlib.sha256(json.dumps([LAYOUT, model, data, "single-turn"]).encode()).hexdigest()

@@ -110,11 +110,7 @@ def check_folder(data: Path) -> None:
 
 
 def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None]:
-    """The four groups and the whole benchmark in one pool, unweighted; None where a task is missing.
-
-    Args:
-        scores: By name with the pool, "MSCOCO t0 global"; in any unit.
-    """
+    """The four groups and all tasks in one pool, unweighted; None where a task ("MSCOCO t0 global") is missing."""
     named = {name: [task for task in ALL if task.number in numbers] for name, numbers in GROUPS.items()}
     return {
         f"{name} {pool}": mean_of(scores, [f"{task.name} {pool}" for task in own])

@@ -106,11 +106,7 @@ def evaluate_mmeb(
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
-    """Means of the benchmark's groups, and of all 36 data sets; None where one of their data sets has no score.
-
-    Args:
-        scores: By name of the data set, in any unit.
-    """
+    """Means of the groups and of all 36 data sets, from scores by name; None where a data set has no score."""
     groups = {meta: mean_of(scores, [d.name for d in DATA_SETS if d.meta == meta]) for meta in METAS}
     for name, inside in (("in-distribution", True), ("out-of-distribution", False)):
         groups[name] = mean_of(scores, [d.name for d in DATA_SETS if d.in_distribution == inside])

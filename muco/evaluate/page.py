@@ -21,13 +21,7 @@ TEXT = 600  # characters shown of a query or candidate
 
 
 def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` of a :meth:`muco.evaluate.driver.Benchmark.result`.
-
-    Args:
-        results: The tasks it was made of, for their failures.
-    Raises:
-        OutputError: If a file cannot be written.
-    """
+    """Writes .json, .csv, .md and .html of a benchmark, with failures of ``results``; an OutputError if it cannot."""
     name = result["benchmark"]
     write_json(Path(output) / f"{name}.json", result)
     write_text(Path(output) / f"{name}.csv", report.as_csv(result))

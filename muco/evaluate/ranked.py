@@ -102,11 +102,8 @@ class RankedTask:
             distributed.first_only(functools.partial(write_trec_run, self.run_file, scored.run, "muco"))
 
         # of the distinct queries that could be embedded: equal ones have equal vectors
-        first: dict[str, int] = {}
-        for row, key in enumerate(self.queries.keys):
-            if key not in self.queries.left_out:
-                first.setdefault(key, row)
-        of_queries = metrics.embedding_health(vectors[list(first.values())])
+        distinct = {key: row for row, key in enumerate(self.queries.keys) if key not in self.queries.left_out}
+        of_queries = metrics.embedding_health(vectors[list(distinct.values())])
         broken, missed = self._left_out()
         lost = self.pools.left_out
         size = len(self.pools) - len(lost)
