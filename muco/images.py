@@ -67,7 +67,7 @@ def open_image(
     Raises:
         ImageError: If the image is missing, too large, truncated, broken, of another format or longer than 200 : 1.
     """
-    name = _name(image, where)
+    name = shown_name(image, where)
     opened = image if isinstance(image, Image.Image) else _read_header(read_bytes(image, name), name)
     _check_size(opened.size, max_pixels, name)
     try:
@@ -123,10 +123,10 @@ def image_digest(image: ImageLike, *, where: str = "") -> str:
         digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
         digest.update(rgb.tobytes())
         return digest.hexdigest()
-    name = _name(image, where)
+    name = shown_name(image, where)
     if isinstance(image, bytes):
         return hashlib.sha256(read_bytes(image, name)).hexdigest()
-    status = _status(image, name)
+    status = file_status(image, name)
     if time.time_ns() - status.st_mtime_ns < SETTLED:
         return hashlib.sha256(read_bytes(image, name)).hexdigest()
     try:
@@ -145,7 +145,7 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
-def _name(image: ImageLike, where: str) -> str:
+def shown_name(image: ImageLike, where: str) -> str:
     if isinstance(image, str) and is_url(image):
         shown = image if len(image) <= 80 else image[:77] + "…"  # a data: URL may be megabytes long
     elif isinstance(image, (str, Path)):
@@ -161,7 +161,7 @@ def read_bytes(image: str | Path | bytes, name: str) -> bytes:
     """The bytes of an image file, at most ``MAX_BYTES``; nothing says yet whether they are an image."""
     data = image
     if not isinstance(image, bytes):
-        _status(image, name)
+        file_status(image, name)
         try:
             data = Path(image).read_bytes()
         except OSError as error:
@@ -173,7 +173,7 @@ def read_bytes(image: str | Path | bytes, name: str) -> bytes:
     return data
 
 
-def _status(path: str | Path, name: str) -> os.stat_result:
+def file_status(path: str | Path, name: str) -> os.stat_result:
     """Of a file that may be read: no URL, folder or pipe, and not too large."""
     if not isinstance(path, (str, Path)):
         raise ImageError(f"{name}: an image must be a path, bytes or a Pillow image, not {type(path).__name__}")

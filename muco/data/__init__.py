@@ -45,23 +45,22 @@ def open_data(path: str | Path, format: str = "jsonl", options: Mapping[str, Any
     module, name = FORMATS[format]
     kind = getattr(import_module(module), name)
     accepted = [*signature(kind).parameters][1:]  # the first is the path
-    own = {key: value for key, value in (options or {}).items() if key != "captions"}
-    for option in own:
-        if option not in accepted:
-            raise DataError(
-                f"{path}: unknown option {option!r} of the format {format!r}{did_you_mean(option, accepted)}"
-            )
+    own = dict(options or {})
+    captions = own.pop("captions", None)
+    if unknown := [option for option in own if option not in accepted]:
+        hint = did_you_mean(unknown[0], accepted)
+        raise DataError(f"{path}: unknown option {unknown[0]!r} of the format {format!r}{hint}")
     if format == "jsonl":
         path = _jsonl_file(path)
     try:
         data = kind(path, **own)
     except TypeError as error:  # an option that is needed, or a list where a word belongs
         raise DataError(f"{path}: options of the format {format!r}: {error}") from error
-    if not (options or {}).get("captions"):
+    if not captions:
         return data
     from muco.data.captions import CaptionedData
 
-    return CaptionedData(data, options["captions"])
+    return CaptionedData(data, captions)
 
 
 def _jsonl_file(path: Path) -> Path:

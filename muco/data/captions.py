@@ -38,20 +38,17 @@ def uncaptioned(sample: Sample, side: tuple[str, Content]) -> tuple[ImageLike, .
 
 
 def captioned_digests(path: Path) -> set[bytes]:
-    return {_digest(path, line) for _, line in _lines(path)}
+    return {digest for _, digest in _lines(path)}
 
 
 class Captions:
-    """The captions of a file by the digest of the image, with 16 bytes for each in memory.
-
-    Raises a DataError if the file is missing or a line of it cannot be read.
-    """
+    """The captions of a file by the digest of the image, 16 bytes each in memory; a DataError if a line is invalid."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
             raise DataError(f"{path}: no such file of captions; `muco data caption` makes it")
-        places = {_digest(path, line): start for start, line in _lines(path)}  # the later line counts
+        places = {digest: start for start, digest in _lines(path)}  # the later line counts
         keys = np.array([int.from_bytes(digest[:8]) for digest in places], dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
         self._keys, self._starts = keys[order], np.fromiter(places.values(), np.int64, len(places))[order]
@@ -124,14 +121,12 @@ class CaptionedData:
         return hashlib.sha256(f"{fingerprint} {file_digest(self._captions.path)}".encode()).hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(Byte where it begins, digest of the image) of every line."""
     for start, line in read_lines(path):
+        image = line.get("image")
         if not isinstance(line.get("caption", line.get("error")), str):
-            raise DataError(f"{path}: a line of {line.get('image')!r} has neither a caption nor an error")
-        yield start, line
-
-
-def _digest(path: Path, line: dict[str, Any]) -> bytes:
-    if not re.fullmatch("[0-9a-f]{64}", str(line.get("image")), re.IGNORECASE):
-        raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {line.get('image')!r}")
-    return bytes.fromhex(line["image"])
+            raise DataError(f"{path}: a line of {image!r} has neither a caption nor an error")
+        if not re.fullmatch("[0-9a-f]{64}", str(image), re.IGNORECASE):
+            raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {image!r}")
+        yield start, bytes.fromhex(image)

@@ -74,9 +74,6 @@ def check(data_or_path: Data | str | Path, *, images: bool = True, tokenizer: An
     return report
 
 
-# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class _ImageChecks:
     """Opens each image once in threads (Pillow decodes without the interpreter lock); results come in row order."""
 
@@ -116,9 +113,6 @@ def _digest(image: ImageLike) -> str:
         return image_digest(image)
     except ImageError as error:  # only a name is wanted here; opening the image reports it
         return str(error)
-
-
-# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Texts:
@@ -161,10 +155,7 @@ def _lengths(by_side: dict[str, Counter[int]]) -> dict[str, TextLengths]:
 
 
 class _Targets:
-    """How often each target occurs, by kind: in turns, and in distinct samples.
-
-    With ``read_images`` copies of an image file are known for the same image; else names tell.
-    """
+    """How often each target occurs by kind, in turns and in samples; with ``read_images`` copies of a file are one."""
 
     def __init__(self, *, read_images: bool) -> None:
         self._read_images = read_images

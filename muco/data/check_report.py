@@ -57,7 +57,7 @@ class Repeats:
 
 @dataclass
 class Report:
-    """All that :func:`check` found. ``ok`` is False if a row or an image cannot be used; repeats are no error."""
+    """All that :func:`check` found. ``ok`` is False if a row or an image cannot be used; repeats are not an error."""
 
     path: str
     rows: int = 0

@@ -24,7 +24,7 @@ import numpy as np
 
 from muco.data.fingerprint import Fingerprinted
 from muco.data.json_places import ArrayPlaces, Scanner, checked_object, value_at
-from muco.data.lines import JsonObject, image_of, parsed, text_of
+from muco.data.lines import JsonObject, image_folder, image_of, parsed, text_of
 from muco.data.places import LinePlaces, file_state, open_unchanged, position
 from muco.dialogue import Sample, Turn
 from muco.errors import DataError
@@ -50,11 +50,11 @@ class LlavaData(Fingerprinted):
         path: A ``.json`` file of one array, or a ``.jsonl`` file.
         images: What image paths count from, the file's folder by default. No path may leave it.
     Raises:
-        DataError: If the file cannot be read, is no such file or has no entries. Entries are checked on access.
+        DataError: If the file cannot be read, is not in this format or has no entries. Entries are checked on access.
     """
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
-        self.path, self.images = Path(path), _image_folder(path, images)
+        self.path, self.images = Path(path), image_folder(Path(path), images)
         if self.path.suffix in (".jsonl", ".ndjson"):
             self._places: LinePlaces | ArrayPlaces = LinePlaces(self.path)
             for _ in self._places.scan():
@@ -70,7 +70,7 @@ class LlavaData(Fingerprinted):
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such entry, DataError if it is not as it must be."""
+        """Raises IndexError if there is no such entry, DataError if it is not valid."""
         i = position(index, len(self), self.path)
         where = self._places.where(i)
         entry = parsed(self._places.read(i), where, constants=True)
@@ -87,7 +87,7 @@ class LlavaData(Fingerprinted):
 
 
 class VisDialData(Fingerprinted):
-    """Dialogues of VisDial 1.0, one sample each; read from disk when asked for. Texts are as they stand in the file.
+    """Dialogues of VisDial 1.0, one sample each; read from disk when asked for. Texts are left as they are.
 
     Args:
         path: ``visdial_1.0_train.json`` or ``…_val.json``.
@@ -95,7 +95,7 @@ class VisDialData(Fingerprinted):
         pattern: Names of image files within it, with ``{image_id}`` and ``{split}``; of several the first that exists.
         caption: What the caption answers ("Describe the image."): the first turn, where it is given.
     Raises:
-        DataError: If the file cannot be read, is no such file or has no dialogues, or a pattern cannot be used.
+        DataError: If the file cannot be read, is not in this format or has no dialogues, or a pattern cannot be used.
             Dialogues are checked on access.
     """
 
@@ -107,7 +107,7 @@ class VisDialData(Fingerprinted):
         pattern: str | Sequence[str] = PATTERNS,
         caption: str | None = None,
     ) -> None:
-        self.path, self.images = Path(path), _image_folder(path, images)
+        self.path, self.images = Path(path), image_folder(Path(path), images)
         self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
         self.caption = caption
         self._state = file_state(self.path)
@@ -128,7 +128,7 @@ class VisDialData(Fingerprinted):
         return len(self._places["dialogs"])
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such dialogue, DataError if it is not as it must be."""
+        """Raises IndexError if there is no such dialogue, DataError if it is not valid."""
         i = position(index, len(self), self.path)
         where = f"{self.path} row {i}"
         with open_unchanged(self.path, self._state) as file:
@@ -177,9 +177,6 @@ class VisDialData(Fingerprinted):
                             "{image_id:012d}, and {split}")  from error  # fmt: skip
 
 
-# ── entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _exchanges(entry: JsonObject, has_image: bool, where: str) -> list[Turn]:
     """The turns of a LLaVA entry, whose sides take turns and the human begins."""
     messages = entry.get("conversations")
@@ -219,16 +216,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if text is None or not text.strip():
         raise DataError(f"{where}: {key!r} is empty; fix the entry")
     return text
-
-
-def _image_folder(path: str | Path, images: str | Path | None) -> Path:
-    folder = Path(images) if images is not None else Path(path).parent
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it must hold the images of {path}")
-    return folder
-
-
-# ── places in a large JSON file ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _visdial_places(file: BinaryIO, path: Path) -> tuple[str, dict[str, np.ndarray]]:

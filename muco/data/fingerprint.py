@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -52,10 +52,9 @@ class Fingerprinted(ABC):
 def fingerprint_of(data: Any, files: Sequence[Path], options: Any, *, skip_broken: bool = False) -> str:
     """The fingerprint of data that is read from these files; :class:`Fingerprinted` has the errors."""
     digests = [file_digest(file) for file in files]
-    images = dict.fromkeys(_looked_at(data, skip_broken=skip_broken))
+    images = _looked_at(data, skip_broken=skip_broken)
 
-    def look(named: tuple[ImageLike, str]) -> str:
-        image, where = named
+    def look(image: ImageLike, where: str) -> str:
         try:
             return image_digest(image, where=where)
         except ImageError:
@@ -64,13 +63,13 @@ def fingerprint_of(data: Any, files: Sequence[Path], options: Any, *, skip_broke
             return "missing"
 
     with ThreadPoolExecutor(THREADS) as threads:
-        seen = [*threads.map(look, images)]
+        seen = [*threads.map(look, images, images.values())]
     return hashlib.sha256(json.dumps([RULE, options, digests, seen], sort_keys=True).encode()).hexdigest()
 
 
-def _looked_at(data: Any, *, skip_broken: bool) -> Iterator[tuple[ImageLike, str]]:
-    """The images of some rows, with the rows; images that are bytes come out of the files."""
-    known: set[ImageLike] = set()
+def _looked_at(data: Any, *, skip_broken: bool) -> dict[ImageLike, str]:
+    """The images of some rows, each with the first row that has it; images that are bytes come out of the files."""
+    found: dict[ImageLike, str] = {}
     count = min(len(data), LOOKED)
     for row in range(count):
         try:
@@ -80,16 +79,13 @@ def _looked_at(data: Any, *, skip_broken: bool) -> Iterator[tuple[ImageLike, str
                 raise
             continue
         for image in sample_images(sample):
-            if not isinstance(image, bytes) and image not in known:
-                known.add(image)
-                yield image, sample.where
+            if not isinstance(image, bytes):
+                found.setdefault(image, sample.where)
+    return found
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, remembered as long as size and time of the file stay as they are.
-
-    Raises a DataError if the file cannot be read, or changes meanwhile.
-    """
+    """SHA-256 (hex) of a file, remembered while size and time stay; a DataError if it cannot be read or changes."""
     place = str(path.absolute())
     before = file_state(path)
     known = _known.get(place)

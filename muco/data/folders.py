@@ -41,10 +41,8 @@ def state_of_images(folder: Path) -> ImageFolder:
 def image_files(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Relative names ("a/b.png") and entries of the images in a folder and those below, in the order of the names.
 
-    Hidden files and linked folders are left out. One folder's listing is in memory at a time.
-
-    Args:
-        passed_over: Counts the other files by kind: the ending of their names (".heic"), or "other".
+    Hidden files and linked folders are left out. One folder's listing is in memory at a time. ``passed_over`` counts
+    the other files by kind: the ending of their names (".heic"), or "other".
     """
     suffixes = image_suffixes()
     with os.scandir(folder) as scan:

@@ -86,16 +86,13 @@ def image_keys(image: ImageLike) -> ImageKeys:
         return replace(found, error=str(error))
 
 
-# ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class ContentRows:
     """Rows of contents, whatever they come from; a folder without a JSONL file is a folder of images."""
 
     def __init__(self, source: Any) -> None:
         self.name = str(source if isinstance(source, (str, Path)) else getattr(source, "path", type(source).__name__))
         self.digest = hashlib.sha256()  # of all keys that were taken from it
-        self.passed_over: Counter[str] = Counter()  # files of a folder that are no images, by kind
+        self.passed_over: Counter[str] = Counter()  # other files of a folder, by kind
         self._images: list[Path] = []
         self._data: Data | None = None
         if not isinstance(source, (str, Path)):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from muco.dialogue import ImageLike, Sample
 from muco.errors import ImageError
-from muco.images import _name, _status, image_digest, open_image
+from muco.images import file_status, image_digest, open_image, shown_name
 
 
 class SameImage:
@@ -21,11 +21,11 @@ class SameImage:
     """
 
     def __init__(self, image: ImageLike, *, where: str = "") -> None:
-        self._image, self._where = image, where
+        self._image, self._where, name = image, where, shown_name(image, where)
         if isinstance(image, Image.Image):
             self._size = image.width * image.height * 3
         else:
-            self._size = len(image) if isinstance(image, bytes) else _status(image, _name(image, where)).st_size
+            self._size = len(image) if isinstance(image, bytes) else file_status(image, name).st_size
 
     @cached_property
     def _digest(self) -> str:
@@ -47,10 +47,7 @@ def sample_images(sample: Sample) -> Iterator[ImageLike]:
 
 
 def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
-    """(is the file missing?, message), or None for an image that can be used; ``where`` names the row in the message.
-
-    Without ``opened``, only whether there is a file is looked at.
-    """
+    """(Is the file missing?, message), or None for an image that can be used; opens it only if ``opened``."""
     if isinstance(image, (str, Path)) and not os.path.exists(image):
         return True, f"{where}: {image}: no such image file"
     try:

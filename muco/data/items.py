@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from muco.base.json_text import type_of
 from muco.data.folders import image_files, state_of_images, told_kinds
@@ -21,9 +21,6 @@ from muco.data.parquet import batches, read_header
 from muco.data.places import file_state
 from muco.errors import DataError
 from muco.images import image_suffixes, is_url
-
-if TYPE_CHECKING:
-    pass
 
 DIALOGUE = (
     "a dialogue (it has 'turns'), and only simple items with 'text' and/or 'image' are taken; write such a file, or "
@@ -113,10 +110,7 @@ class Items:
 
 
 def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
-    """Checks the input as a whole, without opening images.
-
-    Raises a DataError if it is missing, of no accepted kind, empty or unreadable.
-    """
+    """Checks an input as a whole, but opens no image; a DataError if it is missing, unknown, empty or unreadable."""
     if path.is_dir():
         state = state_of_images(path)
         if not state.total:
@@ -152,16 +146,11 @@ def _check_columns(path: Path, names: Sequence[str], columns: Columns) -> None:
         raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
 
 
-# ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _folder_records(folder: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
     for number, (name, _) in islice(enumerate(image_files(folder)), start, None):
         where = os.fsencode(folder / name).decode("utf-8", "backslashreplace")
-        if where != str(folder / name):
-            yield Record(number, where, error="the name of the file is not UTF-8; rename it")
-        else:
-            yield Record(number, where, {"image": name, "id": name})
+        error = None if where == str(folder / name) else "the name of the file is not UTF-8; rename it"
+        yield Record(number, where, {} if error else {"image": name, "id": name}, error)
 
 
 def _jsonl_records(path: Path, start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -202,9 +191,6 @@ def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence
                     values, error = {}, f"{name!r} cannot be read ({found})"
                     break
             yield Record(number, f"{path.name} row {number}", values, error)
-
-
-# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str] = ()) -> Row:

@@ -41,10 +41,7 @@ def bytes_at(file: BinaryIO, place: Sequence[int]) -> bytes:
 
 
 class ArrayPlaces:
-    """The elements of the one array in a JSON file, read from the file when asked for. Memory: 16 bytes an element.
-
-    Raises a DataError if the file cannot be read or holds anything but an array.
-    """
+    """The elements of a JSON file's one array (else a DataError), read when asked for. Memory: 16 bytes an element."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._state = path, file_state(path)
@@ -87,7 +84,7 @@ class Scanner:
         return self._first + self._at
 
     def peek(self) -> str:
-        """The next character that is no blank, "" at the end of the file."""
+        """The next character that is not blank, "" at the end of the file."""
         while True:
             self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
@@ -117,7 +114,7 @@ class Scanner:
                     raise DataError(f"{self.path}: not JSON at byte {self.offset} ({said}); download the file "
                                     "again")  from error  # fmt: skip
                 continue
-            if len(self._text) - end < 3 and not self._ended:  # a number may go on, as with ".5" or "e+5"
+            if len(self._text) - end < 3 and not self._ended:  # a number may continue, as with ".5" or "e+5"
                 self._more(PIECE)
                 continue
             place = self.offset, end - self._at

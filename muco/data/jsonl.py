@@ -53,7 +53,7 @@ class JsonlData(Fingerprinted):
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its images are absolute paths and its ``where`` is "file:line".
 
-        Raises an IndexError if there is no such row, a DataError if it is not as it must be, or the file changed since
+        Raises an IndexError if there is no such row, a DataError if it is not valid, or the file changed since
         it was opened.
         """
         where = self.where(index)
@@ -91,10 +91,7 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
 
 
 def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
-    """The inverse of :func:`sample_from_row`: image paths inside ``folder`` become relative, others absolute.
-
-    Raises a DataError if an image is not a path (bytes and Pillow images have to be saved first).
-    """
+    """The inverse of :func:`sample_from_row`, image paths relative in ``folder``; a DataError if one is not a path."""
     row: dict[str, Any] = _images_to_row(sample.images, folder, sample.place)
     if sample.id is not None:
         row["id"] = sample.id
@@ -118,9 +115,6 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
             file.write(escaped(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
             count += 1
     return count
-
-
-# ── the schema ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _turn(value: Any, folder: Path) -> Turn:
@@ -163,9 +157,7 @@ def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
             if not item or "\0" in item:
                 raise DataError(f"{key!r} is not a path: {item!r}; leave the key out if there is no image")
             if is_url(item):
-                raise DataError(
-                    f"{key!r} is a URL ({item[:60]}); URLs are not fetched; download the image and use its path"
-                )
+                raise DataError(f"{key!r} is a URL ({item[:60]}); URLs are not fetched, download the image")
             paths.append(folder.absolute() / whole_text(item, key))
     return tuple(paths)
 
@@ -184,9 +176,6 @@ def _object(value: Any, keys: tuple[str, ...], name: str) -> dict[str, Any]:
         if key not in keys:
             raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, keys)}")
     return value
-
-
-# ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _turn_to_row(turn: Turn, folder: Path, place: str) -> dict[str, Any]:

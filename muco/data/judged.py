@@ -35,7 +35,7 @@ class LinePool:
 
     Args:
         identify: The id of a line, from its object and "file:line"; a DataError where it has none.
-        read: Its content; a DataError where that is not as it must be.
+        read: Its content; a DataError where that is not valid.
         form: Names what ``read`` does; raise it when the content of a candidate changes.
         numbers: From all ids, as numpy bytes, to int64 [N]: the ``order`` of the pool.
         left_out: Gets the rows whose content cannot be read or whose image is missing, if that is allowed.
@@ -163,8 +163,7 @@ class Query:
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements in TREC's form (``query 0 candidate grade``, a fifth column is ignored) or BEIR's (a TSV with header).
 
-    Raises a DataError that names a line of another form, with a grade that is no number, or a pair that was judged
-    before.
+    Raises a DataError that names a line of another form, with an invalid grade, or a pair that was judged before.
     """
     qrels: dict[str, dict[str, int]] = {}
     lines = read_text(path).splitlines()

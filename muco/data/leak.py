@@ -90,9 +90,6 @@ def find_overlap(train: Iterable[Any], evaluation: Sequence[Any], *, output: Pat
     return report
 
 
-# ── the search ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class _Index:
     """Hashes of one kind, sorted, and the evaluation sample of each."""
 
@@ -208,7 +205,7 @@ class _Search:
 
 
 def _by_kind(keys: Keys) -> dict[str, dict[int, str]]:
-    """Kind -> hash -> what it stands for."""
+    """Kind -> hash -> the image or text."""
     return {
         "image file": {k.file: k.name for k in keys.images if k.file is not None},
         "image pixels": {k.pixels: k.name for k in keys.images if k.pixels is not None},

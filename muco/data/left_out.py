@@ -6,7 +6,6 @@ without an id, or that is not a row at all, always stops the evaluation: nobody 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -71,8 +70,3 @@ def warnings(broken: Sequence[Broken], missed: int) -> list[str]:
         f"left out, because they cannot be embedded: {told['queries']:,} queries and {told['candidates']:,} "
         f"candidates; {missed:,} queries count as missed ({some}{more})"
     ]
-
-
-def as_lines(broken: Sequence[Broken]) -> str:
-    """One line of JSON each, in ASCII: a reason may quote half a character."""
-    return "".join(json.dumps({"side": one.side, "reason": one.reason}) + "\n" for one in broken)

@@ -10,6 +10,7 @@ import re
 import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,14 @@ DEEPEST = 100  # brackets within brackets; what reads or writes JSON gives up at
 
 JsonObject = dict[str, Any]
 
-
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+TOKEN = "<|image_1|>"  # where data of others has an image in its texts
+_TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
 
 
 def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]]:
     """Byte offset, bytes and number (from 1) of every line that is not blank; ``digest`` gets all bytes.
 
-    A byte-order mark is skipped. Raises a DataError if the file cannot be read or a line is longer than
-    ``LONGEST_LINE``.
+    A byte-order mark is skipped. A DataError if the file cannot be read or a line is longer than ``LONGEST_LINE``.
     """
     try:
         with path.open("rb") as file:
@@ -120,9 +120,6 @@ def _depth(value: Any) -> int:
     return depth
 
 
-# ── fields ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def whole_text(text: str, key: str) -> str:
     """The text; a DataError if it holds half a character, which JSON can spell and no tokenizer or file takes."""
     if LONE_SURROGATE.search(text):
@@ -141,12 +138,8 @@ def check_texts(row: Mapping[str, Any]) -> None:
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
+    elif isinstance(value, dict | list | tuple):
+        for inner in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
             yield from _texts(inner)
 
 
@@ -179,11 +172,16 @@ def id_of(row: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
-    """The path of a row's image within ``folder``, None where it is null or not there.
+def image_folder(path: Path, images: str | Path | None) -> Path:
+    """The folder that image paths in a file count from, by default the file's own; a DataError if it is not there."""
+    folder = path.parent if images is None else Path(images)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images of {path}")
+    return folder
 
-    Raises a DataError if it is a URL, or leads out of the folder; links within it may.
-    """
+
+def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str | None:
+    """The path of a row's image, None where it is null; a DataError if it is a URL or leaves ``folder`` (links may)."""
     value = text_of(row, key, where)
     if value is None:
         return None
@@ -193,11 +191,6 @@ def image_of(row: Mapping[str, Any], key: str, folder: Path, where: str) -> str 
     if not inside or "\0" in value or os.path.isabs(value) or inside.split(os.sep)[0] in ("..", "."):
         raise DataError(f"{where}: {key!r} is {value!r:.120}; use the path of an image within {folder}")
     return os.path.join(folder, inside)
-
-
-TOKEN = "<|image_1|>"
-
-_TOKEN = re.compile(r"\A<\|image_1\|>[\n ]?| <\|image_1\|>|<\|image_1\|> ?")
 
 
 def without_token(text: str, *, has_image: bool) -> str:

@@ -118,11 +118,9 @@ class M3TData:
                 kinds = _turns(row, "kind")
                 if len(kinds) != count or not all(kind is None or isinstance(kind, str) for kind in kinds):
                     raise DataError(f"'kind' must have a word for each of the {count} turns, not {kinds!r:.80}")
-            turns = []
-            for n, (query, target, kind) in enumerate(zip(queries, targets, kinds, strict=True)):
-                query = _wordings(query, "qry", n, has_image=True)
-                turns.append(Turn(query, _wordings(target, "pos_text", n, has_image=False), kind))
-            return Sample(image=image, turns=turns, where=where)
+            asked = [_wordings(query, "qry", n, has_image=True) for n, query in enumerate(queries)]
+            answers = [_wordings(target, "pos_text", n, has_image=False) for n, target in enumerate(targets)]
+            return Sample(image=image, turns=map(Turn, asked, answers, kinds), where=where)
 
     def where(self, index: int) -> str:
         """ "file row N" of a sample, also of one that cannot be read."""
@@ -183,9 +181,6 @@ def _wordings(value: Any, column: str, turn: int, *, has_image: bool) -> list[Co
             raise DataError(f"turn {turn} of {column!r} has an empty text; every turn needs a query and a target")
         texts.append(Content(text))
     return texts
-
-
-# ── which images are there ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _present(rows: Rows, images: Path, column: str, *, rescan: bool) -> np.ndarray:

@@ -23,23 +23,10 @@ from typing import Literal
 
 import numpy as np
 
+from muco.data import mbeir_test
 from muco.data.fingerprint import file_digest
 from muco.data.lines import JsonObject, as_object
-from muco.data.mbeir_test import (
-    DATA_SETS,
-    NUMBERS,
-    candidate_ids,
-    candidate_of,
-    checked_id,
-    data_set_of,
-    instructions_file,
-    modality_of,
-    number_of,
-    positives_of,
-    read_instructions,
-    sides_of,
-    with_prompt,
-)
+from muco.data.mbeir_test import DATA_SETS, NUMBERS, QUERY, checked_id, data_set_of, number_of
 from muco.data.places import LinePlaces, file_state, position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, did_you_mean
@@ -90,7 +77,7 @@ class MBEIRTrainData:
             raise DataError(f"unknown data set {unknown[0]!r} of M-BEIR{did_you_mean(unknown[0], DATA_SETS)}")
         self.sets = tuple(dict.fromkeys(known[name.lower()] for name in named))
         self.files = _query_files(self.data, self.sets, queries, named=sets is not None)
-        self.prompts = read_instructions(instructions_file(self.data))
+        self.prompts = mbeir_test.read_instructions(mbeir_test.instructions_file(self.data))
         self.pool = TrainPool(self.data, _pool_files(self.data, self.sets))
         self._places = LinePlaces(*self.files)
         self._index()
@@ -99,23 +86,23 @@ class MBEIRTrainData:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such query, DataError if its line or a candidate's is not as it must be."""
+        """Raises IndexError if there is no such query, DataError if its line or a candidate's is not valid."""
         number = self._rows[position(index, len(self), self.data)]
         where = self._places.where(number)
         row = as_object(self._places.read(number), where)
-        modality = modality_of(row, "query_modality", row.get("query_modality"), where)
-        text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), self.data, where)
-        qid, positives = checked_id(row, "qid", where), positives_of(row, where)
+        modality = row.get("query_modality")
+        text, image = mbeir_test.sides_of(row, QUERY, modality, self.data, where)
+        qid, positives = checked_id(row, "qid", where), mbeir_test.positives_of(row, where)
         targets, target_modality = self._targets(qid, positives)
         key = (data_set_of(qid), modality, target_modality)
         if key not in self.prompts:
             raise DataError(
                 f"{where}: no prompt for {DATA_SETS[key[0]]} (data set {key[0]}), {modality} to {key[2]}, in "
-                f"{instructions_file(self.data)}; add a line for it"
+                f"{mbeir_test.instructions_file(self.data)}; add a line for it"
             )
         images = (image,) if image else ()
         turn = Turn(
-            query=[Content(with_prompt(prompt, text or ""), images) for prompt in self.prompts[key]],
+            query=[Content(mbeir_test.with_prompt(prompt, text or ""), images) for prompt in self.prompts[key]],
             target=targets,
             kind=DATA_SETS[key[0]],
             negatives=self._negatives(row, positives, where),
@@ -133,7 +120,7 @@ class MBEIRTrainData:
         Images count by their paths: there are millions of them, published as one archive.
         """
         digest = hashlib.sha256(f"M-BEIR train 1 {self.sets} {self.max_negatives}\n".encode())
-        for file in (*self.files, *self.pool.files, instructions_file(self.data)):
+        for file in (*self.files, *self.pool.files, mbeir_test.instructions_file(self.data)):
             digest.update(f"{file.relative_to(self.data).as_posix()} {file_state(file)[0]}\n".encode())
             digest.update(bytes.fromhex(file_digest(file)))
         return digest.hexdigest()
@@ -152,13 +139,13 @@ class MBEIRTrainData:
             if data_set not in wanted:
                 continue
             queries += 1
-            for positive in map(number_of, positives_of(row, where)):
+            for positive in map(number_of, mbeir_test.positives_of(row, where)):
                 if positive // NUMBERS == data_set:
                     own.append(positive)
                     owner.append(number)
                 else:
                     others.append(positive)
-            negatives.extend(map(number_of, candidate_ids(row, "neg_cand_list", where)))
+            negatives.extend(map(number_of, mbeir_test.candidate_ids(row, "neg_cand_list", where)))
         held = self.pool.find(own) >= 0
         self._rows = np.unique(np.array(owner, dtype=np.int64)[held])
         self.left_out = queries - len(self)
@@ -175,16 +162,15 @@ class MBEIRTrainData:
 
     def _targets(self, qid: str, positives: Sequence[str]) -> tuple[list[Content], str]:
         """The positives of the query's own data set, of the modality of the first; never none, for it was indexed."""
-        own = [number_of(id) for id in positives if data_set_of(id) == data_set_of(qid)]
-        rows = [row for row in self.pool.find(own) if row >= 0]
-        candidates = [self.pool[row] for row in dict.fromkeys(rows[:MAX_TARGETS])]
+        rows = self.pool.find([number_of(id) for id in positives if data_set_of(id) == data_set_of(qid)])
+        candidates = [self.pool[row] for row in dict.fromkeys(rows[rows >= 0][:MAX_TARGETS].tolist())]
         modality = candidates[0][1]
         return [content for content, its_own in candidates if its_own == modality], modality
 
     def _negatives(self, row: JsonObject, positives: Sequence[str], where: str) -> list[Content]:
-        given = dict.fromkeys(id for id in candidate_ids(row, "neg_cand_list", where) if id not in set(positives))
-        rows = [row for row in self.pool.find([*map(number_of, given)]) if row >= 0]
-        return [self.pool[row][0] for row in rows[: self.max_negatives]]
+        given = dict.fromkeys(mbeir_test.candidate_ids(row, "neg_cand_list", where))
+        rows = self.pool.find([number_of(id) for id in given if id not in positives])
+        return [self.pool[row][0] for row in rows[rows >= 0][: self.max_negatives]]
 
 
 class TrainPool:
@@ -208,16 +194,14 @@ class TrainPool:
         if len(again):
             first, second = map(self._places.where, self._order[again[0] : again[0] + 2])
             data_set, number = divmod(int(self._numbers[again[0]]), NUMBERS)
-            raise DataError(
-                f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique among all candidates"
-            )
+            raise DataError(f"{second}: the id '{data_set}:{number}' is also at {first}; ids must be unique")
 
     def __getitem__(self, row: int) -> tuple[Content, str]:
-        """A candidate's content and modality; a DataError if its line is not as it must be, or its file changed."""
+        """A candidate's content and modality; a DataError if its line is not valid, or its file changed."""
         where = self._places.where(row)
         line = as_object(self._places.read(row), where)
         modality = line.get("modality")
-        return candidate_of(line, modality, self.data, where), modality
+        return mbeir_test.candidate_of(line, modality, self.data, where), modality
 
     def find(self, numbers: Sequence[int]) -> np.ndarray:
         """Rows of ids' numbers, int64 [n]; -1 for one that no file holds."""
@@ -226,21 +210,18 @@ class TrainPool:
         return np.where(self._numbers[places] == wanted, self._order[places], -1)
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _query_files(data: Path, sets: Sequence[str], queries: str, *, named: bool) -> tuple[Path, ...]:
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; it must hold M-BEIR, with the folders query and cand_pool")
     if not sets:
-        raise DataError(f"{data}: no data set is named; give some of {', '.join(DATA_SETS)}")
+        raise DataError(f"{data}: no data set is named; name some of {', '.join(DATA_SETS)}")
     union = data / "query" / "union_train" / "mbeir_union_up_train.jsonl"
     if queries == "union_train":
         if not union.is_file():
             raise DataError(f"{union}: no such file; download it, or take the files in query/train")
         return (union,)
     if queries != "train":
-        raise DataError(f"unknown queries {queries!r} of M-BEIR; give 'train' or 'union_train'")
+        raise DataError(f"unknown queries {queries!r} of M-BEIR; pass 'train' or 'union_train'")
     files = [data / "query" / "train" / f"mbeir_{name.lower()}_train.jsonl" for name in sets]
     there = tuple(file for file in files if file.is_file())
     if not there or (named and len(there) < len(files)):

@@ -16,9 +16,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -29,21 +28,23 @@ from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError
 
-Prompts = Literal["random", "first"]
 Key = tuple[int, str, str]  # data set, modality of the query, modality of the candidates
+Keys = tuple[str, str, str]  # of a line's modality, text and image
 
 DATA_SETS = tuple("VisualNews Fashion200K WebQA EDIS NIGHTS OVEN InfoSeek FashionIQ CIRR MSCOCO".split())  # by number
 MODALITIES = ("text", "image", "image,text")
-TASKS = {  # number -> modality of queries, of candidates; there is no task 5
-    0: ("text", "image"),
-    1: ("text", "text"),
-    2: ("text", "image,text"),
-    3: ("image", "text"),
-    4: ("image", "image"),
-    6: ("image,text", "text"),
-    7: ("image,text", "image"),
-    8: ("image,text", "image,text"),
+TASKS = {  # number -> modality of queries, of candidates, data sets; there is no task 5
+    0: ("text", "image", "VisualNews MSCOCO Fashion200K"),
+    1: ("text", "text", "WebQA"),
+    2: ("text", "image,text", "EDIS WebQA"),
+    3: ("image", "text", "VisualNews MSCOCO Fashion200K"),
+    4: ("image", "image", "NIGHTS"),
+    6: ("image,text", "text", "OVEN InfoSeek"),
+    7: ("image,text", "image", "FashionIQ CIRR"),
+    8: ("image,text", "image,text", "OVEN InfoSeek"),
 }
+QUERY: Keys = ("query_modality", "query_txt", "query_img_path")
+CANDIDATE: Keys = ("modality", "txt", "img_path")
 NUMBERS = 10_000_000  # candidates that a data set may number
 FORM = "M-BEIR 1"  # of a candidate's content, see ``format_string``
 BLANK = " "  # what a text becomes of which nothing is left, for models embed no empty content
@@ -73,9 +74,10 @@ class MBEIRTask:
 
     @property
     def key(self) -> Key:
-        return (self.data_set_id, *TASKS[self.number])
+        return (self.data_set_id, *TASKS[self.number][:2])
 
-    def files(self, data: Path) -> dict[Literal["queries", "judgements", "pool"], Path]:
+    def files(self, data: Path) -> dict[str, Path]:
+        """The files of "queries", "judgements" and "pool"."""
         stem = f"mbeir_{self.data_set.lower()}_task{self.number}"
         pool = f"{stem}_test_cand_pool" if self.data_set == "MSCOCO" else f"{stem}_cand_pool"
         return {
@@ -85,51 +87,18 @@ class MBEIRTask:
         }
 
 
-ALL = tuple(
-    MBEIRTask(data_set, number)
-    for data_set, number in (
-        *(("VisualNews", 0), ("MSCOCO", 0), ("Fashion200K", 0), ("WebQA", 1), ("EDIS", 2), ("WebQA", 2)),
-        *(("VisualNews", 3), ("MSCOCO", 3), ("Fashion200K", 3), ("NIGHTS", 4), ("OVEN", 6), ("InfoSeek", 6)),
-        *(("FashionIQ", 7), ("CIRR", 7), ("OVEN", 8), ("InfoSeek", 8)),
-    )
-)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a query file; the text is as it stands there, the image a path that can be opened from here.
-
-    With an ``error`` neither can be used.
-    """
-
-    id: str
-    text: str
-    image: str | None
-    positives: tuple[str, ...]
-    where: str
-    error: DataError | None = None
+ALL = tuple(MBEIRTask(name, number) for number, (*_, names) in TASKS.items() for name in names.split())
 
 
 def instructions_file(data: Path) -> Path:
     return data / "instructions" / "query_instructions.tsv"
 
 
-def task_id(query: str, candidate: str) -> int:
-    """The number of the task that asks for candidates of one modality with queries of another; DataError if none."""
-    for number, modalities in TASKS.items():
-        if modalities == (query, candidate):
-            return number
-    raise DataError(f"no task of M-BEIR has queries of modality {query!r} and candidates of modality {candidate!r}")
-
-
 def format_string(text: str | None) -> str:
     """A text as the benchmark puts it: no outer blanks or quotes, a large first letter, a full stop at the end."""
     text = (text or "").replace("\r", "").strip().strip('"')
-    if text:
-        text = text[0].upper() + text[1:]
-        if text[-1] not in ".?!":
-            text += "."
-    return text
+    text = text[:1].upper() + text[1:]
+    return text if not text or text[-1] in ".?!" else f"{text}."
 
 
 def number_of(id: str) -> int:
@@ -144,67 +113,56 @@ def data_set_of(id: str) -> int:
     return number_of(id) // NUMBERS
 
 
-# ── pools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def open_pool(data: Path, task: MBEIRTask, left_out: LeftOut | None = None) -> LinePool:
-    """The local pool of a task, every line checked; ``left_out`` and errors as of :class:`LinePool`.
-
-    Raises a DataError also if a line is of another modality than the task's candidates, or without what its modality
-    names.
-    """
-
+    """The local pool of a task, as :class:`LinePool` reads it; a line of another modality is a DataError too."""
     return LinePool(
         task.files(data)["pool"],
         f"the pool of {task.name}",
         lambda row, where: checked_id(row, "did", where),
         lambda row, where: candidate_of(row, TASKS[task.number][1], data, where),
         form=FORM,
-        numbers=_numbers,
+        numbers=lambda ids: np.array([number_of(id.decode()) for id in ids], dtype=np.int64),
         left_out=left_out,
     )
 
 
 def candidate_of(row: JsonObject, modality: str, data: Path, where: str) -> Content:
     """The content of a line of a pool, which must be of that modality."""
-    modality_of(row, "modality", modality, where)
-    text, image = sides_of(row, modality, ("modality", "txt", "img_path"), data, where)
+    text, image = sides_of(row, CANDIDATE, modality, data, where)
     content = Content(format_string(text), (image,) if image else ())
     return Content(BLANK) if content.empty else content
 
 
-def _numbers(ids: np.ndarray) -> np.ndarray:
-    return np.fromiter((number_of(id.decode()) for id in ids), dtype=np.int64, count=len(ids))
+def read_queries(
+    data: Path, task: MBEIRTask, judgements: Mapping[str, Mapping[str, int]], left_out: LeftOut
+) -> tuple[list[Query], set[str]]:
+    """The queries of a task by number, without prompts, and the ids of those whose positives are not what is judged.
 
-
-# ── queries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_queries(data: Path, task: MBEIRTask, left_out: LeftOut) -> list[Line]:
-    """The queries of a task in the order of their numbers; ``left_out`` gets lines whose text or image cannot be used.
-
-    Raises a DataError if the file cannot be read, an id occurs twice, or a line is malformed, of another task or
-    without positive.
+    ``left_out`` gets lines whose text or image cannot be used. Raises a DataError if the file cannot be read, an id
+    occurs twice, or a line is malformed, of another task or without positive.
     """
     path = task.files(data)["queries"]
-    lines: dict[str, Line] = {}
+    queries: dict[str, Query] = {}
+    other = set()
     for row, where in objects(path):
-        text = image = error = None
+        content, error = Content(), None
         try:
-            modality = modality_of(row, "query_modality", TASKS[task.number][0], where)
-            text, image = sides_of(row, modality, ("query_modality", "query_txt", "query_img_path"), data, where)
+            text, image = sides_of(row, QUERY, TASKS[task.number][0], data, where)
+            content = Content(text or "", (image,) if image else ())
         except DataError as found:
             left_out.check(found)
             error = found
-        line = Line(checked_id(row, "qid", where), text or "", image, positives_of(row, where), where, error)
+        id, positives = checked_id(row, "qid", where), positives_of(row, where)
         if row.get("task_id", task.number) != task.number:
             raise DataError(f"{where}: 'task_id' is {row['task_id']!r:.60}, in a file of task {task.number}")
-        if line.id in lines:
-            raise DataError(f"{where}: the query {line.id!r} is also at {lines[line.id].where}; ids must be unique")
-        lines[line.id] = line
-    if not lines:
+        if id in queries:
+            raise DataError(f"{where}: the query {id!r} is also at {queries[id].where}; ids must be unique")
+        queries[id] = Query(id, content, judgements.get(id, {}), where, error)
+        if set(queries[id].relevant) != set(positives):
+            other.add(id)
+    if not queries:
         raise DataError(f"{path}: the file holds no query")
-    return [lines[id] for id in sorted(lines, key=number_of)]
+    return [queries[id] for id in sorted(queries, key=number_of)], other
 
 
 def positives_of(row: JsonObject, where: str) -> tuple[str, ...]:
@@ -223,20 +181,13 @@ def candidate_ids(row: JsonObject, key: str, where: str, *, at_least_one: bool =
     return tuple(checked_id(item if isinstance(item, dict) else {"did": item}, "did", where) for item in given)
 
 
-def modality_of(row: JsonObject, key: str, wanted: str, where: str) -> str:
-    """The modality of a line, which must be ``wanted``."""
-    modality = row.get(key)
+def sides_of(row: JsonObject, keys: Keys, wanted: str, data: Path, where: str) -> tuple[str | None, str | None]:
+    """Text and image of a line of modality ``wanted``; what that names must be there, anything else must not."""
+    modality = row.get(keys[0])
     if modality not in MODALITIES:
-        raise DataError(f"{where}: unknown {key} {modality!r:.60}; known are {', '.join(map(repr, MODALITIES))}")
+        raise DataError(f"{where}: unknown {keys[0]} {modality!r:.60}; known are {', '.join(map(repr, MODALITIES))}")
     if modality != wanted:
-        raise DataError(f"{where}: {key} is {modality!r}, in a file where it must be {wanted!r}")
-    return modality
-
-
-def sides_of(
-    row: JsonObject, modality: str, keys: tuple[str, str, str], data: Path, where: str
-) -> tuple[str | None, str | None]:
-    """Text and image of a line; what its modality names must be there, anything else must not."""
+        raise DataError(f"{where}: {keys[0]} is {modality!r}, in a file where it must be {wanted!r}")
     text, image = text_of(row, keys[1], where), image_of(row, keys[2], data, where)
     named = modality.split(",")
     for kind, key, there, needed in (
@@ -257,15 +208,8 @@ def checked_id(row: JsonObject, key: str, where: str) -> str:
     return value
 
 
-# ── instructions and judgements ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def read_instructions(path: Path) -> dict[Key, tuple[str, ...]]:
-    """The prompts for each data set and pair of modalities; the first line is a header.
-
-    Raises a DataError that names a line without a prompt, with an unknown modality or data set, or with a key that was
-    there before.
-    """
+    """The prompts for each data set and pair of modalities; a DataError names a line that is invalid or repeated."""
     prompts: dict[Key, tuple[str, ...]] = {}
     for where, line in _text_lines(path):
         cells = [cell.strip() for cell in line.split("\t")]
@@ -312,8 +256,7 @@ def with_prompt(prompt: str, text: str) -> str:
 def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     """Query -> candidate -> grade of the five columns ``query 0 candidate grade task``; a line twice counts once.
 
-    Raises a DataError that names a line with other columns, an id or grade that is none, another task, or another grade
-    than before.
+    Raises a DataError that names a line with other columns, an invalid id or grade, another task or another grade.
     """
     qrels: dict[str, dict[str, int]] = {}
     for where, line in _text_lines(path):
@@ -333,23 +276,17 @@ def read_judgements(path: Path, task: MBEIRTask) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def as_queries(
-    lines: Sequence[Line],
-    judgements: Mapping[str, Mapping[str, int]],
-    prompts: Sequence[str],
-    seed: int | None,
-) -> tuple[list[Query], list[int]]:
+def prompted(queries: Sequence[Query], prompts: Sequence[str], seed: int | None) -> tuple[list[Query], list[int]]:
     """Queries with their prompt in front, and how often each prompt was taken; without a ``seed``, always the first.
 
     Raises a DataError that names the line of a query for which nothing is judged relevant.
     """
-    queries, taken = [], [0] * len(prompts)
-    for line in lines:
-        grades = judgements.get(line.id, {})
-        if not any(grade > 0 for grade in grades.values()):
-            raise DataError(f"{line.where}: nothing is judged relevant for the query {line.id!r}; add a judgement")
-        chosen = 0 if seed is None else choose(len(prompts), line.id, seed)
+    asked, taken = [], [0] * len(prompts)
+    for query in queries:
+        if not query.relevant:
+            raise DataError(f"{query.where}: nothing is judged relevant for the query {query.id!r}; add a judgement")
+        chosen = 0 if seed is None else choose(len(prompts), query.id, seed)
         taken[chosen] += 1
-        content = Content(with_prompt(prompts[chosen], line.text), (line.image,) if line.image else ())
-        queries.append(Query(line.id, content, grades, line.where, line.error))
-    return queries, taken
+        text = with_prompt(prompts[chosen], query.content.text)
+        asked.append(replace(query, content=Content(text, query.content.images)))
+    return asked, taken

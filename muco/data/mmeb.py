@@ -8,7 +8,7 @@
            images/<configuration>/…                                     paths in the files begin with "images/"
 
 Columns are qry, qry_image_path, pos_text and pos_image_path, and where the file has them neg_text, neg_image_path and
-the captions qry_sentence and pos_sentence. "" and null stand for what is absent.
+the captions qry_sentence and pos_sentence. "" and null mean that there is none.
 """
 
 from __future__ import annotations
@@ -170,9 +170,6 @@ def _content(row: Mapping[str, Any], names: Sequence[str], folder: Path, where: 
     return Content(text if text.strip() else "", (image,), without_token("".join(caption), has_image=False))
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class _Part:
     """One file: which of its rows are used (int32 numbers), and how many are empty, by reason."""
 
@@ -222,9 +219,6 @@ def _is_empty(batch: pa.RecordBatch, text: str, image: str, file: Path) -> np.nd
             raise DataError(f"{file}: a text in the column {name!r} is not UTF-8; repair the file") from error
         empty.append(pc.equal(column, ""))
     return pc.and_(*empty).to_numpy(zero_copy_only=False)
-
-
-# ── negatives ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def negatives_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -33,42 +33,25 @@ class DataSet:
         return self.group in ("t2i", "i2i")
 
 
-DATA_SETS = (
-    DataSet("ImageNet-1K", "classification", True, "cls"),
-    DataSet("N24News", "classification", True, "cls"),
-    DataSet("HatefulMemes", "classification", True, "cls"),
-    DataSet("VOC2007", "classification", True, "cls"),
-    DataSet("SUN397", "classification", True, "cls"),
-    DataSet("Place365", "classification", False, "cls"),
-    DataSet("ImageNet-A", "classification", False, "cls"),
-    DataSet("ImageNet-R", "classification", False, "cls"),
-    DataSet("ObjectNet", "classification", False, "cls"),
-    DataSet("Country211", "classification", False, "cls"),
-    DataSet("OK-VQA", "vqa", True, "qa"),
-    DataSet("A-OKVQA", "vqa", True, "qa"),
-    DataSet("DocVQA", "vqa", True, "qa"),
-    DataSet("InfographicsVQA", "vqa", True, "qa"),
-    DataSet("ChartQA", "vqa", True, "qa"),
-    DataSet("Visual7W", "vqa", True, "qa"),
-    DataSet("ScienceQA", "vqa", False, "qa"),
-    DataSet("VizWiz", "vqa", False, "qa"),
-    DataSet("GQA", "vqa", False, "qa"),
-    DataSet("TextVQA", "vqa", False, "qa"),
-    DataSet("VisDial", "retrieval", True, "t2i", query_end="\n\n"),
-    DataSet("CIRR", "retrieval", True, "i2i"),
-    DataSet("VisualNews_t2i", "retrieval", True, "t2i"),
-    DataSet("VisualNews_i2t", "retrieval", True, "i2t"),
-    DataSet("MSCOCO_t2i", "retrieval", True, "t2i"),
-    DataSet("MSCOCO_i2t", "retrieval", True, "i2t"),
-    DataSet("NIGHTS", "retrieval", True, "i2i"),
-    DataSet("WebQA", "retrieval", True, "t2i"),
-    DataSet("OVEN", "retrieval", False, "i2i"),
-    DataSet("FashionIQ", "retrieval", False, "i2i"),
-    DataSet("EDIS", "retrieval", False, "t2i"),
-    DataSet("Wiki-SS-NQ", "retrieval", False, "t2i"),
-    DataSet("MSCOCO", "grounding", True, "i2i", target_end=""),
-    DataSet("RefCOCO", "grounding", False, "i2i", target_end=""),
-    DataSet("RefCOCO-Matching", "grounding", False, "i2i"),
-    DataSet("Visual7W-Pointing", "grounding", False, "i2i", target_end=""),
+_NAMES: dict[tuple[Meta, bool], str] = {  # (meta, in_distribution) -> names, in the benchmark's order
+    ("classification", True): "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
+    ("classification", False): "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
+    ("vqa", True): "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
+    ("vqa", False): "ScienceQA VizWiz GQA TextVQA",
+    ("retrieval", True): "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
+    ("retrieval", False): "OVEN FashionIQ EDIS Wiki-SS-NQ",
+    ("grounding", True): "MSCOCO",
+    ("grounding", False): "RefCOCO RefCOCO-Matching Visual7W-Pointing",
+}
+_GROUPS: dict[str, Group] = {"classification": "cls", "vqa": "qa", "retrieval": "t2i", "grounding": "i2i"}
+_GROUPS |= {"VisualNews_i2t": "i2t", "MSCOCO_i2t": "i2t"}  # those that differ from the rest of their meta
+_GROUPS |= {"CIRR": "i2i", "NIGHTS": "i2i", "OVEN": "i2i", "FashionIQ": "i2i"}
+_ENDS = {name: {"target_end": ""} for name in ("MSCOCO", "RefCOCO", "Visual7W-Pointing")}
+_ENDS["VisDial"] = {"query_end": "\n\n"}
+
+DATA_SETS = tuple(
+    DataSet(name, meta, inside, _GROUPS.get(name, _GROUPS[meta]), **_ENDS.get(name, {}))
+    for (meta, inside), names in _NAMES.items()
+    for name in names.split()
 )
 NAMES = tuple(data_set.name for data_set in DATA_SETS)

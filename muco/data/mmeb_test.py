@@ -10,7 +10,7 @@ split     ``<data>/<name>/…test….parquet``:                ``<data>/image-ta
 ========= ================================================ ===========================================================
 
 Every row is a query with its own list of candidates, of which the first is right. In v1 the texts hold everything; in
-the split layout the instructions stand apart and are put in front again, which gives the text of v1. A content is then
+the split layout the instructions are separate and are put in front again, which gives the text of v1. A content is then
 that text without ``<|image_1|>``, and the image: models put an image and a newline in front of a text by themselves.
 """
 
@@ -80,11 +80,7 @@ class Question:
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:
-    """Looks for data sets below a folder; a DataError if there is no such folder.
-
-    Returns:
-        The files of each that is there, in the order of the benchmark, and for each that is not what was expected.
-    """
+    """The files of each data set below a folder (a DataError without it), and for each missing one its pattern."""
     data = Path(data)
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; it must hold one folder per MMEB data set")
@@ -219,9 +215,6 @@ def _decoded(value: Any) -> Any:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
-# ── a record as pairs of v1 ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} must be a string, not {type_of(value)}")
@@ -242,9 +235,7 @@ def _pairs(record: Mapping[str, Any], source: MMEBSet) -> tuple[Pair, list[Pair]
         columns[column] = [_string(value, f"candidate {n} in {column!r}") for n, value in enumerate(values)]
     paths, texts = columns.values()
     if len(texts) != len(paths):
-        raise DataError(
-            f"'tgt_text' holds {len(texts)} candidates and 'tgt_img_path' {len(paths)}; each needs a text and a path"
-        )
+        raise DataError(f"'tgt_text' holds {len(texts)} candidates and 'tgt_img_path' {len(paths)}; each needs both")
     if len(texts) < 2:
         raise DataError(f"the number of candidates is {len(texts)}; a query chooses from at least 2")
     names = [name for name in COLUMNS[source.layout] if name not in columns]
@@ -279,9 +270,6 @@ def _after_image(instruction: str, text: str) -> str:
 
 def _joined(instruction: str, text: str) -> str:
     return " ".join(part for part in (instruction, text) if part)
-
-
-# ── a pair as content ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _content(folder: Path, text: str, path: str) -> Content:

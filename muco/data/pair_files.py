@@ -27,9 +27,6 @@ class JsonlTable(LinePlaces):
                 names |= dict.fromkeys(as_object(text, where))
         self.names = list(names)
 
-    def prepare(self, columns: Sequence[str]) -> None:
-        """Called once, with the columns that will be asked for."""
-
     def row(self, i: int) -> JsonObject:
         return as_object(self.read(i), self.where(i))
 
@@ -49,9 +46,6 @@ class CsvTable(LinePlaces):
                     self.names = cells
                     _refuse_twice(cells, f"{path}:{line}")
 
-    def prepare(self, columns: Sequence[str]) -> None:
-        """As of a :class:`JsonlTable`."""
-
     def row(self, i: int) -> JsonObject:
         with self.open(i) as file:
             _, _, cells = next(_csv_rows(file, self.path, self.delimiter, self.line(i)))
@@ -69,6 +63,7 @@ class ParquetTable:
         _refuse_twice(self.names, str(path))
 
     def prepare(self, columns: Sequence[str]) -> None:
+        """To be called once, with the columns that will be asked for."""
         self._rows = Rows(self.path, columns, cache=self.cache)
 
     def __len__(self) -> int:
@@ -85,10 +80,7 @@ Table = JsonlTable | CsvTable | ParquetTable
 
 
 def open_table(path: Path, cache: str | Path | None) -> Table:
-    """The table of a file, by the ending of its name; ``cache`` as of :class:`Rows`.
-
-    Raises a DataError if the ending is another one, the file cannot be read, or a column is there twice.
-    """
+    """The table of a file, by the ending of its name, ``cache`` as of :class:`Rows`; a DataError if it is invalid."""
     if path.suffix in (".csv", ".tsv"):
         return CsvTable(path, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix in (".jsonl", ".ndjson"):
@@ -104,11 +96,8 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
             raise DataError(f"{where}: the column {name!r} is there twice; found {', '.join(names)}")
 
 
-# ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iterator[tuple[int, int, list[str]]]:
-    """First byte, first line and cells of every row that is not blank, from where the file stands, at ``line``."""
+    """First byte, first line and cells of every row that is not blank, from the position of the file, at ``line``."""
     start, first = file.tell(), line
 
     def texts() -> Iterator[str]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from muco.data.fingerprint import Fingerprinted
-from muco.data.lines import JsonObject, image_cell, literal_list, text_of, without_token
-from muco.data.pair_files import CsvTable, open_table
+from muco.data.lines import JsonObject, image_cell, image_folder, literal_list, text_of, without_token
+from muco.data.pair_files import CsvTable, ParquetTable, open_table
 from muco.data.places import position
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, did_you_mean
@@ -67,20 +67,13 @@ class PairsData(Fingerprinted):
         images: str | Path | None = None,
         cache: str | Path | None = None,
     ) -> None:
-        self.path = Path(path)
-        self.images = Path(images) if images is not None else self.path.parent
-        if not self.images.is_dir():
-            raise DataError(f"{self.images}: no such folder; it must hold the images of {self.path}")
-        given = {
-            "query_text": query_text,
-            "query_image": query_image,
-            "target_text": target_text,
-            "target_image": target_image,
-            "negatives": negatives,
-        }
+        self.path, self.images = Path(path), image_folder(Path(path), images)
+        given = dict(zip(_NAMED, (query_text, query_image, target_text, target_image), strict=True))
+        given["negatives"] = negatives
         self._table = open_table(self.path, cache)
         self.columns = find_columns(self.path, self._table.names, given)  # what it says -> the column
-        self._table.prepare(list(dict.fromkeys(self.columns.values())))
+        if isinstance(self._table, ParquetTable):
+            self._table.prepare(list(dict.fromkeys(self.columns.values())))
         if not len(self._table):
             raise DataError(f"{self.path}: the file has no rows")
 
@@ -88,16 +81,16 @@ class PairsData(Fingerprinted):
         return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such row, DataError with file and row if it is not as it must be."""
+        """Raises IndexError if there is no such row, DataError with file and row if it is not valid."""
         i = position(index, len(self), self.path)
         where = self._table.where(i)
         row = self._table.row(i)
         sides = []
         for side in ("query", "target"):
-            text, image = self.columns.get(f"{side}_text"), self.columns.get(f"{side}_image")
-            sides.append(self._content(row, text, image, where))
+            columns = self.columns.get(f"{side}_text"), self.columns.get(f"{side}_image")
+            sides.append(self._content(row, *columns, where))
             if sides[-1].empty:
-                names = " and ".join(repr(name) for name in (text, image) if name)
+                names = " and ".join(map(repr, filter(None, columns)))
                 raise DataError(f"{where}: no {side}, {names} is empty; fix the row")
         return Sample(turns=[Turn(*sides, negatives=self._negatives(row, where))], where=where)
 
@@ -120,17 +113,13 @@ class PairsData(Fingerprinted):
         plain = "text" if "target_text" in self.columns else "image"
         contents = []
         for number, item in enumerate(value if isinstance(value, list) else [value]):
-            cell = item if isinstance(item, dict) else {plain: item}
+            place, cell = f"{where}: negative {number}", item if isinstance(item, dict) else {plain: item}
             if unknown := [key for key in cell if key not in ("text", "image")]:
-                raise DataError(f"{where}: negative {number} has {unknown[0]!r}; accepted are 'text' and 'image'")
-            content = self._content(cell, "text", "image", f"{where}: negative {number}")
-            if content.empty:
-                raise DataError(f"{where}: negative {number} is empty; leave it out of {name!r}")
-            contents.append(content)
+                raise DataError(f"{place} has {unknown[0]!r}; accepted are 'text' and 'image'")
+            contents.append(self._content(cell, "text", "image", place))
+            if contents[-1].empty:
+                raise DataError(f"{place} is empty; leave it out of {name!r}")
         return contents
-
-
-# ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_columns(path: Path, names: Sequence[str], given: Mapping[str, str | None]) -> dict[str, str]:
@@ -154,10 +143,7 @@ def find_columns(path: Path, names: Sequence[str], given: Mapping[str, str | Non
 
 
 def _usual_columns(names: Sequence[str]) -> dict[str, str]:
-    """The first set of usual names that the file has, if it has no usual name besides."""
-    named = {key: key for key in _NAMED if key in names}
-    usual = {*_NAMED, *chain.from_iterable(common.values() for common in _COMMON)}
-    for candidate in (named, *_COMMON):
-        if set(candidate.values()) == usual.intersection(names):
-            return candidate
-    return {}
+    """The set of usual names that the file has, if it has no usual name besides."""
+    usual = {*_NAMED, *chain.from_iterable(common.values() for common in _COMMON)}.intersection(names)
+    sets = ({key: key for key in _NAMED if key in names}, *_COMMON)
+    return next((candidate for candidate in sets if set(candidate.values()) == usual), {})

@@ -34,10 +34,7 @@ def read_header(file: Path) -> tuple[list[str], int]:
 
 
 def require_columns(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> tuple[str, ...]:
-    """The required columns and those of the optional ones that the file has.
-
-    Raises a DataError if a required column is missing (with the nearest match), or one of them is there twice.
-    """
+    """The required columns and the optional ones there are; a DataError if one is missing or there twice."""
     found = read_header(file)[0]
     for column in (*required, *optional):
         if found.count(column) > 1:

@@ -32,10 +32,7 @@ def file_state(file: Path | int) -> tuple[int, int]:
 
 
 def check_unchanged(path: Path | str, state: tuple[int, int], file: Path | int | None = None) -> None:
-    """Raises a DataError that names ``path`` unless a file is as it was when its rows were found.
-
-    ``file`` is what is looked at, where that is not ``path``.
-    """
+    """Raises a DataError that names ``path`` unless it, or ``file`` instead, is as it was when its rows were found."""
     if file_state(Path(path) if file is None else file) != state:
         raise DataError(f"{path}: the file changed since it was opened; start again")
 

@@ -79,11 +79,7 @@ class Rows:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row ``index`` as column -> plain value.
-
-        Raises an IndexError if there is none, a DataError if a text is not UTF-8, or the shards were deleted or
-        damaged.
-        """
+        """Row ``index``, column -> plain value; an IndexError if there is none, a DataError if it cannot be read."""
         i = position(index, self._length, self.file)
         self._reads += 1
         if self._reads % READS == 0:
@@ -138,8 +134,6 @@ class Rows:
 
     def _shard_file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05}.arrow"
-
-    # ── copying ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _copy(self) -> None:
         """Makes the shards that are missing."""

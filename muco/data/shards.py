@@ -71,7 +71,7 @@ class ShardsData:
     Attributes:
         skipped: Why something was left out, and how often.
     Raises:
-        DataError: If there is no shard, one is no whole plain tar archive or holds a name twice, or nothing is left.
+        DataError: If there is no shard, one is not a whole plain tar archive or holds a name twice, or nothing is left.
             Texts are checked on access.
     """
 
@@ -84,7 +84,7 @@ class ShardsData:
         cache: str | Path | None = None,
     ) -> None:
         if direction not in ("text-to-image", "image-to-text"):
-            raise DataError(f"unknown direction {direction!r}; give 'text-to-image' or 'image-to-text'")
+            raise DataError(f"unknown direction {direction!r}; pass 'text-to-image' or 'image-to-text'")
         self.shards, self.direction, self.caption = shard_files(path), direction, caption
         self.path = Path(path) if isinstance(path, str | Path) else self.shards[0].parent
         self.skipped: Counter[str] = Counter()
@@ -106,7 +106,7 @@ class ShardsData:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError if there is no such sample, DataError if its text is not as it must be."""
+        """Raises IndexError if there is no such sample, DataError if its text is not valid."""
         i = position(index, len(self), self.shards[0])
         shard = int(np.searchsorted(self._ends, i, side="right"))
         row = i - (int(self._ends[shard - 1]) if shard else 0)
@@ -161,9 +161,6 @@ def _names_images(value: Any) -> str | None:
             value = list(value.values())
         left += value if isinstance(value, list) else []
     return None
-
-
-# ── indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shard_files(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -281,14 +278,9 @@ class _Headers:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.name, self.mode = file, getattr(file, "name", ""), "rb"
+        self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return self.file.read(size)
-
-    def seek(self, offset: int) -> int:
-        return self.file.seek(offset)
-
-    def tell(self) -> int:
-        return self.file.tell()

@@ -54,9 +54,6 @@ def show(data_or_path: Data | str | Path, output_html: str | Path, *, limit: int
     return output
 
 
-# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -> str:
     kinds = Counter(turn.kind for sample in samples if isinstance(sample, Sample) for turn in sample.turns if turn.kind)
     colors = {}
@@ -79,7 +76,8 @@ def _page(name: str, total: int, samples: list[Sample | DataError], seed: int) -
 {cards}
 </main>
 """
-    return document(f"{name}: samples", body, _STYLE, generator=GENERATOR)
+    style = Path(__file__).with_name("show.css").read_text(encoding="utf-8")
+    return document(f"{name}: samples", body, style, generator=GENERATOR)
 
 
 def _card(sample: Sample | DataError, colors: dict[str, str]) -> str:
@@ -122,9 +120,6 @@ def _content(content: Content, sample: Sample, empty: str = "") -> str:
     return images + text or f"<p class='empty'>{empty}</p>"
 
 
-# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _images(images: tuple[ImageLike, ...], where: str) -> str:
     left = len(images) - MAX_IMAGES
     more = f"<span class='more'>… and {left} more</span>" if left > 0 else ""
@@ -145,52 +140,3 @@ def _thumb(image: ImageLike, where: str) -> str:
     name = escape(Path(image).name if isinstance(image, (str, Path)) else "image", quote=True)
     attributes = f"alt='{name}' title='{name} · {width} × {height}' width='{width}' height='{height}'"
     return f"<img{' class=pixels' if small else ''} src='{source}' {attributes}>"
-
-
-_STYLE = """\
-:root { color-scheme: light dark; --page: #f4f4f2; --card: #fff; --ink: #1c1d20; --soft: #63666d; --line: #e2e2de;
-  --well: #ecece9; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --page: #131417; --card: #1d1f23; --ink: #e9e9e6; --soft: #9a9da5;
-  --line: #303339; --well: #26282d; --bad: #ff8a80 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
-header, main { max-width: 1560px; margin: 0 auto; padding: 0 clamp(12px, 3vw, 32px) }
-header { padding-top: 28px; padding-bottom: 18px }
-h1 { margin: 0; font-size: 1.6rem; letter-spacing: -.01em; overflow-wrap: anywhere }
-p, ol, ul { margin: 0; padding: 0; overflow-wrap: anywhere }
-ol, ul { list-style: none }
-header p { color: var(--soft) }
-.legend { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 12px; color: var(--soft); font-size: .87rem }
-main { columns: 340px; column-gap: 18px; padding-bottom: 40px }
-article { break-inside: avoid; margin-bottom: 18px; overflow: hidden; background: var(--card);
-  border: 1px solid var(--line); border-radius: 12px }
-.pictures { display: flex; flex-wrap: wrap; justify-content: center; align-items: center; gap: 6px; padding: 12px;
-  background: var(--well) }
-.pictures img { flex: 0 1 auto; width: auto; height: auto; max-width: 100%; max-height: 320px; border-radius: 4px }
-.pictures img.pixels { height: 176px }
-.pictures img:nth-last-child(n+2), .pictures img:nth-last-child(n+2) ~ img { max-width: calc(50% - 3px) }
-.inline { display: flex; flex-wrap: wrap; gap: 6px; margin: 2px 0 }
-.inline img { width: auto; height: 140px; max-width: 100%; object-fit: contain; border-radius: 4px;
-  border: 1px solid var(--line) }
-.pixels { image-rendering: pixelated }
-.id { display: flex; justify-content: space-between; gap: 12px; padding: 10px 14px 0; color: var(--soft);
-  font-size: .8rem }
-.id b { color: var(--ink) }
-.id span { margin-left: auto; white-space: nowrap }
-ol { padding: 0 14px 6px }
-ol > li { padding: 9px 0 10px; border-top: 1px solid var(--line) }
-ol > li:first-child { border-top: 0 }
-ol > li::after { content: ""; display: block; clear: both }
-.kind { display: inline-block; padding: 0 9px; border-radius: 99px; background: var(--kind); color: #fff;
-  font-size: .74rem; line-height: 1.7 }
-ol > li > .kind { float: right; margin: 1px 0 2px 10px }
-.query { color: var(--soft) }
-.target { margin: 5px 0 2px; padding-left: 10px; border-left: 3px solid var(--kind, var(--soft)) }
-.target p { white-space: pre-wrap }
-.empty, .more { color: var(--soft); font-style: italic }
-details { color: var(--soft); font-size: .86rem }
-summary { cursor: pointer; width: max-content; max-width: 100% }
-details .inline img { height: 72px }
-details li { padding: 2px 0 2px 12px; border-left: 2px solid var(--line) }
-.error { padding: 8px 14px; color: var(--bad); font-size: .87rem }
-"""

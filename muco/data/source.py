@@ -23,4 +23,3 @@ class Data(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) that tells one state of the data from another, see :mod:`muco.data.fingerprint`."""
-        ...

@@ -97,13 +97,6 @@ def _folders(data: Path, split: str) -> list[Path]:
     return folders
 
 
-def _places(ids: np.ndarray) -> np.ndarray:
-    """The place of each id among all of them in the order of their bytes."""
-    places = np.empty(len(ids), dtype=np.int64)
-    places[np.argsort(ids, kind="stable")] = np.arange(len(ids))
-    return places
-
-
 def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
     parts = [text for key in keys if (text := (text_of(row, key, where) or "").strip())]
     image = image_of(row, "image", folder, where)
@@ -157,7 +150,7 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
         lambda row, where: id_of(row, "_id", where),
         lambda row, where: _content(row, ("title", "text"), folder, where),
         form=FORM,
-        numbers=_places,  # equal scores are ordered by ids
+        numbers=lambda ids: np.argsort(np.argsort(ids, kind="stable")),  # equal scores are ordered by ids
         left_out=LeftOut(skip_broken),
     )
     judged = [id for query in queries for id in query.grades]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.files import make_folder, write_json, write_text, writing
-from muco.data.left_out import Broken, as_lines
+from muco.data.left_out import Broken
 from muco.dialogue import Content
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
@@ -123,11 +123,8 @@ class TaskFiles:
         except ValueError:
             log.warning("%s is damaged; the task is done again", file)
             return None
-        if (found.get("format"), found.get("key"), found["result"]["data"]) != (FORMAT, self.key, data):
-            return None
-        if found["result"].get("left_out") and not self.partial:
-            return None
-        return _result(found["result"])
+        same = (found.get("format"), found.get("key"), found["result"]["data"]) == (FORMAT, self.key, data)
+        return _result(found["result"]) if same and (self.partial or not found["result"].get("left_out")) else None
 
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
@@ -135,7 +132,8 @@ class TaskFiles:
         write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
         lost = self.output / "left_out" / f"{_safe(result.name)}.jsonl"
         if result.broken:
-            write_text(lost, as_lines(result.broken))
+            # ASCII, as a reason may quote half a character
+            write_text(lost, "".join(json.dumps(asdict(one)) + "\n" for one in result.broken))
         else:
             lost.unlink(missing_ok=True)
         plain = asdict(result)
@@ -165,9 +163,7 @@ def mean_of(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
 
 def gate(score: float, chance: float | None, queries: int) -> list[str]:
     """A warning where a score (0 to 1) is not clearly above chance: three standard deviations of guessing."""
-    if chance is None:
-        return []
-    if score > above_guessing(chance, queries):
+    if chance is None or score > above_guessing(chance, queries):
         return []
     return [f"the score of {score:.1%} is not above chance ({chance:.1%} with {queries} queries)"]
 
@@ -198,12 +194,7 @@ Run = Mapping[str, Sequence[tuple[str, float]]]  # query -> (candidate, score), 
 
 
 def write_trec_run(path: Path, run: Run, name: str) -> None:
-    """Writes ``query Q0 candidate rank score name`` per line, queries in their order, ranks from 1.
-
-    Raises:
-        ValueError: If an id holds white space, which would make other columns of it.
-        OutputError: If the file cannot be written.
-    """
+    """Writes ``query Q0 candidate rank score name`` lines, ranks from 1; a ValueError if an id holds white space."""
     lines = []
     for query, found in run.items():
         for rank, (candidate, score) in enumerate(found, start=1):

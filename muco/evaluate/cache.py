@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,11 +39,7 @@ class Embedder(Protocol):
 
 
 class Book:
-    """Every content once, under a key made of its text and the bytes of its images.
-
-    Args:
-        left_out: Gets the contents that cannot be embedded, if that is allowed; without it each is an error.
-    """
+    """Contents by a key of text and image bytes; what cannot be embedded goes to ``left_out`` or is an error."""
 
     def __init__(self, left_out: LeftOut | None = None) -> None:
         self.left_out = left_out
@@ -53,11 +49,7 @@ class Book:
         self._files: dict[str, str] = {}  # path -> digest: a file is read once
 
     def add(self, content: Content, where: str = "") -> str:
-        """Key of a content, 64 hexadecimal characters.
-
-        Raises:
-            DataError: If an image cannot be read or the text holds half a character, and nothing may be left out.
-        """
+        """Key of a content, 64 hexadecimal digits; a DataError if it cannot be read and nothing may be left out."""
         try:
             images = tuple(self._digest(image, where) for image in content.images)
             content.text.encode()
@@ -76,24 +68,26 @@ class Book:
         self._refuse(key, error)
         return key
 
-    def encode(self, model: Embedder, batch_size: int, keys: Sequence[str]) -> np.ndarray:
-        """Vectors of the contents with these keys, less those that the model refuses, if they may be left out."""
-        return encode_named(
-            model,
-            [self.contents[key] for key in keys],
-            [self.places[key] for key in keys],
-            batch_size,
-            lambda row, error: self._refuse(keys[row], error),
-        )
+    def vectors(
+        self, model: Embedder, batch_size: int, keys: Iterable[str], **how: Any
+    ) -> tuple[np.ndarray, dict[str, int]]:
+        """Vectors of the contents with these keys, and the row of each; ``how`` is for :func:`embed`.
+
+        They have an order of their own (contents of one image side by side): that of the keys moves no digit.
+        """
+        ordered = sorted(keys, key=self._order.__getitem__)
+
+        def encode(part: Sequence[str]) -> np.ndarray:
+            contents, places = ([known[key] for key in part] for known in (self.contents, self.places))
+            return encode_named(model, contents, places, batch_size, lambda row, error: self._refuse(part[row], error))
+
+        vectors = embed(ordered, encode, left_out=self.left_out, **how)
+        return vectors, {key: row for row, key in enumerate(ordered)}
 
     def _refuse(self, key: str, error: DataError) -> None:
         if self.left_out is None:
             raise error
         self.left_out.add(key, error)
-
-    def in_order(self, keys: Iterable[str]) -> list[str]:
-        """Keys in an order of their own (contents of one image side by side): that of the rows moves no digit."""
-        return sorted(keys, key=self._order.__getitem__)
 
     def _digest(self, image: ImageLike, where: str) -> str:
         if not isinstance(image, (str, Path)):
@@ -136,12 +130,7 @@ def encode_named(
 
 
 class EmbeddingCache:
-    """The vectors that one model gave to the contents of one data set.
-
-    Args:
-        root: Folder of all caches; made if it does not exist, else an OutputError.
-        model, data: Their fingerprints.
-    """
+    """The vectors of one model for one data set, by their fingerprints, below ``root``; made, else an OutputError."""
 
     def __init__(self, root: Path, *, model: str, data: str) -> None:
         name = hashlib.sha256(json.dumps([LAYOUT, model, data, "single-turn"]).encode()).hexdigest()

@@ -78,10 +78,7 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         raise DataError(f"{a} and {b} have no task that can be compared ({listed})")
     one, other = (side[min(tasks)]["key"] for side in (ours, theirs))  # of the first task
-    settings = {}
-    for key in sorted(one.keys() | other.keys()):
-        if one.get(key) != other.get(key):
-            settings[key] = [one.get(key), other.get(key)]
+    differing = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
     return {
         "format": FORMAT,
         "a": str(a),
@@ -92,7 +89,7 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
         "tasks": tasks,
         "means": {label: _mean(label, tasks, total, level) for label, total in sorted(totals.items())},
         "not_comparable": reasons,
-        "settings": settings,
+        "settings": {key: [one.get(key), other.get(key)] for key in differing},
         "warnings": warnings,
     }
 
@@ -170,13 +167,12 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             plain = json.loads(file.read_text(encoding="utf-8"))
             result = plain["result"]
-            task = {"metric": result["metric"], "data": result["data"], "key": plain["key"], "format": plain["format"]}
-            task["left_out"] = result.get("left_out", {})
-            name = result["name"]
+            name, form, left_out = result["name"], plain["format"], result.get("left_out", {})
+            task = {"metric": result["metric"], "data": result["data"], "key": plain["key"], "left_out": left_out}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: is not a result of a task ({error!r}); run the evaluation again") from error
-        if task["format"] != FORMAT:
-            raise DataError(f"{file}: has format {task['format']}, not {FORMAT}; run the evaluation again")
+        if form != FORMAT:
+            raise DataError(f"{file}: has format {form}, not {FORMAT}; run the evaluation again")
         found[name] = task | {"file": folder / "outcomes" / f"{file.stem}.jsonl"}
     return found
 

@@ -15,23 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from muco import distributed
 from muco.base.machine import versions
-from muco.errors import MucoError
+from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate.benchmark import FORMAT, TaskFiles, TaskResult, pixels_differ
 from muco.evaluate.cache import Embedder, EmbeddingCache
 from muco.evaluate.page import write_reports
-
-
-class NamedTask(Protocol):
-    """A task, read and checked. ``fingerprint`` is of its queries, candidates and judgements."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -79,12 +70,13 @@ class Benchmark:
         return EmbeddingCache(self.output / "cache", model=self.fingerprint, data=data)
 
     def score(
-        self, tasks: Iterable[NamedTask], work: Callable[[Any], TaskResult], key: Mapping[str, Any]
+        self, tasks: Iterable[Any], work: Callable[[Any], TaskResult], key: Mapping[str, Any]
     ) -> list[TaskResult]:
         """The results of all tasks; ``work`` is done for those that the output folder does not hold already.
 
         Args:
-            tasks: Each is taken when the one before it is done.
+            tasks: Each has a name, and a fingerprint of its queries, candidates and judgements; it is taken when the
+                one before it is done.
             key: What the scores depend on besides the benchmark, the model and a task's data. Plain values.
         Returns:
             The results without their outcomes: those are in files, and many.
@@ -139,6 +131,16 @@ class Benchmark:
             "missing": list(missing),
             "warnings": [*pixels_differ(self.pixels, self.trained_pixels), *warnings, *own],
         }
+
+
+def chosen_tasks(named: Sequence[str] | None, known: Sequence[str], benchmark: str) -> tuple[str, ...]:
+    """The named tasks in the order of the benchmark, None names all; a DataError if one is unknown or none is named."""
+    for name in named or ():
+        if name not in known:
+            raise DataError(f"{benchmark} has no task {name!r}{did_you_mean(name, known)}")
+    if named is not None and not named:
+        raise DataError(f"no task of {benchmark} is named; name some, or leave the option out for all {len(known)}")
+    return tuple(name for name in known if named is None or name in named)
 
 
 def check_queries(queries: int | None) -> None:

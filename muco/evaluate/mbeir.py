@@ -14,30 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from muco.data import mbeir_test
 from muco.data.left_out import LeftOut
-from muco.data.mbeir_test import (
-    ALL,
-    Key,
-    MBEIRTask,
-    Prompts,
-    as_queries,
-    data_set_of,
-    hash_of,
-    instructions_file,
-    open_pool,
-    read_instructions,
-    read_judgements,
-    read_queries,
-)
-from muco.errors import DataError, MucoError, did_you_mean
+from muco.data.mbeir_test import ALL, Key, MBEIRTask, data_set_of
+from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, mean_of
 from muco.evaluate.cache import Embedder
-from muco.evaluate.driver import Benchmark, check_queries
+from muco.evaluate.driver import Benchmark, check_queries, chosen_tasks
 from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_hit, score_ranked
 
 PoolName = Literal["local", "global"]
+Prompts = Literal["random", "first"]
 GROUPS = {  # name -> numbers of its tasks
     "single to single": (0, 1, 3, 4),
     "single to fused": (2,),
@@ -91,7 +80,8 @@ def evaluate_mbeir(
         DataError: If a file is missing (all are listed) or a line cannot be used.
         MucoError: If another argument cannot be used.
     """
-    chosen, data = _chosen(tasks), Path(data)
+    named, data = chosen_tasks(tasks, [task.name for task in ALL], "M-BEIR"), Path(data)
+    chosen = [task for task in ALL if task.name in named]
     if not pools or set(pools) - {"local", "global"}:
         raise MucoError(f"pools must be 'local', 'global' or both, not {list(pools)!r}")
     if prompts not in ("random", "first"):
@@ -105,11 +95,9 @@ def evaluate_mbeir(
     opened = _open_tasks(run, todo, drawing, strict)
     results = score_ranked(run, opened, settings, progress)
     scores = {result.name: result.score for result in results}
-    groups: dict[str, float | None] = {}
-    for pool in pools:
-        groups |= means(scores, pool)
+    groups = {name: score for pool in pools for name, score in means(scores, pool).items()}
     counted = "global" if "global" in pools else "local"
-    said = {"pools": pools, "overall": f"mean of 16 tasks, {counted} pool", "tasks": [task.name for task in chosen]}
+    said = {"pools": pools, "overall": f"mean of 16 tasks, {counted} pool", "tasks": list(named)}
     settings = said | settings | {"batch_size": batch_size, "strict": strict} | run.settings
     overall = groups[f"overall {counted}"]
     return run.write(results, settings=settings, groups=groups, overall=overall, missing=missing, warnings=warnings)
@@ -122,11 +110,7 @@ def check_folder(data: Path) -> None:
 
 
 def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None]:
-    """The four groups and the whole benchmark in one pool, unweighted; None where a task is missing.
-
-    Args:
-        scores: By name with the pool, "MSCOCO t0 global"; in any unit.
-    """
+    """The four groups and all tasks in one pool, unweighted; None where a task ("MSCOCO t0 global") is missing."""
     named = {name: [task for task in ALL if task.number in numbers] for name, numbers in GROUPS.items()}
     return {
         f"{name} {pool}": mean_of(scores, [f"{task.name} {pool}" for task in own])
@@ -134,29 +118,13 @@ def means(scores: Mapping[str, float], pool: PoolName) -> dict[str, float | None
     }
 
 
-def _chosen(names: Sequence[str] | None) -> tuple[MBEIRTask, ...]:
-    if names is None:
-        return ALL
-    known = [task.name for task in ALL]
-    for name in names:
-        if name not in known:
-            raise MucoError(f"M-BEIR has no task {name!r}{did_you_mean(name, known)}")
-    if not names:
-        raise MucoError("no task of M-BEIR is named; name some, or leave the option out for all 16")
-    return tuple(task for task in ALL if task.name in names)
-
-
 def _plan(
     data: Path, chosen: Sequence[MBEIRTask], pools: Sequence[PoolName], allow_missing: bool
 ) -> tuple[list[tuple[MBEIRTask, PoolName]], list[str], list[str]]:
-    """What can be scored, the names of what cannot be, and warnings about files.
-
-    Raises:
-        DataError: That lists all missing files, unless they may be missing.
-    """
+    """What can be scored, the names of what cannot, and warnings; a DataError lists missing files that may not be."""
     check_folder(data)
     lost_pools = _absent([task.files(data)["pool"] for task in ALL])
-    lost = _absent([instructions_file(data)])
+    lost = _absent([mbeir_test.instructions_file(data)])
     readable = not lost  # no task can do without the instructions
     todo, missing = [], []
     for pool in pools:
@@ -195,10 +163,10 @@ def _open_tasks(
     run: Benchmark, todo: Sequence[tuple[MBEIRTask, PoolName]], drawing: Drawing, strict: bool
 ) -> list[RankedTask]:
     """Everything that is scored, read and checked; with ``strict`` a DataError for a positive that no pool holds."""
-    instructions = read_instructions(instructions_file(run.data))
+    instructions = mbeir_test.read_instructions(mbeir_test.instructions_file(run.data))
     tasks = dict.fromkeys(task for task, _ in todo)
     whole = any(pool == "global" for _, pool in todo)
-    local = {task: open_pool(run.data, task, LeftOut(run.skip_broken)) for task in (ALL if whole else tasks)}
+    local = {task: mbeir_test.open_pool(run.data, task, LeftOut(run.skip_broken)) for task in (ALL if whole else tasks)}
     asked = {task: _ask(run.data, task, instructions, drawing, LeftOut(run.skip_broken)) for task in tasks}
     together = Pools(list(local.values())) if whole else None
     opened = []
@@ -214,27 +182,21 @@ def _ask(
 ) -> tuple[JudgedQueries, dict[str, Any]]:
     """The queries of a task, and facts about them."""
     if task.key not in instructions:
-        number, query, candidate = task.key
-        raise DataError(
-            f"{instructions_file(data)}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}"
-        )
-    lines, judgements = read_queries(data, task, left_out), read_judgements(task.files(data)["judgements"], task)
-    total, seed = len(lines), drawing.seed
-    if drawing.queries is not None and drawing.queries < total:
-        drawn = sorted(lines, key=lambda line: (hash_of(seed, "query", line.id), line.id))[: drawing.queries]
-        kept = {line.id for line in drawn}
-        lines = [line for line in lines if line.id in kept]
-    by_seed = seed if drawing.prompts == "random" else None
-    queries, taken = as_queries(lines, judgements, instructions[task.key], by_seed)
-    other = sum(set(query.relevant) != set(line.positives) for query, line in zip(queries, lines, strict=True))
+        file, (number, query, candidate) = mbeir_test.instructions_file(data), task.key
+        raise DataError(f"{file}: no prompt for data set {number} ({task.data_set}), {query} to {candidate}")
+    judgements, seed = mbeir_test.read_judgements(task.files(data)["judgements"], task), drawing.seed
+    found, differing = mbeir_test.read_queries(data, task, judgements, left_out)
+    drawn = sorted(found, key=lambda query: (mbeir_test.hash_of(seed, "query", query.id), query.id))[: drawing.queries]
+    drawn.sort(key=lambda query: mbeir_test.number_of(query.id))
+    queries, taken = mbeir_test.prompted(drawn, instructions[task.key], seed if drawing.prompts == "random" else None)
     return JudgedQueries(queries, left_out), {
         "query": task.key[1],
         "candidate": task.key[2],
         "prompts": drawing.prompts,
         "seed": seed,
         "times each prompt was taken": taken,
-        "queries in the file": total,
-        "queries whose pos_cand_list is not what is judged relevant": other,
+        "queries in the file": len(found),
+        "queries whose pos_cand_list is not what is judged relevant": sum(query.id in differing for query in queries),
     }
 
 
@@ -248,9 +210,8 @@ def _ranked_task(
     strict: bool,
 ) -> RankedTask:
     rows = pools.relevant(queries.queries)
-    lost = []
-    for query, own in zip(queries.queries, rows, strict=True):
-        lost += [(query, id) for id, row in zip(query.relevant, own, strict=True) if row < 0]
+    asked = zip(queries.queries, rows, strict=True)
+    lost = [(query, id) for query, own in asked for id, row in zip(query.relevant, own, strict=True) if row < 0]
     for query, id in lost if strict else ():
         if pool == "global" or data_set_of(id) == task.data_set_id:
             raise DataError(

@@ -18,10 +18,10 @@ from typing import Any
 
 from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
 from muco.data.mmeb_test import BLANK, find_files, open_set
-from muco.errors import DataError, did_you_mean
+from muco.errors import DataError
 from muco.evaluate.benchmark import Progress, TaskResult, mean_of
 from muco.evaluate.cache import Embedder
-from muco.evaluate.driver import Benchmark, check_queries
+from muco.evaluate.driver import Benchmark, check_queries, chosen_tasks
 from muco.evaluate.mmeb_task import MmebTask
 
 RULES = {
@@ -74,7 +74,7 @@ def evaluate_mmeb(
         MucoError: If ``queries`` is less than 1.
     """
     check_queries(queries)
-    chosen = _chosen(tasks)
+    chosen = chosen_tasks(tasks, NAMES, "MMEB")
     found, missing = find_files(data, chosen)
     if missing and not (allow_missing and found):
         listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
@@ -102,31 +102,15 @@ def evaluate_mmeb(
         "rules": rules,
     }
     warnings = _warnings(results, missing, seed)
-    lost = list(missing)
-    return run.write(results, settings=settings, groups=groups, overall=overall, missing=lost, warnings=warnings)
+    return run.write(results, settings=settings, groups=groups, overall=overall, missing=[*missing], warnings=warnings)
 
 
 def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
-    """Means of the benchmark's groups, and of all 36 data sets; None where one of their data sets has no score.
-
-    Args:
-        scores: By name of the data set, in any unit.
-    """
+    """Means of the groups and of all 36 data sets, from scores by name; None where a data set has no score."""
     groups = {meta: mean_of(scores, [d.name for d in DATA_SETS if d.meta == meta]) for meta in METAS}
     for name, inside in (("in-distribution", True), ("out-of-distribution", False)):
         groups[name] = mean_of(scores, [d.name for d in DATA_SETS if d.in_distribution == inside])
     return groups, mean_of(scores, NAMES)
-
-
-def _chosen(tasks: Sequence[str] | None) -> tuple[str, ...]:
-    if tasks is None:
-        return NAMES
-    if not tasks:
-        raise DataError("no data set is named; name at least one, or none to score all 36")
-    for name in tasks:
-        if name not in NAMES:
-            raise DataError(f"{name!r} is not a data set of MMEB{did_you_mean(name, NAMES)}")
-    return tuple(name for name in NAMES if name in tasks)
 
 
 def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: int) -> list[str]:

@@ -18,7 +18,7 @@ from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache
 
 METRIC = "hit@1"
 
@@ -114,12 +114,10 @@ class MmebTask:
         self, model: Embedder, batch_size: int, cache: EmbeddingCache | None, progress: Progress | None
     ) -> TaskResult:
         """Encodes what the cache lacks and ranks every list; call it on every process alike."""
-        keys = self.book.in_order(self.needed)
-        encode = functools.partial(self.book.encode, model, batch_size)
-        vectors = embed(keys, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
+        how = {"cache": cache, "shared": True, "progress": progress}
+        vectors, row_of = self.book.vectors(model, batch_size, self.needed, **how)
         lost = self.left_out.reasons.keys()
         self.queries = [replace(asked, lost=lost) for asked in self.queries]
-        row_of = {key: row for row, key in enumerate(keys)}
         pool = sorted({row_of[key] for asked in self.queries for key in asked.places})
         queries = sorted({row_of[asked.query] for asked in self.queries if asked.query not in lost})
         health = {
@@ -201,11 +199,8 @@ class MmebTask:
         failures, contents = [], self.book.contents
         for margin, asked, found in lost[:FAILURES]:
             best = tuple((Shown.of(place, contents[asked.candidates[int(place)]]), score) for place, score in found)
-            query, right = (
-                Shown.of(str(asked.number), contents[asked.query]),
-                Shown.of("0", contents[asked.candidates[0]]),
-            )
-            failures.append(Failure(margin, query, right, best))
+            query, right = contents[asked.query], contents[asked.candidates[0]]
+            failures.append(Failure(margin, Shown.of(str(asked.number), query), Shown.of("0", right), best))
         return tuple(failures)
 
 
@@ -216,11 +211,7 @@ def sample(rows: int, queries: int | None, seed: int) -> list[int]:
 
 
 def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
-    """What became of a query.
-
-    Args:
-        scores: float32 [C] of ``asked.places``, the right candidate first.
-    """
+    """What became of a query; ``scores``, float32 [C], are of ``asked.places``, the right candidate first."""
     positive, columns = np.zeros(1, dtype=np.int64), np.arange(len(scores))
     rank = int(metrics.ranks(scores[None], positive, columns, tie=metrics.TIE)[0])
     name = str(asked.number)

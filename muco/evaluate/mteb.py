@@ -69,11 +69,7 @@ class MtebEncoder(AbsEncoder):
         batch_size: int = 32,
         **kwargs: Any,
     ) -> np.ndarray:
-        """One vector per row of all batches, float32 [n, d], L2-normalised.
-
-        Raises:
-            MucoError: If a batch has a modality that the model does not know.
-        """
+        """One vector per row, float32 [n, d], L2-normalised; a MucoError for a modality the model does not know."""
         instruction = self._instruction(task_metadata, prompt_type)
         vectors = []
         for batch in inputs:

@@ -28,11 +28,7 @@ Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, gra
 
 
 class Pools:
-    """Pools that are searched as one; rows count over them one after another.
-
-    Raises:
-        DataError: If two of them hold the same candidate.
-    """
+    """Pools that are searched as one, rows counted one after another; a DataError if two hold the same candidate."""
 
     def __init__(self, pools: Sequence[LinePool]) -> None:
         self.pools = list(pools)
@@ -107,14 +103,15 @@ class Searched:
         """Places of the pools whose vectors are all the same."""
         return {place for place, health in enumerate(self.health) if health.collapsed}
 
-    def found(self, query: int) -> Found:
-        """What one query found, by its place."""
-        rows = self.rows[query]
-        rows = rows[rows >= 0]
-        ids = self.pools.ids(rows)
-        places = self.pools.numbers(rows).tolist()
+    def found(self, query: int) -> tuple[list[str], list[str], np.ndarray]:
+        """What one query found, best first: ids, the ids that count, and scores, float32 [n].
+
+        In place of the id of a candidate of a collapsed pool counts "": it is never right.
+        """
+        rows = self.rows[query][self.rows[query] >= 0]
+        ids, places = self.pools.ids(rows), self.pools.numbers(rows).tolist()
         counted = ["" if place in self.collapsed else id for place, id in zip(places, ids, strict=True)]
-        return Found(ids, counted, self.scores[query, : len(rows)])
+        return ids, counted, self.scores[query, : len(rows)]
 
     def score(self, query: int, row: int) -> float:
         """The score of any candidate, ranked or not, as the search rounds it."""
@@ -150,19 +147,6 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The ranked candidates of one query, best first."""
-
-    ids: Sequence[str]
-    counted: Sequence[str]  # the ids, but "" for a candidate of a collapsed pool: it is never right
-    scores: np.ndarray  # float32 [n]
-
-    @property
-    def scored(self) -> list[tuple[str, float]]:
-        return list(zip(self.ids, self.scores.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
 class Scored:
     """The results of the queries of a task: for a TaskResult, and ``run`` for ``write_trec_run``."""
 
@@ -175,26 +159,20 @@ class Scored:
 
 
 def score_queries(queries: Sequence[Query], searched: Searched, measures: Mapping[str, Measure], metric: str) -> Scored:
-    """Scores what the queries found.
-
-    Args:
-        measures: By name; each is averaged over the queries.
-        metric: The measure that outcomes hold.
-    """
+    """Scores what the queries found: the mean of each measure, and the outcomes in ``metric``, one of the measures."""
     values: dict[str, list[float]] = {name: [] for name in measures}
     outcomes, run, ties = [], {}, 0
     for number, query in enumerate(queries):
-        found = searched.found(number)
+        ids, counted, found = searched.found(number)
         for name, measure in measures.items():
-            values[name].append(measure(found.counted, query.grades))
-        right = [query.grades.get(id, 0) > 0 for id in found.counted]
-        best = right.index(True) if True in right else None
-        if best is not None:  # does a wrong one tie with it?
-            equal = np.flatnonzero(found.scores == found.scores[best])
-            ties += not all(right[place] for place in equal)
-        rank = None if best is None else best + 1
-        run[query.id] = found.scored
-        outcomes.append(Outcome(query.id, values[metric][-1], rank, tuple(found.scored[:FOUND])))
+            values[name].append(measure(counted, query.grades))
+        right = np.array([query.grades.get(id, 0) > 0 for id in counted], dtype=bool)
+        rank = None
+        if right.any():
+            rank = int(right.argmax()) + 1
+            ties += not right[found == found[rank - 1]].all()  # does a wrong one tie with the best right one?
+        run[query.id] = list(zip(ids, found.tolist(), strict=True))
+        outcomes.append(Outcome(query.id, values[metric][-1], rank, tuple(run[query.id][:FOUND])))
     many = ties > TIES * len(queries)
     return Scored(
         scores={name: float(np.mean(each)) for name, each in values.items()},
@@ -234,12 +212,12 @@ def _least_margin(searched: Searched, number: int, right: np.ndarray) -> float |
 def _failure(query: Query, number: int, right: np.ndarray, searched: Searched) -> Failure:
     of_right = [searched.score(number, row) for row in right]
     best = int(np.argmax(np.nan_to_num(of_right, nan=-np.inf)))
-    rows, scores = searched.rows[number, :FOUND], searched.scores[number, :FOUND]
+    scores = searched.scores[number, :FOUND]
 
     def shown(of: Query | Candidate) -> Shown:
         return Shown.of(of.id, of.content)
 
-    ranked = zip(rows, scores, strict=True)
+    ranked = zip(searched.rows[number, :FOUND], scores, strict=True)
     found = tuple((shown(searched.pools[row]), float(score)) for row, score in ranked if row >= 0)
     margin = float(scores[0]) - of_right[best]
     return Failure(margin, shown(query), shown(searched.pools[right[best]]), found)

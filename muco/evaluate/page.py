@@ -10,21 +10,8 @@ from typing import Any
 from muco.base.files import write_json, write_text
 from muco.base.html import count, data_uri, document, house_style, section, sign, text
 from muco.errors import ImageError
+from muco.evaluate import report
 from muco.evaluate.benchmark import Failure, Shown, TaskResult
-from muco.evaluate.report import (
-    INCOMPLETE,
-    as_csv,
-    benchmark_markdown,
-    candidates_text,
-    columns_of,
-    facts_text,
-    left_out_text,
-    means_of,
-    origin,
-    percent,
-    title_of,
-    warnings_of,
-)
 from muco.images import open_image
 
 SIDE = 160  # px, of a thumbnail
@@ -34,26 +21,16 @@ TEXT = 600  # characters shown of a query or candidate
 
 
 def write_reports(output: Path, result: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes ``<benchmark>.json``, ``.csv``, ``.md`` and ``.html`` of a :meth:`muco.evaluate.driver.Benchmark.result`.
-
-    Args:
-        results: The tasks it was made of, for their failures.
-    Raises:
-        OutputError: If a file cannot be written.
-    """
+    """Writes .json, .csv, .md and .html of a benchmark, with failures of ``results``; an OutputError if it cannot."""
     name = result["benchmark"]
     write_json(Path(output) / f"{name}.json", result)
-    write_text(Path(output) / f"{name}.csv", as_csv(result))
-    write_text(Path(output) / f"{name}.md", benchmark_markdown(result))
+    write_text(Path(output) / f"{name}.csv", report.as_csv(result))
+    write_text(Path(output) / f"{name}.md", report.benchmark_markdown(result))
     write_text(Path(output) / f"{name}.html", page(result, results))
 
 
 def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails: int = THUMBNAILS) -> str:
-    """The HTML page as text.
-
-    Args:
-        thumbnails: Characters that all images may take; what does not fit is named instead, and the page says so.
-    """
+    """The HTML page as text; images beyond ``thumbnails`` characters in all are named instead, and the page says so."""
     sections = {
         "Groups": _groups(result),
         "Tasks": _tasks(result),
@@ -69,21 +46,19 @@ def page(result: Mapping[str, Any], results: Sequence[TaskResult], *, thumbnails
 {"".join(sections.values())}</main>
 """
     style = house_style() + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    return document(f"{title_of(result)}: {result['model']['path']}", body, style)
+    return document(f"{report.title_of(result)}: {result['model']['path']}", body, style)
 
 
 def _head(result: Mapping[str, Any]) -> str:
-    def overall(score: float | None) -> str:
-        return f'<b class="none">{INCOMPLETE}</b>' if score is None else f"<b>{percent(score)}<small>%</small></b>"
-
-    lead = "".join(
-        f'<p class="lead">{overall(score)} <span>{text(name)}</span></p>\n'
-        for name, score in means_of(result).items()
-        if name.startswith("overall")
-    )
-    items = "".join(f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in origin(result).items())
-    return f"""<h1>{text(title_of(result))}: {text(result["model"]["path"])}</h1>
-{lead}{_warnings(warnings_of(result))}
+    lead = ""
+    for name, score in report.means_of(result).items():
+        if name.startswith("overall"):
+            unknown = f'<b class="none">{report.INCOMPLETE}</b>'
+            overall = unknown if score is None else f"<b>{report.percent(score)}<small>%</small></b>"
+            lead += f'<p class="lead">{overall} <span>{text(name)}</span></p>\n'
+    items = "".join(f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in report.origin(result).items())
+    return f"""<h1>{text(report.title_of(result))}: {text(result["model"]["path"])}</h1>
+{lead}{_warnings(report.warnings_of(result))}
 <dl class="card facts-list run-of">{items}</dl>"""
 
 
@@ -103,7 +78,7 @@ LEGEND = """<ul class="legend"><li><i class="ours"></i>this model, measured</li>
 
 def _groups(result: Mapping[str, Any]) -> str:
     cards = []
-    for name, score in means_of(result).items():
+    for name, score in report.means_of(result).items():
         missing = '<p class="flag">not all of its tasks were scored</p>' if score is None else ""
         cards.append(f"<li class=card><h3>{text(name)}</h3>{_bar(score)}{missing}</li>")
     return _section("Groups", "Unweighted means over tasks, in per cent.", LEGEND + _list(cards))
@@ -116,12 +91,12 @@ def _tasks(result: Mapping[str, Any]) -> str:
 
 
 def _task(name: str, task: Mapping[str, Any]) -> str:
-    note = f"{task['metric']}, {task['queries']:,} queries, {candidates_text(task['candidates'])} candidates"
+    note = f"{task['metric']}, {task['queries']:,} queries, {report.candidates_text(task['candidates'])} candidates"
     if task["chance"] is not None:
-        note += f", chance {percent(task['chance'])} %"
+        note += f", chance {report.percent(task['chance'])} %"
     if told := task["left_out"]:
         note += f", left out {told['queries']:,} queries and {told['candidates']:,} candidates"
-    facts = f'<p class="note">{text(facts_text(task["facts"]))}</p>' if task["facts"] else ""
+    facts = f'<p class="note">{text(report.facts_text(task["facts"]))}</p>' if task["facts"] else ""
     flags = "".join(f'<p class="flag">{text(line)}</p>' for line in task["warnings"])
     bar = _bar(task["score"], task["chance"])
     return f'<li class=card><h3>{text(name)}</h3><p class="note">{text(note)}</p>{facts}{bar}{flags}</li>'
@@ -133,23 +108,18 @@ def _bar(score: float | None, chance: float | None = None) -> str:
     mark = "" if chance is None else f'<b style="left:{100 * chance:.2f}%"></b>'
     return f"""<div class="bar" title="this model"><span class="who">this model</span>
 <span class="track"><i class="ours" style="width:{width:.2f}%"></i>{mark}</span>
-<span class="value">{percent(score)}</span></div>"""
+<span class="value">{report.percent(score)}</span></div>"""
 
 
 def _table(result: Mapping[str, Any]) -> str:
     tasks = result["tasks"]
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task["scores"]))
-    columns = columns_of(result)
-    last = columns[columns.index("chance") :]
-    heads = "".join(f"<th>{text(name)}</th>" for name in ("task", *metrics, *last))
+    heads = "".join(f"<th>{text(name)}</th>" for name in ("task", *metrics, *report.columns_of(result)[3:]))
     mixed = len({task["metric"] for task in tasks.values()}) > 1  # then each row says which of its numbers counts
     rows = ""
-    for name, task in tasks.items():
-        counts = f"<small>counts: {text(task['metric'])}</small>" if mixed else ""
-        scores = [percent(task["scores"].get(metric)) for metric in metrics]
-        cells = [*scores, percent(task["chance"]), f"{task['queries']:,}", candidates_text(task["candidates"])]
-        if "left out" in last:
-            cells.append(left_out_text(task["left_out"]))
+    for name, _, _, *rest in report.task_rows(result):  # without metric and score, which are among all scores
+        counts = f"<small>counts: {text(tasks[name]['metric'])}</small>" if mixed else ""
+        cells = [*(report.percent(tasks[name]["scores"].get(metric)) for metric in metrics), *rest]
         rows += f"<tr><th>{text(name)}{counts}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     body = f"""<div class="card scroll" tabindex="0" role="region" aria-label="all scores"><table class="all"><thead>
 <tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"""
@@ -196,14 +166,12 @@ def _failures(results: Sequence[TaskResult], thumbnails: Thumbnails) -> str:
     if thumbnails.left_out:
         left = count(thumbnails.left_out, "image")
         words += f" Left out, so that the page stays small: {left}; their names are shown instead."
-    tasks, opened = "", False
+    tasks, first = "", next((name for name, own in cards.items() if own), None)
     for result in results:
-        own = cards[result.name]
-        open_now = " open" if own and not opened else ""
-        opened = opened or bool(own)
-        told = f"{percent(result.score)} % {text(result.metric)}, {count(len(own), 'failure')} shown"
+        own, opened = cards[result.name], " open" if result.name == first else ""
+        told = f"{report.percent(result.score)} % {text(result.metric)}, {count(len(own), 'failure')} shown"
         tasks += (
-            f'<details class="card worst"{open_now}><summary><b>{text(result.name)}</b><span>{told}</span></summary>'
+            f'<details class="card worst"{opened}><summary><b>{text(result.name)}</b><span>{told}</span></summary>'
             f"{''.join(own)}</details>"
         )
     return _section("Worst failures", words, tasks)

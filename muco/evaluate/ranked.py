@@ -25,12 +25,12 @@ from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, TaskResult, gate, write_trec_run
-from muco.evaluate.cache import Book, embed
+from muco.evaluate.cache import Book
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
 
-# The score of a random order: (queries, judgements of each that name a candidate of the pool, size of the pool) -> it.
+# The score of a random order, from the queries, the judgements of each that the pool holds, and the pool's size.
 Chance = Callable[[Sequence[Query], Sequence[Mapping[str, int]], int], float]
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,7 @@ log = logging.getLogger(__name__)
 class JudgedQueries:
     """The queries of a task with the keys of their contents; image files are read once, for the keys.
 
-    Args:
-        left_out: Gets the keys of queries that cannot be embedded, if that is allowed.
-    Raises:
-        DataError: If a query cannot be read and may not be left out; names the query's line.
+    ``left_out`` gets the keys of queries that cannot be embedded; unless that is allowed, a DataError names the line.
     """
 
     def __init__(self, queries: Sequence[Query], left_out: LeftOut) -> None:
@@ -57,11 +54,8 @@ class JudgedQueries:
 
     def embed(self, run: Benchmark, cached_as: str, progress: Progress) -> np.ndarray:
         """The vectors of all queries, float32 [queries, D]; a row of NaN for one that was left out."""
-        distinct = self.book.in_order(self.book.contents.keys())
-        encode = functools.partial(self.book.encode, run.model, run.batch_size)
-        cache = run.cache(cached_as)
-        vectors = embed(distinct, encode, cache=cache, shared=True, left_out=self.left_out, progress=progress)
-        row_of = {key: row for row, key in enumerate(distinct)}
+        how = {"cache": run.cache(cached_as), "shared": True, "progress": progress}
+        vectors, row_of = self.book.vectors(run.model, run.batch_size, self.book.contents, **how)
         nothing = np.full_like(vectors[0], np.nan)
         return np.stack([vectors[row_of[key]] if key in row_of else nothing for key in self.keys])
 
@@ -108,11 +102,8 @@ class RankedTask:
             distributed.first_only(functools.partial(write_trec_run, self.run_file, scored.run, "muco"))
 
         # of the distinct queries that could be embedded: equal ones have equal vectors
-        first: dict[str, int] = {}
-        for row, key in enumerate(self.queries.keys):
-            if key not in self.queries.left_out:
-                first.setdefault(key, row)
-        of_queries = metrics.embedding_health(vectors[list(first.values())])
+        distinct = {key: row for row, key in enumerate(self.queries.keys) if key not in self.queries.left_out}
+        of_queries = metrics.embedding_health(vectors[list(distinct.values())])
         broken, missed = self._left_out()
         lost = self.pools.left_out
         size = len(self.pools) - len(lost)
@@ -210,12 +201,7 @@ class Steps:
 
 
 def chance_of_hit(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
-    """hit@k of a random order: the mean over queries of 1 - (N-R)/N · (N-R-1)/(N-1) · …, k factors.
-
-    Args:
-        held: Of each query, the judgements of candidates that are in the pool; R are above 0.
-        pool: N candidates.
-    """
+    """hit@k of a random order: the mean of 1 - (N-R)/N · (N-R-1)/(N-1) · …, k factors; R of N candidates are right."""
 
     @functools.cache
     def one(right: int) -> float:
@@ -228,12 +214,7 @@ def chance_of_hit(queries: Sequence[Query], held: Sequence[Mapping[str, int]], p
 
 
 def chance_of_ndcg(queries: Sequence[Query], held: Sequence[Mapping[str, int]], pool: int, k: int) -> float:
-    """nDCG@k (linear gain) of a random order: every rank gains the mean grade of the pool.
-
-    Args:
-        held: Of each query, the judgements of candidates that are in the pool.
-        pool: N candidates.
-    """
+    """nDCG@k (linear gain) of a random order: every rank gains the mean grade of the pool."""
     discounts = metrics.discounted([1] * min(k, pool))
     values = []
     for query, own in zip(queries, held, strict=True):

@@ -116,14 +116,10 @@ def task_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Cells of ``columns_of`` for each task."""
     columns = columns_of(result)
     for name, task in result["tasks"].items():
-        counts = (f"{task['queries']:,}", candidates_text(task["candidates"]), left_out_text(task["left_out"]))
+        lost = f"{task['left_out']['queries']:,} q + {task['left_out']['candidates']:,} c" if task["left_out"] else "0"
+        counts = (f"{task['queries']:,}", candidates_text(task["candidates"]), lost)
         cells = (name, task["metric"], percent(task["score"]), percent(task["chance"]), *counts)
         yield cells[: len(columns)]
-
-
-def left_out_text(left_out: Mapping[str, int]) -> str:
-    """How many queries (q) and candidates (c) were left out; 0 if none."""
-    return f"{left_out['queries']:,} q + {left_out['candidates']:,} c" if left_out else "0"
 
 
 def group_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

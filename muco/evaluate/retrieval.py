@@ -20,7 +20,6 @@ changes a draw. ``RULES`` has the rest.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from muco.base.machine import versions
 from muco.data.source import Data
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache
 from muco.evaluate.metrics import Precision
 from muco.evaluate.report import task_warnings
 from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
@@ -134,18 +133,12 @@ def score_tasks(
     book = Book()
     samples = len(data) if limit is None else min(limit, len(data))
     turns = [turn for i in range(samples) for turn in read_turns(book, i, data[i])]
-    builder = Builder(book, turns)
-    builder.build(scoring.candidates, scoring.seed)
+    builder = Builder(book, turns, scoring.candidates, scoring.seed)
     if not builder.tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in builder.skipped.items())
-        raise DataError(
-            f"nothing to evaluate in {samples} samples ({reasons}); see `muco data check` for what is there"
-        )
-
-    keys = book.in_order({key for task in builder.tasks for key in (*task.queries, *task.pool)})
-    encode = functools.partial(book.encode, model, scoring.batch_size)
-    vectors = embed(keys, encode, cache=cache, progress=progress)
-    row_of = {key: row for row, key in enumerate(keys)}
+        raise DataError(f"nothing to evaluate in {samples} samples ({reasons}); see what `muco data check` says")
+    keys = {key for task in builder.tasks for key in (*task.queries, *task.pool)}
+    vectors, row_of = book.vectors(model, scoring.batch_size, keys, cache=cache, progress=progress)
     vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
     codes = metrics.reduced(vectors, precision)
     scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]

@@ -68,15 +68,13 @@ class RetrievalTask:
 class Builder:
     """Makes all tasks that the turns allow (``tasks``) and says why the others are missing (``skipped``)."""
 
-    def __init__(self, book: Book, turns: Sequence[TurnKeys]) -> None:
+    def __init__(self, book: Book, turns: Sequence[TurnKeys], candidates: int, seed: int) -> None:
         self.book, self.turns = book, turns
         self.tasks: list[RetrievalTask] = []
         self.skipped: dict[str, str] = {}
         self.rights: dict[str, set[str]] = defaultdict(set)
         for turn in turns:
             self.rights[turn.query].add(turn.target)
-
-    def build(self, candidates: int, seed: int) -> None:
         self.answers(candidates, seed)
         self.captions()
         self.within()
@@ -107,7 +105,7 @@ class Builder:
                 queries.append(query)
                 positives.append(place[target])
                 relevant.append(sorted(place[key] for key in right))
-                rivals.append([place[key] for key in others])
+                rivals.append([place[key] for key in others] if choose else [])
         lists = None
         if choose is not None and queries:
             lists = np.repeat(np.array(positives)[:, None], 1 + max(map(len, rivals)), axis=1)

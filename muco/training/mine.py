@@ -26,7 +26,7 @@ from muco.data.same import sample_key, target_key
 from muco.data.source import Data
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, MucoError, OutputError
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache, embed
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache
 
 SCORES = 1 << 28  # similarities in memory at a time, 4 bytes each
 QUERIES = 4096  # most queries that are mined at a time
@@ -100,14 +100,12 @@ def mine(
             raise OutputError(f"{output} exists; choose another output file or delete it")
         pairs = _Pairs(data)
         fingerprints = {"model": model.fingerprint, "data": data.fingerprint}
-        keys = pairs.book.in_order({*pairs.candidates, *pairs.right})
-        vectors = embed(
-            keys,
-            lambda part: pairs.book.encode(model, batch_size, part),
-            cache=None if cache is None else EmbeddingCache(cache, **fingerprints),
-            progress=progress,
+        store, keys = (
+            None if cache is None else EmbeddingCache(cache, **fingerprints),
+            {*pairs.candidates, *pairs.right},
         )
-        mined = _mine(pairs, dict(zip(keys, vectors, strict=True)), mining, progress)
+        vectors, row_of = pairs.book.vectors(model, batch_size, keys, cache=store, progress=progress)
+        mined = _mine(pairs, {key: vectors[row] for key, row in row_of.items()}, mining, progress)
         write_jsonl(output, _rows(data, pairs, mined, output.absolute().parent))
         found = [len(mined.get(query, ())) for queries in pairs.turns for query in queries]
         counts = {

@@ -241,7 +241,7 @@ def test_wrong_arguments_are_explained(made: Path, tmp_path: Path) -> None:
         MBEIRTrainData(made, sets=["visual_news"])
     with pytest.raises(DataError, match="no data set is named"):
         MBEIRTrainData(made, sets=[])
-    with pytest.raises(DataError, match="unknown queries 'val' of M-BEIR; give 'train' or 'union_train'"):
+    with pytest.raises(DataError, match="unknown queries 'val' of M-BEIR; pass 'train' or 'union_train'"):
         MBEIRTrainData(made, queries="val")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no such folder; it must hold M-BEIR"):
         MBEIRTrainData(tmp_path / "nowhere")

@@ -76,7 +76,7 @@ def test_the_other_direction_asks_with_the_image(tmp_path: Path) -> None:
     (turn,) = data[0].turns
     assert data[0].images == (picture(1),) and turn.query == (Content(),) and turn.kind == "image-to-text"
     assert turn.target == (Content("square number 1"),)
-    with pytest.raises(DataError, match="unknown direction 't2i'; give 'text-to-image' or 'image-to-text'"):
+    with pytest.raises(DataError, match="unknown direction 't2i'; pass 'text-to-image' or 'image-to-text'"):
         ShardsData(tmp_path, direction="t2i")  # type: ignore[arg-type]
 
 

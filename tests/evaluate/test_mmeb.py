@@ -525,11 +525,11 @@ def test_wrong_arguments_are_named(trees, tmp_path):
     def run(**options) -> dict:
         return evaluate_mmeb(tree.Oracle(expected), folder, tmp_path, **options)
 
-    with pytest.raises(DataError, match=r"'ImageNet_1K' is not a data set of MMEB; did you mean 'ImageNet-1K'\?"):
+    with pytest.raises(DataError, match=r"MMEB has no task 'ImageNet_1K'; did you mean 'ImageNet-1K'\?"):
         run(tasks=["CIRR", "ImageNet_1K"])
-    with pytest.raises(DataError, match=r"'CIFAR-100' is not a data set of MMEB"):
+    with pytest.raises(DataError, match=r"MMEB has no task 'CIFAR-100'"):
         run(tasks=["CIFAR-100"])
-    with pytest.raises(DataError, match="no data set is named"):
+    with pytest.raises(DataError, match="no task of MMEB is named"):
         run(tasks=[])
     with pytest.raises(MucoError, match="queries is 0; pass at least 1"):
         run(queries=0)
