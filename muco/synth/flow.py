@@ -1,13 +1,15 @@
-"""Many pieces of work under way at once, results in order."""
+"""Many pieces of work under way at once: on the event loop with results in order, or by Daft."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from muco.base.daft import daft_on
 from muco.synth.chat import BudgetSpent
 
 Item = TypeVar("Item")
@@ -60,3 +62,35 @@ async def in_order(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await loop.run_in_executor(None, thread.shutdown)  # an iterator must not be closed while it runs
+
+
+def by_daft(
+    work: Callable[[list[Any]], list[Any]], size: int, ray: str | None, **options: Any
+) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """A function that passes JSON values through ``work``, ``size`` at a time, and yields the results.
+
+    Args:
+        ray: Address of a Ray cluster; None: this machine.
+        options: Of ``daft.cls``.
+    """
+    daft = daft_on(ray, "synth")
+
+    class Worker:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        @daft.method.batch(return_dtype=daft.DataType.string(), batch_size=size)
+        def __call__(self, values: Any) -> list[str]:
+            return [json.dumps(made) for made in self.work([json.loads(value) for value in values.to_pylist()])]
+
+    worker = daft.cls(Worker, **options)(work)
+
+    def run(values: Iterable[Any]) -> Iterator[Any]:
+        texts = [json.dumps(value) for value in values]
+        frame = daft.from_pydict({"value": texts})
+        if ray is not None:  # the native runner hands out rows by itself
+            frame = frame.into_partitions(-(-len(texts) // size))
+        for row in frame.select(worker(daft.col("value")).alias("made")).iter_rows():
+            yield json.loads(row["made"])
+
+    return run
