@@ -151,7 +151,7 @@ def look_at_all(
 
     def look_at(pictures: list[Picture]) -> list[Look]:
         records = list(query(map(asdict, pictures)))
-        if failed := [*filter(None, [record.pop("failed") for record in records])]:
+        if failed := [message for record in records if (message := record.pop("failed"))]:
             raise MucoError(failed[0])
         return sorted((Look(**record) for record in records), key=attrgetter("number"))
 
