@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from muco.base.files import claimed, writing
 from muco.base.terminal import progress_bar
@@ -39,7 +39,8 @@ class Price:
     written: float = 0.0
 
 
-class Need(NamedTuple):
+@dataclass(frozen=True)
+class Need:
     """Requests and tokens of one model for the remaining pictures if every first answer is good."""
 
     requests: int
@@ -105,7 +106,7 @@ def synth(
             some = catalogue.kept(parts[0].start, FIRST) if parts else []
             pixels = [min(picture.width * picture.height, job.setting.max_pixels) for picture in some]
             needs = estimate(job.setting.prompts, left, sum(pixels) / max(1, len(pixels)), prices)
-            rounded = {role: need._asdict() | {"cost": round(need.cost, 2)} for role, need in needs.items()}
+            rounded = {role: vars(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()}
             result = {"pictures": looked, "estimate": {**rounded, "seconds": round(pace * left, 1)}}
             say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
             if dry_run:
@@ -184,7 +185,7 @@ async def _made(
 
 
 def _told(looked: dict[str, int], left: int, needs: dict[str, Need]) -> str:
-    requests, read, written, cost = map(sum, zip(*needs.values(), strict=True))
+    requests, read, written, cost = map(sum, zip(*(vars(need).values() for need in needs.values()), strict=True))
     priced = f", which costs {cost:,.2f}" if cost else ""
     return (
         f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
