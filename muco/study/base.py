@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from muco.study.design import Column, Equal, Point, Run, Study
 SCENES, TEST = 20_000, 500  # training and held-out scenes at scale 1
 HELD_OUT = ("global", "creative")  # kinds of turns that fine-tuning never sees
 SEED = 1  # of the scenes; the demo's have seed 0
-FRESH = 2  # of scenes that no choice was made on
 BASE = {
     "model": {"tiny": {}, "vision": "trained"},
     "batch": {"size": 32},
@@ -45,9 +45,7 @@ def plain_scenes(folder: Path, scale: float, seed: int = SEED) -> None:
     write_scenes(folder, train=max(64, round(SCENES * scale)), dev=0, test=test, seed=seed)
 
 
-def fresh_scenes(folder: Path, scale: float) -> None:
-    """The same, of scenes that no other study has."""
-    plain_scenes(folder, scale, FRESH)
+fresh_scenes = partial(plain_scenes, seed=2)  # on which no choice was made
 
 
 def scenes_in_two_stages(folder: Path, scale: float) -> None:
@@ -125,8 +123,6 @@ FINETUNE = Study(
     ),
 )
 
-# ── identical targets ────────────────────────────────────────────────────────────────────────────────────────────────
-
 VOCABULARIES = {"1440 answers": 9, "48 answers": 2, "8 answers": 1}  # words kept of an answer
 TREATMENTS = {
     "masked": {},
@@ -180,8 +176,6 @@ NEGATIVES = Study(
         "hit@1 is among all answers, at most 100: compare rows of one vocabulary only.",
     ),
 )
-
-# ── the cost of an image ──────────────────────────────────────────────────────────────────────────────────────────────
 
 # visual tokens of a picture of 84 px and depth of the vision tower; steps with k = 7
 IMAGES: dict[str, tuple[dict[str, int], int]] = {

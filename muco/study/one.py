@@ -88,8 +88,6 @@ def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
-# ── the cost of a step ────────────────────────────────────────────────────────────────────────────────────────────────
-
 UNTIMED, TIMED = 3, 12  # steps of a round
 
 

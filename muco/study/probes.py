@@ -24,8 +24,6 @@ SAMPLES, BATCHES = 32, 4  # dialogues per search, and searches
 DESCRIBED = 200  # samples for the coherence
 CAPTION = "retrieval"  # the kind of turn whose target describes the image
 
-# ── measures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def turns_found(
     query: np.ndarray, target: np.ndarray, sample_ids: np.ndarray, target_ids: np.ndarray | None = None
@@ -101,9 +99,6 @@ def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
         if len(own) > 1:
             means.append((np.sum(own.sum(axis=0) ** 2) - np.sum(own**2)) / (len(own) * (len(own) - 1)))
     return float(np.mean(means)) if means else float("nan")
-
-
-# ── on a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:

@@ -18,8 +18,6 @@ from muco.base.svg import EDGE, HEAD, LETTER, LINE, Mark, chart, element, figure
 from muco.base.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Column, Study
 
-# ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -109,8 +107,6 @@ def point_values(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]
     ]
 
 
-# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 ROW, PANEL, GAP = 30, 210, 26  # px
 BAND, BETWEEN = 4, 34  # panels in a row; px between two rows of them
 
@@ -177,9 +173,6 @@ def _plot_points(study: Study, found: Mapping[str, Any]) -> str:
     across = "seconds of a step with seven turns, over those of a step with one"
     upwards = f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better"
     return chart(study.question, lines, across=across, upwards=upwards, times=True)
-
-
-# ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_report(study: Study, found: Mapping[str, Any], output: Path, command: str) -> Path:

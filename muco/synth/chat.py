@@ -19,8 +19,6 @@ from muco.errors import MucoError
 if TYPE_CHECKING:
     from muco.dialogue import ImageLike
 
-# ── limits ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 KEY_VARIABLE = "MUCO_API_KEY"  # not OPENAI_API_KEY: a key must only go to the server it was made for
 
 
@@ -89,8 +87,6 @@ def base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
-# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 LONGEST_RETRY_AFTER = 3600.0  # s
 
 
@@ -151,8 +147,6 @@ def seed_of(*parts: object) -> int:
     """A seed of 31 bits determined by the parts, so that a later run repeats the sampling."""
     return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8], 16) >> 1
 
-
-# ── messages ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 QUALITY = 92  # of JPEGs sent
 IMAGE_LENGTH = 4000  # characters per image, for servers that do not count tokens

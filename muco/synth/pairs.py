@@ -21,8 +21,6 @@ from muco.base.text import LONE_SURROGATE, SPECIAL_TOKEN
 from muco.synth.chat import Answer
 from muco.synth.prompts import Prompts
 
-# ── checks of texts ───────────────────────────────────────────────────────────────────────────────────────────────────
-
 # The reasons, in the order of the checks.
 NOT_JSON, MISSING, EMPTY, CUT_OFF = "not JSON", "missing field", "empty", "cut off"
 SPECIAL, REFUSAL, LANGUAGE, TOO_LONG, TOO_SHORT = "special token", "refusal", "language", "too long", "too short"
@@ -127,9 +125,6 @@ def plain(text: str) -> str:
 
 def content_words(text: str) -> Set[str]:
     return {word for word in plain(text).split() if word not in _FILLERS}
-
-
-# ── pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)

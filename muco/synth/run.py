@@ -201,9 +201,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-# ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def make_in_workers(
     job: Job, shards: Iterator[list[Kept]], workers: int, ray: str | None, done: Callable[[int, Any], None]
 ) -> int:
