@@ -20,10 +20,11 @@ from muco.synth.flow import by_daft
 from muco.synth.pictures import WORKERS
 from muco.synth.pipeline import Job, Server, check, claim, look, make, unfinished
 from muco.synth.prompts import Prompts
-from muco.synth.shards import shard_files, write_sheet, write_whole
+from muco.synth.shards import shard_files, write_whole
 
 STOP = "stop"  # a file that exists after a worker's error: the others then begin no new shard
 FIRST = 64  # pictures after which a run says how long the rest will take
+SHEET = 60  # pictures on the contact sheet
 CHARACTERS = 4  # per token, roughly
 CAPTION_TOKENS, PAIRS_TOKENS = 200, 400  # per answer, roughly
 VISUAL_PIXELS = 28 * 28  # per visual token in the Qwen-VL families; others are similar
@@ -108,7 +109,15 @@ def synth(
             needs = estimate(job.setting.prompts, left, sum(pixels) / max(1, len(pixels)), prices)
             rounded = {role: vars(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()}
             result = {"pictures": looked, "estimate": {**rounded, "seconds": round(pace * left, 1)}}
-            say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
+            rows = [vars(need).values() for need in needs.values()]
+            requests, read, written, cost = map(sum, zip(*rows, strict=True))
+            priced = f", which costs {cost:,.2f}" if cost else ""
+            say(
+                f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
+                f"{requests:,} requests, {read / 1e6:,.2f} M tokens read and {written / 1e6:,.2f} M written{priced}, "
+                "and more where answers have to be asked for again; at least "
+                f"{_duration(pace * left)} at the pace of a first question"
+            )
             if dry_run:
                 return result
             shards_left = (catalogue.kept(part.start, len(part)) for part in parts)
@@ -123,7 +132,9 @@ def synth(
         with writing(job.output, again=True):
             found = write_whole(job.output, job.root, shards, job.facts(), looked)
         if found.pictures:
-            write_sheet(job.output)
+            from muco.data.show import show
+
+            show(job.output / "train.jsonl", job.output / "sheet.html", limit=SHEET)
         return result | {
             "shards": -(-looked["kept"] // job.shard),
             "finished": len(shards),
@@ -182,16 +193,6 @@ async def _made(
         except BudgetSpent as error:
             stopped = str(error)
     return later, stopped, {"captioner": asdict(captioner.usage), "writer": asdict(writer.usage)}
-
-
-def _told(looked: dict[str, int], left: int, needs: dict[str, Need]) -> str:
-    requests, read, written, cost = map(sum, zip(*(vars(need).values() for need in needs.values()), strict=True))
-    priced = f", which costs {cost:,.2f}" if cost else ""
-    return (
-        f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
-        f"{requests:,} requests, {read / 1e6:,.2f} M tokens read and {written / 1e6:,.2f} M written{priced}, and more "
-        "where answers have to be asked for again"
-    )
 
 
 def _duration(seconds: float) -> str:

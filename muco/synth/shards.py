@@ -32,7 +32,6 @@ from muco.synth.writing import Made
 
 METADATA = b"muco.synth"  # key in the schema's metadata; its value is JSON
 REJECTED = ".rejected.jsonl"  # of the file beside a shard
-SHEET = 60  # pictures on the contact sheet
 FRONT = """---
 configs:
 - config_name: default
@@ -190,13 +189,6 @@ def _sample(row: Mapping[str, Any], folder: str) -> dict[str, Any]:
         turns.append(turn | {"negatives": [negative]} if negative else turn)
     path = row["qry_image_path"]
     return {"image": path if folder == "." else f"{folder}/{path}", "turns": turns, "id": row["picture"][:20]}
-
-
-def write_sheet(output: Path) -> None:
-    """Writes ``sheet.html``, some samples to look at."""
-    from muco.data.show import show
-
-    show(output / "train.jsonl", output / "sheet.html", limit=SHEET)
 
 
 def _card(name: str, found: Summary, looked: Mapping[str, int], facts: Iterable[Mapping[str, Any]]) -> Iterator[str]:

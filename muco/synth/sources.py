@@ -70,11 +70,7 @@ class Source(ABC):
 
 
 def open_source(
-    path: str | Path,
-    *,
-    url_column: str | None = None,
-    name_column: str | None = None,
-    fetch: FetchLimits | None = None,
+    path: str | Path, *, url_column: str | None = None, name_column: str | None = None, fetch: FetchLimits | None = None
 ) -> Source:
     """Opens a source of pictures.
 
@@ -88,7 +84,18 @@ def open_source(
         DataError: If there is nothing, more than one kind, an unreadable file, or no such column.
     """
     path = Path(path)
-    tables, shards, image = _found(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    try:
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if not f.name.startswith("."))
+        image = path.is_dir() and next(image_files(path), None) is not None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed: {error}") from error
+    shards = [file for file in files if file.suffix == ".tar"]
+    described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
+    tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
+    if path.is_file() and not shards and not tables:
+        raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
     kinds = [what for what, there in (("images", image), (".parquet files", tables), (".tar shards", shards)) if there]
     if len(kinds) > 1:
         raise DataError(f"{path}: both {' and '.join(kinds)}; name a folder or file that has one kind of them only")
@@ -105,23 +112,6 @@ def open_source(
     if state.passed_over:
         log.warning("%s", told_passed_over(path, state.passed_over))
     return FolderSource(path, state.fingerprint, state.total, path)
-
-
-def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
-    """Parquet files, shards, and whether there are images."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    try:
-        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if not f.name.startswith("."))
-        image = path.is_dir() and next(image_files(path), None) is not None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be listed: {error}") from error
-    shards = [file for file in files if file.suffix == ".tar"]
-    described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
-    tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
-    if path.is_file() and not shards and not tables:
-        raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
-    return tables, shards, image
 
 
 def _fingerprint(*parts: object) -> str:
@@ -234,20 +224,15 @@ class ShardSource(Source):
 
 def _open_shards(path: Path, files: list[Path]) -> Source:
     states = tuple(map(file_state, files))
-    for file in files:
-        _check_end(file)
+    for file in files:  # a broken download is found now, not after days: an archive ends with zeros
+        try:
+            with file.open("rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                opened.seek(max(0, size - 512))
+                whole = opened.read() == bytes(512) and size % 512 == 0
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+        if not whole:
+            raise DataError(f"{file}: not a whole plain tar archive (no end); download it again")
     named = [[file.name, *state] for file, state in zip(files, states, strict=True)]
     return ShardSource(path, _fingerprint(named), None, None, tuple(files), states)
-
-
-def _check_end(file: Path) -> None:
-    """Finds a broken download now, not after days: the last block of an archive is zeros."""
-    try:
-        with file.open("rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(max(0, size - 512))
-            whole = opened.read() == bytes(512) and size % 512 == 0
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
-    if not whole:
-        raise DataError(f"{file}: not a whole plain tar archive (no end); download it again")
