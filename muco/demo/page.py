@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -39,14 +39,15 @@ STAGES = {
 
 
 def page(record: Mapping[str, Any], scenes: Path) -> str:
-    """The report of a demo.
-
-    Args:
-        record: ``demo.json`` with all stages done but the page.
-        scenes: The folder of the data, for the images.
-    """
+    """The report of a demo, from its ``demo.json`` with all stages done but the page, and the folder of the scenes."""
     results = {name: stage["result"] for name, stage in record["stages"].items() if "result" in stage}
-    image = cache(partial(_image, scenes))
+
+    @cache
+    def image(name: str, words: str) -> str:
+        with Image.open(scenes / name) as picture:
+            source = data_uri(picture, "PNG", optimize=True)
+        return f'<img src="{source}" alt="{escape(words)}" title="{escape(words)}">'
+
     sections = [
         _tiles(results),
         _texts(results["search"], image),
@@ -282,12 +283,6 @@ def _seconds(stages: Mapping[str, Any]) -> str:
         total += stage["seconds"]
     return f"""<table><thead><tr><th>stage</th><th>seconds</th></tr></thead><tbody>{rows}</tbody>
 <tfoot><tr><th>together</th><td>{total:.1f}</td></tr></tfoot></table>"""
-
-
-def _image(scenes: Path, name: str, words: str) -> str:
-    with Image.open(scenes / name) as picture:
-        source = data_uri(picture, "PNG", optimize=True)
-    return f'<img src="{source}" alt="{escape(words)}" title="{escape(words)}">'
 
 
 def _number(share: float | None) -> str:

@@ -125,9 +125,8 @@ def recipe_of(
 ) -> dict[str, Any]:
     """The recipe of a run as plain values; a model to start from is that in :func:`folder_of` the run.
 
-    Args:
-        scale: Of steps, warm-up steps and those of a language warm-up; every run makes at least one step.
-        costs: Of a step, if the run equals another one.
+    ``scale``: of steps, warm-up steps and those of a language warm-up, at least one step; ``costs``: of a step, if the
+    run equals another one.
     """
     values = filled(_merged(study.base, run.recipe), folder, sets)
     values |= {"output": str(folder_of(folder, run.name, seed) / "run"), "seed": seed}

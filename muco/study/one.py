@@ -44,11 +44,7 @@ def run_job(folder: Path) -> dict[str, Any]:
 
 
 def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains and scores one run.
-
-    Args:
-        job: ``recipe``; ``test`` and, unless it is jsonl, its ``format``; and names of ``probes``.
-    """
+    """Trains and scores one run; ``job``: ``recipe``, ``test`` and its ``format``, and names of ``probes``."""
     recipe = from_dict(job["recipe"])
     whole = not (folder / "run" / "checkpoints").exists()  # else earlier seconds of the training are unknown
     begun = time.perf_counter()
@@ -107,22 +103,26 @@ def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Measures the cost of a step of every run, for runs of equal cost.
 
     Makes a few real steps of each, with nothing beside. Other work of the machine only adds to a step's time, and comes
-    and goes. So the runs take turns for several rounds, and the fastest time of each step counts.
+    and goes. So the runs take turns for several rounds, and the fastest time of each step counts. ``steps.json`` in the
+    folder has the seconds of all steps by run and round as they come.
 
     Args:
         job: ``rounds``, and the ``runs`` by name: the ``recipe``, and that of the ``root`` with a model of its shape.
-        folder: Gets ``steps.json``, the seconds of all steps by run and round as they come.
     Returns:
-        By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``seconds`` and ``spread``,
-        see :func:`seconds_of`, from the end of one step to that of the next, with batch and optimizer; ``threads`` of
-        torch.
+        By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
+        ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
+        that of the next.
     """
     runs = job["runs"]
     trainers = {name: _trainer(run, folder) for name, run in runs.items()}
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(job["rounds"]):
         for name, trainer in trainers.items():
-            taken[name].append(_seconds(trainer))
+            clock = _Clock()
+            trainer.add_callback(clock)
+            trainer.train()
+            trainer.remove_callback(clock)
+            taken[name].append([after - before for before, after in pairwise(clock.ends[UNTIMED - 1 :])])
             write_json(folder / "steps.json", taken)
     shutil.rmtree(folder / "run", ignore_errors=True)
     result = {}
@@ -157,15 +157,6 @@ def _trainer(run: Mapping[str, Any], folder: Path) -> MuCoTrainer:
     if recipe.model.vision == "frozen":
         freeze_vision(model.encoder.model)
     return make_trainer(recipe, model, open_sources(recipe))
-
-
-def _seconds(trainer: MuCoTrainer) -> list[float]:
-    """The seconds of each timed step of a training from its beginning."""
-    clock = _Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    trainer.remove_callback(clock)
-    return [after - before for before, after in pairwise(clock.ends[UNTIMED - 1 :])]
 
 
 if __name__ == "__main__":

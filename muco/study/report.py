@@ -118,7 +118,14 @@ def plot(study: Study, found: Mapping[str, Any]) -> str:
     panels.
     """
     if study.points:
-        return _plot_points(study, found)
+        lines: dict[str, list[Mark]] = {}  # of a series
+        for point in point_values(study, found):
+            estimate = point["difference"]
+            mark = Mark(point["ratio"], estimate.mean, estimate.half_width, point["label"])
+            lines.setdefault(point["series"], []).append(mark)
+        across = "seconds of a step with seven turns, over those of a step with one"
+        upwards = f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better"
+        return chart(study.question, lines, across=across, upwards=upwards, times=True)
     rows = table(study, found)
     bands = [study.columns[first : first + BAND] for first in range(0, len(study.columns), BAND)]
     names = max(len(row["name"]) for row in rows) * LETTER + EDGE + 12
@@ -161,18 +168,6 @@ def _panel(column: Column, estimates: Sequence[Estimate], left: float, top: floa
         said = f"<title>{escape(estimate.text(column.digits))}</title>"
         parts.append(element("circle", said, class_="mark", cx=x(estimate.mean), cy=y, r="4.5"))
     return parts
-
-
-def _plot_points(study: Study, found: Mapping[str, Any]) -> str:
-    """Ratios of seconds per step to the right, differences in points upwards; a line per series."""
-    lines: dict[str, list[Mark]] = {}
-    for point in point_values(study, found):
-        estimate = point["difference"]
-        mark = Mark(point["ratio"], estimate.mean, estimate.half_width, point["label"])
-        lines.setdefault(point["series"], []).append(mark)
-    across = "seconds of a step with seven turns, over those of a step with one"
-    upwards = f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better"
-    return chart(study.question, lines, across=across, upwards=upwards, times=True)
 
 
 def write_report(study: Study, found: Mapping[str, Any], output: Path, command: str) -> Path:

@@ -46,11 +46,8 @@ def run_flops(
 ) -> dict[str, Any]:
     """Counts what ``study.json`` in the folder lacks, and writes it, ``plot.svg`` and ``README.md``.
 
-    Returns:
-        ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of one step, as
-        :class:`muco.training.flops.Flops` and in all (``total``).
-    Raises:
-        OutputError: If the folder holds another study, or anything else.
+    Returns ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of a step, as
+    :class:`muco.training.flops.Flops` and in all (``total``). OutputError if the folder holds anything else.
     """
     from muco.training.flops import meta_step_flops, qwen2_vl_config
 

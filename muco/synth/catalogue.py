@@ -71,7 +71,17 @@ class Catalogue:
         self.path = Path(path)
         self._database = _opened(self.path)
         try:
-            self._check({"source": source_fingerprint, "filter": json.dumps(asdict(filter))})
+            about = {"source": source_fingerprint, "filter": json.dumps(asdict(filter))}
+            found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
+            if not found:
+                with self._database:
+                    self._database.execute("BEGIN IMMEDIATE")
+                    self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            wrong = {"source": "other pictures, or their files have changed", "filter": "another filter"}
+            if differing := [wrong[key] for key in wrong if found and found[key] != about[key]]:
+                raise OutputError(
+                    f"{self.path}: made from {differing[0]}; name another output folder, or remove this one"
+                )
             (self.looked,) = self._one("SELECT ifnull(max(number) + 1, 0) FROM pictures")
             phashes = self._database.execute("SELECT phash FROM pictures WHERE place >= 0 ORDER BY place")
             self._phashes = np.array([signed for (signed,) in phashes], dtype=np.int64).view(np.uint64)
@@ -100,13 +110,9 @@ class Catalogue:
         self._database.execute("INSERT OR IGNORE INTO about VALUES ('complete', '')")
 
     def add(self, looks: Sequence[Look]) -> list[str]:
-        """Decides on the next pictures and records the looks, all or none.
+        """Decides on the next pictures and records the looks, all or none; OutputError if the file cannot be written.
 
-        Returns:
-            The files of near duplicates, which need not be stored.
-        Raises:
-            ValueError: If they are not the next ones.
-            OutputError: If the file cannot be written.
+        Returns the files of near duplicates, which need not be stored. ValueError if they are not the next pictures.
         """
         if [look.number for look in looks] != [*range(self.looked, self.looked + len(looks))]:
             raise ValueError(f"looks must be those of the pictures from {self.looked} on, in order")
@@ -177,17 +183,6 @@ class Catalogue:
 
     def _one(self, query: str, values: tuple = ()) -> Any:
         return self._database.execute(query, values).fetchone()
-
-    def _check(self, about: dict[str, str]) -> None:
-        found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
-        if not found:
-            with self._database:
-                self._database.execute("BEGIN IMMEDIATE")
-                self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-            return
-        for key, what in (("source", "other pictures, or their files have changed"), ("filter", "another filter")):
-            if found[key] != about[key]:
-                raise OutputError(f"{self.path}: made from {what}; name another output folder, or remove this one")
 
 
 def first_near(hashes: np.ndarray, kept: np.ndarray, near: int) -> np.ndarray:

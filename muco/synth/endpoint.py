@@ -154,11 +154,8 @@ class Endpoint:
         """Checks before any work whether the server is up, has the model, sees images and keeps to schemas.
 
         Asks for the list of models, if there is one, and one small question. If the server refuses ``response_format``,
-        logs that, sets :attr:`structured` to False and no longer sends it.
-
-        Raises:
-            EndpointError: If it cannot be reached, the model or the key is wrong, or the question fails.
-            BudgetSpent: If there is no budget for it.
+        logs that, sets :attr:`structured` to False and no longer sends it. EndpointError if it cannot be reached, the
+        model or the key is wrong, or the question fails; BudgetSpent if there is no budget for it.
         """
         names = await self._models()
         serves = "has no list of its models"

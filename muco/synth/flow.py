@@ -23,10 +23,9 @@ async def in_order(
 ) -> AsyncIterator[Result]:
     """Yields the result of the work on every item, in the order of the items.
 
-    Args:
-        items: Drawn on a thread of their own, so that they may take their time.
-        ahead: Items that may be drawn and not yet yielded. This bounds memory; a slow piece of work holds up the others
-            only when they are this far ahead of it.
+    Items are drawn on a thread of their own, at most ``ahead`` before their results are yielded: this bounds memory,
+    and a slow piece of work holds up the others only when they are this far ahead of it.
+
     Raises:
         BudgetSpent: If a piece of work did; everything under way is finished first.
         Exception: The first one of any piece of work, or of ``items``; everything under way is cancelled.
@@ -69,9 +68,7 @@ def by_daft(
 ) -> Callable[[Iterable[Any]], Iterator[Any]]:
     """A function that passes JSON values through ``work``, ``size`` at a time, and yields the results.
 
-    Args:
-        ray: Address of a Ray cluster; None: this machine.
-        options: Of ``daft.cls``.
+    ``ray``: address of a Ray cluster, or None for this machine; ``options``: of ``daft.cls``.
     """
     daft = daft_on(ray, "synth")
 

@@ -72,10 +72,8 @@ class Look:
 def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -> Look:
     """Reads, measures and hashes a picture, and stores its file if the source has no folder of files.
 
-    Args:
-        store: Folder for ``<first two letters>/<digest>.<kind>``, written whole. Needed if ``source.root`` is None.
-    Raises:
-        MucoError: If it cannot be stored, or the source has changed.
+    It is stored whole as ``<first two letters>/<digest>.<kind>`` in the folder ``store``, needed if ``source.root`` is
+    None. Raises a MucoError if that fails, or the source has changed.
     """
     own = asdict(picture)
     try:
@@ -136,7 +134,7 @@ def look_at_all(
     """A look at every picture from number ``start`` on, in the order of the source.
 
     Args:
-        store: As for :func:`look`; on a cluster, a folder that all of its machines see.
+        store: As for :func:`look`; on a cluster, a folder that all its machines see.
         workers: Threads on each machine, each with one decoded picture.
         ray: Address of a Ray cluster whose machines see the same paths; None: this machine.
     Raises:

@@ -178,8 +178,7 @@ async def make(
     Returns:
         The number of pictures that a server did not answer for now; their shards are left for a later run.
     Raises:
-        BudgetSpent: If there is no budget left; answers are kept.
-        EndpointError: If a server sends nothing useful.
+        BudgetSpent, EndpointError: See endpoint.py; answers are kept.
     """
     under_way: dict[int, _Shard] = {}
     later = 0

@@ -55,9 +55,7 @@ def estimate(
 ) -> dict[str, Need]:
     """The needs of both models, from the lengths of the prompts and typical lengths of answers.
 
-    Args:
-        pixels: Mean per picture as sent.
-        prices: Of the captioner and the writer.
+    ``pixels``: mean per picture as sent; ``prices``: of the captioner and the writer.
     """
     caption = len(prompts.filled(prompts.caption)) / CHARACTERS + pixels / VISUAL_PIXELS
     keys = sum(map(len, prompts.keys.values()))
@@ -205,18 +203,11 @@ def _duration(seconds: float) -> str:
 def make_in_workers(
     job: Job, shards: Iterator[list[Kept]], workers: int, ray: str | None, done: Callable[[int, Any], None]
 ) -> int:
-    """Pass two in several processes, on this machine or a Ray cluster: each makes whole shards, by Daft.
+    """Pass two in ``workers`` processes, on this machine or a Ray cluster: each makes whole shards, by Daft.
 
-    Only the names of a shard's pictures and counts travel; workers read pictures, ask models and write shards, in
-    folders that all machines see.
-
-    Args:
-        workers: Processes; each asks a server at most ``limits.concurrency / workers`` questions at once.
-        done: Called after each shard with its number of pictures and the usage of its worker.
-    Returns:
-        How many pictures are left for later because a server did not answer.
-    Raises:
-        MucoError: With the message of the first worker that failed; finished shards stay.
+    Workers read pictures, ask models and write shards in folders that all machines see, and share the limits of the
+    servers. ``done`` is called after each shard with its number of pictures and the usage of its worker. Returns the
+    number of pictures left for later; a MucoError has the message of the first worker that failed.
     """
     share = replace(job, captioner=_share(job.captioner, workers), writer=_share(job.writer, workers))
 

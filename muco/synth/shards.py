@@ -147,7 +147,11 @@ def write_whole(
     Raises:
         DataError: If a shard cannot be read.
     """
-    columns, found, folder = schema(facts), Summary(), _relative(root, output)
+    columns, found = schema(facts), Summary()
+    try:
+        folder = Path(os.path.relpath(root, output)).as_posix()
+    except ValueError:  # another drive of Windows
+        folder = root.absolute().as_posix()
     made_by: dict[bytes, None] = {}  # facts of the shards, each once
     with (
         whole_file(output / "M3T.parquet") as table,
@@ -173,13 +177,6 @@ def write_whole(
         card = _card(output.name, found, looked, map(json.loads, made_by))
         unfinished.write_text(escaped("\n\n".join(card)) + "\n", encoding="utf-8")
     return found
-
-
-def _relative(root: Path, output: Path) -> str:
-    try:
-        return Path(os.path.relpath(root, output)).as_posix()
-    except ValueError:  # another drive of Windows
-        return root.absolute().as_posix()
 
 
 def _sample(row: Mapping[str, Any], folder: str) -> dict[str, Any]:

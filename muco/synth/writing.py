@@ -20,7 +20,7 @@ from typing import Any
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
 from muco.synth.catalogue import Kept
-from muco.synth.chat import Answer, Message, Passing, Unanswered, image_part, seed_of, user
+from muco.synth.chat import Answer, Passing, Unanswered, image_part, seed_of, user
 from muco.synth.endpoint import Endpoint
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, caption_problem, schema
 from muco.synth.prompts import Prompts
@@ -96,13 +96,10 @@ class Answers:
 async def make_turns(
     picture: Kept, root: Path, captioner: Endpoint, writer: Endpoint, setting: Setting, answers: Answers
 ) -> Made:
-    """The turns of a picture, or why there are none.
+    """The turns of a picture, whose file is relative to ``root``, or why there are none.
 
-    Args:
-        root: The folder that ``picture.file`` is relative to.
     Raises:
-        BudgetSpent: If there is no budget left.
-        EndpointError: If a server sends nothing useful.
+        BudgetSpent, EndpointError: See endpoint.py.
         DataError: If the picture can no longer be read.
     """
     talk = _Talk(picture, answers, setting)
@@ -130,7 +127,13 @@ class _Talk:
             key = (self.picture.digest, "caption", attempt)
             known = answer = self.answers.find(key)
             if answer is None:
-                part = part or await self._image_part(path)
+                try:
+                    part = part or await asyncio.to_thread(image_part, path, self.setting.max_pixels)
+                except ImageError as error:
+                    raise DataError(
+                        f"{self.picture.name}: the picture was sound when it was looked at and cannot be read any more "
+                        f"({error}); put it back, or begin again in another output folder"
+                    ) from error
                 message = user(part, prompts.filled(prompts.caption))
                 answer = await endpoint.ask([message], seed=seed_of(*key))
             problem = caption_problem(answer, prompts)
@@ -142,15 +145,6 @@ class _Talk:
             self.reasons[problem] += 1
             self.rejected = [Rejected("caption", problem, text[:200])]
         return ""
-
-    async def _image_part(self, path: Path) -> Message:
-        try:
-            return await asyncio.to_thread(image_part, path, self.setting.max_pixels)
-        except ImageError as error:
-            raise DataError(
-                f"{self.picture.name}: the picture was sound when it was looked at and cannot be read any more "
-                f"({error}); put it back, or begin again in another output folder"
-            ) from error
 
     async def pairs(self, endpoint: Endpoint, caption: str) -> Made:
         pairs = Pairs(caption, self.picture.name, self.setting.prompts)
