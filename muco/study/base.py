@@ -188,21 +188,21 @@ FROZEN = {"model": {"vision": "frozen"}}
 SCRATCH, TEXT, SEEING = "from scratch", "text warmed up", "pre-trained, vision frozen"
 
 
-def _pair(image: str, start: str, first: str | None, recipe: dict[str, Any]) -> Iterator[Run]:
-    """k = 7, and k = 1 at equal seconds."""
-    seven = f"{image}, {start}, k = 7"
-    yield Run(seven, recipe, start=first)
-    yield Run(f"{image}, {start}, k = 1", recipe | SINGLE, start=first, equal=Equal(seven, "seconds"))
-
-
 def _runs() -> Iterator[Run]:
+    """For every image and start k = 7, and k = 1 at equal seconds."""
     for image, (sizes, count) in IMAGES.items():
-        model = {"model": {"tiny": sizes, "vision": "trained"}}
-        yield from _pair(image, SCRATCH, None, model | steps(count))
-        yield Run(f"{image}, text", model | WARMED, shown=False)
-        yield from _pair(image, TEXT, f"{image}, text", steps(count))
-        start = f"{image}, {SCRATCH}, k = 7"
-        yield from _pair(image, SEEING, start, FROZEN | steps(count, learning_rate=5e-4))
+        model, text = {"model": {"tiny": sizes, "vision": "trained"}}, f"{image}, text"
+        starts = {
+            SCRATCH: (None, model | steps(count)),
+            TEXT: (text, steps(count)),
+            SEEING: (f"{image}, {SCRATCH}, k = 7", FROZEN | steps(count, learning_rate=5e-4)),
+        }
+        for start, (first, recipe) in starts.items():
+            if start == TEXT:
+                yield Run(text, model | WARMED, shown=False)
+            seven = f"{image}, {start}, k = 7"
+            yield Run(seven, recipe, start=first)
+            yield Run(f"{image}, {start}, k = 1", recipe | SINGLE, start=first, equal=Equal(seven, "seconds"))
 
 
 _POINTS = tuple(

@@ -5,22 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from muco.errors import MucoError, did_you_mean
-from muco.study.base import (
-    COMPOUNDED,
-    FINETUNE,
-    IMAGE_SHARE,
-    JOINT,
-    MULTI_TURN,
-    NEGATIVES,
-    PLAIN,
-    SCORES,
-    SINGLE,
-    UNMASKED,
-    fresh_scenes,
-    plain_scenes,
-    scenes_in_two_stages,
-    steps,
-)
+from muco.study import base
+from muco.study.base import COMPOUNDED, PLAIN, SCORES, SINGLE, steps
 from muco.study.design import Column, Equal, Run, Study
 from muco.study.true_sizes import QUESTION
 
@@ -49,7 +35,7 @@ TURNS = Study(
         *(Run(f"k = 1, {k} × the images", _turns(1, 32 * k)) for k in (4, 7)),
     ),
     columns=SCORES,
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     compared=(
         *(("k = 7", f"k = {k}, equal {what}") for what in ("images", "seconds", "pairs") for k in (4, 2, 1)),
         ("k = 7", "k = 1, 7 × the images"),
@@ -88,7 +74,7 @@ COMPOUNDING = Study(
         *(Run(f"{mode}, {name}{_TUNED}", _TUNING, start=f"{mode}, {name}") for name in _STARTS for mode in _MODES),
     ),
     columns=SCORES,
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     compared=(
         *((f"compounded, {name}{tuned}", f"isolated, {name}{tuned}") for name in _STARTS for tuned in ("", _TUNED)),
         *((f"{mode}, from scratch", f"{mode.split(',')[0]}, from scratch") for mode in _POSITIONS),
@@ -122,7 +108,7 @@ ORDER = Study(
         ),
     ),
     columns=(*SCORES, *_LEAK),
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     probes=("leak",),
     compared=tuple((f"compounded, {name}", "compounded, per sample (the paper)") for name in [*_ORDERS][1:])
     + (("isolated turns", "compounded, per sample (the paper)"),),
@@ -150,15 +136,15 @@ MASKS = Study(
     base=PLAIN,
     runs=(
         *(
-            Run(f"{mode}, {name}", steps(350) | turns | MULTI_TURN | loss)
+            Run(f"{mode}, {name}", steps(350) | turns | base.MULTI_TURN | loss)
             for mode, turns in _MODES.items()
             for name, loss in _LOSSES.items()
         ),
-        Run("fine-tuned, masked", JOINT | _SHORT, start="isolated, masked"),
-        Run("fine-tuned, not masked", UNMASKED | _SHORT, start="isolated, masked"),
+        Run("fine-tuned, masked", base.JOINT | _SHORT, start="isolated, masked"),
+        Run("fine-tuned, not masked", base.UNMASKED | _SHORT, start="isolated, masked"),
     ),
     columns=SCORES,
-    prepare=scenes_in_two_stages,
+    prepare=base.scenes_in_two_stages,
     compared=tuple((f"{name}, masked", f"{name}, not masked") for name in (*_MODES, "fine-tuned")),
     notes=(
         "350 steps of 32 images with seven turns from random weights. Not masked: the targets of an image's other "
@@ -198,7 +184,7 @@ COHERENCE = Study(
         SCORES[0],
         *(Column(title, (f"coherence/{name}",), percent=False, digits=3) for title, name in _SHAPE.items()),
     ),
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     probes=("coherence",),
     compared=(
         ("isolated, k = 7", "single turns"),
@@ -244,7 +230,7 @@ BEAT = Study(
         ),
     ),
     columns=(SCORES[0], Column("caption to image", ("caption_to_image",)), *SCORES[1:]),
-    prepare=fresh_scenes,
+    prepare=base.fresh_scenes,
     compared=(
         *((name, "the paper's") for name in ("isolated", "isolated, both directions", _CANDIDATE, "single turns")),
         (f"{_CANDIDATE}, pre-trained start", "the paper's, pre-trained start"),
@@ -267,7 +253,7 @@ BEAT = Study(
     ),
 )
 
-_ALL = (TURNS, MASKS, COMPOUNDING, IMAGE_SHARE, ORDER, NEGATIVES, FINETUNE, COHERENCE, BEAT)
+_ALL = (TURNS, MASKS, COMPOUNDING, base.IMAGE_SHARE, ORDER, base.NEGATIVES, base.FINETUNE, COHERENCE, BEAT)
 STUDIES = {study.name: study for study in _ALL}
 FLOPS = "flops"  # it only counts, so it is not one of these
 

@@ -24,24 +24,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from muco.errors import MucoError
-from muco.synth.chat import (
-    KEY_VARIABLE,
-    Answer,
-    Budget,
-    EndpointError,
-    Limits,
-    Message,
-    Passing,
-    Unanswered,
-    Usage,
-    base_url,
-    cause_of,
-    length,
-    read_answer,
-    response_format,
-    retry_after,
-    trial,
-)
+from muco.synth import chat
+from muco.synth.chat import Answer, Budget, EndpointError, Limits, Message, Passing, Unanswered, Usage
 
 if TYPE_CHECKING:
     import openai
@@ -78,10 +62,10 @@ class Endpoint:
         sampling: Mapping[str, Any] | None = None,
         limits: Limits = Limits(),  # noqa: B008
         budget: Budget | None = None,
-        key_variable: str = KEY_VARIABLE,
+        key_variable: str = chat.KEY_VARIABLE,
         structured: bool = True,
     ) -> None:
-        self.url, self.model, self.limits = base_url(url), model, limits
+        self.url, self.model, self.limits = chat.base_url(url), model, limits
         self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
         if own := OWN_FIELDS & self.sampling.keys():
             raise EndpointError(f"sampling: {sorted(own)[0]!r} is set by muco; leave it out")
@@ -126,7 +110,7 @@ class Endpoint:
         if seed is not None:
             body["seed"] = seed
         if schema is not None and self.structured:
-            body["response_format"] = response_format(schema)
+            body["response_format"] = chat.response_format(schema)
         for round in count(1):
             answered = self.usage.answers
             try:
@@ -169,10 +153,10 @@ class Endpoint:
             near = difflib.get_close_matches(self.model, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It {serves}")
-        body: dict[str, Any] = {"model": self.model, "messages": [trial(image)], **self.sampling}
+        body: dict[str, Any] = {"model": self.model, "messages": [chat.trial(image)], **self.sampling}
         if schema is not None:
             try:
-                await self._ask(body | {"response_format": response_format(schema)})
+                await self._ask(body | {"response_format": chat.response_format(schema)})
                 return
             except Unanswered as error:
                 if isinstance(error, Passing):
@@ -223,9 +207,9 @@ class Endpoint:
             except (TimeoutError, openai.APITimeoutError) as error:
                 raise Passing(f"no answer within {self.limits.timeout:g} s") from error
             except openai.APIConnectionError as error:
-                raise Passing(f"no connection ({cause_of(error)})") from error
+                raise Passing(f"no connection ({chat.cause_of(error)})") from error
         try:
-            answer, usage = read_answer(raw)
+            answer, usage = chat.read_answer(raw)
         except ValueError as error:
             said = self._shown(raw[: 4 * EXAMPLE].decode("utf-8", "replace"))
             raise Passing(f"not an answer of a chat endpoint: {said}") from error
@@ -241,7 +225,7 @@ class Endpoint:
             ) from error
         if error.status_code not in RETRIED and error.status_code < 500:
             return Unanswered(said)
-        if (seconds := retry_after(error.response.headers)) is not None:
+        if (seconds := chat.retry_after(error.response.headers)) is not None:
             until = asyncio.get_running_loop().time() + seconds
             self._paused_until = max(self._paused_until, until)  # for all: one is answered for all of them
         return Passing(said)
@@ -251,7 +235,7 @@ class Endpoint:
         counts = [known.get(f"{part}_tokens") for part in ("prompt", "completion")]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             self.usage.estimated += 1
-            counts = [sum(map(length, body["messages"])) // 4, len(answer.text) // 4]
+            counts = [sum(map(chat.length, body["messages"])) // 4, len(answer.text) // 4]
         self.usage.prompt_tokens += counts[0]
         self.usage.completion_tokens += counts[1]
         self.budget.used_tokens += sum(counts)
@@ -268,7 +252,7 @@ class Endpoint:
                 raise self._refused(error) from error
             return None
         except (openai.APIConnectionError, TimeoutError) as error:
-            reason = f"cannot be reached ({cause_of(error)}); start the server, or fix the URL"
+            reason = f"cannot be reached ({chat.cause_of(error)}); start the server, or fix the URL"
             raise EndpointError(f"{self.url}: {reason}") from error
         try:
             return [str(model["id"]) for model in json.loads(raw)["data"]]
