@@ -1,7 +1,7 @@
 """``muco demo``: everything from data to a search, on this machine, shown on one page.
 
-stages (what is done, in order) · search (queries, answers, mistakes) · page (the HTML) · recipe.yaml (what is trained;
-recipes/demo.yaml is a link to it)
+stages.py has the stages, search.py queries and mistakes, page.py the HTML, recipe.yaml the training (recipes/demo.yaml
+links to it).
 """
 
 from muco.demo.stages import run_demo

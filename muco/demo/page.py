@@ -1,11 +1,11 @@
-"""The report: one HTML file that needs nothing else, no script, works on a phone, and follows light or dark."""
+"""The report: one HTML file without scripts or other files, for phones too, light or dark."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -39,14 +39,15 @@ STAGES = {
 
 
 def page(record: Mapping[str, Any], scenes: Path) -> str:
-    """The report of a demo.
-
-    Args:
-        record: ``demo.json``, all stages but the page itself done.
-        scenes: The folder of the data, for the images.
-    """
+    """The report of a demo, from its ``demo.json`` with all stages done but the page, and the folder of the scenes."""
     results = {name: stage["result"] for name, stage in record["stages"].items() if "result" in stage}
-    image = cache(partial(_image, scenes))
+
+    @cache
+    def image(name: str, words: str) -> str:
+        with Image.open(scenes / name) as picture:
+            source = data_uri(picture, "PNG", optimize=True)
+        return f'<img src="{source}" alt="{escape(words)}" title="{escape(words)}">'
+
     sections = [
         _tiles(results),
         _texts(results["search"], image),
@@ -59,7 +60,7 @@ def page(record: Mapping[str, Any], scenes: Path) -> str:
     ]
     body = f"""<header>
 <h1>One image, many turns: the MuCo demo</h1>
-{_summary(record, results)}
+{_summary(record["stages"]["train"], results)}
 </header>
 <main>
 {"".join(sections)}
@@ -68,9 +69,8 @@ def page(record: Mapping[str, Any], scenes: Path) -> str:
     return document("MuCo demo", body, house_style())
 
 
-def _summary(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def _summary(stage: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     before, train, scenes = results["before"], results["train"], results["scenes"]
-    stage = record["stages"]["train"]
     pairs = train["steps"] * before["pairs_per_step"]
     interrupted = " after an interruption" if stage["interrupted"] else ""
     minutes, rest = divmod(round(stage["seconds"]), 60)
@@ -89,27 +89,23 @@ def _processor(machine: Mapping[str, Any]) -> str:
 
 def _tiles(results: Mapping[str, Any]) -> str:
     before, after = results["before"]["tasks"], results["after"]["tasks"]
-    tiles = "".join(
-        _tile(name, _scores_of(before[name]), _scores_of(after[name]), after) for name in TILES if name in after
-    )
+    tiles = "".join(_tile(name, before, after) for name in TILES if name in after)
     lines = "".join(f"<li>{escape(line)}</li>" for line in results["after"]["warnings"])
     warnings = f'<ul class="warning">{lines}</ul>' if lines else ""
     return f'<div class="tiles">{tiles}</div>{warnings}'
 
 
-def _tile(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
-    hit, chance = _number(after["hit@1"]), _number(after["chance@1"])
-    notes = [
-        f"found first among {_candidates(after)}",
-        f"chance {chance}\u202f%",
-        f"untrained {_number(before['hit@1'])}\u202f%",
-    ]
-    if name == "answer" and "answer_text_only" in tasks:
-        notes.append(f"question alone {_number(tasks['answer_text_only']['mean']['hit@1'])}\u202f%")
+def _tile(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    scores = _scores_of(after[name])
+    hit, chance = _number(scores["hit@1"]), _number(scores["chance@1"])
+    alone = ""
+    if name == "answer" and "answer_text_only" in after:
+        alone = f"<li>question alone {_number(after['answer_text_only']['mean']['hit@1'])}\u202f%</li>"
     return f"""<div class="card tile"><p class="what">{TASKS[name][0]}</p>
 <p class="value">{hit}<small>%</small></p>
 <div class="meter" title="the mark is chance"><i style="width:{hit}%"></i><b style="left:{chance}%"></b></div>
-<ul class="note">{"".join(f"<li>{note}</li>" for note in notes)}</ul></div>"""
+<ul class="note"><li>found first among {_candidates(scores)}</li><li>chance {chance}\u202f%</li><li>untrained \
+{_number(_scores_of(before[name])["hit@1"])}\u202f%</li>{alone}</ul></div>"""
 
 
 def _texts(search: Mapping[str, Any], image: Any) -> str:
@@ -172,9 +168,15 @@ def _curve(results: Mapping[str, Any]) -> str:
 
 
 def _scores(results: Mapping[str, Any]) -> str:
-    before, after = results["before"], results["after"]
-    rows = "".join(_row(*row) for row in _table_rows(before["tasks"], after["tasks"]))
-    groups = columns = ""
+    before, after = results["before"]["tasks"], results["after"]["tasks"]
+    rows = groups = columns = ""
+    for name in (name for name in {**TASKS, **after} if name in after):
+        title, note = TASKS.get(name, (name, ""))
+        kind = "control" if name in CONTROLS else ""
+        rows += _row(kind, title, note, _scores_of(before[name]), _scores_of(after[name]))
+        if name == "answer":
+            kinds = before[name]["kinds"]
+            rows += "".join(_row("part", part, "", kinds[part], s) for part, s in after[name]["kinds"].items())
     for name in METRICS:
         title, width, chance = ("MRR", 2, "") if name == "mrr" else (name, 3, "<th>chance</th>")
         groups += f'<th class="group" colspan="{width}">{title}</th>'
@@ -182,26 +184,12 @@ def _scores(results: Mapping[str, Any]) -> str:
     return section(
         "Scores on the held-out scenes",
         f"In per cent, before and after training. The right answer is ranked among drawn answers to such questions "
-        f"({after['candidates']} candidates where there are enough); a tie counts as lost.",
+        f"({results['after']['candidates']} candidates where there are enough); a tie counts as lost.",
         f"""<div class="card scroll scores"><table>
 <thead><tr><th></th><th class="pool"></th>{groups}</tr>
 <tr><th>task</th><th class="pool">candidates</th>{columns}</tr></thead>
 <tbody>{rows}</tbody></table></div>""",
     )
-
-
-def _table_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Class, title, explanation, scores before and after; the kinds of question follow their mean."""
-    names = [name for name in TASKS if name in after] + [name for name in after if name not in TASKS]
-    for name in names:
-        title, note = TASKS.get(name, (name, ""))
-        kind = "control" if name in CONTROLS else ""
-        yield kind, title, note, _scores_of(before[name]), _scores_of(after[name])
-        if name == "answer":
-            for part, scores in after[name]["kinds"].items():
-                yield "part", part, "", before[name]["kinds"][part], scores
 
 
 def _row(kind: str, title: str, note: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -240,7 +228,7 @@ def _missed_images(missed: Mapping[str, Any], image: Any) -> str:
 
 
 def _differing(caption: str, other: str) -> str:
-    """The caption, with the words marked that the other one does not have in this order."""
+    """The caption, with those words marked that the other one lacks in this order."""
     plain = [[word.strip(".,").lower() for word in text.split()] for text in (caption, other)]
     blocks = difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks()
     same = {i for block in blocks for i in range(block.a, block.a + block.size)}
@@ -264,12 +252,11 @@ def _missed_answers(search: Mapping[str, Any], image: Any) -> str:
 def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     train, after, machine = results["train"], results["after"], results["train"]["machine"]
     settings = record["asked"]["recipe"]
-    versions = ", ".join(f"{name} {number}" for name, number in train["versions"].items() if number)
     loss = settings["loss"]
     facts = {
         "command": f"<code>{escape(train['command'])}</code>",
         "machine": f"{_processor(machine)}, {count(machine['threads'], 'thread')}, {escape(machine['system'])}",
-        "versions": escape(versions),
+        "versions": escape(", ".join(f"{name} {number}" for name, number in train["versions"].items() if number)),
         "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} dimensions, "
         f"fingerprint <code>{escape(after['model'][:16])}</code>",
         "training": f"{train['steps']:,} steps of {settings['batch']['size']} images, "
@@ -290,22 +277,12 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _seconds(stages: Mapping[str, Any]) -> str:
     rows, total = "", 0.0
-    for name, title in STAGES.items():
-        if "seconds" not in stages[name]:
-            continue
-        untimed = ""
-        if stages[name]["interrupted"]:
-            untimed = "<small>after an interruption; the time before it is not counted</small>"
-        rows += f"<tr><th>{title}{untimed}</th><td>{stages[name]['seconds']:.1f}</td></tr>"
-        total += stages[name]["seconds"]
+    untimed = "<small>after an interruption; the time before it is not counted</small>"
+    for title, stage in ((title, stages[name]) for name, title in STAGES.items() if "seconds" in stages[name]):
+        rows += f"<tr><th>{title}{untimed if stage['interrupted'] else ''}</th><td>{stage['seconds']:.1f}</td></tr>"
+        total += stage["seconds"]
     return f"""<table><thead><tr><th>stage</th><th>seconds</th></tr></thead><tbody>{rows}</tbody>
 <tfoot><tr><th>together</th><td>{total:.1f}</td></tr></tfoot></table>"""
-
-
-def _image(scenes: Path, name: str, words: str) -> str:
-    with Image.open(scenes / name) as picture:
-        source = data_uri(picture, "PNG", optimize=True)
-    return f'<img src="{source}" alt="{escape(words)}" title="{escape(words)}">'
 
 
 def _number(share: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What the demo asks its trained model: text queries over the held-out images, questions about images, its mistakes."""
+"""The demo's searches: text queries over the held-out images, questions about images, and mistakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from muco.data.source import Data
-from muco.dialogue import Content, Turn
+from muco.dialogue import Content
 from muco.evaluate import cache as vector_cache
 from muco.evaluate import metrics
 from muco.evaluate.tasks import RETRIEVAL
@@ -24,13 +24,13 @@ IMAGE_MISTAKES = 4
 
 @dataclass(frozen=True)
 class TextQuery:
-    """A query that is the caption of no scene in the set, and what the caption of a fitting one says."""
+    """A query that is no caption of the set, and the phrases that a fitting caption has."""
 
     text: str
     facts: tuple[str, ...]
 
 
-# Worded like captions, of scenes that the set does not hold: a model trained on whole captions reads nothing shorter.
+# Worded like captions: a model trained on whole captions reads nothing shorter.
 TEXT_QUERIES = (
     TextQuery(
         "A large red star at center and a small blue circle at bottom left, on a striped azure background.",
@@ -51,7 +51,7 @@ TEXT_QUERIES = (
         ("green circle", "pink star", "blue square", "dotted", "lilac"),
     ),
 )
-SHOWN_TURNS = (3, 0, 5, 2)  # of the first scenes, one each: local, classification, creative, global
+SHOWN_TURNS = (3, 0, 5, 2)  # one of each of the first scenes: local, classification, creative, global
 
 
 def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, Any]:
@@ -59,10 +59,10 @@ def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, An
 
     Args:
         parquet: The vectors of their images, from :func:`muco.embed.embed`.
-        cache: Folder of the vectors that evaluation has already computed.
+        cache: Folder with the vectors that evaluation has computed.
     Returns:
-        ``texts``, ``missed_images`` and what :func:`answer_questions` returns; image paths are relative to the data.
-        A rank is that of :func:`muco.evaluate.metrics.ranks`: other candidates of the same score come first.
+        ``texts``, ``missed_images`` and the result of :func:`answer_questions`; image paths are relative to the data,
+        and a tie ranks the right candidate last.
     """
     encode = CachedEncoder(model, vector_cache.EmbeddingCache(cache, model=model.fingerprint, data=data.fingerprint))
     scenes = Scenes(data, parquet)
@@ -74,7 +74,7 @@ def search(model: Model, data: Data, parquet: Path, cache: Path) -> dict[str, An
 
 
 class CachedEncoder:
-    """Vectors of contents, from the cache where evaluation has left them there."""
+    """Embeds contents, or takes their vectors from the cache of the evaluation."""
 
     def __init__(self, model: Model, cache: vector_cache.EmbeddingCache) -> None:
         self.model, self.cache, self.book = model, cache, vector_cache.Book()
@@ -102,7 +102,7 @@ class Scenes:
 
 
 def answer_text(query: TextQuery, scenes: Scenes, vector: np.ndarray) -> dict[str, Any]:
-    """The images nearest to a text, and what each shows of what was asked for."""
+    """The images nearest to a text, and which of its facts each shows."""
     scores = scenes.vectors @ vector
     shown = [[fact in caption.lower() for fact in query.facts] for caption in scenes.captions]
     found = [
@@ -117,39 +117,33 @@ def answer_text(query: TextQuery, scenes: Scenes, vector: np.ndarray) -> dict[st
     return {"query": query.text, "fitting": sum(map(all, shown)), "of": len(shown), "found": found}
 
 
-@dataclass(frozen=True)
-class Question:
-    """One turn of a scene, by their numbers."""
-
-    scene: int
-    number: int
-    turn: Turn
-
-
 def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
-    """Every question about every image, answered among all answers of the set, captions left out.
+    """Every question about every image, answered among all answers of the set but captions.
 
     Returns:
         ``answers``: the turns SHOWN_TURNS of the first scenes, one each, right or wrong. ``missed_answers``: the first
         wrong answer to each turn number after these scenes, each about another scene. ``asked``, ``right``,
         ``candidates``: how many there are.
     """
-    asked = [
-        Question(scene, number, turn)
+    turns = {
+        (scene, number): turn
         for scene, sample in enumerate(scenes.samples)
         for number, turn in enumerate(sample.turns)
         if turn.kind != RETRIEVAL
-    ]
-    candidates = sorted({question.turn.target[0].text for question in asked})
+    }
+    answers = [turn.target[0].text for turn in turns.values()]
+    candidates = sorted(set(answers))
     place = {text: i for i, text in enumerate(candidates)}
-    queries = encode([Content(q.turn.query[0].text, scenes.samples[q.scene].images) for q in asked])
+    queries = encode([Content(t.query[0].text, scenes.samples[scene].images) for (scene, _), t in turns.items()])
     scores = queries @ encode([Content(text) for text in candidates]).T
-    ranks = _ranks(scores, [place[question.turn.target[0].text] for question in asked])
+    ranks = _ranks(scores, [place[text] for text in answers])
+    rows = {key: row for row, key in enumerate(turns)}
 
-    def shown(row: int) -> dict[str, Any]:
-        best, turn = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS], asked[row].turn
+    def shown(key: tuple[int, int]) -> dict[str, Any]:
+        row, turn = rows[key], turns[key]
+        best = np.argsort(-scores[row], kind="stable")[:TOP_ANSWERS]
         return {
-            "image": scenes.names[asked[row].scene],
+            "image": scenes.names[key[0]],
             "kind": turn.kind,
             "question": turn.query[0].text,
             "right": turn.target[0].text,
@@ -157,41 +151,36 @@ def answer_questions(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
             "found": [{"text": candidates[i], "score": float(scores[row, i])} for i in best],
         }
 
-    chosen = set(enumerate(SHOWN_TURNS))
-    first = [row for row, question in enumerate(asked) if (question.scene, question.number) in chosen]
-    missed, used = {}, set(range(len(SHOWN_TURNS)))  # turn number -> row
-    for row, question in enumerate(asked):
-        if ranks[row] > 1 and question.scene not in used and question.number not in missed:
-            missed[question.number] = row
-            used.add(question.scene)
+    missed: dict[int, int] = {}  # turn number -> scene
+    for (scene, number), row in rows.items():
+        new = scene >= len(SHOWN_TURNS) and scene not in missed.values() and number not in missed
+        if ranks[row] > 1 and new:
+            missed[number] = scene
     return {
-        "answers": [shown(row) for row in first],
-        "missed_answers": [shown(row) for _, row in sorted(missed.items())],
-        "asked": len(asked),
+        "answers": [shown(key) for key in enumerate(SHOWN_TURNS) if key in turns],
+        "missed_answers": [shown((scene, number)) for number, scene in sorted(missed.items())],
+        "asked": len(turns),
         "right": int((ranks == 1).sum()),
         "candidates": len(candidates),
     }
 
 
 def missed_images(scenes: Scenes, encode: CachedEncoder) -> dict[str, Any]:
-    """Captions that find another image than their own: the first ones in the order of the set, and how many."""
+    """Captions that find another image before their own: the first ones of the set, and their number."""
     scores = encode([Content(caption) for caption in scenes.captions]) @ scenes.vectors.T
     ranks = _ranks(scores, range(len(scenes.captions)))
     missed = np.flatnonzero(ranks > 1)
-    rivals = scores.copy()
-    np.fill_diagonal(rivals, -np.inf)
-    shown = []
-    for own in missed[:IMAGE_MISTAKES]:
-        best = int(np.argmax(rivals[own]))
-        shown.append(
-            {
-                "caption": scenes.captions[own],
-                "right": scenes.names[own],
-                "found": scenes.names[best],
-                "found_caption": scenes.captions[best],
-                "rank": int(ranks[own]),
-            }
-        )
+    np.fill_diagonal(scores, -np.inf)  # leaves the rivals
+    shown = [
+        {
+            "caption": scenes.captions[own],
+            "right": scenes.names[own],
+            "found": scenes.names[best],
+            "found_caption": scenes.captions[best],
+            "rank": int(ranks[own]),
+        }
+        for own, best in zip(missed, scores[missed[:IMAGE_MISTAKES]].argmax(axis=1), strict=False)
+    ]
     return {"count": len(missed), "of": len(ranks), "shown": shown}
 
 

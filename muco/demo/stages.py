@@ -1,9 +1,9 @@
-"""The seven stages of the demo. Each of them resumes by itself, so a demo that was killed is simply run again.
+"""The seven stages of the demo. Each resumes by itself, so a killed demo is simply run again.
 
 ::
 
     <output>/
-    ├── demo.json             what was asked for; of each stage its result and seconds
+    ├── demo.json             the arguments; each stage's result and seconds
     ├── scenes/               1  the data
     │                         2  scores of the untrained model (in demo.json)
     ├── run/                  3  training; the model is in run/model
@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from muco.base.files import claimed, earlier_record, write_json, write_text
+from muco.base.files import claimed, earlier_record, read_json, write_json, write_text
 from muco.base.machine import VERSION, usable_cores, versions
 from muco.base.terminal import progress_bar
 from muco.data import open_data
@@ -62,8 +61,8 @@ def run_demo(
 ) -> Path:
     """Makes data, trains, evaluates before and after, embeds, searches and writes one page.
 
-    Run it again with the same arguments to resume: scenes, model and vectors that are finished are not made again.
-    Progress is on stderr, the table of scores at the end on stdout, all numbers in ``<output>/demo.json``.
+    Run it again with the same arguments to resume: finished scenes, models and vectors are kept. Progress goes to
+    stderr, the table of scores to stdout, all results to ``<output>/demo.json``.
 
     Args:
         output: A new or empty folder, or one of an earlier call with the same arguments.
@@ -82,12 +81,11 @@ def run_demo(
     with claimed(output):
         stages = Stages(output / "demo.json", asked)
         scenes, cache = output / "scenes", output / "cache"
-        making = partial(make_scenes, scenes, train=train, test=test, seed=seed)
-        stages.run("scenes", making, makes=scenes)
+        stages.run("scenes", partial(make_scenes, scenes, train=train, test=test, seed=seed), makes=scenes)
         held_out = open_data(scenes / "test.jsonl")
         stages.run("before", partial(score_untrained, recipe, held_out, cache))
 
-        # the command that does the same again; options with their default are left out
+        # the command that does the same again, without options that have their default
         options = {"steps": steps, "train": train, "test": test, "seed": seed}
         changed = [(name, value) for name, value in options.items() if value != run_demo.__kwdefaults__[name]]
         words = [word for name, value in changed for word in (f"--{name}", str(value))]
@@ -95,14 +93,12 @@ def run_demo(
         folder = Path(recipe.output) / MODEL
         stages.run("train", partial(train_model, recipe, command), makes=folder)
         model = load(folder)
-        embedded = stages.result("after").get("model", model.fingerprint)  # by an earlier call
+        resume = stages.result("after").get("model", model.fingerprint) == model.fingerprint  # in an earlier call
         after = stages.run("after", partial(score, model, held_out, cache))
 
-        vectors = output / "test-images.parquet"
-        resume = embedded == model.fingerprint
+        vectors, report = output / "test-images.parquet", output / "report.html"
         stages.run("embed", partial(embed, scenes / "images" / "test", model, vectors, batch_size=64, resume=resume))
         stages.run("search", partial(search, model, held_out, vectors, cache))
-        report = output / "report.html"
 
         def write_page() -> str:
             write_text(report, page(stages.record, scenes))
@@ -114,7 +110,7 @@ def run_demo(
 
 
 def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
-    """The packaged recipe with its paths in ``output``; fewer or more steps keep the share of warm-up steps."""
+    """The packaged recipe with its paths in ``output``; other ``steps`` keep the share of warm-up steps."""
     recipe = load_recipe(RECIPE)
 
     def moved(path: str) -> str:
@@ -131,9 +127,9 @@ def demo_recipe(output: Path, steps: int | None = None) -> Recipe:
 
 
 class Stages:
-    """Does the stages, says so, and writes ``demo.json``: ``asked``, and of each stage begun, seconds and result.
+    """Runs the stages and writes ``demo.json``: ``asked``, and of each stage begun, seconds and result.
 
-    ``asked`` makes a demo this demo; a folder that holds another one, or anything else, is refused (OutputError).
+    Raises an OutputError if the folder holds a demo with other values in ``asked``, or anything else.
     """
 
     def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
@@ -142,16 +138,16 @@ class Stages:
         write_json(file, self.record)
 
     def result(self, name: str) -> dict[str, Any]:
-        """What an earlier call found; empty if none did."""
+        """The result of an earlier call, or an empty dictionary."""
         return self.record["stages"].get(name, {}).get("result", {})
 
     def run(self, name: str, work: Callable[[], Any], makes: Path | None = None) -> Any:
-        """The result of ``work()``; where what it ``makes`` is there already, the seconds stay those of that call."""
+        """The result of ``work()``; if what it ``makes`` exists, the seconds of the earlier call are kept."""
         known = self.record["stages"].get(name, {})
         done = makes is not None and makes.exists() and "seconds" in known
         title = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {STAGES[name]}"
         self._say(title)
-        # The work before a kill was not timed, so the page has to know that there was some.
+        # Work before a kill was not timed, which the page says.
         begun = datetime.now(UTC).isoformat(timespec="seconds")
         stage = known if done else {"begun": begun, "interrupted": "begun" in known and "seconds" not in known}
         self._write(name, stage)
@@ -171,8 +167,8 @@ class Stages:
 
 
 def make_scenes(folder: Path, *, train: int, test: int, seed: int) -> dict[str, int]:
-    """Draws the data; a finished folder (it appears whole) is left as it is."""
-    for left in folder.parent.glob(f".{folder.name}-*"):  # of a killed run
+    """Draws the data, unless the folder exists: it appears whole."""
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by a killed run
         shutil.rmtree(left)
     if not folder.exists():
         with progress_bar("scenes") as progress:
@@ -181,7 +177,7 @@ def make_scenes(folder: Path, *, train: int, test: int, seed: int) -> dict[str, 
 
 
 def score_untrained(recipe: Recipe, data: Data, cache: Path) -> dict[str, Any]:
-    """The scores of the model that training starts from, its size, and what its loss has to be measured against."""
+    """The scores of the model that training starts from, its size, pairs per step and the loss at chance."""
     sources = open_sources(recipe)
     model = build_model(recipe, sources)
     mixture = Mixture.of(recipe, [len(source) for source in sources])
@@ -200,15 +196,14 @@ def score(model: Model, data: Data, cache: Path) -> dict[str, Any]:
 
 
 def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
-    """Trains, or resumes training; the loss curve, and where and with what it was computed."""
-    folder = train(recipe)
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    """Trains or resumes; returns the loss curve, the command, the machine and the versions of libraries."""
+    run = read_json(train(recipe) / RUN_FILE)
     facts = {key: run[key] for key in ("steps", "loss", "finished")}
     return facts | {"command": command, "machine": machine(), "versions": versions()}
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and system of this machine; None where the system does not tell."""
+    """Processor, cores and system of this machine; None if unknown."""
     names = [platform.processor() or None]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

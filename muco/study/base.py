@@ -1,9 +1,10 @@
-"""What the studies share, scenes to train on and a recipe to change; and the studies of fine-tuning and dear images."""
+"""The scenes and the base recipe of all studies; the studies of fine-tuning and of image cost."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ from muco.study.design import Column, Equal, Point, Run, Study
 
 SCENES, TEST = 20_000, 500  # training and held-out scenes at scale 1
 HELD_OUT = ("global", "creative")  # kinds of turns that fine-tuning never sees
-SEED = 1  # of the scenes; the demo's and the log's have seed 0
-FRESH = 2  # of scenes that no choice was ever made on
-
+SEED = 1  # of the scenes; the demo's have seed 0
 BASE = {
     "model": {"tiny": {}, "vision": "trained"},
     "batch": {"size": 32},
@@ -29,12 +28,10 @@ BASE = {
         "report_to": [],
     },
 }
-PLAIN = BASE | {"data": {"train": [{"path": "{train}"}]}}  # on the whole training set, the scenes' or a user's
-
-SCORES = tuple(Column(name.replace("_", " "), (name,)) for name in ("image_to_caption", "answer", "within"))
-
+PLAIN = BASE | {"data": {"train": [{"path": "{train}"}]}}  # the whole training set, of the scenes or a user
 SINGLE = {"turns": {"limit": 1}}
 COMPOUNDED = {"turns": {"mode": "compounded"}}
+SCORES = tuple(Column(name.replace("_", " "), (name,)) for name in ("image_to_caption", "answer", "within"))
 
 
 def steps(count: int, **trainer: Any) -> dict[str, Any]:
@@ -48,13 +45,11 @@ def plain_scenes(folder: Path, scale: float, seed: int = SEED) -> None:
     write_scenes(folder, train=max(64, round(SCENES * scale)), dev=0, test=test, seed=seed)
 
 
-def fresh_scenes(folder: Path, scale: float) -> None:
-    """The same, of scenes that no other study has."""
-    plain_scenes(folder, scale, FRESH)
+fresh_scenes = partial(plain_scenes, seed=2)  # on which no choice was made
 
 
 def scenes_in_two_stages(folder: Path, scale: float) -> None:
-    """``pretrain.jsonl``: one half of the scenes with all turns; ``pairs.jsonl``: the other half, one turn each."""
+    """``pretrain.jsonl``: half of the scenes with all turns; ``pairs.jsonl``: the other half with one turn each."""
     plain_scenes(folder, scale)
     rows = rows_of(folder / "train.jsonl")
     half = len(rows) // 2
@@ -67,7 +62,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def _single_pairs(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One turn per image, the kinds by turns, never a held-out one; the query knows its image's caption."""
+    """One turn per image, kinds in rotation but no held-out ones; the query has its image's caption."""
     for number, row in enumerate(rows):
         turns = [turn for turn in row["turns"] if turn["kind"] not in HELD_OUT]
         turn = turns[number % len(turns)]
@@ -84,12 +79,13 @@ def fine_tuning(mode: str, **loss: Any) -> dict[str, Any]:
         "turns": {"mode": mode},
         "loss": loss,
         "batch": {"size": 64},
-        "trainer": {"max_steps": 300, "warmup_steps": 15, "learning_rate": 5e-4},
+        **steps(300, learning_rate=5e-4),
     }
 
 
 MULTI_TURN = {"data": {"train": [{"path": "{data}/pretrain.jsonl"}]}}
 JOINT = fine_tuning("reconstruction", joint=True)
+UNMASKED = fine_tuning("reconstruction", joint=True, mask_counterpart=False)
 
 FINETUNE = Study(
     name="finetune",
@@ -97,15 +93,11 @@ FINETUNE = Study(
     base=BASE,
     runs=(
         Run("untrained", MULTI_TURN | {"trainer": {"max_steps": 1, "learning_rate": 0.0}}, shown=False),
-        Run("pre-trained", MULTI_TURN | {"trainer": {"max_steps": 400, "warmup_steps": 20}}),
+        Run("pre-trained", MULTI_TURN | steps(400)),
         Run("plain pairs", fine_tuning("isolated"), start="pre-trained"),
         Run("reconstruction, joint", JOINT, start="pre-trained"),
         Run("reconstruction, separate", fine_tuning("reconstruction"), start="pre-trained"),
-        Run(
-            "joint without mask",
-            fine_tuning("reconstruction", joint=True, mask_counterpart=False),
-            start="pre-trained",
-        ),
+        Run("joint without mask", UNMASKED, start="pre-trained"),
         Run("plain from scratch", fine_tuning("isolated"), start="untrained"),
         Run("reconstruction from scratch", JOINT, start="untrained"),
     ),
@@ -124,16 +116,14 @@ FINETUNE = Study(
         ("reconstruction from scratch", "plain from scratch"),
     ),
     notes=(
-        "Pre-training: 400 steps of 32 images with their seven turns. Fine-tuning: 300 steps of 64 pairs of other "
-        f"images, one turn each, of kinds other than {' and '.join(HELD_OUT)}. From scratch: fine-tuning only.",
-        "In reconstruction the image of a hidden counterpart is replaced by its caption, as in the paper.",
-        "A run with reconstruction costs more operations per step than plain pairs; see the column.",
+        "Pre-training: 400 steps of 32 images with their seven turns. Fine-tuning: 300 steps of 64 other images, with "
+        f"one turn each, never {' or '.join(HELD_OUT)}. From scratch: fine-tuning only.",
+        "Reconstruction replaces the image of a hidden counterpart by its caption, as in the paper. It costs more "
+        "operations per step than plain pairs; see the column.",
     ),
 )
 
-# ── identical targets ────────────────────────────────────────────────────────────────────────────────────────────────
-
-VOCABULARIES = {"1440 answers": 9, "48 answers": 2, "8 answers": 1}  # words that are kept of an answer
+VOCABULARIES = {"1440 answers": 9, "48 answers": 2, "8 answers": 1}  # words kept of an answer
 TREATMENTS = {
     "masked": {},
     "left out": {"data": {"duplicates": "leave_out"}},
@@ -142,14 +132,13 @@ TREATMENTS = {
 
 
 def scenes_with_few_answers(folder: Path, scale: float) -> None:
-    """The two stages' data, and of classification turns ``pairs-N.jsonl`` and ``test-N.jsonl`` by words kept."""
+    """The two stages' data, and ``pairs-N.jsonl`` and ``test-N.jsonl`` with classification answers of N words."""
     scenes_in_two_stages(folder, scale)
     half = max(64, round(SCENES * scale)) // 2
-    for split, first in (("train", half), ("test", 0)):
+    for split, first, name in (("train", half, "pairs"), ("test", 0, "test")):
         rows = rows_of(folder / f"{split}.jsonl")[first:]
         for words in VOCABULARIES.values():
-            name = f"{'pairs' if split == 'train' else 'test'}-{words}.jsonl"
-            write_jsonl(folder / name, (_classification(row, words) for row in rows))
+            write_jsonl(folder / f"{name}-{words}.jsonl", (_classification(row, words) for row in rows))
 
 
 def _classification(row: dict[str, Any], words: int) -> dict[str, Any]:
@@ -166,10 +155,10 @@ def _few_answers(words: int, treatment: dict[str, Any]) -> dict[str, Any]:
 
 NEGATIVES = Study(
     name="negatives",
-    question="What becomes of identical targets in a batch: masked, left out, or taken for negatives?",
+    question="What is best for identical targets in a batch: mask them, leave them out, or use them as negatives?",
     base=BASE,
     runs=(
-        Run("pre-trained", MULTI_TURN | {"trainer": {"max_steps": 300, "warmup_steps": 15}}, shown=False),
+        Run("pre-trained", MULTI_TURN | steps(300), shown=False),
         *(
             Run(f"{name}, {how}", _few_answers(words, change), start="pre-trained", test=f"{{data}}/test-{words}.jsonl")
             for name, words in VOCABULARIES.items()
@@ -183,15 +172,12 @@ NEGATIVES = Study(
     ),
     notes=(
         "Fine-tuning on single classification pairs, 64 per step, 150 steps, after 300 steps of multi-turn "
-        "pre-training; the answers are cut to fewer words, so that more of a batch are equal.",
-        "hit@1 is among all answers that there are, at most 100: the rows of one vocabulary can be compared, those of "
-        "different ones cannot.",
+        "pre-training. Answers are cut to fewer words, so that more of them in a batch are equal.",
+        "hit@1 is among all answers, at most 100: compare rows of one vocabulary only.",
     ),
 )
 
-# ── how dear the image is ─────────────────────────────────────────────────────────────────────────────────────────────
-
-# how dear an image is: visual tokens of a picture of 84 px, and layers that it passes through; steps of k = 7
+# visual tokens of a picture of 84 px and depth of the vision tower; steps with k = 7
 IMAGES: dict[str, tuple[dict[str, int], int]] = {
     "9 tokens, depth 1": ({"patch": 14, "vision_depth": 1}, 240),
     "9 tokens, depth 6": ({"patch": 14, "vision_depth": 6}, 220),
@@ -202,21 +188,21 @@ FROZEN = {"model": {"vision": "frozen"}}
 SCRATCH, TEXT, SEEING = "from scratch", "text warmed up", "pre-trained, vision frozen"
 
 
-def _pair(image: str, start: str, first: str | None, recipe: dict[str, Any]) -> Iterator[Run]:
-    """k = 7, and k = 1 at equal seconds."""
-    seven = f"{image}, {start}, k = 7"
-    yield Run(seven, recipe, start=first)
-    yield Run(f"{image}, {start}, k = 1", recipe | SINGLE, start=first, equal=Equal(seven, "seconds"))
-
-
 def _runs() -> Iterator[Run]:
+    """For every image and start k = 7, and k = 1 at equal seconds."""
     for image, (sizes, count) in IMAGES.items():
-        model = {"model": {"tiny": sizes, "vision": "trained"}}
-        yield from _pair(image, SCRATCH, None, model | steps(count))
-        yield Run(f"{image}, text", model | WARMED, shown=False)
-        yield from _pair(image, TEXT, f"{image}, text", steps(count))
-        start = f"{image}, {SCRATCH}, k = 7"
-        yield from _pair(image, SEEING, start, FROZEN | steps(count, learning_rate=5e-4))
+        model, text = {"model": {"tiny": sizes, "vision": "trained"}}, f"{image}, text"
+        starts = {
+            SCRATCH: (None, model | steps(count)),
+            TEXT: (text, steps(count)),
+            SEEING: (f"{image}, {SCRATCH}, k = 7", FROZEN | steps(count, learning_rate=5e-4)),
+        }
+        for start, (first, recipe) in starts.items():
+            if start == TEXT:
+                yield Run(text, model | WARMED, shown=False)
+            seven = f"{image}, {start}, k = 7"
+            yield Run(seven, recipe, start=first)
+            yield Run(f"{image}, {start}, k = 1", recipe | SINGLE, start=first, equal=Equal(seven, "seconds"))
 
 
 _POINTS = tuple(
@@ -227,7 +213,7 @@ _POINTS = tuple(
 
 IMAGE_SHARE = Study(
     name="image-share",
-    question="Where do seven turns pay at equal seconds, by how dear the image is and by what training starts from?",
+    question="When do seven turns pay off at equal seconds, by the cost of an image and the start of training?",
     base=PLAIN | {"loss": {"symmetric": True}},
     runs=tuple(_runs()),
     columns=SCORES,
@@ -238,18 +224,17 @@ IMAGE_SHARE = Study(
     ),
     points=_POINTS,
     notes=(
-        "Above zero seven isolated turns are better than one at equal seconds. To the left the image takes most of a "
+        "Above zero, seven isolated turns are better than one at equal seconds. On the left, the image takes most of a "
         "step and six more turns cost little, as with large models and large images: 1.2 times the operations of one "
         "turn with Qwen2-VL-2B (`muco study flops`).",
-        "From scratch: random weights. Text warmed up: 200 steps of next-token prediction on the texts, which teaches "
-        "the model to give all texts nearly the same vector. Pre-trained, vision frozen: training continues from the "
-        "run 'from scratch, k = 7' of the same image and seed, with the vision tower frozen. Starts are shared by both "
-        "runs of a pair and not counted.",
-        "The pre-trained start favours k = 7: it was trained with k = 7, on the batches that k = 7 then sees again. "
-        "The last rows of differences compare both with the start.",
-        "All train in both directions, query to target and target to query, by which more is learnt in the same time.",
-        "The dearer the image, the fewer steps fit in a time; near chance on both sides a difference says nothing, so "
-        "look at the table beside the plot. More steps: --scale 3.",
-        "A step's seconds are taken alone, batch and optimizer included.",
+        "From scratch: random weights. Text warmed up: 200 steps of next-token prediction on the texts, after which "
+        "all texts have nearly the same vector. Pre-trained, vision frozen: training continues from the run 'from "
+        "scratch, k = 7' of the same image and seed. Both runs of a pair share their start, which is not counted.",
+        "The pre-trained start favours k = 7: it was trained with k = 7, on the batches that k = 7 sees again. The "
+        "last rows of differences compare both with the start.",
+        "All runs train in both directions, query to target and target to query, which teaches more in the same time.",
+        "The more an image costs, the fewer steps fit in a time. Differences near chance say nothing, so read the "
+        "table beside the plot. More steps: --scale 3.",
+        "A step's seconds are measured alone, with batch and optimizer.",
     ),
 )

@@ -1,4 +1,4 @@
-"""What a study is. No torch in this file."""
+"""The parts of a study, and the recipes of its runs. No torch in this file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Costs = Mapping[str, Mapping[str, float]]  # name of a run -> "pairs", "flops" a
 
 @dataclass(frozen=True)
 class Equal:
-    """A run makes the number of steps that costs what another run costs."""
+    """A run makes the number of steps that costs as much as another run."""
 
     to: str  # that run's name
-    by: Literal["pairs", "flops", "seconds"]  # what is equal in the end; seconds are taken before the runs
+    by: Literal["pairs", "flops", "seconds"]  # the cost that is equal; seconds are measured before the runs
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Run:
     """One training of a study, made once per seed.
 
     Args:
-        recipe: What differs from the study's base recipe. ``{data}`` in a path is the study's data folder, ``{train}``
-            and ``{test}`` are its sets, or those of a user.
-        equal: Sets its steps, and its warm-up steps in proportion; what the recipe says of them is not used.
+        recipe: The differences from the study's base recipe. In paths, ``{data}`` is the study's data folder,
+            ``{train}`` and ``{test}`` are its sets, or those of a user.
+        equal: Sets its steps and, in proportion, its warm-up steps, instead of the recipe.
     """
 
-    name: str  # as the table shows it
+    name: str  # in the table
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    start: str | None = None  # the run whose model this one starts from; None: from what the recipe says
+    start: str | None = None  # the run whose model this one starts from; None: the recipe's model
     shown: bool = True  # whether the table has a row for it
-    test: str | None = None  # its held-out set, where it is not the study's
+    test: str | None = None  # its held-out set; None: the study's
     equal: Equal | None = None
 
 
@@ -46,41 +46,37 @@ class Column:
 
     title: str
     scores: tuple[str, ...]  # see :func:`muco.study.one.flat_scores` and :mod:`muco.study.probes`
-    percent: bool = True  # whether they are shares, which are shown in %
+    percent: bool = True  # whether they are shares, shown in %
     digits: int = 1  # after the point
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a plot: by how much run ``a`` is better than ``b``, over how many times its step costs."""
+    """A point of a plot: the difference of runs ``a`` − ``b``, over the ratio of the costs of their steps."""
 
     series: str  # points of one are joined by a line
     a: str
     b: str
-    label: str = ""  # what makes this point, shown at it
+    label: str = ""  # shown at the point
 
 
 @dataclass(frozen=True)
 class Study:
-    """Several trainings that differ in one thing each.
-
-    Args:
-        points: For a plot of differences of the first column over the ratio of seconds per step; empty: the usual plot.
-    """
+    """Several trainings that differ in one thing each."""
 
     name: str
-    question: str  # a sentence for the top of the page
+    question: str  # at the top of the page
     base: Mapping[str, Any]  # the recipe that all runs share
     runs: tuple[Run, ...]
     columns: tuple[Column, ...]
-    prepare: Callable[[Path, float], None]  # writes the data into a folder, given the scale: 1.0 for all of it
+    prepare: Callable[[Path, float], None]  # writes the data into a folder, at a scale: 1.0 for all of it
     test: str = "{test}"  # the held-out set
-    compared: tuple[tuple[str, str], ...] = ()  # runs (a, b) of which the page shows a − b, paired by seed
-    notes: tuple[str, ...] = ()  # what a reader has to know to read the table
-    probes: tuple[str, ...] = ()  # of :data:`muco.study.probes.PROBES`, whose scores every run gets besides
-    seeds: int = 3  # unless others are asked for
-    registered: tuple[str, ...] = ()  # what was expected, or what will decide, written down before the runs
-    points: tuple[Point, ...] = ()
+    compared: tuple[tuple[str, str], ...] = ()  # runs (a, b): the page shows a − b, paired by seed
+    notes: tuple[str, ...] = ()  # for readers of the table
+    probes: tuple[str, ...] = ()  # of :data:`muco.study.probes.PROBES`, for further scores of every run
+    seeds: int = 3  # by default
+    registered: tuple[str, ...] = ()  # expectations and criteria written down before the runs
+    points: tuple[Point, ...] = ()  # of a plot of the first column over the ratio of seconds per step
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
@@ -96,23 +92,21 @@ class Study:
 
     @property
     def needs_scenes(self) -> bool:
-        """Whether it trains or scores on files that are made of the scenes, which no other data has."""
+        """Whether it trains or scores on files that only the scenes have."""
         values = [self.base, self.test, *((run.recipe, run.test) for run in self.runs)]
         return "{data}" in str(values)
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Runs of which the cost of a step has to be known before the runs."""
-        names = {name for point in self.points for name in (point.a, point.b)}
-        for run in self.runs:
-            if run.equal is not None:
-                names |= {run.name, run.equal.to}
-        return tuple(run.name for run in self.runs if run.name in names)
+        """Runs whose cost of a step must be known before the runs."""
+        pairs = [(point.a, point.b) for point in self.points]
+        pairs += [(run.name, run.equal.to) for run in self.runs if run.equal is not None]
+        return tuple(run.name for run in self.runs if any(run.name in pair for pair in pairs))
 
 
 @dataclass(frozen=True)
 class Sets:
-    """A training and a held-out set of a user, in the place of the scenes; ``format`` as in recipes."""
+    """A user's training and held-out sets, instead of the scenes; ``format`` as in recipes."""
 
     train: str
     test: str
@@ -129,11 +123,10 @@ def recipe_of(
     costs: Costs | None = None,
     sets: Sets | None = None,
 ) -> dict[str, Any]:
-    """The recipe of a run as plain values; the model that it starts from comes from :func:`folder_of` that run.
+    """The recipe of a run as plain values; a model to start from is that in :func:`folder_of` the run.
 
-    Args:
-        scale: Of the number of steps, of warm-up steps and of a language warm-up's; every run makes at least one step.
-        costs: Of a step, where the run equals another one.
+    ``scale``: of steps, warm-up steps and those of a language warm-up, at least one step; ``costs``: of a step, if the
+    run equals another one.
     """
     values = filled(_merged(study.base, run.recipe), folder, sets)
     values |= {"output": str(folder_of(folder, run.name, seed) / "run"), "seed": seed}
@@ -158,22 +151,22 @@ def steps_of(study: Study, run: Run, scale: float, costs: Costs) -> tuple[int, i
 
 
 def root_of(study: Study, run: Run) -> Run:
-    """The run that a run's model comes from in the end, by way of all that it starts from."""
+    """The first run of the chain of starts that leads to a run."""
     return run if run.start is None else root_of(study, study.run(run.start))
 
 
 def folder_of(folder: Path, name: str, seed: int) -> Path:
-    """Where a run of a study lies."""
+    """The folder of a run."""
     return folder / "runs" / f"{slug(name)}-seed{seed}"
 
 
 def slug(name: str) -> str:
-    """A run's name as that of a folder."""
+    """A run's name for a folder."""
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 def filled(value: Any, folder: Path, sets: Sets | None = None) -> Any:
-    """Paths in the place of ``{data}``, ``{train}`` and ``{test}``; a training set gets its format with its path."""
+    """Values with paths for ``{data}``, ``{train}`` and ``{test}``; a user's training set gets its format too."""
     if isinstance(value, Mapping):
         inner = {key: filled(item, folder, sets) for key, item in value.items()}
         foreign = sets is not None and value.get("path") == "{train}"

@@ -1,17 +1,17 @@
 """One training of a study and its scores, or the cost of steps: ``python -m muco.study.one FOLDER`` with ``job.json``.
 
-A process of its own, so that runs share nothing and several can run side by side. After a kill it resumes from its last
-checkpoint; ``result.json`` appears when all is done.
+A process of its own, so that several can run side by side. After a kill it resumes from its last checkpoint;
+``result.json`` appears at the end.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from muco.backbone import freeze_vision
-from muco.base.files import write_json
+from muco.base.files import read_json, write_json
 from muco.base.machine import versions
 from muco.data import open_data
 from muco.evaluate.retrieval import evaluate_retrieval
@@ -36,21 +36,17 @@ from muco.training.trainer import make_trainer, train
 
 
 def run_job(folder: Path) -> dict[str, Any]:
-    """Does what ``job.json`` says, returns the result and writes it to ``result.json``."""
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    """Does the job in ``job.json``, writes the result to ``result.json`` and returns it."""
+    job = read_json(folder / "job.json")
     result = calibrate(job, folder) if "rounds" in job else train_and_score(job, folder)
     write_json(folder / "result.json", result)
     return result
 
 
 def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains and scores one run.
-
-    Args:
-        job: ``recipe``; ``test`` and, where it is not jsonl, its ``format``; and names of ``probes``.
-    """
+    """Trains and scores one run; ``job``: ``recipe``, ``test`` and its ``format``, and names of ``probes``."""
     recipe = from_dict(job["recipe"])
-    whole = not (folder / "run" / "checkpoints").exists()  # else some of the training was done, and timed, before
+    whole = not (folder / "run" / "checkpoints").exists()  # else earlier seconds of the training are unknown
     begun = time.perf_counter()
     model_folder = train(recipe)
     seconds = time.perf_counter() - begun
@@ -60,7 +56,7 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     probed: dict[str, float] = {}
     for probe in job.get("probes", ()):
         probed |= PROBES[probe](model, test, recipe)
-    run = json.loads((model_folder / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_json(model_folder / RUN_FILE)
     sources = open_sources(recipe)
     trainer = make_trainer(recipe, build_model(recipe, sources), sources)
     step = step_flops(trainer.model, trainer.batches[0], temperature=recipe.loss.temperature)  # the first
@@ -78,56 +74,55 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """hit@1 by name: ``task``, also the mean of its kinds, and ``task/kind``; and ``blind_loss`` in nats."""
+    """hit@1 by name: ``task``, or the mean of its kinds, and ``task/kind``; and ``blind_loss`` in nats."""
     scores: dict[str, float] = {}
     for task, found in result["tasks"].items():
-        if "kinds" in found:
-            scores |= {f"{task}/{kind}": values["hit@1"] for kind, values in found["kinds"].items()}
-            scores[task] = found["mean"]["hit@1"]
-        else:
-            scores[task] = found["hit@1"]
+        scores |= {f"{task}/{kind}": values["hit@1"] for kind, values in found.get("kinds", {}).items()}
+        scores[task] = found.get("mean", found)["hit@1"]
     if result.get("blind_loss"):
         scores["blind_loss"] = result["blind_loss"]["loss"]
     return scores
 
 
-# ── the cost of a step ────────────────────────────────────────────────────────────────────────────────────────────────
-
 UNTIMED, TIMED = 3, 12  # steps of a round
 
 
 class _Clock(TrainerCallback):
-    """Takes the time at the end of every step."""
+    """Records the time at the end of every step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():  # which has the step's work queued only
+        if torch.cuda.is_available():  # so far it has only queued the step's work
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
 def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Takes the cost of a step of every run, for runs of equal cost, which need to know it before they begin.
+    """Measures the cost of a step of every run, for runs of equal cost.
 
-    A few real steps of each are made, with nothing beside. Other work of the machine only adds to a step's time, and
-    comes and goes. So the runs take turns, several times over, and each step's quickest try counts.
+    Makes a few real steps of each, with nothing beside. Other work of the machine only adds to a step's time, and comes
+    and goes. So the runs take turns for several rounds, and the fastest time of each step counts. ``steps.json`` in the
+    folder has the seconds of all steps by run and round as they come.
 
     Args:
-        job: ``rounds``, and by name the ``runs``: the ``recipe``, and that of the ``root`` whose model's shape it has.
-        folder: Gets ``steps.json``, the seconds of all steps by run and round as they come.
+        job: ``rounds``, and the ``runs`` by name: the ``recipe``, and that of the ``root`` with a model of its shape.
     Returns:
-        By run: ``pairs`` of a step, the mean over the steps; ``flops`` of the first one, forward and backward;
-        ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of a step to the end of the next, so that
-        making the batch and the optimizer count; ``threads`` of torch.
+        By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
+        ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
+        that of the next.
     """
     runs = job["runs"]
     trainers = {name: _trainer(run, folder) for name, run in runs.items()}
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(job["rounds"]):
         for name, trainer in trainers.items():
-            taken[name].append(_seconds(trainer))
+            clock = _Clock()
+            trainer.add_callback(clock)
+            trainer.train()
+            trainer.remove_callback(clock)
+            taken[name].append([after - before for before, after in pairwise(clock.ends[UNTIMED - 1 :])])
             write_json(folder / "steps.json", taken)
     shutil.rmtree(folder / "run", ignore_errors=True)
     result = {}
@@ -143,36 +138,25 @@ def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def seconds_of(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
-    """A step's ``seconds``: the mean over the steps of the quickest of a step's tries; every round has the same steps.
+    """``seconds``: the mean over the steps, which all rounds have in common, of the fastest time of each.
 
-    ``spread`` is how much longer the slowest round took than the quickest, as a share of that: near 0 on a machine that
-    does nothing else.
+    ``spread`` is how much longer the slowest round took than the fastest, as a share: near 0 on an idle machine.
     """
     quickest, means = [min(tries) for tries in zip(*rounds, strict=True)], [statistics.mean(each) for each in rounds]
     return {"seconds": statistics.mean(quickest), "spread": max(means) / min(means) - 1}
 
 
 def _trainer(run: Mapping[str, Any], folder: Path) -> MuCoTrainer:
-    """Of a few steps that leave nothing behind, from a model of the right shape: weights cost no time."""
+    """A trainer for a few steps that saves nothing, with a model of the right shape; its weights do not matter."""
     values = run["recipe"]
     steps = {"max_steps": UNTIMED + TIMED, "warmup_steps": UNTIMED, "save_strategy": "no"}
     recipe = from_dict({**values, "output": str(folder / "run"), "trainer": {**values["trainer"], **steps}})
     root = from_dict(run["root"])
     set_seed(recipe.seed)
-    model = build_model(root, open_sources(root))  # the one that the run starts from need not be there yet
+    model = build_model(root, open_sources(root))  # the model that the run starts from may not exist yet
     if recipe.model.vision == "frozen":
         freeze_vision(model.encoder.model)
     return make_trainer(recipe, model, open_sources(recipe))
-
-
-def _seconds(trainer: MuCoTrainer) -> list[float]:
-    """Of each timed step of a training from its beginning."""
-    clock = _Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    trainer.remove_callback(clock)
-    ends = clock.ends[UNTIMED - 1 :]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
 if __name__ == "__main__":

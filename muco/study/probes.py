@@ -1,7 +1,7 @@
-"""What a retrieval score does not show: whether dialogues are matched without their images, and how vectors lie.
+"""What retrieval scores do not show: matches of dialogues without their images, and the geometry of vectors.
 
-The measures are functions of vectors; :func:`leak` and :func:`coherence` embed held-out samples and give their values
-by name, as a study's columns ask for them.
+The measures are functions of vectors; :func:`leak` and :func:`coherence` embed held-out samples and return the values
+by name, for a study's columns.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from muco.training.blind import pictured
 from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe
 
-SAMPLES, BATCHES = 32, 4  # dialogues among which one is looked for, and how often
-DESCRIBED = 200  # samples of which the coherence is taken
-CAPTION = "retrieval"  # the kind of turn whose target says what is on the image
-
-# ── measures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+SAMPLES, BATCHES = 32, 4  # dialogues per search, and searches
+DESCRIBED = 200  # samples for the coherence
+CAPTION = "retrieval"  # the kind of turn whose target describes the image
 
 
 def turns_found(
     query: np.ndarray, target: np.ndarray, sample_ids: np.ndarray, target_ids: np.ndarray | None = None
 ) -> float:
-    """Share of turns whose target scores above the targets of all other samples; a tie is lost.
+    """Share of turns whose target scores above the targets of all other samples, as in the loss; a tie is lost.
 
-    This is what the training loss asks for. By the kind of its question alone a turn finds its target once in as many
-    times as there are samples. Rows of ``query`` and ``target`` (float [turns, dim]) belong together; turns of the own
-    sample, by ``sample_ids`` [turns], are not rivals, nor are those of an equal ``target_ids`` [turns].
+    From the kind of question alone, one turn in ``samples`` finds its target. Rows of ``query`` and ``target`` (float
+    [turns, dim]) belong together; turns of the same sample, by ``sample_ids`` [turns], are not rivals, nor are those
+    with equal ``target_ids`` [turns].
     """
     scores = query @ target.T
     rivals = sample_ids[:, None] != sample_ids[None, :]
@@ -47,9 +45,9 @@ def turns_found(
 def dialogues_found(query: np.ndarray, target: np.ndarray, sample_ids: np.ndarray) -> float:
     """Share of samples whose query dialogue scores highest with their own target dialogue; a tie is lost.
 
-    The score of two dialogues is the sum over the turns that both have, the first with the first, and so on. So two
-    orders of questions that differ show here, even where no single turn knows of the order. The turns of a sample, by
-    ``sample_ids`` [turns], come one after another in ``query`` and ``target`` (float [turns, dim]).
+    The score of two dialogues is the sum over the turns that both have, the first with the first, and so on; so the
+    order of questions counts even if no single turn knows it. The turns of a sample, by ``sample_ids`` [turns], are
+    adjacent in ``query`` and ``target`` (float [turns, dim]).
     """
     _, first, owner = np.unique(sample_ids, return_index=True, return_inverse=True)
     place = np.arange(len(sample_ids)) - first[owner]
@@ -73,9 +71,9 @@ def alignment(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def uniformity(x: np.ndarray) -> float:
-    """log of the mean over i < j of exp(−2 ‖x_i − x_j‖²), [n, dim]; lower is more uniform, 0 where all are equal.
+    """log of the mean over i < j of exp(−2 ‖x_i − x_j‖²), [n, dim] (Wang & Isola 2020, t = 2).
 
-    On the unit sphere the least there can be is a little above −4 (Wang & Isola 2020, t = 2).
+    Lower is more uniform: from 0 for equal vectors to a little above −4 on the unit sphere.
     """
     squares = np.sum(x**2, axis=1)
     distances = np.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)[np.triu_indices(len(x), 1)]
@@ -88,13 +86,13 @@ def pair_cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def cross_cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean of x_i · y_j over i ≠ j, both [n, dim] of length 1: what :func:`pair_cosine` is where nothing is known."""
+    """Mean of x_i · y_j over i ≠ j, both [n, dim] of length 1: :func:`pair_cosine` of random pairs."""
     count = len(x)
     return float((np.sum(x.sum(axis=0) * y.sum(axis=0)) - count * pair_cosine(x, y)) / (count * (count - 1)))
 
 
 def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
-    """Mean cosine of two different vectors [n, dim], of length 1, of one of the ``owners`` [n]; NaN if all have one."""
+    """Mean cosine of two vectors [n, dim], of length 1, of the same one of ``owners`` [n]; NaN if all have one."""
     means = []
     for owner in np.unique(owners):
         own = vectors[owners == owner]
@@ -103,19 +101,15 @@ def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
     return float(np.mean(means)) if means else float("nan")
 
 
-# ── on a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
-    """How well query and target dialogues are matched with the images as they are, black, and another sample's.
+    """How well query and target dialogues are matched with their own, black, and other samples' images.
 
-    All turns of a sample, in an order drawn as in the training of ``recipe``; among ``SAMPLES`` samples, mean over
-    ``BATCHES`` draws.
+    Takes all turns of a sample, in an order drawn as in the training of ``recipe``, among ``SAMPLES`` samples; mean
+    over ``BATCHES`` draws.
 
     Returns:
         ``leak/{sighted,blank,swapped}/{turns,dialogues}``: shares by :func:`turns_found` and :func:`dialogues_found`.
-        Swapped: the image is that of another sample, the target that of the question. Nothing if the data has fewer
-        than two samples with an image.
+        Swapped: the image of another sample with the own targets. Empty for fewer than two samples with an image.
     """
     rows = pictured(data, SAMPLES * BATCHES)
     if len(rows) < 2:
@@ -124,22 +118,19 @@ def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
     scores: dict[str, float] = {}
     for view, own, blind in (("sighted", rows, False), ("blank", rows, True), ("swapped", swapped, False)):
         batches = _dialogues(model, own, recipe, blind=blind)
-        turns = [turns_found(*batch) for batch in batches]
-        dialogues = [dialogues_found(*batch[:3]) for batch in batches]
-        scores |= {f"leak/{view}/turns": float(np.mean(turns)), f"leak/{view}/dialogues": float(np.mean(dialogues))}
+        scores[f"leak/{view}/turns"] = float(np.mean([turns_found(*batch) for batch in batches]))
+        scores[f"leak/{view}/dialogues"] = float(np.mean([dialogues_found(*batch[:3]) for batch in batches]))
     return scores
 
 
 @torch.inference_mode()
 def _dialogues(model: Model, rows: InMemory, recipe: Recipe, *, blind: bool) -> list[tuple[np.ndarray, ...]]:
-    """Of batches of whole samples, as training makes them: query and target vectors, ids of samples and targets."""
+    """Query and target vectors, ids of samples and of targets, of batches of whole samples as in training."""
     size = min(SAMPLES, len(rows))
-    turns = replace(recipe.turns, limit=None, image_turn=None)
-    if turns.mode == "reconstruction":
-        turns = replace(turns, mode="isolated")
+    mode = "isolated" if recipe.turns.mode == "reconstruction" else recipe.turns.mode
+    turns = replace(recipe.turns, mode=mode, limit=None, image_turn=None)
     mixture = Mixture([len(rows)], [1.0], size, recipe.seed)
-    processor = model.encoder.muco_processor
-    batches = TrainingBatches([rows], mixture, processor, turns, seed=recipe.seed, blind=blind)
+    batches = TrainingBatches([rows], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=blind)
     model.eval()
     made = []
     for step in range(len(rows) // size):
@@ -151,16 +142,16 @@ def _dialogues(model: Model, rows: InMemory, recipe: Recipe, *, blind: bool) -> 
 
 
 def coherence(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
-    """How the vectors of images, of their turns and of their captions lie to one another.
+    """The geometry of the vectors of images, their turns and their captions.
 
-    Of the first ``DESCRIBED`` samples with an image and a turn of kind "retrieval". "Image" is the image with the
-    question of that turn, as it is trained, or "alone"; every turn is embedded by itself.
+    Takes the first ``DESCRIBED`` samples with an image and a turn of kind "retrieval". An image is embedded with the
+    question of that turn, as in training, or "alone"; every turn by itself.
 
     Returns:
         ``coherence/…``: ``gap`` and ``gap_alone`` (:func:`modality_gap` of images and captions), ``alignment`` of image
         and caption, ``uniformity_images`` and ``uniformity_captions``, ``caption`` and ``other_caption`` (mean cosine
-        of an image with its own caption and with those of others) and ``turns`` (:func:`agreement` of an image's
-        questions with each other, left out where no sample has two). Nothing if there are fewer than two such samples.
+        of an image with its own caption and with others) and ``turns`` (:func:`agreement` of an image's questions,
+        absent if no sample has two). Empty for fewer than two such samples.
     """
     rows = [row for row in pictured(data, DESCRIBED) if any(turn.kind == CAPTION for turn in row.turns)]
     if len(rows) < 2:

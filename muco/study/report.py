@@ -1,4 +1,4 @@
-"""The page of a study: a table, a plot, differences, and what a reader has to know."""
+"""The page of a study: a table, a plot, differences and notes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from muco.base.svg import EDGE, HEAD, LETTER, LINE, Mark, chart, element, figure
 from muco.base.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Column, Study
 
-# ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half the width of its 95 % interval; NaN where there is one seed only, or no value."""
+    """A mean over seeds and half the width of its 95 % interval; NaN for a single seed, or without a value."""
 
     values: tuple[float, ...]
 
@@ -35,44 +33,37 @@ class Estimate:
     def half_width(self) -> float:
         from scipy.stats import t
 
-        count = len(self.values)
-        if count < 2:
+        if (count := len(self.values)) < 2:
             return math.nan
         return float(t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
 
     def text(self, digits: int = 1) -> str:
         if math.isnan(self.mean):
             return "–"
-        if math.isnan(self.half_width):
-            return f"{self.mean:.{digits}f}"
-        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
+        interval = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
+        return f"{self.mean:.{digits}f}{interval}"
 
     def __str__(self) -> str:
         return self.text()
 
 
 def values_of(found: Mapping[str, Any], name: str, column: Column) -> tuple[float, ...]:
-    """A column of a run, one value per seed, in % if it is a share; NaN where it was not or could not be taken."""
-    factor, values = 100.0 if column.percent else 1.0, []
-    for run in found["runs"]:
-        if run["name"] == name:
-            scores = [run["result"]["scores"].get(score) for score in column.scores]
-            values.append(factor * float(np.mean(np.array(scores, dtype=float))))
-    return tuple(values)
+    """A column of a run, one value per seed, shares in %; NaN if there is none."""
+    runs = [run["result"]["scores"] for run in found["runs"] if run["name"] == name]
+    scores = np.array([[each.get(score) for score in column.scores] for each in runs], dtype=float)
+    return tuple((scores.mean(axis=1) * (100.0 if column.percent else 1.0)).tolist())
 
 
 def table(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per shown run: name, an :class:`Estimate` per column, steps, operations in 10¹² and seconds (means)."""
     rows = []
-    for run in study.runs:
-        if not run.shown:
-            continue
-        results = [entry["result"] for entry in found["runs"] if entry["name"] == run.name]
+    for name in (run.name for run in study.runs if run.shown):
+        results = [entry["result"] for entry in found["runs"] if entry["name"] == name]
         seconds = [result["seconds"] for result in results if result["seconds"] is not None]
         rows.append(
             {
-                "name": run.name,
-                "columns": {c.title: Estimate(values_of(found, run.name, c)) for c in study.columns},
+                "name": name,
+                "columns": {c.title: Estimate(values_of(found, name, c)) for c in study.columns},
                 "steps": float(np.mean([result["steps"] for result in results])),
                 "tflops": float(np.mean([result["flops"] for result in results])) / 1e12,
                 "seconds": float(np.mean(seconds)) if seconds else math.nan,
@@ -82,14 +73,13 @@ def table(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def table_as_json(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """:func:`table` as JSON can hold it; None for what is unknown."""
+    """:func:`table` for JSON; None: unknown."""
+
+    def plain(each: Estimate) -> dict[str, Any]:
+        return {"mean": each.mean, "half_width": each.half_width, "values": list(each.values)}
+
     rows = table(study, found)
-    for row in rows:
-        row["columns"] = {
-            title: {"mean": each.mean, "half_width": each.half_width, "values": list(each.values)}
-            for title, each in row["columns"].items()
-        }
-    return finite(rows)
+    return finite([row | {"columns": {title: plain(e) for title, e in row["columns"].items()}} for row in rows])
 
 
 def _difference(found: Mapping[str, Any], a: str, b: str, column: Column) -> Estimate:
@@ -99,10 +89,8 @@ def _difference(found: Mapping[str, Any], a: str, b: str, column: Column) -> Est
 
 def differences(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each comparison and column a − b, paired by seed."""
-    return [
-        {"a": a, "b": b, "columns": {c.title: _difference(found, a, b, c) for c in study.columns}}
-        for a, b in study.compared
-    ]
+    columns = [{c.title: _difference(found, *pair, c) for c in study.columns} for pair in study.compared]
+    return [{"a": a, "b": b, "columns": each} for (a, b), each in zip(study.compared, columns, strict=True)]
 
 
 def point_values(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -119,20 +107,25 @@ def point_values(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]
     ]
 
 
-# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 ROW, PANEL, GAP = 30, 210, 26  # px
 BAND, BETWEEN = 4, 34  # panels in a row; px between two rows of them
 
 
 def plot(study: Study, found: Mapping[str, Any]) -> str:
-    """A study's plot as SVG: differences over the ratio of costs where it has points, else a panel per column.
+    """A study's plot as SVG: differences over the ratio of costs if it has points, else a panel per column.
 
-    A panel has a line per run: a dot for the mean, a bar for the interval, faint dots for seeds. More columns than
-    ``BAND`` are in further bands below.
+    A panel has a line per run: a dot for the mean, a bar for the interval, faint dots for seeds. A band has ``BAND``
+    panels.
     """
     if study.points:
-        return _plot_points(study, found)
+        lines: dict[str, list[Mark]] = {}  # of a series
+        for point in point_values(study, found):
+            estimate = point["difference"]
+            mark = Mark(point["ratio"], estimate.mean, estimate.half_width, point["label"])
+            lines.setdefault(point["series"], []).append(mark)
+        across = "seconds of a step with seven turns, over those of a step with one"
+        upwards = f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better"
+        return chart(study.question, lines, across=across, upwards=upwards, times=True)
     rows = table(study, found)
     bands = [study.columns[first : first + BAND] for first in range(0, len(study.columns), BAND)]
     names = max(len(row["name"]) for row in rows) * LETTER + EDGE + 12
@@ -143,9 +136,8 @@ def plot(study: Study, found: Mapping[str, Any]) -> str:
     for place, columns in enumerate(bands):
         top = first + place * (band + BETWEEN)
         for row, line in enumerate(rows):
-            parts.append(
-                label(line["name"], x=f"{names - 10:.0f}", y=top + ROW * row + ROW // 2, dy="4", text_anchor="end")
-            )
+            y = top + ROW * row + ROW // 2
+            parts.append(label(line["name"], x=f"{names - 10:.0f}", y=y, dy="4", text_anchor="end"))
         for column, shown in enumerate(columns):
             estimates = [row["columns"][shown.title] for row in rows]
             parts += _panel(shown, estimates, names + column * (PANEL + GAP), top, top + band)
@@ -169,33 +161,13 @@ def _panel(column: Column, estimates: Sequence[Estimate], left: float, top: floa
         if math.isnan(estimate.mean):
             continue
         y, half = top + ROW * place + ROW // 2, estimate.half_width
-        for value in estimate.values:
-            parts.append(element("circle", class_="mark", opacity=".35", cx=x(value), cy=y, r=3))
+        parts += [element("circle", class_="mark", opacity=".35", cx=x(v), cy=y, r=3) for v in estimate.values]
         if not math.isnan(half):
             ends = {"x1": x(estimate.mean - half), "x2": x(estimate.mean + half)}
             parts.append(element("line", class_="mark", stroke_width=2, **ends, y1=y, y2=y))
         said = f"<title>{escape(estimate.text(column.digits))}</title>"
         parts.append(element("circle", said, class_="mark", cx=x(estimate.mean), cy=y, r="4.5"))
     return parts
-
-
-def _plot_points(study: Study, found: Mapping[str, Any]) -> str:
-    """The ratio of seconds per step to the right, the difference in points upwards; a line per series."""
-    lines: dict[str, list[Mark]] = {}
-    for point in point_values(study, found):
-        estimate = point["difference"]
-        mark = Mark(point["ratio"], estimate.mean, estimate.half_width, point["label"])
-        lines.setdefault(point["series"], []).append(mark)
-    return chart(
-        study.question,
-        lines,
-        across="seconds of a step with seven turns, over those of a step with one",
-        upwards=f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better",
-        times=True,
-    )
-
-
-# ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_report(study: Study, found: Mapping[str, Any], output: Path, command: str) -> Path:
@@ -235,9 +207,10 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
         "",
     ]
     if study.points:
-        points = point_values(study, found)
-        rows = [[p["series"], p["label"], f"{p['ratio']:.2f} ×", str(p["difference"])] for p in points]
         head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
+        rows = [
+            [p["series"], p["label"], f"{p['ratio']:.2f} ×", str(p["difference"])] for p in point_values(study, found)
+        ]
         lines += ["Points of the plot:", "", *markdown_table(head, rows), ""]
     if study.compared:
         rows = [[f"{d['a']} − {d['b']}", *_cells(study, d["columns"])] for d in differences(study, found)]
@@ -245,7 +218,7 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
     if found.get("costs"):
         lines += [*_costs(found["costs"]), ""]
     lines += [f"- {note}" for note in study.notes]
-    lines.append("- Seconds are of training, on the machine and beside whatever else it did; operations are counted.")
+    lines.append("- Seconds are those of training, whatever else the machine did; operations are counted.")
     return "\n".join(lines) + "\n"
 
 
@@ -266,9 +239,9 @@ def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
         for name, cost in costs.items()
     ]
     said = (
-        "A step of each, taken before the runs with nothing beside; it sets the steps of runs that equal others. The "
-        "runs had three rounds of the same steps, and of each step the quickest try counts. The spread is how much "
-        "longer the slowest round took than the quickest: what else the machine did. The seconds of the table above "
-        "show how equal the trainings became:"
+        "One step of each run, measured alone before the runs; it sets the number of steps of runs of equal cost. The "
+        "same steps were timed in three rounds, and the fastest time of each step counts. The spread is how much "
+        "longer the slowest round took than the fastest, because of other work on the machine. The seconds in the "
+        "table above show how equal the trainings became:"
     )
     return [said, "", *markdown_table(["run", "pairs", "GFLOP", "seconds", "spread"], rows)]

@@ -1,11 +1,11 @@
-"""Makes what a study lacks, several processes at a time.
+"""Makes the runs that a study lacks, several processes at a time.
 
 ::
 
     <output>/
-    ├── study.json         what was asked for; at the end every run with its scores
-    ├── data/              the scenes, appears whole; not there where a user gave data
-    ├── calibration.json   what a step of a run costs, where runs shall cost the same; taken once
+    ├── study.json         the arguments; at the end every run with its scores
+    ├── data/              the scenes, appears whole; absent if the user gave data
+    ├── calibration.json   the cost of a step, for runs of equal cost; measured once
     ├── runs/<run>-seed<n>/{job.json, run/, result.json, log.txt}
     └── plot.svg, README.md   see report.py
 """
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ from muco.base.machine import VERSION, usable_cores
 from muco.base.terminal import progress_bar
 from muco.data import open_data
 from muco.errors import MucoError, OutputError
-from muco.study.design import Costs, Sets, Study, filled, folder_of, recipe_of, root_of
+from muco.study.design import Costs, Run, Sets, Study, filled, folder_of, recipe_of, root_of
 
 POLL = 0.2  # seconds
-ROUNDS = 3  # in which the runs take turns to have their steps timed
-UNSTEADY = 0.2  # the rounds of a quiet machine lie closer together
-TAIL = 2000  # characters of a failed run's log that are shown
+ROUNDS = 3  # of timed steps of every run
+UNSTEADY = 0.2  # spread of rounds that a quiet machine stays below
+TAIL = 2000  # characters shown of a failed run's log
 
 
 def run_study(
@@ -46,18 +45,18 @@ def run_study(
     jobs: int = 1,
     sets: Sets | None = None,
 ) -> dict[str, Any]:
-    """Trains and scores all runs of a study, but for those that are there.
+    """Trains and scores the runs of a study that have no result yet.
 
     Args:
         scale: Of data and steps; 0.1 is a tenth of both, to try it out.
         jobs: Runs at a time; they share the cores.
     Returns:
-        What ``study.json`` holds: ``asked``, ``runs``, each with name, seed and result, and ``costs`` of a step by run
-        where some runs equal others.
+        The content of ``study.json``: ``asked``, ``runs``, each with name, seed and result, and ``costs`` of a step by
+        run if some runs have equal costs.
     Raises:
         OutputError: If the folder holds another study, or anything else.
-        MucoError: If the study needs scenes and ``sets`` are given, or a run fails; what it last said is in the
-            message, and the whole in its ``log.txt``.
+        MucoError: If the study needs scenes and ``sets`` are given, or a run fails: the message ends with the end of
+            its ``log.txt``.
     """
     if seeds < 1 or jobs < 1 or first_seed < 0:
         raise MucoError(
@@ -83,33 +82,27 @@ def run_study(
                 with writing(final):
                     study.prepare(part, scale)
                     os.replace(part, final)
-        settings = {"scale": scale, "sets": sets}
-        costs = _costs(study, output, first_seed, jobs, **settings)
+        costs = _costs(study, output, first_seed, jobs, scale, sets)
         todo = [(run.name, seed) for seed in range(first_seed, first_seed + seeds) for run in study.runs]
-        _Runs(study, output, [*todo], jobs, costs, **settings).make()
-        results = [
-            {"name": name, "seed": seed, "result": _result(folder_of(output, name, seed)) or {}} for name, seed in todo
-        ]
+        _make(study, output, todo, jobs, costs, scale, sets)
+        results = [{"name": key[0], "seed": key[1], "result": _result(folder_of(output, *key)) or {}} for key in todo]
         found = {"asked": asked | {"seeds": seeds, "first_seed": first_seed}, "runs": results}
         found |= {"costs": costs} if costs else {}
         write_json(output / "study.json", found)
         return found
 
 
-def _costs(study: Study, output: Path, seed: int, jobs: int, *, scale: float, sets: Sets | None) -> Costs:
-    """The cost of a step by run; what ``calibration.json`` lacks is measured, with nothing beside, and kept there."""
+def _costs(study: Study, output: Path, seed: int, jobs: int, scale: float, sets: Sets | None) -> Costs:
+    """The cost of a step by run; what ``calibration.json`` lacks is measured, with no run beside, and added to it."""
     file, folder = output / "calibration.json", output / "calibration"
     known = read_json(file) if file.is_file() else {}
-    if missing := [name for name in study.measured if name not in known]:
+    if missing := [study.run(name) for name in study.measured if name not in known]:
         any_steps = {name: {"pairs": 1.0, "flops": 1.0, "seconds": 1.0} for name in study.measured}
-        settings = {"costs": any_steps, "sets": sets}
-        runs = {
-            name: {
-                "recipe": recipe_of(study, study.run(name), seed, scale, output, **settings),
-                "root": recipe_of(study, root_of(study, study.run(name)), seed, scale, output, **settings),
-            }
-            for name in missing
-        }
+
+        def recipe(run: Run) -> dict[str, Any]:
+            return recipe_of(study, run, seed, scale, output, costs=any_steps, sets=sets)
+
+        runs = {run.name: {"recipe": recipe(run), "root": recipe(root_of(study, run))} for run in missing}
         known |= _measured(study, folder, runs, jobs)
         write_json(file, known)
     return {name: known[name] for name in study.measured}
@@ -131,73 +124,55 @@ def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> di
     if unsteady:
         print(
             f"{study.name}: the same steps took up to {max(unsteady.values()):.0%} longer in one round than in another "
-            f"({', '.join(unsteady)}); the machine does something else. Each step's quickest try counts; to measure "
-            f"again, stop, delete {folder}.json and the folder runs beside it, and begin when nothing else runs.",
+            f"({', '.join(unsteady)}); the machine is busy. The fastest time of each step counts; to measure again, "
+            f"stop, delete {folder}.json and the folder runs beside it, and start when nothing else runs.",
             file=sys.stderr,
         )
     return found
 
 
-Key = tuple[str, int]  # name of a run, and seed
-
-
-@dataclass
-class _Runs:
-    """Runs of a study, each made in a process of its own, at most ``jobs`` at a time.
-
-    A run starts when the one it builds on is done.
-    """
-
-    study: Study
-    output: Path
-    waiting: list[Key]
-    jobs: int
-    costs: Costs
-    scale: float
-    sets: Sets | None
-    going: dict[Key, subprocess.Popen] = field(default_factory=dict)
-
-    def make(self) -> None:
-        """Makes all of them; the first one that fails stops all."""
-        total = len(self.waiting)
-        with progress_bar(self.study.name) as progress:
-            try:
-                while self.waiting or self.going:
-                    for key in [key for key, process in self.going.items() if process.poll() is not None]:
-                        _check(folder_of(self.output, *key), self.going.pop(key))
-                    for key in self.ready()[: self.jobs - len(self.going)]:
-                        self.start(key)
-                    progress(total - len(self.waiting) - len(self.going), total)
-                    time.sleep(POLL)
-            finally:
-                _stop([*self.going.values()])
-
-    def ready(self) -> list[Key]:
-        """Those that wait for no other run."""
-        undone = {*self.waiting, *self.going}
-        return [(name, seed) for name, seed in self.waiting if (self.study.run(name).start, seed) not in undone]
-
-    def start(self, key: Key) -> None:
-        """Starts a run, unless its result is there."""
-        self.waiting.remove(key)
-        run, study, folder = self.study.run(key[0]), self.study, folder_of(self.output, *key)
-        job: dict[str, Any] = {
-            "recipe": recipe_of(study, run, key[1], self.scale, self.output, costs=self.costs, sets=self.sets),
-            "test": filled(run.test or study.test, self.output, self.sets),
-        }
-        if self.sets:
-            job["format"] = self.sets.format
-        if study.probes:
-            job["probes"] = [*study.probes]
-        known = _result(folder)
-        if known is None:
-            self.going[key] = _start(folder, job, self.jobs)
-        elif known["job"] != job:
-            raise OutputError(f"{folder} is a run of another recipe; choose another output folder, or delete it")
+def _make(
+    study: Study,
+    output: Path,
+    todo: Sequence[tuple[str, int]],  # name of a run, and seed
+    jobs: int,
+    costs: Costs,
+    scale: float,
+    sets: Sets | None,
+) -> None:
+    """Makes the runs without a result, each in its own process after the run it starts from; ends at a failure."""
+    waiting, going = [*todo], {}
+    with progress_bar(study.name) as progress:
+        try:
+            while waiting or going:
+                for key in [key for key, process in going.items() if process.poll() is not None]:
+                    _check(folder_of(output, *key), going.pop(key))
+                undone = {*waiting, *going}
+                ready = [key for key in waiting if (study.run(key[0]).start, key[1]) not in undone]
+                for name, seed in ready[: jobs - len(going)]:
+                    waiting.remove((name, seed))
+                    run, folder = study.run(name), folder_of(output, name, seed)
+                    job: dict[str, Any] = {
+                        "recipe": recipe_of(study, run, seed, scale, output, costs=costs, sets=sets),
+                        "test": filled(run.test or study.test, output, sets),
+                        **({"format": sets.format} if sets else {}),
+                        **({"probes": [*study.probes]} if study.probes else {}),
+                    }
+                    known = _result(folder)
+                    if known is None:
+                        going[name, seed] = _start(folder, job, jobs)
+                    elif known["job"] != job:
+                        raise OutputError(
+                            f"{folder} is a run of another recipe; choose another output folder, or delete it"
+                        )
+                progress(len(todo) - len(waiting) - len(going), len(todo))
+                time.sleep(POLL)
+        finally:
+            _stop([*going.values()])
 
 
 def _start(folder: Path, job: dict[str, Any], jobs: int) -> subprocess.Popen:
-    """A process of its share of the cores that does what ``job.json`` in its folder says."""
+    """A process with its share of the cores that does the job in ``job.json`` in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", job)
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}

@@ -1,32 +1,18 @@
-"""The studies by name. Each is data: what its runs share, what differs, what is compared."""
+"""The studies by name. Each is data: the base recipe, the differences of its runs, the comparisons."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from muco.errors import MucoError, did_you_mean
-from muco.study.base import (
-    COMPOUNDED,
-    FINETUNE,
-    IMAGE_SHARE,
-    JOINT,
-    MULTI_TURN,
-    NEGATIVES,
-    PLAIN,
-    SCORES,
-    SINGLE,
-    fine_tuning,
-    fresh_scenes,
-    plain_scenes,
-    scenes_in_two_stages,
-    steps,
-)
+from muco.study import base
+from muco.study.base import COMPOUNDED, PLAIN, SCORES, SINGLE, steps
 from muco.study.design import Column, Equal, Run, Study
 from muco.study.true_sizes import QUESTION
 
 EVALUATED = (
-    "Every model is scored with one question at a time, whatever its training; hit@1. There are 500 held-out scenes at "
-    "scale 1 or more, fewer below, and chance for a caption is one in their number."
+    "Every model is scored with one question at a time, whatever its training; hit@1. At scale 1 or more there are 500 "
+    "held-out scenes; chance for a caption is one in their number."
 )
 
 # ── turns per image (the paper, Table 5) ─────────────────────────────────────────────────────────────────────────────
@@ -38,7 +24,7 @@ def _turns(k: int, images: int = 32) -> dict[str, Any]:
 
 TURNS = Study(
     name="turns",
-    question="What do more turns per image buy: at equal images, equal seconds, equal pairs, and against more images?",
+    question="What do more turns per image gain at equal images, equal seconds, equal pairs, and against more images?",
     base=PLAIN,
     runs=(
         Run("k = 7", _turns(7)),
@@ -49,16 +35,16 @@ TURNS = Study(
         *(Run(f"k = 1, {k} × the images", _turns(1, 32 * k)) for k in (4, 7)),
     ),
     columns=SCORES,
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     compared=(
         *(("k = 7", f"k = {k}, equal {what}") for what in ("images", "seconds", "pairs") for k in (4, 2, 1)),
         ("k = 7", "k = 1, 7 × the images"),
         ("k = 7", "k = 7, compounded (the paper)"),
     ),
     notes=(
-        "250 steps of 32 images from random weights; with k < 7 every step draws k turns of each image. Isolated turns "
-        "but for the row of the paper's compounded ones.",
-        "Equal seconds and equal pairs: more steps. k × the images: as many steps, with more images in each.",
+        "250 steps of 32 images from random weights; with k < 7 every step draws k turns per image. Turns are isolated "
+        "except in the row with the paper's compounded ones.",
+        "Equal seconds and equal pairs: more steps. k × the images: the same steps with more images in each.",
         EVALUATED,
     ),
 )
@@ -71,11 +57,11 @@ _POSITIONS = {
     "isolated, positions run on": {"turns": {"positions": "run_on"}},
     "compounded, positions restart": {"turns": {"mode": "compounded", "positions": "restart"}},
 }
-_TUNED = steps(150, learning_rate=5e-4) | SINGLE | {"batch": {"size": 64}}
+_TUNED, _TUNING = ", fine-tuned", steps(150, learning_rate=5e-4) | SINGLE | {"batch": {"size": 64}}
 
 COMPOUNDING = Study(
     name="compounding",
-    question="Shall a turn see the turns before it (compounded) or the image and itself (isolated)?",
+    question="Should a turn see the turns before it (compounded) or only the image and itself (isolated)?",
     base=PLAIN,
     runs=(
         Run("single turns", steps(800) | SINGLE),
@@ -85,23 +71,19 @@ COMPOUNDING = Study(
             for mode, turns in _MODES.items()
         ),
         *(Run(f"{mode}, from scratch", steps(400) | turns) for mode, turns in _POSITIONS.items()),
-        *(Run(f"{mode}, {name}, fine-tuned", _TUNED, start=f"{mode}, {name}") for name in _STARTS for mode in _MODES),
+        *(Run(f"{mode}, {name}{_TUNED}", _TUNING, start=f"{mode}, {name}") for name in _STARTS for mode in _MODES),
     ),
     columns=SCORES,
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     compared=(
-        *(
-            (f"compounded, {name}{stage}", f"isolated, {name}{stage}")
-            for name in _STARTS
-            for stage in ("", ", fine-tuned")
-        ),
+        *((f"compounded, {name}{tuned}", f"isolated, {name}{tuned}") for name in _STARTS for tuned in ("", _TUNED)),
         *((f"{mode}, from scratch", f"{mode.split(',')[0]}, from scratch") for mode in _POSITIONS),
     ),
     notes=(
         "400 steps of 32 images with seven turns, in an order drawn per sample (the paper's). The pre-trained start is "
         "800 steps of one turn per image, which favours neither side. Fine-tuned: 150 more steps of 64 single turns.",
-        "Positions: an isolated turn's begin anew after the image, a compounded turn's run on; the rows that say so "
-        "have it the other way round, which tells apart what a turn sees and where it stands.",
+        "Positions of isolated turns restart after the image, those of compounded turns run on. Rows with the reverse "
+        "separate the effect of positions from that of the turns seen.",
         EVALUATED,
     ),
 )
@@ -116,7 +98,7 @@ _LEAK = tuple(
 
 ORDER = Study(
     name="order",
-    question="How much does the order of compounded turns give away, and can an order shared by samples stop it?",
+    question="How much does the order of compounded turns give away, and does an order shared by samples prevent it?",
     base=PLAIN,
     runs=(
         Run("isolated turns", steps(400)),
@@ -126,59 +108,50 @@ ORDER = Study(
         ),
     ),
     columns=(*SCORES, *_LEAK),
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     probes=("leak",),
     compared=tuple((f"compounded, {name}", "compounded, per sample (the paper)") for name in [*_ORDERS][1:])
     + (("isolated turns", "compounded, per sample (the paper)"),),
     notes=(
         "400 steps of 32 images with seven turns from random weights.",
-        "The probe takes 32 held-out samples with all their turns, in orders drawn as in the run's training. Blank: "
-        "all images are black. Swapped: each has another sample's image, and the target of its own questions is "
-        "looked for. What is found then is found without the image.",
-        "Turn found: a turn's own target scores above those of all other samples. This is what the training loss asks "
-        "for; who knows the kind of the question and no more finds 1 in 32 (3.1 %).",
-        "Dialogue found: the sum of a dialogue's scores is highest with its own target dialogue. Two orders of kinds "
-        "differ in that sum although no turn knows of the order, so isolated turns are found too; their training never "
-        "takes this sum.",
+        "The probe takes 32 held-out samples with all their turns, in orders drawn as in training. Blank: all images "
+        "are black. Swapped: each sample has another one's image, and the targets are those of its own questions. "
+        "Both measure what is found without the image.",
+        "Turn found: a turn's target scores above those of all other samples, as in the training loss. Knowing only "
+        "the kind of a question finds 1 in 32 (3.1 %).",
+        "Dialogue found: the sum of a dialogue's scores is highest with its own target dialogue. This sum depends on "
+        "the order of kinds although no turn knows it, so isolated turns are found too; their training never uses it.",
         EVALUATED,
     ),
 )
 
 # ── masks (the paper, Table 7) ───────────────────────────────────────────────────────────────────────────────────────
 
-_UNMASKED = {"loss": {"mask_same_image": False}}
+_LOSSES = {"masked": {}, "not masked": {"loss": {"mask_same_image": False}}}
 _SHORT = {"trainer": {"max_steps": 150, "warmup_steps": 8, "learning_rate": 5e-4}}
 
 MASKS = Study(
     name="masks",
-    question="What are the masks for: the same image's other targets in pre-training, the counterpart in fine-tuning?",
+    question="Are the masks needed: of an image's other targets in pre-training, of the counterpart in fine-tuning?",
     base=PLAIN,
     runs=(
         *(
-            Run(f"{mode}, {name}", steps(350) | turns | MULTI_TURN | loss)
+            Run(f"{mode}, {name}", steps(350) | turns | base.MULTI_TURN | loss)
             for mode, turns in _MODES.items()
-            for name, loss in (("masked", {}), ("not masked", _UNMASKED))
+            for name, loss in _LOSSES.items()
         ),
-        Run("fine-tuned, masked", JOINT | _SHORT, start="isolated, masked"),
-        Run(
-            "fine-tuned, not masked",
-            fine_tuning("reconstruction", joint=True, mask_counterpart=False) | _SHORT,
-            start="isolated, masked",
-        ),
+        Run("fine-tuned, masked", base.JOINT | _SHORT, start="isolated, masked"),
+        Run("fine-tuned, not masked", base.UNMASKED | _SHORT, start="isolated, masked"),
     ),
     columns=SCORES,
-    prepare=scenes_in_two_stages,
-    compared=(
-        ("isolated, masked", "isolated, not masked"),
-        ("compounded, masked", "compounded, not masked"),
-        ("fine-tuned, masked", "fine-tuned, not masked"),
-    ),
+    prepare=base.scenes_in_two_stages,
+    compared=tuple((f"{name}, masked", f"{name}, not masked") for name in (*_MODES, "fine-tuned")),
     notes=(
         "350 steps of 32 images with seven turns from random weights. Not masked: the targets of an image's other "
-        "turns are negatives too, but for identical ones.",
-        "Fine-tuned: 150 steps of 64 single pairs with reconstruction, joint; not masked: the counterpart of the own "
-        "pair is a negative. The study finetune has more of it.",
-        "'Within' is the score that this mask bears on: the right one among the image's own seven targets.",
+        "turns are negatives too, unless identical.",
+        "Fine-tuned: 150 steps of 64 single pairs with reconstruction, joint. Not masked: the counterpart of a pair is "
+        "a negative. See also the study finetune.",
+        "'Within', the right one among the image's own seven targets, shows the effect of this mask.",
         EVALUATED,
     ),
 )
@@ -186,9 +159,16 @@ MASKS = Study(
 # ── coherence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shape(title: str, name: str) -> Column:
-    return Column(title, (f"coherence/{name}",), percent=False, digits=3)
-
+_AS_SEVEN = Equal("isolated, k = 7", "seconds")
+_SHAPE = {
+    "modality gap": "gap",
+    "alignment, lower is closer": "alignment",
+    "uniformity of images": "uniformity_images",
+    "uniformity of captions": "uniformity_captions",
+    "cosine, own caption": "caption",
+    "cosine, another's caption": "other_caption",
+    "cosine, turns of an image": "turns",
+}
 
 COHERENCE = Study(
     name="coherence",
@@ -196,25 +176,15 @@ COHERENCE = Study(
     base=PLAIN,
     runs=(
         Run("isolated, k = 7", steps(450)),
-        Run("single turns", SINGLE, equal=Equal("isolated, k = 7", "seconds")),
-        Run("compounded, k = 7 (the paper)", COMPOUNDED, equal=Equal("isolated, k = 7", "seconds")),
-        Run(
-            "compounded, one order per batch",
-            {"turns": {"mode": "compounded", "order": "batch"}},
-            equal=Equal("isolated, k = 7", "seconds"),
-        ),
+        Run("single turns", SINGLE, equal=_AS_SEVEN),
+        Run("compounded, k = 7 (the paper)", COMPOUNDED, equal=_AS_SEVEN),
+        Run("compounded, one order per batch", {"turns": {"mode": "compounded", "order": "batch"}}, equal=_AS_SEVEN),
     ),
     columns=(
         SCORES[0],
-        _shape("modality gap", "gap"),
-        _shape("alignment, lower is closer", "alignment"),
-        _shape("uniformity of images", "uniformity_images"),
-        _shape("uniformity of captions", "uniformity_captions"),
-        _shape("cosine, own caption", "caption"),
-        _shape("cosine, another's caption", "other_caption"),
-        _shape("cosine, turns of an image", "turns"),
+        *(Column(title, (f"coherence/{name}",), percent=False, digits=3) for title, name in _SHAPE.items()),
     ),
-    prepare=plain_scenes,
+    prepare=base.plain_scenes,
     probes=("coherence",),
     compared=(
         ("isolated, k = 7", "single turns"),
@@ -223,11 +193,11 @@ COHERENCE = Study(
     ),
     notes=(
         "450 steps of 32 images from random weights with seven isolated turns; the others at equal seconds.",
-        "Of 200 held-out scenes, each image with the question for its caption. Modality gap: distance "
-        "of the centroids of images and captions. Alignment: mean squared distance of an image and its caption. "
-        "Uniformity: log of the mean of exp(−2 d²) over pairs; lower is more spread out (Wang & Isola 2020).",
-        "Closeness says little by itself: vectors that are all equal have no gap and agree perfectly. So read "
-        "alignment beside uniformity, the own caption beside another's, and the agreement of turns beside hit@1.",
+        "Measured on 200 held-out scenes, each image with the question for its caption. Modality gap: distance of the "
+        "centroids of images and captions. Alignment: mean squared distance of an image and its caption. Uniformity: "
+        "log of the mean of exp(−2 d²) over pairs; lower is more spread out (Wang & Isola 2020).",
+        "Equal vectors have no gap and agree perfectly, so closeness alone says little: read alignment with "
+        "uniformity, the own caption with another's, and the cosine of turns with hit@1.",
         "Differences of columns other than hit@1 are in their own units.",
     ),
 )
@@ -260,7 +230,7 @@ BEAT = Study(
         ),
     ),
     columns=(SCORES[0], Column("caption to image", ("caption_to_image",)), *SCORES[1:]),
-    prepare=fresh_scenes,
+    prepare=base.fresh_scenes,
     compared=(
         *((name, "the paper's") for name in ("isolated", "isolated, both directions", _CANDIDATE, "single turns")),
         (f"{_CANDIDATE}, pre-trained start", "the paper's, pre-trained start"),
@@ -268,33 +238,33 @@ BEAT = Study(
     seeds=5,
     registered=(
         "The measure is image to caption, hit@1 among held-out scenes, at equal seconds of training.",
-        f"The candidate is '{_CANDIDATE}'; the rows before it show which part of it counts. It is better if the 95 % "
-        "interval of its difference to the paper's recipe, paired by seed, lies above 0, from random weights and from "
-        "the pre-trained start.",
-        "At least five seeds that no earlier run had (--first-seed), on scenes that nothing was chosen on.",
+        f"The candidate is '{_CANDIDATE}'; the rows before it show which of its parts matters. It is better if the "
+        "95 % interval of its difference from the paper's recipe, paired by seed, lies above 0, from random weights "
+        "and from the pre-trained start.",
+        "At least five seeds of no earlier run (--first-seed), on scenes that no choice was made on.",
     ),
     notes=(
         "The paper's recipe: seven compounded turns in an order drawn per sample, temperature 0.02, query to target "
-        "only, no image turn. All runs share model, images per step, learning rates and data, which were chosen in "
-        "dev runs of isolated turns, and so were the parts of the candidate. The paper's recipe has 1024 images per "
-        "step and one epoch; here all runs have 32. 500 steps of the paper's recipe set the seconds.",
+        "only, no image turn, but with 32 images per step instead of 1024 in one epoch. All runs share model, images "
+        "per step, learning rates and data. These and the parts of the candidate were chosen in dev runs of isolated "
+        "turns. 500 steps of the paper's recipe set the seconds.",
         "The pre-trained start is 600 steps of one turn per image; its time is not counted.",
         EVALUATED,
     ),
 )
 
-_ALL = (TURNS, MASKS, COMPOUNDING, IMAGE_SHARE, ORDER, NEGATIVES, FINETUNE, COHERENCE, BEAT)
+_ALL = (TURNS, MASKS, COMPOUNDING, base.IMAGE_SHARE, ORDER, base.NEGATIVES, base.FINETUNE, COHERENCE, BEAT)
 STUDIES = {study.name: study for study in _ALL}
-FLOPS = "flops"  # counts and trains nothing, so it is none of the above
+FLOPS = "flops"  # it only counts, so it is not one of these
 
 
 def find_study(name: str) -> Study:
-    """The study of a name; a MucoError with all names if there is none."""
+    """The study of a name; a MucoError if there is none."""
     if name not in STUDIES:
         raise MucoError(f"unknown study {name!r}{did_you_mean(name, questions())}")
     return STUDIES[name]
 
 
 def questions() -> dict[str, str]:
-    """What each study asks, by name."""
+    """The question of each study by name."""
     return {name: study.question for name, study in STUDIES.items()} | {FLOPS: QUESTION}

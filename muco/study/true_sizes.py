@@ -1,6 +1,6 @@
-"""The study of operations: what a step of the true Qwen2-VL-2B and 7B takes by turns per image, beside the paper's.
+"""The study of operations: the cost of a step of the true Qwen2-VL-2B and 7B by turns per image, beside the paper's.
 
-Nothing is trained, and there are no weights: :mod:`muco.training.flops` counts on the meta device.
+Nothing is trained and no weights are needed: :mod:`muco.training.flops` counts on the meta device.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from muco.sizes import Adapter
 if TYPE_CHECKING:
     from rich.console import Console
 
-QUESTION = "What does a step of the true 2B and 7B model take, by turns per image, beside the paper's figures?"
-IMAGES, VISUAL, QUERY, TARGET = 1024, 782, 30, 20  # images per step; tokens of an image, and of a turn on either side
+QUESTION = "How many operations does a step of the true 2B and 7B model take, by turns per image, beside the paper's?"
+IMAGES, VISUAL, QUERY, TARGET = 1024, 782, 30, 20  # images per step; tokens of an image, and of a turn on each side
 TURNS = (1, 2, 4, 7)
 MANY = "as many pairs"  # one turn of seven times the images
 RUNS = {**{str(k): (IMAGES, k) for k in TURNS}, MANY: (7 * IMAGES, 1)}
@@ -44,13 +44,10 @@ def run_flops(
     sizes: Sequence[str] = SIZES,
     assumptions: Mapping[str, Mapping[str, Any]] = ASSUMPTIONS,
 ) -> dict[str, Any]:
-    """Counts what ``study.json`` in the folder does not hold yet, and writes it, ``plot.svg`` and ``README.md``.
+    """Counts what ``study.json`` in the folder lacks, and writes it, ``plot.svg`` and ``README.md``.
 
-    Returns:
-        ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of one step, as
-        :class:`muco.training.flops.Flops` and in all (``total``).
-    Raises:
-        OutputError: If the folder holds another study, or anything else.
+    Returns ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of a step, as
+    :class:`muco.training.flops.Flops` and in all (``total``). OutputError if the folder holds anything else.
     """
     from muco.training.flops import meta_step_flops, qwen2_vl_config
 
@@ -65,11 +62,10 @@ def run_flops(
                 progress(done, len(todo))
                 config = qwen2_vl_config(size)  # type: ignore[arg-type]
                 given = {"visual_tokens": VISUAL, "query_tokens": QUERY, "target_tokens": TARGET, **assumptions[name]}
-                counts = {
-                    run: meta_step_flops(config, images=images, turns=turns, **given)
-                    for run, (images, turns) in RUNS.items()
-                }
-                flops.setdefault(size, {})[name] = {run: asdict(c) | {"total": c.total} for run, c in counts.items()}
+                counts = flops.setdefault(size, {})[name] = {}
+                for run, (images, turns) in RUNS.items():
+                    count = meta_step_flops(config, images=images, turns=turns, **given)
+                    counts[run] = asdict(count) | {"total": count.total}
                 write_json(file, found)
         write_text(output / "plot.svg", _plot(flops))
         write_text(output / "README.md", _page(found, command))
@@ -87,9 +83,9 @@ def pflops(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
 
 
 def tokens_per_turn(counts: Mapping[str, Mapping[str, int]], tokens: int, published: Mapping[str, float]) -> float:
-    """How many text tokens a turn may have so that six more of them add what is published, in PFLOPs at k = 1 and 7.
+    """How many text tokens a turn may have for six more turns to add as much as published, in PFLOPs at k = 1 and 7.
 
-    ``tokens``: tokens per turn of each of ``counts``, both sides together; cost per token is taken for constant.
+    ``tokens``: of a turn in ``counts``, both sides together; assumes a constant cost per token.
     """
     ours = pflops(counts)
     return tokens * (published["7"] - published["1"]) / (ours["7"] - ours["1"])
@@ -98,50 +94,47 @@ def tokens_per_turn(counts: Mapping[str, Mapping[str, int]], tokens: int, publis
 def _page(found: Mapping[str, Any], command: str) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
     lines = [f"# {QUESTION}", "", f"Made by `{command}`. {versions}.", ""]
-    lines += [f"PFLOP (10¹⁵ operations) per training step of {IMAGES} images, but for the last column.", ""]
+    lines += [f"PFLOP (10¹⁵ operations) per training step of {IMAGES} images, except in the last column.", ""]
     for size, counts in found["flops"].items():
         lines += [f"## Qwen2-VL-{size}", "", *_table(size, counts), ""]
-    lines += ["![Operations over turns](plot.svg)", "", "## What is assumed", "", *_ASSUMED, ""]
+    lines += ["![Operations over turns](plot.svg)", "", "## Assumptions", "", *_ASSUMED, ""]
     if "2B" in found["flops"]:
-        lines += ["## Why this is not the paper's column", "", *_explained(found["flops"]["2B"])]
+        lines += ["## Why the paper's figures differ", "", *_explained(found["flops"]["2B"])]
     return "\n".join(lines) + "\n"
 
 
 _ASSUMED = (
     f"- An image has {VISUAL} visual tokens (952 × 644 px, a photograph of 1000 × 667) unless the row says 1024. A "
-    f"turn adds {QUERY} text tokens to the query side and {TARGET} to the target side, its share of the prompt "
-    "included, unless the row says other numbers; the prompt itself has 14, and 3 more around an image.",
+    f"turn adds {QUERY} text tokens to the query side and {TARGET} to the target side, with its share of the prompt, "
+    "unless the row says otherwise; the prompt itself has 14, and 3 more around an image.",
     "- The vision tower is frozen and runs forward once per image. The language model runs forward and backward on "
-    "both sides; 'LoRA': its own weights get no gradient, only adapters of rank 64; 'all weights': they do.",
-    "- Counted are multiplications and additions of matrix products, convolutions and attention, and the scores of the "
-    "loss among all pairs of the step. Not counted: norms, activations, softmax, the optimizer, and a second forward "
-    "pass where a gradient cache makes one.",
-    "- Isolated and compounded turns count alike: attention is counted as full products, whatever the mask.",
+    "both sides. 'LoRA': only adapters of rank 64 get gradients; 'all weights': the model's own weights do.",
+    "- Multiplications and additions of matrix products, convolutions, attention, and the scores of the loss among all "
+    "pairs of the step are counted. Norms, activations, softmax, the optimizer, and a second forward pass of a "
+    "gradient cache are not.",
+    "- Isolated and compounded turns count the same: attention is counted as full products, whatever the mask.",
 )
 
 
 def _explained(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
-    lines = [
-        "How long the paper's images and texts are, and what it counts, is not known here; this is reckoned back.",
-        "",
-    ]
+    lines = ["The lengths of the paper's images and texts, and what it counts, are unknown; this is inferred.", ""]
     all_weights, many = counts.get("all weights"), counts.get("all weights, 1024 visual tokens")
     if many:
         lines.append(
-            f"- At k = 1 the paper's {PAPER['1']} is met with 1024 visual tokens per image and gradients of all "
-            f"weights ({pflops(many)['1']:.1f}), although LoRA needs none of them."
+            f"- 1024 visual tokens per image and gradients of all weights give the paper's {PAPER['1']} at k = 1 "
+            f"({pflops(many)['1']:.1f}), although LoRA needs no such gradients."
         )
     if all_weights:
-        fits = tokens_per_turn(all_weights, QUERY + TARGET, PAPER)
+        ours, fits = pflops(all_weights), tokens_per_turn(all_weights, QUERY + TARGET, PAPER)
         lines.append(
             f"- From k = 1 to 7 the paper adds {PAPER['7'] - PAPER['1']:.1f}; {QUERY} + {TARGET} tokens per turn add "
-            f"{pflops(all_weights)['7'] - pflops(all_weights)['1']:.1f}. The paper's increment has room for about "
-            f"{fits:.0f} tokens per turn, both sides and their share of the prompt included: less than a short "
-            "question and its answer, and one of the seven answers is a dense caption."
+            f"{ours['7'] - ours['1']:.1f}. The paper's increment leaves about {fits:.0f} tokens per turn, both sides "
+            "and their share of the prompt included: less than a short question and its answer, and one of the seven "
+            "answers is a dense caption."
         )
     lines.append(
         f"- One turn of seven times the images takes {PAPER[MANY] / PAPER['1']:.2f} times as much in the paper and "
-        "7.00 times as much here, but for the loss. So the paper's conclusion stands under every row: more turns are "
+        "7.00 times as much here, except for the loss. So the paper's conclusion holds in every row: more turns are "
         "far cheaper than more images; by how much depends on the texts."
     )
     return lines
@@ -149,10 +142,9 @@ def _explained(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[st
 
 def _table(size: str, counts: Mapping[str, Any]) -> list[str]:
     rows = [_row(name, pflops(runs), 2) for name, runs in counts.items()]
-    if size == "2B":  # the size that the paper's table belongs to
+    if size == "2B":  # the size of the paper's table
         rows.insert(0, _row("the paper, as published", PAPER, 1))
-    ratio = "7 : 1"
-    return markdown_table(["", *(f"k = {k}" for k in TURNS), ratio, f"k = 1 at {7 * IMAGES} images"], rows)
+    return markdown_table(["", *(f"k = {k}" for k in TURNS), "7 : 1", f"k = 1 at {7 * IMAGES} images"], rows)
 
 
 def _row(name: str, values: Mapping[str, float], digits: int) -> list[str]:

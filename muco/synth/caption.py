@@ -1,13 +1,13 @@
-"""Captions of the images of training data: made once by a model that the user serves, kept in a file, read by training.
+"""Captions of the images of training data: made once by a model that the user serves, kept in a file for training.
 
 ::
 
     {"image": "<SHA-256 of the image>", "caption": "a ring with …", "model": "…", "prompt": "muco-1 (…)"}
     {"image": "<SHA-256 of the image>", "error": "refusal: …", "model": "…", "prompt": "muco-1 (…)"}
 
-Fine-tuning by reconstruction hides a caption in the place of an image (:mod:`muco.reconstruction`). Each image is asked
-about once, however often it occurs in the data; a line is written when its answer is there, so that a killed run goes
-on with what is left. To ask about an image again, remove its line. Of two lines about an image the later one counts.
+Fine-tuning by reconstruction hides a caption instead of an image (:mod:`muco.reconstruction`). Each image is asked
+about once, however often it occurs in the data, and its line is written at once, so that a killed run resumes. To ask
+about an image again, remove its line. Of two lines about an image the later one counts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from muco.synth.flow import in_order
 from muco.synth.pairs import caption_problem
 from muco.synth.prompts import Prompts
 
-MAX_PIXELS = 1 << 20  # of an image as it is sent
-ATTEMPTS = 3  # to get a caption that can be used
+MAX_PIXELS = 1 << 20  # of an image as sent
+ATTEMPTS = 3  # for a usable caption
 
-Progress = Callable[[int, int], None]  # samples gone through, and all of them
+Progress = Callable[[int, int], None]  # samples done, and all of them
 log = logging.getLogger(__name__)
 
 
@@ -50,20 +50,20 @@ async def caption(
 ) -> dict[str, Any]:
     """Asks for a caption of every image of the data that has none, and appends it to ``output``.
 
-    Images of hard negatives are left out: nothing is reconstructed from them. Captions that the data has, and those in
-    ``output`` of other data or by other models, are kept. Images of more than ``max_pixels`` are sent smaller.
+    Images of hard negatives are left out, as nothing is reconstructed from them. Captions in the data, and those in
+    ``output`` of other data or models, are kept. Images of more than ``max_pixels`` are sent smaller.
 
     Returns:
         ``images`` of the data; how many of them were ``found`` in the file, ``captioned`` or ``failed``; ``stopped``,
         the reason if the budget ended the run; ``output``; ``usage`` of the endpoint.
     Raises:
         DataError: If a row of the data or a line of the file cannot be read.
-        EndpointError: If the server or the model is missing, or nothing that it says is of use.
+        EndpointError: If the server or the model is missing, or its answers are useless.
         OutputError: If another process writes to ``output``.
     """
     await endpoint.check(image=True)
     counts: Counter[str] = Counter(images=0, found=0, captioned=0, failed=0)
-    held: list[dict[str, Any]] = []  # failures, until something succeeds: images do not answer for a broken server
+    held: list[dict[str, Any]] = []  # failures, until something succeeds: a broken server is not the images' fault
     stopped = None
 
     async def one(image: tuple[ImageLike, str]) -> None:
@@ -94,9 +94,7 @@ async def _line(
     image: ImageLike, digest: str, endpoint: Endpoint, prompts: Prompts, max_pixels: int
 ) -> dict[str, Any] | None:
     """The line of an image; None if the server did not answer, so that the next run asks again."""
-
-    made = {"model": endpoint.model, "prompt": prompts.name}
-    reason = ""
+    made, reason = {"model": endpoint.model, "prompt": prompts.name}, ""
     try:
         message = user(await asyncio.to_thread(image_part, image, max_pixels), prompts.filled(prompts.picture))
         for attempt in range(ATTEMPTS):
@@ -107,12 +105,10 @@ async def _line(
                 return {"image": digest, "caption": " ".join(answer.text.split()), **made}
             reason = f"{problem}: {answer.text[:200]}"
             endpoint.useless(reason)
-    except ImageError as error:
-        reason = str(error)
-    except Unanswered as error:
-        if isinstance(error, Passing):
-            log.warning("no caption for now: %s", error)
-            return None
+    except Passing as error:
+        log.warning("no caption for now: %s", error)
+        return None
+    except (ImageError, Unanswered) as error:
         reason = str(error)
     return {"image": digest, "error": reason, **made}
 
@@ -129,16 +125,14 @@ def _images(
                 digest = image_digest(image, where=sample.where)
             except ImageError as error:
                 log.warning("%s", error)
-                counts["missing"] += 1  # apart from the failed: those are counted on another thread
+                counts["missing"] += 1  # not "failed", which another thread counts
                 continue
             key = bytes.fromhex(digest)
-            if key in seen:
-                continue
+            new = key not in seen
             seen.add(key)
-            counts["images"] += 1
-            if key in kept:
-                counts["found"] += 1
-            else:
+            counts["images"] += new
+            counts["found"] += new and key in kept
+            if new and key not in kept:
                 yield image, digest
         if progress is not None:
             progress(number + 1, len(data))

@@ -1,11 +1,9 @@
 """Which pictures there are and which of them are kept: an SQLite file that a kill at any moment leaves whole.
 
-Pictures come in the order of the source, some hundreds in one transaction, and each is decided on as if it came alone:
-a duplicate of one that is kept, a near duplicate of one that is kept, or kept itself. So the decisions do not depend on
-how many come together, nor on how often the run was stopped.
-
-The file has the perceptual hashes of the kept pictures; opening it reads them into memory, 8 bytes for each. Every
-new picture is compared with all of them.
+Pictures come in the order of the source, some hundreds per transaction, and each is decided on as if it came alone: a
+duplicate or near duplicate of a kept one, or kept itself. So the decisions depend neither on the size of the
+transactions nor on how often the run was stopped. Every new picture is compared with the perceptual hashes of all kept
+ones, which are in memory, 8 bytes each.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ from muco.errors import MucoError, OutputError
 from muco.synth.pictures import DUPLICATE, NEAR_DUPLICATE, UNREACHABLE, WORKERS, Filter, Look, look_at_all
 from muco.synth.sources import Source
 
-BLOCK = 256  # pictures compared at once with the kept ones
-COMPARED = 512  # kept ones that they are compared with at once: both fit into a processor's cache
+BLOCK, COMPARED = 256, 512  # new and kept pictures compared at once: both fit into a processor's cache
 
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -35,7 +32,7 @@ CREATE TABLE pictures (
     name TEXT NOT NULL,
     file TEXT NOT NULL,
     digest BLOB NOT NULL,
-    phash INTEGER NOT NULL, -- signed, as SQLite has no others
+    phash INTEGER NOT NULL, -- signed: SQLite has no unsigned integers
     width INTEGER NOT NULL,
     height INTEGER NOT NULL,
     reason TEXT NOT NULL,
@@ -50,7 +47,7 @@ CREATE INDEX left_out ON pictures (reason) WHERE place IS NULL;
 
 @dataclass(frozen=True)
 class Kept:
-    """A picture that is kept. ``place`` counts those from 0, ``number`` all pictures of the source."""
+    """A kept picture; ``place`` counts these from 0, ``number`` all pictures of the source."""
 
     place: int
     number: int
@@ -62,10 +59,10 @@ class Kept:
 
 
 class Catalogue:
-    """What is known of the pictures of one source under one filter. One process at a time has it.
+    """The pictures of one source under one filter; open in one process at a time.
 
     Attributes:
-        looked: How many pictures were looked at, which is the number of the next one.
+        looked: Number of pictures looked at, which is the number of the next one.
     Raises:
         OutputError: If the file is of another source or filter, in use by another process, or not a catalogue.
     """
@@ -74,7 +71,17 @@ class Catalogue:
         self.path = Path(path)
         self._database = _opened(self.path)
         try:
-            self._check({"source": source_fingerprint, "filter": json.dumps(asdict(filter))})
+            about = {"source": source_fingerprint, "filter": json.dumps(asdict(filter))}
+            found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
+            if not found:
+                with self._database:
+                    self._database.execute("BEGIN IMMEDIATE")
+                    self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            wrong = {"source": "other pictures, or their files have changed", "filter": "another filter"}
+            if differing := [wrong[key] for key in wrong if found and found[key] != about[key]]:
+                raise OutputError(
+                    f"{self.path}: made from {differing[0]}; name another output folder, or remove this one"
+                )
             (self.looked,) = self._one("SELECT ifnull(max(number) + 1, 0) FROM pictures")
             phashes = self._database.execute("SELECT phash FROM pictures WHERE place >= 0 ORDER BY place")
             self._phashes = np.array([signed for (signed,) in phashes], dtype=np.int64).view(np.uint64)
@@ -99,17 +106,13 @@ class Catalogue:
         return self._one("SELECT count(*) FROM about WHERE key = 'complete'") == (1,)
 
     def finish(self) -> None:
-        """Notes that the source has no further pictures."""
+        """Records that the source has no further pictures."""
         self._database.execute("INSERT OR IGNORE INTO about VALUES ('complete', '')")
 
     def add(self, looks: Sequence[Look]) -> list[str]:
-        """Decides on the next pictures and keeps what was found, all or nothing.
+        """Decides on the next pictures and records the looks, all or none; OutputError if the file cannot be written.
 
-        Returns:
-            The files of near duplicates: stored for nothing, if they were stored.
-        Raises:
-            ValueError: If they are not the next ones.
-            OutputError: If the file cannot be written.
+        Returns the files of near duplicates, which need not be stored. ValueError if they are not the next pictures.
         """
         if [look.number for look in looks] != [*range(self.looked, self.looked + len(looks))]:
             raise ValueError(f"looks must be those of the pictures from {self.looked} on, in order")
@@ -165,40 +168,25 @@ class Catalogue:
     def _decide(self, look: Look, nearest: int, block: Sequence[Look]) -> tuple[str, str]:
         """Why a picture is not kept, and a note about it; two empty strings if it is kept.
 
-        ``nearest``: place of its first near duplicate in the file, or -1; ``block``: is kept and not in the file yet.
+        ``nearest``: place of its first near duplicate in the file, or -1; ``block``: kept, but not in the file yet.
         """
         if look.reason:
             return look.reason, look.note
-        for other in block:
-            if other.digest == look.digest:
-                return DUPLICATE, f"same file as {other.name}"
-        if (same := self.name_of(look.digest)) is not None:
-            return DUPLICATE, f"same file as {same}"
+        same = [other.name for other in block if other.digest == look.digest] or [self.name_of(look.digest)]
+        if same[0] is not None:
+            return DUPLICATE, f"same file as {same[0]}"
         if nearest >= 0:
-            (other,) = self._one("SELECT name FROM pictures WHERE place = ?", (nearest,))
-            return NEAR_DUPLICATE, f"nearly the same as {other}"
-        for other in block:
-            if (other.phash ^ look.phash).bit_count() <= self._near:
-                return NEAR_DUPLICATE, f"nearly the same as {other.name}"
-        return "", ""
+            near = self._one("SELECT name FROM pictures WHERE place = ?", (nearest,))
+        else:
+            near = [other.name for other in block if (other.phash ^ look.phash).bit_count() <= self._near]
+        return (NEAR_DUPLICATE, f"nearly the same as {near[0]}") if near else ("", "")
 
     def _one(self, query: str, values: tuple = ()) -> Any:
         return self._database.execute(query, values).fetchone()
 
-    def _check(self, about: dict[str, str]) -> None:
-        found = dict(self._database.execute("SELECT key, value FROM about WHERE key IN ('source', 'filter')"))
-        if not found:
-            with self._database:
-                self._database.execute("BEGIN IMMEDIATE")
-                self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-            return
-        for key, what in (("source", "other pictures, or their files have changed"), ("filter", "another filter")):
-            if found[key] != about[key]:
-                raise OutputError(f"{self.path}: made from {what}; name another output folder, or remove this one")
-
 
 def first_near(hashes: np.ndarray, kept: np.ndarray, near: int) -> np.ndarray:
-    """For each hash (uint64 [n]) the place (int64) of the first kept one (uint64 [m]) within ``near`` bits, or -1."""
+    """The place (int64 [n]) of the first of the kept hashes (uint64 [m]) within ``near`` bits of each, or -1."""
     places = np.full(len(hashes), -1)
     for start in range(0, len(kept), COMPARED):
         close = np.bitwise_count(hashes[:, None] ^ kept[start : start + COMPARED]) <= near
@@ -233,8 +221,8 @@ def _opened(path: Path) -> sqlite3.Connection:
     return database
 
 
-ADD = 256  # looks in one transaction
-GONE = 100  # pictures in a row that cannot be reached stop the run
+ADD = 256  # looks per transaction
+GONE = 100  # unreachable pictures in a row stop the run
 
 
 def fill(
@@ -247,9 +235,9 @@ def fill(
     ray: str | None = None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> None:
-    """Pass one: looks at all pictures that the catalogue does not know yet, see ``look_at_all``, and keeps each result.
+    """Pass one: looks at all pictures that the catalogue lacks, see ``look_at_all``, and adds them.
 
-    ``progress`` is told how many pictures are done, and of how many if that is known.
+    ``progress`` is called with the pictures done and the total, if known.
     """
     if catalogue.complete:
         return
@@ -257,7 +245,7 @@ def fill(
     looks = look_at_all(source, filter, store, start=catalogue.looked, workers=workers, ray=ray)
     while chunk := list(islice(looks, ADD)):
         gone = all(look.reason == UNREACHABLE for look in chunk)
-        if gone and (len(chunk) >= GONE or not catalogue.looked):  # which must not be held against the pictures
+        if gone and (len(chunk) >= GONE or not catalogue.looked):  # the network's fault, not the pictures'
             raise MucoError(
                 f"none of {len(chunk)} pictures in a row could be fetched, the last: {chunk[-1].note}. Fix the "
                 "connection and run the same command again: it resumes where it stopped"
@@ -266,7 +254,7 @@ def fill(
         for file in unused if stored else ():
             (store / file).unlink(missing_ok=True)
         progress(catalogue.looked, source.total)
-    # what a killed run has left in the store: files of no kept picture, and unfinished ones
+    # what killed runs left in the store: files of pictures that are not kept, and unfinished ones
     for file in store.glob("[0-9a-f][0-9a-f]/*") if stored else ():
         digest = re.match(r"\.*([0-9a-f]{64})\.", file.name)
         if digest and (file.name.startswith(".") or catalogue.name_of(digest[1]) is None):

@@ -1,4 +1,4 @@
-"""What goes to a model server, what comes back, and what may be used."""
+"""Limits and budgets of a model server, its answers, and the messages to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from time import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,9 +19,7 @@ from muco.errors import MucoError
 if TYPE_CHECKING:
     from muco.dialogue import ImageLike
 
-# ── what may be used ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-KEY_VARIABLE = "MUCO_API_KEY"  # not OPENAI_API_KEY: a key must not go to a server that it was not made for
+KEY_VARIABLE = "MUCO_API_KEY"  # not OPENAI_API_KEY: a key must only go to the server it was made for
 
 
 class BudgetSpent(Exception):
@@ -28,24 +27,24 @@ class BudgetSpent(Exception):
 
 
 class EndpointError(MucoError):
-    """An endpoint is unreachable, lacks the model, refuses the key, or answers nothing that is of use."""
+    """An endpoint is unreachable, lacks the model, refuses the key, or sends no useful answers."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How an endpoint is asked."""
+    """How fast and how often an endpoint is asked."""
 
     concurrency: int = 16  # requests under way at once
-    requests_per_minute: float | None = None  # None: as fast as it goes
-    timeout: float = 120.0  # seconds for one request, from the first byte sent to the last one read
+    requests_per_minute: float | None = None  # None: no limit
+    timeout: float = 120.0  # seconds per request, from the first byte sent to the last one read
     retries: int = 6  # three times as many while nothing else is answered either
     max_failures: int = 20  # useless answers in a row that stop the run
-    backoff: float = 0.5  # seconds before the first retry; doubled for each further one, up to a minute
+    backoff: float = 0.5  # seconds before the first retry; doubles each time, up to a minute
 
 
 @dataclass
 class Usage:
-    """What was asked of an endpoint in this run. Of ``estimated`` answers the server did not count the tokens."""
+    """Requests to an endpoint in this run; the server did not count the tokens of ``estimated`` answers."""
 
     requests: int = 0
     retries: int = 0
@@ -58,9 +57,9 @@ class Usage:
 
 @dataclass
 class Budget:
-    """Requests and tokens that a run may use, over all of its endpoints; None means no limit.
+    """Requests and tokens that a run may use over all its endpoints; None: no limit.
 
-    Tokens are known when an answer is there, so that the requests then under way may go beyond the budget.
+    Tokens are counted when an answer arrives, so requests then under way may exceed the budget.
     """
 
     requests: int | None = None
@@ -78,23 +77,21 @@ class Budget:
 
 
 def base_url(url: str) -> str:
-    """The URL of an API, with "/v1" where it has no path; EndpointError if it cannot be one."""
+    """The URL of an API, with "/v1" if it has no path; EndpointError if it is invalid."""
     parts = urlsplit(url.strip())
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise EndpointError(f"{url!r} is not the URL of an endpoint; pass one such as http://localhost:8000/v1")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         where = f"{parts.scheme}://{parts.hostname}"  # the rest may be a secret
-        raise EndpointError(f"{where}: a URL of an endpoint ends with its path; a key belongs into {KEY_VARIABLE}")
+        raise EndpointError(f"{where}: a URL of an endpoint ends with its path; a key belongs in {KEY_VARIABLE}")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
-
-# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LONGEST_RETRY_AFTER = 3600.0  # s
 
 
 class Unanswered(Exception):
-    """One question got no answer; ``str`` says why."""
+    """A question got no answer; ``str`` says why."""
 
 
 class Passing(Unanswered):
@@ -103,14 +100,14 @@ class Passing(Unanswered):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; ``finish`` is the server's word for why it stopped ("stop", "length", "content_filter")."""
+    """A model's answer; ``finish`` is the server's reason why it ended ("stop", "length", "content_filter")."""
 
     text: str
     finish: str = "stop"
 
 
 def read_answer(raw: bytes) -> tuple[Answer, Any]:
-    """The answer in the body of a chat completion, and the ``usage`` if told; ValueError for any other body."""
+    """The answer in the body of a chat completion, and its ``usage`` or None; ValueError for any other body."""
     try:
         value = json.loads(raw)
         choice = value["choices"][0]
@@ -122,17 +119,13 @@ def read_answer(raw: bytes) -> tuple[Answer, Any]:
     if refusal and not text:
         return Answer(str(refusal), "refusal"), usage
     text = text if isinstance(text, str) else ""
-    thoughtless = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)  # where the server leaves them in
-    return Answer(thoughtless.strip(), finish), usage
+    said = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)  # thoughts, if the server leaves them in
+    return Answer(said.strip(), finish), usage
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks us to wait, at most an hour; None if it does not say."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    from email.utils import parsedate_to_datetime
-
+    value = headers.get("retry-after", "")
     try:
         seconds = float(value)
     except ValueError:
@@ -144,27 +137,25 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def cause_of(error: BaseException) -> str:
-    """The innermost reason, which says more than "Connection error"."""
+    """The innermost reason, more telling than "Connection error"."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 31 bits that the parts alone determine, for sampling that a later run repeats."""
+    """A seed of 31 bits determined by the parts, so that a later run repeats the sampling."""
     return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8], 16) >> 1
 
 
-# ── messages ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-QUALITY = 92  # of the JPEG that is sent
-IMAGE_LENGTH = 4000  # characters that an image counts as, where a server does not count tokens
+QUALITY = 92  # of JPEGs sent
+IMAGE_LENGTH = 4000  # characters per image, for servers that do not count tokens
 
 Message = dict[str, Any]
 
 
 def user(*parts: str | Message) -> Message:
-    """A user's message of texts and of images as :func:`image_part` makes them."""
+    """A user's message of texts and of images from :func:`image_part`."""
     if len(parts) == 1 and isinstance(parts[0], str):
         return {"role": "user", "content": parts[0]}  # the form that every server knows
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
@@ -172,7 +163,7 @@ def user(*parts: str | Message) -> Message:
 
 
 def image_part(image: ImageLike, max_pixels: int) -> Message:
-    """An image as a data URI: upright RGB, at most ``max_pixels`` pixels, JPEG; may raise ImageError."""
+    """An image as a data URI: upright RGB, at most ``max_pixels`` pixels, JPEG; ImageError if it cannot be read."""
     from muco.images import open_image, resize_to_budget
 
     buffer = io.BytesIO()
@@ -182,7 +173,7 @@ def image_part(image: ImageLike, max_pixels: int) -> Message:
 
 
 def trial(image: bool) -> Message:
-    """A first question, which any model can answer, with an image or without."""
+    """A first question that any model can answer, with or without an image."""
     if not image:
         return user("This is a test. Answer with a few words, as JSON where that is asked of you.")
     from PIL import Image
@@ -191,12 +182,13 @@ def trial(image: bool) -> Message:
 
 
 def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The field of a request that holds the answer to a JSON schema."""
+    """The field of a request that constrains the answer to a JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": dict(schema)}}
 
 
 def length(message: Message) -> int:
     """Characters of a message."""
     content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return sum(len(part["text"]) if part["type"] == "text" else IMAGE_LENGTH for part in parts)
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part["text"]) if part["type"] == "text" else IMAGE_LENGTH for part in content)

@@ -1,4 +1,4 @@
-"""Turns from an annotated set in COCO's form, made by rule from boxes and captions; no model is asked.
+"""Turns from an annotated data set in COCO's format, by the rules in coco_rules.py; no model is asked.
 
 ::
 
@@ -6,10 +6,8 @@
      "categories": [{"id": 1, "name": "dog", "supercategory": "animal"}, …],
      "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "bbox": [x, y, w, h], "iscrowd": 0}, …]}
 
-Files of captions have ``image_id`` and ``caption`` in their annotations. LVIS is read too: ``coco_url`` for a file
-name, ``neg_category_ids`` (checked to be absent) and ``not_exhaustive_category_ids`` (not all of them have boxes).
-
-The rules are in :mod:`muco.synth.coco_rules`.
+Files of captions have ``image_id`` and ``caption`` in their annotations. LVIS is read too: ``coco_url`` instead of a
+file name, ``neg_category_ids`` (known to be absent) and ``not_exhaustive_category_ids`` (may lack boxes).
 """
 
 from __future__ import annotations
@@ -33,9 +31,9 @@ from muco.dialogue import Sample
 from muco.errors import DataError
 from muco.synth.coco_rules import Picture, Thing, turns_of
 
-MAX_BYTES = 2 << 30  # of a JSON file; boxes take about 200 bytes of memory each, masks are never kept
-MAX_SIDE = 1_000_000  # px; larger numbers are no boxes
-NAMED = 10  # missing images that the log names
+MAX_BYTES = 2 << 30  # of a JSON file; boxes take about 200 bytes of memory each, masks none
+MAX_SIDE = 1_000_000  # px
+NAMED = 10  # missing images named in the log
 COUNTED = (
     *("samples", "turns", "classification", "global", "local", "retrieval"),
     *("too_few_turns", "missing_images", "empty_boxes", "blank_captions"),
@@ -46,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Annotated:
-    """What :func:`read_coco` found: pictures in the order of ids, and categories with their supercategory or ""."""
+    """The content of annotation files: pictures in the order of ids, and categories with their supercategory or ""."""
 
     pictures: list[Picture]
     kinds: dict[str, str]
@@ -69,10 +67,10 @@ def convert_coco(
     """Writes one JSON line per image, in the order of image ids; the same content gives the same bytes.
 
     Args:
-        annotations, captions: Files in COCO's form.
-        images: The folder of the images, in which every ``file_name`` is.
-        output: Our JSONL file; it appears when it is whole, and replaces one that is there.
-        min_area: Share of the picture from which on a box is clear; smaller ones are never asked about.
+        annotations, captions: Files in COCO's format.
+        images: The folder that every ``file_name`` is relative to.
+        output: Our JSONL file, written whole; an existing one is replaced.
+        min_area: Least share of the picture for a box to be asked about.
         min_turns: Images with fewer turns are left out.
         limit: Maximum samples.
         progress: Called with (images done, images in all).
@@ -80,14 +78,14 @@ def convert_coco(
         Counts: ``samples``, ``turns``, turns of each kind, ``too_few_turns``, ``missing_images``, ``empty_boxes`` and
         ``blank_captions``, all left out; and ``output``.
     Raises:
-        DataError: If a file is not as it must be (file, id and field are named), a number is out of range, all images
-            are missing, or no image has enough turns. Then nothing is written.
+        DataError: If a file is invalid (file, id and field are named), a number is out of range, all images are
+            missing, or no image has enough turns. Then nothing is written.
     """
     if not 0 <= min_area <= 1:
         raise DataError(f"coco: min_area is {min_area}; pass a share from 0 to 1")
     for name, value in (("min_turns", min_turns), ("limit", 1 if limit is None else limit)):
         if value < 1:
-            raise DataError(f"coco: {name} is {value}; give 1 or more")
+            raise DataError(f"coco: {name} is {value}; pass 1 or more")
     if not Path(images).is_dir():
         raise DataError(f"{images}: no such folder; it must hold the images of {annotations}")
     found = read_coco(annotations, images, captions)
@@ -111,8 +109,8 @@ def convert_coco(
             sample = Sample(Path(picture.file).absolute(), turns, id=str(picture.id))
             yield sample_to_row(sample, Path(output).absolute().parent)
         if missing and not counts["samples"] and not counts["too_few_turns"]:
-            raise DataError(f"{annotations}: none of its {len(missing):,} images is in {images} (the first is "
-                            f"{missing[0]}); give the folder that file names count from")  # fmt: skip
+            where = f"none of its {len(missing):,} images is in {images} (the first is {missing[0]})"
+            raise DataError(f"{annotations}: {where}; pass the folder that file names are relative to")
         if not counts["samples"]:
             raise DataError(f"{annotations}: no image has {min_turns} turns; lower min_turns or min_area")
 
@@ -120,21 +118,19 @@ def convert_coco(
     if missing:
         named = [*missing[:NAMED], *(["…"] if len(missing) > NAMED else [])]
         log.warning("%d images are missing and left out: %s", len(missing), ", ".join(named))
-    counts |= {"missing_images": len(missing), "empty_boxes": found.empty_boxes}
-    counts["blank_captions"] = found.blank_captions
+    counts.update(missing_images=len(missing), empty_boxes=found.empty_boxes, blank_captions=found.blank_captions)
     return {name: counts[name] for name in COUNTED} | {"output": str(output)}
 
 
 def read_coco(annotations: str | Path, images: str | Path, captions: str | Path | None = None) -> Annotated:
-    """Reads files in COCO's form, a piece at a time; masks and other keys are passed over.
+    """Reads files in COCO's format, a piece at a time; masks and other keys are skipped.
 
-    Boxes are cut where they leave the image by up to 1 px. Those without width or height are left out and counted, and
-    so are captions of blanks only.
+    Boxes that leave the image by up to 1 px are cut. Empty boxes and blank captions are left out and counted.
 
     Raises:
         DataError: If a file cannot be read, is larger than 2 GiB or not JSON, a key is missing or of the wrong type, an
             id is unknown or there twice, a box leaves the image by more than 1 px, a file name leaves the folder, or a
-            text holds a model's token. Messages name the file, the id and the field.
+            text has a model's token. Messages name the file, the id and the field.
     """
     path = Path(annotations)
     with _opened(path, ("categories", "images", "annotations")) as entries:
@@ -154,12 +150,12 @@ def read_coco(annotations: str | Path, images: str | Path, captions: str | Path 
     return found
 
 
-Entries = Iterator[tuple[JsonObject, str]]  # objects of a list, and what names each in errors
+Entries = Iterator[tuple[JsonObject, str]]  # objects of a list, and their names in errors
 
 
 @contextmanager
 def _opened(path: Path, needed: tuple[str, ...]) -> Iterator[Callable[[str], Entries]]:
-    """Yields a function from the name of a list to its entries, of which one at a time is in memory."""
+    """Yields a function from the name of a list to its entries, with one at a time in memory."""
     state = file_state(path)
     if state[0] > MAX_BYTES:
         raise DataError(f"{path}: {state[0]:,} bytes; at most {MAX_BYTES:,} are read, split the file by images")
@@ -177,8 +173,8 @@ def _opened(path: Path, needed: tuple[str, ...]) -> Iterator[Callable[[str], Ent
                 places[key] = scanner.elements()
         scanner.end()
         if lacking := [key for key in needed if key not in places]:
-            raise DataError(f"{path}: no list {lacking[0]!r}; COCO's form has {', '.join(needed)} (captions in a file "
-                            "of their own)")  # fmt: skip
+            form = f"COCO's form has {', '.join(needed)} (captions in a file of their own)"
+            raise DataError(f"{path}: no list {lacking[0]!r}; {form}")
 
         def entries(key: str) -> Entries:
             one = {"categories": "category", "images": "image", "annotations": "annotation"}[key]
@@ -217,9 +213,8 @@ def _pictures(entries: Entries, folder: Path, names: Mapping[int, str]) -> dict[
             raise DataError(f"{where}: no 'file_name'; name the file within {folder}")
         width, height = (_number(entry.get(side), side, where) for side in ("width", "height"))
         if width <= 0 or height <= 0:
-            raise DataError(
-                f"{where}: 'width' and 'height' are {width:g} and {height:g}; they must be the image's size in px"
-            )
+            size = f"'width' and 'height' are {width:g} and {height:g}"
+            raise DataError(f"{where}: {size}; they must be the image's size in px")
         unsure = _names(entry, "not_exhaustive_category_ids", names, where) or frozenset()
         absent = _names(entry, "neg_category_ids", names, where)
         pictures[key] = Picture(key, file, width, height, unsure=unsure, absent=absent)
@@ -229,7 +224,7 @@ def _pictures(entries: Entries, folder: Path, names: Mapping[int, str]) -> dict[
 def _add_box(
     pictures: Mapping[int, Picture], names: Mapping[int, str], taken: set[int], entry: JsonObject, where: str
 ) -> bool:
-    """Puts a box on its picture; whether it was left out because it is empty."""
+    """Adds a box to its picture, unless it is empty; returns whether it is."""
     taken.add(_new_id(entry, taken, where))
     picture = _known(entry, "image_id", pictures, where)
     name = _known(entry, "category_id", names, where)
@@ -241,13 +236,13 @@ def _add_box(
         raise DataError(f"{where}: 'bbox' must be [x, y, width, height], not {box!r:.60}")
     x, y, w, h = (_number(value, "bbox", where) for value in box)
     if w < 0 or h < 0 or min(x, y) < -1 or x + w > picture.width + 1 or y + h > picture.height + 1:
-        raise DataError(f"{where}: 'bbox' is {box}, which is not within its image of {picture.width:g} x "
-                        f"{picture.height:g} px (image {picture.id}); fix the annotation")  # fmt: skip
+        image = f"its image of {picture.width:g} x {picture.height:g} px (image {picture.id})"
+        raise DataError(f"{where}: 'bbox' is {box}, which is not within {image}; fix the annotation")
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, picture.width), min(y + h, picture.height)
-    if right <= left or bottom <= top:
-        return True
-    picture.things.append(Thing(name, left, top, right, bottom, bool(crowd)))
-    return False
+    empty = right <= left or bottom <= top
+    if not empty:
+        picture.things.append(Thing(name, left, top, right, bottom, bool(crowd)))
+    return empty
 
 
 def _new_id(entry: JsonObject, taken: Container[int], where: str) -> int:

@@ -6,9 +6,9 @@
              ▲                                                                       │
              └── Retry-After, or twice as long as the last time, with jitter ◀── 408 425 429 5xx, cut, slow, nonsense
 
-There are three kinds of failure. A question without an answer (:class:`Unanswered`) is the caller's to record. A server
-that refuses the key, or sends too many useless answers in a row, stops the run (:class:`EndpointError`). A spent budget
-stops it too (:class:`BudgetSpent`). Anything else is a defect.
+There are three kinds of failure: a question without an answer (:class:`Unanswered`), for the caller to record; a server
+that refuses the key or sends too many useless answers in a row (:class:`EndpointError`) and a spent budget
+(:class:`BudgetSpent`), which stop the run.
 """
 
 from __future__ import annotations
@@ -24,33 +24,17 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from muco.errors import MucoError
-from muco.synth.chat import (
-    KEY_VARIABLE,
-    Answer,
-    Budget,
-    EndpointError,
-    Limits,
-    Message,
-    Passing,
-    Unanswered,
-    Usage,
-    base_url,
-    cause_of,
-    length,
-    read_answer,
-    response_format,
-    retry_after,
-    trial,
-)
+from muco.synth import chat
+from muco.synth.chat import Answer, Budget, EndpointError, Limits, Message, Passing, Unanswered, Usage
 
 if TYPE_CHECKING:
     import openai
 
 OWN_FIELDS = frozenset({"model", "messages", "response_format", "seed", "stream", "n", "tools"})
 RETRIED = frozenset({408, 409, 425, 429})  # and from 500 on
-ROUNDS = 3  # of retries, while the server answers nobody
+ROUNDS = 3  # of retries, while the server answers no question
 LONGEST_WAIT = 60.0  # s, between two retries
-EXAMPLE = 300  # characters shown of what a server said
+EXAMPLE = 300  # characters shown of a server's text
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +43,11 @@ class Endpoint:
     """One model behind one URL.
 
     Args:
-        url: Base of the API; "/v1" is added where it has no path.
-        model: The model's name at that server; "" until :meth:`check` takes the only one that it has.
-        sampling: Further fields of every request (temperature, max_tokens, top_p …), passed on as they are.
+        url: Base of the API; "/v1" is added if it has no path.
+        model: The model's name at that server; "": :meth:`check` takes the only one.
+        sampling: Further fields of every request (temperature, max_tokens, top_p …).
         budget: May be shared with other endpoints.
-        key_variable: Environment variable with the API key; where it is not set, none is sent. The key is in no
-            message, log or file.
+        key_variable: Environment variable with the API key, if any. The key is in no message, log or file.
         structured: Whether ``response_format`` with a JSON schema is used; :meth:`check` finds out.
     Raises:
         EndpointError: If the URL, or a field of ``sampling``, cannot be used.
@@ -79,10 +62,10 @@ class Endpoint:
         sampling: Mapping[str, Any] | None = None,
         limits: Limits = Limits(),  # noqa: B008
         budget: Budget | None = None,
-        key_variable: str = KEY_VARIABLE,
+        key_variable: str = chat.KEY_VARIABLE,
         structured: bool = True,
     ) -> None:
-        self.url, self.model, self.limits = base_url(url), model, limits
+        self.url, self.model, self.limits = chat.base_url(url), model, limits
         self.sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
         if own := OWN_FIELDS & self.sampling.keys():
             raise EndpointError(f"sampling: {sorted(own)[0]!r} is set by muco; leave it out")
@@ -93,7 +76,7 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise MucoError("asking a model server needs the package openai: pip install 'muco[synth]'") from error
-        # Retries are ours, so that they are counted, paced and within the budget.
+        # Retries are ours: counted, paced and within the budget.
         self._client = openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._key or "none",
@@ -114,20 +97,20 @@ class Endpoint:
     async def ask(
         self, messages: Sequence[Message], *, schema: Mapping[str, Any] | None = None, seed: int | None = None
     ) -> Answer:
-        """The model's answer. The caller says by :meth:`useful` or :meth:`useless` what it was worth.
+        """The model's answer, which the caller then reports as :meth:`useful` or :meth:`useless`.
 
-        ``schema`` (JSON) and ``seed`` are for servers that hold a model to one, and know seeds.
+        ``schema`` (JSON) and ``seed`` are for servers that support them.
 
         Raises:
-            Unanswered: If the server refuses this question, or does not answer it although it answers others.
+            Unanswered: If the server refuses this question, or answers others but not this one.
             BudgetSpent: If the budget is used up.
-            EndpointError: If the key is refused, or too many answers in a row were of no use.
+            EndpointError: If the key is refused, or too many answers in a row were useless.
         """
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), **self.sampling}
         if seed is not None:
             body["seed"] = seed
         if schema is not None and self.structured:
-            body["response_format"] = response_format(schema)
+            body["response_format"] = chat.response_format(schema)
         for round in count(1):
             answered = self.usage.answers
             try:
@@ -143,7 +126,7 @@ class Endpoint:
         self._useless = 0
 
     def useless(self, example: str) -> None:
-        """An answer could not be used; EndpointError, with the example, if that happened too many times in a row."""
+        """An answer could not be used; EndpointError, with the example, after too many in a row."""
         self._useless += 1
         if self._useless >= self.limits.max_failures:
             raise EndpointError(
@@ -152,14 +135,11 @@ class Endpoint:
             )
 
     async def check(self, *, image: bool = False, schema: Mapping[str, Any] | None = None) -> None:
-        """Finds out before any work whether the server is there, has the model, sees images and keeps to schemas.
+        """Checks before any work whether the server is up, has the model, sees images and keeps to schemas.
 
-        Asks for the list of models, where the server has one, and then one small question. A server that refuses
-        ``response_format`` is asked without it from then on; that is logged and in :attr:`structured`.
-
-        Raises:
-            EndpointError: If it cannot be reached, the model or the key is wrong, or the question fails.
-            BudgetSpent: If there is no budget for it.
+        Asks for the list of models, if there is one, and one small question. If the server refuses ``response_format``,
+        logs that, sets :attr:`structured` to False and no longer sends it. EndpointError if it cannot be reached, the
+        model or the key is wrong, or the question fails; BudgetSpent if there is no budget for it.
         """
         names = await self._models()
         serves = "has no list of its models"
@@ -173,10 +153,10 @@ class Endpoint:
             near = difflib.get_close_matches(self.model, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It {serves}")
-        body: dict[str, Any] = {"model": self.model, "messages": [trial(image)], **self.sampling}
+        body: dict[str, Any] = {"model": self.model, "messages": [chat.trial(image)], **self.sampling}
         if schema is not None:
             try:
-                await self._ask(body | {"response_format": response_format(schema)})
+                await self._ask(body | {"response_format": chat.response_format(schema)})
                 return
             except Unanswered as error:
                 if isinstance(error, Passing):
@@ -227,9 +207,9 @@ class Endpoint:
             except (TimeoutError, openai.APITimeoutError) as error:
                 raise Passing(f"no answer within {self.limits.timeout:g} s") from error
             except openai.APIConnectionError as error:
-                raise Passing(f"no connection ({cause_of(error)})") from error
+                raise Passing(f"no connection ({chat.cause_of(error)})") from error
         try:
-            answer, usage = read_answer(raw)
+            answer, usage = chat.read_answer(raw)
         except ValueError as error:
             said = self._shown(raw[: 4 * EXAMPLE].decode("utf-8", "replace"))
             raise Passing(f"not an answer of a chat endpoint: {said}") from error
@@ -245,22 +225,23 @@ class Endpoint:
             ) from error
         if error.status_code not in RETRIED and error.status_code < 500:
             return Unanswered(said)
-        if (seconds := retry_after(error.response.headers)) is not None:
+        if (seconds := chat.retry_after(error.response.headers)) is not None:
             until = asyncio.get_running_loop().time() + seconds
             self._paused_until = max(self._paused_until, until)  # for all: one is answered for all of them
         return Passing(said)
 
     def _count(self, usage: Any, body: Mapping[str, Any], answer: Answer) -> None:
-        counts = [usage.get(f"{part}_tokens") for part in ("prompt", "completion")] if isinstance(usage, dict) else []
-        if not counts or not all(isinstance(count, int) and count >= 0 for count in counts):
+        known = usage if isinstance(usage, dict) else {}
+        counts = [known.get(f"{part}_tokens") for part in ("prompt", "completion")]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
             self.usage.estimated += 1
-            counts = [sum(map(length, body["messages"])) // 4, len(answer.text) // 4]
+            counts = [sum(map(chat.length, body["messages"])) // 4, len(answer.text) // 4]
         self.usage.prompt_tokens += counts[0]
         self.usage.completion_tokens += counts[1]
         self.budget.used_tokens += sum(counts)
 
     async def _models(self) -> list[str] | None:
-        """The names of the models, or None where the server has no list of them."""
+        """The names of the models; None if the server has no list."""
         import openai
 
         try:
@@ -271,16 +252,15 @@ class Endpoint:
                 raise self._refused(error) from error
             return None
         except (openai.APIConnectionError, TimeoutError) as error:
-            raise EndpointError(
-                f"{self.url}: cannot be reached ({cause_of(error)}); start the server, or fix the URL"
-            ) from error
+            reason = f"cannot be reached ({chat.cause_of(error)}); start the server, or fix the URL"
+            raise EndpointError(f"{self.url}: {reason}") from error
         try:
             return [str(model["id"]) for model in json.loads(raw)["data"]]
         except (ValueError, LookupError, TypeError):
             return None
 
     def _shown(self, text: str) -> str:
-        """A piece of what a server said: in one line, without the key."""
+        """The beginning of a server's text, in one line, without the key."""
         text = " ".join(text.split())
         if self._key:
             text = text.replace(self._key, "…")

@@ -25,7 +25,7 @@ _SILENT_H = re.compile(r"(hour|heir|honest|honou?r|mp3\b)")
 
 
 def a(name: str) -> str:
-    """A name with "a" or "an"; words that are plural ("skis") or name a mass ("rice") stay as they are."""
+    """A name with "a" or "an", unless it is plural ("skis") or a mass ("rice")."""
     if not countable(name):
         return name
     vowel = name[0] in "aeiou" and not _SOUNDS_LIKE_YOU.match(name)
@@ -33,7 +33,7 @@ def a(name: str) -> str:
 
 
 def plural(name: str) -> str:
-    """The plural of a name in lower case, by the rules of English; of several words the head changes."""
+    """The plural of a name in lower case; of several words the head changes."""
     for joint in (" (", " of ", "/"):
         head, found, rest = name.partition(joint)
         if found:
@@ -41,9 +41,8 @@ def plural(name: str) -> str:
     if not countable(name):
         return name
     word = name.rpartition(" ")[2]
-    before = name.removesuffix(word)
     if word in _IRREGULAR:
-        return before + _IRREGULAR[word]
+        return name.removesuffix(word) + _IRREGULAR[word]
     if word.endswith(_SAME):
         return name
     if word.endswith("man"):

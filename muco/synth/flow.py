@@ -1,13 +1,15 @@
-"""Many pieces of work under way at once, results in order."""
+"""Many pieces of work under way at once: on the event loop with results in order, or by Daft."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from muco.base.daft import daft_on
 from muco.synth.chat import BudgetSpent
 
 Item = TypeVar("Item")
@@ -21,10 +23,9 @@ async def in_order(
 ) -> AsyncIterator[Result]:
     """Yields the result of the work on every item, in the order of the items.
 
-    Args:
-        items: Drawn on a thread of their own, so that they may take their time.
-        ahead: Items that may be drawn and not yet yielded. This bounds memory; a slow piece of work holds up the others
-            only when they are this far ahead of it.
+    Items are drawn on a thread of their own, at most ``ahead`` before their results are yielded: this bounds memory,
+    and a slow piece of work holds up the others only when they are this far ahead of it.
+
     Raises:
         BudgetSpent: If a piece of work did; everything under way is finished first.
         Exception: The first one of any piece of work, or of ``items``; everything under way is cancelled.
@@ -60,3 +61,33 @@ async def in_order(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await loop.run_in_executor(None, thread.shutdown)  # an iterator must not be closed while it runs
+
+
+def by_daft(
+    work: Callable[[list[Any]], list[Any]], size: int, ray: str | None, **options: Any
+) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """A function that passes JSON values through ``work``, ``size`` at a time, and yields the results.
+
+    ``ray``: address of a Ray cluster, or None for this machine; ``options``: of ``daft.cls``.
+    """
+    daft = daft_on(ray, "synth")
+
+    class Worker:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        @daft.method.batch(return_dtype=daft.DataType.string(), batch_size=size)
+        def __call__(self, values: Any) -> list[str]:
+            return [json.dumps(made) for made in self.work([json.loads(value) for value in values.to_pylist()])]
+
+    worker = daft.cls(Worker, **options)(work)
+
+    def run(values: Iterable[Any]) -> Iterator[Any]:
+        texts = [json.dumps(value) for value in values]
+        frame = daft.from_pydict({"value": texts})
+        if ray is not None:  # the native runner hands out rows by itself
+            frame = frame.into_partitions(-(-len(texts) // size))
+        for row in frame.select(worker(daft.col("value")).alias("made")).iter_rows():
+            yield json.loads(row["made"])
+
+    return run

@@ -1,10 +1,10 @@
-"""The seven pairs of a picture: what they are, how a model's answer is read, and which of them are good.
+"""The seven pairs of a picture: their keys, the reading of a model's answer, and the checks.
 
 ::
 
     caption ─▶ ask for all keys ─▶ read JSON ─▶ checks ─▶ good pairs
                      ▲                             │
-                     └── the rest again, with reasons, up to n times ─▶ what is still bad is recorded with its reason
+                     └── the rest again, with reasons, up to n times ─▶ what is still bad is recorded with reasons
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from muco.base.text import LONE_SURROGATE, SPECIAL_TOKEN
 from muco.synth.chat import Answer
 from muco.synth.prompts import Prompts
 
-# ── checks of texts ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-# The reasons, in the order in which they are looked for.
+# The reasons, in the order of the checks.
 NOT_JSON, MISSING, EMPTY, CUT_OFF = "not JSON", "missing field", "empty", "cut off"
 SPECIAL, REFUSAL, LANGUAGE, TOO_LONG, TOO_SHORT = "special token", "refusal", "language", "too long", "too short"
 HALF = "half a character"
 NAMES_SOURCE, GIVEN_AWAY, REPEATS = "names its source", "does not need the image", "repeats the question"
 SAME_QUESTION, SAME_TARGET, NOT_WRONG = "same question twice", "same target twice", "wrong answer is right"
 
-FOREIGN = 0.3  # share of letters of another script from which a text is in another language
+FOREIGN = 0.3  # share of letters of another script above which a text is in another language
 SHORTEST_CAPTION = 3  # words
 
 _SPECIAL = re.compile(
@@ -65,18 +63,15 @@ _FILLERS = frozenset(
 
 
 def caption_problem(answer: Answer, prompts: Prompts) -> str | None:
-    """Why an answer is not a caption."""
-    if answer.finish == "length":
-        return CUT_OFF
-    if answer.finish in ("refusal", "content_filter"):
-        return REFUSAL
-    return text_problem(answer.text, prompts) or (
-        TOO_SHORT if len(answer.text.split()) < SHORTEST_CAPTION and prompts.script == "LATIN" else None
-    )
+    """Why an answer is not a caption, or None."""
+    if answer.finish in (ended := {"length": CUT_OFF, "refusal": REFUSAL, "content_filter": REFUSAL}):
+        return ended[answer.finish]
+    short = len(answer.text.split()) < SHORTEST_CAPTION and prompts.script == "LATIN"
+    return text_problem(answer.text, prompts) or (TOO_SHORT if short else None)
 
 
 def text_problem(text: str, prompts: Prompts) -> str | None:
-    """What is wrong with any text of a model, a question, an answer or a caption."""
+    """The problem of any text of a model, be it a question, an answer or a caption."""
     if not text.strip():
         return EMPTY
     if LONE_SURROGATE.search(text):
@@ -89,20 +84,20 @@ def text_problem(text: str, prompts: Prompts) -> str | None:
 
 
 def question_problem(question: str, prompts: Prompts, name: str) -> str | None:
-    """What is wrong with a question; ``name`` is that of the image's file."""
+    """The problem of a question; ``name`` is that of the image's file."""
     if problem := text_problem(question, prompts):
         return problem
     if len(question.split()) > prompts.words["question"]:
         return TOO_LONG
     stem = PurePath(name).stem
-    named = len(stem) > 3 and re.search(rf"(?<!\w){re.escape(stem)}(?!\w)", question, re.IGNORECASE) is not None
-    # A file may be called "red ring.jpg"; one named by digits or with signs between the words is meant as a file.
-    found = _SOURCE.search(question) is not None or (named and re.search(r"[\d_]", stem) is not None)
-    return NAMES_SOURCE if found else None
+    # "red ring.jpg" may be words of a question; a name with digits or "_" is that of a file
+    named = len(stem) > 3 and re.search(r"[\d_]", stem)
+    found = named and re.search(rf"(?<!\w){re.escape(stem)}(?!\w)", question, re.IGNORECASE)
+    return NAMES_SOURCE if found or _SOURCE.search(question) else None
 
 
 def answer_problem(question: str, answer: str, most_words: int, prompts: Prompts) -> str | None:
-    """What is wrong with an answer to a question that is sound."""
+    """The problem of an answer to a good question."""
     if problem := text_problem(answer, prompts):
         return problem
     if _NO_ANSWER.search(answer):
@@ -123,7 +118,7 @@ def foreign(text: str, script: str) -> float:
 
 
 def plain(text: str) -> str:
-    """A text by which two are compared: words in lower case, without signs and articles."""
+    """A text for comparisons: words in lower case, without punctuation and articles."""
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     return " ".join(word for word in words if word not in ("a", "an", "the")) or text.strip()
 
@@ -132,12 +127,9 @@ def content_words(text: str) -> Set[str]:
     return {word for word in plain(text).split() if word not in _FILLERS}
 
 
-# ── pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Slot:
-    """One of the seven pairs; the retrieval pair has no answer key, because its answer is the caption."""
+    """One of the seven pairs; the answer of the retrieval pair is the caption."""
 
     name: str
     kind: str
@@ -161,7 +153,7 @@ SLOTS = (  # in the order in which they are stored
 
 @dataclass(frozen=True)
 class Pair:
-    """A question and its answer; ``negative`` is a wrong one."""
+    """A question, its answer and a wrong answer."""
 
     query: str
     answer: str
@@ -170,7 +162,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rejected:
-    """What a model wrote that is not used, and why."""
+    """An unused answer of a model, with the reason."""
 
     kind: str
     reason: str
@@ -179,14 +171,14 @@ class Rejected:
 
 @dataclass
 class Pairs:
-    """The pairs of one picture so far: good ones by slot, and what is wrong with the last try of every other slot."""
+    """The pairs of one picture so far: good ones, and the last rejected one of every other slot."""
 
     caption: str  # the answer of the retrieval pair
     name: str  # of the picture's file
     prompts: Prompts
     good: dict[Slot, Pair] = field(default_factory=dict)
     rejected: dict[Slot, Rejected] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)  # of everything rejected so far, also what came good later
+    reasons: list[str] = field(default_factory=list)  # of everything rejected so far
 
     @property
     def missing(self) -> list[Slot]:
@@ -204,13 +196,11 @@ class Pairs:
         return text, schema(keys)
 
     def take(self, text: str) -> bool:
-        """Sorts what a model answered into good and rejected; whether any of it is good."""
-        wanted, value = self.missing, read_object(text)
-        before = len(self.good)
-        for slot in wanted:
-            pair, problem, shown = self._judged(slot, value, text)
+        """Sorts the pairs of a model's answer into good and rejected; whether any is good."""
+        value, before = read_object(text), len(self.good)
+        for slot in self.missing:
+            problem, shown = self._judged(slot, value, text)
             if problem is None:
-                self.good[slot] = pair
                 self.rejected.pop(slot, None)
             else:
                 self.rejected[slot] = Rejected(slot.kind, problem, " ".join(shown.split())[:200])
@@ -218,30 +208,31 @@ class Pairs:
         self.good = {slot: self.good[slot] for slot in SLOTS if slot in self.good}
         return len(self.good) > before
 
-    def _judged(self, slot: Slot, value: Mapping[str, Any] | None, text: str) -> tuple[Pair, str | None, str]:
-        nothing = Pair("", "")
+    def _judged(self, slot: Slot, value: Mapping[str, Any] | None, text: str) -> tuple[str | None, str]:
+        """Keeps a good pair; the problem of any other, and the text to show."""
         if value is None:
-            return nothing, NOT_JSON, text
+            return NOT_JSON, text
         given = [value.get(key) for key in slot.keys]
         if not all(isinstance(part, str) for part in given):
-            return nothing, MISSING, f"no text under {', '.join(slot.keys)}"
+            return MISSING, f"no text under {', '.join(slot.keys)}"
         parts = [part.strip() for part in given]
         pair = Pair(parts[0], self.caption if slot.name == "retrieval" else parts[1], *parts[2:])
-        return pair, self._problem(slot, pair), " | ".join(parts)
+        problem = self._problem(slot, pair)
+        if problem is None:
+            self.good[slot] = pair
+        return problem, " | ".join(parts)
 
     def _problem(self, slot: Slot, pair: Pair) -> str | None:
         if problem := question_problem(pair.query, self.prompts, self.name):
             return problem
-        others = [other for key, other in self.good.items() if key != slot]
+        others = self.good.values()
         if any(plain(other.query) == plain(pair.query) for other in others):
             return SAME_QUESTION
         if slot.name == "retrieval":
             return None
-        most = self.prompts.words[slot.kind]
-        if problem := answer_problem(pair.query, pair.answer, most, self.prompts):
+        if problem := answer_problem(pair.query, pair.answer, self.prompts.words[slot.kind], self.prompts):
             return problem
-        targets = {plain(other.answer) for other in others} | {plain(self.caption)}
-        if plain(pair.answer) in targets:
+        if plain(pair.answer) in {plain(self.caption), *(plain(other.answer) for other in others)}:
             return SAME_TARGET
         if slot.name != "cls":
             return None
@@ -260,7 +251,7 @@ ALL_KEYS = tuple(key for slot in SLOTS for key in slot.keys)
 
 
 def read_object(text: str) -> dict[str, Any] | None:
-    """The one JSON object of a text, also in a fence or with words around it; None if there is none."""
+    """The JSON object of a text, even in a fence or among other words; None if there is none."""
     fenced = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     for candidate in (text, *fenced[:1], text[text.find("{") : text.rfind("}") + 1]):
         try:

@@ -1,7 +1,7 @@
-"""What one picture is: read once, measured, hashed, and stored where its source does not keep it as a file.
+"""One look at every picture: read once, measured, hashed, and stored if its source does not keep it as a file.
 
-Files of strangers are opened here, by the thousands at once: on this machine in threads, or by Daft on a Ray cluster.
-Only the small results come back, in the order of the source.
+Files of strangers are opened here, thousands at a time: in threads of this machine, or by Daft on a Ray cluster. Only
+the small results come back, in the order of the source.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from operator import attrgetter
@@ -18,33 +18,33 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from muco.base.daft import daft_on
 from muco.base.fetch import FetchError, UnreachableError
 from muco.base.files import whole_file
 from muco.errors import ImageError, MucoError, OutputError
 from muco.images import FORMATS, MAX_PIXELS, image_digest, open_image
+from muco.synth.flow import by_daft
 from muco.synth.sources import Picture, Source
 
 UNREADABLE, UNREACHABLE, NOT_FETCHED = "unreadable", "unreachable", "not fetched"
 TOO_SMALL, ASPECT = "too small", "aspect"
-DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"  # which the catalogue decides
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"  # decided by the catalogue
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-MOST_NEAR = 16  # bits; from there on nearly everything would be compared with everything
+MOST_NEAR = 16  # bits; above that nearly all pictures would be near duplicates
 WORKERS = 16  # threads
-CHUNK = 256  # pictures that are sent to a worker together
-LANES = 4  # chunks under way at once: a slow picture holds up its own only
-RAY_CHUNKS = 64  # that a cluster gets in one query, as Daft has one query at a time there
+CHUNK = 256  # pictures sent to a worker together
+LANES = 4  # chunks under way at once: a slow picture holds up only its own
+RAY_CHUNKS = 64  # chunks in one query to a cluster, where Daft runs one query at a time
 MAX_NOTE = 300  # characters
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which pictures are kept; MucoError if a value makes no sense."""
+    """Which pictures are kept; MucoError if a value is out of range."""
 
-    min_side: int = 512  # px that the shorter side must have
-    max_aspect: float = 3.0  # longer side by shorter side, at most
+    min_side: int = 512  # px of the shorter side, at least
+    max_aspect: float = 3.0  # longer side / shorter side, at most
     near: int = 4  # bits of 64 by which the hash of a near duplicate may differ; -1 turns this off
-    max_pixels: int = MAX_PIXELS  # of more, it is not decoded; a worker holds one picture, 3 bytes per pixel and more
+    max_pixels: int = MAX_PIXELS  # larger pictures are not decoded; a worker holds one, 3 bytes per pixel or more
 
     def __post_init__(self) -> None:
         if self.min_side < 1 or not self.max_aspect >= 1 or self.max_pixels < 1:
@@ -55,7 +55,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at a picture has found."""
+    """The result of one look at a picture."""
 
     number: int
     name: str
@@ -65,19 +65,17 @@ class Look:
     width: int = 0  # px, upright
     height: int = 0
     reason: str = ""  # why it is not kept
-    note: str = ""  # the sentence of the error
-    file: str = ""  # relative to the source's root, or to the store; "" if it is not kept
+    note: str = ""  # the error message
+    file: str = ""  # relative to the source's root or the store; "" if it is not kept
 
 
 def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -> Look:
-    """Reads, measures and hashes a picture, and stores its file under its digest if the source has no folder of files.
+    """Reads, measures and hashes a picture, and stores its file if the source has no folder of files.
 
-    Args:
-        store: Folder; ``<first two letters>/<digest>.<kind>`` appears in it, whole. Needed if ``source.root`` is None.
-    Raises:
-        MucoError: If it cannot be stored, or the source has changed.
+    It is stored whole as ``<first two letters>/<digest>.<kind>`` in the folder ``store``, needed if ``source.root`` is
+    None. Raises a MucoError if that fails, or the source has changed.
     """
-    own = {"number": picture.number, "name": picture.name, "ref": picture.ref}
+    own = asdict(picture)
     try:
         data = source.read(picture.ref)
         own["digest"] = image_digest(data)
@@ -102,7 +100,7 @@ def look(source: Source, picture: Picture, filter: Filter, store: Path | None) -
 
 
 def perceptual_hash(image: Any) -> int:
-    """64 bits of a Pillow image's coarse structure in grey: 8 x 8 low frequencies, each above or below their median."""
+    """64 bits of a Pillow image in grey: whether each of 8 x 8 low frequencies is above their median."""
     import imagehash
 
     return int(str(imagehash.phash(image)), 16)
@@ -136,14 +134,25 @@ def look_at_all(
     """A look at every picture from number ``start`` on, in the order of the source.
 
     Args:
-        store: As for :func:`look`; on a cluster, a folder that all of its machines see.
-        workers: Threads that look at pictures, on each machine. Each holds one picture, decoded.
+        store: As for :func:`look`; on a cluster, a folder that all its machines see.
+        workers: Threads on each machine, each with one decoded picture.
         ray: Address of a Ray cluster whose machines see the same paths; None: this machine.
     Raises:
         MucoError: If pictures cannot be stored, or the source is broken or has changed.
     """
     run = uuid4().hex
-    look_at = _on_daft(source, filter, store, workers, ray, run)
+
+    def work(chunk: list[Any]) -> list[Any]:
+        return look_at_some([Picture(**values) for values in chunk], source, filter, store, workers, run)
+
+    query = by_daft(work, CHUNK, ray, use_process=False)
+
+    def look_at(pictures: list[Picture]) -> list[Look]:
+        records = list(query(map(asdict, pictures)))
+        if failed := [message for record in records if (message := record.pop("failed"))]:
+            raise MucoError(failed[0])
+        return sorted((Look(**record) for record in records), key=attrgetter("number"))
+
     pictures = source.pictures(start)
     lanes, size = (LANES, CHUNK) if ray is None else (1, CHUNK * RAY_CHUNKS)
     pool = ThreadPoolExecutor(lanes, thread_name_prefix="muco-look")
@@ -160,67 +169,27 @@ def look_at_all(
         pool.shutdown(cancel_futures=True)
 
 
-_ended: set[str] = set()  # runs that were broken off: what is left of their chunks is not looked at
+_ended: set[str] = set()  # runs that were closed: workers skip the rest of their chunks
 
 
 @cache
 def _threads(workers: int) -> ThreadPoolExecutor:
-    """The threads of this process, which all chunks share: where one waits for a slow picture, others go on."""
+    """The threads of this process, shared by all chunks: while one waits for a slow picture, others go on."""
     return ThreadPoolExecutor(workers, thread_name_prefix="muco-picture")
-
-
-def _on_daft(source: Source, filter: Filter, store: Path | None, workers: int, ray: str | None, run: str) -> Any:
-    """A function that looks at a list of pictures by a query of Daft."""
-    daft = daft_on(ray, "synth")
-    kinds = {"int": daft.DataType.int64(), "str": daft.DataType.string()}
-    result = daft.DataType.struct({key: kinds[kind] for key, kind in _SENT.items()})
-
-    class LookAt:
-        def __init__(self, *given: Any) -> None:
-            self.given = given
-
-        @daft.method.batch(return_dtype=result, batch_size=CHUNK)
-        def __call__(self, number: Any, name: Any, ref: Any) -> list[dict[str, Any]]:
-            columns = (number.to_pylist(), name.to_pylist(), ref.to_pylist())
-            return look_at_some([Picture(*values) for values in zip(*columns, strict=True)], *self.given)
-
-    look_at = daft.cls(LookAt, use_process=False)(source, filter, store, workers, run)
-
-    def query(pictures: list[Picture]) -> list[Look]:
-        names = ("number", "name", "ref")
-        frame = daft.from_pylist([asdict(picture) for picture in pictures])
-        if ray is not None:
-            frame = frame.into_partitions(-(-len(pictures) // CHUNK))
-        frame = frame.select(look_at(*(daft.col(key) for key in names)).alias("look"))
-        records = [record["look"] for record in frame.iter_rows()]
-        if failed := next((record["failed"] for record in records if record["failed"]), None):
-            raise MucoError(failed)
-        return sorted(map(_received, records), key=attrgetter("number"))
-
-    return query
 
 
 def look_at_some(
     pictures: list[Picture], source: Source, filter: Filter, store: Path | None, workers: int, run: str
 ) -> list[dict[str, Any]]:
-    """Runs in a worker: the fields of each look, and ``failed``, the sentence of an error that stops the run."""
+    """Runs in a worker: the fields of each look, and ``failed``, the message of an error that stops the run."""
 
     def one(picture: Picture) -> dict[str, Any]:
         try:
             if run in _ended:
                 raise MucoError("broken off")
             found, failed = look(source, picture, filter, store), ""
-        except MucoError as error:  # from a cluster Daft would send its words within many of its own
-            found, failed = Look(picture.number, picture.name, picture.ref), str(error)
-        return asdict(found) | {"phash": f"{found.phash:x}", "failed": failed}
+        except MucoError as error:  # raised on a cluster, Daft would bury it in a message of its own
+            found, failed = Look(**asdict(picture)), str(error)
+        return asdict(found) | {"failed": failed}
 
     return list(_threads(workers).map(one, pictures))
-
-
-# "phash" goes in hex: where a column's first values are small, Daft makes floats of those beyond 2**63.
-_SENT = {f.name: str(f.type) for f in fields(Look)} | {"phash": "str", "failed": "str"}
-
-
-def _received(record: dict[str, Any]) -> Look:
-    found = {key: value for key, value in record.items() if key != "failed"}
-    return Look(**found | {"phash": int(found["phash"], 16)})

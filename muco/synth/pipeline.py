@@ -6,13 +6,13 @@
     kept pictures ─▶ caption ─▶ pairs (writing.py) ─▶ shards.py, as soon as one is whole   pass two, asks the models
     shards ─▶ M3T.parquet, train.jsonl, README.md, sheet.html                              shards.py
 
-    <output>/synth.json       what was asked for; another run into this folder has to ask for the same
+    <output>/synth.json       the arguments, which must be the same in later runs into this folder
              pictures.db      pass one
-             images/          pictures that came by URL or in tar files
-             answers/         what the models said about unfinished shards
-             shards/          what is finished
+             images/          pictures from URLs or tar files
+             answers/         the models' answers for unfinished shards
+             shards/          finished shards
 
-Between the passes the number of pictures is known, so that requests and tokens can be told before they are spent.
+Between the passes the number of pictures is known, so requests and tokens are estimated before they are spent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from muco.synth.sources import Source
 from muco.synth.writing import PAIRS_SCHEMA, Answers, Made, Setting, make_turns
 
 SHARD = 1000  # pictures
-FIXED = ("prompt", "captioner", "writer", "filter", "setting", "shard")  # of what was asked for
+FIXED = ("prompt", "captioner", "writer", "filter", "setting", "shard")  # facts that later runs must share
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the turns depend on, and where they go; ``shard`` is the number of pictures in one."""
+    """Everything that the turns depend on, and the output folder; ``shard`` is the number of pictures in one."""
 
     source: Source
     output: Path
@@ -95,11 +95,11 @@ class Job:
 
 
 async def check(job: Job) -> tuple[Job, float]:
-    """Asks both servers a first question; EndpointError if a server cannot be reached, or lacks the model.
+    """Asks both servers a first question; EndpointError if one cannot be reached or lacks the model.
 
     Returns:
-        The job with what was learnt of them, and seconds per picture that the slower one takes if it answers all
-        questions as quickly as this one, at the highest concurrency and rate allowed.
+        The job with the names of the models and their support of schemas, and the seconds per picture of the slower
+        server at the pace of this question and the highest concurrency and rate allowed.
     """
     async with job.captioner.open() as captioner, job.writer.open() as writer:
         begun = time.monotonic()
@@ -107,27 +107,23 @@ async def check(job: Job) -> tuple[Job, float]:
         seen = time.monotonic()
         await writer.check(schema=PAIRS_SCHEMA)
         taken = ((job.captioner.limits, seen - begun), (job.writer.limits, time.monotonic() - seen))
-    pace = max(seconds / limits.concurrency for limits, seconds in taken)
-    rates = [limits.requests_per_minute for limits, _ in taken if limits.requests_per_minute]
-    learnt = replace(
-        job,
-        captioner=replace(job.captioner, model=captioner.model),
-        writer=replace(job.writer, model=writer.model, structured=writer.structured),
-    )
-    return learnt, max([pace, *(60 / rate for rate in rates)])
+    paces = [seconds / limits.concurrency for limits, seconds in taken]
+    paces += [60 / limits.requests_per_minute for limits, _ in taken if limits.requests_per_minute]
+    models = replace(job.captioner, model=captioner.model), replace(job.writer, model=writer.model)
+    return replace(job, captioner=models[0], writer=replace(models[1], structured=writer.structured)), max(paces)
 
 
 def claim(job: Job) -> None:
-    """Notes in the output folder what is asked for; OutputError if it holds anything else."""
+    """Writes the arguments to the output folder; OutputError if it holds others, or anything else."""
     file, facts = job.output / "synth.json", job.facts()
     if file.is_file():
         known = read_json(file)
-        for key in FIXED:
-            if known.get(key) != facts[key]:
-                raise OutputError(
-                    f"{job.output}: was begun with {key} {known.get(key)!r}, not {facts[key]!r}; pass the same again, "
-                    "or name another output folder"
-                )
+        if differing := [key for key in FIXED if known.get(key) != facts[key]]:
+            key = differing[0]
+            raise OutputError(
+                f"{job.output}: was begun with {key} {known.get(key)!r}, not {facts[key]!r}; pass the same again, or "
+                "name another output folder"
+            )
         return
     if job.output.exists() and (not job.output.is_dir() or not is_empty(job.output)):
         raise OutputError(f"{job.output}: is not empty and was not made by muco synth; name another output folder")
@@ -138,7 +134,7 @@ def claim(job: Job) -> None:
 def look(
     job: Job, *, workers: int = WORKERS, ray: str | None = None, progress: Callable[[int, int | None], None]
 ) -> dict[str, int]:
-    """Pass one, see :func:`muco.synth.catalogue.fill`: returns the catalogue's counts; DataError if nothing is kept."""
+    """Pass one, see :func:`muco.synth.catalogue.fill`; returns the catalogue's counts, DataError if nothing is kept."""
     store = None if job.source.root else job.root
     with job.open_catalogue() as catalogue:
         fill(catalogue, job.source, job.filter, store, workers=workers, ray=ray, progress=progress)
@@ -153,7 +149,7 @@ def look(
 
 
 def unfinished(job: Job, kept: int) -> list[range]:
-    """For each shard that is not there yet the places of its pictures among the ``kept`` ones."""
+    """The places among the ``kept`` pictures of every shard that does not exist yet."""
     places = [range(start, min(kept, start + job.shard)) for start in range(0, kept, job.shard)]
     return [part for number, part in enumerate(places) if not shard_file(job.shards, number).exists()]
 
@@ -174,16 +170,15 @@ async def make(
     writer: Endpoint,
     done: Callable[[bool], None] = lambda fresh: None,
 ) -> int:
-    """Makes the turns of pictures and writes each shard when all of its pictures are through.
+    """Makes the turns of pictures and writes each shard when all its pictures are done.
 
     Args:
         shards: The pictures of each, in order, so that few shards are under way at a time.
         done: Called after each picture with whether a model was asked about it in this run.
     Returns:
-        How many pictures a server did not answer for now; their shards are left for a later run.
+        The number of pictures that a server did not answer for now; their shards are left for a later run.
     Raises:
-        BudgetSpent: If there is no budget left; what was answered is kept.
-        EndpointError: If a server sends nothing useful.
+        BudgetSpent, EndpointError: See endpoint.py; answers are kept.
     """
     under_way: dict[int, _Shard] = {}
     later = 0
@@ -221,13 +216,12 @@ async def make(
 
 
 def _finish(job: Job, number: int, shard: _Shard) -> int:
-    """Writes a shard, unless some of its pictures have to be asked about later: returns how many."""
+    """Writes a shard, unless some of its pictures are left for later; returns their number."""
     later = sum(made.later for made in shard.made)
     if later:
         shard.answers.settle()
-        shard.answers.close()
-        return later
-    with writing(job.shards, again=True):
-        write_shard(job.shards, number, shard.made, job.facts())
-    shard.answers.close(delete=True)
-    return 0
+    else:
+        with writing(job.shards, again=True):
+            write_shard(job.shards, number, shard.made, job.facts())
+    shard.answers.close(delete=not later)
+    return later

@@ -1,8 +1,8 @@
-"""What the models are told, with a version; a YAML file may say any of it differently.
+"""The prompts of the models, with a version; a YAML file may change any of them.
 
 ::
 
-    version: jewellery-2        # a name of your own; it is stored with everything that is made
+    version: jewellery-2        # your own name, stored with the results
     language: German
     caption: |
       Describe the piece of jewellery …
@@ -22,7 +22,7 @@ from typing import Any
 from muco.base.text import read_text
 from muco.errors import DataError, did_you_mean
 
-WORDS = {"question": 40, "classification": 8, "global": 40, "local": 20, "creative": 60}  # the most that are asked for
+WORDS = {"question": 40, "classification": 8, "global": 40, "local": 20, "creative": 60}  # at most
 
 PICTURE = """Say in one or two sentences of {language} what this picture shows: the main subject with its looks, what is
 around it, and any text that can be read. Begin with the subject itself, not with words such as "this picture shows"."""
@@ -80,33 +80,33 @@ KEYS = {
 class Prompts:
     """The wordings. ``{language}``, ``{caption}`` … are filled in; other braces stay as they are."""
 
-    version: str = "muco-1"  # stored with what is made; a changed wording needs a version of its own
-    language: str = "English"  # in which everything is written
-    script: str = "LATIN"  # of that language, as Unicode names its letters (CYRILLIC, CJK …); "" checks nothing
+    version: str = "muco-1"  # stored with the results; changed wordings need a version of their own
+    language: str = "English"  # of the results
+    script: str = "LATIN"  # of that language, by Unicode's names of letters (CYRILLIC, CJK …); "" checks nothing
     picture: str = PICTURE  # asks for the short captions of ``muco data caption``
     caption: str = CAPTION  # asks for the dense caption
     pairs: str = PAIRS  # asks for the pairs; needs {caption} and {keys}
-    again: str = AGAIN  # added where pairs are asked for again; needs {rejected}
-    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))  # what is asked for under each
+    again: str = AGAIN  # appended to ask for pairs again; needs {rejected}
+    keys: Mapping[str, str] = field(default_factory=lambda: dict(KEYS))  # the request for each key
     words: Mapping[str, int] = field(default_factory=lambda: dict(WORDS))  # longer questions and answers are rejected
 
     @property
     def name(self) -> str:
-        """The version and the beginning of a digest of all wordings, so that a silent change shows."""
+        """The version and the beginning of a digest of all wordings, to reveal silent changes."""
         told = json.dumps(vars(self), sort_keys=True, default=dict)
         return f"{self.version} ({hashlib.sha256(told.encode()).hexdigest()[:8]})"
 
     def filled(self, text: str, **values: Any) -> str:
-        """The text with every ``{name}`` that is known replaced, once: what a caption holds is never filled in."""
+        """The text with every known ``{name}`` replaced, once: braces within a caption stay."""
         known = {"language": self.language, **self.words, **values}
         return re.sub(r"\{(\w+)\}", lambda found: str(known.get(found[1], found[0])), text)
 
 
 def load_prompts(path: Path | None) -> Prompts:
-    """The default wordings, or those with what a YAML file says differently.
+    """The default wordings, with the changes of a YAML file if any.
 
     Raises:
-        DataError: If the file is not YAML with these keys, lacks a version, or a wording lacks what is filled in.
+        DataError: If the file is not YAML with these keys, lacks a version, or a wording lacks a placeholder.
     """
     if path is None:
         return Prompts()

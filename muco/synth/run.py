@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from muco.base.daft import daft_on
 from muco.base.files import claimed, writing
 from muco.base.terminal import progress_bar
 from muco.errors import MucoError
 from muco.synth.catalogue import Kept
 from muco.synth.chat import Budget, BudgetSpent
+from muco.synth.flow import by_daft
 from muco.synth.pictures import WORKERS
 from muco.synth.pipeline import Job, Server, check, claim, look, make, unfinished
 from muco.synth.prompts import Prompts
-from muco.synth.shards import shard_files, write_sheet, write_whole
+from muco.synth.shards import shard_files, write_whole
 
-STOP = "stop"  # a file that is there while a run ends by a worker's error: others do not begin another shard then
+STOP = "stop"  # a file that exists after a worker's error: the others then begin no new shard
 FIRST = 64  # pictures after which a run says how long the rest will take
-CHARACTERS = 4  # of a token, roughly
-CAPTION_TOKENS, PAIRS_TOKENS = 200, 400  # of an answer, roughly
-VISUAL_PIXELS = 28 * 28  # of a visual token in the Qwen-VL families; others are of that order
+SHEET = 60  # pictures on the contact sheet
+CHARACTERS = 4  # per token, roughly
+CAPTION_TOKENS, PAIRS_TOKENS = 200, 400  # per answer, roughly
+VISUAL_PIXELS = 28 * 28  # per visual token in the Qwen-VL families; others are similar
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Price:
-    """Of a million tokens, in any currency."""
+    """Per million tokens, in any currency."""
 
     read: float = 0.0
     written: float = 0.0
@@ -42,7 +42,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Need:
-    """Requests and tokens of one model for the pictures that are left, where every first answer is good."""
+    """Requests and tokens of one model for the remaining pictures if every first answer is good."""
 
     requests: int
     read: int
@@ -53,11 +53,9 @@ class Need:
 def estimate(
     prompts: Prompts, pictures: int, pixels: float, prices: tuple[Price, Price] = (Price(), Price())
 ) -> dict[str, Need]:
-    """What the models will be asked, from the lengths of the prompts and the usual ones of answers.
+    """The needs of both models, from the lengths of the prompts and typical lengths of answers.
 
-    Args:
-        pixels: Mean of a picture as it is sent.
-        prices: Of the captioner and the writer.
+    ``pixels``: mean per picture as sent; ``prices``: of the captioner and the writer.
     """
     caption = len(prompts.filled(prompts.caption)) / CHARACTERS + pixels / VISUAL_PIXELS
     keys = sum(map(len, prompts.keys.values()))
@@ -67,10 +65,7 @@ def estimate(
         tokens = round(read * pictures), written * pictures
         return Need(pictures, *tokens, (tokens[0] * price.read + tokens[1] * price.written) / 1e6)
 
-    return {
-        "captioner": need(caption, CAPTION_TOKENS, prices[0]),
-        "writer": need(pairs, PAIRS_TOKENS, prices[1]),
-    }
+    return {"captioner": need(caption, CAPTION_TOKENS, prices[0]), "writer": need(pairs, PAIRS_TOKENS, prices[1])}
 
 
 def synth(
@@ -84,20 +79,20 @@ def synth(
     dry_run: bool = False,
     say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
-    """Makes training data of the pictures of a source; an interrupted run resumes when it is called again.
+    """Makes training data from the pictures of a source; call it again to resume an interrupted run.
 
     Args:
-        budget: Of this run; with one process only.
-        threads: That look at pictures in pass one, on each machine.
+        budget: Of this run; only with one process.
+        threads: Threads that look at pictures in pass one, on each machine.
         workers: Processes of pass two.
         ray: Address of a Ray cluster for both passes; None: this machine.
-        say: Gets sentences for the user while the run is under way.
+        say: Receives messages for the user during the run.
     Returns:
-        ``pictures`` by what became of them, ``estimate`` (of each model, and ``seconds``), and after pass two
-        ``shards``, ``finished`` of them, ``rows``, ``pairs``, ``kinds``, ``rejected``, ``unanswered`` pictures,
-        ``stopped`` (why it ended early, or None), ``usage`` of both servers in this run, ``output``.
+        ``pictures`` by outcome, ``estimate`` (of each model, and ``seconds``), and after pass two ``shards``,
+        ``finished`` of them, ``rows``, ``pairs``, ``kinds``, ``rejected``, ``unanswered`` pictures, ``stopped`` (why
+        it ended early, or None), ``usage`` of both servers in this run, ``output``.
     Raises:
-        MucoError: See pipeline.py; everything that was finished is kept.
+        MucoError: See pipeline.py; everything finished is kept.
     """
     with claimed(job.output):
         job, pace = asyncio.run(check(job))
@@ -110,27 +105,34 @@ def synth(
             some = catalogue.kept(parts[0].start, FIRST) if parts else []
             pixels = [min(picture.width * picture.height, job.setting.max_pixels) for picture in some]
             needs = estimate(job.setting.prompts, left, sum(pixels) / max(1, len(pixels)), prices)
-            result: dict[str, Any] = {
-                "pictures": looked,
-                "estimate": {role: asdict(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()},
-            }
-            result["estimate"]["seconds"] = round(pace * left, 1)
-            say(f"{_told(looked, left, needs)}; at least {_duration(pace * left)} at the pace of a first question")
+            rounded = {role: vars(need) | {"cost": round(need.cost, 2)} for role, need in needs.items()}
+            result = {"pictures": looked, "estimate": {**rounded, "seconds": round(pace * left, 1)}}
+            rows = [vars(need).values() for need in needs.values()]
+            requests, read, written, cost = map(sum, zip(*rows, strict=True))
+            priced = f", which costs {cost:,.2f}" if cost else ""
+            say(
+                f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
+                f"{requests:,} requests, {read / 1e6:,.2f} M tokens read and {written / 1e6:,.2f} M written{priced}, "
+                "and more where answers have to be asked for again; at least "
+                f"{_duration(pace * left)} at the pace of a first question"
+            )
             if dry_run:
                 return result
             shards_left = (catalogue.kept(part.start, len(part)) for part in parts)
             with progress_bar("turns") as move:
-                making = _Making(left, say, move)
+                making, stopped = _Making(left, say, move), None
                 if workers > 1 or ray is not None:
-                    made = {"stopped": None, "later": make_in_workers(job, shards_left, workers, ray, making.shard)}
+                    later = make_in_workers(job, shards_left, workers, ray, making.shard)
                 else:
-                    made = asyncio.run(_made(job, shards_left, budget or Budget(), making.picture))
-                    making.shard(0, made["usage"])
+                    later, stopped, usage = asyncio.run(_made(job, shards_left, budget or Budget(), making.picture))
+                    making.shard(0, usage)
         shards = shard_files(job.shards)
         with writing(job.output, again=True):
             found = write_whole(job.output, job.root, shards, job.facts(), looked)
         if found.pictures:
-            write_sheet(job.output)
+            from muco.data.show import show
+
+            show(job.output / "train.jsonl", job.output / "sheet.html", limit=SHEET)
         return result | {
             "shards": -(-looked["kept"] // job.shard),
             "finished": len(shards),
@@ -138,8 +140,8 @@ def synth(
             "pairs": found.pairs,
             "kinds": {kind: words.total() for kind, words in found.questions.items()},
             "rejected": [{"what": w, "reason": r, "count": n} for (w, r), n in found.rejected.most_common()],
-            "unanswered": made["later"],
-            "stopped": made["stopped"],
+            "unanswered": later,
+            "stopped": stopped,
             "usage": {role: dict(counts) for role, counts in making.usage.items()},
             "output": str(job.output),
         }
@@ -147,7 +149,7 @@ def synth(
 
 @dataclass
 class _Making:
-    """Pass two as the user follows it."""
+    """The progress of pass two."""
 
     left: int
     say: Callable[[str], None]
@@ -161,7 +163,7 @@ class _Making:
         self.done += 1
         self.move(self.done, self.left)
         if not fresh:
-            self.begun = time.monotonic()  # what an earlier run has paid for takes no time
+            self.begun = time.monotonic()  # answers of an earlier run take no time
             return
         self.fresh += 1
         if self.fresh == FIRST and self.done < self.left:
@@ -180,26 +182,15 @@ async def _made(
     shards: Iterable[Sequence[Kept]],
     budget: Budget | None = None,
     done: Callable[[bool], None] = lambda fresh: None,
-) -> dict[str, Any]:
-    """What pass two made of shards: pictures for ``later``, why it ``stopped`` early, and ``usage`` of both models."""
+) -> tuple[int, str | None, dict[str, dict[str, int]]]:
+    """Pass two: pictures left for later, why it stopped early (or None), and the usage of both models."""
     later, stopped = 0, None
     async with job.captioner.open(budget) as captioner, job.writer.open(budget) as writer:
         try:
             later = await make(job, shards, captioner, writer, done)
         except BudgetSpent as error:
             stopped = str(error)
-    usage = {"captioner": asdict(captioner.usage), "writer": asdict(writer.usage)}
-    return {"later": later, "stopped": stopped, "usage": usage}
-
-
-def _told(looked: dict[str, int], left: int, needs: dict[str, Need]) -> str:
-    requests, read, written, cost = map(sum, zip(*map(astuple, needs.values()), strict=True))
-    priced = f", which costs {cost:,.2f}" if cost else ""
-    return (
-        f"{looked['kept']:,} of {looked['pictures']:,} pictures are kept, {left:,} of them not finished: about "
-        f"{requests:,} requests, {read / 1e6:,.2f} M tokens read and {written / 1e6:,.2f} M written{priced}, and more "
-        "where answers have to be asked for again"
-    )
+    return later, stopped, {"captioner": asdict(captioner.usage), "writer": asdict(writer.usage)}
 
 
 def _duration(seconds: float) -> str:
@@ -209,66 +200,45 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-# ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def make_in_workers(
     job: Job, shards: Iterator[list[Kept]], workers: int, ray: str | None, done: Callable[[int, Any], None]
 ) -> int:
-    """Pass two in several processes, on this machine or a Ray cluster: each makes whole shards, by Daft.
+    """Pass two in ``workers`` processes, on this machine or a Ray cluster: each makes whole shards, by Daft.
 
-    The head sends the names of a shard's pictures and gets counts back; pictures are read, models asked and shards
-    written where the work is done, in folders that all machines see.
-
-    Args:
-        workers: Processes; each asks a server ``limits.concurrency / workers`` questions at once, at most.
-        done: Called after each shard with its number of pictures and what its worker has used.
-    Returns:
-        How many pictures a server did not answer for now.
-    Raises:
-        MucoError: With the sentence of the first worker that failed; shards that were finished stay.
+    Workers read pictures, ask models and write shards in folders that all machines see, and share the limits of the
+    servers. ``done`` is called after each shard with its number of pictures and the usage of its worker. Returns the
+    number of pictures left for later; a MucoError has the message of the first worker that failed.
     """
-    daft = daft_on(ray, "synth")
-    result = daft.DataType.string()
     share = replace(job, captioner=_share(job.captioner, workers), writer=_share(job.writer, workers))
 
-    class Make:
-        def __init__(self, job: Job) -> None:
-            self.job = job
+    def work(shards: list[Any]) -> list[Any]:
+        return [_made_shard(share, pictures) for pictures in shards]
 
-        @daft.method.batch(return_dtype=result, batch_size=1)
-        def __call__(self, pictures: Any) -> list[str]:
-            return [json.dumps(made_shard(self.job, json.loads(shard))) for shard in pictures.to_pylist()]
-
-    makes = daft.cls(Make, use_process=True, max_concurrency=workers)(share)
+    query = by_daft(work, 1, ray, use_process=True, max_concurrency=workers)
     later, failed, stop = 0, "", job.output / STOP
     stop.unlink(missing_ok=True)
     while group := list(islice(shards, 4 * workers)):
-        frame = daft.from_pydict({"pictures": [json.dumps([asdict(kept) for kept in shard]) for shard in group]})
-        if ray is not None:  # the native runner hands out single rows by itself
-            frame = frame.into_partitions(len(group))
-        for record in frame.select(makes(daft.col("pictures")).alias("made")).iter_rows():
-            found = json.loads(record["made"])
-            later += found["later"]
-            done(found["pictures"], found["usage"])
-            if found["failed"] and not failed:
-                failed = found["failed"]
+        for error, pictures, unanswered, usage in query([asdict(kept) for kept in shard] for shard in group):
+            later += unanswered
+            done(pictures, usage)
+            if error and not failed:
+                failed = error
                 stop.touch()
-        if failed:  # not before: a query of Daft that is broken off takes the whole process with it
+        if failed:  # not before: ending a query of Daft early ends the whole process
             stop.unlink()
             raise MucoError(failed)
     return later
 
 
-def made_shard(job: Job, pictures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs in a worker: what came of a shard; ``failed`` is the sentence of an error that stops the run."""
+def _made_shard(job: Job, pictures: list[dict[str, Any]]) -> tuple[str, int, int, dict[str, Any]]:
+    """Runs in a worker: an error that stops the run or "", pictures done, pictures left for later, and usage."""
     if (job.output / STOP).exists():
-        return {"failed": "", "later": 0, "pictures": 0, "usage": {}}
+        return "", 0, 0, {}
     try:
-        found = asyncio.run(_made(job, [[Kept(**values) for values in pictures]]))
-    except MucoError as error:  # of another process Daft would send its words within many others
-        found = {"failed": str(error), "later": 0, "usage": {}}
-    return {"failed": "", "pictures": len(pictures), **found}
+        later, _, usage = asyncio.run(_made(job, [[Kept(**values) for values in pictures]]))
+    except MucoError as error:  # raised in another process, Daft would bury it in a message of its own
+        return str(error), len(pictures), 0, {}
+    return "", len(pictures), later, usage
 
 
 def _share(server: Server, workers: int) -> Server:

@@ -1,15 +1,14 @@
-"""What was made, on disk: one Parquet file per shard, whole or not there; and the two files that training reads.
+"""The output on disk: one Parquet file per shard, which appears whole, and the two files that training reads.
 
 ::
 
-    <output>/shards/00000.parquet            the columns of M3T, and of ours: kind, picture (SHA-256), name; metadata of
-                                             the schema say how its rows were made
-    <output>/shards/00000.rejected.jsonl     every picture and pair that is not used, with the reason
-    <output>/M3T.parquet, train.jsonl        all shards in one, in M3T's form and in our own
-    <output>/README.md, sheet.html           the data card: what was made from what by what, and what was turned down
-                                             and why; and some samples to look at
+    <output>/shards/00000.parquet            the columns of M3T, and kind, picture (SHA-256) and name; the schema's
+                                             metadata tell how its rows were made
+    <output>/shards/00000.rejected.jsonl     every unused picture and pair, with the reason
+    <output>/M3T.parquet, train.jsonl        all shards in one, in M3T's format and ours
+    <output>/README.md, sheet.html           the data card, with models, settings and rejections; some samples
 
-All but the shards is written anew, whole, from the shards; it may be deleted at any time.
+Everything but the shards is made again from them, whole, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from muco.errors import DataError
 from muco.synth.writing import Made
 
 METADATA = b"muco.synth"  # key in the schema's metadata; its value is JSON
-SHEET = 60  # pictures on the contact sheet
+REJECTED = ".rejected.jsonl"  # of the file beside a shard
 FRONT = """---
 configs:
 - config_name: default
@@ -42,22 +41,23 @@ tags: [multimodal-embedding, synthetic]
 
 
 def schema(facts: Mapping[str, Any]) -> pa.Schema:
-    """The columns of a shard; ``facts`` say how its rows were made."""
-    texts = pa.list_(pa.string())
+    """The columns of a shard; ``facts`` tell how its rows were made."""
+    text = pa.string()
+    texts = pa.list_(text)
     columns = {
-        "qry": pa.list_(texts),  # of each turn its wordings
-        "qry_image_path": pa.string(),
+        "qry": pa.list_(texts),  # the wordings of each turn
+        "qry_image_path": text,
         "qry_sentence": texts,  # the caption, for each turn
         "pos_text": texts,
-        "pos_image_path": pa.string(),
+        "pos_image_path": text,
         "pos_sentence": texts,
         "neg_text": texts,
         "kind": texts,
-        "picture": pa.string(),
-        "name": pa.string(),
+        "picture": text,
+        "name": text,
     }
     told = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
-    return pa.schema([pa.field(name, kind) for name, kind in columns.items()], metadata={METADATA: told})
+    return pa.schema(list(columns.items()), metadata={METADATA: told})
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -70,17 +70,13 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_shard(folder: Path, number: int, made: Sequence[Made], facts: Mapping[str, Any]) -> None:
-    """Writes what became of the pictures of a shard; its Parquet file comes last and says that all is there."""
+    """Writes the results of a shard's pictures; its Parquet file comes last, so that it marks a finished shard."""
     path = shard_file(folder, number)
-    with whole_file(_rejected_file(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+    with whole_file(path.with_suffix(REJECTED)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.writelines(escaped(json.dumps(line, ensure_ascii=False)) + "\n" for one in made for line in _rejected(one))
     rows = [_row(one) for one in made if not one.reason]
     with whole_file(path) as unfinished:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema(facts)), unfinished, compression="zstd")
-
-
-def _rejected_file(shard: Path) -> Path:
-    return shard.with_suffix(".rejected.jsonl")
 
 
 def _row(made: Made) -> dict[str, Any]:
@@ -99,7 +95,7 @@ def _row(made: Made) -> dict[str, Any]:
 
 
 def _rejected(made: Made) -> Iterator[dict[str, Any]]:
-    """A line for each pair that is not used, one for the picture if it is not, one for answers that came good later."""
+    """A line for the picture if it is rejected, one for each unused pair, one with the counts of all bad answers."""
     about = {"picture": made.picture.digest, "name": made.picture.name}
     if made.reason:
         yield about | {"what": "picture", "kind": "", "reason": made.reason, "text": ""}
@@ -111,16 +107,15 @@ def _rejected(made: Made) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Summary:
-    """What the shards hold.
+    """The content of the shards.
 
-    ``rejected`` counts (what, reason). ``what`` is "picture"; "pair" for what is missing in the end; "answer" for every
-    try, also if a later one was good.
+    ``rejected`` counts (what, reason): "picture", "pair" (missing at the end) or "answer" (every bad attempt).
     """
 
     pictures: int = 0
     questions: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # by kind and words
     answers: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    turns: Counter[int] = field(default_factory=Counter)  # number of turns of a picture -> pictures
+    turns: Counter[int] = field(default_factory=Counter)  # turns of a picture -> pictures
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -152,8 +147,12 @@ def write_whole(
     Raises:
         DataError: If a shard cannot be read.
     """
-    columns, found, folder = schema(facts), Summary(), _relative(root, output)
-    made_by: dict[bytes, None] = {}  # how the shards were made, each way once
+    columns, found = schema(facts), Summary()
+    try:
+        folder = Path(os.path.relpath(root, output)).as_posix()
+    except ValueError:  # another drive of Windows
+        folder = root.absolute().as_posix()
+    made_by: dict[bytes, None] = {}  # facts of the shards, each once
     with (
         whole_file(output / "M3T.parquet") as table,
         whole_file(output / "train.jsonl") as lines,
@@ -171,20 +170,13 @@ def write_whole(
                 found.add_row(row)
                 file.write(json.dumps(_sample(row, folder), ensure_ascii=False) + "\n")
             writer.write_table(pa.Table.from_pylist(rows, schema=columns))
-            with _rejected_file(shard).open(encoding="utf-8") as rejected:
+            with shard.with_suffix(REJECTED).open(encoding="utf-8") as rejected:
                 for line in rejected:
                     found.add_rejected(json.loads(line))
     with whole_file(output / "README.md") as unfinished:
         card = _card(output.name, found, looked, map(json.loads, made_by))
-        unfinished.write_text(escaped("\n".join(card)) + "\n", encoding="utf-8")
+        unfinished.write_text(escaped("\n\n".join(card)) + "\n", encoding="utf-8")
     return found
-
-
-def _relative(root: Path, output: Path) -> str:
-    try:
-        return Path(os.path.relpath(root, output)).as_posix()
-    except ValueError:  # another drive of Windows
-        return root.absolute().as_posix()
 
 
 def _sample(row: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -196,56 +188,45 @@ def _sample(row: Mapping[str, Any], folder: str) -> dict[str, Any]:
     return {"image": path if folder == "." else f"{folder}/{path}", "turns": turns, "id": row["picture"][:20]}
 
 
-def write_sheet(output: Path) -> None:
-    """Writes ``sheet.html``, some samples to look at."""
-    from muco.data.show import show
-
-    show(output / "train.jsonl", output / "sheet.html", limit=SHEET)
-
-
 def _card(name: str, found: Summary, looked: Mapping[str, int], facts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    yield FRONT
-    yield f"# {name}"
-    yield ""
+    yield f"{FRONT}\n# {name}"
     yield (
         f"{found.pictures:,} pictures with {found.pairs:,} pairs of a question and an answer, written by models that "
-        "saw the picture or a description of it. Nobody has read them all: they hold mistakes. `sheet.html` shows some."
+        "saw the picture or a description of it. Nobody has checked them all: some are wrong. `sheet.html` shows a few."
     )
-    yield ""
-    yield "`M3T.parquet` is in the layout of M3T, `train.jsonl` in MuCo's own; both hold the same, from `shards/`."
-    yield ""
-    for each in facts:
-        yield from _made_by(each)
-    yield from _table(
+    yield "`M3T.parquet` is in the format of M3T, `train.jsonl` in MuCo's; both have the same content, from `shards/`."
+    yield from map(_made_by, facts)
+    yield _table(
         ("kind", "pairs", "words of the question: mean (most)", "words of the answer"),
         ((k, f"{words.total():,}", _mean(words), _mean(found.answers[k])) for k, words in found.questions.items()),
     )
-    yield from _table(("turns of a picture", "pictures"), ((n, f"{p:,}") for n, p in sorted(found.turns.items())))
+    yield _table(("turns of a picture", "pictures"), ((n, f"{p:,}") for n, p in sorted(found.turns.items())))
     yield "## Pictures"
-    yield ""
-    yield from _table(("", "pictures"), ((what, f"{n:,}") for what, n in looked.items() if what != "pictures"))
+    yield _table(("", "pictures"), ((what, f"{n:,}") for what, n in looked.items() if what != "pictures"))
     yield "## Turned down"
-    yield ""
-    yield "A *pair* is missing in the end; an *answer* is every try, also where a later one was good."
-    yield ""
+    yield "A *pair* is missing at the end; an *answer* is any bad attempt, even if a later one was good."
     counts = ((w, r, f"{n:,}") for (w, r), n in found.rejected.most_common())
-    yield from _table(("what", "reason", "count"), counts) if found.rejected else ["Nothing."]
+    yield f"{_table(('what', 'reason', 'count'), counts)}\n" if found.rejected else "Nothing."
 
 
-def _made_by(facts: Mapping[str, Any]) -> Iterator[str]:
-    for role in ("captioner", "writer"):
-        sampling = ", ".join(f"{key} {value}" for key, value in facts[role]["sampling"].items()) or "the server's"
-        yield f"- {role}: {facts[role]['model']}, sampling: {sampling}"
-    yield f"- prompts: {facts['prompt']}"
-    yield f"- filter: {', '.join(f'{key} {value}' for key, value in facts['filter'].items())}"
-    yield f"- settings: {', '.join(f'{key} {value}' for key, value in facts['setting'].items())}"
-    yield f"- source: {facts['source']}; muco {facts['muco']}"
-    yield ""
+def _made_by(facts: Mapping[str, Any]) -> str:
+    usual = "the server's"
+    models = [(role, facts[role]["model"], _listed(facts[role]["sampling"])) for role in ("captioner", "writer")]
+    told = "\n".join(f"- {role}: {model}, sampling: {values or usual}" for role, model, values in models)
+    return f"""{told}
+- prompts: {facts["prompt"]}
+- filter: {_listed(facts["filter"])}
+- settings: {_listed(facts["setting"])}
+- source: {facts["source"]}; muco {facts["muco"]}"""
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _mean(words: Counter[int]) -> str:
     return f"{sum(length * texts for length, texts in words.items()) / words.total():.1f} ({max(words)})"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    return [*markdown_table(head, [[str(cell) for cell in row] for row in rows]), ""]
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return "\n".join(markdown_table(head, [[str(cell) for cell in row] for row in rows]))

@@ -1,7 +1,7 @@
-"""Where pictures come from: a folder, URLs in Parquet files, or webdataset shards. Numbered, and read one at a time.
+"""Sources of pictures: a folder, URLs in Parquet files, or webdataset shards.
 
-A source lists its pictures in an order that does not change, from any number on, and holds none of their bytes. It can
-be sent to another process, which then reads pictures by their ``ref``.
+A source lists its pictures in a fixed order, from any number on, and holds none of their bytes. It can be sent to
+another process, which reads pictures by their ``ref``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from muco.data.shards import key_and_kind, members
 from muco.errors import DataError, ImageError
 from muco.images import image_suffixes, read_bytes
 
-URL_COLUMNS = ("url", "URL")  # as published lists of pictures call it
+URL_COLUMNS = ("url", "URL")  # in published lists of pictures
 SHARD_KINDS = ("jpg", "jpeg", "png", "webp")
 LONGEST_NAME = 300  # characters
 
@@ -40,55 +41,61 @@ class Picture:
     """One picture of a source."""
 
     number: int  # from 0, in the order of the source
-    name: str  # for people: a relative path, a URL without its query, "shard.tar/0001.jpg", or as a column names it
+    name: str  # for people: a relative path, a URL without its query, "shard.tar/0001.jpg", or from a column
     ref: str  # by which the source reads it
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """A list of pictures."""
 
-    path: Path  # as it was given
-    fingerprint: str  # SHA-256 (hex) of names, sizes and times of the files; another one means other pictures
-    total: int | None  # how many there are; None where that would take going through everything
-    root: Path | None  # the folder of the pictures, which are files named by their refs; None: they must be stored
+    path: Path
+    fingerprint: str  # SHA-256 (hex) of names, sizes and times of the files
+    total: int | None  # the number of pictures; None: unknown without reading everything
+    root: Path | None  # the folder of the pictures, whose refs are their paths in it; None: they must be stored
 
+    @abstractmethod
     def pictures(self, start: int = 0) -> Iterator[Picture]:
-        """The pictures from number ``start`` on; DataError if the list is broken at some place."""
-        raise NotImplementedError
+        """The pictures from number ``start`` on; DataError if the list is broken."""
 
+    @abstractmethod
     def read(self, ref: str) -> bytes:
-        """The bytes of the picture's file; nothing says whether they are a picture.
+        """The bytes of the picture's file, not checked to be a picture.
 
         Raises:
             ImageError: If there is no such file, or it is empty or too large.
             FetchError: If a URL could not be fetched.
             DataError: If the list has changed since it was opened.
         """
-        raise NotImplementedError
 
 
 def open_source(
-    path: str | Path,
-    *,
-    url_column: str | None = None,
-    name_column: str | None = None,
-    fetch: FetchLimits | None = None,
+    path: str | Path, *, url_column: str | None = None, name_column: str | None = None, fetch: FetchLimits | None = None
 ) -> Source:
     """Opens a source of pictures.
 
     Args:
-        path: A folder with images in it or in folders below; a ``.parquet`` file or a folder of them; a ``.tar`` shard
-            or a folder of them. A Parquet file beside a shard or a folder of the same name describes it, and is not
-            read: so a folder as a downloader leaves it is understood.
-        url_column: Of the Parquet files; None takes "url" or "URL".
-        name_column: Of the Parquet files, with names for people; None takes the URLs without their queries.
-        fetch: What may be fetched; None takes those of muco/base/fetch.py.
+        path: A folder with images in it or below; a ``.parquet`` file or a folder of them; a ``.tar`` shard or a folder
+            of them. A Parquet file with the name of a shard or folder beside it, as downloaders write it, is not read.
+        url_column: Of the Parquet files; None: "url" or "URL".
+        name_column: Of the Parquet files, with names for people; None: the URLs without their queries.
+        fetch: Limits; None: those of muco/base/fetch.py.
     Raises:
         DataError: If there is nothing, more than one kind, an unreadable file, or no such column.
     """
     path = Path(path)
-    tables, shards, image = _found(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    try:
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if not f.name.startswith("."))
+        image = path.is_dir() and next(image_files(path), None) is not None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed: {error}") from error
+    shards = [file for file in files if file.suffix == ".tar"]
+    described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
+    tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
+    if path.is_file() and not shards and not tables:
+        raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
     kinds = [what for what, there in (("images", image), (".parquet files", tables), (".tar shards", shards)) if there]
     if len(kinds) > 1:
         raise DataError(f"{path}: both {' and '.join(kinds)}; name a folder or file that has one kind of them only")
@@ -107,28 +114,8 @@ def open_source(
     return FolderSource(path, state.fingerprint, state.total, path)
 
 
-def _found(path: Path) -> tuple[list[Path], list[Path], bool]:
-    """Parquet files, shards, and whether there are images."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    try:
-        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if not f.name.startswith("."))
-        image = path.is_dir() and next(image_files(path), None) is not None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be listed: {error}") from error
-    shards = [file for file in files if file.suffix == ".tar"]
-    described = {shard.with_suffix("") for shard in shards} | {file for file in files if file.is_dir()}
-    tables = [file for file in files if file.suffix in (".parquet", ".pq") and file.with_suffix("") not in described]
-    if path.is_file() and not shards and not tables:
-        raise DataError(f"{path}: pass a folder of images, a .parquet file of URLs, or a plain .tar shard")
-    return tables, shards, image
-
-
 def _fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class FolderSource(Source):
@@ -143,24 +130,19 @@ class FolderSource(Source):
         return read_bytes(self.path / ref, ref)
 
 
-# ── URLs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class UrlSource(Source):
-    """Pictures behind the URLs of Parquet files, row by row."""
+    """Pictures at the URLs in Parquet files, row by row."""
 
     files: tuple[Path, ...]
     rows: tuple[int, ...]  # of each file
-    columns: tuple[str, ...]  # of the URL, and of the name if one was given
+    columns: tuple[str, ...]  # of the URL, and of the name if any
     limits: FetchLimits
 
     def pictures(self, start: int = 0) -> Iterator[Picture]:
-        first = 0
-        for file, rows in zip(self.files, self.rows, strict=True):
-            if start < first + rows:
-                yield from self._pictures_of(file, first, max(0, start - first))
-            first += rows
+        for file, rows, end in zip(self.files, self.rows, accumulate(self.rows), strict=True):
+            if start < end:
+                yield from self._pictures_of(file, end - rows, max(0, start - end + rows))
 
     def read(self, ref: str) -> bytes:
         if not ref:
@@ -181,7 +163,7 @@ class UrlSource(Source):
 
 
 def without_query(url: str) -> str:
-    """A URL as it may be shown: without query, which may hold a signature, and without a user's name."""
+    """A URL to show: without its query, which may hold a signature, and without user and password."""
     return re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
 
 
@@ -192,10 +174,13 @@ def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None,
     if url is None:
         wanted = " or ".join(map(repr, URL_COLUMNS))
         raise DataError(f"{files[0]}: no column {wanted}; it has {', '.join(found)}; name the one that holds the URLs")
-    columns = tuple(column for column in (url, name) if column is not None)
+    columns = (url,) if name is None else (url, name)
     for file in files:
         require_columns(file, columns)
-        _check_strings(file, url)
+        kind = pq.read_schema(file).field(url).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f"{file}: the column {url!r} must hold URLs as strings, not {kind}")
     rows = tuple(read_header(file)[1] for file in files)
     if not sum(rows):
         raise DataError(f"{path}: no rows")
@@ -203,21 +188,11 @@ def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None,
     return UrlSource(path, _fingerprint(columns, states), sum(rows), None, tuple(files), rows, columns, limits)
 
 
-def _check_strings(file: Path, column: str) -> None:
-    kind = pq.read_schema(file).field(column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"{file}: the column {column!r} must hold URLs as strings, not {kind}")
-
-
-# ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class ShardSource(Source):
-    """Images in webdataset shards, in the order in which they lie there; all other members are passed over.
+    """Images in webdataset shards, in their order there; other members are skipped.
 
-    Resuming in the middle reads the headers of the shards before it again.
+    Resuming in the middle reads the headers of the earlier shards again.
     """
 
     files: tuple[Path, ...]
@@ -231,7 +206,7 @@ class ShardSource(Source):
                     (member.name.removeprefix("./"), f"{shard}:{member.offset_data}:{member.size}")
                     for member in members(opened, file, Counter())
                     if key_and_kind(member.name)[1] in SHARD_KINDS
-                ]  # of the whole shard: of one that is damaged no picture is taken
+                ]  # of the whole shard: a damaged one yields no picture
             for number, (name, ref) in enumerate(found, first):
                 if number >= start:
                     yield Picture(number, f"{file.name}/{name}"[:LONGEST_NAME], ref)
@@ -248,21 +223,16 @@ class ShardSource(Source):
 
 
 def _open_shards(path: Path, files: list[Path]) -> Source:
-    states = tuple(file_state(file) for file in files)
-    for file in files:
-        _check_end(file)
+    states = tuple(map(file_state, files))
+    for file in files:  # a broken download is found now, not after days: an archive ends with zeros
+        try:
+            with file.open("rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                opened.seek(max(0, size - 512))
+                whole = opened.read() == bytes(512) and size % 512 == 0
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+        if not whole:
+            raise DataError(f"{file}: not a whole plain tar archive (no end); download it again")
     named = [[file.name, *state] for file, state in zip(files, states, strict=True)]
     return ShardSource(path, _fingerprint(named), None, None, tuple(files), states)
-
-
-def _check_end(file: Path) -> None:
-    """A download that broke off is found now, and not after days: the last block of an archive is zeros."""
-    try:
-        with file.open("rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(max(0, size - 512))
-            whole = opened.read() == bytes(512) and size % 512 == 0
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
-    if not whole:
-        raise DataError(f"{file}: not a whole plain tar archive (no end); download it again")

@@ -1,12 +1,12 @@
-"""From one picture to its turns: a dense caption by one model, pairs by another, each answer kept when it is there.
+"""From one picture to its turns: a dense caption by one model, pairs by another.
 
 ::
 
     picture ─▶ captioner, until a caption passes the checks ─▶ writer, for the pairs that are missing ─▶ Made
                     up to ``attempts`` times                          up to ``attempts`` times
 
-Every answer, good or not, goes into the journal of its shard under (picture, what was asked, attempt). A resumed
-run reads the same answers again and asks only for the missing ones, so it makes the same turns.
+Every answer, good or not, goes into the journal of its shard under (picture, what was asked, attempt). A resumed run
+reads them and asks only for the missing ones, so it makes the same turns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
 from muco.synth.catalogue import Kept
-from muco.synth.chat import Answer, Message, Passing, Unanswered, image_part, seed_of, user
+from muco.synth.chat import Answer, Passing, Unanswered, image_part, seed_of, user
 from muco.synth.endpoint import Endpoint
 from muco.synth.pairs import ALL_KEYS, SLOTS, Pair, Pairs, Rejected, caption_problem, schema
 from muco.synth.prompts import Prompts
@@ -31,32 +31,31 @@ PAIRS_SCHEMA = schema(ALL_KEYS)
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the turns of a picture."""
+    """How the turns of a picture are made."""
 
     prompts: Prompts = Prompts()  # noqa: RUF009
-    attempts: int = 3  # to get a good caption, and each good pair
-    min_turns: int = 3  # a picture with fewer good ones is rejected
+    attempts: int = 3  # for a good caption, and for each good pair
+    min_turns: int = 3  # pictures with fewer good turns are rejected
     max_pixels: int = 1 << 20  # larger pictures are sent smaller
 
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a picture."""
+    """The outcome for a picture."""
 
     picture: Kept
     caption: str = ""
     turns: tuple[tuple[str, Pair], ...] = ()  # (kind, pair) in the order of M3T
-    rejected: tuple[Rejected, ...] = ()  # what is not used, with reasons; of pairs the last try only
-    reasons: Counter[str] = field(default_factory=Counter)  # of all answers turned down, also if good ones came later
-    reason: str = ""  # why the picture as a whole is rejected
-    later: bool = False  # a server did not answer for now: nothing is known yet, and a later run has to ask again
+    rejected: tuple[Rejected, ...] = ()  # unused answers with reasons; of pairs only the last attempt
+    reasons: Counter[str] = field(default_factory=Counter)  # of all rejected answers, even if a later one was good
+    reason: str = ""  # why the whole picture is rejected
+    later: bool = False  # a server did not answer for now: a later run asks again
 
 
 class Answers:
     """The answers about the pictures of one shard, in memory and in a journal.
 
-    Useless answers wait in memory until a useful one comes: if the run stops because a server says nothing useful, they
-    are not held against the pictures.
+    Useless answers are written only after a useful one: if a useless server stops the run, the pictures do not pay.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +67,7 @@ class Answers:
             except (KeyError, TypeError) as error:
                 raise DataError(f"{path}: a line is not an answer of a model ({error!r}); delete the file") from error
         self._journal = Journal(path)
-        self._held: dict[str, list[dict[str, Any]]] = {}  # by what was asked: each model by itself
+        self._held: dict[str, list[dict[str, Any]]] = {}  # by what was asked, so for each model
 
     def find(self, key: tuple[str, str, int]) -> Answer | None:
         return self._known.get(key)
@@ -79,19 +78,16 @@ class Answers:
         line = {"picture": picture, "asked": asked, "attempt": attempt, "text": answer.text, "finish": answer.finish}
         self._held.setdefault(asked, []).append(line)
         if useful:
-            self._write(asked)
+            self.settle(asked)
 
-    def settle(self) -> None:
-        """Writes down all that waits."""
-        for asked in [*self._held]:
-            self._write(asked)
-
-    def _write(self, asked: str) -> None:
-        for line in self._held.pop(asked, []):
-            self._journal.add(line)
+    def settle(self, *asked: str) -> None:
+        """Writes what waits, of everything or only of what was ``asked``."""
+        for name in asked or [*self._held]:
+            for line in self._held.pop(name, []):
+                self._journal.add(line)
 
     def close(self, *, delete: bool = False) -> None:
-        """Ends without what waits."""
+        """Closes the journal; what waits is not written."""
         self._journal.close()
         if delete:
             self._journal.path.unlink()
@@ -100,30 +96,25 @@ class Answers:
 async def make_turns(
     picture: Kept, root: Path, captioner: Endpoint, writer: Endpoint, setting: Setting, answers: Answers
 ) -> Made:
-    """The turns of a picture, or why there are none.
+    """The turns of a picture, whose file is relative to ``root``, or why there are none.
 
-    Args:
-        root: The folder that ``picture.file`` is relative to.
     Raises:
-        BudgetSpent: If there is no budget left.
-        EndpointError: If a server sends nothing useful.
-        DataError: If the picture, sound when it was looked at, cannot be read any more.
+        BudgetSpent, EndpointError: See endpoint.py.
+        DataError: If the picture can no longer be read.
     """
     talk = _Talk(picture, answers, setting)
     try:
         caption = await talk.caption(captioner, root / picture.file)
-        if not caption:
-            return talk.made(NO_CAPTION)
-        return await talk.pairs(writer, caption)
+        return await talk.pairs(writer, caption) if caption else talk.made(NO_CAPTION)
+    except Passing:
+        return Made(picture, later=True)
     except Unanswered as error:
-        if isinstance(error, Passing):
-            return Made(picture, later=True)
         talk.rejected.append(Rejected("picture", NO_ANSWER, str(error)))
         return talk.made(NO_ANSWER)
 
 
 class _Talk:
-    """What is said about one picture."""
+    """The questions and answers about one picture."""
 
     def __init__(self, picture: Kept, answers: Answers, setting: Setting) -> None:
         self.picture, self.answers, self.setting = picture, answers, setting
@@ -136,7 +127,13 @@ class _Talk:
             key = (self.picture.digest, "caption", attempt)
             known = answer = self.answers.find(key)
             if answer is None:
-                part = part or await self._image_part(path)
+                try:
+                    part = part or await asyncio.to_thread(image_part, path, self.setting.max_pixels)
+                except ImageError as error:
+                    raise DataError(
+                        f"{self.picture.name}: the picture was sound when it was looked at and cannot be read any more "
+                        f"({error}); put it back, or begin again in another output folder"
+                    ) from error
                 message = user(part, prompts.filled(prompts.caption))
                 answer = await endpoint.ask([message], seed=seed_of(*key))
             problem = caption_problem(answer, prompts)
@@ -148,15 +145,6 @@ class _Talk:
             self.reasons[problem] += 1
             self.rejected = [Rejected("caption", problem, text[:200])]
         return ""
-
-    async def _image_part(self, path: Path) -> Message:
-        try:
-            return await asyncio.to_thread(image_part, path, self.setting.max_pixels)
-        except ImageError as error:
-            raise DataError(
-                f"{self.picture.name}: the picture was sound when it was looked at and cannot be read any more "
-                f"({error}); put it back, or begin again in another output folder"
-            ) from error
 
     async def pairs(self, endpoint: Endpoint, caption: str) -> Made:
         pairs = Pairs(caption, self.picture.name, self.setting.prompts)
