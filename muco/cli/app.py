@@ -83,7 +83,7 @@ def train(
         list[str], Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
     ] = [],  # noqa: B006
     print_: Annotated[bool, Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Train nothing; report what a run takes or stops it.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only report what a run takes and what would stop it.")] = False,
     devices: Annotated[int, Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
     as_json: Json = False,
     output: Annotated[Path | None, Option(help="Folder to write; overrides the recipe's output.")] = None,

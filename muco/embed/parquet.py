@@ -22,6 +22,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
 from muco.base.files import claimed, read_json, whole_file, write_json, writing
 from muco.base.machine import VERSION
 from muco.base.terminal import rows_bar
@@ -32,8 +36,6 @@ from muco.errors import DataError, OutputError
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 RESTART = "start again with --no-resume (resume=False)"
@@ -80,8 +82,6 @@ def embed(
         MucoError: If the model's vectors are shorter than ``dimension``.
         OutputError: If ``output`` or its parts are of another model, dimension, input or columns.
     """
-    from rich.console import Console
-
     if batch_size < 1 or shard_rows < 1:
         raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
     source = open_items(Path(input), Columns(text_column, image_column, id_column))
@@ -189,9 +189,6 @@ class Parts:
 
     def add(self, part: list[Row], dimension: int) -> None:
         """Writes the next part; its metadata holds its place, its number of input rows and its failed rows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         good = [row for row in part if row.error is None]
         failed = [
             {"row": row.number, "id": row.id, "where": row.where, "reason": row.error} for row in part if row.error
@@ -213,8 +210,6 @@ class Parts:
 
         Raises a DataError if all rows failed; the list of them is written nevertheless.
         """
-        import pyarrow.parquet as pq
-
         self.rows = self.failed = 0
         with writing(self.errors, again=True):
             with whole_file(self.errors) as unfinished, unfinished.open("w", encoding="utf-8") as file:
@@ -276,8 +271,6 @@ class Parts:
 
 
 def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
-    import pyarrow as pa
-
     names = ["id", "embedding", "text", "image"]
     types = [pa.string(), pa.list_(pa.float32(), dimension), pa.string(), pa.string()]
     metadata = {key: str(value).encode(errors="replace") for key, value in facts.items()}
@@ -286,9 +279,6 @@ def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
 
 def _metadata(path: Path) -> dict[str, str] | None:
     """The facts that ``_schema`` put into a Parquet file; None if it is not one, or broken."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         found = pq.read_metadata(path).metadata or {}
     except (pa.ArrowInvalid, OSError):

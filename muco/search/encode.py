@@ -22,6 +22,7 @@ from muco.base.daft import daft_on
 from muco.data.items import Row
 from muco.embed.vectors import DECODERS, encode_rows, in_batches, opened_rows
 from muco.errors import MucoError
+from muco.images import resize_to_budget
 
 if TYPE_CHECKING:
     from muco.model import Model
@@ -34,8 +35,6 @@ RowEncoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
 
 def thumbnail(image: Any) -> bytes:
     """A small JPEG of a Pillow image."""
-    from muco.images import resize_to_budget
-
     stream = io.BytesIO()
     resize_to_budget(image, SIDE * SIDE).save(stream, "JPEG", quality=QUALITY)
     return stream.getvalue()

@@ -21,14 +21,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
 from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, kind_of, next_token
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FUNCTIONS = {  # the kinds of their arguments, and of their result
     "lower": ([TEXT], TEXT),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
@@ -25,8 +26,6 @@ from muco.search.table import Table
 from muco.search.update import add_rows
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 CANDIDATES = {"cosine": 10, "hamming": 30}  # scored again per hit, by the metric that finds them

@@ -13,15 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from muco.data.items import Columns, Items, Row, open_items
 from muco.data.parquet import batches
 from muco.errors import DataError
+from muco.images import image_digest
 from muco.search.columns import add_kinds, check_names, column_type, conform
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 HASHERS = 4  # threads that read image files
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 20  # looked up in the table together
@@ -73,9 +75,6 @@ def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
 
 def _parquet_types(path: Path, columns: Columns) -> tuple[dict[str, pa.DataType], frozenset[str]]:
     """Of all further columns but those of bytes, which are left out; and the columns that have no value in any row."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     kinds = {field.name: column_type(field.type) for field in pq.read_schema(path) if field.name not in columns.used}
     kinds = {name: kind for name, kind in kinds.items() if kind is not None}
     empty = sorted(kinds)
@@ -119,8 +118,6 @@ def _digest(value: Any) -> str:
 
 
 def _hash(entry: Entry) -> Entry:
-    from muco.images import image_digest
-
     row = entry.row
     if row.error is not None:
         return entry

@@ -20,12 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+import pyarrow as pa
 
 Name = Literal["float32", "int8", "binary"]
 VECTOR, BITS = "vector", "bits"
@@ -43,8 +41,6 @@ class Storage:
     decode: Callable[[dict[str, np.ndarray], int], np.ndarray]  # back to float32 [n, d]; encode gives the same again
 
     def fields(self, dimension: int) -> list[pa.Field]:
-        import pyarrow as pa
-
         values = self.encode(np.zeros((1, dimension), dtype=np.float32))
         return [
             pa.field(column, pa.list_(pa.from_numpy_dtype(values[column].dtype), values[column].shape[1]))
@@ -52,8 +48,6 @@ class Storage:
         ]
 
     def arrays(self, vectors: np.ndarray) -> list[pa.Array]:
-        import pyarrow as pa
-
         values = self.encode(vectors)
         return [pa.FixedSizeListArray.from_arrays(values[c].reshape(-1), values[c].shape[1]) for c in self.columns]
 

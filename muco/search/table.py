@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 from muco.base.files import claimed
 from muco.base.machine import VERSION
@@ -28,8 +29,6 @@ from muco.search.storage import STORAGES, Name, Storage
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 HASHES = ("content_hash", "row_hash")
@@ -187,8 +186,6 @@ class Table:
 
         Columns that another writer has added meanwhile are null in them; those it has widened hold their values.
         """
-        import pyarrow as pa
-
         with self.writing():
             for field in self.table.schema:
                 if field.name not in rows.column_names:
@@ -239,8 +236,6 @@ class Table:
 
 
 def _schema(model: Model, model_path: str | Path, storage: Name, dimension: int) -> pa.Schema:
-    import pyarrow as pa
-
     prompt = model.encoder.muco_processor.settings()["template"]
     is_file = bool(model_path) and Path(model_path).exists()
     facts = {

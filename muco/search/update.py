@@ -17,6 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
 from muco.base.terminal import rows_bar
 from muco.data.folders import told_passed_over
 from muco.data.items import Columns
@@ -32,8 +36,6 @@ from muco.search.table import FORMER, OWN, WIDER, Table
 from muco.search.widening import fit_columns
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 WRITE_ROWS, WRITE_SECONDS = 2048, 60  # a kill loses no more than this
@@ -136,8 +138,6 @@ def _update(
     progress: bool | None,
 ) -> dict[str, Any]:
     """Takes all rows into the table; returns the counts."""
-    from rich.console import Console
-
     started = time.perf_counter()
     with table.writing():
         pass  # repairs it and looks at its newest version, before any row is taken for unchanged
@@ -250,9 +250,6 @@ class _Update:
 
 def _table(table: Table, entries: list[Entry]) -> pa.Table:
     """The rows in the table's columns, but for one that another writer is still making."""
-    import numpy as np
-    import pyarrow as pa
-
     vectors = np.stack([entry.row.vector for entry in entries]).astype(np.float32)
     apart = (WIDER, FORMER, *table.storage.columns)
     schema = pa.schema([field for field in table.table.schema if field.name not in apart])
