@@ -119,7 +119,7 @@ class Index(Table):
         condition = checked_filter(where and whole_text(where, "where"), own | self.extra_columns)
         if like is not None:
             like = checked_id(like)
-            row = self.rows_by_id([like], self.storage.columns)
+            row = self.rows_where("id", [like], self.storage.columns)
             if not len(row):
                 raise MucoError(f"{self.path}: no row has the id {like!r}")
             query, others = self._unit(self.storage.vectors(row, self.dimension)[0]), f"id != {quoted(like)}"
@@ -175,7 +175,7 @@ class Index(Table):
     def _hits(self, best: list[tuple[str, float]]) -> list[Hit]:
         """Fetched by id, because row numbers would mean other rows after a writer's compaction."""
         extra = [*self.extra_columns]
-        found = self.rows_by_id([id for id, _ in best], ["id", "text", "image", "thumbnail", *extra])
+        found = self.rows_where("id", [id for id, _ in best], ["id", "text", "image", "thumbnail", *extra])
         rows = {row["id"]: row for row in found.to_pylist()}
         hits = []
         for id, score in best:
