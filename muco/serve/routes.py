@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -22,11 +22,9 @@ from starlette.responses import Response
 
 from muco.errors import MucoError, StorageError
 from muco.search.columns import in_json
+from muco.search.index import Hit
 from muco.serve.schema import EmbeddingsRequest, EmbedRequest, RequestError, SearchRequest
 from muco.serve.service import Service, service_of, shortened, usage
-
-if TYPE_CHECKING:
-    from muco.search import Hit
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": HTTPStatus(status).phrase, "content": {"application/json": {}}}
