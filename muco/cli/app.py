@@ -25,11 +25,9 @@ from muco.cli.data import app as data_app
 from muco.cli.evaluate import app as evaluate_app
 from muco.cli.options import USERS_INPUT, BatchSize, Dimension, Json, Model, examples, finish_check
 from muco.cli.search import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
-from muco.cli.serve import EXAMPLES as SERVE_EXAMPLES
-from muco.cli.serve import serve
+from muco.cli.serve import SERVE_EXAMPLES, serve
 from muco.cli.study import study
-from muco.cli.synth import EXAMPLES as SYNTH_EXAMPLES
-from muco.cli.synth import synth
+from muco.cli.synth import SYNTH_EXAMPLES, synth
 from muco.errors import MucoError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -79,9 +77,7 @@ def _root(
 )
 def train(
     recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="Model, data, turns, loss, batch and trainer.")],
-    set_: Annotated[
-        list[str], Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
-    ] = [],  # noqa: B006
+    set_: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Set a recipe value; may be repeated.")] = [],  # noqa: B006
     print_: Annotated[bool, Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only report what a run takes and what would stop it.")] = False,
     devices: Annotated[int, Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
@@ -126,7 +122,7 @@ def train(
     )
 )
 def embed(
-    input: Annotated[Path, Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")],
+    input: Annotated[Path, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file.")],
     model: Model,
     output: Annotated[
         Path, Option("--output", "-o", metavar="FILE.parquet", help="File to write: id, embedding, text, image.")

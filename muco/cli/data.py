@@ -20,9 +20,7 @@ app = Typer(no_args_is_help=True, help="Check, show and make data.")
 convert = Typer(no_args_is_help=True, help="Make data from annotated data sets.")
 app.add_typer(convert, name="convert")
 
-DataPath = Annotated[
-    Path, Argument(metavar="PATH", help="A JSONL file, a folder that holds exactly one, or data of another format.")
-]
+DataPath = Annotated[Path, Argument(metavar="PATH", help="A JSONL file, a folder with exactly one, or another format.")]
 Format = Annotated[str, Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
 OptionsOfFormat = Annotated[
     list[str], Option(metavar="KEY=VALUE", help="Option of the format in YAML, e.g. images=photos; may be repeated.")
@@ -37,12 +35,11 @@ def _open(path: Path, format: str, options: Sequence[str]) -> Data:
 
 
 @app.command(
-    "check",
     epilog=examples(
         "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/run/model --json"
     ),
 )
-def data_check(
+def check(
     path: DataPath,
     format: Format = "jsonl",
     option: OptionsOfFormat = [],  # noqa: B006
@@ -60,8 +57,8 @@ def data_check(
     finish_check(report.as_dict() if as_json else report, as_json, print_report, report.ok)
 
 
-@app.command("show", epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
-def data_show(
+@app.command(epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
+def show(
     path: DataPath,
     output: Annotated[Path, Option("--output", "-o", metavar="FILE.html", help="The self-contained page to write.")],
     format: Format = "jsonl",
@@ -76,16 +73,13 @@ def data_show(
 
 
 @app.command(
-    "leak",
     epilog=examples(
         "muco data leak data/test.jsonl --train data/train.jsonl --output overlap",
         "muco data leak test.jsonl photos/ --train train.jsonl --train more/ --json",
     ),
 )
-def data_leak(
-    evaluation: Annotated[
-        list[Path], Argument(metavar="EVALUATION...", help="Evaluation data: JSONL files or folders of images.")
-    ],
+def leak(
+    evaluation: Annotated[list[Path], Argument(metavar="EVALUATION...", help="JSONL files or folders of images.")],
     train: Annotated[list[Path], Option("--train", "-t", help="Training data in the same formats; may be repeated.")],
     output: Annotated[Path | None, Option("--output", "-o", help="Folder for the report and the pairs found.")] = None,
     as_json: Json = False,
@@ -102,13 +96,12 @@ def data_leak(
 
 
 @app.command(
-    "caption",
     epilog=examples(
         "muco data caption pairs.jsonl --endpoint http://localhost:8000/v1 --model qwen --output captions.jsonl",
         "muco data caption MMEB --format mmeb --endpoint http://localhost:8000/v1 --model qwen -o captions.jsonl",
     ),
 )
-def data_caption(
+def caption(
     path: DataPath,
     endpoint: Annotated[str, Option("--endpoint", metavar="URL", help="Base of an OpenAI-compatible API.")],
     model: Annotated[str, Option("--model", "-m", help="Name of a model there that sees images.")],
@@ -160,13 +153,12 @@ def data_caption(
 
 
 @app.command(
-    "mine",
     epilog=examples(
         "muco data mine train.jsonl --model runs/demo/run/model --output mined.jsonl",
         "muco data mine train.jsonl -m MODEL -o mined.jsonl --negatives 5 --skip 10 --depth 200 --relative-margin 0.05",
     ),
 )
-def data_mine(
+def mine(
     path: DataPath,
     model: Model,
     output: Annotated[Path, Option("--output", "-o", metavar="FILE.jsonl", help="The data with negatives.")],
@@ -201,14 +193,13 @@ def data_mine(
 
 
 @app.command(
-    "scenes",
     epilog=examples(
         "muco data scenes data/scenes",
         "muco data scenes small --train 500 --dev 100 --test 100",
         "muco data scenes rich --size 168 --objects 4 --objects 5 --objects 6",
     ),
 )
-def data_scenes(
+def scenes(
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
     train: Annotated[int, Option(min=1, help="Training scenes.")] = 20_000,
     dev: Annotated[int, Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
@@ -216,8 +207,7 @@ def data_scenes(
     seed: Annotated[int, Option(help="The same seed and options draw the same data.")] = 0,
     size: Annotated[int, Option(metavar="PX", help="Width and height of the images.")] = 84,
     objects: Annotated[
-        list[int] | None,
-        Option(metavar="N", help="Objects, 2 to 6; repeated: one of them is drawn. Default: 2, 3, 3."),
+        list[int] | None, Option(metavar="N", help="Objects, 2 to 6; repeated: one is drawn. Default: 2, 3, 3.")
     ] = None,
 ) -> None:
     """Draw the built-in data set.
@@ -230,13 +220,12 @@ def data_scenes(
 
 
 @convert.command(
-    "coco",
     epilog=examples(
         "muco data convert coco instances.json --captions captions.json --images train2017 --output coco.jsonl",
         "muco data convert coco lvis_v1_val.json --images coco --output lvis.jsonl --min-turns 4 --json",
     ),
 )
-def data_convert_coco(
+def coco(
     annotations: Annotated[Path, Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's format.")],
     images: Annotated[Path, Option(metavar="DIR", help="Folder of the image files.")],
     output: Annotated[Path, Option("--output", "-o", metavar="FILE.jsonl", help="The data; replaced if it exists.")],

@@ -27,18 +27,13 @@ IdColumn = Annotated[str, Option(help="Key or column that holds the id.")]
 
 # of the evaluations
 Scores = Annotated[
-    Path, Option("--output", "-o", help="Folder for the scores, reports and cached embeddings; a run resumes.")
+    Path, Option("--output", "-o", help="Folder for scores, reports and cached embeddings; runs resume.")
 ]
 Queries = Annotated[int | None, Option(min=1, help="Score N queries per data set, drawn by the seed; reported.")]
 Seed = Annotated[int, Option(help="Seed of all random draws.")]
 AllowMissing = Annotated[bool, Option("--allow-missing", help="Skip missing data sets; otherwise they are an error.")]
 SkipBroken = Annotated[
-    bool,
-    Option(
-        "--skip-broken",
-        help="Leave out, count and name what cannot be embedded; a query without its right answer counts as missed. "
-        "Without, it is an error.",
-    ),
+    bool, Option("--skip-broken", help="Leave out, count and name what cannot be embedded; otherwise it is an error.")
 ]
 OwnPixels = Annotated[bool, Option("--own-pixels", help="Keep the model's own image sizes, not the benchmark's.")]
 
@@ -49,14 +44,10 @@ Timeout = Annotated[float, Option(min=0.001, help="Seconds for one request.")]
 Retries = Annotated[int, Option(min=0, help="Number of retries of a failed request.")]
 MaxFailures = Annotated[int, Option(min=1, help="Stop after this number of unusable answers in a row.")]
 MaxRequests = Annotated[int | None, Option(min=1, help="Stop after N requests; the same command resumes there.")]
-MaxTokens = Annotated[
-    int | None, Option(min=1, help="Stop after N tokens, read and written; the same command resumes there.")
-]
+MaxTokens = Annotated[int | None, Option(min=1, help="Stop after N tokens read and written; the same command resumes.")]
 MaxPixels = Annotated[int, Option(min=784, help="Larger images are sent smaller.")]
 KeyVariable = Annotated[str, Option(metavar="NAME", help="Environment variable that holds the API key, if any.")]
-PromptsFile = Annotated[
-    Path | None, Option(metavar="FILE.yaml", help="Wordings of your own; muco/synth/prompts.py has the keys.")
-]
+PromptsFile = Annotated[Path | None, Option(metavar="FILE.yaml", help="Your wordings; keys: muco/synth/prompts.py.")]
 Price = Annotated[str, Option(metavar="READ:WRITTEN", help="Price of a million tokens, to estimate the cost.")]
 Sampling = Annotated[
     list[str],

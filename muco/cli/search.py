@@ -12,9 +12,7 @@ from typer import Argument, BadParameter, Context, Option
 from muco.base.terminal import finish, print_json, print_pairs
 from muco.cli.options import BatchSize, Dimension, IdColumn, ImageColumn, Json, Precision, TextColumn, examples
 
-Place = Annotated[
-    str, Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
-]
+Place = Annotated[str, Option("--index", "-i", metavar="DIR", help="Folder of the index, or URL (s3://bucket/index).")]
 INDEX_EXAMPLES = examples(
     "muco index photos/ --model runs/demo/run/model --index photos.index",
     "muco index rows.jsonl --index rows.index --delete-missing",
@@ -30,9 +28,7 @@ SEARCH_EXAMPLES = examples(
 def index(
     context: Context,
     index: Place,
-    input: Annotated[
-        Path | None, Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")
-    ] = None,
+    input: Annotated[Path | None, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file.")] = None,
     model: Annotated[
         str | None, Option("--model", "-m", help="Model folder or hub id; default: the index's. A new index needs one.")
     ] = None,
@@ -91,7 +87,7 @@ def search(
     k: Annotated[int, Option("-k", min=1, help="Number of rows to find.")] = 10,
     where: Annotated[str | None, Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')] = None,
     exact: Annotated[
-        bool, Option("--exact/--approximate", help="Compare with every row instead of using the vector index.")
+        bool, Option("--exact/--approximate", help="Compare with every row; use no vector index.")
     ] = False,
     model: Annotated[str | None, Option("--model", "-m", help="The index's model, if it has moved.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON line per row on stdout.")] = False,

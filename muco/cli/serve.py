@@ -15,7 +15,7 @@ from muco.errors import MucoError
 
 TOKEN = "MUCO_SERVE_TOKEN"
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
-EXAMPLES = examples(
+SERVE_EXAMPLES = examples(
     "muco serve --model runs/demo/run/model",
     "muco serve --model runs/demo/run/model --index photos.index --port 8080",
     "muco serve --model runs/demo/run/model --host 0.0.0.0 --token-file token.txt --name scenes",
@@ -32,9 +32,7 @@ def serve(
     instruction: Annotated[
         list[str], Option(metavar="INPUT_TYPE=TEXT", help="Text that an input_type prepends to texts; may be repeated.")
     ] = [],  # noqa: B006
-    token_file: Annotated[
-        Path | None, Option(help=f"File with the token that clients send; default: environment variable {TOKEN}.")
-    ] = None,
+    token_file: Annotated[Path | None, Option(help=f"File with the clients' token; default: variable {TOKEN}.")] = None,
     allow_host: Annotated[
         list[str], Option(metavar="NAME", help="A host name clients may call, e.g. that of a proxy; may be repeated.")
     ] = [],  # noqa: B006

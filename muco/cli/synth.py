@@ -15,7 +15,7 @@ from muco.cli.options import Json, examples
 from muco.errors import MucoError
 from muco.synth.chat import KEY_VARIABLE
 
-EXAMPLES = examples(
+SYNTH_EXAMPLES = examples(
     "muco synth photos/ --captioner http://localhost:8000/v1 --captioner-model qwen2.5-vl --output data/photos",
     "muco synth urls.parquet --captioner http://a:8000/v1 --captioner-model see --writer http://b:8000/v1 "
     "--writer-model write --output data/web --concurrency 64",
@@ -32,7 +32,7 @@ def synth(
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder of the data; runs resume.")],
     captioner_model: Annotated[str | None, Option(help="The model's name on that server, if it has several.")] = None,
     writer: Annotated[
-        str | None, Option(metavar="URL", help="Base of an API with a model that writes; default: the captioner.")
+        str | None, Option(metavar="URL", help="API of a model that writes; default: captioner's.")
     ] = None,
     writer_model: Annotated[str | None, Option(help="The writer's name on its server, if it has several.")] = None,
     min_side: Annotated[int, Option(min=1, help="Least pixels of an image's shorter side.")] = 512,

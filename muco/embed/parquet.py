@@ -104,15 +104,13 @@ def embed(
         started = time.perf_counter()
         if source.passed_over:
             say(told_passed_over(source.root, source.passed_over))
-        finished = resume and parts.finished(run)
-        if finished:
+        if finished := resume and parts.finished(run):
             say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
         else:
             parts.begin(run, resume)
-        resumed = parts.rows
+        if (resumed := parts.rows) and not finished:
+            say(f"{output}: resuming after {resumed} rows")
         if not finished:
-            if resumed:
-                say(f"{output}: resuming after {resumed} rows")
             short = {"truncate_dim": dimension} if dimension < whole else {}
             encode = partial(model.encode, show_progress_bar=False, **short)
             opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
@@ -190,9 +188,8 @@ class Parts:
     def add(self, part: list[Row], dimension: int) -> None:
         """Writes the next part; its metadata holds its place, its number of input rows and its failed rows."""
         good = [row for row in part if row.error is None]
-        failed = [
-            {"row": row.number, "id": row.id, "where": row.where, "reason": row.error} for row in part if row.error
-        ]
+        bad = [row for row in part if row.error is not None]
+        failed = [{"row": row.number, "id": row.id, "where": row.where, "reason": row.error} for row in bad]
         columns = {
             "id": [row.id for row in good],
             "embedding": [row.vector for row in good],
@@ -271,10 +268,9 @@ class Parts:
 
 
 def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
-    names = ["id", "embedding", "text", "image"]
-    types = [pa.string(), pa.list_(pa.float32(), dimension), pa.string(), pa.string()]
+    text, vector = pa.string(), pa.list_(pa.float32(), dimension)
     metadata = {key: str(value).encode(errors="replace") for key, value in facts.items()}
-    return pa.schema(zip(names, types, strict=True), metadata=metadata)
+    return pa.schema({"id": text, "embedding": vector, "text": text, "image": text}, metadata=metadata)
 
 
 def _metadata(path: Path) -> dict[str, str] | None:

@@ -10,7 +10,6 @@ A folder gets its name only if it gives the model's vectors (:mod:`muco.export.p
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -211,16 +210,15 @@ def _describe(
     shorter = sorted(recipe.loss.dimensions) if recipe else []
     listed = ", ".join(map(str, shorter))
     if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_config(folder / "config.json", config | {"is_matryoshka": True, "matryoshka_dimensions": shorter})
+        config = read_json(folder / "config.json") | {"is_matryoshka": True, "matryoshka_dimensions": shorter}
+        write_config(folder / "config.json", config)
     if format == "vllm":
         body = _usage_of_vllm(listed, separate)
     else:
         body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
         body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
-    origin = (
-        f"exported from {Path(source).name} by\nMuCo. Its vectors were compared with the model's own after the export."
-    )
+    compared = "Its vectors were compared with the model's own after the export."
+    origin = f"exported from {Path(source).name} by\nMuCo. {compared}"
     write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
 
 

@@ -75,11 +75,9 @@ class _Worker:
 def on_daft(
     model_path: str, fingerprint: str, dimension: int, batch_size: int, workers: int, ray: str | None
 ) -> RowEncoder:
-    """An encoder of ``workers`` processes that hold a model each; ``fingerprint`` says which one it must be.
+    """An encoder of ``workers`` processes that each load the model of this ``fingerprint`` from ``model_path``.
 
-    Args:
-        model_path: Folder or hub id, readable by every process.
-        ray: Address of a Ray cluster whose machines see the same paths; None: this machine.
+    They run on this machine, or on the Ray cluster at the address ``ray``, whose machines see the same paths.
     """
     import torch
 

@@ -72,10 +72,11 @@ def _numbers(table: pa.Table | pa.RecordBatch, column: str) -> np.ndarray:
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
-def _bytes(vectors: np.ndarray) -> np.ndarray:
-    # Each vector by its own largest number: a cosine does not see the scale, so none needs keeping.
+def _int8(vectors: np.ndarray) -> dict[str, np.ndarray]:
+    # Each vector is divided by its own largest component: a cosine ignores the scale, so none needs keeping.
     largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return np.rint(vectors / largest * 127).astype(np.int8)
+    rounded = np.rint(vectors / largest * 127).astype(np.int8)
+    return {VECTOR: rounded, BITS: np.packbits(rounded > 0, axis=1)}
 
 
 def _signs(values: dict[str, np.ndarray], dimension: int) -> np.ndarray:
@@ -86,22 +87,8 @@ def _signs(values: dict[str, np.ndarray], dimension: int) -> np.ndarray:
 STORAGES: dict[str, Storage] = {
     storage.name: storage
     for storage in (
-        Storage(
-            "float32",
-            (VECTOR,),
-            VECTOR,
-            "cosine",
-            lambda vectors: {VECTOR: vectors},
-            lambda values, dimension: values[VECTOR],
-        ),
-        Storage(
-            "int8",
-            (VECTOR, BITS),
-            BITS,
-            "hamming",
-            lambda vectors: {VECTOR: _bytes(vectors), BITS: np.packbits(_bytes(vectors) > 0, axis=1)},
-            lambda values, dimension: values[VECTOR].astype(np.float32),
-        ),
+        Storage("float32", (VECTOR,), VECTOR, "cosine", lambda whole: {VECTOR: whole}, lambda kept, _: kept[VECTOR]),
+        Storage("int8", (VECTOR, BITS), BITS, "hamming", _int8, lambda kept, _: kept[VECTOR].astype(np.float32)),
         Storage("binary", (BITS,), BITS, "hamming", lambda vectors: {BITS: np.packbits(vectors > 0, axis=1)}, _signs),
     )
 }

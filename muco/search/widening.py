@@ -15,11 +15,8 @@ from muco.search.table import FORMER, WIDER, Table
 def fit_columns(table: Table, extra: Mapping[str, pa.DataType], empty: Set[str], where: str) -> None:
     """Adds the columns that the table lacks, and widens those it has where the values of both fit without loss.
 
-    Args:
-        extra: Names and types of the input's further columns; those in ``empty`` have no value, which fits any.
-        where: Names the input in errors.
-    Raises:
-        DataError: If a column of the table cannot take the values.
+    ``extra`` holds the input's further columns; those in ``empty`` have no value, which fits any type. Raises a
+    DataError, which begins with ``where``, if a column of the table cannot take the values.
     """
     with table.writing():  # else another run may still be widening a column
         # A run that was killed while it widened one has left it; the column itself is whole.

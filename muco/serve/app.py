@@ -135,8 +135,8 @@ def run_server(
         allowed_hosts: Names that clients may call the server by, besides those of this machine. Without any, a server
             that other machines reach takes every name.
         limits, offered: See :class:`muco.serve.service.Served`.
-    Raises:
-        MucoError: If the address cannot be had, the model or the index cannot be used, or the model's process ends.
+
+    Raises a MucoError if the address, the model or the index cannot be used, or if the model's process ends.
     """
     codes: list[int | None] = []  # of the model's process, if it ends by itself
 

@@ -21,11 +21,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Counters for Prometheus; one registry per server, so that several can live in one process.
-
-    Args:
-        unfinished: Items accepted and not yet answered, asked when Prometheus asks.
-    """
+    """Counters for Prometheus; one registry per server, so that several can live in one process."""
 
     def __init__(self, unfinished: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
