@@ -105,7 +105,7 @@ def embed(
         if source.passed_over:
             say(told_passed_over(source.root, source.passed_over))
         if finished := resume and parts.finished(run):
-            say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
+            say(f"{output} is complete ({parts.failed} rows failed); to replace it, {RESTART}")
         else:
             parts.begin(run, resume)
         if (resumed := parts.rows) and not finished:

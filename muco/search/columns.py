@@ -1,4 +1,4 @@
-"""Further columns: which type of Arrow holds what a user gives, and values as that column holds them.
+"""Further columns: the Arrow type for what a user passes, and values as a column of that type holds them.
 
 Numbers, truth values, text, decimals, dates and times stay what they are; times with a zone are kept in UTC. UUIDs and
 paths become text, lists and mappings JSON. Missing is None, NaN, NaT and pandas' NA. A column widens where all values

@@ -1,7 +1,7 @@
-"""How vectors are stored in the table: whole, as one byte per number, or as one bit per number.
+"""How vectors are stored in the table: whole, as one byte per component, or as one bit per component.
 
 LanceDB indexes float columns (by cosine) and bits (by the number of bits that differ), but no int8 column; so "int8"
-keeps bits besides, which find the candidates that its numbers then score.
+also keeps bits, which find the candidates that its components then score.
 
 ============  ==================================  ==============================  =============================
 storage       bytes per vector of d dimensions     candidates by                   score
@@ -38,14 +38,13 @@ class Storage:
     searched: str
     metric: Literal["cosine", "hamming"]
     encode: Callable[[np.ndarray], dict[str, np.ndarray]]  # float32 [n, d] unit vectors -> values of the columns
-    decode: Callable[[dict[str, np.ndarray], int], np.ndarray]  # back to float32 [n, d]; encode gives the same again
+    decode: Callable[
+        [dict[str, np.ndarray], int], np.ndarray
+    ]  # back to float32 [n, d]; encoding it again changes nothing
 
     def fields(self, dimension: int) -> list[pa.Field]:
-        values = self.encode(np.zeros((1, dimension), dtype=np.float32))
-        return [
-            pa.field(column, pa.list_(pa.from_numpy_dtype(values[column].dtype), values[column].shape[1]))
-            for column in self.columns
-        ]
+        arrays = self.arrays(np.zeros((1, dimension), dtype=np.float32))
+        return [pa.field(column, array.type) for column, array in zip(self.columns, arrays, strict=True)]
 
     def arrays(self, vectors: np.ndarray) -> list[pa.Array]:
         values = self.encode(vectors)

@@ -96,8 +96,8 @@ async def _by_type(body: EmbedRequest, request: Request, version: str) -> dict[s
 def _as_type(vectors: np.ndarray, name: str) -> list[Any]:
     """Vectors in one of Cohere's types.
 
-    - "int8": each vector scaled so that its largest number is 127 or -127. Its direction stays, so compare by cosine.
-    - "ubinary": one bit per number, 1 where it is positive, eight to a byte. "binary": that minus 128.
+    - "int8": each vector scaled so that its largest component is ±127. Its direction stays: compare by cosine.
+    - "ubinary": one bit per component, 1 where it is positive, eight to a byte. "binary": that minus 128.
     """
     if name == "float":
         return vectors.tolist()
