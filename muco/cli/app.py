@@ -14,26 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option, Typer
+from typer.main import get_command
 
 from muco.base.machine import VERSION
 from muco.base.terminal import finish, print_json, print_pairs
 from muco.base.text import LONE_SURROGATE, escape_what_streams_cannot_write, escaped
+from muco.cli import options
 from muco.cli.data import app as data_app
 from muco.cli.evaluate import app as evaluate_app
-from muco.cli.options import FAILED_CHECK, USERS_INPUT, BatchSize, Dimension, Json, Model, examples
+from muco.cli.options import USERS_INPUT, BatchSize, Dimension, Json, Model, examples, finish_check
 from muco.cli.search import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
-from muco.cli.serve import EXAMPLES as SERVE_EXAMPLES
-from muco.cli.serve import serve
+from muco.cli.serve import SERVE_EXAMPLES, serve
 from muco.cli.study import study
-from muco.cli.synth import EXAMPLES as SYNTH_EXAMPLES
-from muco.cli.synth import synth
+from muco.cli.synth import SYNTH_EXAMPLES, synth
 from muco.errors import MucoError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-
-app = typer.Typer(
+app = Typer(
     name="muco",
     help="Train, evaluate and use multimodal embedding models by multi-turn contrast.",
     epilog=examples("muco demo", "muco train recipe.yaml --set loss.temperature=0.05", "muco COMMAND --help"),
@@ -56,13 +55,13 @@ app.command(epilog=SYNTH_EXAMPLES)(synth)
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"muco {VERSION}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+        bool, Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -77,24 +76,15 @@ def _root(
     )
 )
 def train(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe: model, data, turns, loss, batch, trainer.")
-    ],
-    set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")
-    ] = [],  # noqa: B006
-    print_: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Report what the run would take and what would stop it; train nothing.")
-    ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
+    recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="Model, data, turns, loss, batch and trainer.")],
+    set_: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Set a recipe value; may be repeated.")] = [],  # noqa: B006
+    print_: Annotated[bool, Option("--print", help="Print the resolved recipe as YAML and stop.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only report what a run takes and what would stop it.")] = False,
+    devices: Annotated[int, Option(min=1, help="With --dry-run: processes, with a device each.")] = 1,
     as_json: Json = False,
-    output: Annotated[Path | None, typer.Option(help="Folder to write; overrides the recipe's output.")] = None,
+    output: Annotated[Path | None, Option(help="Folder to write; overrides the recipe's output.")] = None,
     resume: Annotated[
-        bool,
-        typer.Option(
-            help="Resume from the last checkpoint in the output folder. Without, a folder that holds a run is an error."
-        ),
+        bool, Option(help="Resume from the last checkpoint in the output folder; otherwise an earlier run is an error.")
     ] = True,
 ) -> None:
     """Train a model from a recipe.
@@ -116,10 +106,7 @@ def train(
         from muco.training.plan import plan, print_plan
 
         found = plan(resolved, devices=devices)
-        finish(found, as_json, print_plan)
-        if found["problems"]:
-            raise typer.Exit(FAILED_CHECK)
-        return
+        return finish_check(found, as_json, print_plan, not found["problems"])
     from muco import distributed
     from muco.training.trainer import train
 
@@ -135,20 +122,17 @@ def train(
     )
 )
 def embed(
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")],
+    input: Annotated[Path, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file.")],
     model: Model,
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FILE.parquet", help="Parquet file to write: id, embedding, text, image."
-        ),
+        Path, Option("--output", "-o", metavar="FILE.parquet", help="File to write: id, embedding, text, image.")
     ],
     batch_size: BatchSize = 32,
     dimension: Dimension = None,
-    text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
-    image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
-    id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
-    resume: Annotated[bool, typer.Option(help="Resume an interrupted run; otherwise start again.")] = True,
+    text_column: options.TextColumn = "text",
+    image_column: options.ImageColumn = "image",
+    id_column: options.IdColumn = "id",
+    resume: Annotated[bool, Option(help="Resume an interrupted run; otherwise start again.")] = True,
     as_json: Json = False,
 ) -> None:
     """Embed images or rows into a Parquet file.
@@ -173,12 +157,12 @@ def embed(
 
 @app.command(epilog=examples("muco demo", "muco demo --output runs/quick --steps 100 --train 2000"))
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for data, model, scores and report.html.")
-    ] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer are faster and worse.")] = None,
-    train: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 20_000,
-    test: Annotated[int, typer.Option(min=2, help="Held-out scenes to score and search.")] = 500,
+    output: Annotated[Path, Option("--output", "-o", help="Folder for data, model, scores and report.html.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[int | None, Option(min=1, help="Training steps; fewer are faster and worse.")] = None,
+    train: Annotated[int, Option(min=1, help="Scenes to train on.")] = 20_000,
+    test: Annotated[int, Option(min=2, help="Held-out scenes to score and search.")] = 500,
 ) -> None:
     """Train and search on this machine.
 
@@ -198,18 +182,12 @@ def demo(
     )
 )
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A trained model's folder, a hub id, or a checkpoint of a run.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to create; it must not exist.")],
-    format: Annotated[str, typer.Option(help="sentence-transformers or vllm.")] = "sentence-transformers",
-    adapters: Annotated[
-        str, typer.Option(help="merged into the weights, or separate, for which MODEL must be a checkpoint.")
-    ] = "merged",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="NAMESPACE/NAME", help="Upload to this repository of the Hugging Face hub.")
-    ] = None,
+    model: Annotated[str, Argument(metavar="MODEL", help="A model's folder, a hub id, or a checkpoint of a run.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder to create; it must not exist.")],
+    format: Annotated[str, Option(help="sentence-transformers or vllm.")] = "sentence-transformers",
+    adapters: Annotated[str, Option(help="merged into the weights, or separate (MODEL: a checkpoint).")] = "merged",
+    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; by default the model's own.")] = None,
+    push: Annotated[str | None, Option(metavar="NAMESPACE/NAME", help="Push to this Hugging Face repository.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for other libraries, and check it.
@@ -220,9 +198,7 @@ def export(
     from muco.export import export
 
     found = export(model, output, format=format, adapters=adapters, dtype=dtype, push=push)
-    finish(found, as_json, print_pairs)
-    if not found["ok"]:
-        raise typer.Exit(FAILED_CHECK)
+    finish_check(found, as_json, print_pairs, found["ok"])
 
 
 @app.command(epilog=examples("muco doctor", "muco doctor --json"))
@@ -234,9 +210,7 @@ def doctor(as_json: Json = False) -> None:
     from muco.cli.doctor import examine, print_report
 
     found = examine()
-    finish(found, as_json, print_report)
-    if not found["ok"]:
-        raise typer.Exit(FAILED_CHECK)
+    finish_check(found, as_json, print_report, found["ok"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     escape_what_streams_cannot_write()
     try:
         words = sys.argv[1:] if argv is None else argv
-        typer.main.get_command(app)(args=argv, prog_name="muco", obj=escaped(shlex.join(["muco", *words])))
+        get_command(app)(args=argv, prog_name="muco", obj=escaped(shlex.join(["muco", *words])))
     except SystemExit as stop:  # how Typer ends, also after usage errors (2) and Ctrl-C (130)
         return int(stop.code or 0)
     except (MucoError, OSError, UnicodeEncodeError) as error:

@@ -6,29 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
-from muco.base.terminal import finish, print_pairs
-from muco.cli import synth as synth_cli
-from muco.cli.options import FAILED_CHECK, BatchSize, Json, Model, examples
+from muco.base.terminal import finish, print_pairs, progress_bar
+from muco.cli import options
+from muco.cli.options import BatchSize, Json, Model, examples, finish_check
+from muco.synth.chat import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from muco.data.source import Data
 
-app = typer.Typer(no_args_is_help=True, help="Check, show and make data.")
-convert = typer.Typer(no_args_is_help=True, help="Make data from annotated data sets.")
+app = Typer(no_args_is_help=True, help="Check, show and make data.")
+convert = Typer(no_args_is_help=True, help="Make data from annotated data sets.")
 app.add_typer(convert, name="convert")
 
-DataPath = Annotated[
-    Path,
-    typer.Argument(metavar="PATH", help="A JSONL file, a folder that holds exactly one, or data of another format."),
-]
-Format = Annotated[str, typer.Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
-Option = Annotated[
-    list[str],
-    typer.Option(
-        metavar="KEY=VALUE", help="An option of the format, e.g. images=photos; may be repeated, value in YAML."
-    ),
+DataPath = Annotated[Path, Argument(metavar="PATH", help="A JSONL file, a folder with exactly one, or another format.")]
+Format = Annotated[str, Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
+OptionsOfFormat = Annotated[
+    list[str], Option(metavar="KEY=VALUE", help="Option of the format in YAML, e.g. images=photos; may be repeated.")
 ]
 
 
@@ -40,18 +35,15 @@ def _open(path: Path, format: str, options: Sequence[str]) -> Data:
 
 
 @app.command(
-    "check",
     epilog=examples(
         "muco data check data/train.jsonl", "muco data check data/train.jsonl --model runs/demo/run/model --json"
     ),
 )
-def data_check(
+def check(
     path: DataPath,
     format: Format = "jsonl",
-    option: Option = [],  # noqa: B006
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
-    ] = None,
+    option: OptionsOfFormat = [],  # noqa: B006
+    model: Annotated[str | None, Option("--model", "-m", help="Count tokens with this model's tokenizer.")] = None,
     as_json: Json = False,
 ) -> None:
     """Report errors in data.
@@ -62,20 +54,16 @@ def data_check(
     from muco.data.check_report import print_report
 
     report = check(_open(path, format, option), tokenizer=model)
-    finish(report.as_dict() if as_json else report, as_json, print_report)
-    if not report.ok:
-        raise typer.Exit(FAILED_CHECK)
+    finish_check(report.as_dict() if as_json else report, as_json, print_report, report.ok)
 
 
-@app.command("show", epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
-def data_show(
+@app.command(epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))
+def show(
     path: DataPath,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; it is self-contained.")
-    ],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE.html", help="The self-contained page to write.")],
     format: Format = "jsonl",
-    option: Option = [],  # noqa: B006
-    limit: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 100,
+    option: OptionsOfFormat = [],  # noqa: B006
+    limit: Annotated[int, Option(min=1, help="Samples to show.")] = 100,
 ) -> None:
     """Write an HTML contact sheet of samples."""
     from muco.data.show import show
@@ -85,22 +73,15 @@ def data_show(
 
 
 @app.command(
-    "leak",
     epilog=examples(
         "muco data leak data/test.jsonl --train data/train.jsonl --output overlap",
         "muco data leak test.jsonl photos/ --train train.jsonl --train more/ --json",
     ),
 )
-def data_leak(
-    evaluation: Annotated[
-        list[Path], typer.Argument(metavar="EVALUATION...", help="Evaluation data: JSONL files or folders of images.")
-    ],
-    train: Annotated[
-        list[Path], typer.Option("--train", "-t", help="Training data in the same formats; may be repeated.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the report and every overlapping pair.")
-    ] = None,
+def leak(
+    evaluation: Annotated[list[Path], Argument(metavar="EVALUATION...", help="JSONL files or folders of images.")],
+    train: Annotated[list[Path], Option("--train", "-t", help="Training data in the same formats; may be repeated.")],
+    output: Annotated[Path | None, Option("--output", "-o", help="Folder for the report and the pairs found.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find training data in evaluation data.
@@ -111,38 +92,33 @@ def data_leak(
     from muco.data.leak import find_overlap, print_overlap
 
     found = find_overlap(train, evaluation, output=output)
-    finish(found, as_json, print_overlap)
-    if found["affected"]["either"]:
-        raise typer.Exit(FAILED_CHECK)
+    finish_check(found, as_json, print_overlap, not found["affected"]["either"])
 
 
 @app.command(
-    "caption",
     epilog=examples(
         "muco data caption pairs.jsonl --endpoint http://localhost:8000/v1 --model qwen --output captions.jsonl",
         "muco data caption MMEB --format mmeb --endpoint http://localhost:8000/v1 --model qwen -o captions.jsonl",
     ),
 )
-def data_caption(
+def caption(
     path: DataPath,
-    endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="Base of an OpenAI-compatible API.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Name of a model there that sees images.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="File of captions; existing ones are kept.")
-    ],
+    endpoint: Annotated[str, Option("--endpoint", metavar="URL", help="Base of an OpenAI-compatible API.")],
+    model: Annotated[str, Option("--model", "-m", help="Name of a model there that sees images.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE.jsonl", help="Captions; existing ones are kept.")],
     format: Format = "jsonl",
-    option: Option = [],  # noqa: B006
-    prompts: synth_cli.PromptsFile = None,
-    sampling: synth_cli.Sampling = [],  # noqa: B006
-    concurrency: synth_cli.Concurrency = 16,
-    requests_per_minute: synth_cli.Rate = None,
-    timeout: synth_cli.Timeout = 120,
-    retries: synth_cli.Retries = 6,
-    max_failures: synth_cli.MaxFailures = 20,
-    max_requests: synth_cli.MaxRequests = None,
-    max_tokens: synth_cli.MaxTokens = None,
-    max_pixels: synth_cli.MaxPixels = 1 << 20,
-    key_variable: synth_cli.KeyVariable = synth_cli.KEY_VARIABLE,
+    option: OptionsOfFormat = [],  # noqa: B006
+    prompts: options.PromptsFile = None,
+    sampling: options.Sampling = [],  # noqa: B006
+    concurrency: options.Concurrency = 16,
+    requests_per_minute: options.Rate = None,
+    timeout: options.Timeout = 120,
+    retries: options.Retries = 6,
+    max_failures: options.MaxFailures = 20,
+    max_requests: options.MaxRequests = None,
+    max_tokens: options.MaxTokens = None,
+    max_pixels: options.MaxPixels = 1 << 20,
+    key_variable: options.KeyVariable = KEY_VARIABLE,
     as_json: Json = False,
 ) -> None:
     """Caption the images of a data set with a model.
@@ -152,11 +128,11 @@ def data_caption(
     """
     import asyncio
 
-    from muco.base.terminal import progress_bar
     from muco.synth.caption import caption
     from muco.synth.chat import Budget, Limits
     from muco.synth.endpoint import Endpoint
     from muco.synth.prompts import load_prompts
+    from muco.training.read import parse_options
 
     wordings = load_prompts(prompts)
 
@@ -164,7 +140,7 @@ def data_caption(
         async with Endpoint(
             endpoint,
             model,
-            sampling=synth_cli.sampling_of(sampling, temperature=0.2, max_tokens=256),
+            sampling={"temperature": 0.2, "max_tokens": 256} | parse_options(sampling),
             limits=Limits(concurrency, requests_per_minute, timeout, retries, max_failures),
             budget=Budget(max_requests, max_tokens),
             key_variable=key_variable,
@@ -177,31 +153,28 @@ def data_caption(
 
 
 @app.command(
-    "mine",
     epilog=examples(
         "muco data mine train.jsonl --model runs/demo/run/model --output mined.jsonl",
         "muco data mine train.jsonl -m MODEL -o mined.jsonl --negatives 5 --skip 10 --depth 200 --relative-margin 0.05",
     ),
 )
-def data_mine(
+def mine(
     path: DataPath,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data with negatives.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE.jsonl", help="The data with negatives.")],
     format: Format = "jsonl",
-    option: Option = [],  # noqa: B006
-    negatives: Annotated[int, typer.Option(min=1, help="Negatives per turn, if enough candidates qualify.")] = 3,
-    skip: Annotated[int, typer.Option(min=0, help="Skip the first N ranks, which may contain right answers.")] = 0,
-    depth: Annotated[int, typer.Option(min=1, help="Ranks to look at; later ones are left out.")] = 100,
-    margin: Annotated[float | None, typer.Option(help="Cosine by which the right target must be ahead.")] = None,
-    relative_margin: Annotated[float | None, typer.Option(help="The same as a share of its cosine, e.g. 0.05.")] = None,
-    max_score: Annotated[float | None, typer.Option(help="Highest cosine of a negative.")] = None,
-    min_score: Annotated[float | None, typer.Option(help="Lowest cosine of a negative.")] = None,
-    sample: Annotated[str, typer.Option(help="top: the hardest that qualify; random: drawn among them.")] = "top",
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    option: OptionsOfFormat = [],  # noqa: B006
+    negatives: Annotated[int, Option(min=1, help="Negatives per turn, if enough candidates qualify.")] = 3,
+    skip: Annotated[int, Option(min=0, help="Skip the first N ranks, which may contain right answers.")] = 0,
+    depth: Annotated[int, Option(min=1, help="Ranks to look at; later ones are left out.")] = 100,
+    margin: Annotated[float | None, Option(help="Cosine by which the right target must be ahead.")] = None,
+    relative_margin: Annotated[float | None, Option(help="The same as a share of its cosine, e.g. 0.05.")] = None,
+    max_score: Annotated[float | None, Option(help="Highest cosine of a negative.")] = None,
+    min_score: Annotated[float | None, Option(help="Lowest cosine of a negative.")] = None,
+    sample: Annotated[str, Option(help="top: the hardest that qualify; random: drawn among them.")] = "top",
+    seed: options.Seed = 0,
     batch_size: BatchSize = 64,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep vectors here, so that an interrupted run can resume.")
-    ] = None,
+    cache: Annotated[Path | None, Option(metavar="DIR", help="Keep vectors here so that a run can resume.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find hard negatives with a model.
@@ -209,7 +182,6 @@ def data_mine(
     Writes the data as JSONL. Every turn gets targets of other images, texts or images, that the model takes for right
     or nearly so. FILE.jsonl.json records how they were found.
     """
-    from muco.base.terminal import progress_bar
     from muco.model import load
     from muco.training.mine import Mining, mine
 
@@ -221,23 +193,21 @@ def data_mine(
 
 
 @app.command(
-    "scenes",
     epilog=examples(
         "muco data scenes data/scenes",
         "muco data scenes small --train 500 --dev 100 --test 100",
         "muco data scenes rich --size 168 --objects 4 --objects 5 --objects 6",
     ),
 )
-def data_scenes(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
-    train: Annotated[int, typer.Option(min=1, help="Training scenes.")] = 20_000,
-    dev: Annotated[int, typer.Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
-    test: Annotated[int, typer.Option(min=1, help="Held-out scenes for the final scores.")] = 500,
-    seed: Annotated[int, typer.Option(help="The same seed and options draw the same data.")] = 0,
-    size: Annotated[int, typer.Option(metavar="PX", help="Width and height of the images.")] = 84,
+def scenes(
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write the images and JSONL files to.")],
+    train: Annotated[int, Option(min=1, help="Training scenes.")] = 20_000,
+    dev: Annotated[int, Option(min=1, help="Held-out scenes for choosing settings.")] = 500,
+    test: Annotated[int, Option(min=1, help="Held-out scenes for the final scores.")] = 500,
+    seed: Annotated[int, Option(help="The same seed and options draw the same data.")] = 0,
+    size: Annotated[int, Option(metavar="PX", help="Width and height of the images.")] = 84,
     objects: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", help="How many objects, 2 to 6; repeated: one of them is drawn. By default 2, 3, 3."),
+        list[int] | None, Option(metavar="N", help="Objects, 2 to 6; repeated: one is drawn. Default: 2, 3, 3.")
     ] = None,
 ) -> None:
     """Draw the built-in data set.
@@ -246,32 +216,24 @@ def data_scenes(
     """
     from muco.data.scenes import USUAL, write_scenes
 
-    numbers = objects or USUAL
-    print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed, size=size, objects=numbers))
+    print(write_scenes(folder, train=train, dev=dev, test=test, seed=seed, size=size, objects=objects or USUAL))
 
 
 @convert.command(
-    "coco",
     epilog=examples(
         "muco data convert coco instances.json --captions captions.json --images train2017 --output coco.jsonl",
         "muco data convert coco lvis_v1_val.json --images coco --output lvis.jsonl --min-turns 4 --json",
     ),
 )
-def data_convert_coco(
-    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's format.")],
-    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the image files.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The data; an existing file is replaced.")
-    ],
-    captions: Annotated[
-        Path | None, typer.Option(metavar="CAPTIONS.json", help="Captions of the same images in COCO's format.")
-    ] = None,
-    min_area: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of the image for a box to be asked about.")
-    ] = 0.01,
-    min_turns: Annotated[int, typer.Option(min=1, help="Leave out images with fewer turns.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed for choosing among possible questions.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples to write, by the order of image ids.")] = None,
+def coco(
+    annotations: Annotated[Path, Argument(metavar="ANNOTATIONS.json", help="Boxes in COCO's format.")],
+    images: Annotated[Path, Option(metavar="DIR", help="Folder of the image files.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE.jsonl", help="The data; replaced if it exists.")],
+    captions: Annotated[Path | None, Option(metavar="CAPTIONS.json", help="Image captions in COCO's format.")] = None,
+    min_area: Annotated[float, Option(min=0, max=1, help="Smallest box to ask about, as a share of its image.")] = 0.01,
+    min_turns: Annotated[int, Option(min=1, help="Leave out images with fewer turns.")] = 2,
+    seed: Annotated[int, Option(help="Seed for choosing among possible questions.")] = 0,
+    limit: Annotated[int | None, Option(min=1, help="Samples to write, by the order of image ids.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn boxes and captions into questions and answers.
@@ -279,7 +241,6 @@ def data_convert_coco(
     Makes questions by rule if the boxes leave no doubt: the main thing, which and how many things, what is where,
     and a description. Also reads LVIS, and other sets in COCO's format.
     """
-    from muco.base.terminal import progress_bar
     from muco.synth.coco import convert_coco
 
     with progress_bar("images") as progress:

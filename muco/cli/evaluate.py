@@ -7,37 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Context, Option, Typer
 
-from muco.base.terminal import finish
+from muco.base.terminal import finish, progress_bar
+from muco.cli import options
 from muco.cli.options import BatchSize, Dimension, Json, Model, Precision, examples
 
 if TYPE_CHECKING:
     from muco.processor import Processor
 
-app = typer.Typer(no_args_is_help=True, help="Score a model on held-out data and benchmarks.")
-
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder for the scores, reports and cached embeddings; a run resumes.")
-]
-Queries = Annotated[
-    int | None, typer.Option(min=1, help="Score only N queries per data set, drawn by the seed; the report says so.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
-AllowMissing = Annotated[
-    bool, typer.Option("--allow-missing", help="Score the available data sets; otherwise a missing one is an error.")
-]
-SkipBroken = Annotated[
-    bool,
-    typer.Option(
-        "--skip-broken",
-        help="Leave out, count and name what cannot be embedded; a query without its right answer counts as missed. "
-        "Without, it is an error.",
-    ),
-]
-OwnPixels = Annotated[
-    bool, typer.Option("--own-pixels", help="Keep the model's own limits of image size, not the benchmark's.")
-]
+app = Typer(no_args_is_help=True, help="Score a model on held-out data and benchmarks.")
 
 WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose vectors are then found there
 
@@ -50,18 +29,14 @@ WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose ve
 )
 def retrieval(
     model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="A JSONL file, or a folder that holds exactly one.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
+    data: Annotated[Path, Option("--data", "-d", help="A JSONL file, or a folder that holds exactly one.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
     batch_size: BatchSize = 64,
-    candidates: Annotated[
-        int, typer.Option(min=2, help="Length of the drawn lists of answers, including the right one.")
-    ] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = None,
+    candidates: Annotated[int, Option(min=2, help="Length of the drawn lists of answers, right one included.")] = 100,
+    limit: Annotated[int | None, Option(min=1, help="Use only the first N samples.")] = None,
     dimension: Dimension = None,
-    precision: Annotated[
-        Precision, typer.Option(help="Score vectors of this precision, as an index would.")
-    ] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the drawn lists.")] = 0,
+    precision: Annotated[Precision, Option(help="Score vectors of this precision, as an index would.")] = "float32",
+    seed: Annotated[int, Option(help="Seed of the drawn lists.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Score retrieval on held-out samples.
@@ -72,7 +47,6 @@ def retrieval(
     further dimensions and precisions are scored without encoding again.
     """
     from muco.base.files import claimed
-    from muco.base.terminal import progress_bar
     from muco.data import open_data
     from muco.evaluate.report import print_results
     from muco.evaluate.retrieval import evaluate_retrieval, write_result
@@ -108,25 +82,20 @@ def retrieval(
     ),
 )
 def mmeb(
-    context: typer.Context,
+    context: Context,
     model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="A folder with one folder per data set.")],
-    output: Output,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the images; default eval_images or image-tasks in the data.")
-    ] = None,
-    task: Annotated[list[str], typer.Option(metavar="NAME", help="A data set; may be repeated. Default: all 36.")] = [],  # noqa: B006
-    queries: Queries = None,
-    seed: Seed = 0,
+    data: Annotated[Path, Option("--data", "-d", help="A folder with one folder per data set.")],
+    output: options.Scores,
+    images: Annotated[Path | None, Option(help="Image folder; default: the data's eval_images or image-tasks.")] = None,
+    task: Annotated[list[str], Option(metavar="NAME", help="A data set; may be repeated. Default: all 36.")] = [],  # noqa: B006
+    queries: options.Queries = None,
+    seed: options.Seed = 0,
     batch_size: BatchSize = 64,
-    own_pixels: OwnPixels = False,
-    allow_missing: AllowMissing = False,
-    skip_broken: SkipBroken = False,
+    own_pixels: options.OwnPixels = False,
+    allow_missing: options.AllowMissing = False,
+    skip_broken: options.SkipBroken = False,
     official: Annotated[
-        bool,
-        typer.Option(
-            "--official", help="Distinguish candidates and open images as the paper's code does; see the docs."
-        ),
+        bool, Option("--official", help="Tell candidates apart and open images as the paper's code does; see the docs.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -144,8 +113,7 @@ def mmeb(
         context,
         model,
         as_json,
-        own_pixels=own_pixels,
-        images_as_stored=official,
+        own_pixels,
         data=data,
         output=output,
         images=images,
@@ -166,30 +134,28 @@ def mmeb(
     ),
 )
 def mbeir(
-    context: typer.Context,
+    context: Context,
     model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="The M-BEIR folder, as published.")],
-    output: Output,
+    data: Annotated[Path, Option("--data", "-d", help="The M-BEIR folder, as published.")],
+    output: options.Scores,
     pool: Annotated[
-        Literal["both", "local", "global"],
-        typer.Option(help="Rank among a task's own candidates, all of them, or both."),
+        Literal["both", "local", "global"], Option(help="Rank among a task's own candidates, all of them, or both.")
     ] = "both",
     task: Annotated[
-        list[str], typer.Option(metavar="NAME", help="A task, such as 'MSCOCO t0'; may be repeated. Default: all 16.")
+        list[str], Option(metavar="NAME", help="A task, e.g. 'MSCOCO t0'; may be repeated. Default: all 16.")
     ] = [],  # noqa: B006
     prompts: Annotated[
-        Literal["random", "first"],
-        typer.Option(help="Which of a task's instructions a query gets: one drawn by the seed, or the first."),
+        Literal["random", "first"], Option(help="A query's instruction: its task's first, or one drawn by the seed.")
     ] = "random",
-    queries: Queries = None,
-    seed: Seed = 2023,
+    queries: options.Queries = None,
+    seed: options.Seed = 2023,
     batch_size: BatchSize = 64,
-    own_pixels: OwnPixels = False,
+    own_pixels: options.OwnPixels = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="A right candidate missing from all pools is an error instead of a count.")
+        bool, Option("--strict", help="A right candidate missing from all pools is an error instead of a count.")
     ] = False,
-    allow_missing: AllowMissing = False,
-    skip_broken: SkipBroken = False,
+    allow_missing: options.AllowMissing = False,
+    skip_broken: options.SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Score M-BEIR: 16 tasks, local and global pool.
@@ -205,7 +171,7 @@ def mbeir(
         context,
         model,
         as_json,
-        own_pixels=own_pixels,
+        own_pixels,
         data=data,
         output=output,
         pools=("local", "global") if pool == "both" else (pool,),
@@ -227,20 +193,17 @@ def mbeir(
     ),
 )
 def beir(
-    context: typer.Context,
+    context: Context,
     model: Model,
     data: Annotated[
-        Path,
-        typer.Option(
-            "--data", "-d", help="A folder with corpus.jsonl, queries.jsonl and qrels/, or a folder of these."
-        ),
+        Path, Option("--data", "-d", help="A folder with corpus.jsonl, queries.jsonl and qrels/, or a folder of these.")
     ],
-    output: Output,
-    split: Annotated[str, typer.Option(help="Judgements to use: qrels/SPLIT.tsv.")] = "test",
-    k: Annotated[int, typer.Option("-k", min=1, help="Depth of nDCG@k, recall@k and MRR@k.")] = 10,
-    instruction: Annotated[str, typer.Option(help="Text prepended to every query.")] = "",
+    output: options.Scores,
+    split: Annotated[str, Option(help="Judgements to use: qrels/SPLIT.tsv.")] = "test",
+    k: Annotated[int, Option("-k", min=1, help="Depth of nDCG@k, recall@k and MRR@k.")] = 10,
+    instruction: Annotated[str, Option(help="Text prepended to every query.")] = "",
     batch_size: BatchSize = 64,
-    skip_broken: SkipBroken = False,
+    skip_broken: options.SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Score any retrieval set in BEIR's format.
@@ -254,7 +217,7 @@ def beir(
         context,
         model,
         as_json,
-        own_pixels=True,
+        own=True,
         data=data,
         output=output,
         split=split,
@@ -267,11 +230,11 @@ def beir(
 
 @app.command(epilog=examples("muco evaluate compare scores/old scores/new"))
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Output folder of an evaluation.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same data.")],
-    samples: Annotated[int, typer.Option(min=100, help="Bootstrap samples.")] = 10_000,
-    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Level of the interval.")] = 0.95,
-    seed: Seed = 0,
+    a: Annotated[Path, Argument(metavar="A", help="Output folder of an evaluation.")],
+    b: Annotated[Path, Argument(metavar="B", help="Another, of the same data.")],
+    samples: Annotated[int, Option(min=100, help="Bootstrap samples.")] = 10_000,
+    level: Annotated[float, Option(min=0.5, max=0.999, help="Level of the interval.")] = 0.95,
+    seed: options.Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compare two results query by query.
@@ -283,31 +246,16 @@ def compare(
     finish(compare(a, b, samples=samples, seed=seed, level=level), as_json, print_comparison)
 
 
-def _run(
-    evaluate: Callable[..., dict[str, Any]],
-    context: typer.Context,
-    path: str,
-    as_json: bool,
-    *,
-    own_pixels: bool,
-    images_as_stored: bool = False,
-    **settings: Any,
-) -> None:
+def _run(evaluate: Callable[..., Any], context: Context, path: str, as_json: bool, own: bool, **settings: Any) -> None:
     """Runs a benchmark on the model at a path, with progress; one of several processes prints the result."""
     from muco import distributed
-    from muco.base.terminal import progress_bar
     from muco.evaluate.report import print_benchmark
     from muco.model import load
-    from muco.processor import EVALUATION_PIXELS
 
     distributed.start()
     model = load(path)
-    processor = model.encoder.muco_processor
-    processor.images_as_stored = images_as_stored
-    own = own_pixels or not processor.rotary_3d
-    if not own:
-        processor.set_pixels(*EVALUATION_PIXELS)
-    pixels = _pixels(processor, own=own)
+    model.encoder.muco_processor.images_as_stored = settings.get("official", False)
+    pixels = _pixels(model.encoder.muco_processor, own=own)
     with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:
         shown = progress if distributed.rank() == 0 else None
         result = evaluate(model=model, model_path=path, command=context.obj, progress=shown, **pixels, **settings)
@@ -316,13 +264,16 @@ def _run(
 
 
 def _pixels(processor: Processor, *, own: bool) -> dict[str, str]:
-    """The limits of image size, here and in training; one of several processes says on stderr if they differ."""
+    """Sets the limits of image size; returns them and those in training, and says on stderr if they differ."""
     from muco import distributed
     from muco.evaluate.benchmark import OWN_PIXELS, pixels_differ
+    from muco.processor import EVALUATION_PIXELS
 
-    used, trained = (
-        "{} to {}".format(*pixels) if pixels else "" for pixels in (processor.pixels, processor.trained_pixels)
-    )
+    own = own or not processor.rotary_3d
+    if not own:
+        processor.set_pixels(*EVALUATION_PIXELS)
+    limits = (processor.pixels, processor.trained_pixels)
+    used, trained = ("{} to {}".format(*pixels) if pixels else "" for pixels in limits)
     if own:
         used = OWN_PIXELS if used == trained or not trained else f"{OWN_PIXELS}, {used}"
     if distributed.rank() == 0:

@@ -7,16 +7,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Context, Option
 
 from muco.base.terminal import finish, print_json, print_pairs
-from muco.cli.options import BatchSize, Dimension, Json, Precision, examples
+from muco.cli.options import BatchSize, Dimension, IdColumn, ImageColumn, Json, Precision, TextColumn, examples
 
-Place = Annotated[
-    str, typer.Option("--index", "-i", metavar="DIR", help="Folder of the index, or a URL such as s3://bucket/index.")
-]
-
-
+Place = Annotated[str, Option("--index", "-i", metavar="DIR", help="Folder of the index, or URL (s3://bucket/index).")]
 INDEX_EXAMPLES = examples(
     "muco index photos/ --model runs/demo/run/model --index photos.index",
     "muco index rows.jsonl --index rows.index --delete-missing",
@@ -30,38 +26,23 @@ SEARCH_EXAMPLES = examples(
 
 
 def index(
-    context: typer.Context,
+    context: Context,
     index: Place,
-    input: Annotated[
-        Path | None, typer.Argument(metavar="INPUT", help="A folder of images, a .jsonl or a .parquet file.")
-    ] = None,
+    input: Annotated[Path | None, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Model folder or hub id; required for a new index, by default the index's own."
-        ),
+        str | None, Option("--model", "-m", help="Model folder or hub id; default: the index's. A new index needs one.")
     ] = None,
-    storage: Annotated[
-        Precision | None, typer.Option(help="How a new index stores its vectors; float32 by default.")
-    ] = None,
+    storage: Annotated[Precision | None, Option(help="How a new index stores its vectors; default: float32.")] = None,
     dimension: Dimension = None,
-    delete: Annotated[list[str], typer.Option("--delete", metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
-    delete_missing: Annotated[
-        bool, typer.Option("--delete-missing", help="Delete all rows that are not in INPUT.")
-    ] = False,
+    delete: Annotated[list[str], Option(metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
+    delete_missing: Annotated[bool, Option("--delete-missing", help="Delete all rows that are not in INPUT.")] = False,
     batch_size: BatchSize = 32,
-    text_column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
-    image_column: Annotated[str, typer.Option(help="Key or column that holds the image.")] = "image",
-    id_column: Annotated[str, typer.Option(help="Key or column that holds the id.")] = "id",
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes that each hold the model; more than one run on Daft.")
-    ] = 1,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run the workers on this Ray cluster (ray://host:10001).")
-    ] = None,
-    errors: Annotated[
-        Path | None, typer.Option(help="JSONL file for the rows that cannot be used; default errors.jsonl in DIR.")
-    ] = None,
+    text_column: TextColumn = "text",
+    image_column: ImageColumn = "image",
+    id_column: IdColumn = "id",
+    workers: Annotated[int, Option(min=1, help="Processes that each hold the model; more than one run on Daft.")] = 1,
+    ray: Annotated[str | None, Option(metavar="ADDRESS", help="Ray cluster of workers, as ray://host:10001.")] = None,
+    errors: Annotated[Path | None, Option(help="JSONL file for unusable rows; default: errors.jsonl in DIR.")] = None,
     as_json: Json = False,
 ) -> None:
     """Create or update a search index.
@@ -73,7 +54,7 @@ def index(
     from muco.search.update import build
 
     if input is None and (not delete or delete_missing):
-        raise typer.BadParameter("pass an INPUT, or rows to --delete", context)
+        raise BadParameter("pass an INPUT, or rows to --delete", context)
     result: dict[str, Any] = {}
     if delete:
         opened = Index.open(index)
@@ -100,22 +81,16 @@ def index(
 
 def search(
     index: Place,
-    text: Annotated[str | None, typer.Option("--text", "-t", help="Text to search for.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="An image to search for; with --text, both form one query.")
-    ] = None,
-    like: Annotated[str | None, typer.Option(metavar="ID", help="Find rows like this one.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Number of rows to find.")] = 10,
-    where: Annotated[
-        str | None, typer.Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')
-    ] = None,
+    text: Annotated[str | None, Option("--text", "-t", help="Text to search for.")] = None,
+    image: Annotated[Path | None, Option(help="An image to search for; with --text, both form one query.")] = None,
+    like: Annotated[str | None, Option(metavar="ID", help="Find rows like this one.")] = None,
+    k: Annotated[int, Option("-k", min=1, help="Number of rows to find.")] = 10,
+    where: Annotated[str | None, Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')] = None,
     exact: Annotated[
-        bool, typer.Option("--exact/--approximate", help="Compare with every row instead of using the vector index.")
+        bool, Option("--exact/--approximate", help="Compare with every row; use no vector index.")
     ] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="New place of the index's model, if it has moved.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per row on stdout.")] = False,
+    model: Annotated[str | None, Option("--model", "-m", help="The index's model, if it has moved.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON line per row on stdout.")] = False,
 ) -> None:
     """Search an index.
 

@@ -7,74 +7,50 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from muco.base.text import read_text
-from muco.cli.options import Model, examples
+from muco.cli.options import FetchAddress, FetchHost, Model, examples
 from muco.errors import MucoError
 
 TOKEN = "MUCO_SERVE_TOKEN"
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
-EXAMPLES = examples(
+SERVE_EXAMPLES = examples(
     "muco serve --model runs/demo/run/model",
     "muco serve --model runs/demo/run/model --index photos.index --port 8080",
     "muco serve --model runs/demo/run/model --host 0.0.0.0 --token-file token.txt --name scenes",
 )
-Repeated = list[str]
 
 
 def serve(
     model: Model,
-    index: Annotated[
-        str | None, typer.Option(metavar="DIR", help="An index of muco index: adds POST /search and the search page.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the folder's name.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: the best available.")] = None,
+    index: Annotated[str | None, Option(metavar="DIR", help="An index: adds POST /search and the search page.")] = None,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    name: Annotated[str | None, Option(help="The model's name for clients; default: the folder's name.")] = None,
+    device: Annotated[str | None, Option(help="cpu, cuda, …; default: the best available.")] = None,
     instruction: Annotated[
-        Repeated,
-        typer.Option(
-            metavar="INPUT_TYPE=TEXT", help="Text that an input_type prepends to every text; may be repeated."
-        ),
+        list[str], Option(metavar="INPUT_TYPE=TEXT", help="Text that an input_type prepends to texts; may be repeated.")
     ] = [],  # noqa: B006
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help=f"File with the token that clients must send; else the environment variable {TOKEN}."),
-    ] = None,
+    token_file: Annotated[Path | None, Option(help=f"File with the clients' token; default: variable {TOKEN}.")] = None,
     allow_host: Annotated[
-        Repeated,
-        typer.Option(metavar="NAME", help="A host name clients may call, e.g. that of a proxy; may be repeated."),
+        list[str], Option(metavar="NAME", help="A host name clients may call, e.g. that of a proxy; may be repeated.")
     ] = [],  # noqa: B006
     allow_origin: Annotated[
-        Repeated,
-        typer.Option(
-            metavar="ORIGIN",
-            help="Allow requests from scripts on this site's pages, e.g. https://app.example.com; * for any site; "
-            "may be repeated.",
-        ),
+        list[str],
+        Option(metavar="ORIGIN", help="Allow this site's scripts, as https://example.com; * for any; may be repeated."),
     ] = [],  # noqa: B006
-    allow_fetch: Annotated[bool, typer.Option(help="Fetch images from http(s) URLs of public hosts.")] = False,
-    fetch_host: Annotated[
-        Repeated,
-        typer.Option(metavar="NAME", help="Fetch from this host only, or *.NAME for those under it; may be repeated."),
-    ] = [],  # noqa: B006
-    fetch_address: Annotated[
-        Repeated,
-        typer.Option(
-            metavar="ADDRESS:PORT", help="Fetch from this address although it is not public; may be repeated."
-        ),
-    ] = [],  # noqa: B006
-    max_items: Annotated[int, typer.Option(min=1, help="Maximum vectors per request.")] = 256,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per item, including its images.")] = 8192,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels per image.")] = 16_000_000,
-    max_body: Annotated[int, typer.Option(min=1, help="Maximum MiB per request body.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to answer a request.")] = 60,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per forward pass.")] = 8192,
-    batch_milliseconds: Annotated[float, typer.Option(min=0, help="How long an item waits for others.")] = 5,
-    queue: Annotated[
-        int, typer.Option(min=1, help="Items that may wait; large requests leave room for small ones, see the docs.")
-    ] = 512,
+    allow_fetch: Annotated[bool, Option(help="Fetch images from http(s) URLs of public hosts.")] = False,
+    fetch_host: FetchHost = [],  # noqa: B006
+    fetch_address: FetchAddress = [],  # noqa: B006
+    max_items: Annotated[int, Option(min=1, help="Maximum vectors per request.")] = 256,
+    max_tokens: Annotated[int, Option(min=1, help="Maximum tokens per item, including its images.")] = 8192,
+    max_pixels: Annotated[int, Option(min=1, help="Maximum pixels per image.")] = 16_000_000,
+    max_body: Annotated[int, Option(min=1, help="Maximum MiB per request body.")] = 64,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds to answer a request.")] = 60,
+    batch_tokens: Annotated[int, Option(min=1, help="Maximum tokens per forward pass.")] = 8192,
+    batch_milliseconds: Annotated[float, Option(min=0, help="How long an item waits for others.")] = 5,
+    queue: Annotated[int, Option(min=1, help="Items that may wait; large requests leave room for small ones.")] = 512,
 ) -> None:
     """Serve embeddings and search over HTTP.
 
@@ -92,9 +68,7 @@ def serve(
     if allow_fetch or fetch_host or fetch_address:
         fetch = FetchLimits(hosts=tuple(fetch_host) or None, allowed_addresses=tuple(fetch_address))
     image = ImageLimits(max_pixels=max_pixels, fetch=fetch)
-    limits = RequestLimits(
-        body_bytes=max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image
-    )
+    limits = RequestLimits(max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image)
     if queue < max_items:
         raise MucoError(f"--queue {queue}: a request may have {max_items} items (--max-items), which must fit in it")
     token, instructions = _token(token_file), dict(map(_instruction, instruction))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, BadParameter, Context, Option
 
 from muco.base.terminal import finish, print_pairs
 from muco.cli.options import Json
@@ -15,24 +15,18 @@ from muco.errors import MucoError
 
 
 def study(
-    context: typer.Context,
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The study; without a name, all are listed.")
-    ] = None,
+    context: Context,
+    name: Annotated[str | None, Argument(metavar="[NAME]", help="The study; without a name, all are listed.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for data, runs and the page.")
+        Path | None, Option("--output", "-o", metavar="DIR", help="Folder for data, runs and the page.")
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds per run, 3 or 5 by the study; more can be added later.")
-    ] = None,
-    first_seed: Annotated[int, typer.Option(min=0, help="First seed; use fresh ones for a second look.")] = 0,
-    scale: Annotated[float, typer.Option(help="Scale of data and steps: 0.1 takes a tenth of the time.")] = 1.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Simultaneous runs, which share the cores.")] = 1,
-    data: Annotated[
-        str | None, typer.Option(metavar="TRAIN", help="Train on this data instead of the scenes; needs --test.")
-    ] = None,
-    test: Annotated[str | None, typer.Option(metavar="TEST", help="Held-out data that goes with --data.")] = None,
-    format: Annotated[str, typer.Option(help="Format of --data and --test, as in recipes.")] = "jsonl",
+    seeds: Annotated[int | None, Option(min=1, help="Seeds per run, 3 or 5 by the study; more can come later.")] = None,
+    first_seed: Annotated[int, Option(min=0, help="First seed; use fresh ones for a second look.")] = 0,
+    scale: Annotated[float, Option(help="Scale of data and steps: 0.1 takes a tenth of the time.")] = 1.0,
+    jobs: Annotated[int, Option(min=1, help="Simultaneous runs, which share the cores.")] = 1,
+    data: Annotated[str | None, Option(metavar="TRAIN", help="Training data instead of scenes; needs --test.")] = None,
+    test: Annotated[str | None, Option(metavar="TEST", help="Held-out data that goes with --data.")] = None,
+    format: Annotated[str, Option(help="Format of --data and --test, as in recipes.")] = "jsonl",
     as_json: Json = False,
 ) -> None:
     """Repeat a claim of the paper at this machine's scale.
@@ -47,9 +41,9 @@ def study(
         finish(questions(), as_json, print_pairs)
         return
     if output is None:
-        raise typer.BadParameter("pass a folder for data, runs and the page", param_hint="--output")
+        raise BadParameter("pass a folder for data, runs and the page", param_hint="--output")
     if (data is None) != (test is None):
-        raise typer.BadParameter("--data and --test go together", param_hint="--data")
+        raise BadParameter("--data and --test go together", param_hint="--data")
     if name == FLOPS:
         if (seeds, data) != (None, None) or scale != 1 or first_seed > 0:
             raise MucoError("the study flops counts and trains nothing; leave out --seeds, --scale, --data and --test")

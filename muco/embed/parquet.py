@@ -22,6 +22,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
 from muco.base.files import claimed, read_json, whole_file, write_json, writing
 from muco.base.machine import VERSION
 from muco.base.terminal import rows_bar
@@ -32,8 +36,6 @@ from muco.errors import DataError, OutputError
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 RESTART = "start again with --no-resume (resume=False)"
@@ -80,8 +82,6 @@ def embed(
         MucoError: If the model's vectors are shorter than ``dimension``.
         OutputError: If ``output`` or its parts are of another model, dimension, input or columns.
     """
-    from rich.console import Console
-
     if batch_size < 1 or shard_rows < 1:
         raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
     source = open_items(Path(input), Columns(text_column, image_column, id_column))
@@ -104,15 +104,13 @@ def embed(
         started = time.perf_counter()
         if source.passed_over:
             say(told_passed_over(source.root, source.passed_over))
-        finished = resume and parts.finished(run)
-        if finished:
-            say(f"{output} is complete ({parts.failed} rows failed); to make it anew, {RESTART}")
+        if finished := resume and parts.finished(run):
+            say(f"{output} is complete ({parts.failed} rows failed); to replace it, {RESTART}")
         else:
             parts.begin(run, resume)
-        resumed = parts.rows
+        if (resumed := parts.rows) and not finished:
+            say(f"{output}: resuming after {resumed} rows")
         if not finished:
-            if resumed:
-                say(f"{output}: resuming after {resumed} rows")
             short = {"truncate_dim": dimension} if dimension < whole else {}
             encode = partial(model.encode, show_progress_bar=False, **short)
             opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
@@ -189,13 +187,9 @@ class Parts:
 
     def add(self, part: list[Row], dimension: int) -> None:
         """Writes the next part; its metadata holds its place, its number of input rows and its failed rows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         good = [row for row in part if row.error is None]
-        failed = [
-            {"row": row.number, "id": row.id, "where": row.where, "reason": row.error} for row in part if row.error
-        ]
+        bad = [row for row in part if row.error is not None]
+        failed = [{"row": row.number, "id": row.id, "where": row.where, "reason": row.error} for row in bad]
         columns = {
             "id": [row.id for row in good],
             "embedding": [row.vector for row in good],
@@ -213,8 +207,6 @@ class Parts:
 
         Raises a DataError if all rows failed; the list of them is written nevertheless.
         """
-        import pyarrow.parquet as pq
-
         self.rows = self.failed = 0
         with writing(self.errors, again=True):
             with whole_file(self.errors) as unfinished, unfinished.open("w", encoding="utf-8") as file:
@@ -276,19 +268,13 @@ class Parts:
 
 
 def _schema(dimension: int, facts: dict[str, Any]) -> pa.Schema:
-    import pyarrow as pa
-
-    names = ["id", "embedding", "text", "image"]
-    types = [pa.string(), pa.list_(pa.float32(), dimension), pa.string(), pa.string()]
+    text, vector = pa.string(), pa.list_(pa.float32(), dimension)
     metadata = {key: str(value).encode(errors="replace") for key, value in facts.items()}
-    return pa.schema(zip(names, types, strict=True), metadata=metadata)
+    return pa.schema({"id": text, "embedding": vector, "text": text, "image": text}, metadata=metadata)
 
 
 def _metadata(path: Path) -> dict[str, str] | None:
     """The facts that ``_schema`` put into a Parquet file; None if it is not one, or broken."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         found = pq.read_metadata(path).metadata or {}
     except (pa.ArrowInvalid, OSError):

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from muco.data.items import Row
 from muco.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-
+from muco.images import open_image
 
 DECODERS = 4  # threads that open images while the model encodes
 ROW_BYTES = 1 << 30  # opened images of one row
@@ -48,8 +46,6 @@ def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
 
 
 def _open(row: Row) -> Row:
-    from muco.images import open_image
-
     if not row.images:
         return row
     opened = replace(row, images=())
@@ -88,8 +84,6 @@ def encode_rows(encode: Encode, rows: list[Row]) -> list[Row]:
 
 def _encode(encode: Encode, rows: list[Row]) -> list[np.ndarray | str]:
     """A vector or a reason per row. If a row of a batch is bad, the rows are encoded one by one, so only it fails."""
-    import numpy as np
-
     if not rows:
         return []
     contents = [row.content for row in rows]

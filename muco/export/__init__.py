@@ -1,4 +1,4 @@
-"""Writes a model for others, and checks that plain transformers gives the same vectors."""
+"""Writes a model for others, and checks that plain transformers computes the same vectors."""
 
 from muco.export.export import export
 

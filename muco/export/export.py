@@ -4,13 +4,12 @@
 
     source ─load, cast─▶ model ─write─▶ DIR.part ─plain transformers─▶ vectors ─equal to the model's?─▶ DIR ─▶ hub
 
-A folder gets its name only if it gives the model's vectors (:mod:`muco.export.parity`).
+A folder gets its name only if it reproduces the model's vectors (:mod:`muco.export.parity`).
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -22,7 +21,6 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from muco.backbone import cast_weights, merge_adapters
@@ -30,7 +28,7 @@ from muco.base.files import claimed, read_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, from_backbone, load
-from muco.processor import Processor, first_line, write_config
+from muco.processor import first_line, write_config
 from muco.template import EMB
 from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
@@ -163,22 +161,17 @@ def _vectors(model: Model) -> dict[str, Any]:
 
 
 def _write(model: Model, folder: Path, format: Format, *, separate: bool) -> None:
-    processor: Processor = model.encoder.muco_processor
     adapted = model.encoder.model
-    backbone = _without_adapters(adapted) if separate else merge_adapters(copy.deepcopy(adapted))
-    from_backbone(backbone, processor, device="cpu").save(str(folder), create_model_card=False)
+    backbone = merge_adapters(copy.deepcopy(adapted))
+    if separate:  # the trained embeddings of tokens go into the plain model, as few readers of adapters know of them
+        embeddings = backbone.get_input_embeddings().weight.data
+        backbone = copy.deepcopy(adapted).unload()
+        backbone.get_input_embeddings().weight.data = embeddings.clone()
+    from_backbone(backbone, model.encoder.muco_processor, device="cpu").save(str(folder), create_model_card=False)
     if format == "vllm":
         _write_whole(folder)
     if separate:
         _write_adapters(adapted, folder / ADAPTER, whole=format == "vllm")
-
-
-def _without_adapters(adapted: Any) -> nn.Module:
-    """The plain model with the trained embeddings of tokens in it, because few readers of adapters know of those."""
-    embeddings = merge_adapters(copy.deepcopy(adapted)).get_input_embeddings().weight.data
-    plain = copy.deepcopy(adapted).unload()
-    plain.get_input_embeddings().weight.data = embeddings.clone()
-    return plain
 
 
 def _write_whole(folder: Path) -> None:
@@ -211,16 +204,15 @@ def _describe(
     shorter = sorted(recipe.loss.dimensions) if recipe else []
     listed = ", ".join(map(str, shorter))
     if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_config(folder / "config.json", config | {"is_matryoshka": True, "matryoshka_dimensions": shorter})
+        config = read_json(folder / "config.json") | {"is_matryoshka": True, "matryoshka_dimensions": shorter}
+        write_config(folder / "config.json", config)
     if format == "vllm":
         body = _usage_of_vllm(listed, separate)
     else:
         body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
         body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
-    origin = (
-        f"exported from {Path(source).name} by\nMuCo. Its vectors were compared with the model's own after the export."
-    )
+    compared = "Its vectors were compared with the model's own after the export."
+    origin = f"exported from {Path(source).name} by\nMuCo. {compared}"
     write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
 
 

@@ -1,4 +1,4 @@
-"""Further columns: which type of Arrow holds what a user gives, and values as that column holds them.
+"""Further columns: the Arrow type for what a user passes, and values as a column of that type holds them.
 
 Numbers, truth values, text, decimals, dates and times stay what they are; times with a zone are kept in UTC. UUIDs and
 paths become text, lists and mappings JSON. Missing is None, NaN, NaT and pandas' NA. A column widens where all values
@@ -14,17 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.types as types
 
 from muco.base.text import LONE_SURROGATE
 from muco.data.lines import whole_text
 from muco.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 NESTED = (Mapping, list, tuple, Set, np.ndarray)
 PLAIN = (str, int, float, bool)
@@ -66,8 +65,6 @@ def plain(value: Any) -> Any:
 
     Raises a DataError if no column can hold it.
     """
-    import pyarrow as pa
-
     if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
         raise DataError("a number of more than 76 digits cannot be kept; pass it as text")
     if value is None or type(value) in PLAIN:
@@ -106,8 +103,6 @@ def plain_if_known(value: Any) -> Any:
 
 def kind_of(value: Any) -> pa.DataType | None:
     """The type of a column for a plain value; None of a missing one."""
-    import pyarrow as pa
-
     match value:
         case None:
             return None
@@ -129,9 +124,6 @@ def in_64_bits(value: int) -> bool:
 
 def column_type(given: pa.DataType) -> pa.DataType | None:
     """The type of a column for values of an Arrow type; None of bytes, which are left out, and of nothing but nulls."""
-    import pyarrow as pa
-    import pyarrow.types as types
-
     if types.is_dictionary(given) or types.is_run_end_encoded(given):
         return column_type(given.value_type)
     left_out = (types.is_null, types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
@@ -148,16 +140,11 @@ def column_type(given: pa.DataType) -> pa.DataType | None:
 
 
 def decimal_type(precision: int, scale: int) -> pa.DataType:
-    import pyarrow as pa
-
     return (pa.decimal128 if precision <= 38 else pa.decimal256)(precision, scale)
 
 
 def common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
     """The type that holds the values of both; None if there is none, as for a number and text."""
-    import pyarrow as pa
-    import pyarrow.types as types
-
     if one is None or other is None or one == other:
         return one if other is None else other
     if _is_text(one) and _is_text(other):
@@ -180,15 +167,11 @@ def common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | 
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    import pyarrow.types as types
-
     return types.is_string(kind) or types.is_large_string(kind)
 
 
 def add_kinds(kinds: dict[str, pa.DataType], values: Mapping[str, Any]) -> None:
     """Widens the types of new columns so that they hold the values too: unlike ones, as 1 and "one", become text."""
-    import pyarrow as pa
-
     for name, value in values.items():
         try:
             kind = kind_of(plain(value))
@@ -214,9 +197,6 @@ def conform(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict
 
 
 def _fitted(value: Any, kind: pa.DataType) -> Any:
-    import pyarrow as pa
-    import pyarrow.types as types
-
     if value is None:
         return None
     if _is_text(kind):

@@ -22,6 +22,7 @@ from muco.base.daft import daft_on
 from muco.data.items import Row
 from muco.embed.vectors import DECODERS, encode_rows, in_batches, opened_rows
 from muco.errors import MucoError
+from muco.images import resize_to_budget
 
 if TYPE_CHECKING:
     from muco.model import Model
@@ -34,8 +35,6 @@ RowEncoder = Callable[[Iterable[Row]], Iterator[Encoded]]  # in any order
 
 def thumbnail(image: Any) -> bytes:
     """A small JPEG of a Pillow image."""
-    from muco.images import resize_to_budget
-
     stream = io.BytesIO()
     resize_to_budget(image, SIDE * SIDE).save(stream, "JPEG", quality=QUALITY)
     return stream.getvalue()
@@ -76,11 +75,9 @@ class _Worker:
 def on_daft(
     model_path: str, fingerprint: str, dimension: int, batch_size: int, workers: int, ray: str | None
 ) -> RowEncoder:
-    """An encoder of ``workers`` processes that hold a model each; ``fingerprint`` says which one it must be.
+    """An encoder of ``workers`` processes that each load the model of this ``fingerprint`` from ``model_path``.
 
-    Args:
-        model_path: Folder or hub id, readable by every process.
-        ray: Address of a Ray cluster whose machines see the same paths; None: this machine.
+    They run on this machine, or on the Ray cluster at the address ``ray``, whose machines see the same paths.
     """
     import torch
 

@@ -21,14 +21,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
 from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, kind_of, next_token
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FUNCTIONS = {  # the kinds of their arguments, and of their result
     "lower": ([TEXT], TEXT),
@@ -55,9 +53,8 @@ def checked_filter(where: str | None, columns: Mapping[str, pa.DataType]) -> str
     A column whose name has other characters than letters, digits and "_", or is a word of the grammar, is written in
     backquotes. Names differ by case only if two of the ``columns`` do.
 
-    Raises:
-        MucoError: If the whole is not such an expression, values of two kinds are compared, or it is longer than
-            LONGEST characters. It says where.
+    Raises a MucoError that names the place if the whole is not such an expression, compares values of two kinds, or is
+    longer than LONGEST characters.
     """
     if where is not None and not isinstance(where, str):
         raise MucoError(f"the filter must be text, not {type(where).__name__}")

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from muco.data.items import COLUMNS, Row, checked_record, read_row
@@ -19,8 +20,6 @@ from muco.search.columns import as_id, plain_if_known
 
 def records(rows: Any) -> Iterable[Any]:
     """The rows of whatever has rows; a DataError if it has none, as one mapping, text, or a single column."""
-    import pyarrow as pa
-
     if isinstance(rows, (Mapping, str, bytes, PurePath)):
         raise DataError(f'pass a list of rows, [{{"id": "1", "text": "a"}}], not one {type(rows).__name__}')
     if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # as pandas has them, whatever its columns hold

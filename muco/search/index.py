@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
@@ -25,8 +26,6 @@ from muco.search.table import Table
 from muco.search.update import add_rows
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 CANDIDATES = {"cosine": 10, "hamming": 30}  # scored again per hit, by the metric that finds them
@@ -120,7 +119,7 @@ class Index(Table):
         condition = checked_filter(where and whole_text(where, "where"), own | self.extra_columns)
         if like is not None:
             like = checked_id(like)
-            row = self.rows_by_id([like], self.storage.columns)
+            row = self.rows_where("id", [like], self.storage.columns)
             if not len(row):
                 raise MucoError(f"{self.path}: no row has the id {like!r}")
             query, others = self._unit(self.storage.vectors(row, self.dimension)[0]), f"id != {quoted(like)}"
@@ -176,7 +175,7 @@ class Index(Table):
     def _hits(self, best: list[tuple[str, float]]) -> list[Hit]:
         """Fetched by id, because row numbers would mean other rows after a writer's compaction."""
         extra = [*self.extra_columns]
-        found = self.rows_by_id([id for id, _ in best], ["id", "text", "image", "thumbnail", *extra])
+        found = self.rows_where("id", [id for id, _ in best], ["id", "text", "image", "thumbnail", *extra])
         rows = {row["id"]: row for row in found.to_pylist()}
         hits = []
         for id, score in best:

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from muco.errors import MucoError, OutputError, StorageError
 from muco.search.storage import Storage
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 TABLE = "rows"  # the one table of an index
 STALE = timedelta(seconds=5)  # how far a reader may lag behind a writer
@@ -109,8 +108,6 @@ def lance_calls(path: str | Path, where: str | None = None) -> Iterator[None]:
     Raises a StorageError if files of the index at ``path`` are missing or were cut, or cannot be written; a MucoError
     if LanceDB refuses the user's filter, ``where``.
     """
-    import pyarrow as pa
-
     try:
         yield
     except MucoError:

@@ -49,25 +49,17 @@ class Notes:
     def list_failed(self, path: str | Path | None, rows: int) -> str | None:
         """Writes a file of the rows that failed, or removes that of an earlier run; returns its path, if there is one.
 
-        Args:
-            path: None: no file is written.
-            rows: How many rows the input has.
-        Raises:
-            DataError: If all rows failed.
+        Without a ``path``, no file is written. Raises a DataError if all ``rows``, the number in the input, failed.
         """
         first, failed = next(self.failed(), None), sum(1 for _ in self.failed())
         if path is not None:
             with writing(path, "name another file by --errors"):
                 Path(path).unlink(missing_ok=True)
+                if first is not None:
+                    with whole_file(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+                        file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in self.failed())
         if first is None:
             return None
-        if path is not None:
-            with (
-                writing(path, "name another file by --errors"),
-                whole_file(Path(path)) as unfinished,
-                unfinished.open("w", encoding="utf-8") as file,
-            ):
-                file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in self.failed())
         if failed == rows:
             place = "name a file for the list by --errors" if path is None else f"all: {path}"
             raise DataError(

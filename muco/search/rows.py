@@ -13,15 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from muco.data.items import Columns, Items, Row, open_items
 from muco.data.parquet import batches
 from muco.errors import DataError
+from muco.images import image_digest
 from muco.search.columns import add_kinds, check_names, column_type, conform
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 HASHERS = 4  # threads that read image files
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 20  # looked up in the table together
@@ -39,22 +41,10 @@ class Entry:
     thumbnail: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Input:
-    """A file or folder, opened, with names and types of the further columns, and those of them without any value."""
-
-    source: Items
-    extra: dict[str, pa.DataType]
-    empty: frozenset[str]
-
-    def entries(self, kinds: Mapping[str, pa.DataType]) -> Iterator[Entry]:
-        """All rows, without hashes, their further columns as those of the table hold them; ``kinds`` are its types."""
-        for row in self.source.rows(0, [*self.extra]):
-            yield entry_of(row, row.further, kinds)
-
-
-def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
-    """Checks the input as a whole, and finds its further columns.
+def open_input(
+    path: Path, columns: Columns, reserved: Sequence[str]
+) -> tuple[Items, dict[str, pa.DataType], frozenset[str]]:
+    """A file or folder, checked as a whole; names and types of its further columns; and those without any value.
 
     Raises a DataError if it cannot be read, or a further column has a reserved name or one that a table cannot have.
     """
@@ -68,14 +58,11 @@ def open_input(path: Path, columns: Columns, reserved: Sequence[str]) -> Input:
                 add_kinds(extra, {name: value for name, value in record.values.items() if name not in columns.used})
         extra = dict(sorted(extra.items()))
     check_names(extra, str(path), reserved)
-    return Input(source, extra, empty)
+    return source, extra, empty
 
 
 def _parquet_types(path: Path, columns: Columns) -> tuple[dict[str, pa.DataType], frozenset[str]]:
-    """Of all further columns but those of bytes, which are left out; and the columns that have no value in any row."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
+    """Types of all further columns but those of bytes, which are left out; and the columns without any value."""
     kinds = {field.name: column_type(field.type) for field in pq.read_schema(path) if field.name not in columns.used}
     kinds = {name: kind for name, kind in kinds.items() if kind is not None}
     empty = sorted(kinds)
@@ -97,10 +84,6 @@ def entry_of(row: Row, values: Mapping[str, Any], kinds: Mapping[str, pa.DataTyp
 # ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def hashed(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
     """Entries with their hashes, in order, as chunks that are looked up together; files are read by threads."""
     chunk, size = [], 0
@@ -119,8 +102,6 @@ def _digest(value: Any) -> str:
 
 
 def _hash(entry: Entry) -> Entry:
-    from muco.images import image_digest
-
     row = entry.row
     if row.error is not None:
         return entry

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+import pyarrow as pa
+import pyarrow.types as types
 
 TEXT, NUMBER, CONDITION, DAY, ANY = "text", "a number", "a condition", "a date", "null"
 
@@ -63,8 +62,6 @@ def next_token(text: str, place: int) -> Token:
 
 def kind_of(type: pa.DataType) -> tuple[str, bool]:
     """What values of a column are, and whether they are exact numbers."""
-    import pyarrow.types as types
-
     exact = types.is_integer(type) or types.is_decimal(type)
     kinds = {
         NUMBER: exact or types.is_floating(type),

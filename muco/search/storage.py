@@ -1,7 +1,7 @@
-"""How vectors are stored in the table: whole, as one byte per number, or as one bit per number.
+"""How vectors are stored in the table: whole, as one byte per component, or as one bit per component.
 
 LanceDB indexes float columns (by cosine) and bits (by the number of bits that differ), but no int8 column; so "int8"
-keeps bits besides, which find the candidates that its numbers then score.
+also keeps bits, which find the candidates that its components then score.
 
 ============  ==================================  ==============================  =============================
 storage       bytes per vector of d dimensions     candidates by                   score
@@ -20,12 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+import pyarrow as pa
 
 Name = Literal["float32", "int8", "binary"]
 VECTOR, BITS = "vector", "bits"
@@ -40,20 +38,15 @@ class Storage:
     searched: str
     metric: Literal["cosine", "hamming"]
     encode: Callable[[np.ndarray], dict[str, np.ndarray]]  # float32 [n, d] unit vectors -> values of the columns
-    decode: Callable[[dict[str, np.ndarray], int], np.ndarray]  # back to float32 [n, d]; encode gives the same again
+    decode: Callable[
+        [dict[str, np.ndarray], int], np.ndarray
+    ]  # back to float32 [n, d]; encoding it again changes nothing
 
     def fields(self, dimension: int) -> list[pa.Field]:
-        import pyarrow as pa
-
-        values = self.encode(np.zeros((1, dimension), dtype=np.float32))
-        return [
-            pa.field(column, pa.list_(pa.from_numpy_dtype(values[column].dtype), values[column].shape[1]))
-            for column in self.columns
-        ]
+        arrays = self.arrays(np.zeros((1, dimension), dtype=np.float32))
+        return [pa.field(column, array.type) for column, array in zip(self.columns, arrays, strict=True)]
 
     def arrays(self, vectors: np.ndarray) -> list[pa.Array]:
-        import pyarrow as pa
-
         values = self.encode(vectors)
         return [pa.FixedSizeListArray.from_arrays(values[c].reshape(-1), values[c].shape[1]) for c in self.columns]
 
@@ -78,10 +71,11 @@ def _numbers(table: pa.Table | pa.RecordBatch, column: str) -> np.ndarray:
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
-def _bytes(vectors: np.ndarray) -> np.ndarray:
-    # Each vector by its own largest number: a cosine does not see the scale, so none needs keeping.
+def _int8(vectors: np.ndarray) -> dict[str, np.ndarray]:
+    # Each vector is divided by its own largest component: a cosine ignores the scale, so none needs keeping.
     largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return np.rint(vectors / largest * 127).astype(np.int8)
+    rounded = np.rint(vectors / largest * 127).astype(np.int8)
+    return {VECTOR: rounded, BITS: np.packbits(rounded > 0, axis=1)}
 
 
 def _signs(values: dict[str, np.ndarray], dimension: int) -> np.ndarray:
@@ -92,22 +86,8 @@ def _signs(values: dict[str, np.ndarray], dimension: int) -> np.ndarray:
 STORAGES: dict[str, Storage] = {
     storage.name: storage
     for storage in (
-        Storage(
-            "float32",
-            (VECTOR,),
-            VECTOR,
-            "cosine",
-            lambda vectors: {VECTOR: vectors},
-            lambda values, dimension: values[VECTOR],
-        ),
-        Storage(
-            "int8",
-            (VECTOR, BITS),
-            BITS,
-            "hamming",
-            lambda vectors: {VECTOR: _bytes(vectors), BITS: np.packbits(_bytes(vectors) > 0, axis=1)},
-            lambda values, dimension: values[VECTOR].astype(np.float32),
-        ),
+        Storage("float32", (VECTOR,), VECTOR, "cosine", lambda whole: {VECTOR: whole}, lambda kept, _: kept[VECTOR]),
+        Storage("int8", (VECTOR, BITS), BITS, "hamming", _int8, lambda kept, _: kept[VECTOR].astype(np.float32)),
         Storage("binary", (BITS,), BITS, "hamming", lambda vectors: {BITS: np.packbits(vectors > 0, axis=1)}, _signs),
     )
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 from muco.base.files import claimed
 from muco.base.machine import VERSION
@@ -28,8 +29,6 @@ from muco.search.storage import STORAGES, Name, Storage
 from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 HASHES = ("content_hash", "row_hash")
@@ -136,13 +135,9 @@ class Table:
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def rows_by_id(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Rows that have one of the ids, in any order."""
-        return self._rows_where("id", ids, columns)
-
     def vectors_of(self, contents: Sequence[str]) -> Iterator[tuple[str, np.ndarray, bytes | None]]:
         """Content hash, vector (float32 [dimension]) and thumbnail of each row that has one of these contents."""
-        found = self._rows_where("content_hash", contents, ["content_hash", "thumbnail", *self.storage.columns])
+        found = self.rows_where("content_hash", contents, ["content_hash", "thumbnail", *self.storage.columns])
         if not len(found):
             return
         names = (found.column(name).to_pylist() for name in ("content_hash", "thumbnail"))
@@ -159,7 +154,8 @@ class Table:
         with lance_calls(self.path, where):
             yield from read(self.table.search(), where, columns)
 
-    def _rows_where(self, column: str, values: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    def rows_where(self, column: str, values: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Rows that have one of the values in a column, in any order."""
         if not values:
             return self.table.schema.empty_table().select(list(columns))
         return self.found(self.table.search(), f"{column} IN ({', '.join(map(quoted, values))})", columns)
@@ -187,8 +183,6 @@ class Table:
 
         Columns that another writer has added meanwhile are null in them; those it has widened hold their values.
         """
-        import pyarrow as pa
-
         with self.writing():
             for field in self.table.schema:
                 if field.name not in rows.column_names:
@@ -224,12 +218,10 @@ class Table:
         older = [row for found in rows.values() for row in sorted(found)[:-1]]
         for start in range(0, len(older), IDS):
             self.table.delete(f"_rowid IN ({', '.join(map(str, older[start : start + IDS]))})")
-        log.warning(
-            "%s: %d ids were there more than once, as two writers at a time left them; of each the row that was "
-            "written last is kept",
-            self.path,
-            sum(len(found) > 1 for found in rows.values()),
+        told = (
+            "%s: %d ids were there more than once, left by two writers at a time; of each, the last written row is kept"
         )
+        log.warning(told, self.path, sum(len(found) > 1 for found in rows.values()))
 
     def optimize(self) -> None:
         """Joins small files, takes new rows into the indices, and builds indices that now pay."""
@@ -239,8 +231,6 @@ class Table:
 
 
 def _schema(model: Model, model_path: str | Path, storage: Name, dimension: int) -> pa.Schema:
-    import pyarrow as pa
-
     prompt = model.encoder.muco_processor.settings()["template"]
     is_file = bool(model_path) and Path(model_path).exists()
     facts = {

@@ -7,11 +7,14 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from muco.base.tables import clean, print_readable
+from muco.images import open_image
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from muco.search.index import Hit
 
 KITTY_CHUNK = 4096  # characters per escape sequence, as its protocol wants
@@ -35,8 +38,6 @@ def picture(jpeg: bytes, protocol: str) -> str:
     if protocol == "iterm2":
         data = base64.b64encode(jpeg).decode()
         return f"\x1b]1337;File=inline=1;size={len(jpeg)};height={ROWS};preserveAspectRatio=1:{data}\a"
-    from muco.images import open_image
-
     stream = io.BytesIO()
     open_image(jpeg, small_side=0).save(stream, "PNG")  # the one format of files that kitty reads
     data, parts = base64.b64encode(stream.getvalue()).decode(), []
@@ -48,9 +49,6 @@ def picture(jpeg: bytes, protocol: str) -> str:
 
 def show_hits(hits: Sequence[Hit], console: Console, pictures: str | None = None) -> None:
     """A table of hits, or lines where it has no room; with ``pictures``, a protocol, each hit's thumbnail below it."""
-    from rich.table import Table
-    from rich.text import Text
-
     names = {name: None for hit in hits for name, value in hit.extra.items() if value is not None}
     shown = [name for name in ("text", "image") if any(getattr(hit, name) not in (None, hit.id) for hit in hits)]
     table = Table("", "score", "id", *shown)

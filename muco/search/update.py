@@ -17,6 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
 from muco.base.terminal import rows_bar
 from muco.data.folders import told_passed_over
 from muco.data.items import Columns
@@ -32,8 +36,6 @@ from muco.search.table import FORMER, OWN, WIDER, Table
 from muco.search.widening import fit_columns
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from muco.model import Model
 
 WRITE_ROWS, WRITE_SECONDS = 2048, 60  # a kill loses no more than this
@@ -80,8 +82,7 @@ def build(
     """
     from muco.model import load
 
-    opened = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
-    source = opened.source
+    source, extra, empty = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
     if source.passed_over and progress is not False:
         print(told_passed_over(source.root, source.passed_over), file=sys.stderr)
     model_path = str(model) if isinstance(model, (str, Path)) else ""
@@ -100,9 +101,10 @@ def build(
         chunks = DAFT_CHUNKS
     if errors is None and is_local(path):
         errors = Path(path) / "errors.jsonl"
-    fit_columns(table, opened.extra, opened.empty, str(input))
+    fit_columns(table, extra, empty, str(input))
+    kinds = table.extra_columns
+    entries = (entry_of(row, row.further, kinds) for row in source.rows(0, [*extra]))
     with closing(Notes()) as notes:
-        entries = opened.entries(table.extra_columns)
         found = _update(table, entries, source.total, encode, notes, chunks=chunks, progress=progress)
         found |= {"passed_over": dict(source.passed_over.most_common())}
         if delete_missing:
@@ -136,8 +138,6 @@ def _update(
     progress: bool | None,
 ) -> dict[str, Any]:
     """Takes all rows into the table; returns the counts."""
-    from rich.console import Console
-
     started = time.perf_counter()
     with table.writing():
         pass  # repairs it and looks at its newest version, before any row is taken for unchanged
@@ -167,7 +167,6 @@ class _Update:
     """
 
     def __init__(self, table: Table, encode: RowEncoder, notes: Notes, advance: Callable[[int], None]) -> None:
-
         self.table, self.encode, self.notes, self.advance = table, encode, notes, advance
         self.waiting: list[Entry] = []  # written together
         self.writes, self.optimize_at, self.last = 0, OPTIMIZE_WRITES, time.monotonic()
@@ -196,7 +195,7 @@ class _Update:
         return good
 
     def _without_unchanged(self, entries: list[Entry]) -> list[Entry]:
-        found = self.table.rows_by_id([entry.row.id for entry in entries], ["id", "row_hash"])
+        found = self.table.rows_where("id", [entry.row.id for entry in entries], ["id", "row_hash"])
         before = {row["id"]: row["row_hash"] for row in found.to_pylist()}
         changed = [entry for entry in entries if before.get(entry.row.id) != entry.row_hash]
         self._count("unchanged", len(entries) - len(changed))
@@ -250,9 +249,6 @@ class _Update:
 
 def _table(table: Table, entries: list[Entry]) -> pa.Table:
     """The rows in the table's columns, but for one that another writer is still making."""
-    import numpy as np
-    import pyarrow as pa
-
     vectors = np.stack([entry.row.vector for entry in entries]).astype(np.float32)
     apart = (WIDER, FORMER, *table.storage.columns)
     schema = pa.schema([field for field in table.table.schema if field.name not in apart])

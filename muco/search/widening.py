@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.types as types
 
 from muco.errors import DataError
 from muco.search.columns import common
 from muco.search.table import FORMER, WIDER, Table
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 def fit_columns(table: Table, extra: Mapping[str, pa.DataType], empty: Set[str], where: str) -> None:
     """Adds the columns that the table lacks, and widens those it has where the values of both fit without loss.
 
-    Args:
-        extra: Names and types of the input's further columns; those in ``empty`` have no value, which fits any.
-        where: Names the input in errors.
-    Raises:
-        DataError: If a column of the table cannot take the values.
+    ``extra`` holds the input's further columns; those in ``empty`` have no value, which fits any type. Raises a
+    DataError, which begins with ``where``, if a column of the table cannot take the values.
     """
-    import pyarrow as pa
-
     with table.writing():  # else another run may still be widening a column
         # A run that was killed while it widened one has left it; the column itself is whole.
         if left := [name for name in (WIDER, FORMER) if name in table.table.schema.names]:
@@ -49,9 +43,6 @@ def fit_columns(table: Table, extra: Mapping[str, pa.DataType], empty: Set[str],
 
 def _fits(table: Table, column: str, kind: pa.DataType) -> bool:
     """Whether all values of a further column fit another type without loss."""
-    import pyarrow as pa
-    import pyarrow.types as types
-
     if types.is_decimal(table.extra_columns[column]) and types.is_floating(kind):
         return False
     try:
@@ -64,8 +55,6 @@ def _fits(table: Table, column: str, kind: pa.DataType) -> bool:
 
 def _widen(table: Table, column: str, kind: pa.DataType) -> None:
     """Changes the type of a further column to one that its values fit."""
-    import pyarrow.types as types
-
     rows = table.table
     if not types.is_integer(table.extra_columns[column]) or types.is_integer(kind):
         rows.alter_columns({"path": column, "data_type": kind})

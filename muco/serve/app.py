@@ -14,15 +14,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+import yaml
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
+from transformers.utils.hub import cached_file
 
 from muco.base.terminal import print_json
 from muco.errors import MucoError
+from muco.search.index import Index
 from muco.search.lance import is_local
 from muco.serve import routes
 from muco.serve.engine import Item
@@ -131,8 +135,8 @@ def run_server(
         allowed_hosts: Names that clients may call the server by, besides those of this machine. Without any, a server
             that other machines reach takes every name.
         limits, offered: See :class:`muco.serve.service.Served`.
-    Raises:
-        MucoError: If the address cannot be had, the model or the index cannot be used, or the model's process ends.
+
+    Raises a MucoError if the address, the model or the index cannot be used, or if the model's process ends.
     """
     codes: list[int | None] = []  # of the model's process, if it ends by itself
 
@@ -150,8 +154,6 @@ def run_server(
         with closing(engine):
             opened = None
             if index is not None:
-                from muco.search import Index
-
                 opened = Index.open(index)
                 opened.check(engine.facts.fingerprint, path)
             dimensions = _trained_dimensions(path)
@@ -178,9 +180,6 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _trained_dimensions(path: str) -> tuple[int, ...]:
     """The lengths that a model was trained for (Matryoshka), from the recipe that is saved beside its weights."""
-    import yaml
-    from transformers.utils.hub import cached_file
-
     file = cached_file(path, RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return ()
@@ -191,8 +190,6 @@ def _trained_dimensions(path: str) -> tuple[int, ...]:
 
 
 def _run(served: Served, listener: socket.socket) -> None:
-    import uvicorn
-
     class Server(uvicorn.Server):
         async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
             await super().startup(list(sockets or ()))

@@ -19,12 +19,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
 LIGHT = 16  # items without images that one thread prepares at once: a thread per short text costs more than the text
-
 
 Given = TypeVar("Given")  # has ``light``: whether it is cheap to prepare
 Ready = TypeVar("Ready")  # has ``tokens``
@@ -187,11 +187,9 @@ class Batcher(Generic[Given, Ready, Result]):
     async def _next_change(self, seconds: float | None = None) -> None:
         # The event is cleared by whoever waits; all waiters of this moment have already been woken then.
         self._changed.clear()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
-        except TimeoutError:
-            return
 
     async def _prepare_all(self, threads: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()

@@ -101,8 +101,7 @@ class Preparation:
     def prepare(self, item: Item) -> Prepared:
         """Opens the images and counts the tokens.
 
-        Raises:
-            DataError: If a text holds a special token, an image is not sound, or the item is too long.
+        Raises a DataError if a text holds a special token, an image is broken, or the item is too long.
         """
         images = tuple(decode(image, self.image_limits, item.where) for image in item.images)
         dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)

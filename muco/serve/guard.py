@@ -7,12 +7,12 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic_core import to_json
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from muco.serve.schema import RequestError, RequestLimits
 
@@ -21,11 +21,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Counters for Prometheus; one registry per server, so that several can live in one process.
-
-    Args:
-        unfinished: Items accepted and not yet answered, asked when Prometheus asks.
-    """
+    """Counters for Prometheus; one registry per server, so that several can live in one process."""
 
     def __init__(self, unfinished: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -42,10 +38,6 @@ class Metrics:
         self.items.observe(items)
         self.padded.inc(padded_tokens)
 
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = ("/", "/health", "/static/search.js", "/static/style.css")  # no token: they show nothing of anybody
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
@@ -95,7 +87,7 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, limits: RequestLimits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
+        self, app: ASGIApp, limits: RequestLimits, metrics: Metrics, *, token: str | None, hosts: Collection[str] | None
     ) -> None:
         self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self._token = None if token is None else _digest(token.encode())
@@ -106,7 +98,7 @@ class Guard:
             return await self.app(scope, receive, send)
         started, status, held = time.perf_counter(), 499, [0]
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
+        async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -116,9 +108,10 @@ class Guard:
             await send(message)
 
         try:
-            self._check_head(scope)
+            headers = dict(scope["headers"])
+            self._check_head(scope["path"], headers)
             if scope["method"] == "POST":
-                receive = await self._read(scope, receive, held)
+                receive = await self._read(headers, receive, held)
             await self.app(scope, receive, answer)
         except RequestError as error:
             await error_answer(error)(scope, receive, answer)
@@ -130,32 +123,31 @@ class Guard:
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
-    def _check_head(self, scope: Scope) -> None:
-        headers = dict(scope["headers"])
+    def _check_head(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         host = headers.get(b"host")
         if self.hosts is not None and host is not None and _host(host) not in self.hosts:
             raise RequestError("this server is not called by that name; see --allow-host", status=421)
-        if self._token is None or scope["path"] in OPEN:
+        if self._token is None or path in OPEN:
             return
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         # Digests are compared, so that the time tells neither the token's length nor where it differs.
         if not hmac.compare_digest(_digest(given.strip()), self._token) or kind.lower() != b"bearer":
             raise RequestError("send the server's token as Authorization: Bearer …", status=401, code="unauthorized")
 
-    async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> Receive:
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, held: list[int]) -> Receive:
         """Reads the whole body and checks its form; returns what the application receives it by."""
-        coding = dict(scope["headers"]).get(b"content-encoding", b"identity").decode("latin-1")
+        coding = headers.get(b"content-encoding", b"identity").decode("latin-1")
         if coding.lower() != "identity":
             raise RequestError(f"send the body as it is, without Content-Encoding: {coding[:40]}", status=415)
         try:
             async with asyncio.timeout(self.limits.seconds):
-                body = await self._body(dict(scope["headers"]).get(b"content-length", b"0"), receive, held)
+                body = await self._body(headers.get(b"content-length", b"0"), receive, held)
         except TimeoutError:
             raise RequestError("the body did not come in time", status=408) from None
         check_form(body, self.limits.depth)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> MutableMapping[str, Any]:
+        async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
         return replay
@@ -185,8 +177,7 @@ class Guard:
 def check_form(body: bytes, depth: int) -> None:
     """Refuses JSON that is nested deeply or made of too many parts, before a parser sees it.
 
-    Raises:
-        RequestError: If it is, or is not UTF-8.
+    Raises a RequestError if it is, or is not UTF-8.
     """
     try:
         body.decode()

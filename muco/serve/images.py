@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from muco.base.fetch import FetchLimits
 from muco.errors import ImageError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from muco.images import open_image
 
 HEAD = 200  # characters before the comma of a data URI, at most
 FETCHED = ("http://", "https://")
@@ -34,8 +33,7 @@ def is_url(source: str | bytes) -> bool:
 def check_source(source: str, limits: ImageLimits, where: str) -> None:
     """Refuses what cannot be an image, before anything is decoded or fetched.
 
-    Raises:
-        ImageError: If the source is neither a base64 data URI of an image nor a URL that may be fetched.
+    Raises an ImageError if the source is neither a base64 data URI of an image nor a URL that may be fetched.
     """
     if is_url(source):
         if limits.fetch is None:
@@ -53,13 +51,9 @@ def check_source(source: str, limits: ImageLimits, where: str) -> None:
 def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
     """The RGB image of a data URI or of bytes that were fetched.
 
-    White space in the base64 of a data URI and missing padding do not matter.
-
-    Raises:
-        ImageError: If the data URI is not valid base64, or the image is too large or broken.
+    White space in the base64 of a data URI and missing padding do not matter. Raises an ImageError if the data URI is
+    not valid base64, or the image is too large or broken.
     """
-    from muco.images import open_image
-
     data = source
     if isinstance(source, str):
         encoded = source.partition(",")[2].encode("ascii", "replace").translate(None, b" \t\n\f\r")

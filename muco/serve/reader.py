@@ -33,7 +33,7 @@ class Reader:
 
     def embeddings(self, request: EmbeddingsRequest) -> list[Item]:
         if (request.input is None) == (request.messages is None):
-            raise RequestError("give either 'input' or 'messages'; an empty list counts as not given", "input")
+            raise RequestError("pass either 'input' or 'messages'; an empty list counts as not given", "input")
         for name in ("turns", "add_generation_prompt", "continue_final_message"):
             if getattr(request, name) and request.messages is None:
                 raise RequestError(f"{name!r} belongs to 'messages'; with 'input' it has no meaning", name)
@@ -55,7 +55,7 @@ class Reader:
     def embed(self, request: EmbedRequest) -> list[Item]:
         given = [name for name in ("texts", "images", "inputs") if getattr(request, name) is not None]
         if len(given) != 1:
-            message = "give exactly one of 'texts', 'images' and 'inputs'; an empty list counts as not given"
+            message = "pass exactly one of 'texts', 'images' and 'inputs'; an empty list counts as not given"
             raise RequestError(message, "texts")
         instruction = self._instruction(None, request.input_type)
         items = []
@@ -72,7 +72,7 @@ class Reader:
         """What to search by; None: the row ``like``."""
         asked = request.text or request.image
         if bool(asked) == (request.like is not None):
-            raise RequestError("give 'text', 'image' or both, or 'like'", "text")
+            raise RequestError("pass 'text', 'image' or both, or 'like'", "text")
         if request.k > self.limits.hits:
             raise RequestError(f"at most {self.limits.hits} hits", "k")
         if not asked:
@@ -84,7 +84,7 @@ class Reader:
         if input_type is None:
             return text or ""
         if text is not None:
-            raise RequestError("give either 'instruction' or 'input_type'", "input_type")
+            raise RequestError("pass either 'instruction' or 'input_type'", "input_type")
         if input_type not in self.instructions and input_type not in COHERE_TYPES:
             known = ", ".join(sorted({*self.instructions, *COHERE_TYPES}))
             raise RequestError(f"unknown input_type; known are {known}", "input_type")
@@ -93,7 +93,7 @@ class Reader:
     def _item(self, text: str, images: Sequence[str | None], where: str, instruction: str) -> Item:
         images = [image for image in images if image is not None]
         if not text and not images:
-            raise RequestError(f"{where}: nothing to embed; give text, an image or both", where)
+            raise RequestError(f"{where}: nothing to embed; pass text, an image or both", where)
         return Item((_instructed(text, instruction),), tuple(images), where=where)
 
     def _conversation(

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -22,11 +22,9 @@ from starlette.responses import Response
 
 from muco.errors import MucoError, StorageError
 from muco.search.columns import in_json
+from muco.search.index import Hit
 from muco.serve.schema import EmbeddingsRequest, EmbedRequest, RequestError, SearchRequest
 from muco.serve.service import Service, service_of, shortened, usage
-
-if TYPE_CHECKING:
-    from muco.search import Hit
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": HTTPStatus(status).phrase, "content": {"application/json": {}}}
@@ -98,8 +96,8 @@ async def _by_type(body: EmbedRequest, request: Request, version: str) -> dict[s
 def _as_type(vectors: np.ndarray, name: str) -> list[Any]:
     """Vectors in one of Cohere's types.
 
-    - "int8": each vector scaled so that its largest number is 127 or -127. Its direction stays, so compare by cosine.
-    - "ubinary": one bit per number, 1 where it is positive, eight to a byte. "binary": that minus 128.
+    - "int8": each vector scaled so that its largest component is ±127. Its direction stays: compare by cosine.
+    - "ubinary": one bit per component, 1 where it is positive, eight to a byte. "binary": that minus 128.
     """
     if name == "float":
         return vectors.tolist()

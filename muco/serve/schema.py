@@ -74,7 +74,6 @@ class _Strict(BaseModel):
         return {name: value for name, value in values.items() if value is not None and value != []}
 
 
-# ---------------------------------------------------------------- parts
 # Tags in <> say which form of a union was taken to be meant; an error message leaves them out.
 
 

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request
 
 from muco.base.fetch import fetch
 from muco.errors import MucoError
+from muco.search.index import Index
 from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
 from muco.serve.engine import Embedded, Engine, Item
 from muco.serve.guard import ClientGone, Metrics
@@ -22,9 +23,6 @@ from muco.serve.images import is_url
 from muco.serve.process import ModelProcess
 from muco.serve.reader import Reader
 from muco.serve.schema import RequestError, RequestLimits
-
-if TYPE_CHECKING:
-    from muco.search import Index
 
 Answer = TypeVar("Answer")
 FETCHES = 8  # at once

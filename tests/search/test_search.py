@@ -111,7 +111,7 @@ def test_like_finds_others(some) -> None:
             "r00007" not in {hit.id for hit in hits}
             and [h.score for h in hits] == sorted([h.score for h in hits])[::-1]
         )
-    query = index.storage.vectors(index.rows_by_id(["r00007"], index.storage.columns), DIMENSION)[0]
+    query = index.storage.vectors(index.rows_where("id", ["r00007"], index.storage.columns), DIMENSION)[0]
     by_vector = index.search(vector=query, k=4, where="id != 'r00007'", exact=True)
     assert [hit.id for hit in by_vector] == [hit.id for hit in index.search(like="r00007", k=4, exact=True)]
 
@@ -471,7 +471,7 @@ IDS = st.text(
 def test_any_id_is_found_and_deleted_and_no_other(folders, ids: list[str]) -> None:
     index = filled(folders.mktemp("ids") / "index", "float32", unit(np.random.default_rng(0), len(ids)), ids)
     for id in ids:
-        assert [row["id"] for row in index.rows_by_id([id], ["id"]).to_pylist()] == [id]
+        assert [row["id"] for row in index.rows_where("id", [id], ["id"]).to_pylist()] == [id]
         assert {hit.id for hit in index.search(like=id)} == {*ids} - {id}
         assert [hit.id for hit in index.search(like=ids[0], where=f"id = {quoted(id)}")] == [id] * (id != ids[0])
     assert index.delete(ids[:1]) == 1
