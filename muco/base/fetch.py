@@ -117,9 +117,6 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not closed
 
 
-# ---------------------------------------------------------------- the URL
-
-
 def _shown(url: str) -> str:
     """The URL without query and user name, not longer than a line."""
     plain = re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
@@ -178,9 +175,6 @@ def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> lis
         if port not in limits.ports:
             raise FetchError(f"only ports {', '.join(map(str, limits.ports))} are asked")
     return answer
-
-
-# ---------------------------------------------------------------- the request
 
 
 @contextmanager

@@ -22,9 +22,6 @@ SERIES = ("#4f7fe0", "#d9622b", "#2f9e56", "#a35be0", "#c2a01c", "#8a8f98")  # r
 Place = Callable[[float], float]  # a value -> px
 
 
-# ── elements ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def element(name: str, content: str = "", **attributes: str | float | None) -> str:
     """One element of SVG.
 
@@ -100,9 +97,6 @@ def ticks_beyond(top: float, most: int = 6) -> list[float]:
     """Round numbers from 0 to the first one that is at least ``top``, at most ``most`` + 1 of them."""
     step = step_between(top, most)
     return [round(step * place, 10) for place in range(math.ceil(top / step - 1e-9) + 1)]
-
-
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -198,9 +192,6 @@ def _upwards(marks: Sequence[Mark]) -> tuple[float, float]:
         ends += [mark.y - half, mark.y + half]
     pad = max(0.06 * (max(ends) - min(ends)), 1e-6)
     return min(ends) - (pad if min(ends) < 0 else 0), max(ends) + pad
-
-
-# ── a falling curve ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def loss_curve(
