@@ -29,11 +29,11 @@ def element(name: str, content: str = "", **attributes: str | float | None) -> s
         content: SVG within it.
         attributes: "_" in a name becomes "-", one at its end goes (``class_``). Floats get one decimal; None: left out.
     """
-    said = ""
+    said = name
     for key, value in attributes.items():
         if value is not None:
             said += f' {key.rstrip("_").replace("_", "-")}="{f"{value:.1f}" if isinstance(value, float) else value}"'
-    return f"<{name}{said}>{content}</{name}>" if content else f"<{name}{said}/>"
+    return f"<{said}>{content}</{name}>" if content else f"<{said}/>"
 
 
 def label(words: str, **attributes: str | float | None) -> str:
@@ -53,16 +53,12 @@ def level(kind: str, y: float, left: float, right: float) -> str:
 
 def figure(title: str, lines: Sequence[str], width: float, height: float) -> list[str]:
     """The beginning of a figure of its own file, with its title in lines; it ends with ``</svg>``."""
-    heading = [
-        label(line, x=EDGE, y=24 + LINE * number, font_size="15", font_weight="600")
-        for number, line in enumerate(lines)
-    ]
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" font-family="system-ui, sans-serif" font-size="13">',
         f"<title>{escape(title)}</title>",
         f"<style>{LIGHT}@media(prefers-color-scheme:dark){{{DARK}}}</style>",
-        *heading,
+        *(label(line, x=EDGE, y=24 + LINE * n, font_size="15", font_weight="600") for n, line in enumerate(lines)),
     ]
 
 
@@ -123,7 +119,10 @@ def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwar
     width = MARGIN + WIDE + names
     heading = wrapped(title, width)
     top = HEAD + LINE * (len(heading) - 1)
-    left_end, right_end = _across(marks, times)
+    low, high = min(mark.x for mark in marks), max(mark.x for mark in marks)
+    low = min(low, 1.0) if times else low
+    pad = 0.06 * (high - low or 1.0)
+    left_end, right_end = low - pad, high + pad
     least, most = _upwards(marks)
     right, bottom = MARGIN + WIDE, top + TALL
 
@@ -175,13 +174,6 @@ def _line(name: str, marks: Sequence[Mark], labels: Sequence[str], x: Place, y: 
         said = f"{name}, {mark.label or mark.x}: {mark.y:.1f}" + (f" ± {half:.1f}" if half else "")
         parts.append(_sign(labels.index(mark.label), at, y(mark.y), said, fill=ink))
     return parts
-
-
-def _across(marks: Sequence[Mark], times: bool) -> tuple[float, float]:
-    low, high = min(mark.x for mark in marks), max(mark.x for mark in marks)
-    low = min(low, 1.0) if times else low
-    pad = 0.06 * (high - low or 1.0)
-    return low - pad, high + pad
 
 
 def _upwards(marks: Sequence[Mark]) -> tuple[float, float]:
