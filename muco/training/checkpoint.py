@@ -29,11 +29,6 @@ from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, t
 
 log = logging.getLogger(__name__)
 
-OTHER_RULE = (
-    "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
-    "changed since is taken from its paths and numbers of samples alone"
-)
-
 
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     """What makes a run the same run: its recipe without the folder, and its data. Also the versions it began with."""
@@ -69,21 +64,22 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         write_json(file, facts)
         return None
     known = read_json(file)
-    differing = _differing(known, facts)
-    begun = (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*"))
-    if differing and not begun:  # stopped before it had anything to lose, by a mistake in its recipe perhaps
-        write_json(file, facts)
+    if differing := _differing(known, facts):
+        if (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*")):
+            message = f"{output} holds another run ({differing} differs); choose another output folder or delete it"
+            raise OutputError(message)
+        write_json(file, facts)  # the other one stopped before it had anything to lose, perhaps by a recipe's mistake
         return None
-    if differing:
-        raise OutputError(
-            f"{output} holds another run ({differing} differs); choose another output folder or delete it"
-        )
     if not resume:
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
     if (output / MODEL / RUN_FILE).is_file():
         return output / MODEL
     if known.get("fingerprint_rule") != RULE:
-        log.warning(OTHER_RULE.format(output=output))
+        log.warning(
+            "%s was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
+            "changed since is taken from its paths and numbers of samples alone",
+            output,
+        )
         write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
     return None
 
@@ -92,12 +88,10 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
     settings = _comparable(known["recipe"])
     for group, value in _comparable(facts["recipe"]).items():
         other = settings.get(group)
-        if other == value:
-            continue
-        if isinstance(value, dict) and isinstance(other, dict):
-            key = next(k for k in {**value, **other} if value.get(k) != other.get(k))
-            return f"{group}.{key}"
-        return group
+        if other != value and isinstance(value, dict) and isinstance(other, dict):
+            return f"{group}.{next(k for k in {**value, **other} if value.get(k) != other.get(k))}"
+        if other != value:
+            return group
     told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
     same = [d[told_by] for d in known["data"]] == [d[told_by] for d in facts["data"]]
     return "" if same else "the training data"
@@ -115,7 +109,8 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
         data["train"][0]["weight"] = None  # of a single source it says nothing
     if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
         data["epoch"] = None  # nor does this
-    return {key: value for key, value in values.items() if key != "output"}
+    del values["output"]
+    return values
 
 
 def last_complete(output: Path, processes: int = 1) -> Path | None:
