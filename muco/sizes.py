@@ -1,4 +1,4 @@
-"""How large adapters, a tiny model and vectors are: plain numbers, shared by many. No torch in this file."""
+"""Sizes of adapters, a tiny model and vectors. No torch in this file."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from muco.batch import chunks_of
 from muco.data.source import InMemory
 from muco.step import UNLIMITED
 from muco.training.build import make_loss, uses_autocast
-from muco.training.checks import OneDeviceArguments, check_recipe, steps_of, training_arguments
+from muco.training.checks import OneDeviceArguments, check_recipe, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
@@ -190,7 +190,7 @@ def _run_facts(
 ) -> dict[str, Any]:
     epoch = steps = None
     if mixture is not None:
-        epoch, steps = mixture.steps_per_epoch, steps_of(arguments, mixture)
+        epoch, steps = mixture.steps_per_epoch, arguments.steps(mixture)
     elif arguments.max_steps > 0:
         steps = arguments.max_steps
     if steps and arguments.get_warmup_steps(steps) >= steps:
