@@ -54,10 +54,7 @@ class Encoder(InputModule):
 
     @property
     def processor(self) -> ProcessorMixin | PreTrainedTokenizerBase:
-        """What the library asks for: the family's own processor, or the tokenizer where there is none.
-
-        Inputs are prepared by ``muco_processor``, never by this.
-        """
+        """The family's own processor, else the tokenizer, for the library; ``muco_processor`` prepares inputs."""
         return self.muco_processor.stock or self.muco_processor.tokenizer
 
     @property
@@ -98,11 +95,10 @@ class Encoder(InputModule):
             raise MucoError("this model takes no prompt; write the instruction into the text")
         dialogues = []
         for number, value in enumerate(inputs):
+            place = f"input {number}"
             if isinstance(value, dict) and "where" in value:
-                content = Content(value["text"], tuple(value["images"]))
-                dialogues.append(single_turn(content, value["where"]))
-            else:
-                dialogues.append(single_turn(value, f"input {number}"))
+                value, place = Content(value["text"], tuple(value["images"])), value["where"]
+            dialogues.append(single_turn(value, place))
         batch = self.collate(dialogues)
         self.cut += len(batch.get("cut_turns", ()))
         return batch
@@ -185,10 +181,10 @@ def _tree_rule(batch: DialogueBatch) -> Callable[..., Tensor]:
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask [B, 1, L, L] as what is added to attention scores: 0 where it is True, else minus infinity.
+    """A boolean mask [B, 1, L, L] as a bias of attention scores: 0 where it is True, else minus infinity.
 
-    All layers share it; torch would turn a boolean mask into a bias again in every layer and keep each for backward.
-    Rows begin at multiples of 16 elements, because kernels would otherwise copy the bias.
+    All layers share it; of a boolean mask torch would make and keep one per layer. Rows begin at multiples of 16
+    elements, because kernels would otherwise copy the bias.
     """
     *outer, length = mask.shape
     bias = torch.zeros(*outer, -(-length // 16) * 16, dtype=dtype, device=mask.device)[..., :length]

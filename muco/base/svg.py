@@ -106,11 +106,9 @@ class Mark:
 
 
 def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwards: str, times: bool = False) -> str:
-    """An SVG of some lines with their names beside; the y axis holds zero.
+    """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero.
 
-    Args:
-        across, upwards: What the axes say.
-        times: The x axis holds ratios, from 1 on, and the y axis differences, with their signs.
+    With ``times``, the x axis holds ratios, from 1 on, and the y axis differences, with their signs.
     """
     lines = {name: [mark for mark in marks if not math.isnan(mark.y)] for name, marks in lines.items()}
     marks = [mark for own in lines.values() for mark in own] or [Mark(1, 0)]
@@ -177,7 +175,7 @@ def _line(name: str, marks: Sequence[Mark], labels: Sequence[str], x: Place, y: 
 
 
 def _upwards(marks: Sequence[Mark]) -> tuple[float, float]:
-    """What has to be in the picture: zero, all values, and their intervals as far as they say something."""
+    """The range of the picture: zero, all values, and their intervals up to a width that says something."""
     ends = [0.0]
     for mark in marks:
         half = 0.0 if math.isnan(mark.half) else min(mark.half, 40.0)

@@ -38,10 +38,7 @@ def refuse_utf16(data: bytes, path: Path, error: type[MucoError] = DataError) ->
 
 
 def escaped(text: str) -> str:
-    r"""Text that can be written as UTF-8: half characters become escapes (``\udce9``), which JSON and YAML read back.
-
-    Such come from JSON, and from names of files that are not UTF-8.
-    """
+    r"""Text as valid UTF-8: half characters (of JSON, or file names) become escapes that JSON and YAML read back."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
