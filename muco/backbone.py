@@ -123,11 +123,7 @@ def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def freeze_vision(model: nn.Module) -> int:
-    """Stops training of the vision tower; returns the number of parameters frozen.
-
-    Raises:
-        CheckpointError: If the model has no vision tower under a known name.
-    """
+    """Freezes the vision tower and returns its number of parameters; a CheckpointError if no tower has a known name."""
     towers = vision_towers(model)
     if not towers:
         raise CheckpointError(f"{type(model).__name__} has no vision tower named {', '.join(VISION_NAMES)}")

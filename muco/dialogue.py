@@ -234,11 +234,7 @@ def target_dialogue(
 
 
 def single_turn(value: ContentLike, where: str = "") -> Dialogue:
-    """The dialogue of one input at inference: text, an image, or both.
-
-    Raises:
-        DataError: If there is neither text nor an image.
-    """
+    """The dialogue of one input at inference: text, an image, or both; a DataError if there is neither."""
     content = as_content(value)
     if content.empty:
         raise DataError(f"{where or 'input'}: nothing to embed; pass text, an image or both")

@@ -35,11 +35,7 @@ _meshes: list[DeviceMesh] = []  # all that were made here
 
 
 def start() -> None:
-    """Joins the process group that ``torchrun`` or ``accelerate launch`` asks for; nothing where there is none.
-
-    Raises:
-        MucoError: If the launcher's variables are set and this process is not part of such a group.
-    """
+    """Joins the group of ``torchrun`` or ``accelerate launch``, if any; a MucoError if this process cannot."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted > 1:
         from accelerate import PartialState

@@ -208,9 +208,18 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """A new RGB image. Pillow alone would clip 16-bit and float pixels to white or black."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bit(image, name).convert("RGB")
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name}: pixels of mode {image.mode} outside 0 … 65535; save it with 8 bits per channel")
+        levels = (values + 128) // 257
+        if isinstance(key := image.info.get("transparency"), int):  # the one grey value that a PNG calls transparent
+            levels[values == key] = 255
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        return _from_float(image, name).convert("RGB")
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused too
+            raise ImageError(f"{name}: float pixels outside 0 … 1; save it with 8 bits per channel")
+        return Image.fromarray((values * 255 + 0.5).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         if image.mode == "La":  # premultiplied grey: Pillow knows no way from it but to LA
             image = image.convert("LA")
@@ -219,23 +228,6 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         rgb.paste(rgba, mask=rgba.getchannel("A"))
         return rgb
     return image.convert("RGB")
-
-
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError(f"{name}: pixels of mode {image.mode} outside 0 … 65535; save it with 8 bits per channel")
-    levels = (values + 128) // 257
-    if isinstance(key := image.info.get("transparency"), int):  # the one grey value that a PNG calls transparent
-        levels[values == key] = 255
-    return Image.fromarray(levels.astype(np.uint8))
-
-
-def _from_float(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused too
-        raise ImageError(f"{name}: float pixels outside 0 … 1; save it with 8 bits per channel")
-    return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:

@@ -174,8 +174,7 @@ def reconstruction_info_nce(
 
 def chance_level(sample_ids: Int[Tensor, " turns"], target_ids: Int[Tensor, " turns"] | None = None) -> float:
     """The loss in nats of a model that cannot tell its candidates apart: mean of log(1 + allowed negatives)."""
-    allowed = allowed_negatives(sample_ids, target_ids).sum(dim=1)
-    return torch.log1p(allowed.float()).mean().item()
+    return torch.log1p(allowed_negatives(sample_ids, target_ids).sum(dim=1).float()).mean().item()
 
 
 def _check(query: Tensor, target: Tensor, sample_ids: Tensor, temperature: float, target_ids: Tensor | None) -> None:
@@ -220,10 +219,9 @@ class MultiTurnLoss(nn.Module):
     def of_vectors(
         self, query: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"], ids: TurnIds
     ) -> Float[Tensor, ""]:
-        """The loss over the turns of all processes, the same value on each; only this process's vectors get a gradient.
+        """The loss over the turns of all processes, the same on each; only this process's vectors get a gradient.
 
-        Args:
-            vectors: Those of the target side: targets and hard negatives, as ``ids`` say.
+        ``vectors`` are those of the target side: targets and hard negatives, as ``ids`` say.
         """
         query, vectors, ids = gather(query), gather(vectors), ids.gather()
         parts = (*self.parts(query, vectors, ids), vectors[ids.hard_rows])

@@ -80,8 +80,7 @@ class Model(SentenceTransformer):
         # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
         # the caller's, so each input takes along the number by which an error names it.
         values = []
-        shape = getattr(inputs, "shape", (0,))
-        if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
+        if len(getattr(inputs, "shape", (0,))) != 1 or isinstance(inputs, (set, frozenset)):
             raise DataError(
                 f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
                 "pixels as a Pillow image, and inputs in an order"

@@ -68,8 +68,7 @@ class TurnIds:
         for part in parts:
             shifted.append(part._after(turns, vectors))
             turns, vectors = turns + len(part), vectors + part.vectors
-        names = parts[0]._tensors()
-        joined = {name: torch.cat([part._tensors()[name] for part in shifted]) for name in names}
+        joined = {name: torch.cat([getattr(part, name) for part in shifted]) for name in parts[0]._tensors()}
         return replace(parts[0], vectors=vectors, **joined)
 
     def gather(self) -> TurnIds:

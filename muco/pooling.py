@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.nn.functional import normalize
+
+
+def pool_turns(
+    hidden: Float[Tensor, "rows tokens dim"],
+    turn_rows: Int[Tensor, " turns"],
+    turn_columns: Int[Tensor, " turns"],
+) -> Float[Tensor, "turns dim"]:
+    """The hidden state at each turn's ``<|emb|>``, in the order of the turns. Positions, not padding, decide.
+
+    Float32, whatever the model computes in: normalised in bfloat16, vectors would be of lengths 0.997 to 1.003.
+    """
+    return hidden[turn_rows, turn_columns].float()
 
 
 def shortened(vectors: Float[Tensor, "rows dim"], dimension: int | None) -> Float[Tensor, "rows shorter"]:
@@ -26,8 +38,7 @@ def shortened(vectors: Float[Tensor, "rows dim"], dimension: int | None) -> Floa
 
 
 class TurnPooling(Pooling):
-    """The library's last-token pooling, extended to several turns per row: the hidden state at each turn's ``<|emb|>``,
-    [turns, dim]. Float32, whatever the model computes in: normalised in bfloat16, lengths would be 0.997 to 1.003.
+    """The library's last-token pooling, extended to several turns per row; its vectors are float32.
 
     It saves itself as the library's own ``Pooling("lasttoken")``: at inference a prompt ends at ``<|emb|>``, so both
     read the same position.
@@ -37,6 +48,7 @@ class TurnPooling(Pooling):
         super().__init__(embedding_dimension, pooling_mode="lasttoken")
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        hidden = features["token_embeddings"][features["turn_rows"], features["turn_columns"]]
-        features["sentence_embedding"] = hidden.float()
+        features["sentence_embedding"] = pool_turns(
+            features["token_embeddings"], features["turn_rows"], features["turn_columns"]
+        )
         return features

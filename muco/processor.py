@@ -137,11 +137,7 @@ class Processor:
         return self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
 
     def set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Sets the pixel budget; it is saved with the image processor, so stock libraries keep it.
-
-        Raises:
-            CheckpointError: If the family's image processor knows no such limit.
-        """
+        """Sets the pixel budget, which is saved for stock libraries too; a CheckpointError if the family has none."""
         size = dict(self.image_processor.size)
         if self.stock is None:  # the Qwen family keeps pixel counts under the names of edges
             size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]

@@ -53,10 +53,9 @@ def reconstruction_dialogues(
 
 
 def hide(content: Content, rng: np.random.Generator, *, as_reply: bool = False) -> str:
-    """A counterpart as text with parts of it hidden, :data:`muco.template.MASK` in their place.
+    """A counterpart as text, with :data:`muco.template.MASK` in place of hidden parts.
 
-    Args:
-        as_reply: Words are parted at blanks only and lines are kept, as in the released code.
+    ``as_reply`` splits words at blanks only and keeps lines, as in the released code.
     """
     form = DESCRIPTION if as_reply else PICTURE
     picture = form.format(caption=content.caption) if content.caption else MASK

@@ -21,11 +21,7 @@ def context_of(config: Any, tokenizer: Any = None) -> int | None:
 
 
 def checked_dimension(dimension: int | None, whole: int) -> int:
-    """The dimension that vectors of dimension ``whole`` are truncated to; ``whole`` itself for None.
-
-    Raises:
-        MucoError: If ``dimension`` is not a whole number from 1 to ``whole``.
-    """
+    """The dimension to truncate to, ``whole`` for None; a MucoError unless it is a whole number, 1 to ``whole``."""
     if dimension is None:
         return whole
     if isinstance(dimension, bool) or not isinstance(dimension, Integral) or not 0 < dimension <= whole:

@@ -160,8 +160,8 @@ class TrainingStep:
         tokens = (batch["image_patches"] * per_patch).round().long()  # of each image
         while len(features) < len(tokens):
             first, memory = len(features), _OutOfMemory()
-            fitting = int((tokens[first:].cumsum(0) <= self.token_budget).sum())
-            images = torch.arange(first, first + max(1, fitting))
+            fitting = max(1, int((tokens[first:].cumsum(0) <= self.token_budget).sum()))
+            images = torch.arange(first, first + fitting)
             with memory, torch.no_grad(), self.autocast():
                 seen = self.model.encoder.image_features(to(images_of(batch, images), self.model.device))
             if memory.happened:

@@ -239,11 +239,7 @@ class SpecialTokenGuard:
 
 
 def read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict[str, Any] | None:
-    """The ``muco.json`` of a saved or hub model, or the note in its chat template; None if there is neither.
-
-    Raises:
-        CheckpointError: If the settings are broken, or of another version.
-    """
+    """The ``muco.json`` of a model, the note in its chat template, or None; a CheckpointError if it cannot be used."""
     from transformers.utils.hub import cached_file
 
     found = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}

@@ -17,10 +17,7 @@ def type_of(value: Any) -> str:
 
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:
-    """One line of JSON: NaN and infinity as null, unknown types as text, half characters escaped.
-
-    ``ascii_only`` escapes every character that is not ASCII.
-    """
+    """One line of JSON: NaN and infinity as null, unknown types as text, half characters (or all but ASCII) escaped."""
     return escaped(json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False, default=str))
 
 

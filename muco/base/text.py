@@ -15,10 +15,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spe
 
 
 def read_text(path: Path, error: type[MucoError] = DataError) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
-
-    Raises ``error``, which names the file and the line, if the file cannot be read or is not UTF-8.
-    """
+    """The text of a UTF-8 file, with or without a byte order mark; else raises ``error`` with the file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as problem:

@@ -50,11 +50,7 @@ class Record(TrainerCallback, ExportableState):
             write_text(self.file, "".join(f"{line}\n" for line in lines if _step(line) < state.global_step))
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """Counts an item of :class:`muco.training.batches.TrainingBatches`.
-
-        Raises:
-            TrainingError: If more than ``FEW`` samples and more than the stated share could not be used.
-        """
+        """Counts an item of ``TrainingBatches``; a TrainingError if more than ``FEW`` and than the share is broken."""
         skipped = part["skipped"]
         self.own["samples"] += len(part["places"]) + len(skipped)
         self.own["skipped"] += len(skipped)

@@ -93,8 +93,8 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
         if other != value:
             return group
     told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
-    same = [d[told_by] for d in known["data"]] == [d[told_by] for d in facts["data"]]
-    return "" if same else "the training data"
+    before, now = ([source[told_by] for source in run["data"]] for run in (known, facts))
+    return "" if before == now else "the training data"
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +114,7 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_complete(output: Path, processes: int = 1) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed.
-
-    Raises:
-        OutputError: If the run was made with another number of processes: their random states do not carry over.
-    """
+    """The newest complete checkpoint; removes others. An OutputError if another number of processes made it."""
     complete = []
     for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         if fault := _fault(folder):
@@ -128,7 +124,7 @@ def last_complete(output: Path, processes: int = 1) -> Path | None:
             complete.append(folder)
     last = max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
     made_with = len([*last.glob("rng_state*.pth")]) if last else processes
-    if made_with != processes:
+    if made_with != processes:  # random states do not carry over
         raise OutputError(
             f"{last} was written by {made_with} processes; resume with the same number, not with {processes}"
         )
@@ -160,11 +156,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Reads the weights of a checkpoint into a model.
-
-    Raises:
-        CheckpointError: If the file does not hold exactly the weights that this model trains.
-    """
+    """Reads the weights of a checkpoint; a CheckpointError if they are not exactly those that this model trains."""
     try:
         weights = load_file(str(folder / WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:

@@ -178,11 +178,10 @@ class _MetaModel(nn.Module):
         self.visual.requires_grad_(vision_backward)
 
     def forward(self, visual_tokens: int, turn_tokens: int, *, tree: bool) -> Tensor:
-        text = torch.empty(PROMPT_TOKENS + turn_tokens, dtype=torch.long, device="meta")
-        embeds = [self.language.embed_tokens(text)]
+        text = PROMPT_TOKENS + turn_tokens + (IMAGE_MARKS if visual_tokens else 0)
+        embeds = [self.language.embed_tokens(torch.empty(text, dtype=torch.long, device="meta"))]
         if visual_tokens:
-            marks = torch.empty(IMAGE_MARKS, dtype=torch.long, device="meta")
-            embeds += [self.language.embed_tokens(marks), self._see(visual_tokens)]
+            embeds.append(self._see(visual_tokens))
         sequence = torch.cat(embeds)[None]  # [1, L, D], in any order: every token costs the same
         ids = torch.empty(sequence.shape[:2], dtype=torch.long, device="meta")
         mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if tree else None  # type: ignore[typeddict-item]

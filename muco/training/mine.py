@@ -174,8 +174,7 @@ def _mine(
             usable = [candidate for candidate in fit if pairs.allowed(query, candidate)]
             if mining.sample == "random" and len(usable) > mining.negatives:
                 rng = np.random.default_rng([mining.seed, int(query[:16], 16)])  # of nothing else
-                drawn = rng.permutation(len(usable))[: mining.negatives]
-                usable = [usable[i] for i in sorted(drawn)]
+                usable = [usable[i] for i in sorted(rng.permutation(len(usable))[: mining.negatives])]
             mined[query] = usable[: mining.negatives]
         if progress:
             progress(start + len(part), len(queries))

@@ -189,11 +189,7 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuses a number out of its bounds; ``values`` is a recipe as nested mappings.
-
-    Raises:
-        RecipeError: With the dotted key, what its number must be, and what it is.
-    """
+    """Refuses a number out of its bounds by a RecipeError with the dotted key; ``values`` are nested mappings."""
     for key, value in _leaves(values):
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{key} must be a finite number, got {value}")
