@@ -1,7 +1,5 @@
-"""Any Hugging Face image-text-to-text model made ready for MuCo, and a tiny Qwen2-VL made from its config.
-
-Made ready means: the language-model head dropped, two tokens added, weights loaded strictly, the vision tower frozen
-or not, and adapters (LoRA, DoRA) put on the language model's linear layers.
+"""Prepares a Hugging Face image-text-to-text model for MuCo: weights loaded strictly, the language-model head dropped,
+two tokens added, the vision tower frozen or not, adapters (LoRA, DoRA) on the language model's linear layers.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from muco.template import QWEN_MODEL_TYPES
 
 VISION_NAMES = ("visual", "vision_tower", "vision_model")  # how families name the frozen part
 CONNECTOR_NAMES = ("connector", "multi_modal_projector", "merger")  # no adapters here either
-MAY_BE_MISSING = ("lm_head.weight",)  # unused: an embedding is a hidden state
+FLEX = "muco_flex"  # the name under which FlexAttention is registered
 
 
 def load_backbone(
@@ -106,7 +104,7 @@ def _check_config(source: str, config: Any) -> None:
 
 
 def _check_loaded(source: str, info: Any) -> None:
-    missing = sorted(key for key in info["missing_keys"] if key not in MAY_BE_MISSING)
+    missing = sorted({*info["missing_keys"]} - {"lm_head.weight"})  # unused: an embedding is a hidden state
     unexpected = sorted(info["unexpected_keys"])
     mismatched = sorted(
         f"{key} {tuple(saved)} instead of {tuple(expected)}" for key, saved, expected in info["mismatched_keys"]
@@ -125,20 +123,16 @@ def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def freeze_vision(model: nn.Module) -> int:
-    """Stops training of the vision tower; returns the number of parameters frozen.
-
-    Raises:
-        CheckpointError: If the model has no vision tower under a known name.
-    """
-    towers = [module for name, module in model.named_modules() if name.split(".")[-1] in VISION_NAMES]
+    """Freezes the vision tower and returns its number of parameters; a CheckpointError if no tower has a known name."""
+    towers = vision_towers(model)
     if not towers:
         raise CheckpointError(f"{type(model).__name__} has no vision tower named {', '.join(VISION_NAMES)}")
-    for parameter in towers[0].parameters():
-        parameter.requires_grad_(False)
-    return sum(parameter.numel() for parameter in towers[0].parameters())
+    return sum(parameter.numel() for parameter in towers[0].requires_grad_(False).parameters())
 
 
-FLEX = "muco_flex"
+def vision_towers(model: nn.Module) -> list[nn.Module]:
+    """Modules with a name of a vision tower, the outermost first."""
+    return [module for name, module in model.named_modules() if name.split(".")[-1] in VISION_NAMES]
 
 
 def reads_all_before(model: nn.Module, tokens: int) -> bool:
@@ -158,8 +152,7 @@ def reads_all_before(model: nn.Module, tokens: int) -> bool:
 def use_flex_attention(model: nn.Module) -> None:
     """Lets the language model attend by FlexAttention; the vision tower keeps its own attention.
 
-    transformers offers it for some families only, although its function fits all that take theirs from its registry. So
-    that function is registered under a name of ours.
+    transformers offers it to some families only, but its function fits all that use its registry; hence a second name.
     """
     AttentionInterface.register(FLEX, flex_attention_forward)
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
@@ -190,10 +183,10 @@ def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -
 
 
 def hold_trained_in_float32(model: nn.Module) -> None:
-    """Casts what is trained to float32, in place; what is frozen keeps its precision.
+    """Casts trained weights to float32, in place; frozen ones keep their precision.
 
-    In half precision an update smaller than the last bit of its weight is lost, which at usual learning rates is every
-    second one. Without adapters, frozen float16 is cast too: it meets bfloat16 of autocast, which a CPU does not mix.
+    In half precision an update smaller than the last bit of its weight is lost: every second one, at usual learning
+    rates. Without adapters, frozen float16 is cast too: a CPU does not mix it with the bfloat16 of autocast.
     """
     whole = not hasattr(model, "peft_config")
     for parameter in model.parameters():
@@ -210,10 +203,8 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The plain model with adapters and trained token embeddings folded into its weights (in place).
 
-    They are folded in float32 and rounded once: added in half precision, a small change would be lost.
-
-    Args:
-        dtype: Of all weights afterwards; each one's own if None.
+    They are folded in float32 and rounded once, so that small changes are not lost. Afterwards all weights have this
+    ``dtype``; each keeps its own if None.
     """
     if hasattr(model, "peft_config"):
         from peft.tuners.tuners_utils import BaseTunerLayer

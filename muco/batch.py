@@ -71,10 +71,9 @@ def collate(
     Args:
         dialogues: At least one; any number of turns and images each, mixed.
         padding_side: Changes where padding is, never a vector.
-        truncate: Which end of a text is cut where its turn has too many tokens. Only text is ever cut, and only of
-            turns that see no other turn's text.
-        max_tokens: Most tokens that a turn may read, its images and the prompt included; None, or more than the
-            processor's: that of the processor.
+        truncate: Which end of a text is cut if its turn has too many tokens. Only text is cut, and only of turns that
+            see no other turn's text.
+        max_tokens: Most tokens that a turn may read, images and prompt included; None: the processor's limit.
     Raises:
         DataError: If a text holds a special token, or a turn has too many tokens; names the row.
         ImageError: If an image cannot be used; names the file.
@@ -137,13 +136,12 @@ def _below_one_another(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def split(batch: DialogueBatch, token_budget: int) -> list[tuple[DialogueBatch, Tensor]]:
-    """Cuts a batch into chunks of whole rows of similar length, each of at most ``token_budget`` tokens with padding.
-
-    A single row above the budget is a chunk of its own. Visual tokens count, since they are tokens of the row.
+    """Cuts a batch into chunks of whole rows of similar length, each of at most ``token_budget`` tokens, padding and
+    visual tokens included. A single row above the budget is a chunk of its own.
 
     Returns:
-        Chunks, longest rows first so that what does not fit shows at once, each with the numbers of its turns in the
-        batch, int64 [turns of the chunk]. Rows of equal length keep their order.
+        Chunks, longest rows first so that running out of memory shows at once, each with the numbers of its turns in
+        the batch, int64 [turns of the chunk]. Rows of equal length keep their order.
     """
     chunks = chunks_of(batch["attention_mask"].sum(dim=1), token_budget)
     if len(chunks) == 1:
@@ -207,13 +205,7 @@ def spans_of(batch: DialogueBatch) -> list[Span]:
 
 
 def rows_of(batch: DialogueBatch, spans: Sequence[Span]) -> tuple[DialogueBatch, Tensor]:
-    """Whole rows, cut to the longest of them.
-
-    Args:
-        spans: Some of :func:`spans_of`.
-    Returns:
-        The part, and the numbers of its turns in the batch, int64 [turns of the part].
-    """
+    """Whole rows, some of :func:`spans_of`, cut to the longest; and the numbers of their turns, int64 [turns]."""
     real = batch["attention_mask"][[span.row for span in spans]].any(dim=0).nonzero().flatten()
     start, stop = int(real[0]), int(real[-1]) + 1
     part = cut(batch, [replace(span, start=start, stop=stop) for span in spans])
@@ -265,8 +257,7 @@ def join(batches: Sequence[DialogueBatch]) -> DialogueBatch:
         return batches[0]
     moved, first = [], 0
     for batch in batches:
-        owners = {key: batch[key] + first for key in ("turn_rows", "image_rows") if key in batch}
-        moved.append({**batch, **owners})
+        moved.append({**batch, **{key: batch[key] + first for key in ("turn_rows", "image_rows") if key in batch}})
         first += len(batch["input_ids"])
     joined: dict[str, Any] = {}
     for key, axis in OWNERS.items():

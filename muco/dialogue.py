@@ -67,14 +67,12 @@ def as_content(value: object, name: str = "content") -> Content:
         for key in value:
             if key not in CONTENT_KEYS:
                 raise DataError(f"unknown key {key!r} in {name}{did_you_mean(key, CONTENT_KEYS)}")
-        texts = []
-        for key in ("text", "caption"):
-            text = value.get(key)
-            if not isinstance(text, str | None):
-                raise DataError(f"{key!r} must be a string, not {type_of(text)}")
-            texts.append(text or "")
+        text, caption = value.get("text"), value.get("caption")
+        for key, said in (("text", text), ("caption", caption)):
+            if not isinstance(said, str | None):
+                raise DataError(f"{key!r} must be a string, not {type_of(said)}")
         images = as_images(value.get("image")) + as_images(value.get("images"))
-        return Content(texts[0], images, texts[1])
+        return Content(text or "", images, caption or "")
     return Content(images=as_images(value))
 
 
@@ -82,7 +80,9 @@ def as_images(value: object) -> tuple[ImageLike, ...]:
     """Reads nothing, one image (path, bytes or Pillow) or a sequence of them; bad types are a DataError."""
     if value is None:
         return ()
-    if isinstance(value, (str, Path, bytes)) or _is_pillow(value):
+    # Pillow's by name, so that reading text-only data needs no Pillow
+    pillow = any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(value).__mro__)
+    if pillow or isinstance(value, (str, Path, bytes)):
         if isinstance(value, (str, bytes)) and not value:
             raise DataError("an image is an empty string; leave the key out if there is no image")
         return (value,)
@@ -91,17 +91,10 @@ def as_images(value: object) -> tuple[ImageLike, ...]:
     raise DataError(f"an image must be a path, bytes or a Pillow image, not {type(value).__name__}")
 
 
-def _is_pillow(value: object) -> bool:
-    # By name, so that reading text-only data needs no Pillow.
-    return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(value).__mro__)
-
-
 def _paraphrases(value: object, name: str) -> tuple[Content, ...]:
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise DataError(f"{name!r} is an empty list; pass at least one wording")
-        return tuple(as_content(item, repr(name)) for item in value)
-    return (as_content(value, repr(name)),)
+    if isinstance(value, (list, tuple)) and not value:
+        raise DataError(f"{name!r} is an empty list; pass at least one wording")
+    return tuple(as_content(item, repr(name)) for item in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 @dataclass(frozen=True, init=False)
@@ -132,13 +125,12 @@ class Turn:
         kind: str | None = None,
         negatives: Iterable[ContentLike] = (),
     ) -> None:
-        asked, answers = _paraphrases(query, "query"), _paraphrases(target, "target")
-        wrong = tuple(as_content(item, "'negatives'") for item in negatives)
-        for name, contents in (("target", answers), ("negatives", wrong)):
-            if any(content.empty for content in contents):
-                raise DataError(f"{name!r} is empty; pass text, an image or both")
         # frozen, so the fields are set past __setattr__, once
-        vars(self).update(query=asked, target=answers, kind=kind, negatives=wrong)
+        vars(self).update(query=_paraphrases(query, "query"), target=_paraphrases(target, "target"), kind=kind)
+        vars(self).update(negatives=tuple(as_content(item, "'negatives'") for item in negatives))
+        for name in ("target", "negatives"):
+            if any(content.empty for content in getattr(self, name)):
+                raise DataError(f"{name!r} is empty; pass text, an image or both")
 
 
 @dataclass(frozen=True, init=False)
@@ -147,8 +139,8 @@ class Sample:
 
     Args:
         image: A path, the bytes of a file, a Pillow image, or a sequence of these.
-        id: Samples without an image and of one source that have the same id are about the same thing: their targets
-            are not negatives of one another.
+        id: Samples without an image, of one source, with the same id are about the same thing: their targets are not
+            negatives of one another.
         where: "file:line", for error messages only.
     Raises:
         DataError: If there is no turn, or a query is empty although the sample has no image.
@@ -201,12 +193,10 @@ class Dialogue:
         context: Images that all turns share; they come once, at the front of the first turn.
         turns: The user's messages in order; each yields one embedding.
         isolated: If true, a turn sees the context and itself only; otherwise also every turn before it.
-        reconstructs: Whether turns after the first, or the exchange, hold the mask token, which no text of data may
-            hold.
-        exchange: Said before the last turn, whose text is then taken word for word; only between turns that see those
-            before them.
+        reconstructs: Whether turns after the first, or the exchange, hold the mask token, which data may not hold.
+        exchange: Said before the last turn, whose text is then taken word for word; for turns that are not isolated.
         positions: Where a turn's positions begin: "restart" after what isolated turns share, "run_on" after the turn
-            before. None: as the turns see, restarting if isolated, so that they are single turns, else running on.
+            before. None: "restart" if isolated, so that turns equal single turns, else "run_on".
         where: Names the row in error messages.
     """
 
@@ -244,11 +234,7 @@ def target_dialogue(
 
 
 def single_turn(value: ContentLike, where: str = "") -> Dialogue:
-    """The dialogue of one input at inference: text, an image, or both.
-
-    Raises:
-        DataError: If there is neither text nor an image.
-    """
+    """The dialogue of one input at inference: text, an image, or both; a DataError if there is neither."""
     content = as_content(value)
     if content.empty:
         raise DataError(f"{where or 'input'}: nothing to embed; pass text, an image or both")

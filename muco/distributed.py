@@ -1,13 +1,12 @@
 """Several devices, one process each: the only file that imports torch.distributed. With one process nothing happens.
 
-How a step is shared. Every process embeds its own samples. The vectors of all turns are gathered, and each process
-takes the loss over all of them, in which only its own vectors carry a gradient. What a parameter owes to all turns is
-then the *sum* over processes of what each found, without any factor of their number. Processes may make different
-numbers of passes, with different numbers of turns, with and without images.
+Every process embeds its own samples. The vectors of all turns are gathered, and each process takes the loss over all of
+them, in which only its own vectors carry a gradient. So the gradient of a parameter is the *sum* over processes. They
+may make different numbers of passes, with different numbers of turns, with and without images.
 
-Gradients are summed once, after the last backward pass of the step. DistributedDataParallel is not used: it starts to
-reduce during backward, so it needs exactly one backward pass per step that uses the same parameters everywhere, which
-neither the gradient cache nor processes without images can offer.
+Gradients are summed once, after the last backward pass of the step. DistributedDataParallel would need exactly one
+backward pass per step with the same parameters everywhere, which the gradient cache and processes without images
+cannot offer.
 """
 
 from __future__ import annotations
@@ -36,11 +35,7 @@ _meshes: list[DeviceMesh] = []  # all that were made here
 
 
 def start() -> None:
-    """Joins the process group that ``torchrun`` or ``accelerate launch`` asks for; nothing where there is none.
-
-    Raises:
-        MucoError: If the launcher's variables are set and this process is not part of such a group.
-    """
+    """Joins the group of ``torchrun`` or ``accelerate launch``, if any; a MucoError if this process cannot."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted > 1:
         from accelerate import PartialState
@@ -56,10 +51,7 @@ def start() -> None:
 
 
 def leave() -> None:
-    """Ends the process group and its threads; called at exit.
-
-    A thread of gloo's that outlives the interpreter may abort a process that has done its work.
-    """
+    """Ends the process group; called at exit, because a gloo thread that outlives the interpreter may abort it."""
     if not _together():
         return
     gc.collect()  # sharded modules, which hold the group, are cycles
@@ -86,17 +78,13 @@ def _together() -> bool:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes in their order, [sum of rows, ...]; the own rows keep their gradient.
-
-    Processes may hold different numbers of rows, or none.
-    """
+    """The rows of all processes, any number each, in their order: [sum of rows, ...]; own rows keep their gradient."""
     if world_size() == 1:
         return rows
-    counts = _all_gather(torch.tensor([len(rows)], device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = rows.detach().new_zeros(longest, *rows.shape[1:])
+    counts = [int(count) for count in _all_gather(torch.tensor([len(rows)], device=rows.device))]
+    padded = rows.detach().new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    parts = [part[: int(count)] for part, count in zip(_all_gather(padded), counts, strict=True)]
+    parts = [part[:count] for part, count in zip(_all_gather(padded), counts, strict=True)]
     parts[rank()] = rows
     return torch.cat(parts)
 
@@ -120,8 +108,7 @@ def largest(value: int) -> int:
     """The largest of the processes' values."""
     if world_size() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(value, device=device)
+    number = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
@@ -166,10 +153,7 @@ def make_equal(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes, in place; one that has none for a parameter counts as zero.
-
-    Sharded parameters are left alone: FSDP2 has summed theirs.
-    """
+    """Sums the gradients of all processes in place, a missing one as zero; not of sharded parameters: FSDP2 has."""
     if world_size() == 1:
         return
     own = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]

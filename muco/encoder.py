@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +54,7 @@ class Encoder(InputModule):
 
     @property
     def processor(self) -> ProcessorMixin | PreTrainedTokenizerBase:
-        """What the library asks for: the family's own processor, or the tokenizer where there is none.
-
-        Inputs are prepared by ``muco_processor``, never by this.
-        """
+        """The family's own processor, else the tokenizer, for the library; ``muco_processor`` prepares inputs."""
         return self.muco_processor.stock or self.muco_processor.tokenizer
 
     @property
@@ -98,11 +95,10 @@ class Encoder(InputModule):
             raise MucoError("this model takes no prompt; write the instruction into the text")
         dialogues = []
         for number, value in enumerate(inputs):
+            place = f"input {number}"
             if isinstance(value, dict) and "where" in value:
-                content = Content(value["text"], tuple(value["images"]))
-                dialogues.append(single_turn(content, value["where"]))
-            else:
-                dialogues.append(single_turn(value, f"input {number}"))
+                value, place = Content(value["text"], tuple(value["images"])), value["where"]
+            dialogues.append(single_turn(value, place))
         batch = self.collate(dialogues)
         self.cut += len(batch.get("cut_turns", ()))
         return batch
@@ -125,10 +121,7 @@ class Encoder(InputModule):
         """What the language model reads of each image: its visual tokens [tokens, dim], and further maps where a family
         has them (deepstack). As ``image_features`` of a batch they replace ``pixel_values``.
         """
-        inputs = {key: batch[key] for key in (*PATCH_KEYS, "image_grid_thw") if key in batch}
-        if not self.muco_processor.rotary_3d:
-            inputs = {key: value[None] for key, value in inputs.items()}
-        output = self.model.get_image_features(**inputs, return_dict=True)
+        output = self.model.get_image_features(**_pixels(batch, self.muco_processor), return_dict=True)
         pooled = output.pooler_output  # a tensor, or some, of all images' tokens one after another
         pooled = pooled if isinstance(pooled, Tensor) else torch.cat([*pooled])
         maps = [m.flatten(0, -2) for m in (pooled, *(getattr(output, "deepstack_features", None) or ()))]
@@ -153,13 +146,11 @@ class Encoder(InputModule):
         return features
 
     def get_embedding_dimension(self) -> int:
-        config = self.model.config
-        return getattr(config, "text_config", config).hidden_size
+        return self.model.config.get_text_config().hidden_size
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Writes plain weights (adapters folded in) as safetensors, and everything the stock library reads."""
-        folder = Path(output_path)
-        model = self.model
+        folder, model = Path(output_path), self.model
         if hasattr(model, "merge_and_unload"):
             model = merge_adapters(copy.deepcopy(model))
         model.save_pretrained(folder)
@@ -174,21 +165,26 @@ def tree_mask(batch: DialogueBatch) -> Tensor | None:
     """
     if "branch_ids" not in batch:
         return None
+    rows, tokens = (torch.arange(size, device=batch["branch_ids"].device) for size in batch["branch_ids"].shape)
+    return _tree_rule(batch)(rows[:, None, None, None], None, tokens[:, None], tokens)
+
+
+def _tree_rule(batch: DialogueBatch) -> Callable[..., Tensor]:
+    """Of (row, head, query, key), index tensors that broadcast: whether the query may attend to the key."""
     branches, real = batch["branch_ids"], batch["attention_mask"].bool()
-    length = branches.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
-    same = branches[:, :, None] == branches[:, None, :]
-    trunk = (branches == 0)[:, None, :]
-    allowed = causal & (same | trunk) & real[:, None, :]
-    allowed = allowed | torch.eye(length, dtype=torch.bool, device=branches.device)
-    return allowed[:, None]
+
+    def allowed(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        own_or_trunk = (branches[row, query] == branches[row, key]) | (branches[row, key] == 0)
+        return ((query >= key) & own_or_trunk & real[row, key]) | (query == key)
+
+    return allowed
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask [B, 1, L, L] as what is added to attention scores: 0 where it is True, else minus infinity.
+    """A boolean mask [B, 1, L, L] as a bias of attention scores: 0 where it is True, else minus infinity.
 
-    All layers share it; torch would turn a boolean mask into a bias again in every layer and keep each for backward.
-    Rows begin at multiples of 16 elements, because kernels would otherwise copy the bias.
+    All layers share it; of a boolean mask torch would make and keep one per layer. Rows begin at multiples of 16
+    elements, because kernels would otherwise copy the bias.
     """
     *outer, length = mask.shape
     bias = torch.zeros(*outer, -(-length // 16) * 16, dtype=dtype, device=mask.device)[..., :length]
@@ -196,20 +192,11 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
-    """The rule of :func:`tree_mask` for FlexAttention, which leaves out blocks in which nothing is allowed.
-
-    One mask serves all heads and layers.
-    """
+    """:func:`tree_mask` for FlexAttention, which skips blocks in which nothing is allowed; for all heads and layers."""
     if "branch_ids" not in batch:
         return None
-    branches, real = batch["branch_ids"], batch["attention_mask"].bool()
-
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own_or_trunk = (branches[row, query] == branches[row, key]) | (branches[row, key] == 0)
-        return ((query >= key) & own_or_trunk & real[row, key]) | (query == key)
-
-    rows, length = branches.shape
-    return create_block_mask(allowed, rows, None, length, length, device=branches.device)
+    rows, length = batch["branch_ids"].shape
+    return create_block_mask(_tree_rule(batch), rows, None, length, length, device=batch["branch_ids"].device)
 
 
 def model_inputs(
@@ -241,13 +228,16 @@ def model_inputs(
         pooled, *further = zip(*batch["image_features"], strict=True)
         seen = SimpleNamespace(pooler_output=pooled, deepstack_features=[torch.cat(level) for level in further])
         return inputs | {"mm_encoder_outputs": {"image": seen}}
-    if "pixel_values" not in batch:
-        return inputs
+    return inputs | _pixels(batch, processor)
+
+
+def _pixels(batch: DialogueBatch, processor: Processor) -> dict[str, Tensor]:
+    """The pixels of a batch, if any, as the family takes them."""
+    inputs = {key: batch[key] for key in (*PATCH_KEYS, "image_grid_thw") if key in batch}
     if processor.rotary_3d:
-        return inputs | {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+        return inputs
     # other families take [rows, tiles, …] and flatten it; the order of the tiles is all that counts
-    tiles = {k: batch[k][None] for k in PATCH_KEYS if k in batch}
-    return inputs | tiles
+    return {key: value[None] for key, value in inputs.items()}
 
 
 def content_of(value: Any, where: str) -> Content:

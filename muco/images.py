@@ -6,7 +6,6 @@ and only then the pixels. Nothing is fetched, nothing is guessed, and a truncate
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import math
@@ -16,7 +15,7 @@ import stat
 import threading
 import time
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +29,12 @@ from muco.errors import ImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 MAX_PIXELS = 89_478_485  # 268 MB as RGB; from here on Pillow warns of decompression bombs
-
 MAX_BYTES = 256 * 2**20
-
 MAX_ASPECT = 200  # the limit of Qwen2-VL's image processor
-
 SMALL_SIDE = 28  # one visual token of Qwen2-VL; an image with a shorter side becomes SMALL_SIZE (docs/paper.md, prompt)
-
 SMALL_SIZE = (56, 56)
-
 SETTLED = 2 * 10**9  # nanoseconds; the times of a file that was written just now may be those of its next version too
-
-_URL = re.compile(r"^([a-z][a-z0-9+.-]+://|(http|https|data|file):)", re.IGNORECASE)  # "C:\x.png" is none
-
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+://|(http|https|data|file):)", re.IGNORECASE)  # not "C:\x.png"
 _warning_filters = threading.Lock()  # the filters belong to the process; two threads must not swap them at once
 
 
@@ -83,12 +75,11 @@ def open_image(
     return rgb
 
 
-@functools.cache
+@cache
 def image_suffixes() -> frozenset[str]:
     """Endings of the names of files that :func:`open_image` reads (".jpg"), in lower case, as Pillow knows them."""
-    also = ("MPO", "DIB")  # what cameras and Windows call files of JPEG and BMP
-    known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, format in known if format in (*FORMATS, *also))
+    formats = (*FORMATS, "MPO", "DIB")  # what cameras and Windows call files of JPEG and BMP
+    return frozenset(suffix for suffix, format in Image.registered_extensions().items() if format in formats)
 
 
 def resize_to_budget(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -109,11 +100,11 @@ def resize_to_budget(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def image_digest(image: ImageLike, *, where: str = "") -> str:
-    """What makes an image the same image, everywhere in MuCo: SHA-256 (hex), 64 characters.
+    """The digest by which MuCo tells images apart: SHA-256 (hex), 64 characters.
 
-    Of a file, or the bytes of one: of these bytes, so a copy under another name is the same image. Of a Pillow image:
-    of its size and RGB pixels as :func:`open_image` gives them; it has no file, and never equals one. Digests of files
-    are remembered as long as size and time of the file stay as they are.
+    Of a file or its bytes, the digest of these bytes: a copy under another name is the same image. Of a Pillow image,
+    that of its size and RGB pixels as :func:`open_image` returns them, which never equals that of a file. Digests of
+    files are cached until size or time of the file changes.
 
     Raises:
         ImageError: If the file is missing or too large, or the Pillow image cannot be read.
@@ -124,10 +115,8 @@ def image_digest(image: ImageLike, *, where: str = "") -> str:
         digest.update(rgb.tobytes())
         return digest.hexdigest()
     name = shown_name(image, where)
-    if isinstance(image, bytes):
-        return hashlib.sha256(read_bytes(image, name)).hexdigest()
-    status = file_status(image, name)
-    if time.time_ns() - status.st_mtime_ns < SETTLED:
+    status = None if isinstance(image, bytes) else file_status(image, name)
+    if status is None or time.time_ns() - status.st_mtime_ns < SETTLED:
         return hashlib.sha256(read_bytes(image, name)).hexdigest()
     try:
         return _file_digest(str(image), status.st_ino, status.st_size, status.st_mtime_ns)
@@ -219,9 +208,18 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """A new RGB image. Pillow alone would clip 16-bit and float pixels to white or black."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bit(image, name).convert("RGB")
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name}: pixels of mode {image.mode} outside 0 … 65535; save it with 8 bits per channel")
+        levels = (values + 128) // 257
+        if isinstance(key := image.info.get("transparency"), int):  # the one grey value that a PNG calls transparent
+            levels[values == key] = 255
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        return _from_float(image, name).convert("RGB")
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused too
+            raise ImageError(f"{name}: float pixels outside 0 … 1; save it with 8 bits per channel")
+        return Image.fromarray((values * 255 + 0.5).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         if image.mode == "La":  # premultiplied grey: Pillow knows no way from it but to LA
             image = image.convert("LA")
@@ -230,23 +228,6 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         rgb.paste(rgba, mask=rgba.getchannel("A"))
         return rgb
     return image.convert("RGB")
-
-
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError(f"{name}: pixels of mode {image.mode} outside 0 … 65535; save it with 8 bits per channel")
-    levels = (values + 128) // 257
-    if isinstance(key := image.info.get("transparency"), int):  # the one grey value that a PNG calls transparent
-        levels[values == key] = 255
-    return Image.fromarray(levels.astype(np.uint8))
-
-
-def _from_float(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused too
-        raise ImageError(f"{name}: float pixels outside 0 … 1; save it with 8 bits per channel")
-    return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:

@@ -40,25 +40,12 @@ class Row:
     cut: tuple[int, ...] = ()  # numbers of the turns whose text was cut
     tree: bool = False  # whether it has branches that do not see one another
 
-    def append(self, part: _Part, start: int, branch: int) -> int:
+    def append(self, ids: list[int], positions: np.ndarray, start: int, branch: int) -> int:
         """Adds a part whose positions begin at ``start``; returns the position that follows it."""
-        positions = part.positions(start)
-        self.ids += part.ids
-        self.positions.append(positions)
-        self.branches += [branch] * len(part.ids)
-        return int(positions.max()) + 1 if part.ids else start
-
-
-@dataclass
-class _Part:
-    ids: list[int]
-    segments: list[int | EncodedImage]
-    rotary_3d: bool
-
-    def positions(self, start: int) -> np.ndarray:
-        if self.rotary_3d:
-            return rotary_positions(self.segments, start)
-        return np.arange(start, start + len(self.ids))[None]
+        self.ids += ids
+        self.positions.append(positions + start)
+        self.branches += [branch] * len(ids)
+        return start + _length(positions)
 
 
 def prepare(
@@ -94,34 +81,38 @@ def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Process
     prompt = processor.template.prompt(dialogue)
     row = Row(images=images)
     row.tree = dialogue.isolated and len(dialogue.turns) > 1
-    position = row.append(_part(prompt.trunk, row.images, processor), 0, 0)
+    position = row.append(*_part(prompt.trunk, images, processor), 0, 0)
     trunk = len(row.ids)
     begin = None  # of the positions of all turns after the first; None: where the turn before ended
     if dialogue.restarts and not prompt.isolated:  # after what isolated turns of this dialogue would share
-        shared = _part(processor.template.prompt(replace(dialogue, isolated=True)).trunk, images, processor)
-        begin = int(shared.positions(0).max()) + 1 if shared.ids else 0
+        shared = processor.template.prompt(replace(dialogue, isolated=True)).trunk
+        begin = _length(_part(shared, images, processor)[1])
     elif dialogue.restarts:
         begin = position
     for number, branch in enumerate(prompt.branches, start=1):
         start = position if number == 1 or begin is None else begin
         before = trunk if prompt.isolated else len(row.ids)
-        part = _part(branch, row.images, processor)
-        position = row.append(part, start, number)
+        ids, positions = _part(branch, images, processor)
+        position = row.append(ids, positions, start, number if prompt.isolated else 0)
         row.turns.append(len(row.ids) - 1)
-        row.lengths.append(before + len(part.ids))
-    if not prompt.isolated:
-        row.branches = [0] * len(row.ids)
+        row.lengths.append(before + len(ids))
     return row
 
 
-def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> _Part:
-    part = _Part([], [], processor.rotary_3d)
+def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> tuple[list[int], np.ndarray]:
+    """The tokens of some pieces and their positions from 0 on, int64 [A, tokens]."""
+    ids: list[int] = []
+    segments: list[int | EncodedImage] = []
     for piece in pieces:
         image = images[piece.index] if isinstance(piece, ImageSlot) else None
-        ids = image.ids if image else processor.text_ids(piece)
-        part.ids += ids
-        part.segments.append(image or len(ids))
-    return part
+        own = image.ids if image else processor.text_ids(piece)
+        ids += own
+        segments.append(image or len(own))
+    return ids, rotary_positions(segments) if processor.rotary_3d else np.arange(len(ids))[None]
+
+
+def _length(positions: np.ndarray) -> int:
+    return int(positions.max(initial=-1)) + 1
 
 
 def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> np.ndarray:

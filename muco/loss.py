@@ -44,11 +44,11 @@ def multi_turn_info_nce(
             sample masks.
         symmetric: Average with the same loss of each target against every query. The paper has query to target only.
         hard_negatives: Further candidates, one vector each.
-        hard_negative_turns: The turn that each hard negative was given for. It is also a negative of every turn of
-            other samples, but of no other turn of its own sample.
-        hard_negative_ids: The ``target_ids`` of the hard negatives; needed where ``target_ids`` are given.
-        mask_same_image: False takes the targets of a sample's other turns for negatives; only to show what the mask is
-            for. Hard negatives are masked as before.
+        hard_negative_turns: The turn of each hard negative. It is also a negative of every turn of other samples, but
+            of no other turn of its own sample.
+        hard_negative_ids: The ``target_ids`` of the hard negatives; required with ``target_ids``.
+        mask_same_image: False makes the targets of a sample's other turns negatives, to show what the mask is for.
+            Hard negatives are masked as before.
     Returns:
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
@@ -128,12 +128,12 @@ def reconstruction_info_nce(
     Args:
         q, q2: Vectors of the query side after the first turn and after the reconstruction; L2-normalised.
         p, p2: The same of the target side; row i of all four belongs together.
-        negatives: Hard negatives, candidates of every term besides.
+        negatives: Hard negatives, further candidates of every term.
         joint: Every term chooses among all p and p2 (the paper); else among those of its own kind (the released code).
         sample_ids, target_ids, negative_ids: See :func:`multi_turn_info_nce`. No sample_ids: every pair is a sample.
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
-        mask_counterpart: False takes the counterpart of its own pair for a negative, where ``joint``; only to show what
-            the mask is for.
+        mask_counterpart: False, with ``joint``, makes the counterpart of its own pair a negative, to show what the mask
+            is for.
     Returns:
         The four terms by name: "qp", "qp2", "q2p", "q2p2". The training loss is their mean.
     Raises:
@@ -157,29 +157,24 @@ def reconstruction_info_nce(
         every = torch.ones(len(ids[rows]), len(negatives), dtype=torch.bool, device=q.device)
         return every if target_ids is None else target_ids[rows, None] != negative_ids[None, :]
 
-    def separate(rows: slice) -> Tensor:
-        return torch.cat([allowed_negatives(ids, target_ids, rows), hard_allowed(rows)], dim=1)
-
-    def together(rows: slice) -> Tensor:
+    def allowed(rows: slice) -> Tensor:
         own = allowed_negatives(ids, target_ids, rows)
-        if not mask_counterpart:
+        if joint and not mask_counterpart:
             pairs = torch.arange(len(ids), device=q.device)
             own = own | (pairs[rows, None] == pairs[None, :])
-        return torch.cat([own, own, hard_allowed(rows)], dim=1)
+        return torch.cat([*[own] * (2 if joint else 1), hard_allowed(rows)], dim=1)
 
     terms = {}
     for query_name, query in (("q", q), ("q2", q2)):
-        for target_name, target, first in (("p", p, 0), ("p2", p2, len(p))):
-            candidates, keep = ([p, p2], together) if joint else ([target], separate)
-            candidates = torch.cat([*candidates, negatives])
-            terms[query_name + target_name] = _info_nce(query, candidates, keep, temperature, first if joint else 0)
+        for target_name, target, first in (("p", p, 0), ("p2", p2, len(p) if joint else 0)):
+            candidates = torch.cat([p, p2, negatives] if joint else [target, negatives])
+            terms[query_name + target_name] = _info_nce(query, candidates, allowed, temperature, first)
     return terms
 
 
 def chance_level(sample_ids: Int[Tensor, " turns"], target_ids: Int[Tensor, " turns"] | None = None) -> float:
     """The loss in nats of a model that cannot tell its candidates apart: mean of log(1 + allowed negatives)."""
-    allowed = allowed_negatives(sample_ids, target_ids).sum(dim=1)
-    return torch.log1p(allowed.float()).mean().item()
+    return torch.log1p(allowed_negatives(sample_ids, target_ids).sum(dim=1).float()).mean().item()
 
 
 def _check(query: Tensor, target: Tensor, sample_ids: Tensor, temperature: float, target_ids: Tensor | None) -> None:
@@ -197,11 +192,11 @@ def _check(query: Tensor, target: Tensor, sample_ids: Tensor, temperature: float
 class MultiTurnLoss(nn.Module):
     """The loss of a training batch: :func:`multi_turn_info_nce` over the turns of all processes.
 
-    Called with dialogues it embeds them with ``model``, twice, once per side; :meth:`of_vectors` takes vectors.
+    Called with the dialogues of both sides, it embeds them with ``model``; :meth:`of_vectors` takes vectors.
 
     Args:
-        dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised
-            again (Matryoshka, arXiv 2205.13147); empty: only over whole vectors.
+        dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised again
+            (Matryoshka, arXiv 2205.13147); empty: whole vectors only.
         mask_same_image: See :func:`multi_turn_info_nce`.
     """
 
@@ -224,18 +219,14 @@ class MultiTurnLoss(nn.Module):
     def of_vectors(
         self, query: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"], ids: TurnIds
     ) -> Float[Tensor, ""]:
-        """The loss over the turns of all processes, the same value on each; only the own vectors get a gradient.
+        """The loss over the turns of all processes, the same on each; only this process's vectors get a gradient.
 
-        Args:
-            query: The vectors of the query side of this process.
-            vectors: Those of the target side: targets and hard negatives, as ``ids`` say.
+        ``vectors`` are those of the target side: targets and hard negatives, as ``ids`` say.
         """
         query, vectors, ids = gather(query), gather(vectors), ids.gather()
         parts = (*self.parts(query, vectors, ids), vectors[ids.hard_rows])
-        losses = []
-        for dimension in self.dimensions or (None,):
-            losses.append(self._value([shortened(part, dimension) for part in parts], ids))
-        return torch.stack(losses).mean()
+        sizes = self.dimensions or (None,)
+        return torch.stack([self._value([shortened(part, size) for part in parts], ids) for size in sizes]).mean()
 
     def why_no_negative(self, parts: Sequence[Variety]) -> str:
         """Why this loss is 0 for a batch of these parts, whatever the model; "" where it is not."""
@@ -246,10 +237,9 @@ class MultiTurnLoss(nn.Module):
         return query, vectors[ids.target_rows]
 
     def _value(self, parts: Sequence[Tensor], ids: TurnIds) -> Tensor:
-        query, target, hard = parts
+        *sides, hard = parts
         return multi_turn_info_nce(
-            query,
-            target,
+            *sides,
             ids.sample_ids,
             temperature=self.temperature,
             target_ids=ids.target_ids,

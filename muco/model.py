@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from muco.backbone import load_backbone
 from muco.base.files import writing
 from muco.batch import DialogueBatch, to
-from muco.dialogue import Content, Dialogue, ImageLike, as_images
+from muco.dialogue import Content, Dialogue, as_images
 from muco.encoder import Encoder, content_of
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
@@ -57,8 +57,8 @@ class Model(SentenceTransformer):
     def encode(self, inputs: Any, **kwargs: Any) -> Any:
         """Embeds strings, images (path, bytes, Pillow), mappings with ``text`` and/or ``image``, mixed in one call.
 
-        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``. An input that has
-        more tokens than the model's context is an error; set ``model.max_seq_length`` to have long texts cut.
+        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``. More tokens than
+        the model's context are an error; set ``model.max_seq_length`` to cut long texts.
 
         Args:
             inputs: One input, or several: a list, a column of a table, a generator, …
@@ -80,16 +80,14 @@ class Model(SentenceTransformer):
         # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
         # the caller's, so each input takes along the number by which an error names it.
         values = []
-        shape = getattr(inputs, "shape", (0,))
-        if len(shape) != 1 or isinstance(inputs, (set, frozenset)):
+        if len(getattr(inputs, "shape", (0,))) != 1 or isinstance(inputs, (set, frozenset)):
             raise DataError(
                 f"encode takes one input or a list of them, not a {type(inputs).__name__}; pass one column of a table, "
                 "pixels as a Pillow image, and inputs in an order"
             )
         for number, value in enumerate(inputs):
             content = content_of(value, f"input {number}")
-            images = list[ImageLike](content.images)
-            values.append({"text": content.text, "images": images, "where": f"input {number}"})
+            values.append({"text": content.text, "images": [*content.images], "where": f"input {number}"})
         if not values and kwargs.get("convert_to_numpy", True) and not kwargs.get("convert_to_tensor"):
             return np.zeros((0, dimension), dtype=np.float32)
         with self._telling_cuts():
@@ -158,9 +156,8 @@ class Model(SentenceTransformer):
         if mode not in ("isolated", "compounded"):
             raise MucoError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
         dimension = checked_dimension(self.truncate_dim, self.encoder.get_embedding_dimension())
-        dialogues = []
-        for image, asked, place in zip(images, queries, places, strict=True):
-            dialogues.append(_dialogue_of_turns(image, asked, mode == "isolated", place))
+        asked = zip(images, queries, places, strict=True)
+        dialogues = [_dialogue_of_turns(image, some, mode == "isolated", place) for image, some, place in asked]
         self.eval()
         vectors: list[Tensor] = []
         with self._telling_cuts():
@@ -189,7 +186,7 @@ class Model(SentenceTransformer):
         return digest.hexdigest()
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Saves a stock SentenceTransformer folder; see the module's docstring."""
+        """Saves a stock SentenceTransformer folder, see :mod:`muco.encoder`."""
         with writing(path):
             super().save(path, *args, **kwargs)
             _write_stock_modules(Path(path), self.encoder.get_embedding_dimension())
@@ -197,10 +194,9 @@ class Model(SentenceTransformer):
 
 def _write_stock_modules(folder: Path, dimension: int) -> None:
     """Names the modules as every version of the stock library does, and vLLM, which knows the oldest names only."""
-    names = enumerate(STOCK_MODULES.items())
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for i, (name, path) in names
+        for i, (name, path) in enumerate(STOCK_MODULES.items())
     ]
     others = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
     pooling = {

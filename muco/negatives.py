@@ -46,8 +46,7 @@ class TurnIds:
     @classmethod
     def of(cls, samples: Sequence[SampleIds], *, mask_identical_targets: bool = True) -> TurnIds:
         """The ids of a batch of samples, whose hard negatives come after the targets of all of them."""
-        sample_ids: list[int] = []
-        target_rows, target_ids, hard_turns, hard_ids = list[int](), list[int](), list[int](), list[int]()
+        sample_ids, target_rows, target_ids, hard_turns, hard_ids = ([] for _ in range(5))
         vectors = 0
         for sample in samples:
             target_rows += [vectors + row for row in sample.target_rows]
@@ -69,8 +68,7 @@ class TurnIds:
         for part in parts:
             shifted.append(part._after(turns, vectors))
             turns, vectors = turns + len(part), vectors + part.vectors
-        names = parts[0]._tensors()
-        joined = {name: torch.cat([part._tensors()[name] for part in shifted]) for name in names}
+        joined = {name: torch.cat([getattr(part, name) for part in shifted]) for name in parts[0]._tensors()}
         return replace(parts[0], vectors=vectors, **joined)
 
     def gather(self) -> TurnIds:
@@ -87,12 +85,8 @@ class TurnIds:
 
     def _after(self, turns: int, vectors: int) -> TurnIds:
         """The same ids where this many turns and vectors come before."""
-        return replace(
-            self,
-            target_rows=self.target_rows + vectors,
-            hard_rows=self.hard_rows + vectors,
-            hard_turns=self.hard_turns + turns,
-        )
+        rows = {"target_rows": self.target_rows + vectors, "hard_rows": self.hard_rows + vectors}
+        return replace(self, hard_turns=self.hard_turns + turns, **rows)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -105,12 +99,11 @@ def allowed_negatives(
     *,
     mask_same_image: bool = True,
 ) -> Bool[Tensor, "rows turns"]:
-    """True where the target of turn j is a negative of turn i.
+    """True where the target of turn j is a negative of turn i; ``rows`` selects some turns.
 
-    Not allowed are targets of the same sample (the paper's logit mask: they answer other questions about the same
-    image, and may well fit this one) and, with ``target_ids``, targets identical to the turn's own: "Ring" of another
-    image is the right answer, not a wrong one. ``rows`` selects some turns. Without ``mask_same_image`` the other
-    targets of the sample are allowed, only to show what the mask is for.
+    Not allowed are targets of the same sample (the paper's logit mask: they answer other questions about the image, and
+    may well fit this one; allowed without ``mask_same_image``, to show what the mask is for) and, with ``target_ids``,
+    targets identical to the turn's own: "Ring" of another image is a right answer.
     """
     owners = sample_ids if mask_same_image else torch.arange(len(sample_ids), device=sample_ids.device)
     allowed = owners[rows, None] != owners[None, :]
@@ -126,9 +119,8 @@ def allowed_hard_negatives(
     hard_negative_ids: Int[Tensor, " hard"] | None = None,
     rows: slice = slice(None),
 ) -> Bool[Tensor, "rows hard"]:
-    """True where a hard negative is a negative of turn i: of its own turn, and of all turns of other samples.
-
-    With both ids, a hard negative identical to the turn's target is not its negative. ``rows`` selects some turns.
+    """True where a hard negative is a negative of turn i: of its own turn, and of all turns of other samples, but with
+    both ids not where it is identical to the turn's target. ``rows`` selects some turns.
     """
     turns = torch.arange(len(sample_ids), device=sample_ids.device)
     allowed = turns[rows, None] == hard_negative_turns[None, :]

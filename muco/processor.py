@@ -1,7 +1,7 @@
 """Text and images -> token ids and pixel tensors, for one model. Works without torchvision.
 
-The stock processor class of the Qwen family cannot be built without torchvision (its video half needs it), so the
-image half and the tokenizer are put together here. Other families go through their own processor class.
+The stock processor of the Qwen family needs torchvision for videos, so its image half and tokenizer are put together
+here. Other families use their own processor class.
 """
 
 from __future__ import annotations
@@ -124,9 +124,8 @@ class Processor:
         return EncodedImage((self.image_id,) * count, {"pixel_values": output["pixel_values"]}, grid, merge)
 
     def _encode_with_stock(self, image: Image) -> EncodedImage:
-        output = self.stock(
-            text=[self.template.image_token], images=[[image]], return_tensors="pt", add_special_tokens=False
-        )
+        text = [self.template.image_token]
+        output = self.stock(text=text, images=[[image]], return_tensors="pt", add_special_tokens=False)
         patches = {k: v.flatten(0, 1) for k, v in output.items() if k in ("pixel_values", "pixel_attention_mask")}
         return EncodedImage(tuple(output["input_ids"][0].tolist()), patches)
 
@@ -138,11 +137,7 @@ class Processor:
         return self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
 
     def set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Sets the pixel budget; it is saved with the image processor, so stock libraries keep it.
-
-        Raises:
-            CheckpointError: If the family's image processor knows no such limit.
-        """
+        """Sets the pixel budget, which is saved for stock libraries too; a CheckpointError if the family has none."""
         size = dict(self.image_processor.size)
         if self.stock is None:  # the Qwen family keeps pixel counts under the names of edges
             size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]
@@ -150,10 +145,8 @@ class Processor:
         else:
             tile = dict(getattr(self.image_processor, "max_image_size", None) or {}).get("longest_edge")
             if min_pixels is not None or tile is None or "longest_edge" not in size:
-                name = type(self.image_processor).__name__
-                raise CheckpointError(
-                    f"{name} has no such limit; leave min_pixels{'' if tile else ' and max_pixels'} out"
-                )
+                name, limits = type(self.image_processor).__name__, "min_pixels" + ("" if tile else " and max_pixels")
+                raise CheckpointError(f"{name} has no such limit; leave {limits} out")
             if max_pixels is not None:  # every image is scaled to this edge and cut into square tiles
                 size["longest_edge"] = max(tile, int(max_pixels**0.5) // tile * tile)
         self.image_processor.size = size
@@ -198,12 +191,8 @@ def write_config(file: Path, value: Any) -> None:
 
 
 def load_processor(path: str, config: Any, *, local_files_only: bool = False) -> tuple[Processor, bool]:
-    """The processor of a saved or hub model, with MuCo's tokens added where they are missing.
+    """The processor of a saved or hub model, and whether MuCo's tokens were added (the embeddings must then grow).
 
-    Args:
-        config: The model's configuration.
-    Returns:
-        The processor, and whether tokens were added (the embedding matrix must then grow).
     Raises:
         CheckpointError: If no prompt is known for the model's family, or its processor cannot be built here or does
             not belong to the model.
@@ -218,9 +207,8 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
     tokenizer = read(AutoTokenizer)
     released = EMB in tokenizer.get_vocab()
     if not released:
-        tokenizer.add_tokens(
-            [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS], special_tokens=True
-        )
+        added = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+        tokenizer.add_tokens(added, special_tokens=True)
     settings = read_settings(path, local_files_only, tokenizer.chat_template)
     template = Template(**settings["template"]) if settings else None
 
@@ -235,9 +223,8 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
     else:
         stock = read(AutoProcessor, backend="pil")
         if not hasattr(stock, "image_token") or not hasattr(stock, "image_processor"):
-            raise CheckpointError(
-                f"{path}: {type(stock).__name__} has no image token; MuCo needs an image-text-to-text model"
-            )
+            name = type(stock).__name__
+            raise CheckpointError(f"{path}: {name} has no image token; MuCo needs an image-text-to-text model")
         tokenizer.chat_template = tokenizer.chat_template or getattr(stock, "chat_template", None)
         stock.tokenizer = tokenizer
         template = template or from_chat_template(tokenizer, stock.image_token, special_tokens(tokenizer))

@@ -37,31 +37,25 @@ def reconstruction_dialogues(
 
     Args:
         query: Of one turn; the sample's images belong to it.
-        rng: Of what is hidden.
-        requests: What the user asks before and after the assistant says the hidden counterpart, as the released code
-            does; empty: one turn of the user holds it, as in this file's PROMPT.
+        rng: Decides what is hidden.
+        requests: The user's requests before and after the assistant says the hidden counterpart, as in the released
+            code; empty: one turn of the user holds it, as in ``PROMPT``.
     """
     whole = Content(query.text, (*sample.images, *query.images), query.caption)
-    as_reply = bool(requests)
-    return (
-        _dialogue(sample.images, query, hide(target, rng, as_reply=as_reply), sample.place, requests),
-        _dialogue((), target, hide(whole, rng, as_reply=as_reply), sample.place, requests),
-    )
 
+    def dialogue(context: tuple[ImageLike, ...], own: Content, counterpart: Content) -> Dialogue:
+        hidden = hide(counterpart, rng, as_reply=bool(requests))
+        turns = (own, Content(requests[1] if requests else PROMPT.format(hidden=hidden)))
+        exchange = Exchange(requests[0], hidden) if requests else None
+        return Dialogue(context, turns, False, sample.place, reconstructs=True, exchange=exchange)
 
-def _dialogue(
-    context: tuple[ImageLike, ...], own: Content, hidden: str, where: str, requests: Sequence[str]
-) -> Dialogue:
-    asked = requests[1] if requests else PROMPT.format(hidden=hidden)
-    exchange = Exchange(requests[0], hidden) if requests else None
-    return Dialogue(context, (own, Content(asked)), isolated=False, reconstructs=True, where=where, exchange=exchange)
+    return dialogue(sample.images, query, target), dialogue((), target, whole)
 
 
 def hide(content: Content, rng: np.random.Generator, *, as_reply: bool = False) -> str:
-    """A counterpart as text with parts of it hidden, :data:`muco.template.MASK` in their place.
+    """A counterpart as text, with :data:`muco.template.MASK` in place of hidden parts.
 
-    Args:
-        as_reply: Words are parted at blanks only and lines are kept, as in the released code.
+    ``as_reply`` splits words at blanks only and keeps lines, as in the released code.
     """
     form = DESCRIPTION if as_reply else PICTURE
     picture = form.format(caption=content.caption) if content.caption else MASK

@@ -1,4 +1,4 @@
-"""How large adapters, a tiny model and vectors are: plain numbers, shared by many. No torch in this file."""
+"""Sizes of adapters, a tiny model and vectors. No torch in this file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ def context_of(config: Any, tokenizer: Any = None) -> int | None:
 
 
 def checked_dimension(dimension: int | None, whole: int) -> int:
-    """The dimension that vectors of dimension ``whole`` are truncated to; ``whole`` itself for None.
-
-    Raises:
-        MucoError: If ``dimension`` is not a whole number from 1 to ``whole``.
-    """
+    """The dimension to truncate to, ``whole`` for None; a MucoError unless it is a whole number, 1 to ``whole``."""
     if dimension is None:
         return whole
     if isinstance(dimension, bool) or not isinstance(dimension, Integral) or not 0 < dimension <= whole:

@@ -7,11 +7,10 @@
     loss          all vectors of all processes ─▶ scalar ─▶ d loss / d vectors
     second pass   chunk ─embed, the same randomness─▶ vectors · their gradients ─▶ d loss / d weights
 
-Value and gradient are those of the plain step; activations of one chunk only are in memory at a time (gradient cache:
-Gao et al., arXiv 2101.06983). A step that is within the budget as a whole is made plainly, in one pass over its
-chunks. The library's own cached losses cut batches by rows of a rectangle and run the vision tower in both passes; for
-trees of turns, flattened images and kept features the cutting is :func:`muco.batch.split`. The replay of randomness is
-the library's.
+Value and gradient are those of the plain step; one chunk's activations are in memory at a time (gradient cache: Gao et
+al., arXiv 2101.06983). A step within the budget is made plainly, in one pass over its chunks. The library's cached
+losses cut rectangles and run the vision tower in both passes; :func:`muco.batch.split` cuts trees of turns, flattened
+images and kept features. The replay of randomness is the library's.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ UNLIMITED = 1 << 40  # tokens: the budget where none is asked for
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step found, on this process."""
+    """The result of a step on this process."""
 
     loss: Tensor  # in nats, the same on every process
     tokens: int  # of all dialogues, padding left out
@@ -83,9 +82,9 @@ class TrainingStep:
     Args:
         model: On its device, in training mode.
         loss: Its :meth:`~muco.loss.MultiTurnLoss.of_vectors` is applied.
-        token_budget: Most tokens that are in memory with their activations at once, padding included; None: no limit.
-            Where memory runs out it is halved and the step made again; the smaller budget is kept.
-        feature_memory: GiB of the device that may hold features of frozen vision; what is above waits in host memory.
+        token_budget: Most tokens whose activations are in memory at once, padding included; None: no limit. When memory
+            runs out, it is halved for good and the step made again.
+        feature_memory: GiB of the device that may hold features of frozen vision; the rest waits in host memory.
         autocast: Makes the context of one forward pass.
     """
 
@@ -161,8 +160,8 @@ class TrainingStep:
         tokens = (batch["image_patches"] * per_patch).round().long()  # of each image
         while len(features) < len(tokens):
             first, memory = len(features), _OutOfMemory()
-            fitting = int((tokens[first:].cumsum(0) <= self.token_budget).sum())
-            images = torch.arange(first, first + max(1, fitting))
+            fitting = max(1, int((tokens[first:].cumsum(0) <= self.token_budget).sum()))
+            images = torch.arange(first, first + fitting)
             with memory, torch.no_grad(), self.autocast():
                 seen = self.model.encoder.image_features(to(images_of(batch, images), self.model.device))
             if memory.happened:
@@ -250,10 +249,8 @@ class TrainingStep:
                 f"out of memory with one dialogue of {before} tokens at a time; lower model.max_pixels or turns.limit, "
                 "set model.activation_checkpointing, or spread the model with batch.sharding: fsdp"
             )
-        self.token_budget = max(1, before // 2)
-        logger.warning(
-            "out of memory with %d tokens at once; continuing with token_budget %d", before, self.token_budget
-        )
+        self.token_budget = budget = max(1, before // 2)
+        logger.warning("out of memory with %d tokens at once; continuing with token_budget %d", before, budget)
 
 
 class _OutOfMemory:

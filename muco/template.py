@@ -1,7 +1,7 @@
 """Dialogue -> prompt: which text comes where, and where each turn's ``<|emb|>`` is read.
 
-A prompt is a list of *pieces*, strings and images. It is cut into a trunk and branches only beside a special token
-(or where the tokenizer is known to split anyway), so that the token ids of the parts joined are those of the whole.
+A prompt is a list of *pieces*, strings and images. It is cut only beside a special token, or where the tokenizer is
+known to split anyway, so that the token ids of the joined parts are those of the whole.
 
 Source: arXiv 2602.06393, the prompt of the released checkpoints (docs/paper.md).
 """
@@ -72,13 +72,10 @@ class Template:
         return self._isolated(dialogue) if dialogue.isolated else self._compounded(dialogue)
 
     def _isolated(self, dialogue: Dialogue) -> Prompt:
-        context = self._images(0, len(dialogue.context))
+        context, trunk = self._images(0, len(dialogue.context)), (self.head,)
+        openings = [self.user_open_image if turn.images else self.user_open for turn in dialogue.turns]
         if context:  # the text after its last image opens every turn
-            trunk: Pieces = (self.head, self.user_open_image, *context[:-1])
-            openings = [context[-1]] * len(dialogue.turns)
-        else:
-            trunk = (self.head,)
-            openings = [self.user_open_image if turn.images else self.user_open for turn in dialogue.turns]
+            trunk, openings = (self.head, self.user_open_image, *context[:-1]), [context[-1]] * len(dialogue.turns)
         texts = [self._text(turn, bool(turn.images or context)) for turn in dialogue.turns]
         if self.shared_opening and len(set(openings)) == 1 and not any(text[:1].isspace() for text in texts):
             trunk, openings = (*trunk, openings[0]), [""] * len(openings)
@@ -215,9 +212,8 @@ def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str])
 
 
 class SpecialTokenGuard:
-    """Refuses data text with a special token, which would be a second embedding position, an image or a role.
-
-    Also half a character (JSON can spell it), which no tokenizer takes.
+    """Refuses data text with a special token, which would be a second embedding position, an image or a role, or with
+    half a character (JSON can spell it), which no tokenizer takes.
     """
 
     def __init__(self, special: Iterable[str]) -> None:
@@ -233,27 +229,21 @@ class SpecialTokenGuard:
             place = f"{dialogue.where or 'input'} turn {number}"
             text = text.replace(MASK, "") if dialogue.reconstructs and number > 1 else text
             if found := self._pattern.search(text):
-                raise DataError(
-                    f"{place}: the text contains the special token {found[0]!r}; "
-                    "take it out of the data, in a prompt it has a meaning of its own"
+                what = (
+                    f"the special token {found[0]!r}; take it out of the data, in a prompt it has a meaning of its own"
                 )
+                raise DataError(f"{place}: the text contains {what}")
             if found := LONE_SURROGATE.search(text):
-                raise DataError(
-                    f"{place}: the text contains half of a character, {found[0]!r}; take it out of the data"
-                )
+                what = f"half of a character, {found[0]!r}; take it out of the data"
+                raise DataError(f"{place}: the text contains {what}")
 
 
 def read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict[str, Any] | None:
-    """What ``muco.json`` of a saved or hub model holds, or the note in its chat template; None if there is neither.
-
-    Raises:
-        CheckpointError: If the settings are broken, or of another version.
-    """
+    """The ``muco.json`` of a model, the note in its chat template, or None; a CheckpointError if it cannot be used."""
     from transformers.utils.hub import cached_file
 
-    file = cached_file(
-        path, SETTINGS_FILE, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False
-    )
+    found = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
+    file = cached_file(path, SETTINGS_FILE, **found)
     note = SETTINGS_NOTE.match(chat_template) if isinstance(chat_template, str) else None
     if file is None and note is None:
         return None

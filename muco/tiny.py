@@ -27,12 +27,8 @@ def tiny_qwen2_vl(
     """
     config = config or TinyConfig()
     tokenizer = train_tokenizer(texts, config.vocabulary)
-    side = config.patch * 2
-    image_processor = Qwen2VLImageProcessorPil(
-        patch_size=config.patch,
-        merge_size=2,
-        size={"shortest_edge": side * side, "longest_edge": config.max_pixels},
-    )
+    size = {"shortest_edge": (2 * config.patch) ** 2, "longest_edge": config.max_pixels}
+    image_processor = Qwen2VLImageProcessorPil(patch_size=config.patch, merge_size=2, size=size)
     ids = tokenizer.convert_tokens_to_ids
     head = config.width // config.heads
     time = head // 8
@@ -77,28 +73,21 @@ def tiny_qwen2_vl(
 
 
 def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 32768) -> Processor:
-    """Counts about as Qwen2-VL's processor does, where that cannot be had: its tokenizer is made from ``texts``.
-
-    Args:
-        config: The model's configuration, which states its context.
-    """
+    """Counts about as Qwen2-VL's own processor, for when that cannot be had; its tokenizer is trained on ``texts``."""
     texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
     tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
     return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL, max_tokens=context_of(config))
 
 
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-
 QWEN_PADS = ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-
-PROMPT_STRINGS = (QWEN_VL.head, QWEN_VL.tail)
 
 
 def train_tokenizer(
     texts: Iterable[str],
     vocabulary: int,
     *,
-    added: Sequence[str] = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, *PROMPT_STRINGS),
+    added: Sequence[str] = (*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS, QWEN_VL.head, QWEN_VL.tail),
 ) -> Any:
     """A byte-level BPE tokenizer in Qwen's form (same pre-tokenisation) trained on ``texts``; ``added`` are special."""
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

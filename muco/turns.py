@@ -5,10 +5,8 @@
     dialogues ─collate─▶ trees ─trunks──▶ [N, P] ─pass─▶ keys and values of every layer, kept
                            └───branches─▶ [R, L] ─pass, reading them─▶ one vector per turn
 
-The branches of a tree are *packed*: several share one row, one after another, under a mask by which each reads the
-trunk and itself. So the kept trunk is read once per pack, not once per turn, and little attention is wasted on masked
-turns. How full a pack is (``PACK``) and how many pass together (a token budget) changes the cost, never a
-vector.
+The branches of a tree are *packed*: several share a row, under a mask by which each reads the trunk and itself, so the
+kept trunk is read once per pack, not once per turn. ``PACK`` and the token budget change the cost, never a vector.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ def sharing(encoder: Encoder, longest: int) -> Literal["cache", "tree", "none"]:
     - "none": each turn passes alone; layers have a window that is too short for the mask, or a recurrent state, or
       attend to later tokens.
 
-    Args:
-        longest: Tokens of the longest single turn, its image included.
+    ``longest`` counts the tokens of the longest single turn, its image included.
     """
     if not reads_all_before(encoder.model, longest):
         return "none"
@@ -88,15 +85,17 @@ def _with_cache(
     vectors = []
     for rows in chunks_of(torch.tensor([tree.trunk.length for tree in trees]), token_budget):
         together = [trees[row] for row in rows.tolist()]
-        trunks = _Trunks.of(encoder, cut(batch, [tree.trunk for tree in together]))
+        trunks, cache = to(cut(batch, [tree.trunk for tree in together]), encoder.device), DynamicCache()
+        trunks.pop("branch_ids")
+        encoder(trunks | {"past_key_values": cache})
+        real = trunks["attention_mask"].bool()
         packs = [tree.packs() for tree in together]
         spans = [span for own in packs for span in own]
         places = torch.arange(len(packs)).repeat_interleave(torch.tensor([len(own) for own in packs]))  # their trunks
-        kept = trunks.real.shape[1]
-        for numbers in chunks_of(torch.tensor([kept + span.length for span in spans]), token_budget):
+        for numbers in chunks_of(torch.tensor([real.shape[1] + span.length for span in spans]), token_budget):
             chosen = [spans[number] for number in numbers.tolist()]
             branches = to(cut(batch, chosen), encoder.device)
-            vectors.append(embed(branches | trunks.read_by(branches, places[numbers])))
+            vectors.append(embed(branches | _reading(cache, real, branches, places[numbers].to(real.device))))
             turns += [turn for span in chosen for turn in span.turns]
     return torch.cat(vectors)[torch.tensor(turns).argsort()]
 
@@ -129,45 +128,30 @@ class _Tree:
 
     def packs(self) -> list[Span]:
         """The branches, neighbours joined up to ``PACK`` tokens."""
-        packs = [self.branches[0]]
-        for branch in self.branches[1:]:
-            last = packs[-1]
-            if last.length + branch.length > PACK:
-                packs.append(branch)
-            else:
+        packs: list[Span] = []
+        for branch in self.branches:
+            if packs and packs[-1].length + branch.length <= PACK:
+                last = packs.pop()
                 turns, images = last.turns + branch.turns, last.images + branch.images
-                packs[-1] = replace(last, stop=branch.stop, turns=turns, images=images)
+                branch = replace(last, stop=branch.stop, turns=turns, images=images)
+            packs.append(branch)
         return packs
 
 
-@dataclass(frozen=True)
-class _Trunks:
-    """What has passed."""
+def _reading(cache: DynamicCache, real: Tensor, branches: Mapping[str, Tensor], places: Tensor) -> dict[str, Any]:
+    """What a pass of packs needs besides their tokens: the keys before them, and what each token may read.
 
-    cache: DynamicCache  # keys and values of each layer, [N, heads, P, dim] both
-    real: Tensor  # which of the P are not padding, bool [N, P]
-
-    @classmethod
-    def of(cls, encoder: Encoder, batch: DialogueBatch) -> _Trunks:
-        cache = DynamicCache()
-        linear = {key: value for key, value in batch.items() if key != "branch_ids"}
-        moved = to(linear, encoder.device)
-        encoder(moved | {"past_key_values": cache})
-        return cls(cache, moved["attention_mask"].bool())
-
-    def read_by(self, branches: Mapping[str, Tensor], places: Tensor) -> dict[str, Any]:
-        """What a pass of packs needs besides their tokens: the keys before them, and whom each token may read.
-
-        Args:
-            branches: R rows of L tokens.
-            places: The trunk of each, int64 [R].
-        """
-        rows, length = branches["input_ids"].shape
-        places = places.to(self.real.device)
-        before = self.real[places][:, None, None].expand(rows, 1, length, -1)
-        mask = torch.cat([before, tree_mask(branches)], dim=-1)  # type: ignore[arg-type]
-        layers = [_KeptLayer(layer, places) for layer in self.cache.layers]
-        return {"past_key_values": Cache(layers=layers), "attention_allowed": mask}
+    Args:
+        cache: Keys and values of each layer for N trunks, [N, heads, P, dim] both.
+        real: Which of the P are not padding, bool [N, P].
+        branches: R rows of L tokens.
+        places: The trunk of each, int64 [R].
+    """
+    rows, length = branches["input_ids"].shape
+    before = real[places][:, None, None].expand(rows, 1, length, -1)
+    mask = torch.cat([before, tree_mask(branches)], dim=-1)  # type: ignore[arg-type]
+    layers = [_KeptLayer(layer, places) for layer in cache.layers]
+    return {"past_key_values": Cache(layers=layers), "attention_allowed": mask}
 
 
 class _KeptLayer(DynamicLayer):

@@ -9,11 +9,7 @@ from muco.errors import MucoError
 
 
 def daft_on(ray: str | None, extra: str) -> Any:
-    """The module daft, with its native runner or that of a Ray cluster at this address.
-
-    Raises:
-        MucoError: If Daft or Ray is missing, or this process has the other runner already; names our ``extra``.
-    """
+    """The module daft with its native runner, or that of a Ray cluster at this address; else a MucoError."""
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")  # there is one of ours
     try:
         import daft

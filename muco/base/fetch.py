@@ -1,8 +1,8 @@
-"""Fetching one file over http(s) from a stranger's URL, without becoming the stranger's way into this network.
+"""Fetches one file over http(s) from an untrusted URL, without opening this network to whoever wrote the URL.
 
-The name is resolved here, once, every address it has is checked, and the connection goes to the address that was
-checked; so a name that changes its address between the check and the request gains nothing. A redirect goes through the
-same. Nothing is sent but the request: no cookies, no credentials, no referrer; proxies of the environment are not used.
+A name is resolved once, all its addresses are checked, and the connection goes to a checked address, so that a name
+cannot change its address in between. Redirects are checked alike. Only the request is sent: no cookies, credentials or
+referrer. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -29,18 +29,16 @@ CHUNK = 1 << 16
 
 # Addresses that lead elsewhere than to the public internet, besides those that `is_global` knows in every version of
 # Python: cloud metadata on public addresses, relays and translators that reach private IPv4 addresses behind them.
-CLOSED = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
-            *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
-            *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-            "168.63.129.16/32",  # Azure's host agent
-            *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # Teredo, ORCHID, examples, 6to4
-        ),
+CLOSED = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+        *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        "168.63.129.16/32",  # Azure's host agent
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # Teredo, ORCHID, examples, 6to4
     )
-)
+]
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # outside are mapped and translated IPv4, local and multicast addresses
 PLAIN = "/%:@!$&'()*+,;=~-._"  # characters of a path that stay as they are
 UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")  # parsers disagree about them
@@ -111,13 +109,8 @@ def fetch(url: str, limits: FetchLimits = FetchLimits()) -> bytes:
 def is_public(address: str) -> bool:
     """Whether an address, e.g. "93.184.216.34", belongs to the public internet and to nothing behind a translator."""
     ip = ipaddress.ip_address(address)
-    if ip.version == 6 and ip not in GLOBAL_IPV6:
-        return False
-    closed = any(ip in network for network in CLOSED if network.version == ip.version)
+    closed = (ip.version == 6 and ip not in GLOBAL_IPV6) or any(ip in network for network in CLOSED)
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not closed
-
-
-# ---------------------------------------------------------------- the URL
 
 
 def _shown(url: str) -> str:
@@ -180,21 +173,17 @@ def _resolved(host: str, port: int, limits: FetchLimits, deadline: float) -> lis
     return answer
 
 
-# ---------------------------------------------------------------- the request
-
-
 @contextmanager
 def _response(parts: SplitResult, limits: FetchLimits, deadline: float) -> Iterator[http.client.HTTPResponse]:
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
-    error: OSError = TimeoutError()
-    for address in _resolved(host, port, limits, deadline):
+    addresses = _resolved(host, port, limits, deadline)
+    for address in addresses:
         try:
             sock = socket.create_connection((address, port), timeout=max(0.001, deadline - time.monotonic()))
             break
-        except OSError as failed:
-            error = failed
-    else:
-        raise error
+        except OSError:
+            if address == addresses[-1]:
+                raise
 
     def shut() -> None:
         with suppress(OSError):  # closed meanwhile

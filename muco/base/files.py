@@ -1,7 +1,6 @@
-"""Files that appear whole, locks, and what the system says when it cannot write.
+"""Files that appear whole, locks against two runs that write to one place, and errors of writing as sentences.
 
-A lock belongs to the process that holds it: the kernel releases it when the process ends, however it ends. It keeps
-two runs from writing to one place; readers take none.
+A lock belongs to its process: the kernel releases it when the process ends, however it ends. Readers take none.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import get_ident
 from typing import Any
 
@@ -36,15 +36,11 @@ POLL = 0.05  # seconds between two looks at a lock
 TELL_AFTER = 2.0  # seconds of waiting that nobody needs to be told about
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "Parent directory")  # by these torch's file errors are known
 FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full")
-PROBE = 1 << 16  # bytes
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 log = logging.getLogger(__name__)
 _held: set[int] = set()  # open files of the locks of this process
 _told: set[Path] = set()  # folders without locks, each told once
-
-
-# ── whole files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
@@ -96,28 +92,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @contextmanager
 def writing(path: str | Path, remedy: str = "choose another output folder", *, again: bool = False) -> Iterator[None]:
-    """Turns what the system or a library says because it cannot write into a sentence.
+    """Turns an error of the system or a library that cannot write into a sentence.
 
-    Put only what writes into the block: an error of reading would be told as one of writing.
+    Only writing belongs in the block: an error of reading would be reported as one of writing.
 
     Args:
-        path: What is written; named in the sentence.
-        remedy: What to do; where the disk is full, after "make room, or".
+        path: The file or folder that is written, named in the sentence.
+        remedy: What to do; if the disk is full, after "make room, or".
         again: Say instead that the same command resumes what was begun.
     Raises:
         OutputError: In place of an OSError, and of the errors of torch, safetensors and SQLite about files.
     """
     try:
         yield
-    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
-        raise _cannot_write(path, error, remedy, again) from error
-    except RuntimeError as error:
-        if not any(word in str(error) for word in TORCH_WRITER):
+    except (OSError, SafetensorError, sqlite3.OperationalError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
         raise _cannot_write(path, error, remedy, again) from error
 
@@ -141,21 +132,13 @@ def _said(error: Exception) -> str:
 
 def _probed(path: Path) -> str | None:
     """Why nothing can be written near a path, for libraries that do not say why they failed."""
-    folder = path if path.is_dir() else path.parent
-    probe = folder / f".probe.{os.getpid()}-{get_ident()}.tmp"
     try:
-        with probe.open("wb") as file:
-            file.write(os.urandom(PROBE))
+        with TemporaryFile(dir=path if path.is_dir() else path.parent) as file:
+            file.write(os.urandom(1 << 16))
             os.fsync(file.fileno())
     except OSError as error:
         return _said(error)
-    finally:
-        if folder.is_dir():
-            probe.unlink(missing_ok=True)
     return None
-
-
-# ── locks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
@@ -172,14 +155,12 @@ def claimed(path: str | Path, *, beside: bool = False, wait: float = 0.0) -> Ite
 
 @contextmanager
 def locked(path: Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[None]:
-    """Lets one process or thread at a time into the block.
-
-    Where the file system has no locks, all are let in, with a warning.
+    """Lets one process or thread at a time into the block; all of them, with a warning, if there are no locks here.
 
     Args:
-        path: The folder that is written to; made if it is not there. Its lock is the file ``.lock`` in it.
+        path: The folder that is written to; made if missing. Its lock is the file ``.lock`` in it.
         beside: Put the lock beside ``path`` (``.NAME.lock``): for a file, or a folder that appears whole.
-        wait: Seconds to wait for whoever holds the lock, told as a warning; 0: refuse at once.
+        wait: Seconds to wait for the holder of the lock, with a warning; 0: refuse at once.
     Raises:
         OutputError: If another process or thread still holds the lock; says which, where and since when.
         OSError: If the lock cannot be made.
@@ -206,16 +187,14 @@ def is_empty(folder: Path) -> bool:
 
 
 def earlier_record(file: Path, asked: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What a file says of an earlier call that asked for the same thing, or an empty dictionary.
-
-    A new folder is made. In one that holds other work nothing is touched.
+    """The record of an earlier call that asked for the same thing, or an empty dictionary; makes the folder.
 
     Args:
         file: JSON in the folder that a command writes, with the key "asked".
-        asked: What makes a call this call and not another.
+        asked: The settings that tell one call from another.
         kind: What the folder holds, such as "study".
     Raises:
-        OutputError: If the folder holds the result of another call, or anything else.
+        OutputError: If the folder, which is left untouched, holds the result of another call, or anything else.
     """
     folder, remedy = file.parent, "choose another output folder"
     if file.is_file():
@@ -272,7 +251,7 @@ def _take(file: Path) -> int | None:
 
 
 def take_lock(opened: int, file: Path) -> bool:
-    """Locks an open file; False if someone else has it. True, with a warning, where the system has no such locks."""
+    """Locks an open file; False if another process has it. True, with a warning, if the file system has no locks."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -13,10 +13,7 @@ from muco.errors import DataError, OutputError
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(Byte where it begins, object) of every whole line; a line that has no end yet is left out.
-
-    Raises a DataError if a line is no JSON object.
-    """
+    """(Byte where it begins, object) of every whole line; a DataError if a line is not a JSON object."""
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -33,10 +30,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class Journal:
-    """Appends to such a file, which is made with its folder where it does not exist.
+    """Appends to such a file, made with its folder if missing, and removes the rest of a line that a kill cut off.
 
-    The rest of a line that was cut off by a kill is removed. Raises an OutputError if another process writes to the
-    file.
+    Raises an OutputError if another process writes to the file.
     """
 
     def __init__(self, path: Path) -> None:

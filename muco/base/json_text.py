@@ -1,4 +1,4 @@
-"""Values as JSON: always JSON, whatever numbers and texts a result holds."""
+"""Values as valid JSON, whatever numbers and texts a result holds."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from typing import Any
 
 from muco.base.text import escaped
 
-TYPES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"} | {
-    list: "a list",
-    dict: "an object",
-}
+TYPES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 
 def type_of(value: Any) -> str:
-    """What JSON calls the type of a value ("a number"), for errors; of another value Python's word."""
-    return TYPES.get(type(value), type(value).__name__)
+    """The JSON name of the type of a value ("a number"), for errors; Python's name of any other type."""
+    return "null" if value is None else TYPES.get(type(value), type(value).__name__)
 
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:
-    """One line of JSON. NaN and infinity, which JSON has no words for, are null; what it does not know is text.
-
-    Half a character (in a file name that is not UTF-8, for example) is escaped, so that the line can be written.
-
-    Args:
-        ascii_only: Escape every other character too.
-    """
+    """One line of JSON: NaN and infinity as null, unknown types as text, half characters (or all but ASCII) escaped."""
     return escaped(json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False, default=str))
 
 

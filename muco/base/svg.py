@@ -22,9 +22,6 @@ SERIES = ("#4f7fe0", "#d9622b", "#2f9e56", "#a35be0", "#c2a01c", "#8a8f98")  # r
 Place = Callable[[float], float]  # a value -> px
 
 
-# ── elements ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def element(name: str, content: str = "", **attributes: str | float | None) -> str:
     """One element of SVG.
 
@@ -32,11 +29,11 @@ def element(name: str, content: str = "", **attributes: str | float | None) -> s
         content: SVG within it.
         attributes: "_" in a name becomes "-", one at its end goes (``class_``). Floats get one decimal; None: left out.
     """
-    said = ""
+    said = name
     for key, value in attributes.items():
         if value is not None:
             said += f' {key.rstrip("_").replace("_", "-")}="{f"{value:.1f}" if isinstance(value, float) else value}"'
-    return f"<{name}{said}>{content}</{name}>" if content else f"<{name}{said}/>"
+    return f"<{said}>{content}</{name}>" if content else f"<{said}/>"
 
 
 def label(words: str, **attributes: str | float | None) -> str:
@@ -56,16 +53,12 @@ def level(kind: str, y: float, left: float, right: float) -> str:
 
 def figure(title: str, lines: Sequence[str], width: float, height: float) -> list[str]:
     """The beginning of a figure of its own file, with its title in lines; it ends with ``</svg>``."""
-    heading = [
-        label(line, x=EDGE, y=24 + LINE * number, font_size="15", font_weight="600")
-        for number, line in enumerate(lines)
-    ]
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" font-family="system-ui, sans-serif" font-size="13">',
         f"<title>{escape(title)}</title>",
         f"<style>{LIGHT}@media(prefers-color-scheme:dark){{{DARK}}}</style>",
-        *heading,
+        *(label(line, x=EDGE, y=24 + LINE * n, font_size="15", font_weight="600") for n, line in enumerate(lines)),
     ]
 
 
@@ -102,9 +95,6 @@ def ticks_beyond(top: float, most: int = 6) -> list[float]:
     return [round(step * place, 10) for place in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Mark:
     """A point of a line, with half of its interval (NaN: unknown); points of one label have one shape."""
@@ -116,11 +106,9 @@ class Mark:
 
 
 def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwards: str, times: bool = False) -> str:
-    """An SVG of some lines with their names beside; the y axis holds zero.
+    """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero.
 
-    Args:
-        across, upwards: What the axes say.
-        times: The x axis holds ratios, from 1 on, and the y axis differences, with their signs.
+    With ``times``, the x axis holds ratios, from 1 on, and the y axis differences, with their signs.
     """
     lines = {name: [mark for mark in marks if not math.isnan(mark.y)] for name, marks in lines.items()}
     marks = [mark for own in lines.values() for mark in own] or [Mark(1, 0)]
@@ -129,7 +117,10 @@ def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwar
     width = MARGIN + WIDE + names
     heading = wrapped(title, width)
     top = HEAD + LINE * (len(heading) - 1)
-    left_end, right_end = _across(marks, times)
+    low, high = min(mark.x for mark in marks), max(mark.x for mark in marks)
+    low = min(low, 1.0) if times else low
+    pad = 0.06 * (high - low or 1.0)
+    left_end, right_end = low - pad, high + pad
     least, most = _upwards(marks)
     right, bottom = MARGIN + WIDE, top + TALL
 
@@ -183,24 +174,14 @@ def _line(name: str, marks: Sequence[Mark], labels: Sequence[str], x: Place, y: 
     return parts
 
 
-def _across(marks: Sequence[Mark], times: bool) -> tuple[float, float]:
-    low, high = min(mark.x for mark in marks), max(mark.x for mark in marks)
-    low = min(low, 1.0) if times else low
-    pad = 0.06 * (high - low or 1.0)
-    return low - pad, high + pad
-
-
 def _upwards(marks: Sequence[Mark]) -> tuple[float, float]:
-    """What has to be in the picture: zero, all values, and their intervals as far as they say something."""
+    """The range of the picture: zero, all values, and their intervals up to a width that says something."""
     ends = [0.0]
     for mark in marks:
         half = 0.0 if math.isnan(mark.half) else min(mark.half, 40.0)
         ends += [mark.y - half, mark.y + half]
     pad = max(0.06 * (max(ends) - min(ends)), 1e-6)
     return min(ends) - (pad if min(ends) < 0 else 0), max(ends) + pad
-
-
-# ── a falling curve ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def loss_curve(

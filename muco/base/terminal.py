@@ -28,13 +28,11 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def rows_bar(console: Console, *, shown: bool) -> Progress:
-    """A bar of rows done, of all, and the time left; without ``shown`` it draws nothing."""
-    from rich import progress
+    """A bar with the number of rows done and the time left; draws nothing unless ``shown``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    count, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn(elapsed_when_finished=True)
-    return progress.Progress(
-        "{task.description}", progress.BarColumn(), count, left, console=console, disable=not shown
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    return Progress("{task.description}", *columns, console=console, disable=not shown)
 
 
 def finish(result: Any, as_json: bool, show: Callable[[Any, Console], None]) -> None:

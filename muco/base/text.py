@@ -15,10 +15,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spe
 
 
 def read_text(path: Path, error: type[MucoError] = DataError) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
-
-    Raises ``error``, which names the file and the line, if the file cannot be read or is not UTF-8.
-    """
+    """The text of a UTF-8 file, with or without a byte order mark; else raises ``error`` with the file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as problem:
@@ -38,10 +35,7 @@ def refuse_utf16(data: bytes, path: Path, error: type[MucoError] = DataError) ->
 
 
 def escaped(text: str) -> str:
-    r"""Text that can be written as UTF-8: half characters become escapes (``\udce9``), which JSON and YAML read back.
-
-    Such come from JSON, and from names of files that are not UTF-8.
-    """
+    r"""Text as valid UTF-8: half characters (of JSON, or file names) become escapes that JSON and YAML read back."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

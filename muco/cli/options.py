@@ -33,7 +33,8 @@ Queries = Annotated[int | None, Option(min=1, help="Score N queries per data set
 Seed = Annotated[int, Option(help="Seed of all random draws.")]
 AllowMissing = Annotated[bool, Option("--allow-missing", help="Skip missing data sets; otherwise they are an error.")]
 SkipBroken = Annotated[
-    bool, Option("--skip-broken", help="Leave out, count and name what cannot be embedded; otherwise it is an error.")
+    bool,
+    Option("--skip-broken", help="Leave out and name what cannot be embedded (an error otherwise); such queries miss."),
 ]
 OwnPixels = Annotated[bool, Option("--own-pixels", help="Keep the model's own image sizes, not the benchmark's.")]
 

@@ -32,7 +32,7 @@ def synth(
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder of the data; runs resume.")],
     captioner_model: Annotated[str | None, Option(help="The model's name on that server, if it has several.")] = None,
     writer: Annotated[
-        str | None, Option(metavar="URL", help="API of a model that writes; default: captioner's.")
+        str | None, Option(metavar="URL", help="Base of the API of a model that writes; default: the captioner.")
     ] = None,
     writer_model: Annotated[str | None, Option(help="The writer's name on its server, if it has several.")] = None,
     min_side: Annotated[int, Option(min=1, help="Least pixels of an image's shorter side.")] = 512,

@@ -34,13 +34,13 @@ class Numbered:
 class TrainingBatches(Dataset):
     """Item n is this process's share of the batch of step n; item (n, p) is part p of it.
 
-    A step comes in parts so that the images of a large batch never are in memory together.
+    Parts keep the images of a large batch from being in memory together.
 
     Args:
-        skip_broken: Leave out samples that cannot be used, whatever is wrong with them, and say so in the item.
+        skip_broken: Leave out samples that cannot be used, and list them in the item.
         leave_out_duplicates: Train a duplicated target or image only once per step.
         blind: Replace every pixel by a constant.
-        rank, world_size: Of several processes each takes every ``world_size``-th sample.
+        rank, world_size: Each process takes every ``world_size``-th sample.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainingBatches(Dataset):
         self.seed, self.mask_identical_targets = seed, mask_identical_targets
         self.skip_broken, self.leave_out_duplicates, self.blind = skip_broken, leave_out_duplicates, blind
         self.rank, self.world_size = rank, world_size
-        self._share: tuple[int, list[Numbered], int] | None = None  # of the last step asked for: it, its share
+        self._share: tuple[int, list[Numbered], int] | None = None  # the last step and its share, for all its parts
 
     @property
     def parts(self) -> int:
@@ -82,10 +82,7 @@ class TrainingBatches(Dataset):
         return batch
 
     def share(self, step: int) -> tuple[list[Numbered], int]:
-        """The samples of a step that this process prepares, and how many turns of the whole step are duplicates.
-
-        Found once for all parts of a step.
-        """
+        """The samples of a step that this process prepares, and the number of duplicate turns in the whole step."""
         if self._share is not None and self._share[0] == step:
             return self._share[1:]
         draws = [Numbered(number, draw) for number, draw in enumerate(self.mixture.draws(step))]

@@ -1,7 +1,7 @@
 """The blind control: can a model's turns be matched with every pixel replaced by a constant?
 
-A retrieval score looks at single turns. A dialogue can leak in other ways, by the order of its questions above all, and
-only the training loss on the training's own dialogues shows it.
+Retrieval scores look at single turns. Whole dialogues leak in other ways, above all by the order of their questions,
+which only the training loss shows.
 """
 
 from __future__ import annotations
@@ -34,14 +34,11 @@ def pictured(data: Data, limit: int) -> InMemory:
 
 @torch.inference_mode()
 def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | None:
-    """The training loss of a recipe on held-out samples without their pixels, query to target.
+    """The training loss on held-out samples without their pixels, query to target, with the recipe's turns.
 
-    Args:
-        recipe: What the model was trained with; its turns and temperature are used.
     Returns:
-        ``loss`` in nats; ``chance``, ln(samples per batch): the loss of a model that knows the kind of a question and
-        nothing else; ``leaks``: whether the loss is clearly below; ``samples`` per batch. None if the data has fewer
-        than two samples with an image.
+        ``loss`` in nats; ``chance``, ln(samples per batch): the loss of a model that knows only the kind of a question;
+        ``leaks``: whether the loss is clearly below; ``samples`` per batch. None for fewer than two pictured samples.
     """
     samples = pictured(data, SAMPLES * BATCHES)
     size = min(SAMPLES, len(samples))

@@ -15,12 +15,12 @@ from transformers import AutoConfig
 
 from muco import distributed
 from muco.backbone import (
-    VISION_NAMES,
     add_adapters,
     freeze_vision,
     hold_trained_in_float32,
     load_backbone,
     use_flex_attention,
+    vision_towers,
 )
 from muco.batch import to
 from muco.data.source import Data
@@ -77,17 +77,12 @@ def texts_of(sources: Sequence[Data], limit: int = 5000, *, skip_broken: bool = 
             except DataError:
                 if not skip_broken:
                     raise
-                continue
-            for turn in turns:
-                yield from (content.text for content in (*turn.query, *turn.target) if content.text)
+                turns = ()
+            yield from (content.text for turn in turns for content in (*turn.query, *turn.target) if content.text)
 
 
 def model_config(path: str) -> Any:
-    """The configuration of a recipe's ``model.path``; for the paper's models without a download.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """The configuration of a ``model.path``, of the paper's models without a download; else a CheckpointError."""
     known = PUBLISHED.get(path)
     try:
         return qwen2_vl_config(known) if known else AutoConfig.from_pretrained(path)
@@ -104,11 +99,9 @@ def make_loss(turns: TurnsRecipe, loss: LossRecipe, model: Model) -> MultiTurnLo
 
 
 def uses_autocast(model: ModelRecipe, bf16: bool | None, backbone: nn.Module) -> bool:
-    """Whether a step computes in bfloat16 by autocast: if asked to, and by default where all weights of a model of half
-    precision are trained, which are held in float32 for the optimizer only.
+    """Whether a step computes in bfloat16 by autocast: as ``bf16`` says, ``trainer.bf16`` of the recipe. None: if all
+    weights of a half-precision model are trained, which are held in float32 for the optimizer only.
 
-    Args:
-        bf16: ``trainer.bf16`` of the recipe; None where it says nothing.
     Raises:
         RecipeError: If autocast is refused and trained weights are held in another precision than frozen ones.
     """
@@ -132,8 +125,7 @@ def saved_dtype(model: ModelRecipe, backbone: nn.Module) -> torch.dtype:
 
 def shard_model(model: Model) -> None:
     """Spreads a model over all processes, layer by layer; its frozen vision tower stays whole on each."""
-    backbone = model.encoder.model
-    towers = [module for name, module in backbone.named_modules() if name.split(".")[-1] in VISION_NAMES]
+    backbone, towers = model.encoder.model, vision_towers(model.encoder.model)
     lists = [m for name, m in backbone.named_modules() if name.endswith("layers") and isinstance(m, nn.ModuleList)]
     layers = [layer for found in lists for layer in found if not any(layer in [*t.modules()] for t in towers)]
     distributed.shard(backbone, layers, towers)
@@ -147,10 +139,8 @@ def warm_up(
 ) -> float:
     """Next-token prediction on the queries and targets of random samples, with tied embeddings as the head.
 
-    Args:
-        skip_broken: Draw another sample for one that cannot be used.
-    Returns:
-        The mean loss of the last tenth of the steps, in nats per token.
+    Returns the mean loss of the last tenth of the steps, in nats per token. ``skip_broken`` draws another for a
+    sample that cannot be used.
     """
     rng = generator(seed, Purpose.WARM_UP)
     trained = [p for p in encoder.parameters() if p.requires_grad]

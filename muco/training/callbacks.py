@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -46,17 +46,11 @@ class Record(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Removes what a killed run listed after its last checkpoint: those steps are made again."""
         if self.file.exists():
-            lines = [
-                line for line in self.file.read_text(encoding="utf-8").splitlines() if _step(line) < state.global_step
-            ]
-            write_text(self.file, "".join(f"{line}\n" for line in lines))
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            write_text(self.file, "".join(f"{line}\n" for line in lines if _step(line) < state.global_step))
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """Counts an item of :class:`muco.training.batches.TrainingBatches`.
-
-        Raises:
-            TrainingError: If more than ``FEW`` samples and more than the stated share could not be used.
-        """
+        """Counts an item of ``TrainingBatches``; a TrainingError if more than ``FEW`` and than the share is broken."""
         skipped = part["skipped"]
         self.own["samples"] += len(part["places"]) + len(skipped)
         self.own["skipped"] += len(skipped)
@@ -107,8 +101,8 @@ class ScreenProgress(TrainerCallback):
         self.started, self.first = time.monotonic(), state.global_step
         if not self.console.is_terminal:
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-        self.bar = Progress(TextColumn("training"), *columns, console=self.console)
+        columns = (BarColumn(), MofNCompleteColumn(), "{task.fields[status]}", TimeRemainingColumn())
+        self.bar = Progress("training", *columns, console=self.console)
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, status="")
         self.bar.start()
 
@@ -118,11 +112,9 @@ class ScreenProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         status = self._status(state, logs or {})
-        if not status:
-            return
-        if self.bar:
+        if status and self.bar:
             self.bar.update(self.task, status=status)
-        else:
+        elif status:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {status}", highlight=False)
 
     def _status(self, state: Any, logs: dict[str, Any]) -> str:
@@ -189,8 +181,8 @@ class TokenBudget(TrainerCallback, ExportableState):
 class RetrievalEvaluator(BaseEvaluator):
     """Scores the model on a few samples; the trainer logs the scores as ``eval_image_to_caption_hit@1`` and so on.
 
-    It uses no cache and no fingerprint, because the weights change between two calls. It draws nothing random and
-    writes no file, so that training continues as if it had not been interrupted.
+    It caches nothing, because the weights change between calls. It draws no random number and writes no file, so that
+    training continues as if uninterrupted.
 
     Args:
         data: Samples that are not trained on.

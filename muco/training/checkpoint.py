@@ -29,11 +29,6 @@ from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, t
 
 log = logging.getLogger(__name__)
 
-OTHER_RULE = (
-    "{output} was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
-    "changed since is taken from its paths and numbers of samples alone"
-)
-
 
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     """What makes a run the same run: its recipe without the folder, and its data. Also the versions it began with."""
@@ -69,21 +64,22 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         write_json(file, facts)
         return None
     known = read_json(file)
-    differing = _differing(known, facts)
-    begun = (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*"))
-    if differing and not begun:  # stopped before it had anything to lose, by a mistake in its recipe perhaps
-        write_json(file, facts)
+    if differing := _differing(known, facts):
+        if (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*")):
+            message = f"{output} holds another run ({differing} differs); choose another output folder or delete it"
+            raise OutputError(message)
+        write_json(file, facts)  # the other one stopped before it had anything to lose, perhaps by a recipe's mistake
         return None
-    if differing:
-        raise OutputError(
-            f"{output} holds another run ({differing} differs); choose another output folder or delete it"
-        )
     if not resume:
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
     if (output / MODEL / RUN_FILE).is_file():
         return output / MODEL
     if known.get("fingerprint_rule") != RULE:
-        log.warning(OTHER_RULE.format(output=output))
+        log.warning(
+            "%s was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
+            "changed since is taken from its paths and numbers of samples alone",
+            output,
+        )
         write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
     return None
 
@@ -92,15 +88,13 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
     settings = _comparable(known["recipe"])
     for group, value in _comparable(facts["recipe"]).items():
         other = settings.get(group)
-        if other == value:
-            continue
-        if isinstance(value, dict) and isinstance(other, dict):
-            key = next(k for k in {**value, **other} if value.get(k) != other.get(k))
-            return f"{group}.{key}"
-        return group
+        if other != value and isinstance(value, dict) and isinstance(other, dict):
+            return f"{group}.{next(k for k in {**value, **other} if value.get(k) != other.get(k))}"
+        if other != value:
+            return group
     told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
-    same = [d[told_by] for d in known["data"]] == [d[told_by] for d in facts["data"]]
-    return "" if same else "the training data"
+    before, now = ([source[told_by] for source in run["data"]] for run in (known, facts))
+    return "" if before == now else "the training data"
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -115,15 +109,12 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
         data["train"][0]["weight"] = None  # of a single source it says nothing
     if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
         data["epoch"] = None  # nor does this
-    return {key: value for key, value in values.items() if key != "output"}
+    del values["output"]
+    return values
 
 
 def last_complete(output: Path, processes: int = 1) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed.
-
-    Raises:
-        OutputError: If the run was made with another number of processes: their random states do not carry over.
-    """
+    """The newest complete checkpoint; removes others. An OutputError if another number of processes made it."""
     complete = []
     for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         if fault := _fault(folder):
@@ -133,7 +124,7 @@ def last_complete(output: Path, processes: int = 1) -> Path | None:
             complete.append(folder)
     last = max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
     made_with = len([*last.glob("rng_state*.pth")]) if last else processes
-    if made_with != processes:
+    if made_with != processes:  # random states do not carry over
         raise OutputError(
             f"{last} was written by {made_with} processes; resume with the same number, not with {processes}"
         )
@@ -165,11 +156,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Reads the weights of a checkpoint into a model.
-
-    Raises:
-        CheckpointError: If the file does not hold exactly the weights that this model trains.
-    """
+    """Reads the weights of a checkpoint; a CheckpointError if they are not exactly those that this model trains."""
     try:
         weights = load_file(str(folder / WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:

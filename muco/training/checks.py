@@ -1,7 +1,6 @@
-"""What is refused before training, with the key and the numbers; a dry run and training ask the same.
+"""Checks before training, the same for a dry run; errors name the key and the numbers.
 
-:func:`check_recipe` and :func:`training_arguments` are asked before any work, :func:`check_budget` of a first batch. A
-recipe that contradicts itself is refused where it is made, see :class:`muco.training.recipe.Recipe`.
+:class:`muco.training.recipe.Recipe` itself refuses a recipe that contradicts itself.
 """
 
 from __future__ import annotations
@@ -112,6 +111,10 @@ class OneDeviceArguments(SentenceTransformerTrainingArguments):
         """1, or 0 without a GPU: of more, DataParallel would cut our batches in half along the wrong dimension."""
         return min(1, super().n_gpu)
 
+    def steps(self, mixture: Mixture) -> int:
+        """The steps of a whole run."""
+        return self.max_steps if self.max_steps > 0 else max(1, int(self.num_train_epochs * mixture.steps_per_epoch))
+
 
 def training_arguments(
     recipe: Recipe, *, evaluates: bool, bf16: bool | None = None, use_cpu: bool | None = None
@@ -121,7 +124,7 @@ def training_arguments(
     Args:
         evaluates: Whether there is something to evaluate during training.
         bf16: From :func:`muco.training.build.uses_autocast`; None, before the model is known: as the recipe says.
-        use_cpu: Take a CPU whatever there is; None takes it where there is nothing else.
+        use_cpu: Use a CPU whatever there is; None: only if there is nothing else.
     Raises:
         RecipeError: For unknown names, and for what transformers refuses.
     """
@@ -157,13 +160,6 @@ def training_arguments(
     if arguments.eval_strategy != "no" and not evaluates:
         raise RecipeError("trainer.eval_strategy: there is nothing to evaluate; set data.validation")
     return arguments
-
-
-def steps_of(arguments: OneDeviceArguments, mixture: Mixture) -> int:
-    """The steps of a whole run."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return max(1, int(arguments.num_train_epochs * mixture.steps_per_epoch))
 
 
 def _try_out(arguments: OneDeviceArguments) -> None:

@@ -1,10 +1,9 @@
 """Floating-point operations of a training step: counted on a real batch, or on the meta device for the true sizes.
 
-What is counted are the multiplications and additions of matrix products (2 m n k for [m, n] x [n, k]), convolutions and
-attention, by torch's FlopCounterMode; not norms, activations, softmax or the optimizer. Attention is counted as two
-full products, whatever its mask: no discount for what a causal or a tree mask hides. Backward is twice forward where
-inputs and weights need a gradient, once where the weights are frozen; kernels that compute scores anew in backward are
-counted as if they had kept them. So one number holds on every device.
+torch's FlopCounterMode counts multiplications and additions of matrix products (2 m n k for [m, n] x [n, k]),
+convolutions and attention; not norms, activations, softmax or the optimizer. Attention counts as two full products,
+whatever its mask hides. Backward is twice forward where inputs and weights need a gradient, once where the weights are
+frozen. Kernels that recompute scores in backward count as if they kept them. So one number holds on every device.
 """
 
 from __future__ import annotations
@@ -52,11 +51,8 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
 # recomputation of the scores in backward, which the meta device (plain products) does not.
 _ATTENTION = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
-    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention")
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     for suffix, formula in (("", _attention), ("_backward", _attention_backward))
-} | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
@@ -70,12 +66,11 @@ def count_flops(forward: Callable[[], Tensor], *, backward: bool = True) -> Flop
     with _counter() as back:
         if backward:
             value.backward()
-    counts = {name: sum(ops.values()) for name, ops in ahead.get_flop_counts().items()}
     vision = 0
-    for name, flops in counts.items():
+    for name, counts in ahead.get_flop_counts().items():
         *above, own = name.split(".")
         if own in VISION_NAMES and not {*VISION_NAMES} & {*above}:  # some families nest two such names
-            vision += flops
+            vision += sum(counts.values())
     return Flops(vision, ahead.get_total_flops() - vision, back.get_total_flops())
 
 
@@ -102,19 +97,16 @@ IMAGE_MARKS = 3
 
 # The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
 _VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
-_SIZES = {  # width, heads, heads of keys and values, feed-forward, vocabulary
-    "2B": (1536, 12, 2, 8960, 151936),
-    "7B": (3584, 28, 4, 18944, 152064),
-}
+_NAMES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+_SIZES = {"2B": (1536, 12, 2, 8960, 151936), "7B": (3584, 28, 4, 18944, 152064)}
 
 
 def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
     """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
-    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-    text = {"num_hidden_layers": 28, **dict(zip(names, _SIZES[size], strict=True))}
+    text = dict(zip(_NAMES, _SIZES[size], strict=True))
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2VLConfig(
-        text_config={**text, "rope_parameters": rope, "bos_token_id": None},
+        text_config={**text, "num_hidden_layers": 28, "rope_parameters": rope, "bos_token_id": None},
         vision_config={**_VISION, "hidden_size": text["hidden_size"]},
     )
 
@@ -186,11 +178,10 @@ class _MetaModel(nn.Module):
         self.visual.requires_grad_(vision_backward)
 
     def forward(self, visual_tokens: int, turn_tokens: int, *, tree: bool) -> Tensor:
-        text = torch.empty(PROMPT_TOKENS + turn_tokens, dtype=torch.long, device="meta")
-        embeds = [self.language.embed_tokens(text)]
+        text = PROMPT_TOKENS + turn_tokens + (IMAGE_MARKS if visual_tokens else 0)
+        embeds = [self.language.embed_tokens(torch.empty(text, dtype=torch.long, device="meta"))]
         if visual_tokens:
-            marks = torch.empty(IMAGE_MARKS, dtype=torch.long, device="meta")
-            embeds += [self.language.embed_tokens(marks), self._see(visual_tokens)]
+            embeds.append(self._see(visual_tokens))
         sequence = torch.cat(embeds)[None]  # [1, L, D], in any order: every token costs the same
         ids = torch.empty(sequence.shape[:2], dtype=torch.long, device="meta")
         mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if tree else None  # type: ignore[typeddict-item]

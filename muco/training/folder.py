@@ -62,12 +62,7 @@ model = SentenceTransformer("this folder")
 
 
 def model_card(run: dict[str, Any], dimension: int) -> str:
-    """The card of a finished run: it says what was run and claims no score.
-
-    Args:
-        run: What ``run.json`` of the model's folder holds.
-        dimension: Of the model's vectors.
-    """
+    """The card of a finished run, from its ``run.json`` and the dimension of the vectors; it claims no score."""
     recipe = run["recipe"]
     base = recipe["model"]["path"] or "a Qwen2-VL made from its config, trained from random weights"
     sources = "\n".join(f"| {d['path']} | {d['samples']} | `{d['fingerprint'][:16]}` |" for d in run["data"])

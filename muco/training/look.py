@@ -67,13 +67,9 @@ def look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Iter
 def measure(
     recipe: Recipe, looked: InMemory, processor: Processor, problems: list[str], broken: list[str]
 ) -> tuple[Measured, list[Variety]]:
-    """The sizes of the samples, and what the loss has to know of their negatives.
+    """The sizes of the samples, and their variety for the loss; a DataError if no sample can be used.
 
-    Args:
-        problems: Takes a token budget that is too small, once.
-        broken: Takes samples that cannot be used.
-    Raises:
-        DataError: If none can be used.
+    A token budget that is too small is added to ``problems``, once; samples that cannot be used to ``broken``.
     """
     batches = TrainingBatches([looked], Mixture([len(looked)], [1.0], 1, 0), processor, recipe.turns, seed=recipe.seed)
     found: dict[str, list[int]] = {"query": [], "target": [], "visual": [], "turns": [], "images": []}

@@ -19,11 +19,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
@@ -64,7 +60,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
     ) -> None:
         self.batch, self.batches, self.record = batch, batches, record
         self._output = Path(args.output_dir).parent
-        # the library insists on a table; ours has a row per step, and the batches are made in the loader below
+        # the library insists on a table; this one has a row per step, the loader below makes the batches
         table = Dataset.from_dict({"step": range(args.max_steps)})
         super().__init__(model=model, args=args, train_dataset=table, loss=loss, evaluator=evaluator)
         for shown in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for programs
@@ -165,8 +161,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
             del logs["loss"]
         elif "loss" in logs:
             # the most that torch held on this process's GPU, or that this process held in host memory
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             if torch.cuda.is_available():
                 peak = torch.cuda.max_memory_allocated()
             logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}

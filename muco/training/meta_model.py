@@ -1,8 +1,8 @@
 """The model of a dry run, on the meta device, where tensors have shapes and no memory; and the memory a step takes.
 
-One row of the true size passes its shapes through the language model, and what autograd saves of it for the backward
-pass is added up. The vision tower must be frozen: then it saves nothing, and most towers cannot run without values. Not
-counted is what the driver and the allocator take for themselves, often one to two GiB.
+One row of the true size passes through the language model, and what autograd saves for the backward pass is summed. The
+vision tower must be frozen, so that it saves nothing: most towers cannot run without values. The driver and the
+allocator take often one to two GiB more.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tup
     except CheckpointError:
         if path not in PUBLISHED:
             raise
-        notes.append(
-            f"{path} is not in the local cache: sizes as published; texts are counted with a tokenizer made from them"
-        )
+        stand_in = "sizes as published; texts are counted with a tokenizer made from them"
+        notes.append(f"{path} is not in the local cache: {stand_in}")
         processor = stand_in_processor(texts_of(sources), config)
     wanted = config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     model = meta_backbone(config, wanted or torch.float32)
@@ -53,11 +52,9 @@ def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tup
 def model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Numbers of parameters, by part, trained and frozen."""
     parts = dict.fromkeys(("vision", "language", "adapters", "token embeddings"), 0)
-    trained = 0
     for name, parameter in model.named_parameters():
         parts[part_of(name)] += parameter.numel()
-        trained += parameter.numel() if parameter.requires_grad else 0
-    whole = sum(parts.values())
+    trained, whole = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(parts.values())
     return {
         "path": recipe.model.path or "tiny, made from its config",
         "family": model.config.model_type,
@@ -123,11 +120,9 @@ def held_bytes(backbone: nn.Module, dtype: torch.dtype, *, shards: int) -> dict[
         dtype: In which it computes: autocast keeps copies of weights that are held in another precision.
         shards: Devices over which all but the vision tower is spread.
     """
-    weights = trained = vision = 0
-    for name, parameter in backbone.named_parameters():
-        weights += parameter.nbytes
-        trained += parameter.nbytes if parameter.requires_grad else 0
-        vision += parameter.nbytes if part_of(name) == "vision" else 0
+    weights = sum(p.nbytes for p in backbone.parameters())
+    trained = sum(p.nbytes for p in backbone.parameters() if p.requires_grad)
+    vision = sum(p.nbytes for name, p in backbone.named_parameters() if part_of(name) == "vision")
     language = backbone.get_decoder()
     if dtype != language.dtype:
         weights += sum(parameter.numel() for parameter in language.parameters()) * dtype.itemsize

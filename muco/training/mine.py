@@ -2,9 +2,8 @@
 
     data ─▶ every query and target once ─embed─▶ vectors ─cosine─▶ ranked candidates ─▶ data with ``negatives``
 
-Ranks and margins mean what they mean in sentence-transformers' ``mine_hard_negatives``, which embeds by itself and so
-takes no vectors. Never a negative is a target of the same image, which answers another question about it, nor one that
-equals a right target.
+Ranks and margins are those of sentence-transformers' ``mine_hard_negatives``, which takes no vectors. A target of the
+same image, which answers another question about it, or one that equals a right target is never a negative.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def mine(
     Of paraphrases the first is embedded. Candidates are the targets of the data, texts and images. Memory: all vectors.
 
     Args:
-        cache: Folder of encoded vectors, with which an interrupted call resumes; it may be deleted afterwards.
+        cache: Folder of encoded vectors, from which an interrupted call resumes; it may be deleted afterwards.
         progress: Called with (contents encoded or queries mined, their total number).
     Returns:
         Counts: ``turns``, ``queries``, ``candidates``, ``mined``, ``turns_with_fewer``, and ``output``.
@@ -173,8 +172,7 @@ def _mine(
             usable = [candidate for candidate in fit if pairs.allowed(query, candidate)]
             if mining.sample == "random" and len(usable) > mining.negatives:
                 rng = np.random.default_rng([mining.seed, int(query[:16], 16)])  # of nothing else
-                drawn = rng.permutation(len(usable))[: mining.negatives]
-                usable = [usable[i] for i in sorted(drawn)]
+                usable = [usable[i] for i in sorted(rng.permutation(len(usable))[: mining.negatives])]
             mined[query] = usable[: mining.negatives]
         if progress:
             progress(start + len(part), len(queries))

@@ -9,9 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
@@ -91,28 +89,20 @@ class Mixture:
         weights = self._streams if weights is None else weights
         self._shares = np.cumsum(weights) / np.sum(weights)
         self._shares[-1] = 1.0
-        self._remember()
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # stream -> a pass and its order; the last one used
+        self._round = -1, np.zeros(0)  # a round and, int64, the source of each of its steps; the last one used
 
     @classmethod
     def of(cls, recipe: Recipe, lengths: Sequence[int]) -> Mixture:
         """The mixture of a recipe whose sources have these lengths."""
-        data = recipe.data
-        settings = {"one_source": data.one_source, "epoch": data.epoch}
-        return cls(lengths, data.weights, recipe.batch.size, recipe.seed, **settings)
+        kinds = {"one_source": recipe.data.one_source, "epoch": recipe.data.epoch}
+        return cls(lengths, recipe.data.weights, recipe.batch.size, recipe.seed, **kinds)
 
-    def _remember(self) -> None:
-        self._order = lru_cache(maxsize=2 * len(self._streams))(self._permutation)
-        self._round = lru_cache(maxsize=2)(self._shuffled)
-
-    def __getstate__(self) -> dict[str, Any]:  # caches do not pickle
-        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_round")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._remember()
-
-    def _permutation(self, stream: int, epoch: int) -> np.ndarray:
-        return generator(self.seed, Purpose.ROWS, stream, epoch).permutation(self._streams[stream])
+    def _order(self, stream: int, epoch: int) -> np.ndarray:
+        if stream not in self._orders or self._orders[stream][0] != epoch:
+            drawn = generator(self.seed, Purpose.ROWS, stream, epoch).permutation(self._streams[stream])
+            self._orders[stream] = epoch, drawn
+        return self._orders[stream][1]
 
     def draws(self, step: int) -> list[Draw]:
         """The samples of a step."""
@@ -137,7 +127,10 @@ class Mixture:
         if not self.one_source:
             return self._shared(step * self.batch_size)
         number, place = divmod(step, self._round_steps)
-        steps = self._steps(number) + np.bincount(self._round(number)[:place], minlength=len(self._streams))
+        if number != self._round[0]:
+            sources = np.repeat(np.arange(len(self.lengths)), self._steps(number + 1) - self._steps(number))
+            self._round = number, generator(self.seed, Purpose.SOURCES, number).permutation(sources)
+        steps = self._steps(number) + np.bincount(self._round[1][:place], minlength=len(self._streams))
         return (steps * self.batch_size).tolist()
 
     def _shared(self, count: int) -> list[int]:
@@ -165,11 +158,6 @@ class Mixture:
         steps = np.floor(count * shares + 1e-9).astype(int)
         steps[shares.argmax()] += count - steps.sum()
         return steps
-
-    def _shuffled(self, number: int) -> np.ndarray:
-        """int64 [steps of a round]: the source of each step of round ``number``."""
-        sources = np.repeat(np.arange(len(self.lengths)), self._steps(number + 1) - self._steps(number))
-        return generator(self.seed, Purpose.SOURCES, number).permutation(sources)
 
     @property
     def steps_per_epoch(self) -> int:

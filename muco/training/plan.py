@@ -1,8 +1,7 @@
 """``muco train RECIPE --dry-run``: what a run would take, without a GPU, weights or a single step.
 
-The recipe is resolved, some samples are read and tokenised, the model is built on the meta device, and from both follow
-parameters, tokens, operations, memory and steps. What cannot be found here is put in place by something like it, and
-``notes`` say so; what would stop the run is in ``problems``.
+Some samples are tokenised and the model is built on the meta device; from both follow parameters, tokens, operations,
+memory and steps. ``notes`` name stand-ins for what is missing here, ``problems`` what would stop the run.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from muco.batch import chunks_of
 from muco.data.source import InMemory
 from muco.step import UNLIMITED
 from muco.training.build import make_loss, uses_autocast
-from muco.training.checks import OneDeviceArguments, check_recipe, steps_of, training_arguments
+from muco.training.checks import OneDeviceArguments, check_recipe, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
@@ -188,11 +187,9 @@ def _names(data: DataRecipe) -> list[str]:
 def _run_facts(
     data: DataRecipe, arguments: OneDeviceArguments, mixture: Mixture | None, notes: list[str], *, bf16: bool
 ) -> dict[str, Any]:
-    epoch = steps = None
+    epoch, steps = None, arguments.max_steps if arguments.max_steps > 0 else None
     if mixture is not None:
-        epoch, steps = mixture.steps_per_epoch, steps_of(arguments, mixture)
-    elif arguments.max_steps > 0:
-        steps = arguments.max_steps
+        epoch, steps = mixture.steps_per_epoch, arguments.steps(mixture)
     if steps and arguments.get_warmup_steps(steps) >= steps:
         notes.append(f"trainer.warmup_steps: the run of {steps} steps ends before the learning rate is reached")
     checkpoints = None
@@ -228,10 +225,10 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
         width = max(len(name) for name, _ in facts)
         for name, value in facts:
             console.print(f"  {name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
-    for title, lines in (("notes", result["notes"]), ("problems", result["problems"])):
-        if lines:
-            console.print(f"\n[bold]{title}[/bold]", highlight=False)
-        for line in lines:
+    for title in ("notes", "problems"):
+        for number, line in enumerate(result[title]):
+            if number == 0:
+                console.print(f"\n[bold]{title}[/bold]", highlight=False)
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 

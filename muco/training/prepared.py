@@ -19,14 +19,10 @@ from muco.reconstruction import reconstruction_dialogues
 
 
 class TrainingBatch(TypedDict):
-    """What a training step takes.
-
-    ``query`` and ``target`` are missing if no sample can be used. Hard negatives come behind the targets, one dialogue
-    each.
-    """
+    """The input of a training step, without sides if no sample can be used; hard negatives come behind the targets."""
 
     query: NotRequired[DialogueBatch]
-    target: NotRequired[DialogueBatch]
+    target: NotRequired[DialogueBatch]  # a hard negative is a dialogue by itself
     ids: TurnIds
     places: list[str]  # where the samples come from
     skipped: NotRequired[list[dict[str, Any]]]  # "step", "source", "row" and "reason" of what cannot be used
@@ -71,13 +67,11 @@ def prepare_turns(
     isolated: bool,
     positions: Positions | None = None,
 ) -> Prepared:
-    """A sample with these turns.
+    """A sample with these turns; a DataError if a text or an image cannot be used.
 
     Args:
-        key: Of any kind; see :func:`muco.data.same.sample_key`.
+        key: From :func:`muco.data.same.sample_key`.
         positions: See :class:`muco.dialogue.Dialogue`.
-    Raises:
-        DataError: If a text or an image cannot be used.
     """
     own = [turn.target for turn in turns]
     places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
@@ -115,8 +109,8 @@ def prepare_pair(
 
 
 def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processor, *, isolated: bool) -> list[Row]:
-    given = [content for turn in turns for content in turn.negatives]
-    return [prepare(target_dialogue(sample, [content], isolated=isolated), processor) for content in given]
+    dialogues = (target_dialogue(sample, [own], isolated=isolated) for turn in turns for own in turn.negatives)
+    return [prepare(dialogue, processor) for dialogue in dialogues]
 
 
 def _ids(sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], vectors: int) -> SampleIds:

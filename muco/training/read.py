@@ -126,51 +126,36 @@ def _dotted(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-Bound = tuple[Callable[[float], bool], str]  # what a number must be: a test, and words
-_POSITIVE = (lambda value: value > 0, "positive")
-_NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
-_BELOW_ONE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
-_SHARE = (lambda value: 0 <= value <= 1, "a share, 0 to 1")
-_COUNT = (lambda value: isinstance(value, int) and value > 0, "a positive whole number")
-_COUNT_OR_ZERO = (lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0")
-_STEPS = (
-    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
-    "a positive number of steps, or a share of all steps below 1",
-)
-_MAX_STEPS = (
-    lambda value: isinstance(value, int) and (value > 0 or value == -1),
-    "a positive whole number (leave it out to train for num_train_epochs)",
-)
-_SEED = (lambda value: isinstance(value, int) and 0 <= value < 1 << 31, "a whole number, 0 to 2147483647")
+def _bound(keys: str, test: Callable[[Any], bool], words: str) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    return dict.fromkeys(keys.split(), (test, words))
 
 
-def _of(group: str, keys: str, bound: Bound) -> dict[str, Bound]:
-    return {f"{group}.{key}": bound for key in keys.split()}
-
-
+_TINY = " ".join(f"model.tiny.{size.name}" for size in dataclasses.fields(TinyConfig))
+_COUNTS = f"""model.min_pixels model.max_pixels model.adapter.rank model.adapter.alpha {_TINY} turns.order turns.limit
+    batch.size batch.token_budget warm_up.batch_size trainer.per_device_eval_batch_size
+    trainer.dataloader_prefetch_factor"""
+_COUNTS_OR_ZERO = "turns.negatives warm_up.steps trainer.dataloader_num_workers trainer.save_total_limit"
+_POSITIVE = """data.train.weight loss.temperature loss.dimensions warm_up.learning_rate trainer.num_train_epochs
+    trainer.adam_epsilon"""
+_NOT_NEGATIVE = """batch.feature_memory trainer.learning_rate trainer.weight_decay trainer.warmup_steps
+    trainer.max_grad_norm trainer.eval_delay"""
+_BELOW_ONE = "model.adapter.dropout trainer.adam_beta1 trainer.adam_beta2"
+_STEPS = "a positive number of steps, or a share of all steps below 1"
+_MAX_STEPS = "a positive whole number (leave it out to train for num_train_epochs)"
 BOUNDS = {  # key without the numbers of list items -> what its number must be; None is left to its type, or MAY_BE_NULL
-    **_of("model", "min_pixels max_pixels", _COUNT),
-    **_of("model.adapter", "rank alpha", _COUNT),
-    **_of("model.adapter", "dropout", _BELOW_ONE),
-    **_of("model.tiny", " ".join(size.name for size in dataclasses.fields(TinyConfig)), _COUNT),
-    **_of("data", "max_broken", _SHARE),
-    **_of("data", "train.weight", _POSITIVE),
-    **_of("turns", "order limit", _COUNT),
-    **_of("turns", "negatives", _COUNT_OR_ZERO),
-    **_of("loss", "temperature dimensions", _POSITIVE),
-    **_of("batch", "size token_budget", _COUNT),
-    **_of("batch", "feature_memory", _NOT_NEGATIVE),
-    **_of("warm_up", "steps", _COUNT_OR_ZERO),
-    **_of("warm_up", "batch_size", _COUNT),
-    **_of("warm_up", "learning_rate", _POSITIVE),
-    **_of("trainer", "num_train_epochs adam_epsilon", _POSITIVE),
-    **_of("trainer", "max_steps", _MAX_STEPS),
-    **_of("trainer", "per_device_eval_batch_size dataloader_prefetch_factor", _COUNT),
-    **_of("trainer", "dataloader_num_workers save_total_limit", _COUNT_OR_ZERO),
-    **_of("trainer", "learning_rate weight_decay warmup_steps max_grad_norm eval_delay", _NOT_NEGATIVE),
-    **_of("trainer", "adam_beta1 adam_beta2", _BELOW_ONE),
-    **_of("trainer", "logging_steps save_steps eval_steps", _STEPS),
-    "seed": _SEED,
+    **_bound(_COUNTS, lambda value: isinstance(value, int) and value > 0, "a positive whole number"),
+    **_bound(_COUNTS_OR_ZERO, lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0"),
+    **_bound(_POSITIVE, lambda value: value > 0, "positive"),
+    **_bound(_NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),
+    **_bound(_BELOW_ONE, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    **_bound("data.max_broken", lambda value: 0 <= value <= 1, "a share, 0 to 1"),
+    **_bound(
+        "trainer.logging_steps trainer.save_steps trainer.eval_steps",
+        lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+        _STEPS,
+    ),
+    **_bound("trainer.max_steps", lambda value: isinstance(value, int) and (value > 0 or value == -1), _MAX_STEPS),
+    **_bound("seed", lambda value: isinstance(value, int) and 0 <= value < 1 << 31, "a whole number, 0 to 2147483647"),
 }
 MAY_BE_NULL = tuple(f"trainer.{key}" for key in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor"))
 _OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
@@ -204,11 +189,7 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuses a number out of its bounds; ``values`` is a recipe as nested mappings.
-
-    Raises:
-        RecipeError: With the dotted key, what its number must be, and what it is.
-    """
+    """Refuses a number out of its bounds by a RecipeError with the dotted key; ``values`` are nested mappings."""
     for key, value in _leaves(values):
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{key} must be a finite number, got {value}")

@@ -1,7 +1,4 @@
-"""Recipes: frozen dataclasses, read from strict YAML.
-
-A recipe holds everything that a training run depends on. Mistakes in it are errors before anything is loaded.
-"""
+"""Recipes: everything that a training run depends on, as frozen dataclasses that are read from strict YAML."""
 
 from __future__ import annotations
 
@@ -121,7 +118,7 @@ class TurnsRecipe:
         negatives: Most hard negatives per turn and step, drawn anew each time; None for all. The released code draws
             one.
         image_turn: The kind of turn whose target describes the whole image ("retrieval"). Its samples get one more
-            turn, the image alone with that target, so that an image alone is embedded too; None for none.
+            turn, the image alone with that target, so that the model learns to embed an image alone; None for none.
         positions: Where a turn's positions begin: "restart" after the image, "run_on" after the turn before. None:
             isolated turns restart, which makes them equal to single turns, and compounded turns run on (the paper).
         requests: With "reconstruction", two texts: the user's requests before and after the assistant says the hidden
@@ -147,9 +144,8 @@ class LossRecipe:
             here, so that shorter vectors work too (arXiv 2205.13147). Empty: the whole vector only.
         joint: With ``turns.mode: reconstruction``: whether its four terms share one set of candidates (the paper), or
             each has its own (the released code).
-        mask_counterpart: False makes the counterpart of a pair its negative, with ``joint``; only to show what the mask
-            is for.
-        mask_same_image: False makes the targets of an image's other turns negatives; only to show what the mask is for.
+        mask_counterpart: False, with ``joint``, makes a pair's counterpart its negative, to show the mask's effect.
+        mask_same_image: False makes the targets of an image's other turns negatives, to show the mask's effect.
     """
 
     temperature: float = 0.02
@@ -277,7 +273,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """Builds a recipe from plain values, checking every key and type."""
+    """A recipe from plain values, with every key and type checked."""
     return build(Recipe, values)
 
 

@@ -1,8 +1,7 @@
 """A training run from a recipe to a saved model: ``muco.train(recipe)``.
 
-The optimizer, schedule and logs are those of sentence-transformers' trainer (:mod:`muco.training.loop`). Ours are the
-batches (:mod:`muco.training.batches`), the step (:mod:`muco.step`), the loss (:mod:`muco.loss`) and what a checkpoint
-holds (:mod:`muco.training.checkpoint`).
+sentence-transformers' trainer (:mod:`muco.training.loop`) has the optimizer, schedule and logs; MuCo has batches,
+step (:mod:`muco.step`), loss (:mod:`muco.loss`) and checkpoints.
 """
 
 from __future__ import annotations
@@ -24,14 +23,7 @@ from muco.training import checkpoint
 from muco.training.batches import TrainingBatches
 from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast, warm_up
 from muco.training.callbacks import Record, RetrievalEvaluator, told_once
-from muco.training.checks import (
-    check_budget,
-    check_machine,
-    check_negatives,
-    check_recipe,
-    steps_of,
-    training_arguments,
-)
+from muco.training.checks import check_budget, check_machine, check_negatives, check_recipe, training_arguments
 from muco.training.folder import DIGESTS_FILE
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
@@ -109,7 +101,7 @@ def make_trainer(recipe: Recipe, model: Model, sources: Sequence[Data], validati
     data, bf16 = recipe.data, uses_autocast(recipe.model, recipe.trainer.get("bf16"), model.encoder.model)
     arguments = training_arguments(recipe, evaluates=validation is not None, bf16=bf16)
     mixture = Mixture.of(recipe, [len(source) for source in sources])
-    arguments.max_steps = steps_of(arguments, mixture)
+    arguments.max_steps = arguments.steps(mixture)
     batches = TrainingBatches(
         sources,
         mixture,
