@@ -8,6 +8,7 @@ frozen. Kernels that recompute scores in backward count as if they kept them. So
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,12 @@ class Flops:
     @property
     def total(self) -> int:
         return self.vision + self.language + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.vision + other.vision, self.language + other.language, self.backward + other.backward)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.vision * times, self.language * times, self.backward * times)
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -126,7 +133,8 @@ def meta_step_flops(
 ) -> Flops:
     """Counts a training step of a Qwen2-VL of any size without its weights, on the meta device.
 
-    One image's two dialogues are counted and multiplied by ``images``; the loss is counted for all of them at once.
+    One image's two dialogues are counted with one layer and with two, for every further layer costs the same, and
+    multiplied by ``images``; the loss is counted for all of them at once.
 
     Args:
         visual_tokens: Per image, of ``spatial_merge_size`` squared patches each; 0 for samples without an image.
@@ -145,24 +153,33 @@ def meta_step_flops(
         raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
     if adapter is not None and adapter.kind != "lora":
         raise ValueError("only LoRA adapters can be counted for one image and multiplied")
-    model = _MetaModel(config, adapter, vision_backward)
 
-    def one_image() -> Tensor:
+    def one_image(vision_depth: int, layers: int) -> Flops:
+        model = _MetaModel(_cut(config, vision_depth, layers), adapter, vision_backward)
         sides = ((visual_tokens, query_tokens), (0, target_tokens))
-        hidden = [model(visual, turns * tokens, tree=mode == "isolated" and turns > 1) for visual, tokens in sides]
-        return sum(states[0, -turns:].sum() for states in hidden)
+
+        def forward() -> Tensor:
+            hidden = [model(visual, turns * tokens, tree=mode == "isolated" and turns > 1) for visual, tokens in sides]
+            return sum(states[0, -turns:].sum() for states in hidden)
+
+        return count_flops(forward, backward=backward)
 
     def loss() -> Tensor:
         shape = (images * turns, config.text_config.hidden_size)
         query, target = (torch.empty(shape, device="meta", requires_grad=True) for _ in range(2))
         return multi_turn_info_nce(query, target, torch.empty(shape[0], dtype=torch.long, device="meta"))
 
-    one, all_turns = (count_flops(forward, backward=backward) for forward in (one_image, loss))
-    return Flops(
-        vision=images * one.vision,
-        language=images * one.language + all_turns.language,
-        backward=images * one.backward + all_turns.backward,
-    )
+    blocks, layers = config.vision_config.depth - 1, config.text_config.num_hidden_layers - 1  # besides the first
+    one = one_image(1, 1) * (1 - blocks - layers) + one_image(2, 1) * blocks + one_image(1, 2) * layers
+    return one * images + count_flops(loss, backward=backward)
+
+
+def _cut(config: Qwen2VLConfig, vision_depth: int, layers: int) -> Qwen2VLConfig:
+    """The same model with fewer layers."""
+    cut = copy.deepcopy(config)
+    cut.vision_config.depth, cut.text_config.num_hidden_layers = vision_depth, layers
+    cut.text_config.layer_types = cut.text_config.layer_types[:layers]
+    return cut
 
 
 class _MetaModel(nn.Module):

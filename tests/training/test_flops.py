@@ -22,7 +22,7 @@ from muco.training.flops import Flops, count_flops, meta_step_flops, qwen2_vl_co
 from muco.training.prepared import Chosen, batch_of, prepare_turns
 
 ROOT = Path(__file__).parents[2]
-CONFIG = TinyConfig(width=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vision_width=32, vision_depth=3)
+CONFIG = TinyConfig(width=32, layers=3, heads=4, kv_heads=2, feed_forward=48, vision_width=32, vision_depth=3)
 IMAGES, VISUAL = 3, 9  # 84 x 84 px are 6 x 6 patches
 
 
