@@ -27,6 +27,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from muco.base.terminal import finish
+from muco.cli import main
 from muco.cli import search as cli
 from muco.errors import MucoError
 from muco.search import Hit, Index
@@ -494,21 +495,28 @@ def muco(*arguments: str | Path, code: int = 0) -> processes.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path) -> None:
+def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     images, index = scenes / "images/test", tmp_path / "index"
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def here(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
+        """The same command in this process."""
+        assert main([*map(str, arguments)]) == code
+        return capsys.readouterr()
+
     found = json.loads(muco("index", images, "--model", tiny_path, "--index", index, "--json").stdout)
     assert (found["encoded"], found["total"]) == (16, 16)
     image = images / "00003.png"
     done = muco("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")
     hits = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(hits) == 3 and hits[0]["id"] == "00003.png" and hits[0]["score"] == pytest.approx(1, abs=1e-6)
-    assert muco("index", "--index", index, "--delete", "00003.png", "--json").stdout == '{"deleted": 1, "total": 15}\n'
-    table = muco("search", "-i", index, "--image", image, "--text", "what is it?", "--where", "id < '00003'").stdout
+    assert here("index", "--index", index, "--delete", "00003.png", "--json")[0] == '{"deleted": 1, "total": 15}\n'
+    table, _ = here("search", "-i", index, "--image", image, "--text", "what is it?", "--where", "id < '00003'")
     assert "00002.png" in table and "00003.png" not in table and "score" in table
-    bad = muco("search", "-i", index, "--text", "x", "--where", "id = 1; drop", code=1)
-    assert bad.stderr.splitlines()[-1].startswith("muco: the filter: ';") and not bad.stdout
-    assert "no index there" in muco("search", "-i", images, "--text", "x", code=1).stderr
-    assert "pass an INPUT" in muco("index", "-i", index, code=2).stderr
+    out, bad = here("search", "-i", index, "--text", "x", "--where", "id = 1; drop", code=1)
+    assert bad.splitlines()[-1].startswith("muco: the filter: ';") and not out
+    assert "no index there" in here("search", "-i", images, "--text", "x", code=1)[1]
+    assert "pass an INPUT" in here("index", "-i", index, code=2)[1]
 
 
 JPEG = io.BytesIO()

@@ -806,7 +806,9 @@ def test_images_are_fetched_only_as_allowed(engine):
 
 @pytest.fixture(scope="module")
 def process(folder):
-    with command(folder, "--batch-milliseconds", "1") as running:
+    """A server that waits long before it makes a batch."""
+    options = ("--name", "mine", "--max-items", "7", "--batch-milliseconds", "1500")
+    with command(folder, *options, token="secret") as running:
         yield running
 
 
@@ -814,19 +816,19 @@ def process(folder):
 def test_the_stock_openai_client_works_unchanged(process, engine):
     from openai import BadRequestError, NotFoundError, OpenAI
 
-    with OpenAI(base_url=f"{process.address}/v1", api_key="none", max_retries=0) as client:
-        found = client.embeddings.create(model="little", input=["a red ring", "b"])  # base64 by default
+    with OpenAI(base_url=f"{process.address}/v1", api_key="secret", max_retries=0) as client:
+        found = client.embeddings.create(model="mine", input=["a red ring", "b"])  # base64 by default
         assert close_to(np.float32([one.embedding for one in found.data]), engine.model.encode(["a red ring", "b"]))
-        assert found.usage.total_tokens > 4 and found.model == "little"
-        found = client.embeddings.create(model="little", input="a", encoding_format="float", dimensions=16)
+        assert found.usage.total_tokens > 4 and found.model == "mine"
+        found = client.embeddings.create(model="mine", input="a", encoding_format="float", dimensions=16)
         assert len(found.data[0].embedding) == 16
         items: Any = [{"text": "What is it?", "image": RED}]
-        found = client.embeddings.create(model="little", input=items)
+        found = client.embeddings.create(model="mine", input=items)
         expected = engine.model.encode([{"text": "What is it?", "image": picture("red")}])
         assert close_to(np.float32([found.data[0].embedding]), expected)
-        assert [model.id for model in client.models.list()] == ["little"]
+        assert [model.id for model in client.models.list()] == ["mine"]
         with pytest.raises(BadRequestError, match="token ids are not accepted"):
-            client.embeddings.create(model="little", input=[1, 2])
+            client.embeddings.create(model="mine", input=[1, 2])
         with pytest.raises(NotFoundError, match="unknown model"):
             client.embeddings.create(model="text-embedding-3-small", input="a")
         from openai.types import CreateEmbeddingResponse
@@ -837,10 +839,10 @@ def test_the_stock_openai_client_works_unchanged(process, engine):
 
 
 @pytest.mark.slow
-def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(folder):
-    """Under a window that is long, requests are surely accepted and not finished when the signal comes."""
-    options = ("--name", "mine", "--max-items", "7", "--batch-milliseconds", "1500")
-    with command(folder, *options, token="secret") as running, ThreadPoolExecutor(16) as pool:
+def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(process):
+    """As its window is long, requests are surely accepted and not finished when the signal comes, at the very end."""
+    running = process
+    with ThreadPoolExecutor(16) as pool:
         assert running.facts == {"address": running.address, "model": "mine", "dimension": 64}
         assert httpx.get(f"{running.address}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer secret"}
@@ -872,7 +874,7 @@ def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(folder):
         (["--instruction", "query=Find <|emb|>"], "--instruction query turn 1: the text contains the special token"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_served(folder, tmp_path, capsys, options, says):
+def test_what_is_wrong_is_said_before_anything_is_served(folder, tmp_path, capsys, forked, options, says):
     (tmp_path / "empty").write_text("\n")
     given = [option.format(tmp_path) for option in options]
     assert main(["serve", "--model", str(folder), "--port", "0", *given]) == 1
@@ -898,7 +900,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys):
     assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
 
 
-def test_a_missing_model_is_1(tmp_path, capsys):
+def test_a_missing_model_is_1(tmp_path, capsys, forked):
     assert main(["serve", "--model", str(tmp_path / "none"), "--port", "0"]) == 1
     assert "none" in capsys.readouterr().err
 

@@ -128,7 +128,7 @@ def test_an_index_that_is_damaged_is_500_without_a_path(tmp_path, index, caplog)
     assert str(tmp_path) not in answer.text and damaged.path in caplog.text
 
 
-def test_an_index_of_another_model_is_refused(index, scenes, tmp_path, capsys):
+def test_an_index_of_another_model_is_refused(index, scenes, tmp_path, capsys, forked):
     from muco.cli import main
     from muco.model import from_backbone
     from muco.sizes import TinyConfig

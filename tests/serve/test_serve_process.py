@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -43,15 +42,6 @@ def process(folder, forked) -> Iterator[ModelProcess]:
     made = ModelProcess(str(folder), "cpu", ImageLimits(), 4096, fingerprint=True)
     yield made
     made.close()
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[None]:
-    """The model's process need not import the libraries; that of a server below is started as a user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        forks = SimpleNamespace(get_context=lambda _: processes.context)
-        patch.setattr("muco.serve.process.multiprocessing", forks)
-        yield
 
 
 ITEMS = [

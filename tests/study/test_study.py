@@ -24,6 +24,7 @@ from muco import MucoError, OutputError
 from muco.base.files import write_json
 from muco.cli import main
 from muco.data import open_data
+from muco.data.scenes import write_scenes
 from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
 from muco.study.one import run_job, seconds_of
 from muco.study.probes import (
@@ -64,6 +65,12 @@ def two_runs(scenes: Path) -> Study:
         prepare=lambda folder, scale: folder.symlink_to(scenes),
         compared=(("goes on", "first"),),
     )
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """Scenes of which a run sees all in no time."""
+    return write_scenes(tmp_path_factory.mktemp("few") / "scenes", train=16, dev=2, test=6)
 
 
 @pytest.fixture
@@ -186,12 +193,12 @@ def made_in_this_process(study: Study, folder: Path, costs: dict) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_run_of_every_study_trains_is_scored_and_reported(name, scenes, tmp_path):
+def test_every_run_of_every_study_trains_is_scored_and_reported(name, few, tmp_path):
     study = find_study(name)
     if study.needs_scenes:
         study.prepare(tmp_path / "data", 0.0001)
     else:
-        (tmp_path / "data").symlink_to(scenes)
+        (tmp_path / "data").symlink_to(few)
     found = made_in_this_process(study, tmp_path, made_up_costs(study))
     for entry in found["runs"]:
         known = entry["result"]["scores"]

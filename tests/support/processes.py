@@ -23,10 +23,7 @@ from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess
 from typing import IO, Any
 
 SOON = 300  # seconds in which anything that is going to happen has happened, on a loaded machine too
-LAUNCHERS = {
-    "torchrun": "torch.distributed.run --standalone --nproc-per-node=2",
-    "accelerate": "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no",
-}
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no"
 # what starts threads when it is imported, such as lancedb, is not among them
 LOADED = ("muco.cli.app", "muco.training.trainer", "openai", "fastapi", "uvicorn")
 
@@ -171,11 +168,11 @@ def _become(
         atexit._run_exitfuncs()  # a child of multiprocessing leaves them out
 
 
-def launch(*arguments: Any, launcher: str | None = None) -> list[Popen] | list[subprocess.Popen]:
-    """Two processes on this machine that form one group; by a launcher it is the launcher that is returned."""
+def launch(*arguments: Any, accelerate: bool = False) -> list[Popen] | list[subprocess.Popen]:
+    """Two processes on this machine that form one group; with ``accelerate`` it is its launcher that is returned."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if launcher:
-        command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), *arguments]
+    if accelerate:
+        command = [sys.executable, "-m", *ACCELERATE.split(), *arguments]
         return [subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -454,7 +454,7 @@ def test_parts_of_a_vector_are_trained_as_vectors(scenes, tmp_path):
     """Matryoshka: cut to 8 numbers, vectors of a model that was trained so are better than of one that was not."""
     held_out, scores = open_data(scenes / "train.jsonl"), {}
     for dimensions in ((), (8, 64)):
-        trainer = {"max_steps": 60, "save_strategy": "no", "learning_rate": 2e-3}
+        trainer = {"max_steps": 50, "save_strategy": "no", "learning_rate": 2e-3}
         loss = {"temperature": 0.1, "dimensions": list(dimensions)}
         recipe = recipe_of(scenes, tmp_path / str(len(dimensions)), loss=loss, trainer=trainer)
         model = muco.load(muco.train(recipe), device="cpu")
@@ -487,10 +487,10 @@ def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path
 
     def blind_run(name: str, **turns) -> tuple[float, dict]:
         data = {"train": [{"path": str(scenes / "train.jsonl")}], "blind": True}
-        trainer = {"max_steps": 160, "save_strategy": "no", "learning_rate": 2e-3}
+        trainer = {"max_steps": 110, "save_strategy": "no", "learning_rate": 2e-3}
         recipe = recipe_of(scenes, tmp_path / name, data=data, trainer=trainer, turns=turns)
         folder = muco.train(recipe)
-        return float(np.mean(losses(folder)[-20:])), blind_loss(muco.load(folder, device="cpu"), held_out, recipe)
+        return float(np.mean(losses(folder)[-10:])), blind_loss(muco.load(folder, device="cpu"), held_out, recipe)
 
     for name, turns in (("isolated", {}), ("batch", {"mode": "compounded", "order": "batch"})):
         loss, control = blind_run(name, **turns)
