@@ -22,9 +22,10 @@ demo: $(READY) ## train, evaluate and search the built-in scenes; writes runs/de
 test: $(READY) $(STOCK) ## the whole test suite, slow tests too, in two processes (TEST_ARGS="-m 'not slow'": the quick ones, in one)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-check: $(READY) ## lint, formatting, and that the installed packages fit together
+check: $(READY) ## lint, formatting, names across files, and that the installed packages fit together
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pip check
 
 clean: ## remove caches and build products; .venv and runs/ stay

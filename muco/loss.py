@@ -214,7 +214,8 @@ class MultiTurnLoss(nn.Module):
         self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
-        return self.of_vectors(*(self.model.embed(side) for side in sides), ids)
+        query, target = (self.model.embed(side) for side in sides)
+        return self.of_vectors(query, target, ids)
 
     def of_vectors(
         self, query: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"], ids: TurnIds

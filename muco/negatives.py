@@ -57,8 +57,9 @@ class TurnIds:
             vectors += sample.vectors
         hard_rows = [vectors + number for number in range(len(hard_ids))]
         lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids)
-        *tensors, marks = (torch.tensor(values, dtype=torch.long) for values in lists)
-        return cls(*tensors, marks if mask_identical_targets else None, vectors + len(hard_ids))
+        own, targets, hard, turns, marks, alike = (torch.tensor(values, dtype=torch.long) for values in lists)
+        same = alike if mask_identical_targets else None
+        return cls(own, targets, hard, turns, marks, same, vectors + len(hard_ids))
 
     @classmethod
     def join(cls, parts: Sequence[TurnIds]) -> TurnIds:

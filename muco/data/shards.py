@@ -111,7 +111,7 @@ class ShardsData:
         shard = int(np.searchsorted(self._ends, i, side="right"))
         row = i - (int(self._ends[shard - 1]) if shard else 0)
         places = self._indexes[shard]
-        key = places["keys"][row].decode()
+        key = bytes(places["keys"][row]).decode()
         where = f"{self.shards[shard]} row {row} ({key})"
         with open_unchanged(self.shards[shard], self._states[shard]) as file:
             image, data = (bytes_at(file, place) for place in places["places"][row].reshape(2, 2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,7 @@ class CachedEncoder:
     def __call__(self, contents: Sequence[Content]) -> np.ndarray:
         """float32 [n, d] in the order of the contents."""
         keys = [self.book.add(content) for content in contents]
-        distinct = self.book.in_order(set(keys))
-        vectors = vector_cache.embed(distinct, partial(self.book.encode, self.model, 64), cache=self.cache)
-        row_of = {key: row for row, key in enumerate(distinct)}
+        vectors, row_of = self.book.vectors(self.model, 64, set(keys), cache=self.cache)
         return vectors[[row_of[key] for key in keys]]
 
 

@@ -251,8 +251,8 @@ def fill(
                 "connection and run the same command again: it resumes where it stopped"
             )
         unused = catalogue.add(chunk)
-        for file in unused if stored else ():
-            (store / file).unlink(missing_ok=True)
+        for name in unused if stored else ():
+            (store / name).unlink(missing_ok=True)
         progress(catalogue.looked, source.total)
     # what killed runs left in the store: files of pictures that are not kept, and unfinished ones
     for file in store.glob("[0-9a-f][0-9a-f]/*") if stored else ():

@@ -507,8 +507,8 @@ def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path, capsy
     found = json.loads(muco("index", images, "--model", tiny_path, "--index", index, "--json").stdout)
     assert (found["encoded"], found["total"]) == (16, 16)
     image = images / "00003.png"
-    done = muco("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")
-    hits = [json.loads(line) for line in done.stdout.splitlines()]
+    out, _ = here("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")
+    hits = [json.loads(line) for line in out.splitlines()]
     assert len(hits) == 3 and hits[0]["id"] == "00003.png" and hits[0]["score"] == pytest.approx(1, abs=1e-6)
     assert here("index", "--index", index, "--delete", "00003.png", "--json")[0] == '{"deleted": 1, "total": 15}\n'
     table, _ = here("search", "-i", index, "--image", image, "--text", "what is it?", "--where", "id < '00003'")

@@ -197,6 +197,8 @@ def test_every_run_of_every_study_trains_is_scored_and_reported(name, few, tmp_p
     study = find_study(name)
     if study.needs_scenes:
         study.prepare(tmp_path / "data", 0.0001)
+        for test in (tmp_path / "data").glob("test*.jsonl"):
+            test.write_text("".join(test.read_text().splitlines(keepends=True)[:6]))
     else:
         (tmp_path / "data").symlink_to(few)
     found = made_in_this_process(study, tmp_path, made_up_costs(study))
@@ -258,8 +260,8 @@ def test_what_equals_another_run_makes_at_least_one_step(scenes):
 
 
 @pytest.mark.slow
-def test_costs_are_taken_once_and_runs_follow_them(scenes, tmp_path, forked):
-    study, output = equal_runs(scenes, "seconds"), tmp_path / "out"
+def test_costs_are_taken_once_and_runs_follow_them(few, tmp_path, forked):
+    study, output = equal_runs(few, "seconds"), tmp_path / "out"
     found = run_study(study, output, seeds=1, first_seed=5, jobs=2)
     costs = json.loads((output / "calibration.json").read_text())
     assert found["costs"] == costs and [*costs] == ["seven", "one", "later"]
@@ -321,25 +323,23 @@ def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scen
 
 
 @pytest.mark.slow
-def test_a_study_of_other_data_needs_no_scenes_and_no_captions(scenes, tmp_path):
+def test_a_study_of_other_data_needs_no_scenes_and_no_captions(few, tmp_path, forked):
     def no_captions(name: str) -> str:
-        rows = [json.loads(line) for line in (scenes / f"{name}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (few / f"{name}.jsonl").read_text().splitlines()]
         rows = [
-            row | {"image": str(scenes / row["image"]), "turns": [t for t in row["turns"] if t["kind"] != "retrieval"]}
+            row | {"image": str(few / row["image"]), "turns": [t for t in row["turns"] if t["kind"] != "retrieval"]}
             for row in rows
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(tmp_path / f"{name}.jsonl")
 
-    base = {**two_runs(scenes).base, "data": {"train": [{"path": "{train}"}]}}
+    base = {**two_runs(few).base, "data": {"train": [{"path": "{train}"}]}}
     columns = (
         Column("answer", ("answer",)),
         Column("caption", ("image_to_caption",)),
         Column("gap", ("coherence/gap",)),
     )
-    study = replace(
-        two_runs(scenes), base=base, runs=(Run("only"),), compared=(), columns=columns, probes=("coherence",)
-    )
+    study = replace(two_runs(few), base=base, runs=(Run("only"),), compared=(), columns=columns, probes=("coherence",))
     sets = Sets(no_captions("train"), no_captions("test"))
     found = run_study(study, tmp_path / "out", seeds=1, jobs=2, sets=sets)
     assert not (tmp_path / "out" / "data").exists()
@@ -526,8 +526,8 @@ def test_how_many_tokens_the_published_increment_has_room_for():
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(scenes, tmp_path, forked):
-    study, output = two_runs(scenes), tmp_path / "out"
+def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(few, tmp_path, forked):
+    study, output = two_runs(few), tmp_path / "out"
     found = run_study(study, output, seeds=1)
     first = [entry["result"] for entry in found["runs"]]
     assert [entry["name"] for entry in found["runs"]] == ["first", "goes on"]
@@ -548,8 +548,8 @@ def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(scenes, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_stops_the_study_with_its_last_words(scenes, tmp_path, forked):
-    study = two_runs(scenes)
+def test_a_run_that_fails_stops_the_study_with_its_last_words(few, tmp_path, forked):
+    study = two_runs(few)
     broken = Run("broken", {"trainer": {"optim": "no such optimizer"}})
     study = Study(**{**study.__dict__, "runs": (broken,), "compared": ()})
     with pytest.raises(MucoError, match=r"(?s)broken-seed0 failed \(exit code 1\).*no such optimizer"):
