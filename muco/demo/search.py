@@ -23,7 +23,7 @@ IMAGE_MISTAKES = 4
 
 @dataclass(frozen=True)
 class TextQuery:
-    """A query that is no caption of the set, and the phrases that a fitting caption has."""
+    """A query that differs from all captions of the set, and the phrases that a fitting caption has."""
 
     text: str
     facts: tuple[str, ...]

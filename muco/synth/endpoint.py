@@ -139,7 +139,7 @@ class Endpoint:
 
         Asks for the list of models, if there is one, and one small question. If the server refuses ``response_format``,
         logs that, sets :attr:`structured` to False and no longer sends it. EndpointError if it cannot be reached, the
-        model or the key is wrong, or the question fails; BudgetSpent if there is no budget for it.
+        model or the key is wrong, or the question fails; BudgetSpent if the budget is used up.
         """
         names = await self._models()
         serves = "has no list of its models"

@@ -71,7 +71,7 @@ def caption_problem(answer: Answer, prompts: Prompts) -> str | None:
 
 
 def text_problem(text: str, prompts: Prompts) -> str | None:
-    """The problem of any text of a model, be it a question, an answer or a caption."""
+    """The problem of a text that a model wrote: a question, an answer or a caption."""
     if not text.strip():
         return EMPTY
     if LONE_SURROGATE.search(text):

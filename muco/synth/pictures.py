@@ -174,7 +174,7 @@ _ended: set[str] = set()  # runs that were closed: workers skip the rest of thei
 
 @cache
 def _threads(workers: int) -> ThreadPoolExecutor:
-    """The threads of this process, shared by all chunks: while one waits for a slow picture, others go on."""
+    """The threads of this process, shared by all chunks: while one waits for a slow picture, others work."""
     return ThreadPoolExecutor(workers, thread_name_prefix="muco-picture")
 
 

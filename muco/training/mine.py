@@ -99,10 +99,8 @@ def mine(
             raise OutputError(f"{output} exists; choose another output file or delete it")
         pairs = _Pairs(data)
         fingerprints = {"model": model.fingerprint, "data": data.fingerprint}
-        store, keys = (
-            None if cache is None else EmbeddingCache(cache, **fingerprints),
-            {*pairs.candidates, *pairs.right},
-        )
+        store = None if cache is None else EmbeddingCache(cache, **fingerprints)
+        keys = {*pairs.candidates, *pairs.right}
         vectors, row_of = pairs.book.vectors(model, batch_size, keys, cache=store, progress=progress)
         mined = _mine(pairs, {key: vectors[row] for key, row in row_of.items()}, mining, progress)
         write_jsonl(output, _rows(data, pairs, mined, output.absolute().parent))
