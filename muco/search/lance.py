@@ -42,13 +42,10 @@ def connect(path: str | Path, *, create: bool) -> Any:
         import lancedb
     except ImportError as error:
         raise MucoError("the index needs LanceDB: pip install 'muco[search]'") from error
-    if is_local(path) and not Path(path).is_dir():
-        if not create:
-            raise MucoError(
-                f"{path}: no such folder; make an index with `muco index INPUT --model MODEL --index {path}`"
-            )
-        if Path(path).exists():
-            raise OutputError(f"{path}: an index is a folder, and this is a file; name another")
+    if is_local(path) and create and Path(path).is_file():
+        raise OutputError(f"{path}: an index is a folder, and this is a file; name another")
+    if is_local(path) and not create and not Path(path).is_dir():
+        raise MucoError(f"{path}: no such folder; make an index with `muco index INPUT --model MODEL --index {path}`")
     with lance_calls(path):
         return lancedb.connect(str(path), read_consistency_interval=timedelta(0) if create else STALE)
 

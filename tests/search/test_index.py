@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -37,6 +38,7 @@ from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search import Index, build
 from muco.search.columns import add_kinds, conform, in_json
+from muco.search.lance import connect
 from muco.search.rows import Entry
 from muco.search.storage import STORAGES, scores
 from muco.search.update import _table
@@ -815,6 +817,12 @@ def test_two_runs_into_a_new_folder_both_end_well(photos: Path, tmp_path: Path, 
         assert [found["total"] for found in threads.map(work, range(2))] == [16, 16]
     run(photos, tmp_path / "other", tiny_model)
     same(tmp_path / "index", tmp_path / "other")
+
+
+def test_runs_that_create_a_folder_at_the_same_moment_never_take_it_for_a_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for i in range(200):
+            list(threads.map(partial(connect, create=True), [tmp_path / f"index{i}"] * 4))
 
 
 def test_a_writer_waits_for_the_one_before_and_readers_do_not(tmp_path: Path, tiny_model) -> None:
