@@ -54,11 +54,13 @@ class Family:
 
     Args:
         torchvision: Its image processor has no version for Pillow.
+        whole: The processor as a whole (AutoProcessor) asks for torchvision, for videos above all.
         packages: Other optional packages that its own processor needs.
     """
 
     parts: Callable[[tuple[str, ...]], Parts]
     torchvision: bool = False
+    whole: bool = False
     packages: tuple[str, ...] = ()
 
 
@@ -528,7 +530,12 @@ def llava_onevision(tokens: tuple[str, ...]) -> Parts:
     }
     video = {"video_processor_type": "LlavaOnevisionVideoProcessor", **STEPS, **HALF, "size": SQUARE}
     return Parts(
-        *("LlavaOnevision", tokenizer, config, image, processor, LLAVA_ONEVISION_CHAT),
+        "LlavaOnevision",
+        tokenizer,
+        config,
+        image,
+        processor,
+        LLAVA_ONEVISION_CHAT,
         video=video,
         template_file="chat_template.json",
     )
@@ -598,7 +605,10 @@ def smolvlm(tokens: tuple[str, ...]) -> Parts:
         "do_image_splitting": True,
     }
     return Parts(
-        *("SmolVLM", tokenizer, config, image),
+        "SmolVLM",
+        tokenizer,
+        config,
+        image,
         {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
         SMOLVLM_CHAT_TEMPLATE,
         video={"video_processor_type": "SmolVLMVideoProcessor", **sizes},
@@ -724,7 +734,10 @@ def gemma4(tokens: tuple[str, ...]) -> Parts:
     image = {"image_processor_type": "Gemma4ImageProcessor", **STEPS, "do_normalize": False, "resample": 3, **limits}
     audio = {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}
     return Parts(
-        *("Gemma4", tokenizer, config, {**image, "image_seq_length": 70}),
+        "Gemma4",
+        tokenizer,
+        config,
+        {**image, "image_seq_length": 70},
         {"processor_class": "Gemma4Processor", "image_seq_length": 70, "feature_extractor": audio},
         GEMMA4_CHAT,
         video={"video_processor_type": "Gemma4VideoProcessor", **limits},
@@ -879,7 +892,9 @@ def internvl(tokens: tuple[str, ...]) -> Parts:
     }
     normal = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     return Parts(
-        *("InternVL", tokenizer, config),
+        "InternVL",
+        tokenizer,
+        config,
         {"image_processor_type": "GotOcr2ImageProcessor", **STEPS, **normal, **TILES},
         {"processor_class": "InternVLProcessor", "image_seq_length": 4},
         CHATML_CHAT.replace("IMAGE", r"<IMG_CONTEXT>\n"),
@@ -970,12 +985,7 @@ def aya_vision(tokens: tuple[str, ...]) -> Parts:
         "image_token_index": tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
         "downsample_factor": 2,
     }
-    image = {
-        "image_processor_type": "GotOcr2ImageProcessor",
-        **STEPS,
-        **HALF,
-        **TILES,
-    }
+    image = {"image_processor_type": "GotOcr2ImageProcessor", **STEPS, **HALF, **TILES}
     sizes = {"patch_size": 14, "img_size": 28, "downsample_factor": 1}  # two patches of the tower a side, as published
     processor = {"processor_class": "AyaVisionProcessor", "image_token": "<image>", **sizes}
     return Parts("AyaVision", tokenizer, config, image, processor, AYA_CHAT, template_file="tokenizer_config.json")
@@ -994,13 +1004,7 @@ def ovis2(tokens: tuple[str, ...]) -> Parts:
         "hidden_size": WIDTH,
         "vocab_size": len(tokenizer),
     }
-    image = {
-        "image_processor_type": "Ovis2ImageProcessor",
-        **STEPS,
-        **CLIP,
-        **TILES,
-        "use_covering_area_grid": True,
-    }
+    image = {"image_processor_type": "Ovis2ImageProcessor", **STEPS, **CLIP, **TILES, "use_covering_area_grid": True}
     processor = {"processor_class": "Ovis2Processor", "image_token": "<image>", "image_seq_length": 4}
     return Parts("Ovis2", tokenizer, config, image, processor, CHATML_CHAT.replace("IMAGE", r"<image>\n"))
 
@@ -1029,7 +1033,9 @@ def minicpmv4_6(tokens: tuple[str, ...]) -> Parts:
     slices = {"slice_mode": True, "max_slice_nums": 4, "scale_resolution": 112, "patch_size": 14}
     image = {"image_processor_type": "MiniCPMV4_6ImageProcessor", **STEPS, **HALF, **slices, "use_image_id": True}
     return Parts(
-        *("MiniCPMV4_6", tokenizer, config),
+        "MiniCPMV4_6",
+        tokenizer,
+        config,
         {**image, "downsample_mode": "16x"},
         {"processor_class": "MiniCPMV4_6Processor"},
         CHATML_CHAT.replace("IMAGE", "<|image_pad|>"),
@@ -1040,24 +1046,24 @@ def minicpmv4_6(tokens: tuple[str, ...]) -> Parts:
 FAMILIES: dict[str, Family] = {
     "llava": Family(llava),
     "llava_next": Family(llava_next),
-    "llava_onevision": Family(llava_onevision),
+    "llava_onevision": Family(llava_onevision, whole=True),
     "granite4_vision": Family(granite4_vision),
-    "smolvlm": Family(smolvlm, packages=("num2words",)),
+    "smolvlm": Family(smolvlm, whole=True, packages=("num2words",)),
     "idefics2": Family(idefics2),
     "idefics2_window": Family(idefics2_window),
     "gemma3": Family(gemma3),
     "gemma3_window": Family(gemma3_window),
-    "gemma4": Family(gemma4),
+    "gemma4": Family(gemma4, whole=True),
     "paligemma": Family(paligemma),
     "paligemma_chat": Family(paligemma_chat),
-    "qwen3_5": Family(qwen3_5),
-    "qwen3_5_moe": Family(qwen3_5_moe),
-    "qwen3_vl_moe": Family(qwen3_vl_moe),
-    "glm4v": Family(glm4v),
-    "internvl": Family(internvl),
-    "lfm2_vl": Family(lfm2_vl, torchvision=True),
-    "mistral3": Family(mistral3),
+    "qwen3_5": Family(qwen3_5, whole=True),
+    "qwen3_5_moe": Family(qwen3_5_moe, whole=True),
+    "qwen3_vl_moe": Family(qwen3_vl_moe, whole=True),
+    "glm4v": Family(glm4v, whole=True),
+    "internvl": Family(internvl, whole=True),
+    "lfm2_vl": Family(lfm2_vl, torchvision=True, whole=True),
+    "mistral3": Family(mistral3, whole=True),
     "aya_vision": Family(aya_vision),
     "ovis2": Family(ovis2),
-    "minicpmv4_6": Family(minicpmv4_6),
+    "minicpmv4_6": Family(minicpmv4_6, whole=True),
 }
