@@ -178,7 +178,7 @@ def _trainer(**settings: Any) -> Any:
 
 
 def _finished(bpe: Tokenizer, special: tuple[str, ...], *, begins: bool = False, **roles: Any) -> Any:
-    """With special tokens; ``begins`` puts the first token before every text, ``roles`` name tokens (``eos_token``)."""
+    """With special tokens; ``begins``: ``bos_token`` stands before every text; ``roles`` name tokens."""
     known = {"bos_token", "eos_token", "pad_token", "unk_token"}
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     if begins:
@@ -439,7 +439,7 @@ def experts() -> dict[str, int]:
 
 
 def delta_net(tokenizer: Any, model_type: str, **more: Any) -> dict[str, Any]:
-    """The language model of Qwen3.5: gated delta nets, and full attention in every last layer."""
+    """The language model of Qwen3.5: layers of gated delta nets, then one of full attention."""
     return text(
         tokenizer,
         model_type,
