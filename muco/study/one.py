@@ -84,7 +84,7 @@ def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
-UNTIMED, TIMED = 3, 12  # steps of a round
+UNTIMED = 3  # first steps of a round
 
 
 class _Clock(TrainerCallback):
@@ -107,14 +107,15 @@ def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     folder has the seconds of all steps by run and round as they come.
 
     Args:
-        job: ``rounds``, and the ``runs`` by name: the ``recipe``, and that of the ``root`` with a model of its shape.
+        job: ``rounds`` and timed ``steps`` of each, and the ``runs`` by name: the ``recipe``, and that of the ``root``
+            with a model of its shape.
     Returns:
         By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
         ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
         that of the next.
     """
     runs = job["runs"]
-    trainers = {name: _trainer(run, folder) for name, run in runs.items()}
+    trainers = {name: _trainer(run, folder, UNTIMED + job["steps"]) for name, run in runs.items()}
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(job["rounds"]):
         for name, trainer in trainers.items():
@@ -146,10 +147,10 @@ def seconds_of(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"seconds": statistics.mean(quickest), "spread": max(means) / min(means) - 1}
 
 
-def _trainer(run: Mapping[str, Any], folder: Path) -> MuCoTrainer:
+def _trainer(run: Mapping[str, Any], folder: Path, count: int) -> MuCoTrainer:
     """A trainer for a few steps that saves nothing, with a model of the right shape; its weights do not matter."""
     values = run["recipe"]
-    steps = {"max_steps": UNTIMED + TIMED, "warmup_steps": UNTIMED, "save_strategy": "no"}
+    steps = {"max_steps": count, "warmup_steps": UNTIMED, "save_strategy": "no"}
     recipe = from_dict({**values, "output": str(folder / "run"), "trainer": {**values["trainer"], **steps}})
     root = from_dict(run["root"])
     set_seed(recipe.seed)

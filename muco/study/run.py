@@ -30,7 +30,7 @@ from muco.errors import MucoError, OutputError
 from muco.study.design import Costs, Run, Sets, Study, filled, folder_of, recipe_of, root_of
 
 POLL = 0.2  # seconds
-ROUNDS = 3  # of timed steps of every run
+ROUNDS, TIMED = 3, 12  # of every run, and steps of a round that are timed
 UNSTEADY = 0.2  # spread of rounds that a quiet machine stays below
 TAIL = 2000  # characters shown of a failed run's log
 
@@ -109,7 +109,7 @@ def _costs(study: Study, output: Path, seed: int, jobs: int, scale: float, sets:
 
 
 def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> dict[str, Any]:
-    process = _start(folder, {"rounds": ROUNDS, "runs": runs}, jobs)
+    process = _start(folder, {"rounds": ROUNDS, "steps": TIMED, "runs": runs}, jobs)
     with progress_bar(f"{study.name}, cost of a step") as progress:
         try:
             while process.poll() is None:

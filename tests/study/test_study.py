@@ -70,7 +70,7 @@ def two_runs(scenes: Path) -> Study:
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
     """Scenes of which a run sees all in no time."""
-    return write_scenes(tmp_path_factory.mktemp("few") / "scenes", train=16, dev=2, test=6)
+    return write_scenes(tmp_path_factory.mktemp("few") / "scenes", train=8, dev=1, test=4)
 
 
 @pytest.fixture
@@ -164,44 +164,52 @@ def test_what_cannot_be_studied_is_said(scenes, tmp_path):
         run_study(two_runs(scenes), tmp_path / "other")
 
 
-def made_in_this_process(study: Study, folder: Path, costs: dict) -> dict:
+def made_in_this_process(study: Study, folder: Path, costs: dict, made: dict[str, tuple[Path, dict]]) -> dict:
     """All runs of a study with one seed, one step each of the smallest model; what a report reads.
 
-    Of runs that differ in numbers only, such as how many turns or steps, the first is made and stands for all.
+    Of runs that differ in numbers only, such as how many turns or steps, or in the model that they start from, the
+    first in any study is made and stands for all; ``made`` has them.
     """
     small = replace(study, base={**study.base, "model": {"tiny": SMALL, "vision": "trained"}})
     kinds: dict[str, str] = {}  # name of a run -> what it is, numbers left out
-    made: dict[str, tuple[Path, dict]] = {}
     for run in study.runs:
-        kinds[run.name] = kind = re.sub(r"\d+", "#", repr((run.recipe, kinds.get(run.start))))
-        if kind in made:
-            continue
-        values = recipe_of(small, run, 0, 1e-6, folder, costs=costs)
+        here = folder_of(folder, run.name, 0)
+        values = recipe_of(small, run, 0, 1e-6, folder, costs=costs) | {"output": str(folder / "run")}
         values["trainer"] |= {"max_steps": 1, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no"}
-        values["batch"] = {"size": min(values["batch"]["size"], 8)}
+        values["batch"] = {"size": 4}
         if run.start:
-            values["model"]["path"] = str(made[kinds[run.start]][0] / "run" / "model")
+            values["model"]["path"] = str(folder / "start")
         else:
             values["model"]["tiny"] = values["model"]["tiny"] | SMALL
-        here = folder_of(folder, run.name, 0)
         job = {"recipe": values, "test": filled(run.test or study.test, folder), "probes": [*study.probes]}
-        write_json(here / "job.json", job)
-        made[kind] = here, run_job(here)
+        kinds[run.name] = kind = re.sub(r"\d+", "#", json.dumps(job, sort_keys=True).replace(str(folder), ""))
+        if kind not in made:
+            values["output"] = str(here / "run")
+            if run.start:
+                values["model"]["path"] = str(made[kinds[run.start]][0] / "run" / "model")
+            write_json(here / "job.json", job)
+            made[kind] = here, run_job(here)
     runs = [{"name": run.name, "seed": 0, "result": made[kinds[run.name]][1]} for run in study.runs]
     return {"asked": {"study": study.name, "scale": 1.0, "seeds": 1}, "runs": runs, "costs": costs}
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, tuple[Path, dict]]:
+    """By what a run is: its folder and its result."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_run_of_every_study_trains_is_scored_and_reported(name, few, tmp_path):
+def test_every_run_of_every_study_trains_is_scored_and_reported(name, few, made, tmp_path):
     study = find_study(name)
     if study.needs_scenes:
         study.prepare(tmp_path / "data", 0.0001)
         for test in (tmp_path / "data").glob("test*.jsonl"):
-            test.write_text("".join(test.read_text().splitlines(keepends=True)[:6]))
+            test.write_text("".join(test.read_text().splitlines(keepends=True)[:4]))
     else:
         (tmp_path / "data").symlink_to(few)
-    found = made_in_this_process(study, tmp_path, made_up_costs(study))
+    found = made_in_this_process(study, tmp_path, made_up_costs(study), made)
     for entry in found["runs"]:
         known = entry["result"]["scores"]
         missing = [score for column in study.columns for score in column.scores if known.get(score) is None]
@@ -260,7 +268,9 @@ def test_what_equals_another_run_makes_at_least_one_step(scenes):
 
 
 @pytest.mark.slow
-def test_costs_are_taken_once_and_runs_follow_them(few, tmp_path, forked):
+def test_costs_are_taken_once_and_runs_follow_them(few, tmp_path, forked, monkeypatch):
+    monkeypatch.setattr("muco.study.run.ROUNDS", 2)
+    monkeypatch.setattr("muco.study.run.TIMED", 2)
     study, output = equal_runs(few, "seconds"), tmp_path / "out"
     found = run_study(study, output, seeds=1, first_seed=5, jobs=2)
     costs = json.loads((output / "calibration.json").read_text())

@@ -483,12 +483,15 @@ def test_warm_up_teaches_the_language(scenes, tmp_path):
 @pytest.mark.slow
 def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path):
     """All pixels equal: chance for a model that knows the kind of a question is ln(samples)."""
-    chance, held_out = math.log(6), open_data(scenes / "test.jsonl")
+    chance, held_out = math.log(4), open_data(scenes / "test.jsonl")
+    model = {"tiny": SMALL | {"max_pixels": 28 * 28}, "vision": "trained"}  # an image of one token
 
     def blind_run(name: str, **turns) -> tuple[float, dict]:
         data = {"train": [{"path": str(scenes / "train.jsonl")}], "blind": True}
         trainer = {"max_steps": 100, "save_strategy": "no", "learning_rate": 2e-3}
-        recipe = recipe_of(scenes, tmp_path / name, data=data, batch={"size": 6}, trainer=trainer, turns=turns)
+        recipe = recipe_of(
+            scenes, tmp_path / name, model=model, data=data, batch={"size": 4}, trainer=trainer, turns=turns
+        )
         folder = muco.train(recipe)
         return float(np.mean(losses(folder)[-10:])), blind_loss(muco.load(folder, device="cpu"), held_out, recipe)
 
@@ -497,7 +500,7 @@ def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path
         assert loss > 0.9 * chance and not control["leaks"]
     loss, control = blind_run("sample", mode="compounded", order="sample")
     assert loss < 0.5 * chance and control["leaks"]  # evaluation sees it on held-out samples too
-    assert control["chance"] == pytest.approx(math.log(16)) and control["loss"] < 0.6 * control["chance"]
+    assert control["chance"] == pytest.approx(math.log(16)) and control["loss"] < 0.75 * control["chance"]
 
 
 def broken_scenes(scenes: Path, folder: Path, broken: int) -> Path:
