@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess
@@ -152,6 +153,7 @@ def _become(
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)  # that of a new process
+    forkserver._forkserver.ensure_running = lambda: None  # what it forks comes from the same server, which is loaded
     first, *rest = arguments
     try:
         if first == "-m":
