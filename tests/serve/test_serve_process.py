@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import families
-import httpx
 import numpy as np
 import processes
 import pytest
@@ -198,12 +197,24 @@ def test_a_server_ends_with_its_model(folder):
     assert "muco: the model's process ended (exit code -9)" in err and "Traceback" not in err
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by ps")
+OWNER = """
+import multiprocessing, signal, sys
+from types import SimpleNamespace
+from muco.serve import process
+forks = multiprocessing.get_context("forkserver")  # as in conftest.py
+process.multiprocessing = SimpleNamespace(get_context=lambda _: forks)
+made = process.ModelProcess(sys.argv[1], "cpu", process.ImageLimits(), 4096)
+print(made._process.pid, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes there")
 def test_a_model_ends_with_its_server(folder):
-    with command(folder) as running:
-        [child] = children(running.process.pid)
-        assert httpx.get(f"{running.address}/health").status_code == 200
-        running.process.kill()
-        running.process.wait()
+    """However that ends; here it is a process that has nothing but the model."""
+    with processes.Popen([sys.executable, "-c", OWNER, folder], stdout=processes.PIPE) as owner:
+        child = int(owner.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        owner.kill()
+        owner.wait()
         until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])

@@ -170,12 +170,12 @@ def _become(
         atexit._run_exitfuncs()  # a child of multiprocessing leaves them out
 
 
-def launch(*arguments: Any, accelerate: bool = False) -> list[Popen] | list[subprocess.Popen]:
+def launch(*arguments: Any, accelerate: bool = False) -> list[Popen]:
     """Two processes on this machine that form one group; with ``accelerate`` it is its launcher that is returned."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if accelerate:
         command = [sys.executable, "-m", *ACCELERATE.split(), *arguments]
-        return [subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True)]
+        return [Popen(command, env=environment, stdout=PIPE, stderr=PIPE)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -184,10 +184,10 @@ def launch(*arguments: Any, accelerate: bool = False) -> list[Popen] | list[subp
     return [Popen(command, env=environment | group | rank, stdout=PIPE, stderr=PIPE) for rank in ranks]
 
 
-def finished(processes: list[Popen] | list[subprocess.Popen]) -> str:
+def finished(processes: list[Popen]) -> str:
     """What processes that work together print; all of them end well, and where one does not the others are killed."""
 
-    def end(process: Popen | subprocess.Popen) -> tuple[str, str]:
+    def end(process: Popen) -> tuple[str, str]:
         out, error = process.communicate(timeout=SOON)
         if process.returncode:
             for other in processes:
