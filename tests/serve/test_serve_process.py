@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,10 +12,11 @@ from typing import Any
 import families
 import numpy as np
 import processes
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import command, data_uri, picture, until
+from servers import FORKED, command, data_uri, picture, until
 
 from muco import CheckpointError
 from muco.model import load
@@ -178,31 +177,19 @@ def test_anything_comes_back(pipe, values, large):
 # ── the server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose command line says that they are started by multiprocessing for a parent."""
-    found = subprocess.run(
-        ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True
-    ).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by ps")
-def test_a_server_ends_with_its_model(folder):
-    with command(folder) as running:
-        [child] = children(running.process.pid)
-        os.kill(child, signal.SIGKILL)
+def test_a_server_ends_with_its_model(folder, process):
+    server = psutil.Process(process._process.pid).parent()  # that forks
+    before = server.children()
+    with command(folder, forked=True) as running:
+        [child] = {*server.children()} - {*before, psutil.Process(running.process.pid)}
+        child.kill()
         out, err = running.process.communicate(timeout=300)
     assert running.process.returncode == 1 and not out
     assert "muco: the model's process ended (exit code -9)" in err and "Traceback" not in err
 
 
-OWNER = """
-import multiprocessing, signal, sys
-from types import SimpleNamespace
-from muco.serve import process
-forks = multiprocessing.get_context("forkserver")  # as in conftest.py
-process.multiprocessing = SimpleNamespace(get_context=lambda _: forks)
+OWNER = f"""{FORKED}
+import signal
 made = process.ModelProcess(sys.argv[1], "cpu", process.ImageLimits(), 4096)
 print(made._process.pid, flush=True)
 signal.pause()
