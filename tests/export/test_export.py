@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -167,13 +166,22 @@ def test_dora_is_not_for_vllm_unmerged(tmp_path):
         _check_separable("run", model, "vllm")
 
 
+PUSH = """
+import importlib, sys
+import huggingface_hub.constants
+importlib.reload(huggingface_hub.constants)  # the hub in the environment, which is read when this is imported
+from muco.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_what_is_pushed_is_the_folder(saved, tmp_path):
-    line = [sys.executable, "-m", "muco", "export", saved["qwen2_vl"], "--output", str(tmp_path / "out"), "--json"]
+    line = [sys.executable, "-c", PUSH, "export", saved["qwen2_vl"], "--output", str(tmp_path / "out"), "--json"]
     with HubServer() as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": "0"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run([*line, "--push", "me/rings"], capture_output=True, text=True, env=environment)
+        done = processes.run([*line, "--push", "me/rings"], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["url"] == f"{hub.url}/me/rings/commit/1"
         assert hub.private == {"me/rings": True} and "Bearer hf_mine" in hub.tokens

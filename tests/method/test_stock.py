@@ -120,24 +120,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "inputs": {name: list(parts.values()) for name, parts in values.items()},
     }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    processes = {mode: start(mode, folder) for mode in ("stock", "muco")}
+    command = [PYTHON, "-I", ROOT / "tests" / "support" / "stock_environment.py", folder / "job.json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
     here = {name: named(values[name], encode(models[name], values[name])) for name in MODELS}
     vectors, facts = {}, {}
-    for mode, process in processes.items():
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output[-4000:]
+    for mode in ("stock", "muco"):
         facts[mode] = json.loads((folder / f"{mode}.json").read_text(encoding="utf-8"))
         with np.load(folder / f"{mode}.npz") as arrays:
             vectors[mode] = {key: named(values[key.split("/")[0]], arrays[key]) for key in arrays}
     return Runs(models, here, vectors["stock"], vectors["muco"], facts, folder)
-
-
-def start(mode: str, folder: Path) -> subprocess.Popen[str]:
-    command = [PYTHON, "-I", ROOT / "tests" / "support" / "stock_environment.py", mode, folder / "job.json"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
-    )
 
 
 def encode(model: Model, values: dict[str, Any]) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import site_server
 from hypothesis import given, settings
@@ -844,6 +845,10 @@ def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(process):
     running = process
     with ThreadPoolExecutor(16) as pool:
         assert running.facts == {"address": running.address, "model": "mine", "dimension": 64}
+        started = [word for one in psutil.Process(running.process.pid).children() for word in one.cmdline()]
+        assert any("spawn_main" in word for word in started), (
+            "a model that is forked from a server with threads may hang"
+        )
         assert httpx.get(f"{running.address}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer secret"}
         with httpx.Client(base_url=running.address, timeout=SOON, headers=headers) as client:

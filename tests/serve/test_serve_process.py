@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import families
-import httpx
 import numpy as np
 import processes
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import command, data_uri, picture, until
+from servers import FORKED, command, data_uri, picture, until
 
 from muco import CheckpointError
 from muco.model import load
@@ -179,31 +177,31 @@ def test_anything_comes_back(pipe, values, large):
 # ── the server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose command line says that they are started by multiprocessing for a parent."""
-    found = subprocess.run(
-        ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True
-    ).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by ps")
-def test_a_server_ends_with_its_model(folder):
-    with command(folder) as running:
-        [child] = children(running.process.pid)
-        os.kill(child, signal.SIGKILL)
+def test_a_server_ends_with_its_model(folder, process):
+    server = psutil.Process(process._process.pid).parent()  # that forks
+    before = server.children()
+    with command(folder, forked=True) as running:
+        [child] = {*server.children()} - {*before, psutil.Process(running.process.pid)}
+        child.kill()
         out, err = running.process.communicate(timeout=300)
     assert running.process.returncode == 1 and not out
     assert "muco: the model's process ended (exit code -9)" in err and "Traceback" not in err
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by ps")
+OWNER = f"""{FORKED}
+import signal
+made = process.ModelProcess(sys.argv[1], "cpu", process.ImageLimits(), 4096)
+print(made._process.pid, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes there")
 def test_a_model_ends_with_its_server(folder):
-    with command(folder) as running:
-        [child] = children(running.process.pid)
-        assert httpx.get(f"{running.address}/health").status_code == 200
-        running.process.kill()
-        running.process.wait()
+    """However that ends; here it is a process that has nothing but the model."""
+    with processes.Popen([sys.executable, "-c", OWNER, folder], stdout=processes.PIPE) as owner:
+        child = int(owner.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        owner.kill()
+        owner.wait()
         until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])

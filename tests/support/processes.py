@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess
@@ -152,6 +153,7 @@ def _become(
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)  # that of a new process
+    forkserver._forkserver.ensure_running = lambda: None  # what it forks comes from the same server, which is loaded
     first, *rest = arguments
     try:
         if first == "-m":
@@ -168,12 +170,12 @@ def _become(
         atexit._run_exitfuncs()  # a child of multiprocessing leaves them out
 
 
-def launch(*arguments: Any, accelerate: bool = False) -> list[Popen] | list[subprocess.Popen]:
+def launch(*arguments: Any, accelerate: bool = False) -> list[Popen]:
     """Two processes on this machine that form one group; with ``accelerate`` it is its launcher that is returned."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if accelerate:
         command = [sys.executable, "-m", *ACCELERATE.split(), *arguments]
-        return [subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True)]
+        return [Popen(command, env=environment, stdout=PIPE, stderr=PIPE)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -182,10 +184,10 @@ def launch(*arguments: Any, accelerate: bool = False) -> list[Popen] | list[subp
     return [Popen(command, env=environment | group | rank, stdout=PIPE, stderr=PIPE) for rank in ranks]
 
 
-def finished(processes: list[Popen] | list[subprocess.Popen]) -> str:
+def finished(processes: list[Popen]) -> str:
     """What processes that work together print; all of them end well, and where one does not the others are killed."""
 
-    def end(process: Popen | subprocess.Popen) -> tuple[str, str]:
+    def end(process: Popen) -> tuple[str, str]:
         out, error = process.communicate(timeout=SOON)
         if process.returncode:
             for other in processes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
+import processes
 import pytest
 
 MAIN = (
@@ -20,6 +20,6 @@ def on_ray(arguments: Sequence[str]) -> str:
     pytest.importorskip("ray", reason="the package ray is not installed")
     line = [sys.executable, "-c", MAIN, *arguments, "--ray", "auto"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
+    done = processes.run(line, capture_output=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

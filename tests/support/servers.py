@@ -42,6 +42,17 @@ def serving(served: Served) -> Iterator[httpx.Client]:
             thread.join()
 
 
+# begins a script whose model processes are forked, as those of conftest.py in serve are
+FORKED = """
+import multiprocessing, sys
+from types import SimpleNamespace
+from muco.cli import main
+from muco.serve import process
+forks = multiprocessing.get_context("forkserver")
+process.multiprocessing = SimpleNamespace(get_context=lambda _: forks)
+"""
+
+
 @dataclass
 class Running:
     address: str
@@ -50,11 +61,12 @@ class Running:
 
 
 @contextmanager
-def command(model: Path, *options: str, token: str | None = None) -> Iterator[Running]:
-    """``muco serve`` as a process; it is stopped with SIGTERM if it still runs."""
+def command(model: Path, *options: str, token: str | None = None, forked: bool = False) -> Iterator[Running]:
+    """``muco serve`` as a process, with a ``forked`` model or a started one; SIGTERM stops it if it still runs."""
     environment = {k: v for k, v in os.environ.items() if k != TOKEN} | {"OMP_NUM_THREADS": "1"}
     environment |= {TOKEN: token} if token else {}
-    line = [sys.executable, "-m", "muco", "serve", "--model", str(model), "--port", "0", *options]
+    muco = ["-c", f"{FORKED}sys.exit(main())"] if forked else ["-m", "muco"]
+    line = [sys.executable, *muco, "serve", "--model", str(model), "--port", "0", *options]
     process = Popen(line, stdout=PIPE, stderr=PIPE, env=environment)
     try:
         facts = process.stdout.readline()

@@ -1,10 +1,9 @@
 """Runs in an environment with torchvision (make_stock_environment.sh): encodes the inputs of a job with its models.
 
-    .venv-stock/bin/python -I tests/support/stock_environment.py stock JOB.json
-    .venv-stock/bin/python -I tests/support/stock_environment.py muco  JOB.json
+    .venv-stock/bin/python -I tests/support/stock_environment.py JOB.json
 
-``stock`` loads each folder with the sentence-transformers library alone and fails if muco can be imported; ``muco``
-loads it with the muco of the job's ``root``. A job is ``{"root": folder, "output": folder, "models": {name: folder},
+First it loads each folder with the sentence-transformers library alone ("stock"), where muco cannot be imported; then
+with the muco of the job's ``root`` ("muco"). A job is ``{"root": folder, "output": folder, "models": {name: folder},
 "inputs": {name: [{"text": str, "image": file or files}, …]}}``, each input with one key or both, in either order.
 Into ``output`` go ``MODE.npz`` (vectors by model), ``MODE.json`` (what ran) and ``saved/NAME`` (the model as the stock
 library saves it again).
@@ -95,21 +94,22 @@ def _bases(value: object) -> list[str]:
     return [base.__name__ for base in type(value).__mro__]
 
 
-def main(mode: str, file: str) -> None:
+def main(file: str) -> None:
     schemas = fit_torchvision()
     import torchvision
 
     job = json.loads(Path(file).read_text(encoding="utf-8"))
-    importable = find_spec("muco") is not None
-    vectors, facts = {"stock": run_stock, "muco": run_muco}[mode](job)
-    ran = {
-        "torchvision": torchvision.__version__,
-        "compiled_half": schemas is None,
-        "muco_importable": importable,
-        "models": facts,
-    }
-    np.savez(Path(job["output"]) / f"{mode}.npz", **vectors)
-    (Path(job["output"]) / f"{mode}.json").write_text(json.dumps(ran, indent=1), encoding="utf-8")
+    for mode, run in {"stock": run_stock, "muco": run_muco}.items():
+        importable = find_spec("muco") is not None
+        vectors, facts = run(job)
+        ran = {
+            "torchvision": torchvision.__version__,
+            "compiled_half": schemas is None,
+            "muco_importable": importable,
+            "models": facts,
+        }
+        np.savez(Path(job["output"]) / f"{mode}.npz", **vectors)
+        (Path(job["output"]) / f"{mode}.json").write_text(json.dumps(ran, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
