@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from turns import IMAGE, SIZES, Bench, Settings, heading, say, write
 
-from muco.training.flops import meta_step_flops, qwen2_vl_config
+from muco.training.flops import meta_step_flops
+from muco.training.published import qwen2_vl_config
 
 QUESTIONS = (1, 4, 16, 64)
 TOKENS = 30  # of a question, its share of the prompt included

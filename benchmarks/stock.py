@@ -80,7 +80,9 @@ def features_of(dialogues: Sequence[Dialogue], processor: Processor) -> dict[str
     """Single-turn dialogues as the stock module's ``preprocess`` would give them."""
     batch = collate(dialogues, processor)
     features: dict[str, Tensor] = {key: batch[key] for key in INPUTS if key in batch}
-    features["mm_token_type_ids"] = (batch["input_ids"] == processor.image_id).long()
+    for name in processor.family.inputs if "images" in batch else ():
+        features[name] = torch.cat([image[name] for image in batch["images"]])
+    features["mm_token_type_ids"] = (batch["input_ids"] == processor.family.image_id).long()
     if "image_rows" in batch:
         features["num_images_per_sample"] = torch.bincount(batch["image_rows"], minlength=len(dialogues))
     return features

@@ -90,9 +90,10 @@ class Bench:
         self.backbone, visual = backbone, backbone.visual
         if settings.lora:
             adapter = Adapter(rank=settings.lora, alpha=settings.lora)
-            backbone = add_adapters(backbone, adapter, [self.processor.emb_id])
+            backbone = add_adapters(backbone, adapter, [self.processor.read_id])
         visual.requires_grad_(settings.train_vision)
         self.model = from_backbone(backbone, self.processor, device=settings.device).train()
+        _ = self.model.encoder.form  # learnt before anything is counted
         self.checkpointing = False
         self.loss = MultiTurnLoss(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
@@ -179,7 +180,7 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
         flops = bench.count(batch)
         cell |= {"pairs": len(batch["ids"]), "flops": asdict(flops) | {"total": flops.total}}
         cell["tokens"] = {side: batch[side]["input_ids"].shape[1] for side in ("query", "target")}
-        cell["tokens"]["visual"] = int(batch["query"]["image_patches"][0]) // 4  # of them in a query row
+        cell["tokens"]["visual"] = int(batch["query"]["image_tokens"][0])  # of them in a query row
         cell |= {"seconds": [], "collate_seconds": []}
     for number in range(settings.rounds):
         for cell, batch in zip(cells, batches, strict=True):

@@ -12,22 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from muco.errors import CheckpointError
+from muco.layout import rotary_positions
 from muco.processor import Processor, first_line, load_processor
 from muco.sizes import Adapter
-from muco.template import QWEN_MODEL_TYPES
+from muco.stock import small_picture
+from muco.vision import base_model, vision_modules, vision_parameters
 
-VISION_NAMES = ("visual", "vision_tower", "vision_model")  # how families name the frozen part
-CONNECTOR_NAMES = ("connector", "multi_modal_projector", "merger")  # no adapters here either
+logger = logging.getLogger(__name__)
 FLEX = "muco_flex"  # the name under which FlexAttention is registered
 
 
@@ -64,8 +71,10 @@ def load_backbone(
             )
     except CheckpointError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        missing = "" if Path(source).exists() else "no such folder, and from the hub: "
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        missing = (
+            "" if isinstance(error, ImportError) or Path(source).exists() else "no such folder, and from the hub: "
+        )
         raise CheckpointError(f"cannot load a model from {source!r}: {missing}{first_line(error)}") from error
     _check_loaded(source, info)
     processor, added = load_processor(source, config, local_files_only=local_files_only)
@@ -77,6 +86,7 @@ def load_backbone(
             model.resize_token_embeddings(tokens, mean_resizing=False)
     elif tokens > rows:
         raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
+    _check_positions(source, model, processor)
     return model.eval(), processor
 
 
@@ -98,8 +108,20 @@ def _check_config(source: str, config: Any) -> None:
         raise CheckpointError(
             f"{source!r} is a {kind} model; MuCo needs one that reads images and text (image-text-to-text)"
         )
-    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if "mrope_section" in rotary and kind not in QWEN_MODEL_TYPES:
+
+
+def _check_positions(source: str, model: nn.Module, processor: Processor) -> None:
+    """Refuses a model whose multimodal rotary positions are not ours, by text around an image."""
+    if not processor.family.rotary:
+        return
+    image = processor.encode_image(small_picture())
+    text = [processor.read_id] * 3
+    ids = torch.tensor([[*text, *image.ids, *text]])
+    kinds = (ids == processor.family.image_id).long()
+    grid = None if image.grid is None else torch.tensor([image.grid])
+    own, _ = model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, image_grid_thw=grid)
+    if grid is None or not np.array_equal(own[:, 0].numpy(), rotary_positions([len(text), image, len(text)])):
+        kind = model.config.model_type
         raise CheckpointError(f"{source!r} is a {kind} model, whose multimodal rotary positions MuCo does not know")
 
 
@@ -122,31 +144,44 @@ def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
         return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation="sdpa").model
 
 
-def freeze_vision(model: nn.Module) -> int:
-    """Freezes the vision tower and returns its number of parameters; a CheckpointError if no tower has a known name."""
-    towers = vision_towers(model)
-    if not towers:
-        raise CheckpointError(f"{type(model).__name__} has no vision tower named {', '.join(VISION_NAMES)}")
-    return sum(parameter.numel() for parameter in towers[0].requires_grad_(False).parameters())
+def freeze_vision(model: nn.Module, *, vision: bool = True, connector: bool = True) -> None:
+    """Freezes the vision tower, the connector, or both (all that is beside the language model).
 
-
-def vision_towers(model: nn.Module) -> list[nn.Module]:
-    """Modules with a name of a vision tower, the outermost first."""
-    return [module for name, module in model.named_modules() if name.split(".")[-1] in VISION_NAMES]
-
-
-def reads_all_before(model: nn.Module, tokens: int) -> bool:
-    """Whether every layer of the language model attends to all earlier tokens of a sequence this long, and no others.
-
-    Only then a mask of our own may take the place of the layers' masks: it would override a window, and a recurrent
-    state knows no mask.
+    Raises:
+        CheckpointError: If one of the two is to be trained alone, and the model has no part that can be told as its
+            connector.
     """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    return attends and causal and all(tokens <= window for window in windows)
+    bridges = {id(p) for module in connectors(model).values() for p in module.parameters()}
+    if vision != connector and not bridges:
+        raise CheckpointError(f"{type(model).__name__} has no connector apart from its vision tower")
+    for parameter in vision_parameters(model):
+        if connector if id(parameter) in bridges else vision:
+            parameter.requires_grad_(False)
+
+
+def connectors(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts that turn what the vision tower sees into vectors as wide as the language model's, by name.
+
+    They are beside the tower, or inside it, behind its layers.
+    """
+    width = base_model(model).get_decoder().config.hidden_size
+    found: dict[str, nn.Module] = {}
+    for name, module in vision_modules(model).items():
+        if not isinstance(module, PreTrainedModel):
+            found[name] = module
+            continue
+        children = list(module.named_children())
+        lists = (number for number, (_, child) in enumerate(children) if isinstance(child, nn.ModuleList))
+        layers = next(lists, len(children))
+        for own, child in children[layers + 1 :]:
+            if any(_width(part) == width for part in child.modules()):
+                found[f"{name}.{own}"] = child
+    return found
+
+
+def _width(module: nn.Module) -> int | None:
+    """The length of the vectors that a linear layer or a convolution makes."""
+    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
 
 
 def use_flex_attention(model: nn.Module) -> None:
@@ -159,8 +194,10 @@ def use_flex_attention(model: nn.Module) -> None:
     model.set_attn_implementation({"text_config": FLEX})
 
 
-def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -> nn.Module:
-    """Wraps a model with adapters; everything else is frozen but the embeddings of ``token_ids``.
+def add_adapters(
+    model: nn.Module, adapter: Adapter, token_ids: Sequence[int], beside: Sequence[nn.Parameter] = ()
+) -> nn.Module:
+    """Wraps a model with adapters; everything else is frozen but the embeddings of ``token_ids`` and ``beside``.
 
     Returns:
         The PEFT model, called like the model itself; ``merge_adapters`` undoes the wrapping.
@@ -179,7 +216,20 @@ def add_adapters(model: nn.Module, adapter: Adapter, token_ids: Sequence[int]) -
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for parameter in beside:
+        parameter.requires_grad_(True)
+    if unreached := _stacked(model):
+        shown = ", ".join(unreached[:2]) + (" and more" if len(unreached) > 2 else "")
+        logger.warning("adapters do not reach the experts of this model, which are not linear layers: %s", shown)
+    return adapted
+
+
+def _stacked(model: nn.Module) -> list[str]:
+    """Weights of the language model in which several matrices are stacked: the experts of a mixture."""
+    own = model.get_decoder().named_modules()
+    modules = [(name, module) for name, module in own if not isinstance(module, nn.modules.conv._ConvNd)]
+    return [f"{name}.{key}" for name, m in modules for key, p in m.named_parameters(recurse=False) if p.ndim == 3]
 
 
 def hold_trained_in_float32(model: nn.Module) -> None:
@@ -221,10 +271,6 @@ def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
 
 
 def language_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers of the language model: neither vision tower nor connector."""
-    other = {*VISION_NAMES, *CONNECTOR_NAMES}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not other & set(name.split("."))
-    ]
+    """Names of the linear layers of the language model."""
+    own = {*model.get_decoder().modules()}
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in own]

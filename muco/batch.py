@@ -1,17 +1,17 @@
 """Rows of tokens -> one batch of tensors that can be cut, joined and moved.
 
-Letters: B rows (one per dialogue) · L tokens · T turns of all rows · I images · P patches (or tiles) of all images.
+Letters: B rows (one per dialogue) · L tokens · T turns of all rows · I images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -29,18 +29,16 @@ class DialogueBatch(TypedDict):
     branch_ids: NotRequired[Int[Tensor, "B L"]]  # 0 trunk, j the branch of turn j; absent if every row is linear
     turn_rows: Int[Tensor, " T"]  # which row a turn belongs to
     turn_columns: Int[Tensor, " T"]  # where its <|emb|> is
-    pixel_values: NotRequired[Float[Tensor, "P ..."]]
-    pixel_attention_mask: NotRequired[Tensor]  # [P, height, width], families with padded tiles
-    image_grid_thw: NotRequired[Int[Tensor, "I 3"]]
+    images: NotRequired[list[dict[str, Tensor]]]  # I of them, each what EncodedImage.tensors has
     image_rows: NotRequired[Int[Tensor, " I"]]  # which row an image belongs to
-    image_patches: NotRequired[Int[Tensor, " I"]]  # how many of the P it owns
-    image_features: NotRequired[list[tuple[Tensor, ...]]]  # I of them, in place of patches: Encoder.image_features
+    image_tokens: NotRequired[Int[Tensor, " I"]]  # its number of visual tokens
+    image_features: NotRequired[list[tuple[Tensor, ...]]]  # I of them, in place of images: Encoder.image_features
     cut_turns: NotRequired[Int[Tensor, " C"]]  # turns whose text was cut; only :func:`collate` knows them
 
 
-Axis = Literal["row", "turn", "image", "patch"]
-# What the entries of each tensor belong to. Those of rows are on its second-last dimension and padded to L; those of
-# all others on the first. Patches are padded to the largest.
+Axis = Literal["row", "turn", "image"]
+# What the entries of each value belong to. Those of rows are on the second-last dimension of a tensor and padded to L;
+# those of all others on the first, or in a list.
 OWNERS: dict[str, Axis] = {
     "input_ids": "row",
     "attention_mask": "row",
@@ -48,14 +46,11 @@ OWNERS: dict[str, Axis] = {
     "branch_ids": "row",
     "turn_rows": "turn",
     "turn_columns": "turn",
+    "images": "image",
     "image_rows": "image",
-    "image_patches": "image",
-    "image_grid_thw": "image",
+    "image_tokens": "image",
     "image_features": "image",
-    "pixel_values": "patch",
-    "pixel_attention_mask": "patch",
 }
-PATCH_KEYS = tuple(key for key, axis in OWNERS.items() if axis == "patch")
 
 
 def collate(
@@ -96,7 +91,9 @@ def stack(rows: Sequence[Row], processor: Processor, *, padding_side: str = "rig
     batch: DialogueBatch = {
         "input_ids": padded(lambda row: row.ids, processor.pad_id),
         "attention_mask": padded(lambda row: 1, 0),
-        "position_ids": padded(lambda row: np.concatenate(row.positions, axis=1), 0, 3 if processor.rotary_3d else 1),
+        "position_ids": padded(
+            lambda row: np.concatenate(row.positions, axis=1), 0, 3 if processor.family.rotary else 1
+        ),
         "turn_rows": torch.tensor([b for b, row in enumerate(rows) for _ in row.turns]),
         "turn_columns": torch.tensor([starts[b] + column for b, row in enumerate(rows) for column in row.turns]),
     }
@@ -105,23 +102,29 @@ def stack(rows: Sequence[Row], processor: Processor, *, padding_side: str = "rig
     if any(row.cut for row in rows):
         first = np.cumsum([0, *(len(row.turns) for row in rows)]).tolist()
         batch["cut_turns"] = torch.tensor([first[b] + turn for b, row in enumerate(rows) for turn in row.cut])
-    return batch | _image_tensors(rows)
+    return batch | _images_of_rows(rows)
 
 
-def _image_tensors(rows: Sequence[Row]) -> dict[str, Tensor]:
+def _images_of_rows(rows: Sequence[Row]) -> dict[str, Any]:
     images = [(b, image) for b, row in enumerate(rows) for image in row.images]
     if not images:
         return {}
-    tensors = {
-        key: _below_one_another([image.patches[key] for _, image in images])
-        for key in PATCH_KEYS
-        if key in images[0][1].patches
+    return {
+        "images": _in_one_storage([image.tensors for _, image in images]),
+        "image_rows": torch.tensor([b for b, _ in images]),
+        "image_tokens": torch.tensor([image.tokens for _, image in images]),
     }
-    tensors["image_rows"] = torch.tensor([b for b, _ in images])
-    tensors["image_patches"] = torch.tensor([len(image.patches["pixel_values"]) for _, image in images])
-    if images[0][1].grid is not None:
-        tensors["image_grid_thw"] = torch.tensor([image.grid for _, image in images])
-    return tensors
+
+
+def _in_one_storage(images: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same tensors as parts of one per name: a process hands tensors over by a file for each storage."""
+    own: list[dict[str, Tensor]] = [{} for _ in images]
+    for name in images[0]:
+        tensors = [image[name] for image in images]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        for image, tensor, part in zip(own, tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            image[name] = part.view(tensor.shape)
+    return own
 
 
 def _below_one_another(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -236,9 +239,7 @@ def cut(batch: DialogueBatch, spans: Sequence[Span]) -> DialogueBatch:
 
 def images_of(batch: DialogueBatch, images: Tensor) -> dict[str, Any]:
     """What a batch knows about the images with these numbers (int64), in this order."""
-    ends = batch["image_patches"].cumsum(0).tolist()
-    own = [torch.arange(ends[i] - int(batch["image_patches"][i]), ends[i]) for i in images.tolist()]
-    return _select(batch, "image", images) | _select(batch, "patch", torch.cat(own))
+    return _select(batch, "image", images)
 
 
 def _select(batch: DialogueBatch, owner: Axis, numbers: Tensor) -> dict[str, Any]:
@@ -266,19 +267,19 @@ def join(batches: Sequence[DialogueBatch]) -> DialogueBatch:
         if axis == "row":  # padded with 0: the attention mask hides it, and an embedding matrix has a row 0
             tables = [batch.get(key, torch.zeros_like(batch["input_ids"])) for batch in moved]
             joined[key] = _below_one_another(tables, dim=-2)
-        elif key == "image_features":
-            joined[key] = [features for batch in moved for features in batch.get(key, ())]
+        elif key in ("images", "image_features"):
+            joined[key] = [image for batch in moved for image in batch.get(key, ())]
         else:
             joined[key] = _below_one_another([batch[key] for batch in moved if key in batch])
     return joined
 
 
-def to(batch: Mapping[str, Any], device: torch.device | str) -> Any:
-    """The batch on a device; whatever is not a tensor, or made of tensors, stays as it is."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(moved(item) for item in value)
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-    return {key: moved(value) for key, value in batch.items()}
+def to(value: Any, device: torch.device | str) -> Any:
+    """A batch, or part of one, on a device; whatever is not a tensor, or made of tensors, stays as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: to(item, device) for key, item in value.items()}
+    return value

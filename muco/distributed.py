@@ -177,17 +177,17 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn.Module] = ()) -> None:
+def shard(model: nn.Module, layers: Iterable[nn.Module], replicated: Iterable[nn.Parameter] = ()) -> None:
     """Spreads weights, gradients and optimizer state over all processes (FSDP2), in place.
 
     Args:
         layers: Modules that are gathered one at a time; what is outside of them is gathered for the whole pass.
-        replicated: Modules whose weights every process keeps whole; they must not be trained.
+        replicated: Weights that every process keeps whole.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     mesh = init_device_mesh(device.type, (world_size(),))
     _meshes.append(mesh)
-    ignored = {parameter for module in replicated for parameter in module.parameters()}
+    ignored = {*replicated}
     for module in (*layers, model):
         # the outermost too: left whole after an evaluation, its weights would not be those that the optimizer knows
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.modules.input_module import InputModule
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from muco.backbone import CONNECTOR_NAMES, FLEX, VISION_NAMES, merge_adapters, reads_all_before
-from muco.batch import PATCH_KEYS, DialogueBatch, collate
+from muco.backbone import FLEX, merge_adapters
+from muco.batch import DialogueBatch, collate, to
+from muco.branches import ARGUMENT, Branches, let_states_branch
 from muco.dialogue import Content, Dialogue, as_content, single_turn
 from muco.errors import DataError, MucoError
-from muco.processor import Processor, write_config
+from muco.masks import masks_of
+from muco.processor import Processor
+from muco.reading import Reading, seen_reading, stated_reading
+from muco.stock import small_picture, write_json
+from muco.vision import Features, Form, features_of, see, vision_modules, vision_parameters
 
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 STOCK_TRANSFORMER = {  # what the stock library may be given, and the output it hands to the pooling
@@ -45,17 +49,25 @@ class Encoder(InputModule):
         self.model = model
         self.muco_processor = processor
         self.padding_side = padding_side
+        self.reading = self._read()
+        let_states_branch(model)
         self._cut_to: int | None = None
         self.cut = 0  # texts that were cut and that nobody was told of
+
+    def _read(self) -> Reading:
+        if self.model.device.type == "meta":
+            return stated_reading(self.model, prefix=self.muco_processor.family.prefix)
+        family = self.muco_processor.family
+        return seen_reading(self.model, family.image_id, family.token_types)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     @property
-    def processor(self) -> ProcessorMixin | PreTrainedTokenizerBase:
-        """The family's own processor, else the tokenizer, for the library; ``muco_processor`` prepares inputs."""
-        return self.muco_processor.stock or self.muco_processor.tokenizer
+    def processor(self) -> ProcessorMixin:
+        """The family's own processor, for the library; ``muco_processor`` prepares inputs."""
+        return self.muco_processor.stock
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -113,37 +125,50 @@ class Encoder(InputModule):
 
     @property
     def vision_is_frozen(self) -> bool:
-        """True if vision tower and connector are frozen."""
-        parts = {*VISION_NAMES, *CONNECTOR_NAMES}
-        return not any(p.requires_grad and parts & set(name.split(".")) for name, p in self.model.named_parameters())
+        """True if everything beside the language model is frozen."""
+        return not any(parameter.requires_grad for parameter in vision_parameters(self.model))
 
-    def image_features(self, batch: DialogueBatch) -> list[tuple[Tensor, ...]]:
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        for module in vision_modules(self.model).values():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()  # else the statistics of a frozen tower would follow the batches
+        return self
+
+    def image_features(self, batch: DialogueBatch) -> list[Features]:
         """What the language model reads of each image: its visual tokens [tokens, dim], and further maps where a family
-        has them (deepstack). As ``image_features`` of a batch they replace ``pixel_values``.
+        has them (deepstack). As ``image_features`` of a batch they replace ``images``.
         """
-        output = self.model.get_image_features(**_pixels(batch, self.muco_processor), return_dict=True)
-        pooled = output.pooler_output  # a tensor, or some, of all images' tokens one after another
-        pooled = pooled if isinstance(pooled, Tensor) else torch.cat([*pooled])
-        maps = [m.flatten(0, -2) for m in (pooled, *(getattr(output, "deepstack_features", None) or ()))]
-        patches = batch["image_patches"]
-        lengths = (patches * len(maps[0]) // patches.sum()).tolist()
-        return list(zip(*(tokens.split(lengths) for tokens in maps), strict=True))
+        tokens, joins = batch["image_tokens"].tolist(), self.muco_processor.family.inputs
+        return see(self.model, self.form, batch["images"], tokens, joins)
+
+    @cached_property
+    def form(self) -> Form:
+        """Of the output of ``get_image_features``; learnt from two copies of a small image when images first pass."""
+        image, joins = self.muco_processor.encode_image(small_picture()), self.muco_processor.family.inputs
+        with torch.no_grad():
+            return Form(features_of(self.model, to([image.tensors] * 2, self.device), joins), image.tokens)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        tokens = features["input_ids"].shape[1]
-        if "branch_ids" in features and not reads_all_before(self.model, tokens):
-            raise MucoError(
-                f"isolated turns, {tokens} tokens in a row: this model has layers that do not attend to all earlier "
-                "tokens, and the mask of isolated turns would override them; train with turns.mode: compounded"
-            )
+        if "branch_ids" in features and self.reading.why_not_isolated:
+            raise MucoError(f"isolated turns: {self.reading.why_not_isolated}; {self._instead}")
+        if self.reading.looks_ahead and len(features["turn_rows"]) > len(features["input_ids"]):
+            raise MucoError(f"several turns in a row: {self.reading.why_not_isolated}; {self._instead}")
         device = self.model.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         else:  # a frozen vision tower may have another
             dtype = next(self.model.get_input_embeddings().parameters()).dtype
-        inputs = model_inputs(features, self.muco_processor, dtype, flex=self.uses_flex_attention)
+        inputs = model_inputs(features, self.muco_processor, self.reading, dtype, flex=self.uses_flex_attention)
+        if "image_tokens" in features:
+            seen = features.get("image_features") or self.image_features(features)
+            inputs["mm_encoder_outputs"] = {"image": self.form.together(seen)}
         features["token_embeddings"] = self.model(**inputs).last_hidden_state
         return features
+
+    @property
+    def _instead(self) -> str:
+        return "train with turns.limit: 1" if self.reading.looks_ahead else "train with turns.mode: compounded"
 
     def get_embedding_dimension(self) -> int:
         return self.model.config.get_text_config().hidden_size
@@ -155,89 +180,40 @@ class Encoder(InputModule):
             model = merge_adapters(copy.deepcopy(model))
         model.save_pretrained(folder)
         self.muco_processor.save(folder)
-        write_config(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
-
-
-def tree_mask(batch: DialogueBatch) -> Tensor | None:
-    """Who may attend to whom, bool [B, 1, L, L], or None where the usual causal mask says it all.
-
-    No token attends to padding but each padding token to itself, so that no row of the softmax is empty.
-    """
-    if "branch_ids" not in batch:
-        return None
-    rows, tokens = (torch.arange(size, device=batch["branch_ids"].device) for size in batch["branch_ids"].shape)
-    return _tree_rule(batch)(rows[:, None, None, None], None, tokens[:, None], tokens)
-
-
-def _tree_rule(batch: DialogueBatch) -> Callable[..., Tensor]:
-    """Of (row, head, query, key), index tensors that broadcast: whether the query may attend to the key."""
-    branches, real = batch["branch_ids"], batch["attention_mask"].bool()
-
-    def allowed(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        own_or_trunk = (branches[row, query] == branches[row, key]) | (branches[row, key] == 0)
-        return ((query >= key) & own_or_trunk & real[row, key]) | (query == key)
-
-    return allowed
-
-
-def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask [B, 1, L, L] as a bias of attention scores: 0 where it is True, else minus infinity.
-
-    All layers share it; of a boolean mask torch would make and keep one per layer. Rows begin at multiples of 16
-    elements, because kernels would otherwise copy the bias.
-    """
-    *outer, length = mask.shape
-    bias = torch.zeros(*outer, -(-length // 16) * 16, dtype=dtype, device=mask.device)[..., :length]
-    return bias.masked_fill_(~mask, float("-inf"))
-
-
-def tree_block_mask(batch: DialogueBatch) -> BlockMask | None:
-    """:func:`tree_mask` for FlexAttention, which skips blocks in which nothing is allowed; for all heads and layers."""
-    if "branch_ids" not in batch:
-        return None
-    rows, length = batch["branch_ids"].shape
-    return create_block_mask(_tree_rule(batch), rows, None, length, length, device=batch["branch_ids"].device)
+        write_json(folder / "sentence_bert_config.json", STOCK_TRANSFORMER)
 
 
 def model_inputs(
-    batch: DialogueBatch, processor: Processor, dtype: torch.dtype, *, flex: bool = False
+    batch: DialogueBatch, processor: Processor, reading: Reading, dtype: torch.dtype, *, flex: bool = False
 ) -> dict[str, Any]:
-    """The arguments of the backbone's forward for a batch.
+    """The arguments of the backbone's forward for a batch, but those of its images.
 
     Args:
-        batch: A pass that continues another one also has its ``past_key_values``, and by ``attention_allowed``, bool
-            [B, 1, L, kept + L], says which tokens read which (see :mod:`muco.turns`).
+        batch: A pass that continues another one also has its ``past_key_values`` and ``kept_tokens``, and where layers
+            keep states ``kept_states`` and ``kept_rows`` (see :mod:`muco.turns`).
         dtype: In which attention is computed.
         flex: For a language model with FlexAttention.
     """
-    mask: Any = batch.get("attention_allowed")
-    if mask is None:
-        mask = tree_block_mask(batch) if flex else tree_mask(batch)
-    if isinstance(mask, Tensor):
-        mask = attention_bias(mask, dtype)
+    family, ids = processor.family, batch["input_ids"]
+    masks, real = masks_of(batch, reading, family.image_id, dtype, flex=flex), batch["attention_mask"]
     inputs: dict[str, Any] = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"] if mask is None else mask,
-        "position_ids": batch["position_ids"] if processor.rotary_3d else batch["position_ids"][0],
+        "input_ids": ids,
+        "attention_mask": real,
+        "position_ids": batch["position_ids"] if family.rotary else batch["position_ids"][0],
         "use_cache": "past_key_values" in batch,
         "past_key_values": batch.get("past_key_values"),
         "return_dict": True,
     }
-    if "image_features" in batch:
-        # in the form in which a backbone's own vision tower returns them
-        pooled, *further = zip(*batch["image_features"], strict=True)
-        seen = SimpleNamespace(pooler_output=pooled, deepstack_features=[torch.cat(level) for level in further])
-        return inputs | {"mm_encoder_outputs": {"image": seen}}
-    return inputs | _pixels(batch, processor)
-
-
-def _pixels(batch: DialogueBatch, processor: Processor) -> dict[str, Tensor]:
-    """The pixels of a batch, if any, as the family takes them."""
-    inputs = {key: batch[key] for key in (*PATCH_KEYS, "image_grid_thw") if key in batch}
-    if processor.rotary_3d:
-        return inputs
-    # other families take [rows, tiles, …] and flatten it; the order of the tiles is all that counts
-    return {key: value[None] for key, value in inputs.items()}
+    if masks is not None:
+        by_kind = masks | dict.fromkeys(reading.recurrent, real)
+        inputs["attention_mask"] = by_kind if len(by_kind) > 1 else next(iter(masks.values()))
+    if reading.recurrent and ("branch_ids" in batch or "kept_states" in batch):
+        branches = batch.get("branch_ids", torch.zeros_like(ids))
+        kept = batch.get("kept_states"), batch.get("kept_rows")
+        inputs[ARGUMENT] = Branches.of(branches, real.bool(), *kept)
+    for name, value in family.token_types.items() if reading.blocks or reading.looks_ahead else ():
+        inputs[name] = torch.where(ids == family.image_id, value, 0)
+    return inputs
 
 
 def content_of(value: Any, where: str) -> Content:

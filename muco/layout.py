@@ -54,6 +54,7 @@ def prepare(
     """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
     limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
     processor.guard.check(dialogue)
+    _check_images(dialogue, processor)
     images = [processor.encode_image(image, dialogue.where) for image in dialogue.images]
     row = whole = _laid_out(dialogue, images, processor)
     alone = dialogue.isolated or len(dialogue.turns) == 1
@@ -75,6 +76,18 @@ def prepare(
                 f"prompt, but the model reads at most {limit:,}; shorten the text, or give fewer or smaller images"
             )
     return row
+
+
+def _check_images(dialogue: Dialogue, processor: Processor) -> None:
+    if processor.several_images:
+        return
+    own = [len(turn.images) for turn in dialogue.turns]
+    most = len(dialogue.context) + (max(own, default=0) if dialogue.isolated else sum(own))
+    if most > 1:
+        raise DataError(
+            f"{dialogue.where or 'input'}: {most} images are read together, but this model's processor writes an image "
+            "differently beside another one; use one image per input"
+        )
 
 
 def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> Row:
@@ -108,7 +121,7 @@ def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) 
         own = image.ids if image else processor.text_ids(piece)
         ids += own
         segments.append(image or len(own))
-    return ids, rotary_positions(segments) if processor.rotary_3d else np.arange(len(ids))[None]
+    return ids, rotary_positions(segments) if processor.family.rotary else np.arange(len(ids))[None]
 
 
 def _length(positions: np.ndarray) -> int:

@@ -25,8 +25,9 @@ from muco.dialogue import Content, Dialogue, as_images
 from muco.encoder import Encoder, content_of
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
-from muco.processor import Processor, write_config
+from muco.processor import Processor
 from muco.sizes import checked_dimension
+from muco.stock import write_json
 from muco.turns import embed_turns
 
 TOKEN_BUDGET = 16384  # of a pass of turns
@@ -182,7 +183,7 @@ class Model(SentenceTransformer):
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
@@ -206,8 +207,8 @@ def _write_stock_modules(folder: Path, dimension: int) -> None:
         "pooling_mode": "lasttoken",  # the new style
         "include_prompt": True,  # last: vLLM takes the first true value for the mode
     }
-    write_config(folder / "modules.json", modules)
-    write_config(folder / STOCK_MODULES["Pooling"] / "config.json", pooling)
+    write_json(folder / "modules.json", modules)
+    write_json(folder / STOCK_MODULES["Pooling"] / "config.json", pooling)
     shutil.rmtree(folder / f"1_{TurnPooling.__name__}")  # written by the library under our class's name
 
 

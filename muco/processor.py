@@ -1,34 +1,30 @@
-"""Text and images -> token ids and pixel tensors, for one model. Works without torchvision.
-
-The stock processor of the Qwen family needs torchvision for videos, so its image half and tokenizer are put together
-here. Other families use their own processor class.
-"""
+"""Text and images -> token ids and pixel tensors, for one model. Works without torchvision where the family does."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL.Image import Image
 from torch import Tensor
-from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
+from muco.chat_template import from_chat_template, from_processor
 from muco.dialogue import Content, Dialogue, ImageLike
 from muco.errors import CheckpointError, DataError
 from muco.images import open_image
+from muco.released import ReleasedPrompt, released_prompt
 from muco.sizes import context_of
+from muco.stock import Family, expanded, family_processor, image_half, learnt_family, plain, save, write_json
 from muco.template import (
     EMB,
-    QWEN_MODEL_TYPES,
     QWEN_VL,
     SETTINGS_FILE,
     SPECIAL_TOKENS,
     SpecialTokenGuard,
     Template,
-    from_chat_template,
     read_settings,
 )
 
@@ -41,7 +37,8 @@ class EncodedImage:
     """One image as a model reads it."""
 
     ids: tuple[int, ...]  # its placeholder tokens
-    patches: dict[str, Tensor]  # whose first dimension is this image's patches or tiles, e.g. "pixel_values"
+    tokens: int  # how many of them are visual tokens
+    tensors: dict[str, Tensor]  # what the model makes visual tokens of: Family.inputs
     grid: tuple[int, int, int] | None = None  # (time, height, width) in patches, for multimodal rotary positions
     merge: int = 1  # patches per visual token along one side
 
@@ -50,7 +47,7 @@ class Processor:
     """Tokenizer, image processor and template of one model.
 
     Args:
-        stock: For families other than Qwen, their own processor, which expands the image placeholder.
+        stock: The family's own processor, which expands the image placeholder.
         max_tokens: The model's context: most tokens that a turn may read, itself included; None if nothing states it.
 
     Attributes:
@@ -58,21 +55,12 @@ class Processor:
         images_as_stored: See :func:`muco.images.open_image`.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        image_processor: Any,
-        template: Template,
-        *,
-        stock: Any = None,
-        max_tokens: int | None = None,
-    ) -> None:
-        self.tokenizer, self.image_processor, self.template, self.stock = tokenizer, image_processor, template, stock
-        self.max_tokens = max_tokens
+    def __init__(self, stock: Any, template: Template, family: Family, *, max_tokens: int | None = None) -> None:
+        self.stock, self.template, self.family, self.max_tokens = stock, template, family, max_tokens
         self.trained_pixels: tuple[int, int] | None = None
         self.images_as_stored = False
-        self.emb_id = tokenizer.convert_tokens_to_ids(EMB)
-        self.guard = SpecialTokenGuard(special_tokens(tokenizer))
+        self.read_id = self._tokenize(template.read)[-1]
+        self.guard = SpecialTokenGuard(special_tokens(self.tokenizer))
         self._text_ids = lru_cache(maxsize=65536)(self._tokenize)
 
     def __getstate__(self) -> dict[str, Any]:  # lru_cache does not pickle, and workers fill their own
@@ -83,14 +71,17 @@ class Processor:
         self._text_ids = lru_cache(maxsize=65536)(self._tokenize)
 
     @property
-    def image_id(self) -> int:
-        """The id of the token of which an image has one per visual token."""
-        return self.tokenizer.convert_tokens_to_ids(self.template.image_token)
+    def tokenizer(self) -> Any:
+        return self.stock.tokenizer
 
     @property
-    def rotary_3d(self) -> bool:
-        """Whether positions are [3, rows, tokens] (time, height, width), as in the Qwen family."""
-        return self.stock is None
+    def image_processor(self) -> Any:
+        return self.stock.image_processor
+
+    @property
+    def several_images(self) -> bool:
+        """Whether an input may have more than one image."""
+        return self.family.several and not self.template.one_image
 
     @property
     def pad_id(self) -> int:
@@ -112,34 +103,42 @@ class Processor:
     def encode_image(self, image: ImageLike, where: str = "") -> EncodedImage:
         """Opens and encodes an image; an ImageError names the file and the row."""
         image = open_image(image, as_stored=self.images_as_stored, where=where)
-        if self.stock is not None:
-            return self._encode_with_stock(image)
         try:
+            if not self.family.grid:
+                return self._encode_with_text(expanded(self.stock, [image]))
             output = self.image_processor(images=[image], return_tensors="pt")
         except ValueError as error:  # e.g. an aspect ratio beyond 200
             raise DataError(f"{where or 'image'}: {error}") from error
-        merge = self.image_processor.merge_size
-        grid = tuple(output["image_grid_thw"][0].tolist())
+        grid, merge = tuple(output["image_grid_thw"][0].tolist()), self.image_processor.merge_size
         count = grid[0] * grid[1] * grid[2] // merge**2
-        return EncodedImage((self.image_id,) * count, {"pixel_values": output["pixel_values"]}, grid, merge)
+        return EncodedImage((self.family.image_id,) * count, count, self._tensors(output), grid, merge)
 
-    def _encode_with_stock(self, image: Image) -> EncodedImage:
-        text = [self.template.image_token]
-        output = self.stock(text=text, images=[[image]], return_tensors="pt", add_special_tokens=False)
-        patches = {k: v.flatten(0, 1) for k, v in output.items() if k in ("pixel_values", "pixel_attention_mask")}
-        return EncodedImage(tuple(output["input_ids"][0].tolist()), patches)
+    def _encode_with_text(self, output: Any) -> EncodedImage:
+        ids = output["input_ids"][0].tolist()
+        lead, trail = (len(self.text_ids(text)) for text in (self.family.lead, self.family.trail))
+        own = tuple(ids[lead : len(ids) - trail - self.family.appended])
+        return EncodedImage(own, own.count(self.family.image_id), self._tensors(output))
+
+    def _tensors(self, output: Any) -> dict[str, Tensor]:
+        return {name: output[name] for name in self.family.inputs}
+
+    @property
+    def _counts_pixels(self) -> bool:
+        """Whether the image processor has limits of pixels, which it keeps under the names of edges."""
+        size = getattr(self.image_processor, "size", None) or {}
+        return hasattr(self.image_processor, "merge_size") and "shortest_edge" in size and "longest_edge" in size
 
     @property
     def pixels(self) -> tuple[int, int] | None:
         """The smallest and largest number of pixels of an image; None for families without such limits."""
-        if self.stock is not None:
+        if not self._counts_pixels:
             return None
         return self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
 
     def set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """Sets the pixel budget, which is saved for stock libraries too; a CheckpointError if the family has none."""
         size = dict(self.image_processor.size)
-        if self.stock is None:  # the Qwen family keeps pixel counts under the names of edges
+        if self._counts_pixels:
             size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]
             size["longest_edge"] = max_pixels if max_pixels is not None else size["longest_edge"]
         else:
@@ -154,40 +153,23 @@ class Processor:
     def settings(self) -> dict[str, Any]:
         """What the vectors depend on besides the weights: prompt and pixel budget."""
         return {
-            "template": asdict(self.template),
-            "image_processor": _plain(self.image_processor.to_dict()),
+            "template": self.template.stated(),
+            "image_processor": plain(self.image_processor.to_dict()),
             **({"images": "as stored"} if self.images_as_stored else {}),
         }
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer, chat template, image processor and ``muco.json``, readable by stock libraries."""
-        settings: dict[str, Any] = {"format": 1, "template": asdict(self.template)}
+        settings: dict[str, Any] = {"format": 1, "template": self.template.stated()}
         if pixels := self.trained_pixels or self.pixels:
             settings["pixels"] = list(pixels)
         # The chat template takes the settings along where a stock library saves the model again without our file.
         note = json.dumps(settings).replace("#", "\\u0023")  # "#}" would end the comment
         self.tokenizer.chat_template = f"{{#- muco {note} -#}}{self.template.jinja()}"
-        if self.stock is not None:
-            self.stock.chat_template = self.tokenizer.chat_template
-            self.stock.save_pretrained(folder)
-        else:
-            self.image_processor.save_pretrained(folder)
-            # Stock Qwen processors have a video half: of the class of the model's family, with these settings.
-            video = _plain(self.image_processor.to_dict())
-            video.pop("image_processor_type", None)
-            write_config(folder / "video_preprocessor_config.json", video)
+        self.stock.chat_template = self.tokenizer.chat_template
+        save(self.stock, folder)
         self.tokenizer.save_pretrained(folder)
-        write_config(folder / SETTINGS_FILE, settings)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str, sort_keys=True))
-
-
-def write_config(file: Path, value: Any) -> None:
-    """Writes a JSON file as stock libraries do."""
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / SETTINGS_FILE, settings)
 
 
 def load_processor(path: str, config: Any, *, local_files_only: bool = False) -> tuple[Processor, bool]:
@@ -197,51 +179,54 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         CheckpointError: If no prompt is known for the model's family, or its processor cannot be built here or does
             not belong to the model.
     """
-
-    def read(auto_class: Any, **kwargs: Any) -> Any:
-        try:
-            return auto_class.from_pretrained(path, local_files_only=local_files_only, **kwargs)
-        except (ImportError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: its processor cannot be built here: {first_line(error)}") from error
-
-    tokenizer = read(AutoTokenizer)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
+        images = image_half(path, local_files_only=local_files_only)
+        stock = family_processor(path, config, images, tokenizer, local_files_only=local_files_only)
+    except (ImportError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: its processor cannot be built here: {first_line(error)}") from error
     released = EMB in tokenizer.get_vocab()
     if not released:
         added = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
         tokenizer.add_tokens(added, special_tokens=True)
     settings = read_settings(path, local_files_only, tokenizer.chat_template)
-    template = Template(**settings["template"]) if settings else None
-
-    if config.model_type in QWEN_MODEL_TYPES:
-        # A checkpoint with our tokens but without our settings is one of the paper's releases.
-        template = template or replace(QWEN_VL, newline_at_end=released)
-        processor = Processor(tokenizer, read(AutoImageProcessor, backend="pil"), template)
-        if released and not settings:
-            processor.set_pixels(*EVALUATION_PIXELS)
-        if settings:  # an older model has no record, and keeps the limits that it was saved with
-            processor.trained_pixels = tuple(settings.get("pixels") or processor.pixels)
-    else:
-        stock = read(AutoProcessor, backend="pil")
-        if not hasattr(stock, "image_token") or not hasattr(stock, "image_processor"):
-            name = type(stock).__name__
-            raise CheckpointError(f"{path}: {name} has no image token; MuCo needs an image-text-to-text model")
-        tokenizer.chat_template = tokenizer.chat_template or getattr(stock, "chat_template", None)
-        stock.tokenizer = tokenizer
-        template = template or from_chat_template(tokenizer, stock.image_token, special_tokens(tokenizer))
-        processor = Processor(tokenizer, stock.image_processor, template, stock=stock)
-    processor.max_tokens = context_of(config, tokenizer)
-    _check_tokens(processor, config, path)
+    try:
+        family = learnt_family(config, stock)
+        prompt = None if settings or released else released_prompt(path, local_files_only=local_files_only)
+        template = Template(**settings["template"]) if settings else _derived_template(stock, family, prompt, released)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    template = replace(template, image_lead=family.lead, image_trail=family.trail, image_glue=family.glue)
+    processor = Processor(stock, template, family, max_tokens=context_of(config, tokenizer))
+    if released and not settings:
+        processor.set_pixels(*EVALUATION_PIXELS)
+    if settings and processor.pixels:  # an older model has no record, and keeps the limits that it was saved with
+        processor.trained_pixels = tuple(settings.get("pixels") or processor.pixels)
+    _check_tokens(processor, path)
     return processor, not released
+
+
+def _derived_template(stock: Any, family: Family, prompt: ReleasedPrompt | None, released: bool) -> Template:
+    """The paper's prompt where a tokenizer has its special tokens, else that of the model's own chat template.
+
+    An embedding model keeps its own ``prompt``. ``released``: one of the paper's, which has our tokens.
+    """
+    tokenizer, special = stock.tokenizer, special_tokens(stock.tokenizer)
+    if prompt is None and all(token in special for token in QWEN_VL.special_tokens()):
+        return replace(QWEN_VL, newline_at_end=released)
+    if tokenizer.chat_template is None and family.appended:
+        return from_processor(stock)
+    return from_chat_template(tokenizer, stock.image_token, special, prompt)
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
     return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def _check_tokens(processor: Processor, config: Any, path: str) -> None:
-    """Refuses a tokenizer of another model, an empty one (so some load when a file is missing), one we cannot cut."""
-    template, image_ids = processor.template, processor.text_ids(processor.template.image_token)
-    if image_ids != (getattr(config, "image_token_id", image_ids[:1]),) or not processor.text_ids("word"):
+def _check_tokens(processor: Processor, path: str) -> None:
+    """Refuses an empty tokenizer (so some load when a file is missing), and one whose prompt we cannot cut."""
+    template = processor.template
+    if len(processor.text_ids(template.image_token)) != 1 or not processor.text_ids("word"):
         raise CheckpointError(f"{path}: the tokenizer is not this model's or lacks a file; look for tokenizer.json")
     for text in ("word", " word", "\nword", "word\n"):
         prompt = template.prompt(Dialogue((), (Content(text),)))
@@ -252,4 +237,5 @@ def _check_tokens(processor: Processor, config: Any, path: str) -> None:
 
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice that libraries append to it."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip()
+    return said.splitlines()[0].split(". Check out")[0] if said else type(error).__name__

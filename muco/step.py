@@ -28,7 +28,7 @@ from torch import Tensor
 
 from muco import distributed
 from muco.base.machine import GIB
-from muco.batch import PATCH_KEYS, DialogueBatch, collate, images_of, join, rows_of, spans_of, split, to
+from muco.batch import DialogueBatch, collate, images_of, join, rows_of, spans_of, split, to
 from muco.dialogue import single_turn
 from muco.errors import TrainingError
 from muco.loss import MultiTurnLoss
@@ -152,12 +152,10 @@ class TrainingStep:
 
     def _see(self, batch: DialogueBatch, room: float) -> tuple[DialogueBatch, float]:
         """The batch with features for pixels if vision is frozen, and the bytes of the device left of ``room``."""
-        if not self.keeps_features or "pixel_values" not in batch:
+        if not self.keeps_features or "images" not in batch:
             return batch, room
         features: list[tuple[Tensor, ...]] = []
-        image_token = self.model.encoder.muco_processor.image_id
-        per_patch = (batch["input_ids"] == image_token).sum() / batch["image_patches"].sum()
-        tokens = (batch["image_patches"] * per_patch).round().long()  # of each image
+        tokens = batch["image_tokens"]
         while len(features) < len(tokens):
             first, memory = len(features), _OutOfMemory()
             fitting = max(1, int((tokens[first:].cumsum(0) <= self.token_budget).sum()))
@@ -169,7 +167,7 @@ class TrainingStep:
                 continue
             room -= sum(tensor.nbytes for image in seen for tensor in image)
             features += seen if room >= 0 else [tuple(tensor.cpu() for tensor in image) for image in seen]
-        light = {key: value for key, value in batch.items() if key not in PATCH_KEYS}
+        light = {key: value for key, value in batch.items() if key != "images"}
         return light | {"image_features": features}, room  # type: ignore[return-value]
 
     def _plain(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,33 @@ class Template:
     head: str  # from the start of the prompt to the last special token before the user's content
     user_open: str  # plain text between the head and a content that begins with text
     user_open_image: str  # the same for a content that begins with an image
-    image_open: str  # special tokens before an image's own tokens; may be empty
+    image_open: str  # before an image's own tokens; may be empty
     image_close: str  # special tokens after them; may be empty
     image_end: str  # plain text after an image
-    tail: str  # from the end of the content to <|emb|>, which is not part of it
-    next_turn: str  # from after <|emb|> to the next user content
+    tail: str  # from the end of the content to the token that is read, which is not part of it
+    next_turn: str  # from after that token to the next user content
     image_token: str  # the placeholder that stock processors replace by an image's own tokens
     newline_at_end: bool = False  # runs of newlines become one and text ends with one, as in the paper's evaluation
     # Whether the tokenizer splits between plain opening text and a content that does not begin with white space, so
     # that the opening may be part of the trunk.
     shared_opening: bool = False
+    images_end: str = ""  # plain text after the last image
+    image_lead: str = ""  # plain text that the family's processor writes before an image's own tokens by itself
+    image_trail: str = ""  # the same after them
+    image_glue: str = ""  # what it puts between an image and a word right behind it
+    read: str = EMB  # the token whose state is a turn's vector; another one in embedding models of other trainers
+    one_image: bool = False  # the family's chat template writes several images in another way, which is not known here
+
+    def stated(self) -> dict[str, Any]:
+        """All fields but those of rare families that are as usual, which files of older versions do not have."""
+        rare = ("images_end", "image_lead", "image_trail", "image_glue", "read", "one_image")
+        usual = {field.name: field.default for field in fields(self) if field.name in rare}
+        return {name: value for name, value in asdict(self).items() if usual.get(name, MISSING) != value}
+
+    def special_tokens(self) -> list[str]:
+        """All ``<|...|>`` of the prompt, the image placeholder included."""
+        texts = (getattr(self, field.name) for field in fields(self) if field.type == "str")
+        return sorted({token for text in texts for token in re.findall(r"<\|\w+\|>", text)})
 
     def prompt(self, dialogue: Dialogue) -> Prompt:
         """Lays a dialogue out; images are numbered in the order of ``dialogue.images``."""
@@ -75,14 +92,16 @@ class Template:
         context, trunk = self._images(0, len(dialogue.context)), (self.head,)
         openings = [self.user_open_image if turn.images else self.user_open for turn in dialogue.turns]
         if context:  # the text after its last image opens every turn
-            trunk, openings = (self.head, self.user_open_image, *context[:-1]), [context[-1]] * len(dialogue.turns)
+            *images, last, close, end = context
+            shared, opening = ("", f"{close}{end}") if self.image_trail else (close, end)
+            trunk, openings = (self.head, self.user_open_image, *images, last, shared), [opening] * len(dialogue.turns)
         texts = [self._text(turn, bool(turn.images or context)) for turn in dialogue.turns]
         if self.shared_opening and len(set(openings)) == 1 and not any(text[:1].isspace() for text in texts):
             trunk, openings = (*trunk, openings[0]), [""] * len(openings)
         branches, seen = [], len(dialogue.context)
         for opening, text, turn in zip(openings, texts, dialogue.turns, strict=True):
             images = self._images(seen, len(turn.images))
-            branches.append(_joined((opening, *images, text, self.tail, EMB)))
+            branches.append(_joined((opening, *images, text, self.tail + self.read)))
             seen += len(turn.images)
         return Prompt(_joined(trunk), tuple(branches), True)
 
@@ -97,19 +116,22 @@ class Template:
                 said, text = dialogue.exchange, turn.text
                 # The released code leaves the user's turn of the request open, and its models have learnt it so.
                 opening += f"{said.request}{self.tail.removeprefix(END)}{said.reply}{self.next_turn}"
-            branches.append(_joined((opening, *images, text, self.tail, EMB)))
+            branches.append(_joined((opening, *images, text, self.tail + self.read)))
             seen += count
         return Prompt((), tuple(branches), False)
 
     def _images(self, first: int, count: int) -> Pieces:
         pieces: Pieces = ()
+        opening, closing = self.image_open + self.image_lead, self.image_trail + self.image_close
         for index in range(first, first + count):
-            pieces += (self.image_open, ImageSlot(index), self.image_close, self.image_end)
+            last = self.images_end if index == first + count - 1 else ""
+            pieces += (opening, ImageSlot(index), closing, self.image_end + last)
         return pieces
 
     def _text(self, content: Content, has_image: bool) -> str:
         if not self.newline_at_end:
-            return content.text
+            behind = has_image and not self.image_end + self.images_end and re.match(r"[^\s<]", content.text)
+            return self.image_glue + content.text if behind else content.text
         text = re.sub(r"\n+", "\n", content.text)
         if has_image:
             text = text.removeprefix("\n")  # the newline after the image is already one
@@ -118,6 +140,7 @@ class Template:
     def jinja(self) -> str:
         """The chat template by which stock libraries render one user message, images first, up to ``<|emb|>``."""
         image = self.image_open + self.image_token + self.image_close + self.image_end
+        end = f"{{{{ {_quoted(self.images_end)} if ns.images else '' }}}}" if self.images_end else ""
         text = "{{ ns.text }}"
         if self.newline_at_end:
             text = (
@@ -137,7 +160,8 @@ class Template:
             f"{{{{ {_quoted(self.head)} }}}}"
             f"{{{{ {_quoted(self.user_open_image)} if ns.images else {_quoted(self.user_open)} }}}}"
             f"{{%- for _ in range(ns.images) -%}}{{{{ {_quoted(image)} }}}}{{%- endfor -%}}"
-            f"{text}{{{{ {_quoted(self.tail + EMB)} }}}}"
+            f"{end}"
+            f"{text}{{{{ {_quoted(self.tail + self.read)} }}}}"
         )
 
 
@@ -168,47 +192,6 @@ QWEN_VL = Template(
     image_token="<|image_pad|>",
     shared_opening=True,
 )
-QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-def from_chat_template(tokenizer: Any, image_token: str, special: Sequence[str]) -> Template:
-    """Reads the strings around a message off a model's own chat template, by rendering marked messages through it.
-
-    Raises:
-        CheckpointError: If there is no chat template, or it drops text, images or the assistant's turns.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise CheckpointError("the model has no chat template, from which MuCo derives the prompt of its family")
-    first, second = "MARKFIRST", "MARKSECOND"
-
-    def render(*messages: tuple[str, list[dict[str, str]]]) -> str:
-        chat = [{"role": role, "content": content} for role, content in messages]
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-
-    one, two, reply = ([{"type": "text", "text": text}] for text in (first, second, EMB))
-    plain = render(("user", one))
-    pictured = render(("user", [{"type": "image"}, *one]))
-    double = render(("user", one), ("assistant", reply), ("user", two))
-    for rendered, marks in ((plain, (first,)), (pictured, (first, image_token)), (double, (first, second, EMB))):
-        if any(rendered.count(mark) != 1 for mark in marks):
-            raise CheckpointError(f"the model's chat template drops or repeats a part of a message: {rendered!r}")
-
-    opening, tail = plain.split(first)
-    before_image, after_image = pictured.split(first)[0].split(image_token)
-    head = opening[: max((opening.rfind(t) + len(t) for t in special if t and t in opening), default=0)]
-    if not before_image.startswith(head):
-        raise CheckpointError(f"the model's chat template opens differently with an image: {before_image!r}")
-    return Template(
-        head=head,
-        user_open=opening.removeprefix(head),
-        user_open_image=before_image.removeprefix(head),
-        image_open="",
-        image_close="",
-        image_end=after_image,
-        tail=tail,
-        next_turn=double.split(EMB)[1].split(second)[0],
-        image_token=image_token,
-    )
 
 
 class SpecialTokenGuard:
@@ -251,9 +234,11 @@ def read_settings(path: str, local_files_only: bool, chat_template: Any) -> dict
         settings = json.loads(Path(file).read_text(encoding="utf-8") if file else note[1])
     except ValueError as error:
         raise CheckpointError(f"{file or path}: not valid JSON: {error}") from error
-    known = {field.name for field in fields(Template)}
+    known = {field.name: field.default is MISSING for field in fields(Template)}
     pixels = settings.get("pixels", [1, 1]) if isinstance(settings, dict) else None
     sound = isinstance(pixels, list) and [type(limit) for limit in pixels] == [int, int]
-    if not sound or settings.get("format") != 1 or set(settings.get("template", ())) != known:
+    stated = {*settings.get("template", ())} if sound else set()
+    needed = {name for name, required in known.items() if required}
+    if not sound or settings.get("format") != 1 or not needed <= stated <= {*known}:
         raise CheckpointError(f"{file or path}: written by another version of MuCo; this one reads format 1")
     return settings

@@ -11,9 +11,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from muco.processor import Processor
 from muco.sizes import TinyConfig, context_of
+from muco.stock import Family, assembled
 from muco.template import QWEN_VL, SPECIAL_TOKENS
 
 
@@ -60,7 +62,7 @@ def tiny_qwen2_vl(
             "patch_size": config.patch,
             "spatial_merge_size": 2,
         },
-        image_token_id=ids("<|image_pad|>"),
+        image_token_id=ids(IMAGE),
         video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"),
         vision_end_token_id=ids("<|vision_end|>"),
@@ -69,18 +71,32 @@ def tiny_qwen2_vl(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLModel._from_config(model_config, attn_implementation="sdpa")
-    return model.eval(), Processor(tokenizer, image_processor, QWEN_VL, max_tokens=context_of(model_config))
+    return model.eval(), _processor(tokenizer, image_processor, model_config)
 
 
 def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 32768) -> Processor:
-    """Counts about as Qwen2-VL's own processor, for when that cannot be had; its tokenizer is trained on ``texts``."""
+    """Counts about as the processor of Qwen's models, for when that cannot be had, with a tokenizer of ``texts``."""
     texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
     tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
-    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN_VL, max_tokens=context_of(config))
+    vision = config.vision_config
+    images = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    return _processor(tokenizer, images, config, image_id=tokenizer.convert_tokens_to_ids(IMAGE))
+
+
+def _processor(tokenizer: Any, image_processor: Any, config: Any, image_id: int | None = None) -> Processor:
+    family = Family(
+        image_id=config.image_token_id if image_id is None else image_id,
+        inputs={"pixel_values": 0, "image_grid_thw": 0},
+        rotary=True,
+        grid=True,
+    )
+    stock = assembled(Qwen2VLProcessor, image_processor, tokenizer)
+    return Processor(stock, QWEN_VL, family, max_tokens=context_of(config))
 
 
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-QWEN_PADS = ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+IMAGE = "<|image_pad|>"
+QWEN_PADS = ("<|vision_pad|>", IMAGE, "<|video_pad|>")
 
 
 def train_tokenizer(

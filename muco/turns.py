@@ -20,31 +20,27 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from muco.backbone import reads_all_before
 from muco.batch import DialogueBatch, Span, chunks_of, cut, spans_of, split, to
+from muco.branches import State
 from muco.dialogue import Dialogue
-from muco.encoder import Encoder, tree_mask
+from muco.encoder import Encoder
 
 PACK = 256  # tokens of branches in one row: the best or near it at 4 to 64 turns, benchmarks/encode_turns.py
 
 Embed = Callable[[DialogueBatch], Tensor]  # one vector per turn of a batch: Model.embed
 
 
-def sharing(encoder: Encoder, longest: int) -> Literal["cache", "tree", "none"]:
+def sharing(encoder: Encoder) -> Literal["cache", "tree", "none"]:
     """How isolated turns can share what they have in common, so that vectors are those of single turns.
 
-    - "cache": what is shared passes once, its keys and values are kept. Every layer attends to all earlier tokens
-      (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Idefics3/SmolVLM), or to a window that holds the longest turn.
-    - "tree": the same in one pass under a tree mask; the language model attends by FlexAttention, whose masks are not
-      made for keys of a pass before.
-    - "none": each turn passes alone; layers have a window that is too short for the mask, or a recurrent state, or
-      attend to later tokens.
-
-    ``longest`` counts the tokens of the longest single turn, its image included.
+    - "cache": what is shared passes once; its keys and values, or the states of recurrent layers, are kept.
+    - "tree": the same in one pass under a tree mask. The language model attends by FlexAttention, whose masks are not
+      made for keys of a pass before, or has layers that read the keys of others.
+    - "none": each turn passes alone; a later token changes earlier states, or a kind of layer is not known.
     """
-    if not reads_all_before(encoder.model, longest):
+    if encoder.reading.why_not_isolated:
         return "none"
-    return "tree" if encoder.uses_flex_attention else "cache"
+    return "tree" if encoder.uses_flex_attention or not encoder.reading.keeps else "cache"
 
 
 def embed_turns(
@@ -65,7 +61,7 @@ def embed_turns(
     if "branch_ids" in batch and all(dialogue.isolated for dialogue in dialogues):
         trees = [_Tree.of(batch, row, dialogue) for row, dialogue in zip(spans_of(batch), dialogues, strict=True)]
         shared = all(tree.trunk.length for tree in trees)
-        way = sharing(encoder, max(tree.longest for tree in trees)) if shared else "none"
+        way = sharing(encoder) if shared else "none"
     if way == "none":
         return None
     encoder.cut += len(batch.get("cut_turns", ()))
@@ -87,7 +83,8 @@ def _with_cache(
         together = [trees[row] for row in rows.tolist()]
         trunks, cache = to(cut(batch, [tree.trunk for tree in together]), encoder.device), DynamicCache()
         trunks.pop("branch_ids")
-        encoder(trunks | {"past_key_values": cache})
+        states: dict[int, State] = {}
+        encoder(trunks | {"past_key_values": cache, "kept_states": states})
         real = trunks["attention_mask"].bool()
         packs = [tree.packs() for tree in together]
         spans = [span for own in packs for span in own]
@@ -95,7 +92,7 @@ def _with_cache(
         for numbers in chunks_of(torch.tensor([real.shape[1] + span.length for span in spans]), token_budget):
             chosen = [spans[number] for number in numbers.tolist()]
             branches = to(cut(batch, chosen), encoder.device)
-            vectors.append(embed(branches | _reading(cache, real, branches, places[numbers].to(real.device))))
+            vectors.append(embed(branches | _kept(cache, states, real, places[numbers].to(real.device))))
             turns += [turn for span in chosen for turn in span.turns]
     return torch.cat(vectors)[torch.tensor(turns).argsort()]
 
@@ -121,11 +118,6 @@ class _Tree:
             branches.append(Span(row.row, [stop, *ends][number], ends[number], (turn,), own))
         return cls(trunk, tuple(branches))
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest turn, with the trunk."""
-        return self.trunk.length + max(branch.length for branch in self.branches)
-
     def packs(self) -> list[Span]:
         """The branches, neighbours joined up to ``PACK`` tokens."""
         packs: list[Span] = []
@@ -138,20 +130,18 @@ class _Tree:
         return packs
 
 
-def _reading(cache: DynamicCache, real: Tensor, branches: Mapping[str, Tensor], places: Tensor) -> dict[str, Any]:
-    """What a pass of packs needs besides their tokens: the keys before them, and what each token may read.
+def _kept(cache: DynamicCache, states: Mapping[int, State], real: Tensor, places: Tensor) -> dict[str, Any]:
+    """What a pass of packs needs besides their tokens: what was kept of the trunks, and which each row continues.
 
     Args:
         cache: Keys and values of each layer for N trunks, [N, heads, P, dim] both.
+        states: Of recurrent layers, by number.
         real: Which of the P are not padding, bool [N, P].
-        branches: R rows of L tokens.
-        places: The trunk of each, int64 [R].
+        places: The trunk of each row, int64 [R].
     """
-    rows, length = branches["input_ids"].shape
-    before = real[places][:, None, None].expand(rows, 1, length, -1)
-    mask = torch.cat([before, tree_mask(branches)], dim=-1)  # type: ignore[arg-type]
     layers = [_KeptLayer(layer, places) for layer in cache.layers]
-    return {"past_key_values": Cache(layers=layers), "attention_allowed": mask}
+    kept = {"past_key_values": Cache(layers=layers), "kept_tokens": real[places]}
+    return kept | {"kept_states": states, "kept_rows": places}
 
 
 class _KeptLayer(DynamicLayer):
@@ -159,7 +149,8 @@ class _KeptLayer(DynamicLayer):
 
     def __init__(self, layer: Any, places: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.places, self.is_initialized = layer.keys, layer.values, places, True
+        self.keys, self.values, self.places = layer.keys, layer.values, places
+        self.is_initialized = layer.keys is not None  # else a recurrent layer, whose state is kept elsewhere
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._after(self.keys, key_states), self._after(self.values, value_states)

@@ -16,8 +16,7 @@ install_import_hook(["muco.loss", "muco.negatives", "muco.pooling"], "beartype.b
 settings.register_profile("muco", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("muco")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: each takes its own core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: a second thread would wait more than work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -269,7 +269,7 @@ def _pixels(processor: Processor, *, own: bool) -> dict[str, str]:
     from muco.evaluate.benchmark import OWN_PIXELS, pixels_differ
     from muco.processor import EVALUATION_PIXELS
 
-    own = own or not processor.rotary_3d
+    own = own or processor.pixels is None
     if not own:
         processor.set_pixels(*EVALUATION_PIXELS)
     limits = (processor.pixels, processor.trained_pixels)

@@ -28,13 +28,14 @@ from muco.base.files import claimed, read_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, from_backbone, load
-from muco.processor import first_line, write_config
-from muco.template import EMB
+from muco.processor import first_line
+from muco.stock import write_json
 from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
 from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
 from muco.training.mixture import open_sources
 from muco.training.recipe import Recipe, from_dict, load_recipe
+from muco.vision import vision_parameters
 
 Format = Literal["sentence-transformers", "vllm"]
 ADAPTER = "adapter"  # folder of adapters that are kept separate
@@ -92,7 +93,8 @@ def export(
             _write(model, part, format, separate=separate)
             _describe(part, source, format, model, recipe, separate=separate)
         adapter = part / ADAPTER if separate else None
-        found = stock_vectors(part, generation=format == "vllm", adapter=adapter)
+        shown = examples(several_images=model.encoder.muco_processor.several_images)
+        found = stock_vectors(part, shown, generation=format == "vllm", adapter=adapter)
         parity = compare(expected, found, str(model.encoder.model.dtype).removeprefix("torch."))
         result = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
         if changed:
@@ -144,7 +146,9 @@ def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
     """Folds the adapters in, unless separate, and casts all other weights; returns whether any of these changed."""
     backbone = model.encoder.model
     adapted = hasattr(backbone, "peft_config")
-    weights = [p for p in backbone.parameters() if not (adapted and p.requires_grad)]  # without those of adapters
+    beside = {id(parameter) for parameter in vision_parameters(backbone)}
+    adapters = {id(p) for p in backbone.parameters() if adapted and p.requires_grad} - beside
+    weights = [parameter for parameter in backbone.parameters() if id(parameter) not in adapters]
     if all(weight.dtype == dtype for weight in weights):
         return False
     if not separate:
@@ -156,7 +160,7 @@ def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
 
 
 def _vectors(model: Model) -> dict[str, Any]:
-    inputs = examples()
+    inputs = examples(several_images=model.encoder.muco_processor.several_images)
     return dict(zip(inputs, model.encode([*inputs.values()], truncate_dim=None), strict=True))
 
 
@@ -205,9 +209,9 @@ def _describe(
     listed = ", ".join(map(str, shorter))
     if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
         config = read_json(folder / "config.json") | {"is_matryoshka": True, "matryoshka_dimensions": shorter}
-        write_config(folder / "config.json", config)
+        write_json(folder / "config.json", config)
     if format == "vllm":
-        body = _usage_of_vllm(listed, separate)
+        body = _usage_of_vllm(listed, model.encoder.muco_processor.template.read, separate)
     else:
         body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
         body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
@@ -216,7 +220,7 @@ def _describe(
     write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
 
 
-def _usage_of_vllm(shorter: str, separate: bool) -> str:
+def _usage_of_vllm(shorter: str, read: str, separate: bool) -> str:
     lora = f" --enable-lora --lora-modules muco=./{ADAPTER}" if separate else ""
     name = "muco" if separate else "."
     if shorter:
@@ -235,7 +239,7 @@ curl http://localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d 
   {{"type": "text", "text": "What is it?"}}]}}]}}'
 ```
 
-Send `messages`, for texts too: only they pass through the chat template, which ends at `{EMB}`, where the vector is
+Send `messages`, for texts too: only they pass through the chat template, which ends at `{read}`, where the vector is
 read (last token, L2-normalised: `1_Pooling/config.json`). A plain `input` would be embedded without it, as something
 else. {short} A text alone needs no placeholder image.
 """

@@ -8,7 +8,7 @@ forgiven.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 from muco.errors import CheckpointError
-from muco.template import EMB, QWEN_MODEL_TYPES
+from muco.stock import family_processor, image_half
+from muco.template import EMB, read_settings
 
 # smallest cosine and largest difference of a coordinate of unit vectors that count as the same. Both sides compute in
 # this precision, so what differs is the order of sums; adapters that are folded in are also rounded.
@@ -49,16 +50,17 @@ class Parity:
         return self.cosine >= cosine and self.difference <= difference  # False for NaN
 
 
-def examples() -> dict[str, dict[str, Any]]:
-    """Texts of several lengths, images of several forms, both together, and two images."""
+def examples(*, several_images: bool) -> dict[str, dict[str, Any]]:
+    """Texts of several lengths, images of several forms, both together, and two images for a model that takes them."""
     wide, tall, square = _image(150, 84, 1), _image(70, 130, 2), _image(112, 112, 3)
+    two = {"two images + text": {"images": [tall, square], "text": TEXTS["two lines"]}}
     return {
         **{f"text, {name}": {"text": text} for name, text in TEXTS.items()},
         "image, wide": {"image": wide},
         "image, tall": {"image": tall},
         "image + text": {"image": square, "text": "What is it?"},
         "image + long text": {"image": wide, "text": TEXTS["a long text"]},
-        "two images + text": {"images": [tall, square], "text": TEXTS["two lines"]},
+        **(two if several_images else {}),
     }
 
 
@@ -79,8 +81,10 @@ def compare(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray],
 
 
 @torch.inference_mode()
-def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None) -> dict[str, np.ndarray]:
-    """The vectors of :func:`examples` by plain transformers, float32 [dim], L2-normalised.
+def stock_vectors(
+    folder: Path, examples: Mapping[str, dict[str, Any]], *, generation: bool, adapter: Path | None = None
+) -> dict[str, np.ndarray]:
+    """The vectors of ``examples`` by plain transformers, float32 [dim], L2-normalised.
 
     Args:
         generation: Read the folder by its ``…ForConditionalGeneration`` class, else by the inner model's, as the stock
@@ -102,16 +106,21 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
         raise CheckpointError(f"{folder}: its pooling is not that of the last token")
     if adapter is not None:
         model.load_adapter(str(adapter))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    inputs_of = _reader(folder, model.config, tokenizer)
+    processor = _own_processor(folder, model.config)
+    read = read_settings(str(folder), True, processor.chat_template)["template"].get("read", EMB)
+    last = processor.tokenizer(read, add_special_tokens=False)["input_ids"][-1]
     vectors = {}
-    for name, example in examples().items():
+    for name, example in examples.items():
         images = example.get("images") or ([example["image"]] if "image" in example else [])
-        parts = [*[{"type": "image"}] * len(images), {"type": "text", "text": example.get("text", "")}]
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-        inputs = inputs_of(prompt, images)
-        if inputs["input_ids"][0, -1] != tokenizer.convert_tokens_to_ids(EMB):
-            raise CheckpointError(f"{folder}: its chat template does not end at {EMB}: {prompt[-60:]!r}")
+        parts = [{"type": "image", "image": image} for image in images]
+        parts.append({"type": "text", "text": example.get("text", "")})
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        try:
+            inputs = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: the family's own processor does not take {name!r}: {error}") from error
+        if inputs["input_ids"][0, -1] != last:
+            raise CheckpointError(f"{folder}: its chat template does not end at {read!r}")
         inputs = {key: v.to(model.dtype) if v.is_floating_point() else v for key, v in inputs.items()}
         output = model.eval()(**inputs, output_hidden_states=True, use_cache=False)
         hidden = output.hidden_states[-1] if generation else output.last_hidden_state
@@ -119,26 +128,10 @@ def stock_vectors(folder: Path, *, generation: bool, adapter: Path | None = None
     return vectors
 
 
-def _reader(folder: Path, config: Any, tokenizer: Any) -> Callable[[str, list[Image.Image]], dict[str, Any]]:
-    """Makes the tensors of one prompt and its images, by the folder's own processor."""
-    if config.model_type not in QWEN_MODEL_TYPES:
-        processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        return lambda prompt, images: dict(
-            processor(text=[prompt], images=[images] if images else None, return_tensors="pt", add_special_tokens=False)
-        )
-    # the Qwen family's processor class cannot be built without torchvision, so its one step is made here
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    pad = tokenizer.convert_ids_to_tokens(config.image_token_id)
-
-    def read(prompt: str, images: list[Image.Image]) -> dict[str, Any]:
-        tensors = dict(image_processor(images=images, return_tensors="pt")) if images else {}
-        for grid in tensors.get("image_grid_thw", ()):
-            count = int(grid.prod()) // image_processor.merge_size**2
-            prompt = prompt.replace(pad, "\0" * count, 1)
-        prompt = prompt.replace("\0", pad)
-        tensors["input_ids"] = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        if images:
-            tensors["mm_token_type_ids"] = (tensors["input_ids"] == config.image_token_id).int()
-        return tensors
-
-    return read
+def _own_processor(folder: Path, config: Any) -> Any:
+    """The family's processor with the folder's settings, tokenizer and chat template, without its video half."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    images = image_half(str(folder), local_files_only=True)
+    processor = family_processor(str(folder), config, images, tokenizer, local_files_only=True)
+    processor.chat_template = tokenizer.chat_template
+    return processor

@@ -88,9 +88,7 @@ class Preparation:
 
     def __init__(self, facts: Facts, images: ImageLimits, max_tokens: int) -> None:
         old = facts.processor
-        self.processor = BoundedProcessor(
-            old.tokenizer, old.image_processor, old.template, stock=old.stock, max_tokens=old.max_tokens
-        )
+        self.processor = BoundedProcessor(old.stock, old.template, old.family, max_tokens=old.max_tokens)
         self.facts, self.image_limits = facts, images
         self.max_tokens = min(max_tokens, old.max_tokens or max_tokens)
 
@@ -114,7 +112,7 @@ class Preparation:
             raise DataError(
                 f"{item.where}: {tokens:,} tokens; this server takes at most {self.max_tokens:,} of one item"
             )
-        image_tokens = int((batch["input_ids"] == self.processor.image_id).sum())
+        image_tokens = int(batch["image_tokens"].sum()) if "image_tokens" in batch else 0
         alone = item.mode is None
         return Prepared(item, () if alone else images, batch if alone else None, tokens, image_tokens)
 

@@ -18,13 +18,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
+import numpy as np
 import torch
 
 from muco.errors import MucoError
@@ -174,9 +175,16 @@ def receive(pipe: Connection) -> Any:
 
 
 # Torch would send every tensor through shared memory of its own, which costs more than a small one takes.
-def _as_numpy(batch: Mapping[str, Any] | None) -> Any:
-    return batch and {key: value.numpy() for key, value in batch.items()}
+def _as_numpy(value: Any) -> Any:
+    return _changed(value, lambda leaf: leaf.numpy() if isinstance(leaf, torch.Tensor) else leaf)
 
 
-def _as_tensors(batch: Mapping[str, Any] | None) -> Any:
-    return batch and {key: torch.from_numpy(value) for key, value in batch.items()}
+def _as_tensors(value: Any) -> Any:
+    return _changed(value, lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf)
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value with every leaf of its dicts and lists changed."""
+    if isinstance(value, dict):
+        return {key: _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list) else change(value)

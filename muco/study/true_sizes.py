@@ -49,7 +49,8 @@ def run_flops(
     Returns ``asked``, ``versions``, and ``flops``: by size, assumption and run (``RUNS``) the operations of a step, as
     :class:`muco.training.flops.Flops` and in all (``total``). OutputError if the folder holds anything else.
     """
-    from muco.training.flops import meta_step_flops, qwen2_vl_config
+    from muco.training.flops import meta_step_flops
+    from muco.training.published import qwen2_vl_config
 
     asked = {"study": "flops", "muco": VERSION}
     with claimed(output):

@@ -20,7 +20,6 @@ from muco.backbone import (
     hold_trained_in_float32,
     load_backbone,
     use_flex_attention,
-    vision_towers,
 )
 from muco.batch import to
 from muco.data.source import Data
@@ -30,13 +29,13 @@ from muco.errors import CheckpointError, DataError, RecipeError
 from muco.layout import prepare
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model, from_backbone
+from muco.reading import decoder_layers
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import tiny_qwen2_vl
-from muco.training.flops import qwen2_vl_config
 from muco.training.mixture import Purpose, generator
+from muco.training.published import PUBLISHED
 from muco.training.recipe import LossRecipe, ModelRecipe, Recipe, TurnsRecipe, WarmUpRecipe
-
-PUBLISHED = {f"Qwen/Qwen2-VL-{size}-Instruct": size for size in ("2B", "7B")}  # sizes that need no download
+from muco.vision import vision_parameters
 
 
 def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
@@ -60,10 +59,11 @@ def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
 
 def prepare_for_training(backbone: nn.Module, model: ModelRecipe, token_ids: Sequence[int]) -> nn.Module:
     """Freezes, adds adapters that train the embeddings of ``token_ids`` too, and holds in float32 what is trained."""
-    if model.vision == "frozen":
-        freeze_vision(backbone)
+    connector = model.connector or model.vision
+    freeze_vision(backbone, vision=model.vision == "frozen", connector=connector == "frozen")
     if model.adapter is not None:
-        backbone = add_adapters(backbone, model.adapter, token_ids)
+        beside = [parameter for parameter in vision_parameters(backbone) if parameter.requires_grad]
+        backbone = add_adapters(backbone, model.adapter, token_ids, beside)
     hold_trained_in_float32(backbone)
     return backbone
 
@@ -85,7 +85,7 @@ def model_config(path: str) -> Any:
     """The configuration of a ``model.path``, of the paper's models without a download; else a CheckpointError."""
     known = PUBLISHED.get(path)
     try:
-        return qwen2_vl_config(known) if known else AutoConfig.from_pretrained(path)
+        return known() if known else AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         where = "" if Path(path).exists() else "no such folder, and from the hub: "
         raise CheckpointError(f"model.path: {path}: {where}{str(error).splitlines()[0]}") from error
@@ -124,11 +124,9 @@ def saved_dtype(model: ModelRecipe, backbone: nn.Module) -> torch.dtype:
 
 
 def shard_model(model: Model) -> None:
-    """Spreads a model over all processes, layer by layer; its frozen vision tower stays whole on each."""
-    backbone, towers = model.encoder.model, vision_towers(model.encoder.model)
-    lists = [m for name, m in backbone.named_modules() if name.endswith("layers") and isinstance(m, nn.ModuleList)]
-    layers = [layer for found in lists for layer in found if not any(layer in [*t.modules()] for t in towers)]
-    distributed.shard(backbone, layers, towers)
+    """Spreads a model over all processes, layer by layer; what is beside the language model stays whole on each."""
+    backbone = model.encoder.model
+    distributed.shard(backbone, decoder_layers(backbone), vision_parameters(backbone))
 
 
 BARREN = 10_000  # samples without a text after which none is expected
@@ -190,7 +188,8 @@ def _texts(
 def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tensor:
     """Mean next-token cross-entropy of text prompts, padding left out."""
     batch = to(encoder.collate(dialogues), encoder.device)
-    hidden = encoder.model(**model_inputs(batch, encoder.muco_processor, encoder.model.dtype)).last_hidden_state
+    inputs = model_inputs(batch, encoder.muco_processor, encoder.reading, encoder.model.dtype)
+    hidden = encoder.model(**inputs).last_hidden_state
     logits = hidden[:, :-1] @ encoder.model.get_input_embeddings().weight.T
     labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

@@ -23,12 +23,13 @@ from muco.data.source import Data
 from muco.errors import DataError, RecipeError
 from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
+from muco.reading import Reading
 from muco.step import SIDES
 from muco.training.build import model_config
 from muco.training.folder import CHECKPOINTS
 from muco.training.mixture import Mixture
 from muco.training.read import check_keys
-from muco.training.recipe import ModelRecipe, Recipe
+from muco.training.recipe import ModelRecipe, Recipe, TurnsRecipe
 
 NO_NEGATIVE = (
     "data.train: {samples} gives no turn a negative ({reason}), so the loss would be 0 and nothing learnt; add samples "
@@ -59,14 +60,26 @@ def check_recipe(recipe: Recipe, processes: int) -> None:
     if batch.sharding == "fsdp":
         if processes == 1:
             raise RecipeError("batch.sharding: fsdp needs several processes; start them with torchrun --nproc-per-node")
-        if model.vision == "trained":
-            raise RecipeError("batch.sharding: fsdp needs 'vision: frozen': processes without images would not join in")
+        if "trained" in (model.vision, model.connector):
+            raise RecipeError(
+                "batch.sharding: fsdp needs vision and connector frozen: processes without images would not join in"
+            )
     if dimensions:
         width = model.tiny.width if model.tiny else model_config(str(model.path)).get_text_config().hidden_size
         if max(dimensions) > width:
             raise RecipeError(
                 f"loss.dimensions: {max(dimensions)} is more than the {width} dimensions of the model's vectors"
             )
+
+
+def check_turns(turns: TurnsRecipe, reading: Reading) -> None:
+    """Refuses turns in one row that the model cannot keep apart."""
+    reason, several = reading.why_not_isolated, turns.limit != 1
+    if reading.looks_ahead and (several or turns.mode == "reconstruction"):
+        key = "turns.mode: reconstruction" if turns.mode == "reconstruction" else "turns.limit"
+        raise RecipeError(f"{key}: {reason}; train single turns with 'turns: {{mode: isolated, limit: 1}}'")
+    if reason and several and turns.mode != "compounded":
+        raise RecipeError(f"turns.mode: {turns.mode}: {reason}; set turns.mode: compounded")
 
 
 def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ frozen. Kernels that recompute scores in backward count as if they kept them. So
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig
 
-from muco.backbone import VISION_NAMES, add_adapters, meta_backbone
-from muco.encoder import tree_mask
+from muco.backbone import add_adapters, meta_backbone
 from muco.loss import MultiTurnLoss, ReconstructionLoss, multi_turn_info_nce
+from muco.masks import tree_mask
 from muco.model import Model
 from muco.sizes import Adapter
+from muco.vision import vision_modules
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,24 @@ _ATTENTION = {
 }
 
 
-def count_flops(forward: Callable[[], Tensor], *, backward: bool = True) -> Flops:
+def count_flops(
+    forward: Callable[[], Tensor], vision: Collection[str] = ("visual",), *, backward: bool = True
+) -> Flops:
     """Calls ``forward``, differentiates the scalar it returns if asked, and counts both.
 
-    What happens inside a module named like a vision tower is ``vision``.
+    What happens inside the modules that are named so is ``vision``.
     """
     with torch.set_grad_enabled(backward), _counter() as ahead:
         value = forward()
     with _counter() as back:
         if backward:
             value.backward()
-    vision = 0
+    seeing = 0
     for name, counts in ahead.get_flop_counts().items():
         *above, own = name.split(".")
-        if own in VISION_NAMES and not {*VISION_NAMES} & {*above}:  # some families nest two such names
-            vision += sum(counts.values())
-    return Flops(vision, ahead.get_total_flops() - vision, back.get_total_flops())
+        if own in vision and not {*vision} & {*above}:
+            seeing += sum(counts.values())
+    return Flops(seeing, ahead.get_total_flops() - seeing, back.get_total_flops())
 
 
 def _counter() -> FlopCounterMode:
@@ -94,28 +97,15 @@ def step_flops(model: Model, batch: Mapping[str, Any], *, backward: bool = True,
     """
     pairs = len(batch["query"]["turn_rows"]) > len(batch["ids"])  # two vectors each: reconstruction
     loss = (ReconstructionLoss if pairs else MultiTurnLoss)(model, temperature=temperature)
-    return count_flops(lambda: loss([dict(batch["query"]), dict(batch["target"])], batch["ids"]), backward=backward)
+    _ = model.encoder.form  # learnt before anything is counted
+    sides, vision = [dict(batch["query"]), dict(batch["target"])], [*vision_modules(model.encoder.model)]
+    return count_flops(lambda: loss(sides, batch["ids"]), vision, backward=backward)
 
 
 # Tokens of QWEN_VL's prompt under the true tokenizer, outside the turns: the system text and the user's role, and for
 # an image <|vision_start|>, <|vision_end|> and a newline.
 PROMPT_TOKENS = 14
 IMAGE_MARKS = 3
-
-# The published configurations of Qwen2-VL-Instruct (huggingface.co/Qwen): what decides the number of operations.
-_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
-_NAMES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-_SIZES = {"2B": (1536, 12, 2, 8960, 151936), "7B": (3584, 28, 4, 18944, 152064)}
-
-
-def qwen2_vl_config(size: Literal["2B", "7B"]) -> Qwen2VLConfig:
-    """The configuration of the true Qwen2-VL-2B or 7B, written down here so that no download is needed."""
-    text = dict(zip(_NAMES, _SIZES[size], strict=True))
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    return Qwen2VLConfig(
-        text_config={**text, "num_hidden_layers": 28, "rope_parameters": rope, "bos_token_id": None},
-        vision_config={**_VISION, "hidden_size": text["hidden_size"]},
-    )
 
 
 def meta_step_flops(

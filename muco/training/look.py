@@ -86,7 +86,7 @@ def measure(
                 problems.append(str(error))
         found["query"].append(int(batch["query"]["attention_mask"].sum()))
         found["target"] += batch["target"]["attention_mask"].sum(dim=1).tolist()
-        found["visual"].append(int((batch["query"]["input_ids"] == processor.image_id).sum()))
+        found["visual"].append(int(batch["query"]["image_tokens"].sum()) if "image_tokens" in batch["query"] else 0)
         found["turns"].append(len(batch["query"]["turn_rows"]))
         found["images"].append(len(batch["query"].get("image_rows", ())))
         varieties.append(Variety.of(batch["ids"]))

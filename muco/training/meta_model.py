@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from muco.backbone import VISION_NAMES, meta_backbone
+from muco.backbone import meta_backbone
 from muco.data.source import Data
 from muco.errors import CheckpointError
 from muco.processor import Processor, load_processor
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import stand_in_processor
-from muco.training.build import PUBLISHED, build_model, model_config, prepare_for_training, texts_of
+from muco.training.build import build_model, model_config, prepare_for_training, texts_of
+from muco.training.published import PUBLISHED
 from muco.training.recipe import Recipe
+from muco.vision import vision_parameters
 
 
 def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tuple[nn.Module, Processor]:
@@ -52,8 +54,9 @@ def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tup
 def model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Numbers of parameters, by part, trained and frozen."""
     parts = dict.fromkeys(("vision", "language", "adapters", "token embeddings"), 0)
+    beside = {id(parameter) for parameter in vision_parameters(model)}
     for name, parameter in model.named_parameters():
-        parts[part_of(name)] += parameter.numel()
+        parts["vision" if id(parameter) in beside else _part_of(name)] += parameter.numel()
     trained, whole = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(parts.values())
     return {
         "path": recipe.model.path or "tiny, made from its config",
@@ -65,13 +68,13 @@ def model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to."""
+def _part_of(name: str) -> str:
+    """The part of the language model that a parameter belongs to."""
     if "lora_" in name:
         return "adapters"
     if "trainable_tokens" in name:
         return "token embeddings"
-    return "vision" if {*VISION_NAMES} & {*name.split(".")} else "language"
+    return "language"
 
 
 def activation_bytes(backbone: nn.Module, tokens: int, dtype: torch.dtype, *, masked: bool, checkpointing: bool) -> int:
@@ -122,7 +125,7 @@ def held_bytes(backbone: nn.Module, dtype: torch.dtype, *, shards: int) -> dict[
     """
     weights = sum(p.nbytes for p in backbone.parameters())
     trained = sum(p.nbytes for p in backbone.parameters() if p.requires_grad)
-    vision = sum(p.nbytes for name, p in backbone.named_parameters() if part_of(name) == "vision")
+    vision = sum(parameter.nbytes for parameter in vision_parameters(backbone))
     language = backbone.get_decoder()
     if dtype != language.dtype:
         weights += sum(parameter.numel() for parameter in language.parameters()) * dtype.itemsize

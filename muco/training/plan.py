@@ -17,10 +17,12 @@ from torch import nn
 
 from muco.base.machine import GIB
 from muco.batch import chunks_of
+from muco.branches import state_bytes
 from muco.data.source import InMemory
+from muco.reading import stated_reading
 from muco.step import UNLIMITED
 from muco.training.build import make_loss, uses_autocast
-from muco.training.checks import OneDeviceArguments, check_recipe, training_arguments
+from muco.training.checks import OneDeviceArguments, check_recipe, check_turns, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
@@ -54,6 +56,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         looked = InMemory([ASSUMED])
         notes.append("no sample could be read: 952 × 644 px and 7 turns of 24 and 14 words are assumed")
     model, processor = meta_model(recipe, [looked] if problems or broken else known, notes)
+    check_turns(recipe.turns, stated_reading(model, prefix=processor.family.prefix))
     measured, varieties = measure(recipe, looked, processor, problems, broken)
     if looked[0] is not ASSUMED:
         loss = make_loss(recipe.turns, recipe.loss, model)
@@ -91,7 +94,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         step |= _operations(recipe, model.config, measured, cached=step["cached"])
     else:
         notes.append(f"operations are counted for Qwen2-VL only, not for {model.config.model_type}")
-    if recipe.model.vision == "frozen":
+    if "trained" not in (recipe.model.vision, recipe.model.connector):
         result["memory"] = _memory(recipe, model, measured, step, devices=devices, bf16=bf16)
         notes.append("memory is estimated, for AdamW, without what the driver and the allocator take for themselves")
     else:
@@ -174,6 +177,10 @@ def _memory(
         # vectors of all turns of all devices with their gradients, and blocks of scores
         "loss": 2 * 4 * turns * width * 4 + min(turns**2 * 4, 1 << 28) * 3,
     }
+    if recipe.turns.mode == "isolated" and (sizes := state_bytes(model)):  # of recurrent layers, each turn has one
+        rows = max(1.0, share / step["passes_per_device"]) if step["cached"] else share
+        layers = max(sizes) if recipe.model.activation_checkpointing else sum(sizes)
+        memory["states"] = round(rows * float(measured.turns.mean())) * layers
     memory["total"] = sum(memory.values())
     return {name: round(value / GIB, 2) for name, value in memory.items()}
 

@@ -142,9 +142,11 @@ def batch_of(samples: Sequence[Prepared], processor: Processor, *, target_ids: b
 
 def hide_pixels(batch: TrainingBatch) -> None:
     """Replaces every pixel of a batch by a constant, in place."""
-    for side in ("query", "target"):
-        if "pixel_values" in batch.get(side, ()):
-            batch[side]["pixel_values"].fill_(-1.0)  # zero could mean padding to a family
+    sides = [batch["query"], batch["target"]] if "query" in batch else []
+    tensors = (tensor for side in sides for image in side.get("images", ()) for tensor in image.values())
+    for tensor in tensors:
+        if tensor.is_floating_point():  # the others are sizes and masks
+            tensor.fill_(-1.0)  # zero could mean padding to a family
 
 
 def _hash(value: Any) -> int:

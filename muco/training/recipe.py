@@ -26,6 +26,7 @@ class ModelRecipe:
         tiny: A small model made from its config and trained from scratch.
         adapter: None trains all weights.
         vision: Whether the vision tower is trained.
+        connector: Whether that is trained which brings the tower's vectors to the language model; None: as ``vision``.
         dtype: "auto" (that of the checkpoint), "float32", "bfloat16" or "float16": the precision of frozen weights.
             Trained weights are float32, and so are frozen float16 weights without an adapter. Without an adapter, a
             model of half precision then computes in bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
@@ -41,6 +42,7 @@ class ModelRecipe:
     tiny: TinyConfig | None = None
     adapter: Adapter | None = None
     vision: Literal["frozen", "trained"] = "frozen"
+    connector: Literal["frozen", "trained"] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     min_pixels: int | None = None

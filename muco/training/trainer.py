@@ -23,7 +23,14 @@ from muco.training import checkpoint
 from muco.training.batches import TrainingBatches
 from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast, warm_up
 from muco.training.callbacks import Record, RetrievalEvaluator, told_once
-from muco.training.checks import check_budget, check_machine, check_negatives, check_recipe, training_arguments
+from muco.training.checks import (
+    check_budget,
+    check_machine,
+    check_negatives,
+    check_recipe,
+    check_turns,
+    training_arguments,
+)
 from muco.training.folder import DIGESTS_FILE
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
@@ -64,6 +71,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         distributed.first_only(lambda: remember(output / DIGESTS_FILE))
         set_seed(recipe.seed)
         model = build_model(recipe, sources)
+        check_turns(recipe.turns, model.encoder.reading)
         last = distributed.first_only(lambda: checkpoint.last_complete(output, distributed.world_size()))
         if last is None and recipe.warm_up.steps:
             skip = data.broken_images == "skip"

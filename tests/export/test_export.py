@@ -63,7 +63,7 @@ def vectors(path: Path | str) -> np.ndarray:
 @pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])
 def test_every_family_keeps_its_vectors_in_both_forms(family, format, saved, tmp_path):
     found = export(saved[family], tmp_path / "out", format=format)
-    assert found["ok"] and found["cosine"] > 0.999999 and found["examples"] == len(examples())
+    assert found["ok"] and found["cosine"] > 0.999999 and found["examples"] == len(examples(several_images=True))
     assert not list(tmp_path.glob("*.part"))
     pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
     assert pooling["pooling_mode"] == "lasttoken" and pooling["pooling_mode_lasttoken"] is True
@@ -93,7 +93,7 @@ def test_adapters_are_merged_or_separate_with_the_same_vectors(format, run, tmp_
     adapter = load_file(tmp_path / "separate" / "adapter" / "adapter_model.safetensors")
     assert adapter and all("lora_" in name for name in adapter)
     plain, adapted = (
-        stock_vectors(tmp_path / "separate", generation=format == "vllm", adapter=path)
+        stock_vectors(tmp_path / "separate", examples(several_images=True), generation=format == "vllm", adapter=path)
         for path in (None, tmp_path / "separate" / "adapter")
     )
     assert compare(plain, adapted, "float32").cosine < 0.9999, "the adapter does nothing: nothing was compared"
@@ -120,7 +120,7 @@ def test_a_folder_that_gives_other_vectors_gets_no_name(saved, tmp_path, monkeyp
 
     monkeypatch.setattr(module, "_write", spoilt)
     found = export(saved["qwen2_vl"], tmp_path / "out")
-    assert not found["ok"] and found["worst"] in examples() and found["cosine"] < 0.999999
+    assert not found["ok"] and found["worst"] in examples(several_images=True) and found["cosine"] < 0.999999
     assert not (tmp_path / "out").exists() and Path(found["part"]).is_dir()
 
 
@@ -130,7 +130,7 @@ def test_a_missing_weight_and_a_missing_pooling_are_errors(saved, tmp_path):
     lost = sorted(weights)[0]
     save_file({k: w for k, w in weights.items() if k != lost}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="missing or unexpected weights"):
-        stock_vectors(tmp_path / "out", generation=False)
+        stock_vectors(tmp_path / "out", examples(several_images=True), generation=False)
 
 
 def test_parity_takes_no_number_for_no_equality():
@@ -161,7 +161,7 @@ def test_dora_is_not_for_vllm_unmerged(tmp_path):
     from muco.export.export import _check_separable
 
     backbone, processor = load_backbone(checkpoint("qwen2_vl"), local_files_only=True)
-    model = from_backbone(add_adapters(backbone, Adapter("dora", rank=2), [processor.emb_id]), processor, device="cpu")
+    model = from_backbone(add_adapters(backbone, Adapter("dora", rank=2), [processor.read_id]), processor, device="cpu")
     with pytest.raises(MucoError, match="but not DoRA"):
         _check_separable("run", model, "vllm")
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from torch.nn.attention.flex_attention import create_mask
 from muco.backbone import use_flex_attention
 from muco.batch import (
     OWNERS,
-    PATCH_KEYS,
     DialogueBatch,
     _below_one_another,
     chunks_of,
@@ -28,9 +28,9 @@ from muco.batch import (
     to,
 )
 from muco.dialogue import Content, Dialogue
-from muco.encoder import attention_bias, tree_block_mask, tree_mask
 from muco.errors import DataError, ImageError
 from muco.layout import rotary_positions
+from muco.masks import attention_bias, masks_of, tree_mask
 from muco.processor import EncodedImage
 
 BOTH_KINDS = ("qwen2_vl", "idefics3")  # flattened patches with a grid; tiles with a mask
@@ -49,6 +49,18 @@ def mixed() -> list[Dialogue]:
     return [*ragged()[:5], *ragged(isolated=False)[:3], *ragged()[5:]]
 
 
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def same(batch: Any, other: Any) -> bool:
+    pairs = zip(tensors_of(batch), tensors_of(other), strict=True)
+    return batch.keys() == other.keys() and all(torch.equal(one, another) for one, another in pairs)
+
+
 def embed(family: str, batch: DialogueBatch) -> np.ndarray:
     with torch.inference_mode():
         return model(family)(dict(batch))["sentence_embedding"].numpy()
@@ -63,11 +75,11 @@ def test_every_turn_is_read_at_its_own_emb(family, side):
     dialogues = mixed()
     batch, processor = batch_of(family, dialogues, side), model(family).encoder.muco_processor
     assert batch["turn_rows"].tolist() == [b for b, d in enumerate(dialogues) for _ in d.turns]
-    assert (batch["input_ids"][batch["turn_rows"], batch["turn_columns"]] == processor.emb_id).all()
+    assert (batch["input_ids"][batch["turn_rows"], batch["turn_columns"]] == processor.read_id).all()
     assert len(set(zip(batch["turn_rows"].tolist(), batch["turn_columns"].tolist(), strict=True))) == len(
         batch["turn_rows"]
     )
-    assert (batch["input_ids"] == processor.emb_id).sum() == len(batch["turn_rows"])
+    assert (batch["input_ids"] == processor.read_id).sum() == len(batch["turn_rows"])
 
 
 @both_kinds
@@ -76,8 +88,12 @@ def test_images_stand_in_the_order_of_their_placeholders(family):
     batch = batch_of(family, dialogues)
     assert batch["image_rows"].tolist() == [b for b, d in enumerate(dialogues) for _ in d.images]
     encoded = [processor.encode_image(picture) for d in dialogues for picture in d.images]
-    assert batch["image_patches"].tolist() == [len(e.patches["pixel_values"]) for e in encoded]
-    assert torch.equal(batch["pixel_values"], torch.cat([e.patches["pixel_values"] for e in encoded]))
+    assert batch["image_tokens"].tolist() == [e.tokens for e in encoded]
+    for found, one in zip(batch["images"], encoded, strict=True):
+        assert found.keys() == one.tensors.keys()
+        assert all(torch.equal(found[name], one.tensors[name]) for name in found)
+    storages = {name: {image[name].untyped_storage().data_ptr() for image in batch["images"]} for name in found}
+    assert all(len(own) == 1 for own in storages.values()), "a process hands over a file per storage"
 
 
 @both_kinds
@@ -116,9 +132,9 @@ def test_texts_are_cut_turn_by_turn_and_images_and_endings_never(family, side):
     tree, singles = (collate(dialogues, processor, **settings) for dialogues in ([dialogue], alone([dialogue])))
     assert tree["cut_turns"].tolist() == singles["cut_turns"].tolist() != []
     assert int(singles["attention_mask"].sum(dim=1).max()) == bare + 4
-    assert (tree["input_ids"][tree["turn_rows"], tree["turn_columns"]] == processor.emb_id).all()
+    assert (tree["input_ids"][tree["turn_rows"], tree["turn_columns"]] == processor.read_id).all()
     whole = collate([dialogue], processor)
-    assert (tree["input_ids"] == processor.image_id).sum() == (whole["input_ids"] == processor.image_id).sum()
+    assert torch.equal(tree["image_tokens"], whole["image_tokens"])
     assert np.abs(embed(family, tree) - embed(family, singles)).max() < 1e-5
     assert "cut_turns" not in collate([dialogue], processor, truncate="END")
     with pytest.raises(DataError, match=r"turn 1: \d+ tokens"):
@@ -141,7 +157,7 @@ def test_branches_start_where_the_trunk_ends(family):
 @both_kinds
 def test_isolated_turns_can_run_on(family):
     usual, other = (batch_of(family, [replace(d, positions=p) for d in ragged()[:2]]) for p in (None, "run_on"))
-    assert all(torch.equal(usual[key], other[key]) for key in usual if key != "position_ids")
+    assert same(usual | {"position_ids": other["position_ids"]}, other)
     positions, branches = other["position_ids"][:, 0], other["branch_ids"][0]
     after = positions[:, branches == 0].max() + 1
     own = positions[:, branches > 0]
@@ -152,7 +168,7 @@ def test_isolated_turns_can_run_on(family):
 def test_compounded_turns_can_restart_where_isolated_ones_do(family):
     (dialogue,) = ragged(isolated=False)[1:2]
     usual, other = (batch_of(family, [replace(dialogue, positions=p)]) for p in (None, "restart"))
-    assert all(torch.equal(usual[key], other[key]) for key in usual if key != "position_ids")
+    assert same(usual | {"position_ids": other["position_ids"]}, other)
     tree = batch_of(family, ragged()[1:2])
     after = int(tree["position_ids"][:, 0][:, tree["branch_ids"][0] == 0].max()) + 1
     ends = (other["turn_columns"] + 1).tolist()
@@ -206,7 +222,7 @@ grids = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
 
 
 def picture_of(grid: tuple[int, int, int]) -> EncodedImage:
-    return EncodedImage((), {}, (grid[0], grid[1] * 2, grid[2] * 2), 2)
+    return EncodedImage((), 0, {}, (grid[0], grid[1] * 2, grid[2] * 2), 2)
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -281,10 +297,6 @@ def test_lines_need_no_tree_mask(family):
 # Cutting a batch
 
 
-def same(batch: DialogueBatch, other: DialogueBatch) -> bool:
-    return batch.keys() == other.keys() and all(torch.equal(batch[key], other[key]) for key in batch)
-
-
 def rows_in_order(batch: DialogueBatch, budget: int) -> list[int]:
     """The slow, obvious rule: nothing is moved if all fits; else longest first, equal ones as they stood."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
@@ -352,9 +364,9 @@ def test_images_go_with_their_rows(family):
     batch = batch_of(family, dialogues)
     for (chunk, _), row in zip(split(batch, 1), rows_in_order(batch, 1), strict=True):
         single = batch_of(family, [dialogues[row]])
-        assert ("pixel_values" in chunk) == bool(dialogues[row].images)
+        assert ("images" in chunk) == bool(dialogues[row].images)
         assert single.keys() <= chunk.keys()
-        assert all(torch.equal(chunk[key], single[key]) for key in single)
+        assert same({key: chunk[key] for key in single}, single)
 
 
 @both_kinds
@@ -363,7 +375,7 @@ def test_features_computed_before_take_the_place_of_pixels(family):
     with torch.no_grad():
         features = encoder.image_features(batch)
     assert len(features) == len(batch["image_rows"]) > 1
-    seen = {key: value for key, value in batch.items() if key not in PATCH_KEYS} | {"image_features": features}
+    seen = {key: value for key, value in batch.items() if key != "images"} | {"image_features": features}
     expected = embed(family, batch)
     assert np.array_equal(embed(family, seen), expected)
     together = np.full_like(expected, np.nan)
@@ -382,9 +394,8 @@ def test_a_batch_moves_to_a_device_with_all_that_is_in_it(family):
     features = [tuple(torch.zeros(1) for _ in range(2)) for _ in batch["image_rows"]]
     moved = to({**batch, "image_features": features, "past_key_values": kept}, "meta")
     assert moved["past_key_values"] is kept and len(moved["image_features"]) == len(features)
-    tensors = [moved[key] for key in batch] + [tensor for image in moved["image_features"] for tensor in image]
-    assert all(tensor.device.type == "meta" for tensor in tensors)
-    assert all(value.device == encoder.device for value in batch.values()), "the batch itself stays where it is"
+    assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
+    assert {tensor.device for tensor in tensors_of(batch)} == {encoder.device}, "the batch itself stays where it is"
 
 
 def every_cut(rows: list[int]) -> Iterator[list[list[int]]]:
@@ -445,11 +456,13 @@ def test_an_image_of_one_row_is_not_seen_by_another():
 def test_flex_attention_follows_the_same_rule_as_the_matrix(family, side):
     batch = batch_of(family, mixed(), side)
     rows, length = batch["input_ids"].shape
-    rule = tree_block_mask(batch)
+    encoder = model(family).encoder
+    image_id = encoder.muco_processor.family.image_id
+    rule = masks_of(batch, encoder.reading, image_id, torch.float32, flex=True)["full_attention"]
     dense = create_mask(rule.mask_mod, rows, 1, length, length, device="cpu")
     assert torch.equal(dense, tree_mask(batch)) and not dense.all()
     flat = {key: value for key, value in batch.items() if key != "branch_ids"}
-    assert tree_block_mask(flat) is None is tree_mask(flat)
+    assert masks_of(flat, encoder.reading, image_id, torch.float32, flex=True) is None is tree_mask(flat)
 
 
 @both_kinds

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import families
 import psutil
 import pytest
 import steps
@@ -24,6 +25,7 @@ def found(tiny_path, scenes, tmp_path_factory) -> Path:
     """What two processes found for every case."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "model").symlink_to(tiny_path)
+    (folder / "recurrent").symlink_to(families.checkpoint("qwen3_5"))
     (folder / "scenes").symlink_to(scenes)
     finished(launch(steps.__file__, folder))
     return folder
@@ -41,7 +43,7 @@ def test_two_processes_find_the_gradient_of_one(tiny_model, scenes, found, case)
     shares, mode, trained, _, _ = steps.CASES[case]
     samples = steps.ragged_samples(scenes)
     order = sum(steps.SHARES[shares], [])
-    model = steps.to_train(tiny_model, trained)
+    model = steps.to_train(families.model("qwen3_5") if "recurrent" in case else tiny_model, trained)
     expected = steps.plain(model, steps.share(model, [samples[i] for i in order], mode), mode=mode)
     for rank in (0, 1):
         value = json.loads((found / f"values-{rank}.json").read_text())[case]
@@ -204,7 +206,7 @@ def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, shar
     ("change", "sentence"),
     [
         ({"size": 1}, "1 samples are fewer than the 2 processes"),
-        ({"sharding": "fsdp", "vision": "trained"}, "needs 'vision: frozen'"),
+        ({"sharding": "fsdp", "vision": "trained"}, "needs vision and connector frozen"),
     ],
 )
 def test_what_processes_cannot_share_is_refused_at_start(base, scenes, tmp_path, monkeypatch, change, sentence):

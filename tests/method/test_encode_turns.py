@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build, checkpoint, image, model
+from families import FAMILIES, Passes, build, checkpoint, image, model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import muco
-from muco import turns
+from muco import encoder, turns
 from muco.backbone import add_adapters, load_backbone, use_flex_attention
 from muco.dialogue import Content, Dialogue
 from muco.errors import DataError, MucoError
 from muco.model import Model, from_backbone
+from muco.reading import stated_reading
 from muco.sizes import Adapter
 from muco.turns import sharing
 
@@ -42,28 +43,6 @@ def one_by_one(model: Model, images: Any, queries: list[Any]) -> np.ndarray:
     return np.stack([model.encode(content(query)) for query in queries])
 
 
-class Passes:
-    """Counts what passes through the backbone."""
-
-    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tokens: list[tuple[int, int]] = []  # rows and length of each pass
-        self.images = self.kept = 0
-        self.encoder = model.encoder
-        self.hook = self.encoder.model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.tokens.append(tuple(kwargs["input_ids"].shape))
-        self.images += "pixel_values" in kwargs
-        cache = kwargs.get("past_key_values")
-        self.kept += cache is not None and cache.get_seq_length() > 0
-
-    def __enter__(self) -> Passes:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hook.remove()
-
-
 # Equal to single calls
 
 
@@ -75,7 +54,7 @@ def test_ragged_dialogues_are_single_calls(family, side, monkeypatch):
     own = {"text": "beside it", "images": [PICTURES[2], PICTURES[0]]}
     queries = [QUERIES, ["a ring"], [*QUERIES[1:3], own, "after it"], ["one"], QUERIES[1:]]
     monkeypatch.setattr(encoder, "padding_side", side)
-    with Passes(model(family), monkeypatch) as passes:
+    with Passes(model(family)) as passes:
         got = model(family).encode_turns_batch(images, queries)
     assert passes.kept, "keys were kept and read"
     for some, pictures, asked in zip(got, images, queries, strict=True):
@@ -108,10 +87,10 @@ def test_any_dialogues_cut_in_any_way_are_single_calls(family, dialogues, pack, 
 
 
 @every_family
-def test_more_queries_than_pass_at_once(family, monkeypatch):
+def test_more_queries_than_pass_at_once(family):
     """A pass stays within the budget however many queries there are, and the image passes once."""
     queries = [f"question {number}: {'word ' * (number % 7)}" for number in range(150)]
-    with Passes(model(family), monkeypatch) as passes:
+    with Passes(model(family)) as passes:
         (got,) = model(family).encode_turns_batch([PICTURES[0]], [queries], token_budget=1500)
     assert passes.images == 1 and passes.kept > 2
     assert max(rows * length for rows, length in passes.tokens) <= 1500
@@ -122,8 +101,13 @@ def test_more_queries_than_pass_at_once(family, monkeypatch):
 def test_a_thousand_queries_pass_in_bounded_memory(family, monkeypatch):
     queries = [f"what about {number}?" for number in range(1000)]
     masks: list[int] = []
-    real = turns.tree_mask
-    monkeypatch.setattr(turns, "tree_mask", lambda batch: masks.append(batch["input_ids"].numel()) or real(batch))
+    real = encoder.masks_of
+
+    def noted(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        masks.append(batch["input_ids"].numel())
+        return real(batch, *args, **kwargs)
+
+    monkeypatch.setattr(encoder, "masks_of", noted)
     got = model(family).encode_turns(PICTURES[0], queries)
     assert got.shape == (1000, 64) and max(masks) < 16384
     some = [0, 1, 499, 998, 999]
@@ -131,8 +115,8 @@ def test_a_thousand_queries_pass_in_bounded_memory(family, monkeypatch):
 
 
 @every_family
-def test_the_image_passes_once_for_all_its_queries(family, monkeypatch):
-    with Passes(model(family), monkeypatch) as passes:
+def test_the_image_passes_once_for_all_its_queries(family):
+    with Passes(model(family)) as passes:
         model(family).encode_turns(PICTURES[0], QUERIES)
     trunk, *branches = passes.tokens
     assert passes.images == passes.kept == len(branches) == 1
@@ -142,8 +126,8 @@ def test_the_image_passes_once_for_all_its_queries(family, monkeypatch):
 
 
 @every_family
-def test_a_single_query_is_one_plain_pass(family, monkeypatch):
-    with Passes(model(family), monkeypatch) as passes:
+def test_a_single_query_is_one_plain_pass(family):
+    with Passes(model(family)) as passes:
         got = model(family).encode_turns(PICTURES[0], ["what is it?"])
     assert len(passes.tokens) == 1 and not passes.kept
     assert close(got, one_by_one(model(family), [PICTURES[0]], ["what is it?"]))
@@ -185,7 +169,7 @@ def test_half_precision_is_close_and_shorter_vectors_are_unit_vectors(family):
 @every_family
 def test_a_model_with_adapters_in_the_middle_of_training(family):
     backbone, processor = load_backbone(checkpoint(family), local_files_only=True)
-    backbone = add_adapters(backbone, Adapter(rank=4, alpha=8, dropout=0.5), [processor.emb_id])
+    backbone = add_adapters(backbone, Adapter(rank=4, alpha=8, dropout=0.5), [processor.read_id])
     for name, parameter in backbone.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -218,44 +202,47 @@ def windowed(tmp_path: Any, window: int) -> Model:
     return muco.load(folder, device="cpu", local_files_only=True)
 
 
-@pytest.mark.parametrize(("window", "way"), [(12, "none"), (4096, "cache")])
-def test_a_window_of_attention_is_respected(tmp_path, window, way):
+@pytest.mark.parametrize("window", [12, 4096])
+def test_a_window_of_attention_is_respected(tmp_path, window):
     narrow = windowed(tmp_path, window)
-    assert sharing(narrow.encoder, 60) == way
+    assert sharing(narrow.encoder) == "cache"
     got = narrow.encode_turns(PICTURES[0], QUERIES)
     assert close(got, one_by_one(narrow, [PICTURES[0]], QUERIES))
     tree = narrow.encoder.collate([Dialogue((PICTURES[0],), tuple(Content(query) for query in QUERIES), True)])
-    if way == "cache":
-        assert close(narrow.embed(tree).detach().numpy(), got)
-    else:  # as training passes them: the mask would override the window
-        with pytest.raises(MucoError, match="turns.mode: compounded"):
-            narrow.embed(tree)
-    assert (np.abs(got - model("qwen2_vl").encode_turns(PICTURES[0], QUERIES)).max() > 1e-3) == (way == "none")
+    assert close(narrow.embed(tree).detach().numpy(), got), "as training passes them"
+    changed = np.abs(got - model("qwen2_vl").encode_turns(PICTURES[0], QUERIES)).max() > 1e-3
+    assert changed == (window == 12), "a short window changes vectors"
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch.compile's own imports
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch.compile's own imports
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 @pytest.mark.parametrize("family", ["qwen2_vl", "idefics3"])
-def test_flex_attention_takes_the_tree_in_one_pass(family, monkeypatch):
+def test_flex_attention_takes_the_tree_in_one_pass(family):
     flex = muco.load(checkpoint(family), device="cpu", local_files_only=True)
     use_flex_attention(flex.encoder.model)
-    assert sharing(flex.encoder, 60) == "tree" and sharing(model(family).encoder, 60) == "cache"
-    with Passes(flex, monkeypatch) as passes, torch.compiler.set_stance("force_eager"):
+    assert sharing(flex.encoder) == "tree" and sharing(model(family).encoder) == "cache"
+    with Passes(flex) as passes, torch.compiler.set_stance("force_eager"):
         got = flex.encode_turns(PICTURES[0], QUERIES)
     assert len(passes.tokens) == 1 and not passes.kept
     assert close(got, one_by_one(model(family), [PICTURES[0]], QUERIES))
 
 
+CHUNKS = {"layer_types": ["full_attention", "chunked_attention"], "attention_chunk_size": 8}
+
+
 @pytest.mark.parametrize(
-    "change", [{"layer_types": ["full_attention", "linear_attention"]}, {"is_causal": False}], ids=str
+    ("change", "reason"), [(CHUNKS, "chunked_attention"), ({"is_causal": False}, "later")], ids=str
 )
-def test_layers_of_another_kind_share_nothing(change, tmp_path):
+def test_layers_of_another_kind_share_nothing(change, reason):
     other = muco.load(checkpoint("qwen2_vl"), device="cpu", local_files_only=True)
     config = other.encoder.model.config.get_text_config()
     for key, value in change.items():
         setattr(config, key, value)
-    assert sharing(other.encoder, 60) == "none"
+    other.encoder.reading = stated_reading(other.encoder.model)
+    assert sharing(other.encoder) == "none"
+    with pytest.raises(MucoError, match=reason):
+        other.embed(other.encoder.collate([Dialogue((PICTURES[0],), (Content("a"), Content("b")), True)]))
 
 
 def test_a_prompt_that_shares_nothing_passes_alone(monkeypatch):

@@ -670,6 +670,7 @@ update.build(sys.argv[1], sys.argv[2], sys.argv[3], batch_size=4, progress=False
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_table(tmp_path: Path, model_path: Path) -> None:
     source = write_jsonl(
         tmp_path / "rows.jsonl", [{"id": f"r{i}", "text": f"row number {i}", "n": i} for i in range(900)]
@@ -780,6 +781,7 @@ def ids_of(folder: Path) -> list[str]:
     return sorted(id for ids in Index.open(folder).ids() for id in ids)
 
 
+@pytest.mark.slow
 def test_processes_that_write_the_same_rows_at_once(tmp_path: Path, tiny_model) -> None:
     """One of them is killed in the middle; what it has locked is free again."""
     Index.create(tmp_path / "index", tiny_model)

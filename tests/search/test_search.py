@@ -445,6 +445,7 @@ def test_a_spoiled_filter_finds_what_all_of_it_says_or_is_refused(table: Table, 
 WORDS = st.sampled_from("n id `a` ( ) = < and or not in like is null 'x' 1 -2.5 , lower( between ; -- + select".split())
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.one_of(st.text(max_size=40), st.lists(WORDS, max_size=12).map(" ".join)))
 def test_any_filter_gives_rows_or_one_sentence(plain: Index, where: str) -> None:

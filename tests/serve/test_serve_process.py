@@ -75,7 +75,7 @@ def test_pictures_that_are_large_together(engine, process, monkeypatch):
     monkeypatch.setattr("muco.serve.process.SMALL", 10_000)
     items = [Item(("",), (data_uri(picture((n, 0, 0), (280, 280))),)) for n in range(4)]
     prepared = [process.prepare(item) for item in items]
-    assert sum(one.batch["pixel_values"].numel() * 4 for one in prepared) > 10_000
+    assert sum(one.batch["images"][0]["pixel_values"].numel() * 4 for one in prepared) > 10_000
     expected = engine.run([engine.prepare(item) for item in items])
     for found, one in zip(process.run(prepared), expected, strict=True):
         assert np.array_equal(found.vectors, one.vectors)

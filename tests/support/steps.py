@@ -54,6 +54,8 @@ CASES = {
     "sharded, ragged": ("ragged", "isolated", "language", 97, "fsdp"),
     "sharded, text only": ("text", "compounded", "adapters", None, "fsdp"),
     "sharded, half": ("even", "isolated", "half", 200, "fsdp"),
+    "recurrent": ("ragged", "isolated", "adapters", 97, "none"),
+    "recurrent, sharded": ("even", "isolated", "adapters", 97, "fsdp"),
 }
 
 
@@ -82,6 +84,8 @@ def to_train(model: Model, trained: str, dropout: float = 0.0) -> Model:
     backbone.requires_grad_(True)
     if trained == "half":
         backbone.bfloat16()
+    if trained in ("adapters", "language", "half"):
+        freeze_vision(backbone)
     if trained == "adapters":
         tokens = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
         torch.manual_seed(0)
@@ -89,8 +93,6 @@ def to_train(model: Model, trained: str, dropout: float = 0.0) -> Model:
         for name, parameter in backbone.named_parameters():
             if "lora_B" in name:  # zero at the start, which would leave lora_A without gradient
                 torch.nn.init.normal_(parameter, std=0.05)
-    if trained in ("language", "half"):
-        freeze_vision(backbone)
     hold_trained_in_float32(backbone)
     return from_backbone(backbone, processor, device="cpu").train()
 
@@ -144,25 +146,27 @@ def plain(model: Model, batch: dict, seed: int = 7, mode: str = "isolated") -> t
     return loss.item(), gradients(model)
 
 
-def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
-    """Value and gradient agree to float32: 1e-6 of the value, 2e-6 of the largest gradient of the model."""
+def assert_same(
+    found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], tolerance: float = 2e-6
+) -> None:
+    """Value and gradient agree to float32: 1e-6 of the value, ``tolerance`` of the largest gradient of the model."""
     (value, grads), (other, others) = found, expected
     assert abs(value - other) < 1e-6 * abs(other)
     assert grads.keys() == others.keys() and grads
     largest = max(float(gradient.abs().max()) for gradient in others.values())
     assert largest > 1e-3, "the gradient vanishes: nothing is compared"
     for name, gradient in grads.items():
-        assert torch.allclose(gradient, others[name], atol=2e-6 * largest, rtol=1e-4), name
+        assert torch.allclose(gradient, others[name], atol=tolerance * largest, rtol=1e-4), name
 
 
 def process(folder: Path) -> None:
     """One of several processes: makes the step of every case with its own samples, writes what it found."""
     distributed.start()
-    rank, model = distributed.rank(), load(folder / "model", device="cpu")
+    rank, models = distributed.rank(), {name: load(folder / name, device="cpu") for name in ("model", "recurrent")}
     samples = ragged_samples(folder / "scenes")
     values = {}
     for name, (shares, mode, trained, budget, sharding) in CASES.items():
-        copied = to_train(model, trained)
+        copied = to_train(models["recurrent" if "recurrent" in name else "model"], trained)
         if sharding == "fsdp":
             shard_model(copied)
         batch = share(copied, [samples[i] for i in SHARES[shares][rank]], mode)

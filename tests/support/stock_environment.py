@@ -4,9 +4,9 @@
 
 First it loads each folder with the sentence-transformers library alone ("stock"), where muco cannot be imported; then
 with the muco of the job's ``root`` ("muco"). A job is ``{"root": folder, "output": folder, "models": {name: folder},
-"inputs": {name: [{"text": str, "image": file or files}, …]}}``, each input with one key or both, in either order.
-Into ``output`` go ``MODE.npz`` (vectors by model), ``MODE.json`` (what ran) and ``saved/NAME`` (the model as the stock
-library saves it again).
+"inputs": {name: [{"text": str, "image": file or files}, …]}, "families": [name, …]}``, each input with one key or both,
+in either order. Into ``output`` go ``MODE.npz`` (vectors by model), ``MODE.json`` (what ran), ``saved/NAME`` (the model
+as the stock library saves it again), and ``families.json`` (the rows of the families, see family_checks.py).
 """
 
 from __future__ import annotations
@@ -90,6 +90,14 @@ def run_muco(job: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return vectors, facts
 
 
+def run_checks(job: dict[str, Any]) -> dict[str, list[str]]:
+    """The rows of the families that need torchvision, see family_checks.py."""
+    sys.path.insert(0, f"{job['root']}/tests/support")
+    import family_checks
+
+    return {family: family_checks.row(family) for family in job["families"]}
+
+
 def _bases(value: object) -> list[str]:
     return [base.__name__ for base in type(value).__mro__]
 
@@ -110,6 +118,7 @@ def main(file: str) -> None:
         }
         np.savez(Path(job["output"]) / f"{mode}.npz", **vectors)
         (Path(job["output"]) / f"{mode}.json").write_text(json.dumps(ran, indent=1), encoding="utf-8")
+    (Path(job["output"]) / "families.json").write_text(json.dumps(run_checks(job)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -783,6 +783,7 @@ def test_a_folder_is_filled_and_its_own_files_stay(tmp_path: Path) -> None:
     assert filled(tmp_path / "out", source) == counts, "nothing to do"
 
 
+@pytest.mark.slow
 def test_chunks_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(write_tar(tmp_path / "a.tar", mixed_files()))
     results = []

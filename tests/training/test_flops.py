@@ -18,8 +18,9 @@ from muco.dialogue import Sample, Turn
 from muco.model import from_backbone
 from muco.sizes import Adapter, TinyConfig
 from muco.tiny import tiny_qwen2_vl
-from muco.training.flops import Flops, count_flops, meta_step_flops, qwen2_vl_config, step_flops
+from muco.training.flops import Flops, count_flops, meta_step_flops, step_flops
 from muco.training.prepared import Chosen, batch_of, prepare_turns
+from muco.training.published import qwen2_vl_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TinyConfig(width=32, layers=3, heads=4, kv_heads=2, feed_forward=48, vision_width=32, vision_depth=3)

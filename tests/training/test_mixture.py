@@ -18,9 +18,9 @@ from muco import processor as processor_module
 from muco.batch import join, split
 from muco.data import open_data
 from muco.data.source import InMemory
-from muco.encoder import tree_mask
 from muco.images import image_digest, open_image
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.masks import tree_mask
 from muco.negatives import TurnIds
 from muco.training import batches as batches_module
 from muco.training import mixture as mixture_module
@@ -187,6 +187,8 @@ def same(a, b) -> bool:
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, TurnIds):
         return same(vars(a), vars(b))
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -412,13 +414,16 @@ def test_what_is_wrong_with_a_sample_concerns_no_other(scenes, tiny_model, tmp_p
     ids = TurnIds.join([part["ids"] for part in parts])
     for key in ("sample_ids", "target_ids"):
         assert sorted(getattr(ids, key).tolist()) == sorted(getattr(clean["ids"], key).tolist())
-    assert join([part["query"] for part in made])["image_patches"].sum() == clean["query"]["image_patches"].sum()
+    assert join([part["query"] for part in made])["image_tokens"].sum() == clean["query"]["image_tokens"].sum()
 
 
 def test_blind_pixels_are_all_equal(batches):
     blind = TrainingBatches(batches.sources, batches.mixture, batches.processor, batches.turns, blind=True)[0]
-    assert all(blind[side]["pixel_values"].unique().numel() == 1 for side in ("query", "target"))
-    assert batches[0]["query"]["pixel_values"].unique().numel() > 10
+    shown = [image for side in ("query", "target") for image in blind[side]["images"]]
+    assert all(image["pixel_values"].unique().numel() == 1 for image in shown)
+    seen = batches[0]["query"]["images"]
+    assert seen[0]["pixel_values"].unique().numel() > 10
+    assert torch.equal(shown[0]["image_grid_thw"], seen[0]["image_grid_thw"]), "sizes stay"
 
 
 def kept_turns(rows, mixture, settings, step, processor) -> list[tuple[str, str]]:

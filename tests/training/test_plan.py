@@ -16,12 +16,12 @@ import muco
 from muco.backbone import add_adapters, freeze_vision, meta_backbone
 from muco.cli import main
 from muco.data import open_data
-from muco.encoder import attention_bias
+from muco.masks import attention_bias
 from muco.sizes import Adapter
 from muco.training.build import build_model
-from muco.training.flops import qwen2_vl_config
 from muco.training.meta_model import activation_bytes
 from muco.training.plan import plan
+from muco.training.published import qwen2_vl_config
 from muco.training.recipe import Recipe, dump_recipe, from_dict, load_recipe
 from muco.training.trainer import make_trainer
 

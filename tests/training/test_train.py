@@ -223,6 +223,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_the_run_resumes(finished, scen
         subprocess.run(["umount", "--lazy", small], check=True)
 
 
+@pytest.mark.slow
 def test_adapters_with_dropout_resume_exactly_and_are_merged(finished, scenes, tmp_path):
     _, base = finished
     adapter = {"kind": "dora", "rank": 4, "alpha": 4, "dropout": 0.2}
@@ -414,6 +415,7 @@ def test_the_papers_recipes_run_unchanged_on_the_published_layouts(tmp_path, mon
     assert all(math.isfinite(loss) for _, loss in facts["loss"])
 
 
+@pytest.mark.slow
 def test_the_gradient_cache_does_not_change_a_run_and_resumes_exactly(finished, scenes, tmp_path):
     _, whole = finished
     batch = {"size": 8, "token_budget": 300}
