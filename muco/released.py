@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers.utils.hub import cached_file
@@ -43,7 +43,10 @@ def released_prompt(path: str, *, local_files_only: bool) -> ReleasedPrompt | No
     folders = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
     if other := [name for name in folders if name not in KEPT]:
         raise CheckpointError(f"its vectors pass through {other[0]}, which MuCo does not have")
-    pooling = read(f"{folders.get('Pooling', '1_Pooling')}/config.json")
+    place = PurePosixPath(folders.get("Pooling", "1_Pooling"))
+    if place.is_absolute() or ".." in place.parts:
+        raise CheckpointError(f"modules.json: {place} is not a folder of the model")
+    pooling = read(f"{place}/config.json")
     if pooling.get("pooling_mode") != "lasttoken" and not pooling.get("pooling_mode_lasttoken"):
         raise CheckpointError("its vectors are not the states of the last token, as MuCo's are")
     library = read("config_sentence_transformers.json")

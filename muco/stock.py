@@ -36,7 +36,7 @@ class LeftOut:
         self.settings = dict(settings or {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # how it is copied and pickled is no setting
+        if name.startswith("__"):  # copying and pickling ask for these
             raise AttributeError(name)
         return self.__dict__.get("settings", {}).get(name)
 
@@ -169,7 +169,7 @@ def learnt_family(config: Any, processor: ProcessorMixin) -> Family:
     """Finds out by two small pictures what a processor writes for an image, and what the model takes of it.
 
     Raises:
-        CheckpointError: If an image's tokens are not above all the model's image token.
+        CheckpointError: If the model's image token is not the most frequent one of an image.
     """
 
     def text_ids(text: str) -> list[int]:

@@ -75,7 +75,7 @@ def tiny_qwen2_vl(
 
 
 def stand_in_processor(texts: Iterable[str], config: Any, vocabulary: int = 32768) -> Processor:
-    """Counts about as the processor of Qwen's models, for when that cannot be had, with a tokenizer of ``texts``."""
+    """Counts tokens about as the processor of Qwen's models does; its tokenizer is trained on ``texts``."""
     texts = [*texts, *[QWEN_VL.head, QWEN_VL.tail] * 1000]
     tokenizer = train_tokenizer(texts, vocabulary, added=(*QWEN_TOKENS, *QWEN_PADS, *SPECIAL_TOKENS))
     vision = config.vision_config

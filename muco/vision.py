@@ -28,23 +28,20 @@ class Form:
 
     def __init__(self, output: Mapping[str, Any], tokens: int) -> None:
         fields = {name: value for name, value in output.items() if name not in UNUSED}
-        self.leaves = 0
         self.fields = {name: self._learnt(value, tokens) for name, value in fields.items()}
 
     def _learnt(self, value: Any, tokens: int) -> _Node:
         if isinstance(value, Tensor):
-            self.leaves += 1
             return _Leaf(joined=_rows(value) == 2 * tokens)
         if not isinstance(value, (list, tuple)):
             return _Constant(value)
         rows = [_rows(own) if isinstance(own, Tensor) else 0 for own in value]
         if sum(rows) == 2 * tokens and max(rows) < 2 * tokens:
-            self.leaves += 1
             return _Listed()
         return _Several(type(value), [self._learnt(own, tokens) for own in value])
 
     def apart(self, output: Mapping[str, Any], tokens: Sequence[int]) -> list[Features]:
-        """The features of each image, whose numbers of visual tokens are given."""
+        """The features of each image; ``tokens`` has the number of its visual tokens."""
         leaves = [leaf for name, node in self.fields.items() for leaf in node.apart(output[name], tokens)]
         return list(zip(*leaves, strict=True))
 

@@ -387,6 +387,26 @@ def test_a_text_only_model_is_a_sentence(tmp_path):
     refused(tmp_path / "bert", "is a bert model")
 
 
+POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "said"),
+    [
+        ([POOLING], {"pooling_mode_mean_tokens": True}, "its vectors are not the states of the last token"),
+        ([POOLING | {"path": "../elsewhere"}], {}, r"modules.json: \.\./elsewhere is not a folder of the model"),
+        ([POOLING, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}], {}, "pass through Dense"),
+    ],
+)
+def test_embedding_models_that_read_another_vector_are_refused(copied, modules, pooling, said):
+    folder = copied("qwen3_vl")
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        load(folder)
+
+
 def test_other_rotary_positions_are_refused(monkeypatch):
     """A model that counts them in another way would get vectors that are quietly wrong."""
     kind = type(model("qwen2_vl").encoder.model)

@@ -349,7 +349,7 @@ TEXTS = "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% end
 @pytest.mark.parametrize(
     ("before", "after", "end"), [("", "\n", ""), ("", "", "\n"), ("\n\n", "\n\n", ""), ("a ", " b", " c")]
 )
-def test_what_stands_around_each_of_several_images_is_read_off(before, after, end):
+def test_the_text_around_each_of_several_images_is_read_off(before, after, end):
     images = f"{{% if m['content'][0]['type'] == 'image' %}}{IMAGES}{{% endif %}}"
     for name, text in (("BEFORE", before), ("AFTER", after), ("END", end)):
         images = images.replace(name, f"{{{{ {text!r} }}}}")

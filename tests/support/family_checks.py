@@ -213,7 +213,7 @@ def _without_dropout(found: Model) -> None:
 
 
 def check_saving(found: Model) -> str:
-    """The model is saved and loaded as it is; whether its export gives plain transformers the same vectors."""
+    """Saved and loaded, the model is the same; says whether plain transformers gets the same vectors from an export."""
     folder = Path(tempfile.mkdtemp(prefix="muco-saved-"))
     try:
         found.save(str(folder / "model"))
