@@ -10,7 +10,6 @@ import pytest
 import zoo
 from family_checks import NEED_TORCHVISION, ROOT, ROWS, documented
 
-
 QUICK = ("gemma3", "llava", "qwen3_5")  # image blocks and windows; a tower beside its connector; recurrent layers
 FAMILIES = [
     pytest.param(family, marks=() if family in QUICK else pytest.mark.slow)
