@@ -220,7 +220,7 @@ class Recipe:
                 raise RecipeError(f"model.tiny.{whole}: {getattr(tiny, whole)} is not a multiple of {part}")
         if (self.model.path is None) == (self.model.tiny is None):
             raise RecipeError("model: set exactly one of 'path' (an existing model) and 'tiny' (made from its config)")
-        if self.model.tiny and (self.model.adapter or self.model.vision == "frozen"):
+        if tiny and (self.model.adapter or "frozen" in (self.model.vision, self.model.connector)):
             raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
         if not self.data.train:
             raise RecipeError("data.train: name at least one source, e.g. train: [{path: data/train.jsonl}]")

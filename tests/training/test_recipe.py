@@ -51,6 +51,10 @@ def test_what_is_written_is_read_back(tmp_path):
         (GOOD + "model2: 3", ["model2", "model"]),
         ("output: x\nmodel: {}\ndata: {train: [{path: a}]}", ["exactly one"]),
         ("output: x\nmodel: {tiny: {}}\ndata: {train: [{path: a}]}", ["vision: trained"]),
+        (
+            "output: x\nmodel: {tiny: {}, vision: trained, connector: frozen}\ndata: {train: [{path: a}]}",
+            ["vision: trained"],
+        ),
         ("output: x\nmodel: {path: a}", ["data.train"]),
         ("output: x\nmodel: {path: a}\ndata: {train: [{weight: 1}]}", ["data.train[0].path", "missing"]),
         ("model: {path: a}\ndata: {train: [{path: a}]}", ["output", "missing"]),
