@@ -56,6 +56,12 @@ def load_backbone(
             unexpected or of another shape; the message names them.
     """
     source = str(path)
+    if (Path(source) / "trainer_state.json").is_file():
+        raise CheckpointError(f"{source} is a checkpoint of a run, not a model; make one by `muco export {source}`")
+    if (Path(source) / "adapter" / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{source}: MuCo does not add adapters from a folder; use `muco export --adapters merged`"
+        )
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
         _check_config(source, config)

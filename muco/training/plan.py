@@ -74,6 +74,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
             "temperature": recipe.loss.temperature,
             "adapter": adapter and f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
             "vision": recipe.model.vision,
+            "connector": recipe.model.connector or recipe.model.vision,
             "token_budget": recipe.batch.token_budget,
         },
         "data": {
@@ -98,7 +99,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         result["memory"] = _memory(recipe, model, measured, step, devices=devices, bf16=bf16)
         notes.append("memory is estimated, for AdamW, without what the driver and the allocator take for themselves")
     else:
-        notes.append("memory is estimated only with a frozen vision tower")
+        notes.append("memory is estimated only where vision tower and connector are frozen")
     return result
 
 

@@ -63,8 +63,7 @@ def test_trunks_and_branches_are_where_they_are_counted(side):
     assert found.rows.tolist() == own
 
 
-@every_recurrent
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("family", "side"), [*((family, "right") for family in RECURRENT), ("qwen3_5", "left")])
 def test_values_and_gradients_are_those_of_single_turns(family, side, monkeypatch):
     found = copy.deepcopy(model(family))
     found.encoder.padding_side = side

@@ -182,7 +182,7 @@ def check_turns(found: Model, several: bool) -> str:
 
 
 def check_training(found: Model) -> None:
-    """A step of adapters and of all weights, in both modes: the gradient cache changes neither loss nor gradients."""
+    """A step of adapters, isolated, and one of all weights, compounded: the gradient cache changes nothing."""
     single = bool(found.encoder.reading.why_not_isolated)
     tolerance = 1e-5 if found.encoder.reading.recurrent else 2e-6  # a state sums up what it has read
     samples = [
@@ -194,13 +194,12 @@ def check_training(found: Model) -> None:
     ]
     if single:
         samples = [sample.with_turns(sample.turns[:1]) for sample in samples]
-    for trained in ("adapters", "all"):
+    for trained, mode in (("adapters", "isolated"), ("all", "compounded")):
         copied = steps.to_train(found, trained)
         _without_dropout(copied)
-        for mode in ("isolated", "compounded"):
-            batch = steps.share(copied, samples, mode)
-            chunked, plain = steps.cached(copied, [batch], 60, mode=mode), steps.plain(copied, batch, mode=mode)
-            steps.assert_same(chunked, plain, tolerance)
+        batch = steps.share(copied, samples, mode)
+        chunked, plain = steps.cached(copied, [batch], 60, mode=mode), steps.plain(copied, batch, mode=mode)
+        steps.assert_same(chunked, plain, tolerance)
 
 
 def _without_dropout(found: Model) -> None:

@@ -65,8 +65,13 @@ def test_vision_is_trained_beside_adapters_and_kept(family, trained, scenes, tmp
         assert parts(beside) == CONNECTORS[family]
     else:
         assert parts(beside) > CONNECTORS[family]
+    shown = plan(recipe)
+    assert shown["recipe"]["connector"] == "trained" and shown["memory"] is None
     part = shutil.copytree(tmp_path / "run" / "checkpoints" / "checkpoint-1", tmp_path / "run/checkpoints/checkpoint-9")
     assert export(part, tmp_path / "merged")["ok"] and export(part, tmp_path / "apart", adapters="separate")["ok"]
+    for other, said in ((part, "a checkpoint of a run, not a model"), (tmp_path / "apart", "does not add adapters")):
+        with pytest.raises(CheckpointError, match=said):
+            muco.load(other)
 
 
 def test_a_run_with_a_trained_connector_resumes_exactly(scenes, tmp_path):
