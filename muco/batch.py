@@ -25,7 +25,7 @@ class DialogueBatch(TypedDict):
 
     input_ids: Int[Tensor, "B L"]
     attention_mask: Int[Tensor, "B L"]
-    position_ids: Int[Tensor, "A B L"]  # A = 3 axes (Qwen family) or 1
+    position_ids: Int[Tensor, "A B L"]  # A = 3 axes (multimodal rotary positions) or 1
     branch_ids: NotRequired[Int[Tensor, "B L"]]  # 0 trunk, j the branch of turn j; absent if every row is linear
     turn_rows: Int[Tensor, " T"]  # which row a turn belongs to
     turn_columns: Int[Tensor, " T"]  # where its <|emb|> is
