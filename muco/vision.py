@@ -51,17 +51,10 @@ class Form:
         return SimpleNamespace(**{name: node.together(leaves) for name, node in self.fields.items()})
 
 
-class _Node:
-    """Part of an output; ``apart`` has an entry per leaf below it, of a value per image."""
-
-    def apart(self, value: Any, tokens: Sequence[int]) -> list[Sequence[Any]]:
-        raise NotImplementedError
-
-    def together(self, leaves: Any) -> Any:
-        raise NotImplementedError
+# Parts of an output. ``apart`` has an entry per leaf below, of a value per image; ``together`` takes them one by one.
 
 
-class _Constant(_Node):
+class _Constant:
     def __init__(self, value: Any) -> None:
         self.value = value
 
@@ -72,7 +65,7 @@ class _Constant(_Node):
         return self.value
 
 
-class _Leaf(_Node):
+class _Leaf:
     """A tensor of all images' tokens one after another, or (not ``joined``) one that does not depend on them."""
 
     def __init__(self, *, joined: bool) -> None:
@@ -86,7 +79,7 @@ class _Leaf(_Node):
         return torch.cat(images) if self.joined else images[0]
 
 
-class _Listed(_Node):
+class _Listed:
     """A list of tensors, of each image's tokens or of each part of an image."""
 
     def apart(self, value: Any, tokens: Sequence[int]) -> list[Sequence[Any]]:
@@ -96,7 +89,7 @@ class _Listed(_Node):
         return list(next(leaves))
 
 
-class _Several(_Node):
+class _Several:
     def __init__(self, kind: type, nodes: list[_Node]) -> None:
         self.kind, self.nodes = kind, nodes
 
@@ -105,6 +98,9 @@ class _Several(_Node):
 
     def together(self, leaves: Any) -> Any:
         return self.kind(node.together(leaves) for node in self.nodes)
+
+
+_Node = _Constant | _Leaf | _Listed | _Several
 
 
 def _rows(tensor: Tensor) -> int:

@@ -168,7 +168,7 @@ def made_in_this_process(study: Study, folder: Path, costs: dict, made: dict[str
     """All runs of a study with one seed, one step each of the smallest model; what a report reads.
 
     Of runs that differ in numbers only, such as how many turns or steps, or in the model that they start from, the
-    first in any study is made and stands for all; ``made`` has them.
+    first in any study is made, and the others take its result from ``made``.
     """
     small = replace(study, base={**study.base, "model": {"tiny": SMALL, "vision": "trained"}})
     kinds: dict[str, str] = {}  # name of a run -> what it is, numbers left out

@@ -33,7 +33,7 @@ class Parts:
 
     Args:
         name: Of the classes: ``{name}Config`` and ``{name}ForConditionalGeneration``.
-        nested: All settings stand in processor_config.json, as transformers writes them since version 5.
+        nested: All settings are in processor_config.json, as transformers writes them since version 5.
         template_file: chat_template.jinja, chat_template.json or tokenizer_config.json.
     """
 
