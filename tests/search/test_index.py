@@ -29,7 +29,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from ray_cluster import on_ray
 
 import muco
 from muco.base.files import locked
@@ -712,15 +711,6 @@ def test_daft_gives_the_same_table(photos: Path, tmp_path: Path, model_path: Pat
     assert (found["encoded"], found["failed"]) == (55, 2)
     run(source, tmp_path / "plain", model_path)
     same(tmp_path / "daft", tmp_path / "plain")
-
-
-@pytest.mark.slow
-def test_a_ray_cluster_gives_the_same_table(photos: Path, tmp_path: Path, model_path: Path) -> None:
-    line = ["index", str(photos), "--model", str(model_path), "--index", str(tmp_path / "ray")]
-    found = json.loads(on_ray([*line, "--workers", "1", "--batch-size", "4", "--json"]))
-    assert (found["encoded"], found["failed"]) == (16, 0)
-    run(photos, tmp_path / "plain", model_path)
-    same(tmp_path / "ray", tmp_path / "plain")
 
 
 def test_workers_need_a_path(photos: Path, tmp_path: Path, tiny_model) -> None:

@@ -19,7 +19,6 @@ import processes
 import pyarrow.parquet as pq
 import pytest
 from chat_server import REFUSAL, ChatServer, Fault
-from ray_cluster import on_ray
 
 import muco
 from muco.cli import main
@@ -398,14 +397,6 @@ def test_a_worker_that_fails_says_why_and_the_rest_is_kept(scenes, pictures, who
     with ChatServer(scenes) as server:
         assert run_command(command(server, pictures, output)).returncode == 0
     assert turns_written(output) == turns_written(whole)
-
-
-@pytest.mark.slow
-def test_a_ray_cluster_comes_to_the_same(scenes, pictures, whole, tmp_path):
-    with ChatServer(scenes) as server:
-        on_ray([*command(server, pictures, tmp_path / "out", "--workers", "2")[3:]])
-        assert server.asked("caption") == PICTURES
-    assert turns_written(tmp_path / "out") == turns_written(whole)
 
 
 def test_one_process_at_a_time(scenes, pictures, tmp_path):
