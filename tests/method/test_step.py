@@ -124,7 +124,7 @@ def test_frozen_vision_runs_once_and_without_a_graph(tiny_model, samples):
     _ = model.encoder.form  # learnt before anything is counted
     once = vision_flops(model, see)
     assert once > 0
-    for budget in (1, 97, 10**6):
+    for budget in (1, 10**6):
         assert vision_flops(model, lambda budget=budget: steps.cached(model, [batch], budget)) == once
 
     trained = steps.to_train(tiny_model, "all")

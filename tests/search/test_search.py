@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import sqlite3
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import processes
 import pyarrow as pa
 import pytest
 import torch
@@ -488,24 +486,16 @@ def folders(tmp_path_factory):
 # ── the commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def muco(*arguments: str | Path, code: int = 0) -> processes.CompletedProcess:
-    command = [sys.executable, "-m", "muco", *map(str, arguments)]
-    done = processes.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == code, done.stderr
-    return done
-
-
 @pytest.mark.slow
 def test_from_files_to_hits(scenes: Path, tiny_path: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     images, index = scenes / "images/test", tmp_path / "index"
     monkeypatch.setenv("COLUMNS", "200")
 
     def here(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-        """The same command in this process."""
         assert main([*map(str, arguments)]) == code
         return capsys.readouterr()
 
-    found = json.loads(muco("index", images, "--model", tiny_path, "--index", index, "--json").stdout)
+    found = json.loads(here("index", images, "--model", tiny_path, "--index", index, "--json")[0])
     assert (found["encoded"], found["total"]) == (16, 16)
     image = images / "00003.png"
     out, _ = here("search", "--index", index, "--image", image, "-k", "3", "--exact", "--json")

@@ -25,8 +25,8 @@ from typing import IO, Any
 
 SOON = 300  # seconds in which anything that is going to happen has happened, on a loaded machine too
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no"
-# what starts threads when it is imported, such as lancedb, is not among them
-LOADED = ("muco.cli.app", "muco.training.trainer", "openai", "fastapi", "uvicorn")
+# what starts threads when it is imported, such as lancedb, is not among them; the last is found from the repository
+LOADED = ("muco.cli.app", "muco.training.trainer", "openai", "fastapi", "uvicorn", "tests.support.loaded")
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*LOADED])

@@ -48,9 +48,7 @@ CONNECTORS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "trained"), [("qwen3_vl", "connector"), ("llava", "connector"), ("llava", "vision")]
-)
+@pytest.mark.parametrize(("family", "trained"), [("qwen3_vl", "connector"), ("llava", "vision")])
 def test_vision_is_trained_beside_adapters_and_kept(family, trained, scenes, tmp_path):
     lora = {"adapter": {"kind": "lora", "rank": 4, "alpha": 4}}
     recipe = recipe_of(scenes, tmp_path / "run", family, lora | {trained: "trained"})

@@ -255,11 +255,12 @@ def test_a_plan_says_how_often_the_rows_of_each_source_are_seen(scenes, tmp_path
     few = scenes / "few.jsonl"
     few.write_text("".join(lines))
     paths, output = [str(scenes / "train.jsonl"), str(few), str(few)], tmp_path / "run"
+    model = {"path": str(families.checkpoint("idefics3")), "vision": "trained"}  # nothing else is estimated for it
 
     def run_of(*weights: float | None, **data) -> dict:
         sources = [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=False)]
         trainer = {"num_train_epochs": 2, "report_to": []}
-        return plan(recipe_of(scenes, output, data={"train": sources, **data}, trainer=trainer))["run"]
+        return plan(recipe_of(scenes, output, model=model, data={"train": sources, **data}, trainer=trainer))["run"]
 
     once = run_of(None, None)
     assert once["rows_seen_per_epoch"] == {paths[0]: 1.0, paths[1]: 1.0} and once["steps_per_epoch"] == 10

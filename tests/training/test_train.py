@@ -488,9 +488,9 @@ def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path
     chance, held_out = math.log(4), open_data(scenes / "test.jsonl")
     model = {"tiny": SMALL | {"max_pixels": 28 * 28}, "vision": "trained"}  # an image of one token
 
-    def blind_run(name: str, **turns) -> tuple[float, dict]:
+    def blind_run(name: str, steps: int = 60, **turns) -> tuple[float, dict]:
         data = {"train": [{"path": str(scenes / "train.jsonl")}], "blind": True}
-        trainer = {"max_steps": 100, "save_strategy": "no", "learning_rate": 2e-3}
+        trainer = {"max_steps": steps, "save_strategy": "no", "learning_rate": 2e-3}
         recipe = recipe_of(
             scenes, tmp_path / name, model=model, data=data, batch={"size": 4}, trainer=trainer, turns=turns
         )
@@ -500,7 +500,7 @@ def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path
     for name, turns in (("isolated", {}), ("batch", {"mode": "compounded", "order": "batch"})):
         loss, control = blind_run(name, **turns)
         assert loss > 0.9 * chance and not control["leaks"]
-    loss, control = blind_run("sample", mode="compounded", order="sample")
+    loss, control = blind_run("sample", steps=100, mode="compounded", order="sample")
     assert loss < 0.5 * chance and control["leaks"]  # evaluation sees it on held-out samples too
     assert control["chance"] == pytest.approx(math.log(16)) and control["loss"] < 0.75 * control["chance"]
 
