@@ -6,9 +6,12 @@ A process of its own, so that several can run side by side. After a kill it resu
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -160,5 +163,12 @@ def _trainer(run: Mapping[str, Any], folder: Path, count: int) -> MuCoTrainer:
     return make_trainer(recipe, model, open_sources(recipe))
 
 
+def _end_with_the_command() -> None:
+    """Ends this process once the command that started it has ended, even by SIGKILL: its pipe closes then."""
+    os.read(0, 1)  # not sys.stdin, which the end of the interpreter waits for
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     run_job(Path(sys.argv[1]))

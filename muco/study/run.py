@@ -178,7 +178,7 @@ def _start(folder: Path, job: dict[str, Any], jobs: int) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "muco.study.one", str(folder)]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.PIPE)
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

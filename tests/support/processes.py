@@ -47,15 +47,21 @@ class Popen:
         text: bool = True,
     ) -> None:
         self.args = [str(word) for word in command]
-        assert self.args[0] == sys.executable and text and stdin in (None, DEVNULL), "nothing else is known here"
+        assert self.args[0] == sys.executable and text and stdin in (None, DEVNULL, PIPE), "nothing else is known here"
         self.stdout, out = _stream(stdout)
         self.stderr, error = (None, out) if stderr == STDOUT else _stream(stderr)
+        into, self.stdin = os.pipe() if stdin == PIPE else (None, None)  # open as long as this process is
+        into = Connection(into, writable=False) if into else None
         place = str(cwd or os.getcwd()), dict(os.environ if env is None else env)
-        self.process = context.Process(target=_become, args=(self.args[1:], *place, out, error))
+        self.process = context.Process(target=_become, args=(self.args[1:], *place, into, out, error))
         self.process.start()
         self.pid = self.process.pid
-        for end in {out, error} - {None}:
+        for end in {into, out, error} - {None}:
             end.close()
+
+    def __del__(self) -> None:
+        if self.stdin:
+            os.close(self.stdin)
 
     @property
     def returncode(self) -> int | None:
@@ -138,13 +144,18 @@ def _stream(wanted: Any) -> tuple[IO[str] | None, Connection | None]:
 
 
 def _become(
-    arguments: list[str], folder: str, environment: dict[str, str], out: Connection | None, error: Connection | None
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    into: Connection | None,
+    out: Connection | None,
+    error: Connection | None,
 ) -> None:
     """What the forked process does: the work of ``python ARGUMENTS``."""
-    for stream, number in ((out, 1), (error, 2)):
+    for stream, number in ((into, 0), (out, 1), (error, 2)):
         if stream is not None:
             os.dup2(stream.fileno(), number)
-    for stream in {out, error} - {None}:
+    for stream in {into, out, error} - {None}:
         stream.close()
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
