@@ -35,6 +35,8 @@ from muco.stock import small_picture
 from muco.vision import base_model, vision_modules, vision_parameters
 
 logger = logging.getLogger(__name__)
+# Of the language model: "eager" would add the boolean mask of isolated turns, not apply it. Towers have what they can.
+ATTENTION = {"text_config": "sdpa"}
 FLEX = "muco_flex"  # the name under which FlexAttention is registered
 
 
@@ -69,7 +71,7 @@ def load_backbone(
             wrapper, info = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=dtype,
-                attn_implementation="sdpa",  # "eager" would add the boolean mask of isolated turns, not apply it
+                attn_implementation=ATTENTION,
                 output_loading_info=True,
                 local_files_only=local_files_only,
                 use_safetensors=True,  # pickled weights can run code
@@ -147,7 +149,7 @@ def meta_backbone(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a configuration on the meta device, where tensors have shapes and no memory."""
     own = copy.deepcopy(config)  # it remembers the precision
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation="sdpa").model
+        return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation=ATTENTION).model
 
 
 def freeze_vision(model: nn.Module, *, vision: bool = True, connector: bool = True) -> None:
