@@ -40,7 +40,7 @@ def test_samples_need_no_torch():
 # A folder of the package imports only from those before it; "" is the method, the files at the root.
 ORDER = (
     ("base",),
-    ("",),
+    ("", "starter"),
     ("data",),
     ("evaluate",),
     ("training",),

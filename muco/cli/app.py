@@ -26,6 +26,7 @@ from muco.cli.evaluate import app as evaluate_app
 from muco.cli.options import USERS_INPUT, BatchSize, Dimension, Json, Model, examples, finish_check
 from muco.cli.search import INDEX_EXAMPLES, SEARCH_EXAMPLES, index, search
 from muco.cli.serve import SERVE_EXAMPLES, serve
+from muco.cli.starter import STARTER_EXAMPLES, starter
 from muco.cli.study import study
 from muco.cli.synth import SYNTH_EXAMPLES, synth
 from muco.errors import MucoError
@@ -49,6 +50,7 @@ app.command(
 app.command(epilog=INDEX_EXAMPLES)(index)
 app.command(epilog=SEARCH_EXAMPLES)(search)
 app.command(epilog=SERVE_EXAMPLES)(serve)
+app.command(epilog=STARTER_EXAMPLES)(starter)
 app.command(epilog=SYNTH_EXAMPLES)(synth)
 
 

