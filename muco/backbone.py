@@ -85,6 +85,7 @@ def load_backbone(
         )
         raise CheckpointError(f"cannot load a model from {source!r}: {missing}{first_line(error)}") from error
     _check_loaded(source, info)
+    _check_attention(source, wrapper.model.get_decoder())
     processor, added = load_processor(source, config, local_files_only=local_files_only)
     model = wrapper.model
     tokens, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
@@ -116,6 +117,13 @@ def _check_config(source: str, config: Any) -> None:
         raise CheckpointError(
             f"{source!r} is a {kind} model; MuCo needs one that reads images and text (image-text-to-text)"
         )
+
+
+def _check_attention(source: str, decoder: nn.Module) -> None:
+    """Refuses a language model that would add the mask of isolated turns, which is true and false, to its scores."""
+    kind = decoder.config._attn_implementation
+    if kind != ATTENTION["text_config"]:
+        raise CheckpointError(f"{source!r}: its language model computes attention as {kind!r}; MuCo needs sdpa")
 
 
 def _check_positions(source: str, model: nn.Module, processor: Processor) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from collection import SMALL, families, parser, script, split, turn, write_summary
 from emoji_data import (
     CANVAS,
     CLDR,
@@ -29,7 +30,6 @@ from emoji_data import (
     read_emoji,
     read_keywords,
 )
-from families import SMALL, families, parser, script, split, turn, write_summary
 from packages import SIDE
 from PIL import Image
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from collection import script
 from emoji import write_data
 from emoji_data import CANVAS
-from families import script
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table

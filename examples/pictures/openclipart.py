@@ -3,7 +3,7 @@
     python examples/pictures/openclipart.py --output runs/pictures/openclipart
 
 Needs the Debian packages openclipart-png and openclipart-svg; nothing is downloaded. The pictures are the PNG files;
-title, keywords and description stand in the SVG of the same name, and the folder is the category.
+title, keywords and description are in the SVG of the same name, and the folder is the category.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from families import Entry, distinct, parser, picture_id, script, small, turn, write_split, write_summary
+from collection import Entry, distinct, parser, picture_id, script, small, turn, write_split, write_summary
 from openclipart_titles import (
     PACKAGE,
     Metadata,
@@ -24,10 +24,10 @@ from openclipart_titles import (
     read_metadata,
     title_of,
 )
-from packages import TooLarge, advice, blank, installed, read_picture
+from packages import advice, installed, usable_picture
 from PIL import Image
 
-from muco.errors import DataError, ImageError
+from muco.errors import DataError
 
 FOLDER = Path("usr/share/openclipart")
 PICTURES = "openclipart-png"
@@ -95,16 +95,8 @@ def collect(root: Path, output: Path) -> tuple[list[Entry], Counter[str]]:
         if reason := unusable(meta, title, titles):
             left_out[reason] += 1
             continue
-        try:
-            picture = read_picture(root / FOLDER / "png" / place)
-        except TooLarge:
-            left_out["too many pixels"] += 1
-            continue
-        except ImageError:
-            left_out["PNG cannot be read"] += 1
-            continue
-        if blank(picture):
-            left_out["nothing to be seen on white"] += 1
+        picture = usable_picture(root / FOLDER / "png" / place, left_out)
+        if picture is None:
             continue
         entry = entry_of(picture_id(place, entries), place, meta, title, picture)
         picture.save(output / entry.image)

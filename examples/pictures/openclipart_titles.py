@@ -155,7 +155,7 @@ def clean_keywords(meta: Metadata, title: str) -> list[str]:
 
 
 def is_keyword(word: str) -> bool:
-    """Whether it has letters, is no slip of a program, and no words run together ("cayennepepperfoodspicyhot")."""
+    """Whether it has letters and is neither a slip of a program nor words run together ("cayennepepperspicyhot")."""
     letters = re.search(r"[^\W\d]{2}", word) and not NO_KEYWORD.search(word)
     return bool(letters) and word not in NOISE and max(map(len, word.split())) < 18
 

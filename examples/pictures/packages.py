@@ -6,6 +6,7 @@ A package may also be unpacked elsewhere (``dpkg -x FILE.deb DIR``); then DIR ta
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,21 @@ def read_picture(file: Path, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> 
             raise
         except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error
             raise ImageError(f"{file}: the picture is broken ({error or type(error).__name__})") from error
+
+
+def usable_picture(file: Path, left_out: Counter[str], max_pixels: int = MAX_PIXELS) -> Image.Image | None:
+    """:func:`read_picture`, or None and the reason counted in ``left_out``."""
+    try:
+        picture = read_picture(file, max_pixels=max_pixels)
+    except TooLarge:
+        left_out["too many pixels"] += 1
+    except ImageError:
+        left_out["PNG cannot be read"] += 1
+    else:
+        if not blank(picture):
+            return picture
+        left_out["nothing to be seen on white"] += 1
+    return None
 
 
 def shrunk(whole: Image.Image, box: tuple[float, ...], side: int, file: Path) -> Image.Image:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from families import SMALL, Entry, distinct, parser, picture_id, script, small, turn, write_summary
-from packages import TooLarge, advice, blank, ink, installed, read_bytes, read_picture
+from collection import SMALL, Entry, distinct, parser, picture_id, script, small, turn, write_summary
+from packages import advice, ink, installed, read_bytes, usable_picture
 from PIL import Image
 
 from muco.data.jsonl import write_jsonl
-from muco.errors import DataError, ImageError
+from muco.errors import DataError
 from muco.images import open_image
 
 FOLDER = Path("usr/share/tuxpaint/stamps")
@@ -101,19 +101,13 @@ def collect(root: Path, output: Path) -> tuple[list[Stamp], Counter[str]]:
             continue
         try:
             sentence, translations = read_sentences(file.with_suffix(".txt"))
-            picture = read_picture(file, max_pixels=MAX_PIXELS)
-        except TooLarge:
-            left_out["too many pixels"] += 1
-            continue
-        except ImageError:
-            left_out["PNG cannot be read"] += 1
-            continue
         except DataError:
             left_out["sentence cannot be read"] += 1
             continue
-        if blank(picture):
-            left_out["nothing to be seen on white"] += 1
-        elif sentence.lower() in seen:
+        picture = usable_picture(file, left_out, max_pixels=MAX_PIXELS)
+        if picture is None:
+            continue
+        if sentence.lower() in seen:
             left_out["sentence of another picture"] += 1
         else:
             seen.add(sentence.lower())
@@ -192,7 +186,7 @@ def same_pictures(stamps: Sequence[Stamp], folder: Path, other: Path) -> dict[st
         folder: Where ``images/`` of the stamps are.
         other: The same of the other collection.
     Raises:
-        DataError: If there are no pictures of the other collection.
+        DataError: If the other collection has no pictures there.
     """
     files = sorted((other / "images").glob("*.png"))
     if not files:

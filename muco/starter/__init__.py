@@ -1,4 +1,4 @@
-"""A small image-text-to-text model joined from two published halves, and what MuCo trained on it.
+"""A small image-text-to-text model to train, joined from two published halves.
 
 ::
 

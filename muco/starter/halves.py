@@ -49,7 +49,7 @@ def language_half(file: Path, layers: int | None = None) -> tuple[nn.Module, Any
     """A causal language model and its tokenizer from a GGUF file.
 
     Args:
-        layers: Keep the first so many layers; None: all.
+        layers: Number of layers to keep, from the first on; None: all.
     Returns:
         The model in float32, which the quantised weights are expanded to, and the tokenizer.
     Raises:

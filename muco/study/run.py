@@ -186,7 +186,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
         if process.poll() is None:
             process.terminate()
     for process in processes:
-        process.wait()
+        process.communicate()  # waits, and closes the pipe
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
@@ -195,6 +195,7 @@ def _result(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(folder: Path, process: subprocess.Popen) -> None:
+    process.communicate()  # it has ended; this closes the pipe
     if process.returncode:
         said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-TAIL:]
         raise MucoError(f"the run {folder.name} failed (exit code {process.returncode}), see its log.txt: {said}")

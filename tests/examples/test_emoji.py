@@ -15,24 +15,13 @@ from xml.dom import minidom
 import numpy as np
 import processes
 import pytest
+from picture_packages import FOLDER, example
 from PIL import Image
 
 import muco
 from muco.data import open_data
 
-FOLDER = Path(__file__).parents[2] / "examples/pictures"
-
-
-def _load(name: str) -> ModuleType:
-    """As when run.py is the script: its own folder comes first."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-families, emoji_data, emoji_rows = _load("families"), _load("emoji_data"), _load("emoji")
+collection, emoji_data, emoji_rows = example("collection"), example("emoji_data"), example("emoji")
 MISSING = [f"{package} ({file})" for file, package in emoji_data.PACKAGES.items() if not file.is_file()]
 installed = pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}")
 
@@ -231,23 +220,23 @@ def test_near_copies_are_in_one_family(groups):
 @installed
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_family_is_on_two_sides_and_parts_have_their_size(groups, seed):
-    part = families.split(groups, seed)
+    part = collection.split(groups, seed)
     assert all(len({part[one] for one in group}) == 1 for group in groups)
-    assert all(part[one] == "train" for group in groups if len(group) > families.LARGEST for one in group)
+    assert all(part[one] == "train" for group in groups if len(group) > collection.LARGEST for one in group)
     count = {name: sum(value == name for value in part.values()) / len(part) for name in ("train", "dev", "test")}
-    for name, share in families.PARTS.items():
-        assert share - 1 / len(part) <= count[name] < share + families.LARGEST / len(part)
+    for name, share in collection.PARTS.items():
+        assert share - 1 / len(part) <= count[name] < share + collection.LARGEST / len(part)
     assert sum(count.values()) == pytest.approx(1) and count["train"] > 0.7
 
 
 @installed
 def test_no_held_out_picture_or_its_near_copy_was_trained_on(glyphs, groups):
-    part = families.split(groups, 0)
+    part = collection.split(groups, 0)
     small = {one: np.asarray(emoji_data.on_paper(glyph, 24), dtype=np.float32) for one, glyph in glyphs.items()}
     train = np.stack([pixels for one, pixels in small.items() if part[one] == "train"])
     for one, pixels in small.items():
         if part[one] == "test":
-            assert np.abs(train - pixels).mean(axis=(1, 2, 3)).min() >= families.ALIKE - 1e-4, one.name
+            assert np.abs(train - pixels).mean(axis=(1, 2, 3)).min() >= collection.ALIKE - 1e-4, one.name
 
 
 @installed

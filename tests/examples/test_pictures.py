@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from picture_packages import noise, png_header, write_clipart, write_stamps
+from picture_packages import example, noise, png_header, write_clipart, write_stamps
 from PIL import Image
 
 import muco
 from muco.data.check import check
 
-FOLDER = Path(__file__).parents[2] / "examples/pictures"
-
-
-def _load(name: str) -> ModuleType:
-    """As when a script runs: its own folder comes first."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-packages, families, titles = _load("packages"), _load("families"), _load("openclipart_titles")
-openclipart, tuxpaint, emoji = _load("openclipart"), _load("tuxpaint"), _load("emoji")
+packages, collection, titles = example("packages"), example("collection"), example("openclipart_titles")
+openclipart, tuxpaint, emoji = example("openclipart"), example("tuxpaint"), example("emoji")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +104,7 @@ def test_near_copies_are_on_one_side_whatever_the_seed(clipart, drawings, tmp_pa
     assert len(set(family.values())) == 9
     entries, _ = openclipart.collect(clipart, tmp_path)
     for seed in range(8):
-        families.write_split(tmp_path, entries, seed=seed)
+        collection.write_split(tmp_path, entries, seed=seed)
         part = {row["title"]: row["part"] for row in rows(tmp_path / "index.jsonl")}
         assert part["Red Apple"] == part["Green Apple"] and part["Pear"] == part["Quince"]
         assert set(part.values()) == {"train", "dev", "test"}
@@ -129,9 +114,9 @@ def test_a_folder_of_near_copies_is_one_family_for_training():
     keys = openclipart.keys_of("Italy", Path("signs_and_symbols/flags/europe/italy.png"), "A")
     assert ("folder", "signs_and_symbols/flags") in keys
     assert not any(key[0] == "folder" for key in openclipart.keys_of("Flagship", Path("shapes2/a.png"), "A"))
-    large = [list(range(families.LARGEST + 1)), *([number] for number in range(100, 120))]
+    large = [list(range(collection.LARGEST + 1)), *([number] for number in range(100, 120))]
     for seed in range(8):
-        part = families.split(large, seed)
+        part = collection.split(large, seed)
         assert {part[number] for number in large[0]} == {"train"} and set(part.values()) == {"train", "dev", "test"}
 
 
@@ -204,9 +189,9 @@ def test_what_a_drawing_is_called(title, stem, uses, wanted):
 
 
 def test_names_of_pictures_are_safe_and_never_taken_twice():
-    assert families.picture_id(Path("a/../B c_é.png"), {}) == "a-b-c"
-    assert families.picture_id(Path("a_b.png"), {"a-b", "a-b-2"}) == "a-b-3"
-    assert families.picture_id(Path("é.png"), {}) == "picture"
+    assert collection.picture_id(Path("a/../B c_é.png"), {}) == "a-b-c"
+    assert collection.picture_id(Path("a_b.png"), {"a-b", "a-b-2"}) == "a-b-3"
+    assert collection.picture_id(Path("é.png"), {}) == "picture"
 
 
 # ---------------------------------------------------------------- tuxpaint
@@ -266,7 +251,7 @@ def test_a_stamp_that_another_collection_has_is_left_out(stamps, tmp_path):
 )
 def test_a_missing_package_is_one_sentence_with_its_name(script, package, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        families.script(lambda: script.main(["--root", str(tmp_path), "--output", str(tmp_path / "out")]))
+        collection.script(lambda: script.main(["--root", str(tmp_path), "--output", str(tmp_path / "out")]))
     assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code  # exit code 1, the text on stderr
     assert f"install the Debian package {package} (apt install {package})" in stop.value.code
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from families import FAMILIES, build, checkpoint, image, model, ragged, vectors
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import muco
 from muco.backbone import (
@@ -607,3 +608,17 @@ def test_language_linears_leave_vision_and_connector_alone(family):
     assert len(names) == 2 * 7 and all(
         ".layers." in name and name.startswith(("language_model", "text_model")) for name in names
     )
+
+
+def test_a_language_model_that_would_add_the_mask_is_refused(monkeypatch):
+    monkeypatch.setattr("muco.backbone.AutoModelForImageTextToText", Eager)
+    with pytest.raises(CheckpointError, match="computes attention as 'eager'; MuCo needs sdpa"):
+        load(checkpoint("qwen2_vl"))
+
+
+class Eager:
+    """As a library that takes no notice of what attention is asked for."""
+
+    @staticmethod
+    def from_pretrained(path: str, attn_implementation: Any, **options: Any) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager", **options)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+FOLDER = Path(__file__).parents[2] / "examples/pictures"
+
+
+def example(name: str) -> ModuleType:
+    """A script of the folder as when it runs: its own folder comes first."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
 
 
 def svg(title: str = "", keywords: Sequence[str] = (), description: str = "", **more: str) -> str:
