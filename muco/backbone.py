@@ -31,6 +31,7 @@ from muco.errors import CheckpointError
 from muco.layout import rotary_positions
 from muco.processor import Processor, first_line, load_processor
 from muco.sizes import Adapter
+from muco.starter import located
 from muco.stock import small_picture
 from muco.vision import base_model, vision_modules, vision_parameters
 
@@ -43,7 +44,7 @@ FLEX = "muco_flex"  # the name under which FlexAttention is registered
 def load_backbone(
     path: str | Path, *, dtype: str = "auto", local_files_only: bool = False
 ) -> tuple[nn.Module, Processor]:
-    """Loads a model by path or hub id and its processor; both know ``<|emb|>`` and ``<|mask|>`` afterwards.
+    """Loads a model by path, by hub id or as "starter", and its processor; both know ``<|emb|>`` and ``<|mask|>`` then.
 
     The checkpoint is read through its image-text-to-text class, whose inner model is kept: reading it with
     ``AutoModel`` would leave the vision tower of some checkpoints randomly initialised.
@@ -57,7 +58,7 @@ def load_backbone(
         CheckpointError: If the path holds no model, the model does not take images, or weights are missing,
             unexpected or of another shape; the message names them.
     """
-    source = str(path)
+    source = located(path)
     if (Path(source) / "trainer_state.json").is_file():
         raise CheckpointError(f"{source} is a checkpoint of a run, not a model; make one by `muco export {source}`")
     if (Path(source) / "adapter" / "adapter_config.json").is_file():

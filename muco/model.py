@@ -231,7 +231,7 @@ def load(path: str | Path, *, device: str | None = None, truncate_dim: int | Non
     """Loads a trained model, a released checkpoint of the paper, or a plain image-text-to-text model.
 
     Args:
-        path: A folder or a hub id.
+        path: A folder, a hub id, or "starter": a small model that comes with MuCo and is made at first use.
         device: "cpu", "cuda", …; the best one available if None.
         truncate_dim: Truncate vectors to the first N dimensions and normalise them again; for models trained with
             ``loss.dimensions``. None: whole vectors.

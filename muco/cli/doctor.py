@@ -24,7 +24,6 @@ OPTIONAL = {
     "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
     "lancedb": "muco index, muco search",
     "fastapi": "muco serve",
-    "gguf": "muco starter",
     "openai": "muco synth, muco data caption",
     "daft": "muco synth; muco index in several processes",
     "ray": "the same on many machines",

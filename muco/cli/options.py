@@ -12,7 +12,7 @@ from muco.base.terminal import finish
 
 USERS_INPUT, FAILED_CHECK = 1, 3  # exit codes
 
-Model = Annotated[str, Option("--model", "-m", help="Folder of a trained model, or its id on the Hugging Face hub.")]
+Model = Annotated[str, Option("--model", "-m", help='Folder of a trained model, its hub id, or "starter".')]
 Json = Annotated[bool, Option("--json", help="Print the result as one JSON line on stdout.")]
 BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not change the result.")]
 Dimension = Annotated[

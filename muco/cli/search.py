@@ -30,7 +30,10 @@ def index(
     index: Place,
     input: Annotated[Path | None, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file.")] = None,
     model: Annotated[
-        str | None, Option("--model", "-m", help="Model folder or hub id; default: the index's. A new index needs one.")
+        str | None,
+        Option(
+            "--model", "-m", help='Model folder, hub id, or "starter"; default: the index\'s. A new index needs one.'
+        ),
     ] = None,
     storage: Annotated[Precision | None, Option(help="How a new index stores its vectors; default: float32.")] = None,
     dimension: Dimension = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,10 +37,7 @@ def starter(
     os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: transformers draws bars of its own
     from muco.starter.join import described, join
 
-    def say(line: str) -> None:
-        print(f"muco starter: {line}", file=sys.stderr, flush=True)
-
     def show(found: Mapping[str, Any], _: object) -> None:
         print(found["folder"])
 
-    finish(described(join(output, layers=layers, source=source, say=say)), as_json, show)
+    finish(described(join(output, layers=layers, source=source)), as_json, show)

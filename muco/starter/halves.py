@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,6 @@ BLOCK_NAMES = {
 CLASSIFIER = {"_fc.weight": (1000, 1280), "_fc.bias": (1000,)}  # not part of the tower
 
 
-def require_reader() -> None:
-    """Raises a CheckpointError unless GGUF files can be read."""
-    if find_spec("gguf") is None:
-        raise CheckpointError("the language model is a GGUF file, read by gguf: pip install 'muco[starter]'")
-
-
 def language_half(file: Path, layers: int | None = None) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer from a GGUF file.
 
@@ -53,9 +46,8 @@ def language_half(file: Path, layers: int | None = None) -> tuple[nn.Module, Any
     Returns:
         The model in float32, which the quantised weights are expanded to, and the tokenizer.
     Raises:
-        CheckpointError: If the package ``gguf`` is missing, or the model has fewer layers.
+        CheckpointError: If the model has fewer layers.
     """
-    require_reader()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain now

