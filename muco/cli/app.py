@@ -157,7 +157,11 @@ def embed(
     finish(summary, as_json, print_pairs)
 
 
-@app.command(epilog=examples("muco demo", "muco demo --output runs/quick --steps 100 --train 2000"))
+@app.command(
+    epilog=examples(
+        "muco demo", "muco demo --output runs/quick --steps 100 --train 2000", "muco demo --pictures ~/Pictures"
+    )
+)
 def demo(
     output: Annotated[Path, Option("--output", "-o", help="Folder for data, model, scores and report.html.")] = Path(
         "runs/demo"
@@ -165,12 +169,20 @@ def demo(
     steps: Annotated[int | None, Option(min=1, help="Training steps; fewer are faster and worse.")] = None,
     train: Annotated[int, Option(min=1, help="Scenes to train on.")] = 20_000,
     test: Annotated[int, Option(min=2, help="Held-out scenes to score and search.")] = 500,
+    pictures: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Search these pictures with the starter; train nothing.")
+    ] = None,
 ) -> None:
     """Train and search on this machine.
 
     Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
     images, and writes one self-contained report.html. Run the same command again to resume after an interruption.
     """
+    if pictures:
+        from muco.search.sheet import search_folder
+
+        print(search_folder(pictures, output))
+        return
     from muco.demo import run_demo
 
     print(run_demo(output, steps=steps, train=train, test=test))

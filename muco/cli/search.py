@@ -83,6 +83,7 @@ def index(
 
 
 def search(
+    context: Context,
     index: Place,
     text: Annotated[str | None, Option("--text", "-t", help="Text to search for.")] = None,
     image: Annotated[Path | None, Option(help="An image to search for; with --text, both form one query.")] = None,
@@ -92,6 +93,9 @@ def search(
     exact: Annotated[
         bool, Option("--exact/--approximate", help="Compare with every row; use no vector index.")
     ] = False,
+    queries: Annotated[Path | None, Option(metavar="FILE", help="Many texts, one per line; needs --page.")] = None,
+    page: Annotated[Path | None, Option(metavar="FILE", help="Write what is found as a page of pictures.")] = None,
+    caption: Annotated[str | None, Option(metavar="COLUMN", help="What stands under the pictures of --page.")] = None,
     model: Annotated[str | None, Option("--model", "-m", help="The index's model, if it has moved.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON line per row on stdout.")] = False,
 ) -> None:
@@ -101,7 +105,27 @@ def search(
     """
     from muco.search.index import Index
 
-    hits = Index.open(index, model).search(text, image=image, like=like, k=k, where=where, exact=exact)
+    if queries and not page:
+        raise BadParameter("--queries writes a page: pass --page FILE.html too", context)
+    if page and as_json:
+        raise BadParameter("--page and --json exclude each other", context)
+    if queries and (text or image or like):
+        raise BadParameter("--queries takes the place of --text, --image and --like", context)
+    asked: list[dict[str, Any]] = [{"text": text, "image": image, "like": like}]
+    if queries:
+        from muco.search.sheet import read_queries
+
+        asked = [{"text": line} for line in read_queries(queries)]
+    opened = Index.open(index, model)
+    found = [opened.search(**one, k=k, where=where, exact=exact) for one in asked]
+    if page:
+        from muco.search.sheet import write_sheet
+
+        words = (" ".join(str(part) for part in one.values() if part) for one in asked)
+        write_sheet(page, dict(zip(words, found, strict=True)), caption=caption)
+        print(page)
+        return
+    [hits] = found
     if as_json:
         from muco.search.columns import in_json
 

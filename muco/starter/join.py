@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers import CLIPImageProcessorPil, FastVlmConfig, FastVlmForConditi
 
 from muco.base.files import claimed, earlier_record, read_json, write_json, write_text, writing
 from muco.errors import OutputError
+from muco.starter import packages
 from muco.starter.halves import CELL, DEVIATION, MEAN, SIDE, class_names, language_half, vision_half
-from muco.starter.packages import PACKAGES, files, tell
 
 RECORD = "starter.json"
 GREY = 255.0  # the lightest grey level
@@ -58,7 +58,7 @@ everything as it is.
 
 
 def join(
-    output: Path, *, layers: int | None = None, source: Path | None = None, say: Callable[[str], object] = tell
+    output: Path, *, layers: int | None = None, source: Path | None = None, say: packages.Say = packages.tell
 ) -> Path:
     """Writes an untrained image-text-to-text checkpoint with tokenizer, processor, chat template and card.
 
@@ -75,11 +75,11 @@ def join(
     """
     if not output.name:  # "." or "/"
         raise OutputError(f"{output} cannot be made anew; name a folder in it")
-    asked = {"layers": layers, "packages": {package.pinned: package.sha256 for package in PACKAGES}}
+    asked = {"layers": layers, "packages": {package.pinned: package.sha256 for package in packages.PACKAGES}}
     with claimed(output, beside=True, wait=float("inf")):
         if earlier_record(output / RECORD, asked, "starter"):
             return output
-        found = files(PACKAGES, source, say)
+        found = packages.files(packages.PACKAGES, source, say)
         part = output.with_name(f".{output.name}.part")
         with writing(output):
             shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
@@ -95,11 +95,11 @@ def join(
 def described(folder: Path) -> dict[str, Any]:
     """What :func:`join` has written, in plain JSON types: folder, layers, parameters, and its packages."""
     record = read_json(folder / RECORD)
-    packages = [
+    parts = [
         {"name": p.name, "version": p.version, "sha256": p.sha256, "licence": p.licence, "holds": p.about}
-        for p in PACKAGES
+        for p in packages.PACKAGES
     ]
-    return {"folder": str(folder), **{key: record[key] for key in ("layers", "parameters")}, "packages": packages}
+    return {"folder": str(folder), **{key: record[key] for key in ("layers", "parameters")}, "packages": parts}
 
 
 def write(
@@ -109,7 +109,7 @@ def write(
     folder: Path,
     *,
     layers: int | None = None,
-    say: Callable[[str], object] = tell,
+    say: packages.Say = packages.tell,
 ) -> dict[str, int]:
     """Writes the checkpoint of two halves, a GGUF file and a torch file, and of a JSON list of the names of classes.
 
@@ -128,7 +128,7 @@ def write(
     say("write the checkpoint")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    rows = [f"| {p.about} | {p.pinned} | `{p.sha256}` | {p.licence} |" for p in PACKAGES]
+    rows = [f"| {p.about} | {p.pinned} | `{p.sha256}` | {p.licence} |" for p in packages.PACKAGES]
     kept = model.config.text_config.num_hidden_layers
     write_text(folder / "README.md", CARD.format(halves="\n".join(rows), layers=kept, tokens=TOKENS, side=SIDE))
     return {"layers": kept, "parameters": model.num_parameters()}

@@ -20,6 +20,7 @@ from muco.base.files import locked, make_folder, whole_file
 from muco.errors import CheckpointError
 
 BLOCK = 1 << 20
+Say = Callable[[str], object]  # takes a line
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def tell(line: str) -> None:
     print(f"muco: {line}", file=sys.stderr, flush=True)
 
 
-def files(packages: Iterable[Package], source: Path | None = None, say: Callable[[str], object] = tell) -> list[Path]:
+def files(packages: Iterable[Package], source: Path | None = None, say: Say = tell) -> list[Path]:
     """The one file of each package that is wanted, in the cache.
 
     Args:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from muco.base.files import claimed, read_json, writing
+from muco.starter import packages
 from muco.starter.halves import language_half, vision_half
 from muco.starter.join import joined
-from muco.starter.packages import LANGUAGE, VISION, cache_folder, files, tell
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHANGES = "changes.safetensors"
@@ -33,7 +33,7 @@ UP, DOWN, ROWS = ".up", ".down", ".rows"
 NEGLIGIBLE = 1e-4  # of the largest singular value of a change
 
 
-def trained(weights: Path | None = None, *, source: Path | None = None, say: Callable[[str], object] = tell) -> Path:
+def trained(weights: Path | None = None, *, source: Path | None = None, say: packages.Say = packages.tell) -> Path:
     """The folder of the trained starter in the cache, made at first use.
 
     Args:
@@ -48,7 +48,7 @@ def trained(weights: Path | None = None, *, source: Path | None = None, say: Cal
     digest = hashlib.sha256()
     for file in _files(weights):
         digest.update(f"{file.relative_to(weights)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-    output = cache_folder() / f"trained-{digest.hexdigest()[:16]}"
+    output = packages.cache_folder() / f"trained-{digest.hexdigest()[:16]}"
     if output.is_dir():  # it appears whole
         return output
     with claimed(output, beside=True, wait=float("inf")):
@@ -117,9 +117,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def _halves(weights: Path, source: Path | None, say: Callable[[str], object] = tell) -> tuple[dict[str, Tensor], Any]:
+def _halves(weights: Path, source: Path | None, say: packages.Say = packages.tell) -> tuple[dict[str, Tensor], Any]:
     """The weights by their names, and the tokenizer, of both halves joined with as many layers as ``weights`` names."""
-    language, vision = files((LANGUAGE, VISION), source, say)
+    language, vision = packages.files((packages.LANGUAGE, packages.VISION), source, say)
     say("join them, this once")
     decoder, tokenizer = language_half(language, read_json(weights / "config.json")["text_config"]["num_hidden_layers"])
     return joined(decoder, tokenizer, vision_half(vision)[0])[0].model.state_dict(), tokenizer

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import muco
 from muco.cli import main
-from muco.starter import STARTER, located, trained
+from muco.starter import STARTER, located, packages, trained
 from muco.starter.packages import cache_folder
 
 INPUTS = ["a ring", Image.new("RGB", (90, 60), "teal"), {"text": "which?", "image": Image.new("RGB", (60, 90), "red")}]
@@ -171,5 +171,5 @@ def test_what_comes_with_the_package():
     assert layers == set(range(config["text_config"]["num_hidden_layers"]))
     assert found["language_model.embed_tokens.weight.rows"] == (2, config["text_config"]["hidden_size"])
     card = (trained.WEIGHTS / "README.md").read_text()
-    for package in (trained.LANGUAGE, trained.VISION):
+    for package in (packages.LANGUAGE, packages.VISION):
         assert package.pinned in card and package.sha256 in card and package.licence in card

