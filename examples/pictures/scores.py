@@ -12,6 +12,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,22 @@ def scored(model: muco.Model, file: Path) -> dict[str, Any]:
     families = [family[sample.id] for sample in named]
     pictures = model.encode([sample.images[0] for sample in named])
     texts = [sample.turns[-1].target[0].text for sample in named]
-    titles = model.encode(texts)
-    same = [[i for i, other in enumerate(texts) if other == text] for text in texts]
+    titles, same, own = model.encode(texts), alike(texts), np.arange(len(named))
     tasks = evaluate_retrieval(model, data)["tasks"]
     answers = tasks.get("answer", {}).get("kinds", {})
-    return {
-        "text -> image": with_intervals(titles, pictures, same, families),
-        "image -> text": with_intervals(pictures, titles, same, families)
+    found = {
+        "text -> image": with_intervals(titles, pictures, own, same, families),
+        "image -> text": with_intervals(pictures, titles, own, same, families)
         | {f"blind@{k}": tasks["blind"][f"hit@{k}"] for k in AT},
+    }
+    asked = [sample.turns[0] for sample in data if not sample.images and sample.turns[0].target[0].images]
+    if asked:
+        row_of = {str(sample.images[0]): row for row, sample in enumerate(named)}
+        rows = np.array([row_of[str(turn.target[0].images[0])] for turn in asked])
+        words = [turn.query[0].text for turn in asked]
+        same = [[rows[i] for i in equal] for equal in alike(words)]
+        found["keywords -> image"] = with_intervals(model.encode(words), pictures, rows, same, families)
+    return found | {
         "questions": {
             kind: {
                 "hit@1": answers[kind]["hit@1"],
@@ -65,20 +74,29 @@ def scored(model: muco.Model, file: Path) -> dict[str, Any]:
     }
 
 
+def alike(texts: Sequence[str]) -> list[list[int]]:
+    """For each text the places of all texts that are equal to it."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, text in enumerate(texts):
+        places[text].append(place)
+    return [places[text] for text in texts]
+
+
 def with_intervals(
-    queries: np.ndarray, pool: np.ndarray, same: Sequence[Sequence[int]], families: Sequence[str]
+    queries: np.ndarray, pool: np.ndarray, own: np.ndarray, right: Sequence[Sequence[int]], families: Sequence[str]
 ) -> dict[str, Any]:
-    """Query i asks for row i of the pool, float32 [n, d] both; ties are lost.
+    """hit@k of finding rows of a pool, float32 [n, d] both; ties are lost.
 
     Args:
-        same: For each query the rows with the same title, which are no rivals.
+        own: int [queries], the row that each asks for.
+        right: For each query all rows that are right, as their title is the same; they are no rivals.
         families: Of each row. Whole families are drawn for an interval, as near copies are right or wrong together.
     """
-    ranks = ranks_in_pool(queries, pool, np.arange(len(pool)), same)
-    _, number = np.unique(families, return_inverse=True)
+    ranks = ranks_in_pool(queries, pool, own, right)
+    _, number = np.unique([families[row] for row in own], return_inverse=True)
     sizes = np.bincount(number)
     drawn = np.random.default_rng(0).integers(len(sizes), size=(DRAWS, len(sizes)))
-    found: dict[str, Any] = {"queries": len(pool)}
+    found: dict[str, Any] = {"queries": len(queries), "candidates": len(pool)}
     for k in AT:
         hits = np.bincount(number, weights=ranks <= k)
         found[f"hit@{k}"] = float((ranks <= k).mean())
@@ -90,10 +108,11 @@ def with_intervals(
 def table(scores: Mapping[str, Any]) -> Table:
     shown = Table("not trained on", "", "pictures", *(f"{name}@{k}" for k in AT for name in ("hit", "chance", "blind")))
     for part, found in scores.items():
-        for direction in ("text -> image", "image -> text"):
-            own = found[direction]
+        for direction, own in found.items():
+            if direction == "questions":
+                continue
             cells = [cell for k in AT for cell in (with_interval(own, k), percent(own[f"chance@{k}"]), blind(own, k))]
-            shown.add_row(part, direction, str(own["queries"]), *cells)
+            shown.add_row(part, direction, str(own["candidates"]), *cells)
     return shown
 
 

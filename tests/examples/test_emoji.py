@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.dom import minidom
 
 import numpy as np
-import processes
 import pytest
-from picture_packages import FOLDER, example
+from picture_packages import example
 from PIL import Image
 
 import muco
@@ -24,14 +20,6 @@ from muco.data import open_data
 collection, emoji_data, emoji_rows = example("collection"), example("emoji_data"), example("emoji")
 MISSING = [f"{package} ({file})" for file, package in emoji_data.PACKAGES.items() if not file.is_file()]
 installed = pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}")
-
-
-@pytest.fixture(scope="module")
-def run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("emoji_run", FOLDER / "emoji_run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -316,107 +304,3 @@ def test_a_font_that_is_none_is_one_sentence(tmp_path):
     file.write_bytes(b"not a font")
     with pytest.raises(muco.DataError, match=r"font\.ttf: no font with bitmaps of 109 pixels"):
         emoji_data.Pen(file)
-
-
-@pytest.mark.parametrize("option", ["--steps", "--views"])
-def test_no_steps_are_a_usage_error(run, tmp_path, capsys, option):
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--output", str(tmp_path / "out"), option, "0"])
-    assert stop.value.code == 2
-    assert f"{option} must be at least 1" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------- figures
-
-
-def test_the_interval_draws_families_and_not_queries(run):
-    hit = np.tile([True, False], 50)
-    low, high = run.bootstrap(hit, list(range(100)))
-    assert low == pytest.approx(0.40, abs=0.02) and high == pytest.approx(0.60, abs=0.02)  # 0.5 ± 1.96 * 0.05
-    pairs = np.repeat([True, False], 50)
-    low, high = run.bootstrap(pairs, ["a"] * 50 + ["b"] * 50)  # two families are two draws
-    assert (low, high) == (0.0, 1.0)
-    assert run.bootstrap(np.ones(9, bool), list("aabbccdde")) == (1.0, 1.0)
-
-
-def test_a_word_is_had_as_a_whole_word(run):
-    row = {"name": "handbag", "keywords": "bag, clothing", "subgroup": "clothing-item"}
-    assert run.has(row, "clothing") and run.has(row, "bag") and not run.has(row, "hand")
-
-
-@pytest.fixture(scope="module")
-def made(run, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("run") / "emoji"
-    run.main(["--output", str(output), "--quick"])
-    return output
-
-
-def record(output: Path) -> dict[str, Any]:
-    return json.loads((output / "results.json").read_text(encoding="utf-8"))
-
-
-@installed
-@pytest.mark.slow
-def test_a_quick_run_writes_everything(made):
-    found = record(made)
-    assert found["command"].startswith("python examples/pictures/emoji_run.py --output ") and found["command"].endswith(
-        "--quick"
-    )
-    assert found["steps"] == 2 and found["versions"]["torch"] and found["machine"]["cores"] >= 1
-    assert found["train_seconds"] > 0 and found["final_loss"] > 0
-    assert sum(found["data"]["parts"].values()) == found["data"]["emoji"] > 150
-    assert list(found["scores"])[:3] == ["image -> name", "name -> image", "keywords -> image"]
-    asked = found["data"]["parts"]["test"]
-    for label in ("image -> name", "question -> group", "question -> subgroup", "question -> keywords"):
-        assert found["scores"][label]["queries"] == asked
-        assert found["scores"][label]["hit@1 without the image"] is not None
-    with Image.open(made / "search.png") as sheet:
-        assert sheet.size == (84 * 11, 84 * 10)
-    assert len(found["words"]) == 10 and all(len(word["found"]) == 10 for word in found["words"])
-
-
-@installed
-@pytest.mark.slow
-def test_the_search_finds_what_the_vectors_say(made):
-    rows = [json.loads(line) for line in (made / "data-0-2-quick/index.jsonl").read_text(encoding="utf-8").splitlines()]
-    model = muco.load(made / "run/model")
-    asked = [row for row in rows if row["part"] == "test"]
-    queries = model.encode([row["keywords"] for row in asked])
-    found = record(made)["search"]
-    for name, pool in (("the test emoji", asked), ("all emoji", rows)):
-        scores = queries @ model.encode([made / "data-0-2-quick" / row["image"] for row in pool]).T
-        own = scores[np.arange(len(asked)), [[row["id"] for row in pool].index(row["id"]) for row in asked]]
-        for k in (1, 10):
-            sure = (scores > own[:, None] - 1e-5).sum(axis=1) <= k  # ranks within rounding may fall either way
-            maybe = (scores > own[:, None] + 1e-5).sum(axis=1) < k
-            assert sure.mean() - 1e-9 <= found[name][f"hit@{k}"] <= maybe.mean() + 1e-9
-            assert found[name][f"chance@{k}"] == pytest.approx(k / len(pool))
-            low, high = found[name][f"interval@{k}"]
-            assert low <= found[name][f"hit@{k}"] <= high
-        assert found[name]["candidates"] == len(pool)
-
-
-@installed
-@pytest.mark.slow
-def test_a_finished_run_is_not_trained_again(made, run):
-    before, weights = record(made), made / "run/model/model.safetensors"
-    written = weights.stat().st_mtime_ns
-    run.main(["--output", str(made), "--quick"])
-    after = record(made)
-    assert weights.stat().st_mtime_ns == written
-    assert after["train_seconds"] == before["train_seconds"]
-    assert (after["scores"], after["search"], after["words"]) == (before["scores"], before["search"], before["words"])
-
-
-@installed
-@pytest.mark.slow
-def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    done = processes.run(
-        [sys.executable, FOLDER / "emoji_run.py", "--output", file, "--quick"], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and str(file) in done.stderr and "Traceback" not in done.stderr
-    assert file.read_text() == "mine"

@@ -51,6 +51,9 @@ def collected(tmp_path_factory) -> Path:
             for file in files:
                 rows[file].append({"image": image, "turns": turns, "id": str(number)})
             index.append({"id": str(number), "image": image, "part": part, "family": "0", column: called})
+        if name == "emoji":
+            asked = {"query": "light", "target": {"image": "images/8.png"}, "kind": "meaning"}
+            rows["test"].append({"turns": [asked], "id": "8-meaning"})
         for file, found in {**rows, "index": index}.items():
             (folder / name / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
         (folder / name / "summary.json").write_text("{}")
@@ -94,6 +97,7 @@ def test_from_nothing_to_weights_scores_and_a_search(collected, wheels, tmp_path
     assert [*recorded["scores"]] == [*scores.PARTS]
     emoji = recorded["scores"]["emoji/test"]["text -> image"]
     assert emoji["queries"] == 4 and emoji["chance@1"] == 0.25 and emoji["chance@10"] == 1
+    assert recorded["scores"]["emoji/test"]["keywords -> image"]["queries"] == 1
     card = (weights / "README.md").read_text()
     assert f"| emoji/test, 4 | {100 * emoji['hit@10']:.1f} (" in card and "python examples/pictures/starter.py" in card
     assert "it has seen 12 drawings" in card and "2 steps of 3 pictures" in card and "--layers 2" in card
@@ -113,14 +117,17 @@ def test_ranks_are_counted_by_hand_and_equal_titles_are_no_rivals():
     pool = np.eye(4, dtype=np.float32)
     queries = np.array([[1, 0, 0, 0], [0.9, 0.3, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0.1]], dtype=np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    alone = [[i] for i in range(4)]
-    found = scores.with_intervals(queries, pool, alone, ["a", "b", "c", "d"])
+    alone, own = [[i] for i in range(4)], np.arange(4)
+    found = scores.with_intervals(queries, pool, own, alone, ["a", "b", "c", "d"])
     assert found["queries"] == 4 and found["hit@1"] == 0.25 and found["chance@1"] == 0.25  # the tie is lost
     low, high = found["interval@1"]
     assert low == 0 and 0.25 < high <= 1
     twins = [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert scores.with_intervals(queries, pool, twins, list("aabb"))["hit@1"] == 1
-    assert scores.with_intervals(queries, pool, twins, list("aabb"))["interval@1"] == (1, 1)
+    assert scores.with_intervals(queries, pool, own, twins, list("aabb"))["hit@1"] == 1
+    assert scores.with_intervals(queries, pool, own, twins, list("aabb"))["interval@1"] == (1, 1)
+    two = scores.with_intervals(queries[1::2], pool, own[1::2], [[1, 0], [3]], list("aabb"))
+    assert (two["queries"], two["candidates"], two["hit@1"], two["chance@1"]) == (2, 4, 0.5, 0.25)
+    assert scores.alike(["a", "b", "a"]) == [[0, 2], [1], [0, 2]]
 
 
 # ---------------------------------------------------------------- Debian's packages
