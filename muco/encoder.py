@@ -26,6 +26,7 @@ from muco.errors import DataError, MucoError
 from muco.masks import masks_of
 from muco.processor import Processor
 from muco.reading import Reading, seen_reading, stated_reading
+from muco.seen import SeenImages
 from muco.stock import small_picture, write_json
 from muco.vision import Features, Form, features_of, see, vision_modules, vision_parameters
 
@@ -53,6 +54,7 @@ class Encoder(InputModule):
         let_states_branch(model)
         self._cut_to: int | None = None
         self.cut = 0  # texts that were cut and that nobody was told of
+        self.seen_images: SeenImages | None = None  # of images that come again, if any are kept
 
     def _read(self) -> Reading:
         if self.model.device.type == "meta":
@@ -140,7 +142,8 @@ class Encoder(InputModule):
         has them (deepstack). As ``image_features`` of a batch they replace ``images``.
         """
         tokens, joins = batch["image_tokens"].tolist(), self.muco_processor.family.inputs
-        return see(self.model, self.form, batch["images"], tokens, joins)
+        kept = self.seen_images and self.seen_images.features_of
+        return see(self.model, self.form, batch["images"], tokens, joins, kept)
 
     @cached_property
     def form(self) -> Form:

@@ -7,7 +7,7 @@ of one image, takes the output of several images apart and puts it together agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +113,7 @@ def see(
     images: Sequence[dict[str, Tensor]],
     tokens: Sequence[int],
     joins: Mapping[str, int | None],
+    kept: Callable[..., Any] | None = None,
 ) -> list[Features]:
     """What the language model reads of each image; those of one size pass through the vision tower together.
 
@@ -121,14 +122,16 @@ def see(
         images: The processor's tensors of each, on the model's device.
         tokens: Visual tokens of each.
         joins: See :class:`muco.stock.Family`.
+        kept: Takes the place of :func:`features_of`, and the images' visual tokens too.
     """
     groups: dict[Any, list[int]] = {}
     for number, image in enumerate(images):
         groups.setdefault(_size(image, joins, number), []).append(number)
     found: list[Features] = [()] * len(images)
     for numbers in groups.values():
-        output = features_of(model, [images[number] for number in numbers], joins)
-        parts = form.apart(output, [tokens[number] for number in numbers])
+        own, own_tokens = [images[number] for number in numbers], [tokens[number] for number in numbers]
+        output = kept(model, own, joins, own_tokens) if kept else features_of(model, own, joins)
+        parts = form.apart(output, own_tokens)
         for number, part in zip(numbers, parts, strict=True):
             found[number] = part
     return found

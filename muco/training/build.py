@@ -21,6 +21,7 @@ from muco.backbone import (
     load_backbone,
     use_flex_attention,
 )
+from muco.base.machine import GIB
 from muco.batch import to
 from muco.data.source import Data
 from muco.dialogue import Dialogue
@@ -30,6 +31,7 @@ from muco.layout import prepare
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model, from_backbone
 from muco.reading import decoder_layers
+from muco.seen import SeenImages, is_trained, tower_of
 from muco.starter import located
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import tiny_qwen2_vl
@@ -55,7 +57,11 @@ def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
     if settings.activation_checkpointing:
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     token_ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
-    return from_backbone(prepare_for_training(backbone, settings, token_ids), processor)
+    model = from_backbone(prepare_for_training(backbone, settings, token_ids), processor)
+    check_kept(recipe, model.encoder.model)
+    if recipe.batch.seen_memory:
+        model.encoder.seen_images = SeenImages(round(recipe.batch.seen_memory * GIB))
+    return model
 
 
 def prepare_for_training(backbone: nn.Module, model: ModelRecipe, token_ids: Sequence[int]) -> nn.Module:
@@ -67,6 +73,16 @@ def prepare_for_training(backbone: nn.Module, model: ModelRecipe, token_ids: Seq
         backbone = add_adapters(backbone, model.adapter, token_ids, beside)
     hold_trained_in_float32(backbone)
     return backbone
+
+
+def check_kept(recipe: Recipe, backbone: nn.Module) -> None:
+    """A RecipeError if outputs of the vision tower are to be kept, and a part of it is trained."""
+    tower = tower_of(backbone)
+    if recipe.batch.seen_memory and (tower is None or is_trained(tower)):
+        raise RecipeError(
+            "batch.seen_memory: the connector of this model is inside its vision tower, so that nothing can be kept "
+            "while it is trained; leave one of the two out"
+        )
 
 
 def texts_of(sources: Sequence[Data], limit: int = 5000, *, skip_broken: bool = False) -> Iterator[str]:

@@ -23,7 +23,7 @@ from muco.processor import Processor, load_processor
 from muco.starter import located
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import stand_in_processor
-from muco.training.build import build_model, model_config, prepare_for_training, texts_of
+from muco.training.build import build_model, check_kept, model_config, prepare_for_training, texts_of
 from muco.training.published import PUBLISHED
 from muco.training.recipe import Recipe
 from muco.vision import vision_parameters
@@ -49,7 +49,9 @@ def meta_model(recipe: Recipe, sources: Sequence[Data], notes: list[str]) -> tup
     if recipe.model.min_pixels or recipe.model.max_pixels:
         processor.set_pixels(recipe.model.min_pixels, recipe.model.max_pixels)
     with torch.device("meta"):
-        return prepare_for_training(model, recipe.model, range(len(SPECIAL_TOKENS))), processor
+        model = prepare_for_training(model, recipe.model, range(len(SPECIAL_TOKENS)))
+    check_kept(recipe, model)
+    return model, processor
 
 
 def model_facts(model: nn.Module, recipe: Recipe) -> dict[str, Any]:

@@ -171,6 +171,8 @@ class BatchRecipe:
             passes through in chunks (gradient cache). None: the whole batch at once.
         feature_memory: GiB of a device that may hold the features of a frozen vision tower between the two passes of
             the cache; the rest waits in host memory.
+        seen_memory: GiB of host memory, per process, that keep what a frozen vision tower made of an image for when the
+            image comes again, in a later epoch. Equal up to rounding: an image then passes beside other images.
         sharding: "none": every device holds the whole model (data parallel). "fsdp": its weights, gradients and
             optimizer state are spread over the devices (FSDP2).
     """
@@ -178,6 +180,7 @@ class BatchRecipe:
     size: int = 32
     token_budget: int | None = None
     feature_memory: float = 8.0
+    seen_memory: float = 0.0
     sharding: Literal["none", "fsdp"] = "none"
 
 
@@ -225,6 +228,10 @@ class Recipe:
         if not self.data.train:
             raise RecipeError("data.train: name at least one source, e.g. train: [{path: data/train.jsonl}]")
         self._check_reconstruction()
+        if self.batch.seen_memory and (self.model.vision == "trained" or self.batch.sharding == "fsdp"):
+            raise RecipeError(
+                "batch.seen_memory: what a tower saw is kept only with vision frozen and without sharding"
+            )
         budget, limit = self.batch.token_budget, self.turns.limit
         if budget is not None and limit is not None and limit > budget:
             raise RecipeError(f"turns.limit: {limit} turns do not fit into batch.token_budget: {budget} tokens")

@@ -18,6 +18,7 @@ from muco.dialogue import Content, Dialogue, Sample, Turn
 from muco.errors import MucoError
 from muco.export import export
 from muco.model import Model
+from muco.seen import SeenImages
 from muco.stock import family_processor, image_half
 from muco.template import EMB
 from muco.turns import sharing
@@ -94,6 +95,10 @@ def check_inputs(found: Model, several: bool) -> None:
     assert (singles @ singles.T - 2 * np.eye(len(inputs))).max() < 0.9999, "different inputs, different vectors"
     assert np.abs(found.encode(inputs) - singles).max() < EXACT
     assert np.abs(found.encode(inputs, batch_size=2) - singles).max() < EXACT
+    found.encoder.seen_images = SeenImages(1 << 20)
+    for _ in range(2):  # first seen, then remembered
+        assert np.abs(found.encode(inputs) - singles).max() < EXACT
+    found.encoder.seen_images = None
     found.encoder.padding_side = "left"
     try:
         assert np.abs(found.encode(inputs) - singles).max() < EXACT

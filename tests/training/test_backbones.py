@@ -82,6 +82,22 @@ def test_a_run_with_a_trained_connector_resumes_exactly(scenes, tmp_path):
     again = muco.train(recipe_of(scenes, output, "llava", model))
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, again))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    batch = {"size": 4, "token_budget": 400, "seen_memory": 0.5}
+    kept = load_file(
+        muco.train(recipe_of(scenes, tmp_path / "kept", "llava", model, batch=batch)) / "model.safetensors"
+    )
+    assert all(torch.allclose(one[name], kept[name], atol=1e-5) for name in one)
+
+
+def test_what_a_tower_saw_is_kept_only_where_it_cannot_change(scenes, tmp_path):
+    batch, lora = {"size": 4, "seen_memory": 1}, {"adapter": {"kind": "lora", "rank": 4}}
+    recipe = recipe_of(scenes, tmp_path / "run", "qwen3_vl", lora | {"connector": "trained"}, batch=batch)
+    for refuses in (plan, muco.train):
+        with pytest.raises(RecipeError, match="the connector of this model is inside its vision tower"):
+            refuses(recipe)
+    for changes in ({"vision": "trained"}, {"adapter": None}):
+        with pytest.raises(RecipeError, match=r"batch\.seen_memory: what a tower saw is kept only with vision frozen"):
+            recipe_of(scenes, tmp_path / "run", "llava", lora | changes | {"vision": "trained"}, batch=batch)
 
 
 def test_a_family_whose_connector_cannot_be_told_says_so():

@@ -1,0 +1,122 @@
+"""What a tower made of an image is kept: the same vectors, no second pass, within a bound, never of other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import steps
+import torch
+from families import image, model
+
+from muco.backbone import freeze_vision
+from muco.dialogue import Content, Sample, Turn
+from muco.model import Model
+from muco.seen import SeenImages, _fixed_tower
+
+FAMILIES = ("llava", "qwen2_vl", "gemma4")  # a tensor per image; patches in one row; padding that is taken out
+ONE, WIDE, TALL, LIKE_ONE = image(84, 84, 1), image(150, 64, 2), image(57, 130, 3), image(84, 84, 4)
+
+
+@pytest.fixture(params=FAMILIES)
+def found(request) -> Iterator[Model]:
+    loaded = model(request.param)
+    _ = loaded.encoder.form  # learnt before anything is counted
+    yield loaded
+    loaded.encoder.seen_images = None
+
+
+@pytest.fixture
+def runs(found, monkeypatch) -> list[int]:
+    """Grows whenever the tower really runs."""
+    counted: list[int] = []
+    with torch.no_grad():
+        parts = _fixed_tower(found.encoder.model).modules()
+    part = next(part for part in parts if isinstance(part, (torch.nn.LayerNorm, torch.nn.Linear)))
+    own = part.forward
+    monkeypatch.setattr(part, "forward", lambda *args, **kwargs: counted.append(1) or own(*args, **kwargs))
+    return counted
+
+
+def pictured(*pictures) -> list[Content]:
+    return [Content("", (picture,)) for picture in pictures]
+
+
+def test_an_image_is_seen_once(found, runs):
+    expected = found.encode(pictured(ONE, WIDE, TALL, LIKE_ONE, ONE))
+    found.encoder.seen_images = SeenImages(1 << 24)
+    found.encode(pictured(ONE, WIDE, TALL))  # also tries whether outputs can be kept
+    runs.clear()
+    assert np.abs(found.encode(pictured(ONE, TALL)) - expected[[0, 2]]).max() < 1e-6 and not runs
+    both = found.encode(pictured(ONE, WIDE, TALL, LIKE_ONE, ONE))  # one of them is new
+    assert np.abs(both - expected).max() < 1e-6 and runs
+    runs.clear()
+    assert np.abs(found.encode(pictured(LIKE_ONE, LIKE_ONE)) - expected[[3, 3]]).max() < 1e-6 and not runs
+
+
+def test_the_bound_of_memory_is_kept_and_the_latest_stay(found, runs):
+    seen = found.encoder.seen_images = SeenImages(1 << 24)
+    for picture in (ONE, WIDE, TALL):
+        found.encode(pictured(picture))
+    sizes = [size for _, size in seen._kept.values()]
+    assert seen.used == sum(sizes)
+    seen = found.encoder.seen_images = SeenImages(sizes[0] + sizes[2])
+    for picture in (ONE, WIDE, ONE, TALL):  # the last one takes the place of the one used longest ago
+        found.encode(pictured(picture))
+    assert seen.used <= seen.memory
+    runs.clear()
+    found.encode(pictured(ONE, TALL))
+    assert not runs
+    found.encoder.seen_images = SeenImages(10)
+    found.encode(pictured(ONE))
+    assert found.encoder.seen_images.used == 0
+
+
+def test_other_weights_or_another_precision_see_anew(found, runs):
+    found.encoder.seen_images = SeenImages(1 << 24)
+    before = found.encode(pictured(ONE))
+    with torch.no_grad():
+        weight = next(p for p in _fixed_tower(found.encoder.model).parameters() if p.ndim > 1)
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(1.5)
+        changed = found.encode(pictured(ONE))
+        found.encoder.seen_images = None
+        assert np.abs(changed - before).max() > 1e-4 and np.array_equal(changed, found.encode(pictured(ONE)))
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    found.encoder.seen_images = SeenImages(1 << 24)
+    found.encode(pictured(ONE))
+    runs.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found.encode(pictured(ONE))
+    assert runs
+
+
+def test_training_of_a_connector_is_the_same(runs, found):
+    trained = steps.to_train(found, "all")
+    freeze_vision(trained.encoder.model, vision=True, connector=False)
+    trained.train()
+    pairs = [Turn("which one?", "a ring"), Turn("what else?", "a cup")]
+    batch = steps.share(
+        trained, [Sample(image=one, turns=pairs[: 1 + n % 2]) for n, one in enumerate((ONE, WIDE, TALL))], "isolated"
+    )
+    expected = steps.plain(trained, batch)
+    trained.encoder.seen_images = SeenImages(1 << 24)
+    for budget in (None, 60, None):
+        steps.assert_same(steps.cached(trained, [batch], budget), expected)
+    inside = (
+        found.encoder.model.config.model_type == "qwen2_vl"
+    )  # its connector is part of the tower, which is seen anew
+    assert bool(trained.encoder.seen_images.used) != inside
+
+
+def test_what_is_trained_is_not_kept(found):
+    trained = steps.to_train(found, "all")
+    trained.encoder.seen_images = SeenImages(1 << 24)
+    batch = steps.share(trained, [Sample(image=one, turns=[Turn("", "a ring")]) for one in (ONE, WIDE)], "isolated")
+    steps.cached(trained, [batch], None)
+    assert trained.encoder.seen_images.used == 0
