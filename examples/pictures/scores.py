@@ -40,9 +40,9 @@ def scored(model: muco.Model, file: Path) -> dict[str, Any]:
     """The scores of a JSONL file beside the ``index.jsonl`` of its collection; shares from 0 to 1."""
     data = open_data(file)
     index = (json.loads(line) for line in (file.parent / "index.jsonl").read_text(encoding="utf-8").splitlines())
-    family = {row["id"]: row.get("family", row["id"]) for row in index}
+    family = {Path(row["image"]).name: row.get("family", row["id"]) for row in index}
     named = [sample for sample in data if sample.images and sample.turns[-1].kind == "retrieval"]
-    families = [family[sample.id] for sample in named]
+    families = [family[Path(sample.images[0]).name] for sample in named]
     pictures = model.encode([sample.images[0] for sample in named])
     texts = [sample.turns[-1].target[0].text for sample in named]
     titles, same, own = model.encode(texts), alike(texts), np.arange(len(named))

@@ -77,11 +77,11 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """hit@1 by name: ``task``, or the mean of its kinds, and ``task/kind``; and ``blind_loss`` in nats."""
+    """hit@1 by name: ``task``, or the mean of its kinds, and ``task/kind``; hit@10 as ``task@10``; ``blind_loss``."""
     scores: dict[str, float] = {}
     for task, found in result["tasks"].items():
         scores |= {f"{task}/{kind}": values["hit@1"] for kind, values in found.get("kinds", {}).items()}
-        scores[task] = found.get("mean", found)["hit@1"]
+        scores[task], scores[f"{task}@10"] = (found.get("mean", found)[f"hit@{k}"] for k in (1, 10))
     if result.get("blind_loss"):
         scores["blind_loss"] = result["blind_loss"]["loss"]
     return scores

