@@ -24,7 +24,7 @@ from muco.cli import main
 from muco.starter import join as joining
 from muco.starter import packages
 from muco.starter.halves import class_names, vision_half
-from muco.starter.join import described, join, name_classes
+from muco.starter.join import balance_last_norm, described, join, name_classes
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,6 +176,29 @@ def test_fewer_layers_are_the_first_ones(model, wheels, tmp_path):
     for ours, theirs in zip(short(ids, output_hidden_states=True).hidden_states, whole[:3], strict=True):
         assert torch.equal(ours, theirs)
     assert described(cut)["layers"] == 2 and "keeps 2 layers" in (cut / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_last_norm_of_a_cut_model_tells_names_apart(model, wheels, processor):
+    """Against one name after another, by the least squares that give a channel's change over the names from its value."""
+    cut, names = copy.deepcopy(model), starter_wheels.NAMES[:300]
+    cut.model.language_model.layers = cut.model.language_model.layers[:2]
+    balance_last_norm(cut, processor.tokenizer, names)
+    norm = cut.model.language_model.norm
+    found = norm.weight.detach().clone()
+    with torch.no_grad():
+        norm.weight.fill_(1)
+        states = []
+        for name in names:
+            ids = processor.tokenizer(f"<|im_start|>{name}<|im_end|>", add_special_tokens=False)["input_ids"]
+            states.append(cut.model.language_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1])
+    states = torch.stack(states).double()
+    changes = states - states.mean(0)
+    expected = (states * changes).sum(0) / (states**2).sum(0)  # least squares, up to one factor for all channels
+    expected = expected / states.std(0)
+    assert torch.allclose(found / found.mean(), (expected / expected.mean()).float(), rtol=0.02)
+    said = torch.nn.functional.normalize(states.float() * found, dim=1)
+    plain = torch.nn.functional.normalize(states.float() * model.model.language_model.norm.weight, dim=1)
+    assert (said @ said.T).mean() < (plain @ plain.T).mean()
 
 
 # ---------------------------------------------------------------- the connector
