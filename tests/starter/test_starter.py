@@ -179,7 +179,7 @@ def test_fewer_layers_are_the_first_ones(model, wheels, tmp_path):
 
 
 def test_the_last_norm_of_a_cut_model_tells_names_apart(model, wheels, processor):
-    """Against one name after another, by the least squares that give a channel's change over the names from its value."""
+    """Against one name after another, by the least squares that give a channel's change from its value."""
     cut, names = copy.deepcopy(model), starter_wheels.NAMES[:300]
     cut.model.language_model.layers = cut.model.language_model.layers[:2]
     balance_last_norm(cut, processor.tokenizer, names)
