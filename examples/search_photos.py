@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the photos are, in folders below it too")
     parser.add_argument("query", help="words, or an image file")
-    parser.add_argument("--model", default="starter", help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--model", default="runs/demo/run/model", help="folder or hub id (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=Path("found.html"), help="(default: %(default)s)")
     parser.add_argument("-k", type=int, default=12, help="photos to find (default: %(default)s)")
     args = parser.parse_args()

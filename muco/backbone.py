@@ -33,6 +33,7 @@ from muco.processor import Processor, first_line, load_processor
 from muco.sizes import Adapter
 from muco.starter import located
 from muco.stock import small_picture
+from muco.template import EMB
 from muco.vision import base_model, vision_modules, vision_parameters
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,18 @@ def load_backbone(
             model.resize_token_embeddings(tokens, mean_resizing=False)
     elif tokens > rows:
         raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
+    if added:
+        _start_reading(model, processor)
     _check_positions(source, model, processor)
     return model.eval(), processor
+
+
+def _start_reading(model: nn.Module, processor: Processor) -> None:
+    """``<|emb|>`` starts as the token that ends a text, whose state sums it up; a random one would have to learn to."""
+    embeddings, end = model.get_input_embeddings().weight, processor.tokenizer.eos_token_id
+    if end is not None:
+        with torch.no_grad():
+            embeddings[processor.tokenizer.convert_tokens_to_ids(EMB)] = embeddings[end]
 
 
 @contextmanager

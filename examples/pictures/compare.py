@@ -33,7 +33,7 @@ from muco.study.design import Column, Equal, Run, Study
 from muco.study.report import print_study, write_report
 from muco.study.run import run_study
 
-LAYERS, STEPS = 4, 120  # of the language model; of the run whose seconds all others get
+LAYERS, STEPS = 6, 120  # of the language model; of the run whose seconds all others get
 TRAINED_ON = ("openclipart", "emoji")
 TEST = "openclipart/test.jsonl"
 STARTER, BOTH = "isolated turns (the starter)", "both pre-trained"

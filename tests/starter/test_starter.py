@@ -21,7 +21,6 @@ from torch import Tensor
 
 import muco
 from muco.cli import main
-from muco.starter import join as joining
 from muco.starter import packages
 from muco.starter.halves import class_names, vision_half
 from muco.starter.join import balance_last_norm, described, join, name_classes
@@ -69,7 +68,7 @@ def test_muco_loads_it_and_tells_inputs_apart(folder):
 def test_plain_transformers_reads_an_image_as_49_tokens(model, processor):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the cat"}]}]
     prompt = processor.apply_chat_template(messages)
-    assert prompt == "<|im_start|><image>the cat<|im_end|>"
+    assert prompt == "<|im_start|>user\n<image>the cat<|im_end|>\n"
     image = picture(3)
     batch = processor(images=image, text=prompt, return_tensors="pt")
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 49
@@ -189,7 +188,8 @@ def test_the_last_norm_of_a_cut_model_tells_names_apart(model, wheels, processor
         norm.weight.fill_(1)
         states = []
         for name in names:
-            ids = processor.tokenizer(f"<|im_start|>{name}<|im_end|>", add_special_tokens=False)["input_ids"]
+            prompt = f"<|im_start|>user\n{name}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+            ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             states.append(cut.model.language_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1])
     states = torch.stack(states).double()
     changes = states - states.mean(0)
@@ -326,7 +326,7 @@ def broken(wheels, tmp_path, monkeypatch):
             digest = packages._digest(file)
         records = [*wheels.packages]
         records[number] = replace(package, sha256=digest if known else package.sha256)
-        monkeypatch.setattr(joining, "PACKAGES", tuple(records))
+        monkeypatch.setattr(packages, "PACKAGES", tuple(records))
         return source
 
     return put
