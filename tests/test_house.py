@@ -40,7 +40,8 @@ def test_samples_need_no_torch():
 # A folder of the package imports only from those before it; "" is the method, the files at the root.
 ORDER = (
     ("base",),
-    ("", "starter"),
+    ("starter",),
+    ("",),
     ("data",),
     ("evaluate",),
     ("training",),

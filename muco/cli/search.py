@@ -83,7 +83,6 @@ def index(
 
 
 def search(
-    context: Context,
     index: Place,
     text: Annotated[str | None, Option("--text", "-t", help="Text to search for.")] = None,
     image: Annotated[Path | None, Option(help="An image to search for; with --text, both form one query.")] = None,
@@ -106,11 +105,11 @@ def search(
     from muco.search.index import Index
 
     if queries and not page:
-        raise BadParameter("--queries writes a page: pass --page FILE.html too", context)
+        raise BadParameter("--queries writes a page: pass --page FILE.html too")
     if page and as_json:
-        raise BadParameter("--page and --json exclude each other", context)
+        raise BadParameter("--page and --json exclude each other")
     if queries and (text or image or like):
-        raise BadParameter("--queries takes the place of --text, --image and --like", context)
+        raise BadParameter("--queries takes the place of --text, --image and --like")
     asked: list[dict[str, Any]] = [{"text": text, "image": image, "like": like}]
     if queries:
         from muco.search.sheet import read_queries

@@ -121,6 +121,7 @@ def test_from_nothing_to_weights_scores_and_a_search(collected, wheels, tmp_path
 def test_a_comparison_of_halves_and_turns(collected, wheels, tmp_path, monkeypatch):
     study = compare.study(collected, wheels.folder)
     monkeypatch.setattr(compare, "HALVES", {"one": (True, False), "other": (False, True)})
+    monkeypatch.setattr(compare, "LAYERS", 2)
     data = tmp_path / "data"
     study.prepare(data, 1.0)
     samples = open_data(data / "train.jsonl")
