@@ -1,6 +1,6 @@
 """Finds photos of a folder by words or by another picture, and writes what it found as a page.
 
-    python examples/search_photos.py photos/ "a red bicycle"
+    python examples/search_photos.py photos/ "a red star at the top left"
     python examples/search_photos.py photos/ ring.jpg
 
 The first call indexes the folder, a later one only takes in what is new, changed or gone. No server is needed.

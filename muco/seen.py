@@ -84,7 +84,7 @@ class SeenImages:
 
 
 def tower_of(model: nn.Module) -> nn.Module | None:
-    """The vision tower; None if there are several parts that could be it."""
+    """The vision tower; None if a family has several."""
     towers = [module for module in vision_modules(model).values() if isinstance(module, PreTrainedModel)]
     return towers[0] if len(towers) == 1 else None
 

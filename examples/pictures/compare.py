@@ -21,6 +21,7 @@ import torch
 from collection import script
 from looks import add_looks
 from rich.console import Console
+from starter import LAYERS, RECIPE, TRAINED_ON
 from torch import nn
 from transformers import set_seed
 
@@ -32,28 +33,16 @@ from muco.starter.join import join, joined
 from muco.study.design import Column, Equal, Run, Study
 from muco.study.report import print_study, write_report
 from muco.study.run import run_study
+from muco.training.recipe import load_recipe, to_dict
 
-LAYERS, STEPS = 6, 120  # of the language model; of the run whose seconds all others get
-TRAINED_ON = ("openclipart", "emoji")
+STEPS = 120  # of the run whose seconds all others get
 TEST = "openclipart/test.jsonl"
 STARTER, BOTH = "isolated turns (the starter)", "both pre-trained"
-LORA = {"vision": "frozen", "connector": "trained", "adapter": {"kind": "lora", "rank": 32, "alpha": 64}}
-BASE = {
+RECIPE_OF_STARTER = to_dict(load_recipe(RECIPE))
+LORA = RECIPE_OF_STARTER["model"] | {"path": "{data}/base"}
+BASE = {key: RECIPE_OF_STARTER[key] for key in ("turns", "loss", "batch")} | {
     "data": {"train": [{"path": "{data}/train.jsonl"}]},
-    "turns": {"mode": "isolated", "image_turn": "retrieval"},
-    "loss": {"temperature": 0.02, "symmetric": True},
-    "batch": {"size": 32, "seen_memory": 2},
-    "trainer": {
-        "max_steps": STEPS,
-        "warmup_steps": 20,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "dataloader_num_workers": 0,
-        "save_steps": 100,
-        "report_to": [],
-    },
+    "trainer": RECIPE_OF_STARTER["trainer"] | {"max_steps": STEPS, "dataloader_num_workers": 0, "report_to": []},
 }
 HALVES = {  # run -> whether the language model and the tower are pre-trained
     BOTH: (True, True),
@@ -75,7 +64,7 @@ def base_name(language: bool, tower: bool) -> str:
 
 
 def study(pictures: Path, source: Path | None) -> Study:
-    lora, equal = {"model": {"path": "{data}/base"} | LORA}, Equal(STARTER, "seconds")
+    lora, equal = {"model": LORA}, Equal(STARTER, "seconds")
     return Study(
         name="halves",
         question="What does the starter owe to its halves, and to its kind of turns, in equal seconds?",

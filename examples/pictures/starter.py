@@ -53,7 +53,8 @@ places and brands, numbers, positions, or long sentences.
 {halves}
 
 Joined by `muco starter --layers {layers}`, then trained: the connector, LoRA adapters of the language model and the two
-tokens of MuCo. Only those are in MuCo's package, in float16; both halves are downloaded at first use.
+tokens of MuCo. Only those and the last normalisation, which fits the cut language model, are in MuCo's package, in
+float16; both halves are downloaded at first use.
 
 Trained on pictures of Open Clip Art (public domain) and on the emoji of Noto Color Emoji (OFL), with titles, names,
 categories and keywords (Unicode, CLDR), {steps:,} steps of {batch} pictures, by `{command}`; the recipe is in

@@ -106,6 +106,8 @@ def search(
 
     if queries and not page:
         raise BadParameter("--queries writes a page: pass --page FILE.html too")
+    if caption and not page:
+        raise BadParameter("--caption is for a page: pass --page FILE.html too")
     if page and as_json:
         raise BadParameter("--page and --json exclude each other")
     if queries and (text or image or like):

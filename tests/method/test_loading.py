@@ -75,6 +75,22 @@ def test_loading_twice_gives_the_same_vectors(family):
 
 
 @every_family
+def test_where_a_text_is_read_starts_as_its_end(family, tmp_path):
+    """Only where the token is new: what a saved model has learnt stays."""
+    found = load(checkpoint(family))
+    tokenizer, rows = found.encoder.tokenizer, found.encoder.model.get_input_embeddings().weight
+    read, mask = (tokenizer.convert_tokens_to_ids(token) for token in (EMB, MASK))
+    assert torch.equal(rows[read], rows[tokenizer.eos_token_id]) and not torch.equal(rows[mask], rows[read])
+    with torch.no_grad():
+        rows[read] += 1
+    found.save(str(tmp_path / "saved"))
+    again = load(tmp_path / "saved").encoder.model.get_input_embeddings().weight
+    with torch.no_grad():
+        assert torch.equal(again[read], rows[read])
+        rows[read] -= 1
+
+
+@every_family
 def test_saving_and_loading_changes_nothing(family, tmp_path):
     before = model(family).encode(inputs())
     model(family).save(str(tmp_path / "saved"))

@@ -83,6 +83,7 @@ def test_pages_of_the_commands(scenes: Path, tiny_path: Path, tmp_path: Path, ca
     assert captions(sheet.read_text(encoding="utf-8"))[0] == "00003.png"
     for more, says in (
         (["--queries", str(queries)], "pass --page FILE.html too"),
+        (["--text", "x", "--caption", "title"], "--caption is for a page"),
         (["--queries", str(queries), "--page", str(sheet), "--text", "x"], "takes the place of --text"),
         (["--text", "x", "--page", str(sheet), "--json"], "exclude each other"),
     ):
