@@ -15,7 +15,8 @@ from muco.dialogue import Content, Sample, Turn
 from muco.model import Model
 from muco.seen import SeenImages, _fixed_tower
 
-FAMILIES = ("llava", "qwen2_vl", "gemma4")  # a tensor per image; patches in one row; padding that is taken out
+# a tensor per image; patches in one row; padding that is taken out; parts of an image of which some tokens are dropped
+FAMILIES = ("llava", "qwen2_vl", "gemma4", "llava_next")
 ONE, WIDE, TALL, LIKE_ONE = image(84, 84, 1), image(150, 64, 2), image(57, 130, 3), image(84, 84, 4)
 
 
