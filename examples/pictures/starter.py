@@ -30,7 +30,7 @@ from muco.starter.trained import pack
 from muco.training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).with_name("starter.yaml")
-LAYERS = 6  # of the language model's 30
+LAYERS = 8  # of the language model's 30
 TRAINED_ON = ("openclipart", "emoji")  # public domain, and a font under the OFL; tuxpaint is GPL, and only measured
 LOOKS = "train-looks.jsonl"
 CARD = """\

@@ -69,20 +69,21 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_likely_classes_become_a_turn_before_the_last(collected, wheels, tmp_path):
+def test_the_likely_classes_become_a_turn_before_the_last_and_categories_go(collected, wheels, tmp_path):
     output = tmp_path / "train-looks.jsonl"
     looks.add_looks(collected / "openclipart" / "train.jsonl", output, wheels.folder)
     tower, classifier = looks.vision_half(looks.packages.unpacked(looks.packages.VISION, wheels.folder))
     for before, after in zip(lines(collected / "openclipart" / "train.jsonl"), lines(output), strict=True):
-        assert [turn["kind"] for turn in after["turns"]] == ["category", "looks", "retrieval"]
-        assert before["turns"] == [after["turns"][0], after["turns"][2]]
+        assert [turn["kind"] for turn in before["turns"]] == ["category", "retrieval"]
+        assert [turn["kind"] for turn in after["turns"]] == ["looks", "retrieval"]
+        assert before["turns"][1] == after["turns"][1]
         with Image.open(collected / "openclipart" / before["image"]) as picture:
             levels = np.asarray(picture.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float32)
         features = tower(looks.torch.tensor((levels - 127) / 128).permute(2, 0, 1)[None]).last_hidden_state
         shares = (features.mean((2, 3))[0] @ classifier["weight"].T + classifier["bias"]).softmax(-1)
         order = shares.argsort(descending=True)[:3].tolist()
         likely = [NAMES[n] for n in order if shares[n] >= 0.05] or [NAMES[order[0]]]
-        assert after["turns"][1]["target"] == list(dict.fromkeys([", ".join(likely), likely[0]]))
+        assert after["turns"][0]["target"] == list(dict.fromkeys([", ".join(likely), likely[0]]))
 
 
 @pytest.mark.slow

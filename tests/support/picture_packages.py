@@ -82,7 +82,7 @@ class Clipart:
 
 
 def write_clipart(root: Path) -> None:
-    """24 drawings of which 11 can be used, and each reason to leave one out."""
+    """24 drawings: 11 titles that can be used, one of them twice, and each reason to leave one out."""
     tree = Clipart(root)
     tree.add("animals/mammals/big_cats/lion_ann_lee_01", svg("Lion", ["cat", "hash(0x8589f20)", "big_cat", "Ann Lee"]))
     tree.add("animals/birds/owl", svg("Owl", ["bird"], "An owl on a branch. More."), blot(50, (3000, 2000)))
@@ -94,8 +94,8 @@ def write_clipart(root: Path) -> None:
     for number, name in enumerate(("no_entry", "round_about", "exit", "xq_03")):
         tree.add(f"signs/{name}", svg("SVG Road Signs", ["sign"]), blot(70 + number))
     tree.add("unsorted/rose", svg("Rose"))
-    tree.add("food/again", svg("LION", ["a"]))  # left out from here on
-    tree.add("people/lee", svg("Ann Lee 01", ["a"]))
+    tree.add("food/again", svg("LION", ["a"]))
+    tree.add("people/lee", svg("Ann Lee 01", ["a"]))  # left out from here on
     tree.add("people/missing", svg("", ["a"]))
     tree.add("people/owned", svg("Owned", licence="http://creativecommons.org/licenses/GPL/2.0/"))
     tree.add("people/entities", svg("&a;", doctype='<!DOCTYPE svg [<!ENTITY a SYSTEM "file:///etc/hostname">]>'))
