@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Exit, Option, Typer
+from typer import Argument, BadParameter, Exit, Option, Typer
 from typer.main import get_command
 
 from muco.base.machine import VERSION
@@ -167,8 +167,8 @@ def demo(
         "runs/demo"
     ),
     steps: Annotated[int | None, Option(min=1, help="Training steps; fewer are faster and worse.")] = None,
-    train: Annotated[int, Option(min=1, help="Scenes to train on.")] = 20_000,
-    test: Annotated[int, Option(min=2, help="Held-out scenes to score and search.")] = 500,
+    train: Annotated[int | None, Option(min=1, help="Scenes to train on (20,000).")] = None,
+    test: Annotated[int | None, Option(min=2, help="Held-out scenes to score and search (500).")] = None,
     pictures: Annotated[
         Path | None, Option(metavar="FOLDER", help="Search these pictures with the starter; train nothing.")
     ] = None,
@@ -178,14 +178,18 @@ def demo(
     Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
     images, and writes one self-contained report.html. Run the same command again to resume after an interruption.
     """
+    asked = {"steps": steps, "train": train, "test": test}
+    sizes = {name: number for name, number in asked.items() if number is not None}
     if pictures:
+        if sizes:
+            raise BadParameter("--pictures trains nothing: leave out --steps, --train and --test")
         from muco.search.sheet import search_folder
 
         print(search_folder(pictures, output))
         return
     from muco.demo import run_demo
 
-    print(run_demo(output, steps=steps, train=train, test=test))
+    print(run_demo(output, **sizes))
 
 
 @app.command(
