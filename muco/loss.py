@@ -5,6 +5,7 @@ Letters: T turns of all samples of the batch · H hard negatives · D embedding 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from muco.distributed import gather
 from muco.negatives import TurnIds, Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 from muco.pooling import shortened
+from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Weighting
 
 
 def multi_turn_info_nce(
@@ -25,13 +27,15 @@ def multi_turn_info_nce(
     target: Float[Tensor, "turns dim"],
     sample_ids: Int[Tensor, " turns"],
     *,
-    temperature: float = 0.02,
+    temperature: float | Float[Tensor, " turns"] = 0.02,
     target_ids: Int[Tensor, " turns"] | None = None,
     symmetric: bool = False,
     hard_negatives: Float[Tensor, "hard dim"] | None = None,
     hard_negative_turns: Int[Tensor, " hard"] | None = None,
     hard_negative_ids: Int[Tensor, " hard"] | None = None,
     mask_same_image: bool = True,
+    weighting: Weighting = EQUAL,
+    count: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean InfoNCE of each query turn against every target of other samples, in nats.
 
@@ -39,7 +43,7 @@ def multi_turn_info_nce(
         query: One vector per turn, L2-normalised; scores are taken in float32.
         target: Row i belongs to row i of ``query``.
         sample_ids: Equal for turns of one sample; its other turns are not negatives ("logit masking").
-        temperature: Divides the scores.
+        temperature: Divides the scores of a turn; one for all, or one per turn.
         target_ids: Equal for identical targets, which are then not negatives of one another. None: only the
             sample masks.
         symmetric: Average with the same loss of each target against every query. The paper has query to target only.
@@ -49,6 +53,9 @@ def multi_turn_info_nce(
         hard_negative_ids: The ``target_ids`` of the hard negatives; required with ``target_ids``.
         mask_same_image: False makes the targets of a sample's other turns negatives, to show what the mask is for.
             Hard negatives are masked as before.
+        weighting: What negatives count by their scores; by default all the same.
+        count: Takes int64 [2]: how many pairs of a turn and a negative there are, and how many of them are left out by
+            ``weighting``.
     Returns:
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
@@ -70,9 +77,13 @@ def multi_turn_info_nce(
         hard = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids, rows)
         return torch.cat([backward_negatives(rows), hard], dim=1)
 
-    loss = _info_nce(query, candidates, forward_negatives, temperature)
+    how = {"temperature": temperature, "weighting": weighting}
+    loss, pairs = _info_nce(query, candidates, forward_negatives, hard=len(hard_negatives), **how)
     if symmetric:
-        loss = (loss + _info_nce(target, query, backward_negatives, temperature)) / 2
+        backward, others = _info_nce(target, query, backward_negatives, **how)
+        loss, pairs = (loss + backward) / 2, pairs + others
+    if count is not None:
+        count(pairs)
     return loss
 
 
@@ -80,30 +91,63 @@ BLOCK = 1 << 26  # scores that are held at a time: 256 MiB
 
 
 def _info_nce(
-    anchors: Tensor, candidates: Tensor, negatives: Callable[[slice], Tensor], temperature: float, first: int = 0
-) -> Tensor:
-    """Mean cross-entropy of anchor i against candidate ``first`` + i and its allowed negatives, in blocks."""
+    anchors: Tensor,
+    candidates: Tensor,
+    negatives: Callable[[slice], Tensor],
+    *,
+    temperature: float | Tensor,
+    weighting: Weighting,
+    hard: int = 0,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of anchor i against candidate ``first`` + i and its allowed negatives, in blocks.
+
+    Args:
+        hard: How many of the candidates, the last ones, are hard negatives.
+    Returns:
+        The mean, and int64 [2]: pairs of an anchor and an allowed negative, and those left out by their score.
+    """
     size = max(1, BLOCK // len(candidates))
 
-    def block(rows: slice) -> Tensor:
+    def block(rows: slice) -> tuple[Tensor, Tensor]:
         own = torch.arange(rows.start, rows.stop, device=anchors.device)
-        keep = negatives(rows)
-        keep[own - rows.start, first + own] = True  # the pair itself is the numerator
-        scores = _scores(anchors[rows], candidates, temperature).masked_fill(~keep, float("-inf"))
-        return cross_entropy(scores, first + own, reduction="sum")
+        keep, place = negatives(rows), (own - rows.start, first + own)
+        keep[place] = False
+        allowed = keep.sum()
+        scores = _scores(anchors[rows], candidates)
+        logits = scores / (temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
+        if weighting != EQUAL:
+            keep, extra = _weighed(scores.detach(), scores.detach()[place], keep, weighting, hard)
+            logits = logits + extra
+        del scores  # one copy less in memory
+        left_out = allowed - keep.sum()
+        keep[place] = True  # the pair itself is the numerator
+        loss = cross_entropy(logits.masked_fill(~keep, float("-inf")), first + own, reduction="sum")
+        return loss, torch.stack([allowed, left_out])
 
     blocks = [slice(start, min(start + size, len(anchors))) for start in range(0, len(anchors), size)]
     if len(blocks) == 1:
-        return block(blocks[0]) / len(anchors)
+        loss, pairs = block(blocks[0])
+        return loss / len(anchors), pairs
     # the scores of a block are computed again in backward, so that one block at a time is all that is ever held
-    return sum(checkpoint(block, rows, use_reentrant=False) for rows in blocks) / len(anchors)
+    losses, counts = zip(*(checkpoint(block, rows, use_reentrant=False) for rows in blocks), strict=True)
+    return sum(losses) / len(anchors), sum(counts)
 
 
-def _scores(query: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+def _weighed(scores: Tensor, positive: Tensor, keep: Tensor, weighting: Weighting, hard: int) -> tuple[Tensor, Tensor]:
+    """The negatives that are kept of those allowed, bool [rows, candidates], and what is added to all logits."""
+    if weighting.false_negative_margin is not None:
+        keep = keep & (scores <= positive[:, None] + weighting.false_negative_margin)
+    strength = scores.new_full((scores.shape[1],), weighting.hardness)
+    strength[scores.shape[1] - hard :] = weighting.hard_negative_hardness
+    return keep, torch.where(keep, scores * strength, 0.0)
+
+
+def _scores(query: Tensor, candidates: Tensor) -> Tensor:
     device = query.device.type
     known = torch.amp.is_autocast_available(device)  # not on the meta device
     with torch.autocast(device, enabled=False) if known else nullcontext():  # it would take the product in bfloat16
-        return query.float() @ candidates.float().T / temperature
+        return query.float() @ candidates.float().T
 
 
 def reconstruction_info_nce(
@@ -113,13 +157,15 @@ def reconstruction_info_nce(
     p2: Float[Tensor, "pairs dim"],
     *,
     negatives: Float[Tensor, "hard dim"] | None = None,
-    temperature: float = 0.02,
+    temperature: float | Float[Tensor, " pairs"] = 0.02,
     joint: bool = False,
     sample_ids: Int[Tensor, " pairs"] | None = None,
     target_ids: Int[Tensor, " pairs"] | None = None,
     negative_pairs: Int[Tensor, " hard"] | None = None,
     negative_ids: Int[Tensor, " hard"] | None = None,
     mask_counterpart: bool = True,
+    weighting: Weighting = EQUAL,
+    count: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """InfoNCE of (q, p), (q, p2), (q2, p) and (q2, p2), each a mean over pairs in nats.
 
@@ -134,6 +180,7 @@ def reconstruction_info_nce(
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
         mask_counterpart: False, with ``joint``, makes the counterpart of its own pair a negative, to show what the mask
             is for.
+        weighting, count: See :func:`multi_turn_info_nce`.
     Returns:
         The four terms by name: "qp", "qp2", "q2p", "q2p2". The training loss is their mean.
     Raises:
@@ -164,11 +211,15 @@ def reconstruction_info_nce(
             own = own | (pairs[rows, None] == pairs[None, :])
         return torch.cat([*[own] * (2 if joint else 1), hard_allowed(rows)], dim=1)
 
-    terms = {}
+    terms, pairs = {}, 0
+    how = {"temperature": temperature, "weighting": weighting, "hard": len(negatives)}
     for query_name, query in (("q", q), ("q2", q2)):
         for target_name, target, first in (("p", p, 0), ("p2", p2, len(p) if joint else 0)):
             candidates = torch.cat([p, p2, negatives] if joint else [target, negatives])
-            terms[query_name + target_name] = _info_nce(query, candidates, allowed, temperature, first)
+            terms[query_name + target_name], own = _info_nce(query, candidates, allowed, first=first, **how)
+            pairs = pairs + own
+    if count is not None:
+        count(pairs)
     return terms
 
 
@@ -177,14 +228,17 @@ def chance_level(sample_ids: Int[Tensor, " turns"], target_ids: Int[Tensor, " tu
     return torch.log1p(allowed_negatives(sample_ids, target_ids).sum(dim=1).float()).mean().item()
 
 
-def _check(query: Tensor, target: Tensor, sample_ids: Tensor, temperature: float, target_ids: Tensor | None) -> None:
-    if temperature <= 0:
+def _check(
+    query: Tensor, target: Tensor, sample_ids: Tensor, temperature: float | Tensor, target_ids: Tensor | None
+) -> None:
+    if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if query.shape != target.shape or query.ndim != 2:
         raise ValueError(f"query and target must both be [turns, dim], got {[*query.shape]} and {[*target.shape]}")
     if not len(query):
         raise ValueError("a loss needs at least one turn, got none")
-    for name, ids in (("sample_ids", sample_ids), ("target_ids", target_ids)):
+    per_turn = temperature if isinstance(temperature, Tensor) else None
+    for name, ids in (("sample_ids", sample_ids), ("target_ids", target_ids), ("temperature", per_turn)):
         if ids is not None and len(ids) != len(query):
             raise ValueError(f"{name} must have one entry per turn: {len(query)} turns, {len(ids)} entries")
 
@@ -197,7 +251,14 @@ class MultiTurnLoss(nn.Module):
     Args:
         dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised again
             (Matryoshka, arXiv 2205.13147); empty: whole vectors only.
-        mask_same_image: See :func:`multi_turn_info_nce`.
+        mask_same_image, weighting: See :func:`multi_turn_info_nce`.
+        learnt: How many temperatures are learnt, from ``temperature`` on: none, one, or one per source of data. The
+            parameter is log(1 / temperature) as in CLIP (arXiv 2103.00020), in float32; it is kept to
+            LEAST_TEMPERATURE and MOST_TEMPERATURE.
+
+    Attributes:
+        negatives: int64 [2], on this device: pairs of a turn and a negative since it was last set to None, and those
+            left out by their score; over all dimensions and directions.
     """
 
     def __init__(
@@ -208,10 +269,15 @@ class MultiTurnLoss(nn.Module):
         symmetric: bool = False,
         dimensions: Sequence[int] = (),
         mask_same_image: bool = True,
+        weighting: Weighting = EQUAL,
+        learnt: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.dimensions = model, tuple(dimensions)
+        self.log_scales = nn.Parameter(torch.full((learnt,), -math.log(temperature))) if learnt else None
         self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
+        self.weighting = weighting
+        self.negatives: Tensor | None = None
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
         query, target = (self.model.embed(side) for side in sides)
@@ -225,9 +291,26 @@ class MultiTurnLoss(nn.Module):
         ``vectors`` are those of the target side: targets and hard negatives, as ``ids`` say.
         """
         query, vectors, ids = gather(query), gather(vectors), ids.gather()
+        temperature = self._temperature(ids)
         parts = (*self.parts(query, vectors, ids), vectors[ids.hard_rows])
         sizes = self.dimensions or (None,)
-        return torch.stack([self._value([shortened(part, size) for part in parts], ids) for size in sizes]).mean()
+        values = [self._value([shortened(part, size) for part in parts], ids, temperature) for size in sizes]
+        return torch.stack(values).mean()
+
+    def temperatures(self) -> list[float]:
+        """Those in use: one, or one per source."""
+        if self.log_scales is None:
+            return [self.temperature]
+        return self.log_scales.detach().neg().exp().clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE).tolist()
+
+    def _temperature(self, ids: TurnIds) -> float | Tensor:
+        """Of every turn, with its graph where it is learnt."""
+        if self.log_scales is None:
+            return self.temperature
+        with torch.no_grad():  # back to where it may be, so that it has a gradient there
+            self.log_scales.clamp_(-math.log(MOST_TEMPERATURE), -math.log(LEAST_TEMPERATURE))
+        own = self.log_scales[ids.sources] if len(self.log_scales) > 1 else self.log_scales.expand(len(ids))
+        return own.neg().exp()
 
     def why_no_negative(self, parts: Sequence[Variety]) -> str:
         """Why this loss is 0 for a batch of these parts, whatever the model; "" where it is not."""
@@ -237,19 +320,24 @@ class MultiTurnLoss(nn.Module):
         """The vectors that belong together, row by row: float32 [turns, dim] each."""
         return query, vectors[ids.target_rows]
 
-    def _value(self, parts: Sequence[Tensor], ids: TurnIds) -> Tensor:
+    def _value(self, parts: Sequence[Tensor], ids: TurnIds, temperature: float | Tensor) -> Tensor:
         *sides, hard = parts
         return multi_turn_info_nce(
             *sides,
             ids.sample_ids,
-            temperature=self.temperature,
+            temperature=temperature,
             target_ids=ids.target_ids,
             symmetric=self.symmetric,
             hard_negatives=hard,
             hard_negative_turns=ids.hard_turns,
             hard_negative_ids=ids.hard_ids,
             mask_same_image=self.mask_same_image,
+            weighting=self.weighting,
+            count=self._count,
         )
+
+    def _count(self, pairs: Tensor) -> None:
+        self.negatives = pairs if self.negatives is None else self.negatives + pairs
 
 
 class ReconstructionLoss(MultiTurnLoss):
@@ -271,17 +359,19 @@ class ReconstructionLoss(MultiTurnLoss):
     def parts(self, query: Tensor, vectors: Tensor, ids: TurnIds) -> tuple[Tensor, ...]:
         return query[0::2], query[1::2], vectors[ids.target_rows], vectors[ids.target_rows + 1]
 
-    def _value(self, parts: Sequence[Tensor], ids: TurnIds) -> Tensor:
+    def _value(self, parts: Sequence[Tensor], ids: TurnIds, temperature: float | Tensor) -> Tensor:
         *sides, hard = parts
         terms = reconstruction_info_nce(
             *sides,
             negatives=hard,
-            temperature=self.temperature,
+            temperature=temperature,
             joint=self.joint,
             sample_ids=ids.sample_ids,
             target_ids=ids.target_ids,
             negative_pairs=ids.hard_turns,
             negative_ids=ids.hard_ids,
             mask_counterpart=self.mask_counterpart,
+            weighting=self.weighting,
+            count=self._count,
         )
         return torch.stack([*terms.values()]).mean()

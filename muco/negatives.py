@@ -22,6 +22,7 @@ class SampleIds:
     hard_turns: Sequence[int]
     hard_ids: Sequence[int]
     vectors: int  # how many the target dialogue has
+    source: int = 0  # the number of the source that the sample is from
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TurnIds:
     hard_ids: Int[Tensor, " hard"]  # the target_ids of the hard negatives
     target_ids: Int[Tensor, " turns"] | None  # equal for identical targets; None if these are negatives of one another
     vectors: int  # how many the target side has
+    sources: Int[Tensor, " turns"] | None = None  # the number of each turn's source
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -46,7 +48,7 @@ class TurnIds:
     @classmethod
     def of(cls, samples: Sequence[SampleIds], *, mask_identical_targets: bool = True) -> TurnIds:
         """The ids of a batch of samples, whose hard negatives come after the targets of all of them."""
-        sample_ids, target_rows, target_ids, hard_turns, hard_ids = ([] for _ in range(5))
+        sample_ids, target_rows, target_ids, hard_turns, hard_ids, sources = ([] for _ in range(6))
         vectors = 0
         for sample in samples:
             target_rows += [vectors + row for row in sample.target_rows]
@@ -54,12 +56,13 @@ class TurnIds:
             sample_ids += [sample.sample_id] * len(sample.target_ids)
             target_ids += sample.target_ids
             hard_ids += sample.hard_ids
+            sources += [sample.source] * len(sample.target_ids)
             vectors += sample.vectors
         hard_rows = [vectors + number for number in range(len(hard_ids))]
-        lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids)
-        own, targets, hard, turns, marks, alike = (torch.tensor(values, dtype=torch.long) for values in lists)
+        lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids, sources)
+        own, targets, hard, turns, marks, alike, origins = (torch.tensor(values, dtype=torch.long) for values in lists)
         same = alike if mask_identical_targets else None
-        return cls(own, targets, hard, turns, marks, same, vectors + len(hard_ids))
+        return cls(own, targets, hard, turns, marks, same, vectors + len(hard_ids), origins)
 
     @classmethod
     def join(cls, parts: Sequence[TurnIds]) -> TurnIds:

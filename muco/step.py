@@ -116,6 +116,7 @@ class TrainingStep:
         varieties = distributed.gather_objects(batch.variety)
         if not any(variety.turns for variety in varieties):
             return None
+        self._forget()
         while True:
             self.token_budget = distributed.smallest(self.token_budget)
             chunks = [_Chunk(side, *cut) for side in SIDES for cut in split(batch.sides[side], self.token_budget)]
@@ -238,7 +239,13 @@ class TrainingStep:
         if not distributed.largest(int(memory.happened)):
             return False
         self.model.zero_grad(set_to_none=True)
+        self._forget()
         return True
+
+    def _forget(self) -> None:
+        """Drops the gradients of the loss's own parameters, which the trainer, knowing the model alone, does not."""
+        for parameter in self.loss.parameters(recurse=False):
+            parameter.grad = None
 
     def _shrink(self, tokens: int, *, possible: bool) -> None:
         before = min(self.token_budget, tokens)

@@ -142,9 +142,10 @@ class TrainingBatches(Dataset):
         key = sample_key(sample, draw.source, draw.index)
         if self.turns.mode == "reconstruction":
             rng = generator(self.seed, Purpose.MASKS, draw.source, draw.position)
-            return prepare_pair(sample, turns[0], rng, key, self.processor, requests=self.turns.requests)
-        isolated = self.turns.mode == "isolated"
-        return prepare_turns(sample, turns, key, self.processor, isolated=isolated, positions=self.turns.positions)
+            how = {"requests": self.turns.requests, "source": draw.source}
+            return prepare_pair(sample, turns[0], rng, key, self.processor, **how)
+        how = {"isolated": self.turns.mode == "isolated", "positions": self.turns.positions, "source": draw.source}
+        return prepare_turns(sample, turns, key, self.processor, **how)
 
     def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
         sample = self.sources[draw.source][draw.index]

@@ -37,7 +37,7 @@ from muco.template import SPECIAL_TOKENS
 from muco.tiny import tiny_qwen2_vl
 from muco.training.mixture import Purpose, generator
 from muco.training.published import PUBLISHED
-from muco.training.recipe import LossRecipe, ModelRecipe, Recipe, TurnsRecipe, WarmUpRecipe
+from muco.training.recipe import ModelRecipe, Recipe, WarmUpRecipe
 from muco.vision import vision_parameters
 
 
@@ -108,9 +108,11 @@ def model_config(path: str) -> Any:
         raise CheckpointError(f"model.path: {path}: {where}{str(error).splitlines()[0]}") from error
 
 
-def make_loss(turns: TurnsRecipe, loss: LossRecipe, model: Model) -> MultiTurnLoss:
-    shared = {"temperature": loss.temperature, "dimensions": loss.dimensions}
-    if turns.mode == "reconstruction":
+def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
+    loss = recipe.loss
+    shared = {"temperature": loss.temperature, "dimensions": loss.dimensions, "weighting": loss.weighting}
+    shared["learnt"] = {None: 0, "one": 1, "per_source": len(recipe.data.train)}[loss.learn_temperature]
+    if recipe.turns.mode == "reconstruction":
         return ReconstructionLoss(model, joint=loss.joint, mask_counterpart=loss.mask_counterpart, **shared)
     return MultiTurnLoss(model, symmetric=loss.symmetric, mask_same_image=loss.mask_same_image, **shared)
 

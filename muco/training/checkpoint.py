@@ -27,6 +27,8 @@ from muco.model import Model
 from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, model_card
 from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, to_dict
 
+OF_LOSS = "loss."  # before the names of the loss's own parameters
+
 log = logging.getLogger(__name__)
 
 
@@ -149,23 +151,39 @@ def _fault(folder: Path) -> str:
     return ""
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, whole and on the CPU; with adapters these are few. Call on all processes."""
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: distributed.whole(p.detach()).cpu().contiguous() for name, p in trained}
+def trained_weights(model: nn.Module, loss: nn.Module | None = None) -> dict[str, Tensor]:
+    """The weights that training changes, whole and on the CPU; with adapters these are few. Call on all processes.
+
+    Those of the loss itself are among them, as ``loss.NAME``.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad} | _own(loss)
+    return {name: distributed.whole(p.detach()).cpu().contiguous() for name, p in trained.items()}
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Reads the weights of a checkpoint; a CheckpointError if they are not exactly those that this model trains."""
+def load_trained(model: nn.Module, folder: Path, loss: nn.Module | None = None) -> None:
+    """Reads the weights of a checkpoint; a CheckpointError if they are not exactly those that this model trains.
+
+    Without ``loss`` its weights are left out, as only training needs them.
+    """
     try:
         weights = load_file(str(folder / WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing or truncated ({error}); use another one") from error
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if loss is None:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(OF_LOSS)}
+    own = _own(loss)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad} | own.keys()
     if set(weights) != trained:
         odd = sorted(set(weights) ^ trained)
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the recipe's model, e.g. {odd[0]}")
     assign_trained(model, weights)
+    for name, parameter in own.items():
+        distributed.assign(parameter, weights[name])
+
+
+def _own(loss: nn.Module | None) -> dict[str, nn.Parameter]:
+    """The loss's parameters, without its model's."""
+    return {} if loss is None else {OF_LOSS + name: p for name, p in loss.named_parameters(recurse=False)}
 
 
 def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:

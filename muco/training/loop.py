@@ -40,6 +40,7 @@ from muco.training.checks import OneDeviceArguments
 from muco.training.folder import LOGS, WEIGHTS_FILE
 from muco.training.recipe import BatchRecipe
 
+MANY_LEFT_OUT = 0.2  # of all negatives; so many are hardly all right answers
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
         self.is_distributed_loading_by_transformers = True
         self.made, self.padding = 0, 0.0  # steps since the last log, and the padding of the last one
         self.warned = False  # that a step had no negative
+        self.told_of_left_out = False  # that none or many negatives are left out by their score
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Does nothing: the step itself sums the gradients."""
@@ -100,6 +102,16 @@ class MuCoTrainer(SentenceTransformerTrainer):
             generator=torch.Generator(),  # its own: a start of the loader must not move the model's randomness
         )
         return StepLoader(loader)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As the library's, which takes in the loss's own parameters, but those in a group without weight decay."""
+        kind, options = super().get_optimizer_cls_and_kwargs(args, model)
+        own, groups = [*self.loss.parameters(recurse=False)], options.get("optimizer_dict")
+        if own and groups:
+            for group in groups:
+                group["params"] = [one for one in group["params"] if all(one is not other for other in own)]
+            groups.append({"params": own, "weight_decay": 0.0})
+        return kind, options
 
     @cached_property
     def step(self) -> TrainingStep:
@@ -165,8 +177,30 @@ class MuCoTrainer(SentenceTransformerTrainer):
             if torch.cuda.is_available():
                 peak = torch.cuda.max_memory_allocated()
             logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
+            logs |= self._left_out() | self._temperatures()
             self.made = 0
         super().log(logs, start_time)
+
+    def _temperatures(self) -> dict[str, float]:
+        """Those that are learnt, by the number of their source where there are several."""
+        learnt = [] if self.loss.log_scales is None else self.loss.temperatures()
+        names = ["temperature"] if len(learnt) == 1 else [f"temperature_{number}" for number in range(len(learnt))]
+        return dict(zip(names, learnt, strict=True))
+
+    def _left_out(self) -> dict[str, float]:
+        """The share of negatives that were left out by their score since the last log, if any can be."""
+        counted, self.loss.negatives = self.loss.negatives, None
+        if self.loss.weighting.false_negative_margin is None or counted is None:
+            return {}
+        pairs, left_out = counted.tolist()
+        share = left_out / max(pairs, 1)
+        if (share == 0 or share > MANY_LEFT_OUT) and not self.told_of_left_out:
+            self.told_of_left_out = True
+            self._warn(
+                f"step {self.state.global_step}: loss.weighting.false_negative_margin leaves out {share:.1%} of all "
+                f"negatives; {'raise' if share else 'lower'} it, or leave it out (later shares are in the log alone)"
+            )
+        return {"false_negatives": round(share, 6)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -177,7 +211,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
             raise OutputError(f"step {self.state.global_step}: {error}; {self._last_good()}") from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights = checkpoint.trained_weights(self.model)  # on all processes: shards are put together
+        weights = checkpoint.trained_weights(self.model, self.loss)  # on all processes: shards are put together
         broken = [name for name, values in weights.items() if not torch.isfinite(values).all()]
         if broken:
             raise TrainingError(f"step {self.state.global_step}: {broken[0]} is not finite; {self._last_good()}")
@@ -187,17 +221,22 @@ class MuCoTrainer(SentenceTransformerTrainer):
             save_file(weights, str(folder / WEIGHTS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_trained(self.model, Path(resume_from_checkpoint))
+        checkpoint.load_trained(self.model, Path(resume_from_checkpoint), self.loss)
         state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         kept = state["stateful_callbacks"]
         self.budget.tokens = kept[TokenBudget.__name__]["args"]["tokens"]
         self.record.resume(kept[Record.__name__]["attributes"])
 
+    @property
+    def _trained(self) -> nn.Module:
+        """The module whose parameters the optimizer has."""
+        return self.model if self.loss.log_scales is None else self.loss
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not distributed.is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)  # on all processes
+        state = get_optimizer_state_dict(self._trained, self.optimizer.optimizer, options=WHOLE)  # on all processes
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -207,7 +246,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
             super()._load_optimizer_and_scheduler(folder)
             return
         state = torch.load(Path(folder) / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
+        set_optimizer_state_dict(self._trained, self.optimizer.optimizer, state, options=WHOLE)
         self.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_NAME, weights_only=True))
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -59,7 +59,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     check_turns(recipe.turns, stated_reading(model, prefix=processor.family.prefix))
     measured, varieties = measure(recipe, looked, processor, problems, broken)
     if looked[0] is not ASSUMED:
-        loss = make_loss(recipe.turns, recipe.loss, model)
+        loss = make_loss(recipe, model)
         look_for_negatives(loss, recipe.batch.size, sources, varieties, problems=problems, notes=notes)
     bf16 = uses_autocast(recipe.model, recipe.trainer.get("bf16"), model)
     step = _step(recipe, measured, devices)

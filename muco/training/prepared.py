@@ -66,11 +66,13 @@ def prepare_turns(
     *,
     isolated: bool,
     positions: Positions | None = None,
+    source: int = 0,
 ) -> Prepared:
     """A sample with these turns; a DataError if a text or an image cannot be used.
 
     Args:
         key: From :func:`muco.data.same.sample_key`.
+        source: The number of its source.
         positions: See :class:`muco.dialogue.Dialogue`.
     """
     own = [turn.target for turn in turns]
@@ -84,7 +86,7 @@ def prepare_turns(
         prepare(query_dialogue(sample, [turn.query for turn in turns], **seen), processor),
         prepare(target_dialogue(sample, unique, **seen), processor),
         _hard_negatives(sample, turns, processor, isolated=isolated),
-        _ids(sample, turns, key, rows, vectors=len(unique)),
+        _ids(sample, turns, key, rows, vectors=len(unique), source=source),
     )
 
 
@@ -96,6 +98,7 @@ def prepare_pair(
     processor: Processor,
     *,
     requests: Sequence[str] = (),
+    source: int = 0,
 ) -> Prepared:
     """A pair as dialogues of two turns, see :func:`muco.reconstruction.reconstruction_dialogues`."""
     query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng, requests)
@@ -104,7 +107,7 @@ def prepare_pair(
         prepare(query, processor),
         prepare(target, processor),
         _hard_negatives(sample, [turn], processor, isolated=True),
-        _ids(sample, [turn], key, [0], vectors=2),
+        _ids(sample, [turn], key, [0], vectors=2, source=source),
     )
 
 
@@ -113,7 +116,9 @@ def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processo
     return [prepare(dialogue, processor) for dialogue in dialogues]
 
 
-def _ids(sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], vectors: int) -> SampleIds:
+def _ids(
+    sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], *, vectors: int, source: int
+) -> SampleIds:
     def target_id(content: Content) -> int:
         return _hash(target_key(content, sample.place))
 
@@ -124,6 +129,7 @@ def _ids(sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequenc
         hard_turns=[number for number, turn in enumerate(turns) for _ in turn.negatives],
         hard_ids=[target_id(content) for turn in turns for content in turn.negatives],
         vectors=vectors,
+        source=source,
     )
 
 

@@ -15,6 +15,7 @@ from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.sizes import Adapter, TinyConfig
 from muco.training.read import REFUSED, build, check_numbers, parse_yaml, set_value
+from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Weighting
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,9 @@ class LossRecipe:
             each has its own (the released code).
         mask_counterpart: False, with ``joint``, makes a pair's counterpart its negative, to show the mask's effect.
         mask_same_image: False makes the targets of an image's other turns negatives, to show the mask's effect.
+        learn_temperature: Whether ``temperature`` is where a learnt one begins: one for all turns, or one per source in
+            ``data.train``; for it to fit sources whose scores are spread differently. null: it is fixed.
+        weighting: What negatives count by their scores: :class:`muco.weighting.Weighting`.
     """
 
     temperature: float = 0.02
@@ -157,6 +161,8 @@ class LossRecipe:
     joint: bool = False
     mask_counterpart: bool = True
     mask_same_image: bool = True
+    learn_temperature: Literal["one", "per_source"] | None = None
+    weighting: Weighting = EQUAL
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,11 @@ class Recipe:
         if self.batch.seen_memory and (self.model.vision == "trained" or self.batch.sharding == "fsdp"):
             raise RecipeError(
                 "batch.seen_memory: what a tower saw is kept only with vision frozen and without sharding"
+            )
+        if self.loss.learn_temperature and not LEAST_TEMPERATURE <= self.loss.temperature <= MOST_TEMPERATURE:
+            raise RecipeError(
+                f"loss.temperature: one that is learnt is kept to {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}, and "
+                f"cannot begin at {self.loss.temperature:g}"
             )
         budget, limit = self.batch.token_budget, self.turns.limit
         if budget is not None and limit is not None and limit > budget:

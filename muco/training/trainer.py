@@ -123,7 +123,7 @@ def make_trainer(recipe: Recipe, model: Model, sources: Sequence[Data], validati
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    loss = make_loss(recipe.turns, recipe.loss, model)
+    loss = make_loss(recipe, model)
     evaluator = None if validation is None else RetrievalEvaluator(validation)
     record = Record(Path(recipe.output), data.max_broken)
     return MuCoTrainer(model, arguments, recipe.batch, batches, loss, record, evaluator)

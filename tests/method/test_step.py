@@ -85,7 +85,7 @@ def test_both_passes_draw_the_same_dropout(tiny_model, samples, checkpointing):
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=1)
     torch.manual_seed(3)
     value = step([batch]).loss.item()
-    found = value, steps.gradients(model)
+    found = value, steps.gradients(step.loss)
 
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
@@ -94,9 +94,10 @@ def test_both_passes_draw_the_same_dropout(tiny_model, samples, checkpointing):
         chunks = split(batch[side], 1)
         parts = [model.embed(chunk) for chunk, _ in chunks]
         vectors.append(torch.cat(parts)[torch.cat([turns for _, turns in chunks]).argsort()])
-    loss = MultiTurnLoss(model, **steps.LOSS).of_vectors(*vectors, batch["ids"])
-    loss.backward()
-    steps.assert_same(found, (loss.item(), steps.gradients(model)))
+    loss = MultiTurnLoss(model, **steps.LOSS)
+    other = loss.of_vectors(*vectors, batch["ids"])
+    other.backward()
+    steps.assert_same(found, (other.item(), steps.gradients(loss)))
     other = steps.cached(model, [batch], 1, seed=4)[0]
     assert abs(other - value) > 1e-4, "dropout is off: nothing is compared"
 
@@ -139,7 +140,7 @@ def test_features_may_wait_in_host_memory(tiny_model, samples, room):
     expected = steps.plain(model, batch)
     model.zero_grad(set_to_none=True)
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=97, feature_memory=room)
-    steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+    steps.assert_same((step([batch]).loss.item(), steps.gradients(step.loss)), expected)
 
 
 class Limited:
@@ -164,12 +165,12 @@ def test_out_of_memory_halves_the_budget_and_repeats_the_step(tiny_model, sample
     device = Limited(model, 300)
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget)
     with caplog.at_level(logging.WARNING, "muco"):
-        steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+        steps.assert_same((step([batch]).loss.item(), steps.gradients(step.loss)), expected)
     assert device.failed and step.token_budget <= 300
     assert f"continuing with token_budget {step.token_budget}" in caplog.text
     failures = len(device.failed)
     model.zero_grad(set_to_none=True)
-    steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+    steps.assert_same((step([batch]).loss.item(), steps.gradients(step.loss)), expected)
     assert len(device.failed) == failures, "the smaller budget is kept"
 
 
@@ -187,7 +188,7 @@ def test_out_of_memory_in_the_second_pass_leaves_no_half_gradient(tiny_model, sa
 
     model.encoder.model.register_forward_pre_hook(fail_once, with_kwargs=True)
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=200)
-    steps.assert_same((step([batch]).loss.item(), steps.gradients(model)), expected)
+    steps.assert_same((step([batch]).loss.item(), steps.gradients(step.loss)), expected)
     assert failed and step.token_budget < 200
 
 
@@ -244,7 +245,7 @@ def test_bfloat16_autocast_keeps_every_gradient(tiny_model, samples):
     for budget in (None, 97):
         model.zero_grad(set_to_none=True)
         step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget, autocast=autocast)
-        found[budget] = step([batch]).loss.item(), steps.gradients(model)
+        found[budget] = step([batch]).loss.item(), steps.gradients(step.loss)
     (value, grads), (other, others) = found[None], found[97]
     assert other == pytest.approx(value, rel=0.02) and grads.keys() == others.keys()
     for name, gradient in grads.items():
@@ -255,4 +256,4 @@ def test_a_step_without_a_turn_is_not_made(tiny_model):
     model = steps.to_train(tiny_model, "adapters")
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS))
     assert step([steps.share(model, [], "isolated")] * 2) is None
-    assert not steps.gradients(model)
+    assert not steps.gradients(step.loss)

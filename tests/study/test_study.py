@@ -140,7 +140,7 @@ def test_the_masks_of_the_study_reach_the_loss(tiny_model, tmp_path):
     seen = {}
     for name in ("isolated, masked", "compounded, not masked", "fine-tuned, masked", "fine-tuned, not masked"):
         recipe = from_dict(recipe_of(study, study.run(name), 0, 1.0, tmp_path))
-        loss = make_loss(recipe.turns, recipe.loss, tiny_model)
+        loss = make_loss(recipe, tiny_model)
         seen[name] = recipe.turns.mode, loss.mask_same_image, getattr(loss, "mask_counterpart", None)
     assert seen == {
         "isolated, masked": ("isolated", True, None),

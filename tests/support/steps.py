@@ -28,8 +28,10 @@ from muco.step import TrainingStep
 from muco.template import SPECIAL_TOKENS
 from muco.training.build import shard_model
 from muco.training.prepared import Chosen, batch_of, prepare_pair, prepare_turns
+from muco.weighting import Weighting
 
-LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64)}
+SIGNALS = Weighting(false_negative_margin=0.01, hardness=2.0, hard_negative_hardness=1.0)
+LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64), "weighting": SIGNALS, "learnt": 2}
 # how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one, all on one
 SHARES = {
     "even": ([0, 2, 4], [1, 3, 5]),
@@ -104,10 +106,12 @@ def share(model: Model, samples: list[Sample], mode: str) -> dict:
     for sample in samples:
         key = sample.id or repr(sample.turns)
         turns = [Chosen(turn.query[0], turn.target[0], turn.negatives) for turn in sample.turns]
+        source = zlib.crc32(repr(key).encode()) % LOSS["learnt"]
         if mode == "reconstruction":
-            prepared.append(prepare_pair(sample, turns[0], _masks(sample), key, processor))
+            prepared.append(prepare_pair(sample, turns[0], _masks(sample), key, processor, source=source))
         else:
-            prepared.append(prepare_turns(sample, turns, key, processor, isolated=mode == "isolated"))
+            isolated = mode == "isolated"
+            prepared.append(prepare_turns(sample, turns, key, processor, isolated=isolated, source=source))
     return batch_of(prepared, processor, target_ids=True)
 
 
@@ -123,8 +127,9 @@ def loss_of(model: Model, mode: str) -> MultiTurnLoss:
     return MultiTurnLoss(model, **LOSS)
 
 
-def gradients(model: Model) -> dict[str, Tensor]:
-    return {n: distributed.whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+def gradients(loss: MultiTurnLoss) -> dict[str, Tensor]:
+    """Of the model's weights and of the loss's own."""
+    return {n: distributed.whole(p.grad).clone() for n, p in loss.named_parameters() if p.grad is not None}
 
 
 def cached(
@@ -133,17 +138,19 @@ def cached(
     """Value and gradient by the step that is tested."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    report = TrainingStep(model, loss_of(model, mode), token_budget=budget)(parts)
-    return report.loss.item(), gradients(model)
+    loss = loss_of(model, mode)
+    report = TrainingStep(model, loss, token_budget=budget)(parts)
+    return report.loss.item(), gradients(loss)
 
 
 def plain(model: Model, batch: dict, seed: int = 7, mode: str = "isolated") -> tuple[float, dict[str, Tensor]]:
     """The slow, obvious reference: both sides whole, with their pixels, the loss, backward."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    loss = loss_of(model, mode)([dict(batch["query"]), dict(batch["target"])], batch["ids"])
-    loss.backward()
-    return loss.item(), gradients(model)
+    loss = loss_of(model, mode)
+    value = loss([dict(batch["query"]), dict(batch["target"])], batch["ids"])
+    value.backward()
+    return value.item(), gradients(loss)
 
 
 def assert_same(
