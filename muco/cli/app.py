@@ -219,6 +219,35 @@ def export(
     finish_check(found, as_json, print_pairs, found["ok"])
 
 
+@app.command(
+    epilog=examples(
+        "muco merge runs/a/model runs/b/model --output merged",
+        "muco merge runs/a/model runs/b/model --weights 0.7,0.3 --method slerp --output merged",
+        "muco merge runs/a/model runs/b/model --method task-arithmetic --base start --output merged",
+    )
+)
+def merge(
+    models: Annotated[list[str], Argument(metavar="MODEL...", help="Folders, hub ids, or checkpoints of runs.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder to create; it must not exist.")],
+    weights: Annotated[str | None, Option(metavar="W,W…", help="One per model; by default all the same.")] = None,
+    method: Annotated[str, Option(help="mean, slerp (of two models) or task-arithmetic.")] = "mean",
+    base: Annotated[str | None, Option(metavar="MODEL", help="What all began from, for task-arithmetic.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one model of several, by their weights.
+
+    All must be of the same kind: architecture, tokenizer, prompt and pixels. Adapters are folded in first.
+    """
+    from muco.export.merge import merge
+
+    try:
+        numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise BadParameter(f"--weights are numbers with commas between them, such as 0.7,0.3; not {weights}") from error
+    found = merge(models, output, weights=numbers, method=method, base=base)
+    finish(found, as_json, print_pairs)
+
+
 @app.command(epilog=examples("muco doctor", "muco doctor --json"))
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and what is missing.

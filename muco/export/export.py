@@ -80,7 +80,7 @@ def export(
         if push is not None:
             _check_push(push)
         separate = adapters == "separate"
-        model, recipe, own_dtype = _load(source)
+        model, recipe, own_dtype = load_source(source)
         if separate:
             _check_separable(source, model, format)
         before = _vectors(model)
@@ -108,8 +108,8 @@ def export(
         return result
 
 
-def _load(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
-    """The model, its recipe if MuCo trained it, and the precision in which it is saved by default."""
+def load_source(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
+    """The model, a checkpoint's with its adapters; its recipe if MuCo trained it; the precision it is saved in."""
     folder = Path(source)
     if (folder / WEIGHTS_FILE).is_file():
         return _load_checkpoint(folder)

@@ -18,7 +18,7 @@ from muco.data.source import Data
 from muco.errors import DataError, RecipeError
 from muco.training.recipe import Recipe, TurnsRecipe
 
-ROUND = 1000  # steps after which every source has had its share, where a step has one source
+ROUND = 1000  # groups after which every source has had its share, where samples come in groups of one source
 
 
 class Purpose:
@@ -29,7 +29,7 @@ class Purpose:
     SHARED_ORDER = 3  # an order of turns that samples share
     WORDING = 4  # paraphrases and hard negatives
     MASKS = 5  # what reconstruction hides
-    SOURCES = 6  # the order of the sources, where a step has one
+    SOURCES = 6  # the order of the sources of groups
     WARM_UP = 5  # also that of MASKS; another number would change what is trained
 
 
@@ -60,7 +60,8 @@ class Mixture:
         weights: Share of each source in every batch; the rounding is carried, so long-run shares are exact. None: the
             sources are one, of all their samples.
         batch_size: Samples per step.
-        one_source: Every batch comes from one source, and the shares are those of the batches.
+        group: A batch is made of groups of this many samples of one source each, and the shares are those of groups;
+            ``batch_size`` must be a multiple of it. None: sources are mixed in every batch.
         epoch: What an epoch is, see :class:`muco.training.recipe.DataRecipe`.
     Each source is gone through in a new random order per pass.
     """
@@ -72,16 +73,18 @@ class Mixture:
         batch_size: int,
         seed: int,
         *,
-        one_source: bool = False,
+        group: int | None = None,
         epoch: str = "every_row",
     ) -> None:
         if not lengths or min(lengths) < 1:
             raise DataError("a training source is empty; every source needs at least one sample")
         self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
-        self.one_source, self.epoch, self.weighted = one_source, epoch, weights is not None
+        self.grouped, self.epoch, self.weighted = group is not None, epoch, weights is not None
+        self._unit = group or batch_size  # samples that are shared out at a time
+        self._units = batch_size // self._unit  # per step
         self._ends = list(accumulate(lengths))
-        self._streams = self.lengths if self.weighted or one_source else (self._ends[-1],)
-        if weights is not None and not one_source and batch_size * min(weights) < sum(weights):
+        self._streams = self.lengths if self.weighted or self.grouped else (self._ends[-1],)
+        if weights is not None and not self.grouped and batch_size * min(weights) < sum(weights):
             raise RecipeError(
                 f"data.train: of {batch_size} samples per step the source of weight {min(weights)} gets less than one; "
                 "raise its weight or batch.size"
@@ -95,8 +98,11 @@ class Mixture:
     @classmethod
     def of(cls, recipe: Recipe, lengths: Sequence[int]) -> Mixture:
         """The mixture of a recipe whose sources have these lengths."""
-        kinds = {"one_source": recipe.data.one_source, "epoch": recipe.data.epoch}
-        return cls(lengths, recipe.data.weights, recipe.batch.size, recipe.seed, **kinds)
+        group = recipe.batch.size if recipe.data.one_source else recipe.batch.group
+        if group == 1 < recipe.batch.size:
+            group = None  # which mixes sources too, and evenly in every batch
+        how = {"group": group, "epoch": recipe.data.epoch}
+        return cls(lengths, recipe.data.weights, recipe.batch.size, recipe.seed, **how)
 
     def _order(self, stream: int, epoch: int) -> np.ndarray:
         if stream not in self._orders or self._orders[stream][0] != epoch:
@@ -106,7 +112,11 @@ class Mixture:
 
     def draws(self, step: int) -> list[Draw]:
         """The samples of a step."""
-        first, last = self._before(step), self._before(step + 1)
+        units = range(step * self._units, (step + 1) * self._units)
+        return [draw for unit in units for draw in self._unit_draws(unit)]
+
+    def _unit_draws(self, unit: int) -> list[Draw]:
+        first, last = self._before(unit), self._before(unit + 1)
         draws = []
         for stream, length in enumerate(self._streams):
             for position in range(first[stream], last[stream]):
@@ -122,16 +132,16 @@ class Mixture:
         source = bisect_right(self._ends, number)
         return source, number - (self._ends[source - 1] if source else 0)
 
-    def _before(self, step: int) -> list[int]:
-        """Samples of each stream before a step."""
-        if not self.one_source:
-            return self._shared(step * self.batch_size)
-        number, place = divmod(step, self._round_steps)
+    def _before(self, unit: int) -> list[int]:
+        """Samples of each stream before a unit: a step, or a group."""
+        if not self.grouped:
+            return self._shared(unit * self._unit)
+        number, place = divmod(unit, self._round_units)
         if number != self._round[0]:
-            sources = np.repeat(np.arange(len(self.lengths)), self._steps(number + 1) - self._steps(number))
+            sources = np.repeat(np.arange(len(self.lengths)), self._groups(number + 1) - self._groups(number))
             self._round = number, generator(self.seed, Purpose.SOURCES, number).permutation(sources)
-        steps = self._steps(number) + np.bincount(self._round[1][:place], minlength=len(self._streams))
-        return (steps * self.batch_size).tolist()
+        groups = self._groups(number) + np.bincount(self._round[1][:place], minlength=len(self._streams))
+        return (groups * self._unit).tolist()
 
     def _shared(self, count: int) -> list[int]:
         """Shares a number of samples among the streams; what is left of rounding goes to later ones."""
@@ -139,25 +149,25 @@ class Mixture:
         return [end - start for end, start in zip(ends, [0, *ends[:-1]], strict=True)]
 
     @property
-    def _round_steps(self) -> int:
-        """Where a step has one source: the steps after which every source has had its share."""
+    def _round_units(self) -> int:
+        """The groups after which every source has had its share."""
         return max(ROUND, len(self.lengths) ** 2) if self.weighted else sum(self._filled)
 
     @property
     def _filled(self) -> list[int]:
-        """Batches that the samples of each source fill, the last one perhaps in part."""
-        return [-(-length // self.batch_size) for length in self.lengths]
+        """Groups that the samples of each source fill, the last one perhaps in part."""
+        return [-(-length // self._unit) for length in self.lengths]
 
-    def _steps(self, rounds: int) -> np.ndarray:
-        """Steps of each source in the first rounds; what is left of rounding goes to the one of the largest share."""
-        # From one round to the next no number falls: others get at most one step more than their share of it, and the
-        # largest share of the steps of a round is above their number.
+    def _groups(self, rounds: int) -> np.ndarray:
+        """Groups of each source in the first rounds; what is left of rounding goes to the one of the largest share."""
+        # From one round to the next no number falls: others get at most one group more than their share of it, and the
+        # largest share of the groups of a round is above their number.
         if not self.weighted:
             return rounds * np.array(self._filled)
-        count, shares = rounds * self._round_steps, np.diff(self._shares, prepend=0.0)
-        steps = np.floor(count * shares + 1e-9).astype(int)
-        steps[shares.argmax()] += count - steps.sum()
-        return steps
+        count, shares = rounds * self._round_units, np.diff(self._shares, prepend=0.0)
+        groups = np.floor(count * shares + 1e-9).astype(int)
+        groups[shares.argmax()] += count - groups.sum()
+        return groups
 
     @property
     def steps_per_epoch(self) -> int:
@@ -169,11 +179,12 @@ class Mixture:
         return bisect_left(range(enough), True, key=self._all_seen)
 
     def _all_seen(self, steps: int) -> bool:
-        return all(seen >= length for seen, length in zip(self._before(steps), self._streams, strict=True))
+        seen = self._before(steps * self._units)
+        return all(count >= length for count, length in zip(seen, self._streams, strict=True))
 
     def passes(self, steps: int) -> list[float]:
         """How often the samples of each source are seen in the first ``steps`` steps, on average."""
-        seen = self._before(steps)
+        seen = self._before(steps * self._units)
         if len(seen) < len(self.lengths):
             whole, rest = divmod(steps * self.batch_size, self._ends[-1])
             of_rest = np.searchsorted(self._ends, self._order(0, whole)[:rest], side="right")

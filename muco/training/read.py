@@ -132,7 +132,7 @@ def _bound(keys: str, test: Callable[[Any], bool], words: str) -> dict[str, tupl
 
 _TINY = " ".join(f"model.tiny.{size.name}" for size in dataclasses.fields(TinyConfig))
 _COUNTS = f"""model.min_pixels model.max_pixels model.adapter.rank model.adapter.alpha {_TINY} turns.order turns.limit
-    batch.size batch.token_budget warm_up.batch_size trainer.per_device_eval_batch_size
+    batch.size batch.group batch.token_budget warm_up.batch_size trainer.per_device_eval_batch_size
     trainer.dataloader_prefetch_factor"""
 _COUNTS_OR_ZERO = "turns.negatives warm_up.steps trainer.dataloader_num_workers trainer.save_total_limit"
 _POSITIVE = """data.train.weight loss.temperature loss.dimensions warm_up.learning_rate trainer.num_train_epochs
@@ -180,7 +180,7 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "dataloader_drop_last": "is set by MuCo: steps are whole",
     "label_smoothing_factor": "is not used: the loss is MuCo's own",
     "batch_sampler": "is not used; see data.duplicates",
-    "multi_dataset_batch_sampler": "is not used; see data.one_source and the weights of data.train",
+    "multi_dataset_batch_sampler": "is not used; see batch.group, data.one_source and the weights of data.train",
     "prompts": "is not used; write instructions into the queries",
     "neftune_noise_alpha": "is not supported",
     "use_liger_kernel": "is not supported",

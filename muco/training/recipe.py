@@ -169,10 +169,13 @@ class LossRecipe:
 class BatchRecipe:
     """How many samples a step takes, and how they pass through the available devices.
 
-    Only ``size`` changes the training: loss and gradient do not depend on the others, nor on the number of devices.
+    Only ``size`` and ``group`` change the training: loss and gradient do not depend on the others, nor on the number of
+    devices.
 
     Args:
         size: Samples per step, over all devices together.
+        group: A step is made of groups of this many samples of one source each, so that many negatives are of the same
+            kind, and not all; it divides ``size``. Weights are then shares of the groups. null: sources are mixed.
         token_budget: Most tokens whose activations a device holds, visual tokens and padding included. A larger batch
             passes through in chunks (gradient cache). None: the whole batch at once.
         feature_memory: GiB of a device that may hold the features of a frozen vision tower between the two passes of
@@ -184,6 +187,7 @@ class BatchRecipe:
     """
 
     size: int = 32
+    group: int | None = None
     token_budget: int | None = None
     feature_memory: float = 8.0
     seen_memory: float = 0.0
@@ -234,6 +238,11 @@ class Recipe:
         if not self.data.train:
             raise RecipeError("data.train: name at least one source, e.g. train: [{path: data/train.jsonl}]")
         self._check_reconstruction()
+        if self.batch.group is not None and (self.data.one_source or self.batch.size % self.batch.group):
+            why = (
+                "data.one_source makes a group of every batch" if self.data.one_source else "it must divide batch.size"
+            )
+            raise RecipeError(f"batch.group: {self.batch.group} samples: {why}")
         if self.batch.seen_memory and (self.model.vision == "trained" or self.batch.sharding == "fsdp"):
             raise RecipeError(
                 "batch.seen_memory: what a tower saw is kept only with vision frozen and without sharding"

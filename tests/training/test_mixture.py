@@ -26,7 +26,7 @@ from muco.training import batches as batches_module
 from muco.training import mixture as mixture_module
 from muco.training.batches import PartSampler, StepLoader, TrainingBatches, with_image_turn
 from muco.training.mixture import Draw, Mixture, turn_order
-from muco.training.recipe import TurnsRecipe
+from muco.training.recipe import TurnsRecipe, from_dict
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,7 +56,7 @@ def test_batches_of_one_source_have_its_share_and_skip_nothing(sources, size):
     lengths, weights = zip(*sources, strict=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(mixture_module, "ROUND", 50)
-        mixture = Mixture(lengths, weights, size, seed=3, one_source=True)
+        mixture = Mixture(lengths, weights, size, seed=3, group=size)
         steps = [mixture.draws(step) for step in range(120)]
         assert mixture.draws(77) == steps[77], "a function of the step alone"
     assert all(len({draw.source for draw in batch}) == 1 and len(batch) == size for batch in steps)
@@ -87,8 +87,8 @@ def test_an_epoch_of_several_sources_sees_every_row_once():
 
 
 def test_a_single_source_has_the_same_batches_with_and_without_a_weight():
-    for one_source in (False, True):
-        one, other = (Mixture([41], weights, 8, 5, one_source=one_source) for weights in (None, [3.0]))
+    for group in (None, 8, 4):
+        one, other = (Mixture([41], weights, 8, 5, group=group) for weights in (None, [3.0]))
         assert [one.draws(step) for step in range(30)] == [other.draws(step) for step in range(30)]
         assert one.steps_per_epoch == other.steps_per_epoch == 6
 
@@ -96,7 +96,7 @@ def test_a_single_source_has_the_same_batches_with_and_without_a_weight():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 20), st.booleans())
 def test_an_epoch_without_weights_ends_when_every_row_was_seen(lengths, size, one_source):
-    mixture = Mixture(lengths, None, size, seed=1, one_source=one_source)
+    mixture = Mixture(lengths, None, size, seed=1, group=size if one_source else None)
     epochs = [seen(mixture, n * mixture.steps_per_epoch) for n in (1, 2)]
     for n, counts in enumerate(epochs, start=1):
         assert all(min(own.values()) >= n for own in counts)
@@ -111,8 +111,9 @@ def test_an_epoch_without_weights_ends_when_every_row_was_seen(lengths, size, on
 @pytest.mark.parametrize("one_source", [False, True])
 def test_with_weights_the_recipe_says_what_an_epoch_is(one_source):
     lengths, weights = [5000, 500], [1.0, 1.0]
-    every = Mixture(lengths, weights, 50, 3, one_source=one_source)
-    count = Mixture(lengths, weights, 50, 3, one_source=one_source, epoch="row_count")
+    group = 50 if one_source else None
+    every = Mixture(lengths, weights, 50, 3, group=group)
+    count = Mixture(lengths, weights, 50, 3, group=group, epoch="row_count")
     assert count.steps_per_epoch == 110 and every.steps_per_epoch > 180
     assert min(every.passes(every.steps_per_epoch)) == 1 > min(every.passes(every.steps_per_epoch - 1))
     assert [every.draws(step) for step in range(9)] == [count.draws(step) for step in range(9)]
@@ -120,10 +121,44 @@ def test_with_weights_the_recipe_says_what_an_epoch_is(one_source):
         assert every.passes(200) == [1, 10] and count.passes(110) == [0.55, 5.5]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 8), st.integers(1, 5), st.none() | st.just(1.0)
+)
+def test_a_batch_of_groups_is_that_many_batches_of_one_source(lengths, group, groups, weight):
+    weights = weight and [weight] * len(lengths)
+    mixture = Mixture(lengths, weights, group * groups, seed=2, group=group)
+    small = Mixture(lengths, weights, group, seed=2, group=group)
+    for step in (7, 0, 3):
+        drawn = mixture.draws(step)
+        parts = [drawn[start : start + group] for start in range(0, len(drawn), group)]
+        assert parts == [small.draws(step * groups + number) for number in range(groups)]
+        assert all(len({draw.source for draw in part}) == 1 for part in parts)
+    enough = mixture.steps_per_epoch
+    assert enough == -(-small.steps_per_epoch // groups)
+    assert all(min(own.values()) >= 1 for own in seen(mixture, enough))
+    assert mixture.passes(enough) == small.passes(enough * groups)
+
+
+def test_a_recipe_has_groups_or_one_source_or_neither():
+    values = {"output": "run", "model": {"path": "model"}, "data": {"train": [{"path": "a"}, {"path": "b"}]}}
+    how = {None: [20, 30], 1: [20, 30], 4: [20, 30]}
+    drawn = {}
+    for group, lengths in how.items():
+        drawn[group] = Mixture.of(from_dict(values | {"batch": {"size": 8, "group": group}}), lengths)
+    assert drawn[None].draws(3) == drawn[1].draws(3) != drawn[4].draws(3)
+    whole = Mixture.of(from_dict(values | {"batch": {"size": 8, "group": 8}}), [20, 30])
+    data = values["data"] | {"one_source": True}
+    assert whole.draws(3) == Mixture.of(from_dict(values | {"data": data, "batch": {"size": 8}}), [20, 30]).draws(3)
+    for batch, changed in (({"size": 8, "group": 3}, {}), ({"size": 8, "group": 4}, {"data": data})):
+        with pytest.raises(RecipeError, match=r"batch\.group: \d samples: "):
+            from_dict(values | changed | {"batch": batch})
+
+
 def test_rounds_grow_with_the_number_of_sources(monkeypatch):
     monkeypatch.setattr(mixture_module, "ROUND", 50)
     sources = 40  # in rounds of 50 steps, 39 of them could want two each
-    mixture = Mixture([1] * sources, [1.0] * sources, 1, seed=3, one_source=True)
+    mixture = Mixture([1] * sources, [1.0] * sources, 1, seed=3, group=1)
     seen = Counter(draw.source for step in range(3 * sources**2) for draw in mixture.draws(step))
     assert set(seen) == set(range(sources)) and all(abs(n - 3 * sources) <= 1 for n in seen.values())
 
