@@ -1,7 +1,7 @@
 """Scores two models on your data with the controls, and says whether B is better than A or it may be chance.
 A model is what muco.load takes, or, after `stock:`, any SentenceTransformer of texts and images.
 
-    python examples/evaluate_hub_model.py test.jsonl stock:sentence-transformers/clip-ViT-B-32 runs/demo/run/model
+    python examples/evaluate_hub_model.py test.jsonl stock:sentence-transformers/clip-ViT-B-32 starter
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A LangChain retriever over an index of muco: documents with metadata, by text, k and a filter.
 
-    muco index rows.jsonl --model runs/demo/run/model --index rows.index
+    muco index rows.jsonl --model starter --index rows.index
     python examples/langchain_retriever.py rows.index "a red star" -k 3 --where "year >= 2020"
 
 Copy MucoRetriever into your own code: it is a Runnable, so it stands in chains, batches and async calls as it is.

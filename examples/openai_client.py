@@ -1,6 +1,6 @@
 """Ranks texts for an image with the stock OpenAI client and a running `muco serve`; muco itself is not imported.
 
-    muco serve --model runs/demo/run/model
+    muco serve --model starter
     python examples/openai_client.py ring.jpg "a red ring" "a blue mug" --base-url http://127.0.0.1:8000/v1
 
 Texts go as strings, the image as an item with a data URI, and a question about it is fused with it by --question.

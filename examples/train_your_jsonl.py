@@ -1,7 +1,7 @@
-"""Trains a model on your own JSONL file and says how well it finds things in a tenth that was held out.
-Without --model it is a tiny one, from random weights, on a CPU. The same command again goes on where it stopped.
+"""Trains a model further on your own JSONL file and says how well it finds things in a tenth that was held out.
+Without --model it is the starter, on a CPU. The same command again resumes where it stopped.
 
-    python examples/train_your_jsonl.py data.jsonl --output runs/mine [--model Qwen/Qwen2-VL-2B-Instruct]
+    python examples/train_your_jsonl.py data.jsonl --output runs/mine [--model Qwen/Qwen2-VL-2B-Instruct --rate 5e-5]
 """
 
 import argparse
@@ -31,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="a JSONL file")
     parser.add_argument("--output", type=Path, required=True, help="folder for both parts, the run and the scores")
-    parser.add_argument("--model", help="folder or hub id to start from; without it a tiny model, from nothing")
+    parser.add_argument("--model", default="starter", help="folder or hub id to start from (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="of 32 samples each (default: %(default)s)")
     args = parser.parse_args()
     if problems := [line for found in check(args.data).problems.values() for line in found.listed]:
@@ -39,12 +40,11 @@ def main() -> None:
     split(open_data(args.data), args.output)
     settings = {  # the keys of a YAML recipe
         "output": str(args.output / "run"),
-        "model": {"path": args.model, "adapter": {"rank": 64}} if args.model else {"tiny": {}, "vision": "trained"},
-        "data": {"train": [{"path": str(args.output / "train.jsonl")}]},
+        "model": {"path": args.model, "adapter": {"rank": 64}},
+        "data": {"train": [{"path": f"{args.output}/train.jsonl"}]},
         "turns": {"image_turn": "retrieval"},  # one more turn: the image alone, with its caption
-        "loss": {"temperature": 0.02 if args.model else 0.05, "symmetric": True},
-        "batch": {"size": 32, "token_budget": 16384},
-        "trainer": {"max_steps": args.steps, "learning_rate": 5e-5 if args.model else 1e-3, "save_steps": 100},
+        "loss": {"temperature": 0.02, "symmetric": True},
+        "trainer": {"max_steps": args.steps, "learning_rate": args.rate, "save_steps": 100},
     }
     model = muco.load(muco.train(from_dict(settings)))
     scores = evaluate_retrieval(model, open_data(args.output / "held_out.jsonl"), output=args.output)

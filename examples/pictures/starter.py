@@ -56,9 +56,9 @@ Joined by `muco starter --layers {layers}`, then trained: the connector, LoRA ad
 tokens of MuCo. Only those and the last normalisation, which fits the cut language model, are in MuCo's package, in
 float16; both halves are downloaded at first use.
 
-Trained on pictures of Open Clip Art (public domain) and on the emoji of Noto Color Emoji (OFL), with titles, names,
-categories and keywords (Unicode, CLDR), {steps:,} steps of {batch} pictures, by `{command}`; the recipe is in
-`recipe.yaml`, the losses are in `run.json`.
+Trained on pictures of Open Clip Art (public domain) and on the emoji of Noto Color Emoji (OFL), with titles, names and
+keywords (Unicode, CLDR), and the names of what the tower takes them for, in {steps:,} steps of {batch} pictures, by
+`{command}`; the recipe is in `recipe.yaml`, the losses are in `run.json`.
 
 hit@10 in %, with intervals of 95 %, on pictures that are never trained on, among all of them:
 
@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     collect(args.pictures, args.root)
     for name in TRAINED_ON:
-        add_looks(args.pictures / name / "train.jsonl", args.pictures / name / LOOKS, args.source)
+        if not (args.pictures / name / LOOKS).is_file():  # it appears whole
+            add_looks(args.pictures / name / "train.jsonl", args.pictures / name / LOOKS, args.source)
     base = join(args.output / "base", layers=args.layers, source=args.source)
     trained = muco.train(recipe(base, args.pictures, args.output, args.set))
 

@@ -240,8 +240,9 @@ def scores_of(stdout: str) -> dict[str, tuple[str, str, str]]:
 
 
 @pytest.mark.slow
-def test_training_prints_held_out_scores_against_chance(scenes: Path, tmp_path: Path) -> None:
-    done = run("train_your_jsonl", scenes / "train.jsonl", "--output", "mine", "--steps", 2, folder=tmp_path)
+def test_training_prints_held_out_scores_against_chance(scenes: Path, model: Path, tmp_path: Path) -> None:
+    given = ("--output", "mine", "--steps", 2, "--model", model)
+    done = run("train_your_jsonl", scenes / "train.jsonl", *given, folder=tmp_path)
     assert (tmp_path / "mine/run/model/model.safetensors").is_file()
     written = json.loads((tmp_path / "mine/retrieval.json").read_text())
     assert written["samples"] == 6
@@ -261,10 +262,11 @@ def test_training_starts_from_a_model_and_is_not_done_twice(scenes: Path, model:
     assert first and scores_of(call("train_your_jsonl", *arguments).out) == first and weights.stat().st_mtime_ns == made
 
 
-def test_texts_alone_train_too(tmp_path: Path, call) -> None:
+def test_texts_alone_train_too(model: Path, tmp_path: Path, call) -> None:
     rows = [{"turns": [{"query": f"what is {i}?", "target": f"it is {i}"}]} for i in range(30)]
     write_jsonl(tmp_path / "texts.jsonl", rows)
-    done = call("train_your_jsonl", tmp_path / "texts.jsonl", "--output", tmp_path / "mine", "--steps", 1)
+    given = ("--output", tmp_path / "mine", "--steps", 1, "--model", model)
+    done = call("train_your_jsonl", tmp_path / "texts.jsonl", *given)
     assert scores_of(done.out)["text_to_text"][1:] == ["33.3", "3"]
 
 
