@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from muco.distributed import gather
 from muco.negatives import TurnIds, Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 from muco.pooling import shortened
-from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Weighting
+from muco.teacher import divergence
+from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Weighting
 
 
 def multi_turn_info_nce(
@@ -35,6 +36,7 @@ def multi_turn_info_nce(
     hard_negative_ids: Int[Tensor, " hard"] | None = None,
     mask_same_image: bool = True,
     weighting: Weighting = EQUAL,
+    turn_weights: Float[Tensor, " turns"] | None = None,
     count: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean InfoNCE of each query turn against every target of other samples, in nats.
@@ -54,6 +56,7 @@ def multi_turn_info_nce(
         mask_same_image: False makes the targets of a sample's other turns negatives, to show what the mask is for.
             Hard negatives are masked as before.
         weighting: What negatives count by their scores; by default all the same.
+        turn_weights: Multiply the loss of each turn, in both directions; the mean is over all turns still.
         count: Takes int64 [2]: how many pairs of a turn and a negative there are, and how many of them are left out by
             ``weighting``.
     Returns:
@@ -77,7 +80,7 @@ def multi_turn_info_nce(
         hard = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids, rows)
         return torch.cat([backward_negatives(rows), hard], dim=1)
 
-    how = {"temperature": temperature, "weighting": weighting}
+    how = {"temperature": temperature, "weighting": weighting, "weights": turn_weights}
     loss, pairs = _info_nce(query, candidates, forward_negatives, hard=len(hard_negatives), **how)
     if symmetric:
         backward, others = _info_nce(target, query, backward_negatives, **how)
@@ -97,6 +100,7 @@ def _info_nce(
     *,
     temperature: float | Tensor,
     weighting: Weighting,
+    weights: Tensor | None = None,
     hard: int = 0,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +126,11 @@ def _info_nce(
         del scores  # one copy less in memory
         left_out = allowed - keep.sum()
         keep[place] = True  # the pair itself is the numerator
-        loss = cross_entropy(logits.masked_fill(~keep, float("-inf")), first + own, reduction="sum")
+        logits = logits.masked_fill(~keep, float("-inf"))
+        if weights is None:
+            loss = cross_entropy(logits, first + own, reduction="sum")
+        else:
+            loss = (cross_entropy(logits, first + own, reduction="none") * weights[rows]).sum()
         return loss, torch.stack([allowed, left_out])
 
     blocks = [slice(start, min(start + size, len(anchors))) for start in range(0, len(anchors), size)]
@@ -252,6 +260,7 @@ class MultiTurnLoss(nn.Module):
         dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised again
             (Matryoshka, arXiv 2205.13147); empty: whole vectors only.
         mask_same_image, weighting: See :func:`multi_turn_info_nce`.
+        distillation: What turns with a teacher's scores learn from them; None: nothing.
         learnt: How many temperatures are learnt, from ``temperature`` on: none, one, or one per source of data. The
             parameter is log(1 / temperature) as in CLIP (arXiv 2103.00020), in float32; it is kept to
             LEAST_TEMPERATURE and MOST_TEMPERATURE.
@@ -270,13 +279,14 @@ class MultiTurnLoss(nn.Module):
         dimensions: Sequence[int] = (),
         mask_same_image: bool = True,
         weighting: Weighting = EQUAL,
+        distillation: Distillation | None = None,
         learnt: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.dimensions = model, tuple(dimensions)
         self.log_scales = nn.Parameter(torch.full((learnt,), -math.log(temperature))) if learnt else None
         self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
-        self.weighting = weighting
+        self.weighting, self.distillation = weighting, distillation
         self.negatives: Tensor | None = None
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
@@ -322,7 +332,8 @@ class MultiTurnLoss(nn.Module):
 
     def _value(self, parts: Sequence[Tensor], ids: TurnIds, temperature: float | Tensor) -> Tensor:
         *sides, hard = parts
-        return multi_turn_info_nce(
+        taught, weights = self._taught(*sides, hard, ids, temperature)
+        return taught + multi_turn_info_nce(
             *sides,
             ids.sample_ids,
             temperature=temperature,
@@ -333,8 +344,30 @@ class MultiTurnLoss(nn.Module):
             hard_negative_ids=ids.hard_ids,
             mask_same_image=self.mask_same_image,
             weighting=self.weighting,
+            turn_weights=weights,
             count=self._count,
         )
+
+    def _taught(
+        self, query: Tensor, target: Tensor, hard: Tensor, ids: TurnIds, temperature: float | Tensor
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """What turns with a teacher's scores add to the loss, and what the contrastive loss of each turn counts."""
+        how = self.distillation
+        if how is None or ids.target_scores is None or ids.hard_scores is None:
+            return 0.0, None
+        apart, has = divergence(
+            query,
+            target,
+            hard,
+            ids.hard_turns,
+            ids.target_scores,
+            ids.hard_scores,
+            kind=how.kind,
+            temperature=temperature if how.temperature is None else how.temperature,
+            teacher_temperature=how.teacher_temperature,
+        )
+        share = how.weight * has.float()
+        return (share * apart).sum() / len(query), 1 - share
 
     def _count(self, pairs: Tensor) -> None:
         self.negatives = pairs if self.negatives is None else self.negatives + pairs

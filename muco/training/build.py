@@ -114,7 +114,8 @@ def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
     shared["learnt"] = {None: 0, "one": 1, "per_source": len(recipe.data.train)}[loss.learn_temperature]
     if recipe.turns.mode == "reconstruction":
         return ReconstructionLoss(model, joint=loss.joint, mask_counterpart=loss.mask_counterpart, **shared)
-    return MultiTurnLoss(model, symmetric=loss.symmetric, mask_same_image=loss.mask_same_image, **shared)
+    shared |= {"mask_same_image": loss.mask_same_image, "distillation": loss.distillation}
+    return MultiTurnLoss(model, symmetric=loss.symmetric, **shared)
 
 
 def uses_autocast(model: ModelRecipe, bf16: bool | None, backbone: nn.Module) -> bool:
