@@ -64,7 +64,7 @@ async def score(
     """Writes the data as JSONL with a teacher's scores beside the negatives of each turn.
 
     Of paraphrases the first is scored. Turns without negatives, and those with scores, stay as they are; so do turns
-    about which the server has no answer.
+    that the server refuses.
 
     Args:
         endpoint: For "chat", one whose requests ask for :data:`SAMPLING`.
@@ -74,8 +74,8 @@ async def score(
         question: Put after the query and the candidate, with "chat".
         max_pixels: Images of more pixels are sent smaller.
     Returns:
-        ``turns`` that need scores; how many of these were ``found`` in the journal, ``scored`` or ``failed``;
-        ``stopped``, the reason if the budget ended the run; ``output``, None if it was stopped; ``usage``.
+        ``turns`` that need scores; how many of these were ``found`` in the journal, ``scored``, ``failed`` for good, or
+        ``unanswered`` for now; ``stopped``, why the output was not written, or None; ``output``; ``usage``.
     Raises:
         DataError: If a row of the data cannot be read, or names images that are not files.
         EndpointError: If the server or the model is missing, or its answers are useless.
@@ -83,7 +83,7 @@ async def score(
     """
     if by not in ("rerank", "chat"):
         raise MucoError(f"by must be 'rerank' or 'chat', not {by!r}")
-    counts: Counter[str] = Counter(turns=0, found=0, scored=0, failed=0)
+    counts: Counter[str] = Counter(turns=0, found=0, scored=0, failed=0, unanswered=0)
     stopped, how = None, [by, endpoint.model, question if by == "chat" else ""]
     with claimed(output, beside=True):
         if output.exists():
@@ -96,10 +96,12 @@ async def score(
 
         async def one(asked: _Asked) -> None:
             line = await _line(asked, endpoint, by, question, max_pixels)
-            counts["scored" if line and "scores" in line else "failed"] += 1
-            if line is not None:
-                journal.add(line)
-                known[asked.digest] = line.get("scores")
+            if line is None:
+                counts["unanswered"] += 1
+                return
+            counts["scored" if "scores" in line else "failed"] += 1
+            journal.add(line)
+            known[asked.digest] = line.get("scores")
 
         with Journal(file) as journal, closing(_asked(data, how, {*known}, counts, progress)) as turns:
             async with aclosing(in_order(turns, one, ahead=2 * endpoint.limits.concurrency)) as lines:
@@ -108,6 +110,8 @@ async def score(
                         pass
                 except BudgetSpent as error:
                     stopped = str(error)
+        if stopped is None and counts["unanswered"]:
+            stopped = f"{counts['unanswered']} turns got no answer for now; run the same command again"
         if stopped is None:
             write_jsonl(output, _rows(data, how, known, output.absolute().parent))
     usage = vars(endpoint.usage).copy()

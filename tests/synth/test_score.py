@@ -24,10 +24,12 @@ QUICK = Limits(backoff=0.01, retries=2, timeout=120)
 WORDS = ("a red ring", "a red square", "a blue ring", "the green star", "a ring", "red")
 
 
-def run(server: ChatServer, data: Any, output: Path, by: str = "rerank", **options: Any) -> dict[str, Any]:
+def run(
+    server: ChatServer, data: Any, output: Path, by: str = "rerank", limits: Limits = QUICK, **options: Any
+) -> dict[str, Any]:
     async def inside() -> dict[str, Any]:
         sampling = SAMPLING if by == "chat" else {}
-        async with Endpoint(server.url, "seer", limits=QUICK, sampling=sampling, **options) as endpoint:
+        async with Endpoint(server.url, "seer", limits=limits, sampling=sampling, **options) as endpoint:
             return await score(data, endpoint, output, by=by)
 
     return asyncio.run(inside())
@@ -132,9 +134,20 @@ def test_another_teacher_or_question_is_asked_anew(data, tmp_path):
 def test_passing_faults_change_nothing(data, tmp_path):
     faults = (Fault("500", times=1), Fault("html", every=2, times=1), Fault("429", every=2, times=1))
     with ChatServer(faults=faults) as server:
-        found = run(server, data, tmp_path / "out.jsonl")
+        found = run(server, data, tmp_path / "out.jsonl", limits=Limits(backoff=0.01, retries=9))
     assert found["scored"] == 3 and found["usage"]["retries"] >= 3
     assert scores_of(tmp_path / "out.jsonl")[4][0] == pytest.approx(expected()[4][0])
+
+
+def test_turns_without_an_answer_for_now_are_asked_again_before_anything_is_written(data, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with ChatServer(faults=[Fault("500", every=2, to="rerank")]) as server:
+        found = run(server, data, output)
+    assert 0 < found["unanswered"] < 3 and found["scored"] == 3 - found["unanswered"]
+    assert "run the same command again" in found["stopped"] and not output.exists()
+    with ChatServer() as server:
+        assert run(server, data, output)["found"] == found["scored"]
+    assert scores_of(output)[0][0] == pytest.approx(expected()[0][0])
 
 
 def test_turns_without_an_answer_stay_without_scores(data, tmp_path):
