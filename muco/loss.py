@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,23 @@ from muco.distributed import gather
 from muco.negatives import TurnIds, Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 from muco.pooling import shortened
 from muco.teacher import divergence
-from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Weighting
+from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
+
+
+@dataclass(frozen=True)
+class GuideVectors:
+    """A guide's unit vectors of what is scored, and its rule for false negatives: :class:`muco.weighting.Guide`."""
+
+    query: Float[Tensor, "turns guide"]
+    target: Float[Tensor, "turns guide"]
+    hard_negatives: Float[Tensor, "hard guide"]
+    margin: float = 0.0
+    relative: bool = False
+
+    def keeps(self, scores: Tensor, positive: Tensor) -> Tensor:
+        """Whether each negative stays, by the guide's cosines [rows, candidates] and those of the pairs, [rows]."""
+        margin = self.margin * positive.abs() if self.relative else self.margin
+        return scores <= (positive - margin)[:, None]
 
 
 def multi_turn_info_nce(
@@ -36,6 +53,7 @@ def multi_turn_info_nce(
     hard_negative_ids: Int[Tensor, " hard"] | None = None,
     mask_same_image: bool = True,
     weighting: Weighting = EQUAL,
+    guide: GuideVectors | None = None,
     turn_weights: Float[Tensor, " turns"] | None = None,
     count: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
@@ -56,9 +74,10 @@ def multi_turn_info_nce(
         mask_same_image: False makes the targets of a sample's other turns negatives, to show what the mask is for.
             Hard negatives are masked as before.
         weighting: What negatives count by their scores; by default all the same.
+        guide: Leaves out what it takes for right answers, in both directions.
         turn_weights: Multiply the loss of each turn, in both directions; the mean is over all turns still.
         count: Takes int64 [2]: how many pairs of a turn and a negative there are, and how many of them are left out by
-            ``weighting``.
+            ``weighting`` and ``guide``.
     Returns:
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
@@ -81,9 +100,11 @@ def multi_turn_info_nce(
         return torch.cat([backward_negatives(rows), hard], dim=1)
 
     how = {"temperature": temperature, "weighting": weighting, "weights": turn_weights}
-    loss, pairs = _info_nce(query, candidates, forward_negatives, hard=len(hard_negatives), **how)
+    there = guide and (guide.query, torch.cat([guide.target, guide.hard_negatives]), guide)
+    loss, pairs = _info_nce(query, candidates, forward_negatives, hard=len(hard_negatives), guided=there, **how)
     if symmetric:
-        backward, others = _info_nce(target, query, backward_negatives, **how)
+        back = guide and (guide.target, guide.query, guide)
+        backward, others = _info_nce(target, query, backward_negatives, guided=back, **how)
         loss, pairs = (loss + backward) / 2, pairs + others
     if count is not None:
         count(pairs)
@@ -101,12 +122,14 @@ def _info_nce(
     temperature: float | Tensor,
     weighting: Weighting,
     weights: Tensor | None = None,
+    guided: tuple[Tensor, Tensor, GuideVectors] | None = None,
     hard: int = 0,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of anchor i against candidate ``first`` + i and its allowed negatives, in blocks.
 
     Args:
+        guided: A guide's vectors of the anchors and of the candidates, and its rule.
         hard: How many of the candidates, the last ones, are hard negatives.
     Returns:
         The mean, and int64 [2]: pairs of an anchor and an allowed negative, and those left out by their score.
@@ -120,6 +143,9 @@ def _info_nce(
         allowed = keep.sum()
         scores = _scores(anchors[rows], candidates)
         logits = scores / (temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
+        if guided is not None:
+            known = _scores(guided[0][rows], guided[1])
+            keep = keep & guided[2].keeps(known, known[place])
         if weighting != EQUAL:
             keep, extra = _weighed(scores.detach(), scores.detach()[place], keep, weighting, hard)
             logits = logits + extra
@@ -173,6 +199,7 @@ def reconstruction_info_nce(
     negative_ids: Int[Tensor, " hard"] | None = None,
     mask_counterpart: bool = True,
     weighting: Weighting = EQUAL,
+    guide: GuideVectors | None = None,
     count: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """InfoNCE of (q, p), (q, p2), (q2, p) and (q2, p2), each a mean over pairs in nats.
@@ -188,7 +215,7 @@ def reconstruction_info_nce(
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
         mask_counterpart: False, with ``joint``, makes the counterpart of its own pair a negative, to show what the mask
             is for.
-        weighting, count: See :func:`multi_turn_info_nce`.
+        weighting, guide, count: See :func:`multi_turn_info_nce`.
     Returns:
         The four terms by name: "qp", "qp2", "q2p", "q2p2". The training loss is their mean.
     Raises:
@@ -221,6 +248,9 @@ def reconstruction_info_nce(
 
     terms, pairs = {}, 0
     how = {"temperature": temperature, "weighting": weighting, "hard": len(negatives)}
+    if guide is not None:
+        known = [guide.target] * (2 if joint else 1)
+        how["guided"] = guide.query, torch.cat([*known, guide.hard_negatives]), guide
     for query_name, query in (("q", q), ("q2", q2)):
         for target_name, target, first in (("p", p, 0), ("p2", p2, len(p) if joint else 0)):
             candidates = torch.cat([p, p2, negatives] if joint else [target, negatives])
@@ -260,6 +290,8 @@ class MultiTurnLoss(nn.Module):
         dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised again
             (Matryoshka, arXiv 2205.13147); empty: whole vectors only.
         mask_same_image, weighting: See :func:`multi_turn_info_nce`.
+        guide, vectors_of: A guide, and what gives its vectors [n, guide] of contents by their ids [n]; without either,
+            there is no guide.
         distillation: What turns with a teacher's scores learn from them; None: nothing.
         learnt: How many temperatures are learnt, from ``temperature`` on: none, one, or one per source of data. The
             parameter is log(1 / temperature) as in CLIP (arXiv 2103.00020), in float32; it is kept to
@@ -279,6 +311,8 @@ class MultiTurnLoss(nn.Module):
         dimensions: Sequence[int] = (),
         mask_same_image: bool = True,
         weighting: Weighting = EQUAL,
+        guide: Guide | None = None,
+        vectors_of: Callable[[Tensor], Tensor] | None = None,
         distillation: Distillation | None = None,
         learnt: int = 0,
     ) -> None:
@@ -287,6 +321,7 @@ class MultiTurnLoss(nn.Module):
         self.log_scales = nn.Parameter(torch.full((learnt,), -math.log(temperature))) if learnt else None
         self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
         self.weighting, self.distillation = weighting, distillation
+        self.guide, self.vectors_of = guide, vectors_of
         self.negatives: Tensor | None = None
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
@@ -344,6 +379,7 @@ class MultiTurnLoss(nn.Module):
             hard_negative_ids=ids.hard_ids,
             mask_same_image=self.mask_same_image,
             weighting=self.weighting,
+            guide=self._guided(ids),
             turn_weights=weights,
             count=self._count,
         )
@@ -368,6 +404,12 @@ class MultiTurnLoss(nn.Module):
         )
         share = how.weight * has.float()
         return (share * apart).sum() / len(query), 1 - share
+
+    def _guided(self, ids: TurnIds) -> GuideVectors | None:
+        if self.guide is None or self.vectors_of is None:
+            return None
+        vectors = (self.vectors_of(own) for own in (ids.query_keys, ids.target_keys, ids.hard_ids))
+        return GuideVectors(*vectors, margin=self.guide.margin, relative=self.guide.relative)
 
     def _count(self, pairs: Tensor) -> None:
         self.negatives = pairs if self.negatives is None else self.negatives + pairs
@@ -405,6 +447,7 @@ class ReconstructionLoss(MultiTurnLoss):
             negative_ids=ids.hard_ids,
             mask_counterpart=self.mask_counterpart,
             weighting=self.weighting,
+            guide=self._guided(ids),
             count=self._count,
         )
         return torch.stack([*terms.values()]).mean()

@@ -29,6 +29,22 @@ EQUAL = Weighting()
 
 
 @dataclass(frozen=True)
+class Guide:
+    """A second model that tells false negatives (GISTEmbed, arXiv 2402.16829).
+
+    Args:
+        model: Any that ``muco.load`` takes, or a stock sentence-transformers model where all contents are texts. Its
+            vectors of the training data are computed once, before training.
+        margin: A negative is left out if the guide's cosine is above that of the turn's own target less this.
+        relative: ``margin`` is a share of the magnitude of that cosine.
+    """
+
+    model: str
+    margin: float = 0.0
+    relative: bool = False
+
+
+@dataclass(frozen=True)
 class Distillation:
     """What a turn with a teacher's scores learns from them; see :func:`muco.teacher.divergence`.
 

@@ -119,20 +119,29 @@ def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processo
     return [prepare(dialogue, processor) for dialogue in dialogues]
 
 
+def query_key(sample: Sample, query: Content) -> int:
+    """Equal for queries of the same text about the same images."""
+    about = Content(query.text, (*sample.images, *query.images))
+    return _hash(content_key(about, sample.place))
+
+
+def target_id(sample: Sample, target: Content) -> int:
+    """Equal for targets that are right or wrong together."""
+    return _hash(target_key(target, sample.place))
+
+
 def _ids(
     sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], *, vectors: int, source: int
 ) -> SampleIds:
-    def target_id(content: Content) -> int:
-        return _hash(target_key(content, sample.place))
-
     return SampleIds(
         _hash(key),
         target_rows,
-        target_ids=[target_id(turn.target) for turn in turns],
+        target_ids=[target_id(sample, turn.target) for turn in turns],
         hard_turns=[number for number, turn in enumerate(turns) for _ in turn.negatives],
-        hard_ids=[target_id(content) for turn in turns for content in turn.negatives],
+        hard_ids=[target_id(sample, content) for turn in turns for content in turn.negatives],
         vectors=vectors,
         source=source,
+        query_keys=[query_key(sample, turn.query) for turn in turns],
         target_scores=[turn.scores[0] if turn.scores else math.nan for turn in turns],
         hard_scores=[s for turn in turns for s in turn.scores[1:] or [math.nan] * len(turn.negatives)],
     )

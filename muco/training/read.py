@@ -140,7 +140,7 @@ _POSITIVE = """data.train.weight loss.temperature loss.distillation.temperature
     trainer.adam_epsilon"""
 _NOT_NEGATIVE = """batch.feature_memory batch.seen_memory trainer.learning_rate trainer.weight_decay
     trainer.warmup_steps trainer.max_grad_norm trainer.eval_delay loss.weighting.false_negative_margin
-    loss.weighting.hardness loss.weighting.hard_negative_hardness"""
+    loss.weighting.hardness loss.weighting.hard_negative_hardness loss.guide.margin"""
 _BELOW_ONE = "model.adapter.dropout trainer.adam_beta1 trainer.adam_beta2"
 _STEPS = "a positive number of steps, or a share of all steps below 1"
 _MAX_STEPS = "a positive whole number (leave it out to train for num_train_epochs)"
