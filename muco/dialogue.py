@@ -12,6 +12,7 @@ Source: arXiv 2602.06393, section 3 (multi-turn pre-training); docs/paper.md lis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,16 +108,19 @@ class Turn:
         target: The same, never empty.
         kind: A free label ("classification", "retrieval" …) by which evaluation groups its scores.
         negatives: Hard negatives, each like ``target``.
+        scores: What a teacher gives the target and then each negative: numbers of any scale, the higher the better.
     Attributes:
         query, target: The paraphrases.
     Raises:
-        DataError: If a side has the wrong type, or the target or a negative is empty.
+        DataError: If a side has the wrong type, the target or a negative is empty, or there is not a finite score for
+            each of both.
     """
 
     query: tuple[Content, ...]
     target: tuple[Content, ...]
     kind: str | None
     negatives: tuple[Content, ...]
+    scores: tuple[float, ...]
 
     def __init__(
         self,
@@ -124,10 +128,19 @@ class Turn:
         target: ContentLike | Sequence[ContentLike],
         kind: str | None = None,
         negatives: Iterable[ContentLike] = (),
+        scores: Iterable[float] = (),
     ) -> None:
         # frozen, so the fields are set past __setattr__, once
         vars(self).update(query=_paraphrases(query, "query"), target=_paraphrases(target, "target"), kind=kind)
         vars(self).update(negatives=tuple(as_content(item, "'negatives'") for item in negatives))
+        vars(self).update(scores=tuple(map(float, scores)))
+        if self.scores and (len(self.scores) != 1 + len(self.negatives) or not self.negatives):
+            raise DataError(
+                f"'scores' are one for the target and one for each negative, {1 + len(self.negatives)} of them; got "
+                f"{len(self.scores)}{'' if self.negatives else ', and there are no negatives to compare with'}"
+            )
+        if not all(map(math.isfinite, self.scores)):
+            raise DataError(f"'scores' must be finite numbers, got {[*self.scores]}")
         for name in ("target", "negatives"):
             if any(content.empty for content in getattr(self, name)):
                 raise DataError(f"{name!r} is empty; pass text, an image or both")

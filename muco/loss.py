@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,24 @@ from torch.utils.checkpoint import checkpoint
 from muco.distributed import gather
 from muco.negatives import TurnIds, Variety, allowed_hard_negatives, allowed_negatives, why_no_negative
 from muco.pooling import shortened
-from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Weighting
+from muco.teacher import divergence
+from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
+
+
+@dataclass(frozen=True)
+class GuideVectors:
+    """A guide's unit vectors of what is scored, and its rule for false negatives: :class:`muco.weighting.Guide`."""
+
+    query: Float[Tensor, "turns guide"]
+    target: Float[Tensor, "turns guide"]
+    hard_negatives: Float[Tensor, "hard guide"]
+    margin: float = 0.0
+    relative: bool = False
+
+    def keeps(self, scores: Tensor, positive: Tensor) -> Tensor:
+        """Whether each negative stays, by the guide's cosines [rows, candidates] and those of the pairs, [rows]."""
+        margin = self.margin * positive.abs() if self.relative else self.margin
+        return scores <= (positive - margin)[:, None]
 
 
 def multi_turn_info_nce(
@@ -35,6 +53,8 @@ def multi_turn_info_nce(
     hard_negative_ids: Int[Tensor, " hard"] | None = None,
     mask_same_image: bool = True,
     weighting: Weighting = EQUAL,
+    guide: GuideVectors | None = None,
+    turn_weights: Float[Tensor, " turns"] | None = None,
     count: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean InfoNCE of each query turn against every target of other samples, in nats.
@@ -54,8 +74,10 @@ def multi_turn_info_nce(
         mask_same_image: False makes the targets of a sample's other turns negatives, to show what the mask is for.
             Hard negatives are masked as before.
         weighting: What negatives count by their scores; by default all the same.
+        guide: Leaves out what it takes for right answers, in both directions.
+        turn_weights: Multiply the loss of each turn, in both directions; the mean is over all turns still.
         count: Takes int64 [2]: how many pairs of a turn and a negative there are, and how many of them are left out by
-            ``weighting``.
+            ``weighting`` and ``guide``.
     Returns:
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
@@ -77,10 +99,12 @@ def multi_turn_info_nce(
         hard = allowed_hard_negatives(sample_ids, hard_negative_turns, target_ids, hard_negative_ids, rows)
         return torch.cat([backward_negatives(rows), hard], dim=1)
 
-    how = {"temperature": temperature, "weighting": weighting}
-    loss, pairs = _info_nce(query, candidates, forward_negatives, hard=len(hard_negatives), **how)
+    how = {"temperature": temperature, "weighting": weighting, "weights": turn_weights}
+    there = guide and (guide.query, torch.cat([guide.target, guide.hard_negatives]), guide)
+    loss, pairs = _info_nce(query, candidates, forward_negatives, hard=len(hard_negatives), guided=there, **how)
     if symmetric:
-        backward, others = _info_nce(target, query, backward_negatives, **how)
+        back = guide and (guide.target, guide.query, guide)
+        backward, others = _info_nce(target, query, backward_negatives, guided=back, **how)
         loss, pairs = (loss + backward) / 2, pairs + others
     if count is not None:
         count(pairs)
@@ -97,12 +121,15 @@ def _info_nce(
     *,
     temperature: float | Tensor,
     weighting: Weighting,
+    weights: Tensor | None = None,
+    guided: tuple[Tensor, Tensor, GuideVectors] | None = None,
     hard: int = 0,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of anchor i against candidate ``first`` + i and its allowed negatives, in blocks.
 
     Args:
+        guided: A guide's vectors of the anchors and of the candidates, and its rule.
         hard: How many of the candidates, the last ones, are hard negatives.
     Returns:
         The mean, and int64 [2]: pairs of an anchor and an allowed negative, and those left out by their score.
@@ -116,13 +143,20 @@ def _info_nce(
         allowed = keep.sum()
         scores = _scores(anchors[rows], candidates)
         logits = scores / (temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
+        if guided is not None:
+            known = _scores(guided[0][rows], guided[1])
+            keep = keep & guided[2].keeps(known, known[place])
         if weighting != EQUAL:
             keep, extra = _weighed(scores.detach(), scores.detach()[place], keep, weighting, hard)
             logits = logits + extra
         del scores  # one copy less in memory
         left_out = allowed - keep.sum()
         keep[place] = True  # the pair itself is the numerator
-        loss = cross_entropy(logits.masked_fill(~keep, float("-inf")), first + own, reduction="sum")
+        logits = logits.masked_fill(~keep, float("-inf"))
+        if weights is None:
+            loss = cross_entropy(logits, first + own, reduction="sum")
+        else:
+            loss = (cross_entropy(logits, first + own, reduction="none") * weights[rows]).sum()
         return loss, torch.stack([allowed, left_out])
 
     blocks = [slice(start, min(start + size, len(anchors))) for start in range(0, len(anchors), size)]
@@ -165,6 +199,7 @@ def reconstruction_info_nce(
     negative_ids: Int[Tensor, " hard"] | None = None,
     mask_counterpart: bool = True,
     weighting: Weighting = EQUAL,
+    guide: GuideVectors | None = None,
     count: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """InfoNCE of (q, p), (q, p2), (q2, p) and (q2, p2), each a mean over pairs in nats.
@@ -180,7 +215,7 @@ def reconstruction_info_nce(
         negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
         mask_counterpart: False, with ``joint``, makes the counterpart of its own pair a negative, to show what the mask
             is for.
-        weighting, count: See :func:`multi_turn_info_nce`.
+        weighting, guide, count: See :func:`multi_turn_info_nce`.
     Returns:
         The four terms by name: "qp", "qp2", "q2p", "q2p2". The training loss is their mean.
     Raises:
@@ -213,6 +248,9 @@ def reconstruction_info_nce(
 
     terms, pairs = {}, 0
     how = {"temperature": temperature, "weighting": weighting, "hard": len(negatives)}
+    if guide is not None:
+        known = [guide.target] * (2 if joint else 1)
+        how["guided"] = guide.query, torch.cat([*known, guide.hard_negatives]), guide
     for query_name, query in (("q", q), ("q2", q2)):
         for target_name, target, first in (("p", p, 0), ("p2", p2, len(p) if joint else 0)):
             candidates = torch.cat([p, p2, negatives] if joint else [target, negatives])
@@ -252,6 +290,9 @@ class MultiTurnLoss(nn.Module):
         dimensions: The loss is the mean over vectors truncated to each of these dimensions and normalised again
             (Matryoshka, arXiv 2205.13147); empty: whole vectors only.
         mask_same_image, weighting: See :func:`multi_turn_info_nce`.
+        guide, vectors_of: A guide, and what gives its vectors [n, guide] of contents by their ids [n]; without either,
+            there is no guide.
+        distillation: What turns with a teacher's scores learn from them; None: nothing.
         learnt: How many temperatures are learnt, from ``temperature`` on: none, one, or one per source of data. The
             parameter is log(1 / temperature) as in CLIP (arXiv 2103.00020), in float32; it is kept to
             LEAST_TEMPERATURE and MOST_TEMPERATURE.
@@ -270,13 +311,17 @@ class MultiTurnLoss(nn.Module):
         dimensions: Sequence[int] = (),
         mask_same_image: bool = True,
         weighting: Weighting = EQUAL,
+        guide: Guide | None = None,
+        vectors_of: Callable[[Tensor], Tensor] | None = None,
+        distillation: Distillation | None = None,
         learnt: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.dimensions = model, tuple(dimensions)
         self.log_scales = nn.Parameter(torch.full((learnt,), -math.log(temperature))) if learnt else None
         self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
-        self.weighting = weighting
+        self.weighting, self.distillation = weighting, distillation
+        self.guide, self.vectors_of = guide, vectors_of
         self.negatives: Tensor | None = None
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
@@ -322,7 +367,8 @@ class MultiTurnLoss(nn.Module):
 
     def _value(self, parts: Sequence[Tensor], ids: TurnIds, temperature: float | Tensor) -> Tensor:
         *sides, hard = parts
-        return multi_turn_info_nce(
+        taught, weights = self._taught(*sides, hard, ids, temperature)
+        return taught + multi_turn_info_nce(
             *sides,
             ids.sample_ids,
             temperature=temperature,
@@ -333,8 +379,37 @@ class MultiTurnLoss(nn.Module):
             hard_negative_ids=ids.hard_ids,
             mask_same_image=self.mask_same_image,
             weighting=self.weighting,
+            guide=self._guided(ids),
+            turn_weights=weights,
             count=self._count,
         )
+
+    def _taught(
+        self, query: Tensor, target: Tensor, hard: Tensor, ids: TurnIds, temperature: float | Tensor
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """What turns with a teacher's scores add to the loss, and what the contrastive loss of each turn counts."""
+        how = self.distillation
+        if how is None or ids.target_scores is None or ids.hard_scores is None:
+            return 0.0, None
+        apart, has = divergence(
+            query,
+            target,
+            hard,
+            ids.hard_turns,
+            ids.target_scores,
+            ids.hard_scores,
+            kind=how.kind,
+            temperature=temperature if how.temperature is None else how.temperature,
+            teacher_temperature=how.teacher_temperature,
+        )
+        share = how.weight * has.float()
+        return (share * apart).sum() / len(query), 1 - share
+
+    def _guided(self, ids: TurnIds) -> GuideVectors | None:
+        if self.guide is None or self.vectors_of is None:
+            return None
+        vectors = (self.vectors_of(own) for own in (ids.query_keys, ids.target_keys, ids.hard_ids))
+        return GuideVectors(*vectors, margin=self.guide.margin, relative=self.guide.relative)
 
     def _count(self, pairs: Tensor) -> None:
         self.negatives = pairs if self.negatives is None else self.negatives + pairs
@@ -372,6 +447,7 @@ class ReconstructionLoss(MultiTurnLoss):
             negative_ids=ids.hard_ids,
             mask_counterpart=self.mask_counterpart,
             weighting=self.weighting,
+            guide=self._guided(ids),
             count=self._count,
         )
         return torch.stack([*terms.values()]).mean()

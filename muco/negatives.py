@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from muco.distributed import gather, rank, world_size
@@ -23,6 +24,9 @@ class SampleIds:
     hard_ids: Sequence[int]
     vectors: int  # how many the target dialogue has
     source: int = 0  # the number of the source that the sample is from
+    query_keys: Sequence[int] = ()  # equal for queries of the same text and images; empty: not known
+    target_scores: Sequence[float] = ()  # a teacher's, for each turn; NaN where there is none. Empty: for no turn
+    hard_scores: Sequence[float] = ()  # the same for each hard negative
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class TurnIds:
     target_ids: Int[Tensor, " turns"] | None  # equal for identical targets; None if these are negatives of one another
     vectors: int  # how many the target side has
     sources: Int[Tensor, " turns"] | None = None  # the number of each turn's source
+    query_keys: Int[Tensor, " turns"] | None = None  # equal for equal queries, and for equal targets, by which
+    target_keys: Int[Tensor, " turns"] | None = None  # side data of contents is found
+    target_scores: Float[Tensor, " turns"] | None = None  # a teacher's scores; NaN where there is none
+    hard_scores: Float[Tensor, " hard"] | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -49,8 +57,14 @@ class TurnIds:
     def of(cls, samples: Sequence[SampleIds], *, mask_identical_targets: bool = True) -> TurnIds:
         """The ids of a batch of samples, whose hard negatives come after the targets of all of them."""
         sample_ids, target_rows, target_ids, hard_turns, hard_ids, sources = ([] for _ in range(6))
+        queries: list[int] = []
+        scores: list[float] = []
+        of_hard: list[float] = []
         vectors = 0
         for sample in samples:
+            queries += sample.query_keys or [0] * len(sample.target_ids)
+            scores += sample.target_scores or [math.nan] * len(sample.target_ids)
+            of_hard += sample.hard_scores or [math.nan] * len(sample.hard_ids)
             target_rows += [vectors + row for row in sample.target_rows]
             hard_turns += [len(sample_ids) + turn for turn in sample.hard_turns]
             sample_ids += [sample.sample_id] * len(sample.target_ids)
@@ -59,10 +73,11 @@ class TurnIds:
             sources += [sample.source] * len(sample.target_ids)
             vectors += sample.vectors
         hard_rows = [vectors + number for number in range(len(hard_ids))]
-        lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids, sources)
-        own, targets, hard, turns, marks, alike, origins = (torch.tensor(values, dtype=torch.long) for values in lists)
+        lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids, sources, queries)
+        own, targets, hard, turns, marks, alike, *others = (torch.tensor(values, dtype=torch.long) for values in lists)
         same = alike if mask_identical_targets else None
-        return cls(own, targets, hard, turns, marks, same, vectors + len(hard_ids), origins)
+        taught = (torch.tensor(values, dtype=torch.float32) for values in (scores, of_hard))
+        return cls(own, targets, hard, turns, marks, same, vectors + len(hard_ids), *others, alike, *taught)
 
     @classmethod
     def join(cls, parts: Sequence[TurnIds]) -> TurnIds:

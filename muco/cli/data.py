@@ -154,6 +154,61 @@ def caption(
 
 @app.command(
     epilog=examples(
+        "muco data score mined.jsonl --endpoint http://localhost:8000/v1 --model reranker --output scored.jsonl",
+        "muco data score mined.jsonl --by chat --endpoint http://localhost:8000/v1 --model qwen -o scored.jsonl",
+    ),
+)
+def score(
+    path: DataPath,
+    endpoint: Annotated[str, Option("--endpoint", metavar="URL", help="Base of the server's API.")],
+    model: Annotated[str, Option("--model", "-m", help="Name of a model there: a reranker, or one that chats.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE.jsonl", help="The data with scores.")],
+    by: Annotated[str, Option(help="rerank, or chat: the probability of yes against no.")] = "rerank",
+    question: Annotated[str | None, Option(metavar="TEXT", help="Asked about query and candidate by chat.")] = None,
+    format: Format = "jsonl",
+    option: OptionsOfFormat = [],  # noqa: B006
+    sampling: options.Sampling = [],  # noqa: B006
+    concurrency: options.Concurrency = 16,
+    requests_per_minute: options.Rate = None,
+    timeout: options.Timeout = 120,
+    retries: options.Retries = 6,
+    max_failures: options.MaxFailures = 20,
+    max_requests: options.MaxRequests = None,
+    max_tokens: options.MaxTokens = None,
+    max_pixels: options.MaxPixels = 1 << 20,
+    key_variable: options.KeyVariable = KEY_VARIABLE,
+    as_json: Json = False,
+) -> None:
+    """Score targets and hard negatives with a teacher.
+
+    Training with loss.distillation learns from the scores. Run the same command again to resume an interrupted run.
+    """
+    import asyncio
+
+    from muco.synth.chat import Budget, Limits
+    from muco.synth.endpoint import Endpoint
+    from muco.synth.score import QUESTION, SAMPLING, score
+    from muco.training.read import parse_options
+
+    async def run() -> dict[str, Any]:
+        async with Endpoint(
+            endpoint,
+            model,
+            sampling=(SAMPLING if by == "chat" else {}) | parse_options(sampling),
+            limits=Limits(concurrency, requests_per_minute, timeout, retries, max_failures),
+            budget=Budget(max_requests, max_tokens),
+            key_variable=key_variable,
+        ) as opened:
+            with progress_bar("scores") as progress:
+                asked = {"by": by, "question": question or QUESTION, "max_pixels": max_pixels}
+                return await score(data, opened, output, progress=progress, **asked)
+
+    data = _open(path, format, option)
+    finish(asyncio.run(run()), as_json, print_pairs)
+
+
+@app.command(
+    epilog=examples(
         "muco data mine train.jsonl --model runs/demo/run/model --output mined.jsonl",
         "muco data mine train.jsonl -m MODEL -o mined.jsonl --negatives 5 --skip 10 --depth 200 --relative-margin 0.05",
     ),

@@ -28,7 +28,7 @@ from muco.errors import DataError, did_you_mean
 from muco.images import is_url
 
 _SAMPLE_KEYS = ("image", "images", "turns", "id")
-_TURN_KEYS = ("query", "target", "kind", "negatives")
+_TURN_KEYS = ("query", "target", "kind", "negatives", "scores")
 
 
 class JsonlData(Fingerprinted):
@@ -129,7 +129,10 @@ def _turn(value: Any, folder: Path) -> Turn:
     if not isinstance(negatives, list | None):
         raise DataError(f"'negatives' must be a list, not {type_of(negatives)}")
     negatives = [_content(item, folder, "negatives") for item in negatives or ()]
-    return Turn(**sides, kind=_optional_string(value, "kind"), negatives=negatives)
+    scores = value.get("scores")
+    if not isinstance(scores, list | None) or any(type(score) not in (int, float) for score in scores or ()):
+        raise DataError("'scores' must be a list of numbers: of the target, then of each negative")
+    return Turn(**sides, kind=_optional_string(value, "kind"), negatives=negatives, scores=scores or ())
 
 
 def _content(value: Any, folder: Path, key: str) -> Content:
@@ -187,6 +190,8 @@ def _turn_to_row(turn: Turn, folder: Path, place: str) -> dict[str, Any]:
         row["kind"] = turn.kind
     if turn.negatives:
         row["negatives"] = [_content_to_row(content, folder, place) for content in turn.negatives]
+    if turn.scores:
+        row["scores"] = [*turn.scores]
     return row
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,10 +101,16 @@ class Passing(Unanswered):
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer; ``finish`` is the server's reason why it ended ("stop", "length", "content_filter")."""
+    """A model's answer.
+
+    Attributes:
+        finish: The server's reason why it ended ("stop", "length", "content_filter").
+        first: The likeliest first tokens and their log-probabilities, if the request asked for ``logprobs``.
+    """
 
     text: str
     finish: str = "stop"
+    first: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_answer(raw: bytes) -> tuple[Answer, Any]:
@@ -114,13 +121,31 @@ def read_answer(raw: bytes) -> tuple[Answer, Any]:
         message = choice["message"]
         text, refusal = message.get("content"), message.get("refusal")
         finish, usage = str(choice.get("finish_reason") or "stop"), value.get("usage")
+        tokens = (choice.get("logprobs") or {}).get("content") or [{}]
+        first = {str(one["token"]): float(one["logprob"]) for one in tokens[0].get("top_logprobs") or ()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("not a chat completion") from error
     if refusal and not text:
         return Answer(str(refusal), "refusal"), usage
     text = text if isinstance(text, str) else ""
     said = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)  # thoughts, if the server leaves them in
-    return Answer(said.strip(), finish), usage
+    return Answer(said.strip(), finish, first), usage
+
+
+def read_ranking(raw: bytes, count: int) -> tuple[list[float], Any]:
+    """The scores of ``count`` documents, in their order, in the answer of a rerank endpoint, and its ``usage`` or None.
+
+    A ValueError for any other body, or if a score is missing or not finite.
+    """
+    try:
+        value = json.loads(raw)
+        found = {int(one["index"]): float(one["relevance_score"]) for one in value["results"]}
+        scores = [found[number] for number in range(count)]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("not a ranking of all documents") from error
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("a score is not finite")
+    return scores, value.get("usage")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -186,9 +211,9 @@ def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": dict(schema)}}
 
 
-def length(message: Message) -> int:
-    """Characters of a message."""
-    content = message["content"]
+def length(message: Message | str) -> int:
+    """Characters of a message, or of what is ranked."""
+    content = message if isinstance(message, str) else message["content"]
     if isinstance(content, str):
         return len(content)
     return sum(len(part["text"]) if part["type"] == "text" else IMAGE_LENGTH for part in content)

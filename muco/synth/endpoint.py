@@ -30,7 +30,8 @@ from muco.synth.chat import Answer, Budget, EndpointError, Limits, Message, Pass
 if TYPE_CHECKING:
     import openai
 
-OWN_FIELDS = frozenset({"model", "messages", "response_format", "seed", "stream", "n", "tools"})
+CHAT, RERANK = "chat/completions", "rerank"  # kinds of questions, by their place under the URL
+OWN_FIELDS = frozenset({"model", "messages", "response_format", "seed", "stream", "n", "tools", "query", "documents"})
 RETRIED = frozenset({408, 409, 425, 429})  # and from 500 on
 ROUNDS = 3  # of retries, while the server answers no question
 LONGEST_WAIT = 60.0  # s, between two retries
@@ -111,10 +112,26 @@ class Endpoint:
             body["seed"] = seed
         if schema is not None and self.structured:
             body["response_format"] = chat.response_format(schema)
+        return await self._persist(body, CHAT)
+
+    async def rank(self, query: Message | str, documents: Sequence[Message | str]) -> list[float]:
+        """A reranker's score of each document for the query, in their order.
+
+        Args:
+            query, documents: Texts, or ``{"content": [parts]}`` as in a message.
+        Raises:
+            Unanswered, BudgetSpent, EndpointError: As :meth:`ask`.
+        """
+        body = {"model": self.model, "query": query, "documents": list(documents), **self.sampling}
+        scores: list[float] = await self._persist(body, RERANK)
+        self.useful()
+        return scores
+
+    async def _persist(self, body: dict[str, Any], kind: str) -> Any:
         for round in count(1):
             answered = self.usage.answers
             try:
-                return await self._ask(body)
+                return await self._ask(body, kind)
             except Unanswered as error:
                 self.usage.unanswered += 1
                 self.useless(str(error))
@@ -141,6 +158,36 @@ class Endpoint:
         logs that, sets :attr:`structured` to False and no longer sends it. EndpointError if it cannot be reached, the
         model or the key is wrong, or the question fails; BudgetSpent if the budget is used up.
         """
+        await self._find_model()
+        body: dict[str, Any] = {"model": self.model, "messages": [chat.trial(image)], **self.sampling}
+        if schema is not None:
+            try:
+                await self._ask(body | {"response_format": chat.response_format(schema)}, CHAT)
+                return
+            except Unanswered as error:
+                if isinstance(error, Passing):
+                    raise EndpointError(f"{self.url}: a first question failed: {error}") from error
+                refusal = error
+        await self._first(body, CHAT, " with an image" if image else "")
+        if schema is not None:
+            self.structured = False
+            log.warning("%s refuses response_format, so its answers keep to no schema: %s", self.url, refusal)
+
+    async def check_ranking(self, *, image: bool = False) -> None:
+        """Checks the same of a rerank endpoint."""
+        await self._find_model()
+        seen = [{"content": chat.trial(True)["content"]}] if image else ["Another test."]
+        body = {"model": self.model, "query": "A test?", "documents": ["This is a test.", *seen], **self.sampling}
+        await self._first(body, RERANK, " with an image" if image else "")
+
+    async def _first(self, body: Mapping[str, Any], kind: str, about: str) -> None:
+        try:
+            await self._ask(body, kind)
+        except Unanswered as error:
+            raise EndpointError(f"{self.url}: {self.model!r} refuses a first question{about}: {error}") from error
+
+    async def _find_model(self) -> None:
+        """Takes the only model if none was named; an EndpointError if the one that was named is not there."""
         names = await self._models()
         serves = "has no list of its models"
         if names is not None:
@@ -153,28 +200,11 @@ class Endpoint:
             near = difflib.get_close_matches(self.model, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise EndpointError(f"{self.url}: no model {self.model!r}; {hint}It {serves}")
-        body: dict[str, Any] = {"model": self.model, "messages": [chat.trial(image)], **self.sampling}
-        if schema is not None:
-            try:
-                await self._ask(body | {"response_format": chat.response_format(schema)})
-                return
-            except Unanswered as error:
-                if isinstance(error, Passing):
-                    raise EndpointError(f"{self.url}: a first question failed: {error}") from error
-                refusal = error
-        try:
-            await self._ask(body)
-        except Unanswered as error:
-            about = " with an image" if image else ""
-            raise EndpointError(f"{self.url}: {self.model!r} refuses a first question{about}: {error}") from error
-        if schema is not None:
-            self.structured = False
-            log.warning("%s refuses response_format, so its answers keep to no schema: %s", self.url, refusal)
 
-    async def _ask(self, body: Mapping[str, Any]) -> Answer:
+    async def _ask(self, body: Mapping[str, Any], kind: str) -> Any:
         for attempt in count():
             try:
-                answer = await self._send(body)
+                answer = await self._send(body, kind)
             except Passing as error:
                 if attempt == self.limits.retries:
                     raise
@@ -186,7 +216,7 @@ class Endpoint:
                 self.usage.answers += 1
                 return answer
 
-    async def _send(self, body: Mapping[str, Any]) -> Answer:
+    async def _send(self, body: Mapping[str, Any], kind: str) -> Any:
         import openai
 
         async with self._places:
@@ -201,19 +231,21 @@ class Endpoint:
             self.usage.requests += 1
             try:
                 async with asyncio.timeout(self.limits.timeout):
-                    raw = await self._client.post("/chat/completions", body=body, cast_to=bytes)
+                    raw = await self._client.post(f"/{kind}", body=body, cast_to=bytes)
             except openai.APIStatusError as error:
                 raise self._refused(error) from error
             except (TimeoutError, openai.APITimeoutError) as error:
                 raise Passing(f"no answer within {self.limits.timeout:g} s") from error
             except openai.APIConnectionError as error:
                 raise Passing(f"no connection ({chat.cause_of(error)})") from error
+        ranked = kind == RERANK
         try:
-            answer, usage = chat.read_answer(raw)
+            answer, usage = chat.read_ranking(raw, len(body["documents"])) if ranked else chat.read_answer(raw)
         except ValueError as error:
             said = self._shown(raw[: 4 * EXAMPLE].decode("utf-8", "replace"))
-            raise Passing(f"not an answer of a chat endpoint: {said}") from error
-        self._count(usage, body, answer)
+            raise Passing(f"not an answer of a {'rerank' if ranked else 'chat'} endpoint: {said}") from error
+        sent = [body["query"], *body["documents"]] if ranked else body["messages"]
+        self._count(usage, sum(map(chat.length, sent)), 0 if ranked else len(answer.text))
         return answer
 
     def _refused(self, error: openai.APIStatusError) -> Unanswered:
@@ -230,12 +262,15 @@ class Endpoint:
             self._paused_until = max(self._paused_until, until)  # for all: one is answered for all of them
         return Passing(said)
 
-    def _count(self, usage: Any, body: Mapping[str, Any], answer: Answer) -> None:
+    def _count(self, usage: Any, sent: int, written: int) -> None:
+        """Counts the tokens of an answer; as estimated by the characters where the server does not say."""
         known = usage if isinstance(usage, dict) else {}
+        if "completion_tokens" not in known and not written:  # a ranking
+            known = {"prompt_tokens": known.get("prompt_tokens", known.get("total_tokens")), "completion_tokens": 0}
         counts = [known.get(f"{part}_tokens") for part in ("prompt", "completion")]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             self.usage.estimated += 1
-            counts = [sum(map(chat.length, body["messages"])) // 4, len(answer.text) // 4]
+            counts = [sent // 4, written // 4]
         self.usage.prompt_tokens += counts[0]
         self.usage.completion_tokens += counts[1]
         self.budget.used_tokens += sum(counts)

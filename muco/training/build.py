@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 
@@ -108,13 +108,16 @@ def model_config(path: str) -> Any:
         raise CheckpointError(f"model.path: {path}: {where}{str(error).splitlines()[0]}") from error
 
 
-def make_loss(recipe: Recipe, model: Model) -> MultiTurnLoss:
+def make_loss(recipe: Recipe, model: Model, vectors_of: Callable[[Tensor], Tensor] | None = None) -> MultiTurnLoss:
+    """The loss of a recipe; ``vectors_of`` gives a guide's vectors, without which there is no guide."""
     loss = recipe.loss
     shared = {"temperature": loss.temperature, "dimensions": loss.dimensions, "weighting": loss.weighting}
     shared["learnt"] = {None: 0, "one": 1, "per_source": len(recipe.data.train)}[loss.learn_temperature]
+    shared |= {"guide": loss.guide, "vectors_of": vectors_of}
     if recipe.turns.mode == "reconstruction":
         return ReconstructionLoss(model, joint=loss.joint, mask_counterpart=loss.mask_counterpart, **shared)
-    return MultiTurnLoss(model, symmetric=loss.symmetric, mask_same_image=loss.mask_same_image, **shared)
+    shared |= {"mask_same_image": loss.mask_same_image, "distillation": loss.distillation}
+    return MultiTurnLoss(model, symmetric=loss.symmetric, **shared)
 
 
 def uses_autocast(model: ModelRecipe, bf16: bool | None, backbone: nn.Module) -> bool:

@@ -8,6 +8,7 @@
     ├── skipped-0.jsonl      samples that could not be used, one file per process
     ├── checkpoints/         checkpoint-N: trained weights, optimizer, schedule, random states
     ├── logs/                TensorBoard
+    ├── guide/               vectors of a guide, if there is one; may be deleted after training
     └── model/               the finished model; appears whole or not at all
         ├── recipe.yaml      the resolved recipe
         ├── run.json         as above, with steps, losses and the model's fingerprint
@@ -27,6 +28,7 @@ DIGESTS_FILE = "digests.json"
 WEIGHTS_FILE = "trained.safetensors"  # of a checkpoint
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+GUIDE = "guide"
 MODEL = "model"
 
 

@@ -190,15 +190,21 @@ class MuCoTrainer(SentenceTransformerTrainer):
     def _left_out(self) -> dict[str, float]:
         """The share of negatives that were left out by their score since the last log, if any can be."""
         counted, self.loss.negatives = self.loss.negatives, None
-        if self.loss.weighting.false_negative_margin is None or counted is None:
+        rules = {
+            "loss.weighting.false_negative_margin": self.loss.weighting.false_negative_margin,
+            "loss.guide": self.loss.guide,
+        }
+        used = [name for name, rule in rules.items() if rule is not None]
+        if not used or counted is None:
             return {}
         pairs, left_out = counted.tolist()
         share = left_out / max(pairs, 1)
         if (share == 0 or share > MANY_LEFT_OUT) and not self.told_of_left_out:
             self.told_of_left_out = True
             self._warn(
-                f"step {self.state.global_step}: loss.weighting.false_negative_margin leaves out {share:.1%} of all "
-                f"negatives; {'raise' if share else 'lower'} it, or leave it out (later shares are in the log alone)"
+                f"step {self.state.global_step}: {' and '.join(used)}: {share:.1%} of all negatives are left out, "
+                f"which is {'many' if share else 'none'}; set another margin, or do without (later shares are in the "
+                "log alone)"
             )
         return {"false_negatives": round(share, 6)}
 

@@ -180,6 +180,8 @@ def _mine(
 def _rows(data: Data, pairs: _Pairs, mined: Mapping[str, list[str]], folder: Path) -> Iterator[dict[str, Any]]:
     for index in range(len(data)):
         sample = data[index]
+        if any(turn.scores for turn in sample.turns):
+            raise DataError(f"{sample.place}: has a teacher's scores, which mined negatives would not have; mine first")
         found = [[pairs.book.contents[k] for k in mined.get(key, ())] for key in pairs.turns[index]]
         turns = [
             Turn(turn.query, turn.target, turn.kind, tuple(dict.fromkeys((*turn.negatives, *added))))

@@ -24,6 +24,7 @@ from muco.step import UNLIMITED
 from muco.training.build import make_loss, uses_autocast
 from muco.training.checks import OneDeviceArguments, check_recipe, check_turns, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
+from muco.training.guide import check_guide
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
 from muco.training.mixture import Mixture
@@ -40,9 +41,11 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         vision tower is trained), ``run``, ``problems`` and ``notes``.
     Raises:
         RecipeError: If the recipe contradicts itself, or cannot run on this number of devices.
-        CheckpointError: If the model's configuration cannot be read.
+        CheckpointError: If the configuration of the model, or of a guide, cannot be read.
     """
     check_recipe(recipe, devices)
+    if recipe.loss.guide:
+        check_guide(recipe.loss.guide.model)
     cpu = None if torch.cuda.is_available() else True  # without a GPU, bf16 would be refused
     arguments = training_arguments(recipe, evaluates=recipe.data.validation is not None, use_cpu=cpu)
     problems: list[str] = []

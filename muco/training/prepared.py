@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -36,15 +37,17 @@ class Chosen:
     query: Content
     target: Content
     negatives: tuple[Content, ...]
+    scores: tuple[float, ...] = ()  # a teacher's, of the target and of each negative; empty: none
 
     @classmethod
     def of(cls, turn: Turn, rng: np.random.Generator, negatives: int | None = None) -> Chosen:
         """Draws by ``rng``; at most ``negatives`` hard negatives, all if None."""
         query, target = (side[rng.integers(len(side))] for side in (turn.query, turn.target))
         if negatives is None or len(turn.negatives) <= negatives:
-            return cls(query, target, turn.negatives)
+            return cls(query, target, turn.negatives, turn.scores)
         drawn = rng.permutation(len(turn.negatives))[:negatives]
-        return cls(query, target, tuple(turn.negatives[number] for number in drawn))
+        own = [turn.scores[number] for number in (0, *(drawn + 1))] if turn.scores and negatives else []
+        return cls(query, target, tuple(turn.negatives[number] for number in drawn), tuple(own))
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,31 @@ def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processo
     return [prepare(dialogue, processor) for dialogue in dialogues]
 
 
+def query_key(sample: Sample, query: Content) -> int:
+    """Equal for queries of the same text about the same images."""
+    about = Content(query.text, (*sample.images, *query.images))
+    return _hash(content_key(about, sample.place))
+
+
+def target_id(sample: Sample, target: Content) -> int:
+    """Equal for targets that are right or wrong together."""
+    return _hash(target_key(target, sample.place))
+
+
 def _ids(
     sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], *, vectors: int, source: int
 ) -> SampleIds:
-    def target_id(content: Content) -> int:
-        return _hash(target_key(content, sample.place))
-
     return SampleIds(
         _hash(key),
         target_rows,
-        target_ids=[target_id(turn.target) for turn in turns],
+        target_ids=[target_id(sample, turn.target) for turn in turns],
         hard_turns=[number for number, turn in enumerate(turns) for _ in turn.negatives],
-        hard_ids=[target_id(content) for turn in turns for content in turn.negatives],
+        hard_ids=[target_id(sample, content) for turn in turns for content in turn.negatives],
         vectors=vectors,
         source=source,
+        query_keys=[query_key(sample, turn.query) for turn in turns],
+        target_scores=[turn.scores[0] if turn.scores else math.nan for turn in turns],
+        hard_scores=[s for turn in turns for s in turn.scores[1:] or [math.nan] * len(turn.negatives)],
     )
 
 

@@ -135,11 +135,12 @@ _COUNTS = f"""model.min_pixels model.max_pixels model.adapter.rank model.adapter
     batch.size batch.group batch.token_budget warm_up.batch_size trainer.per_device_eval_batch_size
     trainer.dataloader_prefetch_factor"""
 _COUNTS_OR_ZERO = "turns.negatives warm_up.steps trainer.dataloader_num_workers trainer.save_total_limit"
-_POSITIVE = """data.train.weight loss.temperature loss.dimensions warm_up.learning_rate trainer.num_train_epochs
+_POSITIVE = """data.train.weight loss.temperature loss.distillation.temperature
+    loss.distillation.teacher_temperature loss.dimensions warm_up.learning_rate trainer.num_train_epochs
     trainer.adam_epsilon"""
 _NOT_NEGATIVE = """batch.feature_memory batch.seen_memory trainer.learning_rate trainer.weight_decay
     trainer.warmup_steps trainer.max_grad_norm trainer.eval_delay loss.weighting.false_negative_margin
-    loss.weighting.hardness loss.weighting.hard_negative_hardness"""
+    loss.weighting.hardness loss.weighting.hard_negative_hardness loss.guide.margin"""
 _BELOW_ONE = "model.adapter.dropout trainer.adam_beta1 trainer.adam_beta2"
 _STEPS = "a positive number of steps, or a share of all steps below 1"
 _MAX_STEPS = "a positive whole number (leave it out to train for num_train_epochs)"
@@ -149,7 +150,7 @@ BOUNDS = {  # key without the numbers of list items -> what its number must be; 
     **_bound(_POSITIVE, lambda value: value > 0, "positive"),
     **_bound(_NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),
     **_bound(_BELOW_ONE, lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    **_bound("data.max_broken", lambda value: 0 <= value <= 1, "a share, 0 to 1"),
+    **_bound("data.max_broken loss.distillation.weight", lambda value: 0 <= value <= 1, "a share, 0 to 1"),
     **_bound(
         "trainer.logging_steps trainer.save_steps trainer.eval_steps",
         lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),

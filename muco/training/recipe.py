@@ -15,7 +15,7 @@ from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.sizes import Adapter, TinyConfig
 from muco.training.read import REFUSED, build, check_numbers, parse_yaml, set_value
-from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Weighting
+from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class LossRecipe:
         mask_same_image: False makes the targets of an image's other turns negatives, to show the mask's effect.
         learn_temperature: Whether ``temperature`` is where a learnt one begins: one for all turns, or one per source in
             ``data.train``; for it to fit sources whose scores are spread differently. null: it is fixed.
+        guide: A second model that tells false negatives: :class:`muco.weighting.Guide`.
+        distillation: What turns with a teacher's ``scores`` learn from them: :class:`muco.weighting.Distillation`.
         weighting: What negatives count by their scores: :class:`muco.weighting.Weighting`.
     """
 
@@ -163,6 +165,8 @@ class LossRecipe:
     mask_same_image: bool = True
     learn_temperature: Literal["one", "per_source"] | None = None
     weighting: Weighting = EQUAL
+    guide: Guide | None = None
+    distillation: Distillation | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,8 @@ class Recipe:
                 raise RecipeError("turns.positions: reconstruction has its own; leave it out")
             if self.loss.symmetric:
                 raise RecipeError("loss.symmetric: reconstruction has no symmetric form; leave it out")
+            if self.loss.distillation:
+                raise RecipeError("loss.distillation: reconstruction does not take a teacher's scores; leave it out")
             if not self.loss.mask_same_image:
                 raise RecipeError("loss.mask_same_image: reconstruction has its own mask; see loss.mask_counterpart")
             if self.turns.requests and [bool(text.strip()) for text in self.turns.requests] != [True, True]:

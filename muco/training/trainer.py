@@ -32,6 +32,7 @@ from muco.training.checks import (
     training_arguments,
 )
 from muco.training.folder import DIGESTS_FILE
+from muco.training.guide import VectorsById, guide_vectors
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.recipe import Recipe
@@ -69,6 +70,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         if finished:
             return finished
         distributed.first_only(lambda: remember(output / DIGESTS_FILE))
+        guide = guide_vectors(recipe, sources)
         set_seed(recipe.seed)
         model = build_model(recipe, sources)
         check_turns(recipe.turns, model.encoder.reading)
@@ -77,7 +79,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
             skip = data.broken_images == "skip"
             warm_up(model.encoder, sources, recipe.warm_up, seed=recipe.seed, skip_broken=skip)
         distributed.make_equal(p for p in model.parameters() if p.requires_grad)
-        trainer = make_trainer(recipe, model, sources, validation)
+        trainer = make_trainer(recipe, model, sources, validation, guide)
         first = trainer.batches[0, 0]
         check_budget(recipe.batch.token_budget, first)
         check_negatives(trainer.loss, first, sources)
@@ -104,7 +106,13 @@ def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: di
     return distributed.first_only(save)
 
 
-def make_trainer(recipe: Recipe, model: Model, sources: Sequence[Data], validation: Data | None = None) -> MuCoTrainer:
+def make_trainer(
+    recipe: Recipe,
+    model: Model,
+    sources: Sequence[Data],
+    validation: Data | None = None,
+    guide: VectorsById | None = None,
+) -> MuCoTrainer:
     """The trainer of a recipe, with its batches, loss and arguments."""
     data, bf16 = recipe.data, uses_autocast(recipe.model, recipe.trainer.get("bf16"), model.encoder.model)
     arguments = training_arguments(recipe, evaluates=validation is not None, bf16=bf16)
@@ -123,7 +131,7 @@ def make_trainer(recipe: Recipe, model: Model, sources: Sequence[Data], validati
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    loss = make_loss(recipe, model)
+    loss = make_loss(recipe, model, guide)
     evaluator = None if validation is None else RetrievalEvaluator(validation)
     record = Record(Path(recipe.output), data.max_broken)
     return MuCoTrainer(model, arguments, recipe.batch, batches, loss, record, evaluator)

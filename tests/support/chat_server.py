@@ -14,6 +14,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 import threading
@@ -84,6 +85,8 @@ class ChatServer:
         key: The API key that it asks for; refused ones it repeats, as careless servers do.
         capacity: More requests at once get 429.
         counts: Whether it says how many tokens were used.
+        ranks: Whether it has /v1/rerank.
+        tells_logprobs: Whether it gives log-probabilities where they are asked for.
         faults: What goes wrong.
     Attributes:
         log: (kind of request, content's digest, status) of every request, in order of arrival.
@@ -102,12 +105,14 @@ class ChatServer:
         key: str = "",
         capacity: int = FOREVER,
         counts: bool = True,
+        ranks: bool = True,
+        tells_logprobs: bool = True,
         faults: Sequence[Fault] = (),
         port: int = 0,
     ) -> None:
         self.models, self.latency, self.structured, self.lists_models = tuple(models), latency, structured, lists_models
         self.sees, self.key, self.capacity, self.counts, self.faults = sees, key, capacity, counts, list(faults)
-        self.port = port
+        self.port, self.ranks, self.tells_logprobs = port, ranks, tells_logprobs
         self.log: list[tuple[str, str, int]] = []
         self.bodies: list[dict[str, Any]] = []  # of requests, where keep_bodies is set
         self.keep_bodies = False
@@ -185,10 +190,12 @@ class ChatServer:
             return _error(401, f"bad key: {headers.get('authorization')}")
         if (method, path) == ("GET", "/v1/models") and self.lists_models:
             return 200, json.dumps({"object": "list", "data": [{"id": name} for name in self.models]}).encode(), ""
-        if (method, path) != ("POST", "/v1/chat/completions"):
+        ranked = path == "/v1/rerank" and self.ranks
+        if method != "POST" or not (ranked or path == "/v1/chat/completions"):
             return _error(404, f"no route {method} {path}")
         request = json.loads(body)
-        digest = hashlib.sha256(json.dumps([request["messages"], request.get("seed")]).encode()).hexdigest()
+        asked = [request.get("messages") or [request["query"], request["documents"]], request.get("seed")]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         kind = _kind(request)
         if self.keep_bodies:
             self.bodies.append(request)
@@ -197,7 +204,7 @@ class ChatServer:
             reply = _error(429, "too many at once", retry_after=0.05)
         else:
             await asyncio.sleep(self.latency + (fault.seconds if fault and fault.kind == "slow" else 0))
-            reply = _broken(fault) or self._completion(request, fault)
+            reply = _broken(fault) or (self._ranking(request) if ranked else self._completion(request, fault))
         self.log.append((kind, digest, reply[0]))
         return reply
 
@@ -220,15 +227,29 @@ class ChatServer:
             return _error(400, "this model takes no images")
         text = WORDS[fault.kind] if fault and fault.kind in WORDS else self._text(request)
         message = {"role": "assistant", "content": text}
+        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "stop"}
+        if request.get("logprobs") and self.tells_logprobs:
+            choice["logprobs"] = {"content": [_first_token(_judged(request))]}
         value: dict[str, Any] = {
             "id": "1",
             "object": "chat.completion",
             "created": 1,
             "model": request["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [choice],
         }
         if self.counts:
             value["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        return 200, json.dumps(value).encode(), ""
+
+    def _ranking(self, request: dict[str, Any]) -> tuple[int, bytes, str]:
+        if request["model"] not in self.models:
+            return _error(404, f"The model `{request['model']}` does not exist.")
+        documents = [_said(document) for document in request["documents"]]
+        scores = [likeness(_said(request["query"]), document) for document in documents]
+        ranked = [
+            {"index": n, "relevance_score": scores[n]} for n in sorted(range(len(scores)), key=lambda n: -scores[n])
+        ]
+        value = {"id": "1", "results": ranked, "usage": {"total_tokens": 50}} if self.counts else {"results": ranked}
         return 200, json.dumps(value).encode(), ""
 
     # ── what it knows ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -271,6 +292,32 @@ def pairs_of(scene: Scene, seed: int) -> dict[str, str]:
     return made
 
 
+def likeness(one: str, other: str) -> float:
+    """What it takes two texts for, 0 to 1: the share of words that they have in common."""
+    words = [set(re.findall(r"\w+", text.lower())) for text in (one, other)]
+    return max(0.01, min(0.99, len(words[0] & words[1]) / max(1, len(words[0] | words[1]))))
+
+
+def _said(value: Any) -> str:
+    """The texts of what is ranked, and "picture" for an image."""
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value["content"]
+    return " ".join(part["text"] if part["type"] == "text" else "picture" for part in parts)
+
+
+def _judged(request: dict[str, Any]) -> float:
+    said = " ".join(part["text"] if part["type"] == "text" else "picture" for part in _parts(request))
+    found = re.fullmatch(r"Query: (.*) Candidate: (.*) Does .*", said, re.DOTALL)
+    return likeness(found[1], found[2]) if found else 0.5
+
+
+def _first_token(share: float) -> dict[str, Any]:
+    """Log-probabilities of which yes, in two spellings, has a share of nine tenths, and something else the rest."""
+    spellings = {"Yes": 0.8 * share, " yes": 0.2 * share, "No": 1 - share}
+    listed = [{"token": token, "logprob": math.log(0.9 * part)} for token, part in spellings.items()]
+    listed.append({"token": "Maybe", "logprob": math.log(0.1)})
+    return {**listed[0], "top_logprobs": listed}
+
+
 def parse(text: str) -> Scene | None:
     """The scene that a caption within the text describes."""
     objects, ground = _OBJECT.findall(text.replace("A ", "a ")), _GROUND.search(text)
@@ -301,6 +348,10 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 
 def _kind(request: dict[str, Any]) -> str:
+    if "documents" in request:
+        return "trial" if "This is a test." in request["documents"] else "rerank"
+    if "This is a test." not in _words(request) and request.get("logprobs"):
+        return "judge"
     if "This is a test." in _words(request):
         return "trial"
     return "caption" if _image(request) else "pairs"

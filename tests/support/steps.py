@@ -28,10 +28,18 @@ from muco.step import TrainingStep
 from muco.template import SPECIAL_TOKENS
 from muco.training.build import shard_model
 from muco.training.prepared import Chosen, batch_of, prepare_pair, prepare_turns
-from muco.weighting import Weighting
+from muco.weighting import Distillation, Weighting
 
 SIGNALS = Weighting(false_negative_margin=0.01, hardness=2.0, hard_negative_hardness=1.0)
-LOSS = {"temperature": 0.1, "symmetric": True, "dimensions": (16, 64), "weighting": SIGNALS, "learnt": 2}
+TEACHER = Distillation("symmetric_kl", weight=0.5, teacher_temperature=2.0)
+LOSS = {
+    "temperature": 0.1,
+    "symmetric": True,
+    "dimensions": (16, 64),
+    "weighting": SIGNALS,
+    "distillation": TEACHER,
+    "learnt": 2,
+}
 # how the samples below are shared: alike, ragged (one process has one turn), texts without any image on one, all on one
 SHARES = {
     "even": ([0, 2, 4], [1, 3, 5]),
@@ -68,7 +76,7 @@ def ragged_samples(scenes: Path) -> InMemory:
     return InMemory(
         [
             data[0],
-            Sample(turns=[Turn("what is red?", "a circle", negatives=["a square", "a star"])], id="twice"),
+            Sample(turns=[Turn("what is red?", "a circle", None, ["a square", "a star"], [4, 1, 3])], id="twice"),
             Sample(
                 image=[images[1], images[2]], turns=[Turn("both", "a circle"), Turn("", "two scenes, side by side")]
             ),
@@ -105,7 +113,7 @@ def share(model: Model, samples: list[Sample], mode: str) -> dict:
     prepared = []
     for sample in samples:
         key = sample.id or repr(sample.turns)
-        turns = [Chosen(turn.query[0], turn.target[0], turn.negatives) for turn in sample.turns]
+        turns = [Chosen(turn.query[0], turn.target[0], turn.negatives, turn.scores) for turn in sample.turns]
         source = zlib.crc32(repr(key).encode()) % LOSS["learnt"]
         if mode == "reconstruction":
             prepared.append(prepare_pair(sample, turns[0], _masks(sample), key, processor, source=source))
@@ -123,7 +131,9 @@ def _masks(sample: Sample) -> np.random.Generator:
 
 def loss_of(model: Model, mode: str) -> MultiTurnLoss:
     if mode == "reconstruction":
-        return ReconstructionLoss(model, joint=True, **{k: v for k, v in LOSS.items() if k != "symmetric"})
+        return ReconstructionLoss(
+            model, joint=True, **{k: v for k, v in LOSS.items() if k not in ("symmetric", "distillation")}
+        )
     return MultiTurnLoss(model, **LOSS)
 
 
