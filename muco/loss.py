@@ -366,10 +366,11 @@ class MultiTurnLoss(nn.Module):
         return query, vectors[ids.target_rows]
 
     def _value(self, parts: Sequence[Tensor], ids: TurnIds, temperature: float | Tensor) -> Tensor:
-        *sides, hard = parts
-        taught, weights = self._taught(*sides, hard, ids, temperature)
+        query, target, hard = parts
+        taught, weights = self._taught(query, target, hard, ids, temperature)
         return taught + multi_turn_info_nce(
-            *sides,
+            query,
+            target,
             ids.sample_ids,
             temperature=temperature,
             target_ids=ids.target_ids,

@@ -74,10 +74,22 @@ class TurnIds:
             vectors += sample.vectors
         hard_rows = [vectors + number for number in range(len(hard_ids))]
         lists = (sample_ids, target_rows, hard_rows, hard_turns, hard_ids, target_ids, sources, queries)
-        own, targets, hard, turns, marks, alike, *others = (torch.tensor(values, dtype=torch.long) for values in lists)
-        same = alike if mask_identical_targets else None
-        taught = (torch.tensor(values, dtype=torch.float32) for values in (scores, of_hard))
-        return cls(own, targets, hard, turns, marks, same, vectors + len(hard_ids), *others, alike, *taught)
+        tensors = (torch.tensor(values, dtype=torch.long) for values in lists)
+        own, targets, hard, turns, marks, alike, origins, asked = tensors
+        return cls(
+            sample_ids=own,
+            target_rows=targets,
+            hard_rows=hard,
+            hard_turns=turns,
+            hard_ids=marks,
+            target_ids=alike if mask_identical_targets else None,
+            vectors=vectors + len(hard_ids),
+            sources=origins,
+            query_keys=asked,
+            target_keys=alike,
+            target_scores=torch.tensor(scores, dtype=torch.float32),
+            hard_scores=torch.tensor(of_hard, dtype=torch.float32),
+        )
 
     @classmethod
     def join(cls, parts: Sequence[TurnIds]) -> TurnIds:

@@ -148,7 +148,7 @@ def _combine(models: Sequence[Model], shares: Sequence[float], method: str) -> N
         done.add(first.data_ptr())
         values = [state[name].double() for state in states]
         if method == "slerp":
-            found = slerp(*values, shares[1])
+            found = slerp(values[0], values[1], shares[1])
         elif method == "task-arithmetic":
             *values, start = values
             found = start + sum(share * (value - start) for share, value in zip(shares, values, strict=True))

@@ -71,6 +71,7 @@ def test_the_commands_are_the_documented_ones():
         "data leak",
         "data show",
         "data scenes",
+        "data score",
         "demo",
         "doctor",
     }

@@ -306,7 +306,10 @@ BAD_ROWS = [
         turn_row(negatives=["b"], scores=[1]),
         "x:5 turn 1: 'scores' are one for the target and one for each negative, 2 of",
     ),
-    (turn_row(scores=[1]), "x:5 turn 1: 'scores' are one for .* there are no negatives to compare with"),
+    (
+        turn_row(scores=[1]),
+        "x:5 turn 1: 'scores' are one for the target and one for each negative, 1 of them; got 1, and there are no",
+    ),
     (turn_row(query=True), "x:5 turn 1: 'query' must be text or an object with 'text' and/or 'image', not a boolean"),
     (turn_row(query=["a", ["b"]]), "x:5 turn 1: 'query' must be text or an object"),
     (turn_row(query=[]), "x:5 turn 1: 'query' is an empty list"),

@@ -171,7 +171,10 @@ def test_scores_follow_the_negatives_that_are_drawn():
             assert chosen.scores == (9, *(float(content.text) for content in chosen.negatives))
     assert Chosen.of(turn, np.random.default_rng(0), 0) == Chosen(Content("q"), Content("t"), ())
     ids = TurnIds.of(
-        [SampleIds(1, [0], [5], [0, 0], [6, 7], 1, 0, [9.0], [1.0, 2.0]), SampleIds(2, [0], [8], [], [], 1)]
+        [
+            SampleIds(1, [0], [5], [0, 0], [6, 7], 1, target_scores=[9.0], hard_scores=[1.0, 2.0]),
+            SampleIds(2, [0], [8], [], [], 1),
+        ]
     )
     assert ids.target_scores.tolist()[0] == 9 and ids.target_scores[1].isnan() and ids.hard_scores.tolist() == [1, 2]
 
