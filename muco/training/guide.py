@@ -30,7 +30,7 @@ from muco.model import load
 from muco.starter import located
 from muco.training.batches import with_image_turn
 from muco.training.folder import GUIDE
-from muco.training.prepared import query_key, target_id
+from muco.training.prepared import query_keys, target_id
 from muco.training.recipe import Recipe
 
 BATCH = 32  # contents per pass
@@ -123,9 +123,8 @@ def _contents(source: Data, index: int, image_turn: str | None, book: Book) -> d
         sample = with_image_turn(sample, image_turn)
     keys: dict[int, str] = {}
     for turn in sample.turns:
-        for query in turn.query:
-            about = Content(query.text, (*sample.images, *query.images))
-            keys[query_key(sample, query)] = book.add(about, sample.place)
+        for query, key in zip(turn.query, query_keys(sample, turn.query), strict=True):
+            keys[key] = book.add(Content(query.text, (*sample.images, *query.images)), sample.place)
         for target in (*turn.target, *turn.negatives):
             keys[target_id(sample, target)] = book.add(target, sample.place)
     return keys

@@ -119,10 +119,11 @@ def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processo
     return [prepare(dialogue, processor) for dialogue in dialogues]
 
 
-def query_key(sample: Sample, query: Content) -> int:
-    """Equal for queries of the same text about the same images."""
-    about = Content(query.text, (*sample.images, *query.images))
-    return _hash(content_key(about, sample.place))
+def query_keys(sample: Sample, queries: Sequence[Content]) -> list[int]:
+    """Equal for queries of the same text about the same images; those of the sample are read once."""
+    _, about = content_key(Content("", sample.images), sample.place)
+    own = (content_key(query, sample.place) for query in queries)
+    return [_hash((text, (*about, *images))) for text, images in own]
 
 
 def target_id(sample: Sample, target: Content) -> int:
@@ -141,7 +142,7 @@ def _ids(
         hard_ids=[target_id(sample, content) for turn in turns for content in turn.negatives],
         vectors=vectors,
         source=source,
-        query_keys=[query_key(sample, turn.query) for turn in turns],
+        query_keys=query_keys(sample, [turn.query for turn in turns]),
         target_scores=[turn.scores[0] if turn.scores else math.nan for turn in turns],
         hard_scores=[s for turn in turns for s in turn.scores[1:] or [math.nan] * len(turn.negatives)],
     )

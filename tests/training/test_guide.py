@@ -23,7 +23,7 @@ from muco.loss import GuideVectors, multi_turn_info_nce, reconstruction_info_nce
 from muco.training.batches import with_image_turn
 from muco.training.guide import VectorsById, guide_vectors
 from muco.training.plan import plan
-from muco.training.prepared import query_key, target_id
+from muco.training.prepared import query_keys, target_id
 from muco.training.recipe import from_dict
 from muco.training.trainer import make_trainer
 from muco.weighting import Weighting
@@ -129,7 +129,7 @@ def test_a_run_takes_every_vector_from_the_guide_once_and_logs_what_is_left_out(
     keys, contents = [], []
     for sample in (sources[0][number] for number in range(3)):
         for turn in with_image_turn(sample, "retrieval").turns:
-            keys += [query_key(sample, turn.query[0]), target_id(sample, turn.target[0])]
+            keys += [*query_keys(sample, turn.query[:1]), target_id(sample, turn.target[0])]
             contents += [Content(turn.query[0].text, sample.images), turn.target[0]]
     expected = torch.from_numpy(guide.encode(contents))
     assert torch.allclose(vectors(torch.tensor(keys)), expected, atol=1e-5)
