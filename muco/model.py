@@ -181,9 +181,7 @@ class Model(SentenceTransformer):
             settings["max_seq_length"] = self.max_seq_length
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        add_weights(digest, self)
         return digest.hexdigest()
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
@@ -191,6 +189,13 @@ class Model(SentenceTransformer):
         with writing(path):
             super().save(path, *args, **kwargs)
             _write_stock_modules(Path(path), self.encoder.get_embedding_dimension())
+
+
+def add_weights(digest: Any, module: nn.Module) -> None:
+    """Takes all weights of a module into a digest of hashlib, with their names, types and shapes."""
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _write_stock_modules(folder: Path, dimension: int) -> None:

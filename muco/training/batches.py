@@ -40,6 +40,7 @@ class TrainingBatches(Dataset):
         skip_broken: Leave out samples that cannot be used, and list them in the item.
         leave_out_duplicates: Train a duplicated target or image only once per step.
         blind: Replace every pixel by a constant.
+        guided: Whether a guide will be asked about the queries.
         rank, world_size: Each process takes every ``world_size``-th sample.
     """
 
@@ -55,13 +56,14 @@ class TrainingBatches(Dataset):
         skip_broken: bool = False,
         leave_out_duplicates: bool = False,
         blind: bool = False,
+        guided: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.sources, self.mixture, self.processor, self.turns = sources, mixture, processor, turns
         self.seed, self.mask_identical_targets = seed, mask_identical_targets
         self.skip_broken, self.leave_out_duplicates, self.blind = skip_broken, leave_out_duplicates, blind
-        self.rank, self.world_size = rank, world_size
+        self.guided, self.rank, self.world_size = guided, rank, world_size
         self._share: tuple[int, list[Numbered], int] | None = None  # the last step and its share, for all its parts
 
     @property
@@ -142,10 +144,10 @@ class TrainingBatches(Dataset):
         key = sample_key(sample, draw.source, draw.index)
         if self.turns.mode == "reconstruction":
             rng = generator(self.seed, Purpose.MASKS, draw.source, draw.position)
-            how = {"requests": self.turns.requests, "source": draw.source}
+            how = {"requests": self.turns.requests, "source": draw.source, "guided": self.guided}
             return prepare_pair(sample, turns[0], rng, key, self.processor, **how)
-        how = {"isolated": self.turns.mode == "isolated", "positions": self.turns.positions, "source": draw.source}
-        return prepare_turns(sample, turns, key, self.processor, **how)
+        how = {"positions": self.turns.positions, "source": draw.source, "guided": self.guided}
+        return prepare_turns(sample, turns, key, self.processor, isolated=self.turns.mode == "isolated", **how)
 
     def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
         sample = self.sources[draw.source][draw.index]

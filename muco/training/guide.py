@@ -26,7 +26,7 @@ from muco.data.source import Data
 from muco.dialogue import Content
 from muco.errors import CheckpointError, DataError, TrainingError
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache
-from muco.model import load
+from muco.model import add_weights, load
 from muco.starter import located
 from muco.training.batches import with_image_turn
 from muco.training.folder import GUIDE
@@ -72,9 +72,7 @@ class TextGuide:
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        add_weights(digest, self.model)
         return digest.hexdigest()
 
 

@@ -40,7 +40,7 @@ from muco.training.checks import OneDeviceArguments
 from muco.training.folder import LOGS, WEIGHTS_FILE
 from muco.training.recipe import BatchRecipe
 
-MANY_LEFT_OUT = 0.2  # of all negatives; so many are hardly all right answers
+MANY_LEFT_OUT = 0.2  # of all negatives; a larger share can hardly be right answers
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 
 logger = logging.getLogger(__name__)

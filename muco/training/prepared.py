@@ -70,12 +70,14 @@ def prepare_turns(
     isolated: bool,
     positions: Positions | None = None,
     source: int = 0,
+    guided: bool = False,
 ) -> Prepared:
     """A sample with these turns; a DataError if a text or an image cannot be used.
 
     Args:
         key: From :func:`muco.data.same.sample_key`.
         source: The number of its source.
+        guided: Whether a guide will be asked about the queries, by their keys.
         positions: See :class:`muco.dialogue.Dialogue`.
     """
     own = [turn.target for turn in turns]
@@ -89,7 +91,7 @@ def prepare_turns(
         prepare(query_dialogue(sample, [turn.query for turn in turns], **seen), processor),
         prepare(target_dialogue(sample, unique, **seen), processor),
         _hard_negatives(sample, turns, processor, isolated=isolated),
-        _ids(sample, turns, key, rows, vectors=len(unique), source=source),
+        _ids(sample, turns, key, rows, vectors=len(unique), source=source, guided=guided),
     )
 
 
@@ -102,6 +104,7 @@ def prepare_pair(
     *,
     requests: Sequence[str] = (),
     source: int = 0,
+    guided: bool = False,
 ) -> Prepared:
     """A pair as dialogues of two turns, see :func:`muco.reconstruction.reconstruction_dialogues`."""
     query, target = reconstruction_dialogues(sample, turn.query, turn.target, rng, requests)
@@ -110,7 +113,7 @@ def prepare_pair(
         prepare(query, processor),
         prepare(target, processor),
         _hard_negatives(sample, [turn], processor, isolated=True),
-        _ids(sample, [turn], key, [0], vectors=2, source=source),
+        _ids(sample, [turn], key, [0], vectors=2, source=source, guided=guided),
     )
 
 
@@ -132,7 +135,14 @@ def target_id(sample: Sample, target: Content) -> int:
 
 
 def _ids(
-    sample: Sample, turns: Sequence[Chosen], key: Any, target_rows: Sequence[int], *, vectors: int, source: int
+    sample: Sample,
+    turns: Sequence[Chosen],
+    key: Any,
+    target_rows: Sequence[int],
+    *,
+    vectors: int,
+    source: int,
+    guided: bool,
 ) -> SampleIds:
     return SampleIds(
         _hash(key),
@@ -142,7 +152,7 @@ def _ids(
         hard_ids=[target_id(sample, content) for turn in turns for content in turn.negatives],
         vectors=vectors,
         source=source,
-        query_keys=query_keys(sample, [turn.query for turn in turns]),
+        query_keys=query_keys(sample, [turn.query for turn in turns]) if guided else (),
         target_scores=[turn.scores[0] if turn.scores else math.nan for turn in turns],
         hard_scores=[s for turn in turns for s in turn.scores[1:] or [math.nan] * len(turn.negatives)],
     )

@@ -128,6 +128,7 @@ def make_trainer(
         skip_broken=data.broken_images == "skip",
         leave_out_duplicates=data.duplicates == "leave_out",
         blind=data.blind,
+        guided=guide is not None,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
