@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from muco.base.machine import VERSION
-from muco.dialogue import Content, Dialogue, Sample, Turn
+from muco.dialogue import Content, Dialogue, Sample, Turn, Video
 from muco.errors import (
     CheckpointError,
     DataError,
@@ -51,6 +51,7 @@ __all__ = [
     "Sample",
     "TrainingError",
     "Turn",
+    "Video",
     "load",
     "multi_turn_info_nce",
     "reconstruction_info_nce",

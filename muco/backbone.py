@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from muco.dialogue import Video
 from muco.errors import CheckpointError
 from muco.layout import rotary_positions
 from muco.processor import Processor, first_line, load_processor
@@ -146,11 +148,27 @@ def _check_positions(source: str, model: nn.Module, processor: Processor) -> Non
     text = [processor.read_id] * 3
     ids = torch.tensor([[*text, *image.ids, *text]])
     kinds = (ids == processor.family.image_id).long()
-    grid = None if image.grid is None else torch.tensor([image.grid])
+    grid = image.tensors.get("image_grid_thw")
     own, _ = model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, image_grid_thw=grid)
-    if grid is None or not np.array_equal(own[:, 0].numpy(), rotary_positions([len(text), image, len(text)])):
+    expected = rotary_positions([len(text), *image.segments, len(text)])
+    if grid is None or not np.array_equal(own[:, 0].numpy(), expected):
         kind = model.config.model_type
         raise CheckpointError(f"{source!r} is a {kind} model, whose multimodal rotary positions MuCo does not know")
+    if processor.family.video and not _knows_videos(model, processor):
+        processor.family = replace(processor.family, video=None)  # its frames are then read as images
+
+
+def _knows_videos(model: nn.Module, processor: Processor) -> bool:
+    """Whether positions around a video of two steps of time are the model's own."""
+    form, text = processor.family.video, [processor.read_id] * 3
+    video = processor.encode_image(Video((small_picture(),) * 2 * form.joined_frames, fps=1.0))
+    ids = torch.tensor([[*text, *video.ids, *text]])
+    kinds = torch.where(ids == processor.family.image_id, 2, 0)
+    named = {"video_grid_thw": video.tensors["image_grid_thw"]}
+    if form.tokens_per_second:
+        named["second_per_grid_ts"] = torch.tensor([float(form.joined_frames)])
+    own, _ = model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **named)
+    return np.array_equal(own[:, 0].numpy(), rotary_positions([len(text), *video.segments, len(text)]))
 
 
 def _check_loaded(source: str, info: Any) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -25,8 +25,42 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Positions = Literal["restart", "run_on"]
-CONTENT_KEYS = ("text", "image", "images", "caption")
-ImageLike = Union[str, Path, bytes, "Image"]  # a path, the bytes of an image file, or an opened Pillow image
+CONTENT_KEYS = ("text", "image", "images", "video", "caption")
+VIDEO_KEYS = ("source", "frames", "fps")
+FRAMES = 8  # of a video, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video as frames at even distances: one input, wherever an image may be.
+
+    Args:
+        source: A file, a folder of frames, or the frames in order.
+        frames: At most so many are read, see :func:`muco.video.frames_of`.
+        fps: Frames per second of the source; None: as a file says, 2 for frames that are images.
+    Raises:
+        DataError: If there is no frame, or a number is not positive.
+    """
+
+    source: Path | tuple[ImageLike, ...]
+    frames: int = FRAMES
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        vars(self)["source"] = Path(self.source) if isinstance(self.source, str) else self.source
+        if not isinstance(self.source, (Path, tuple)) or not self.source:
+            raise DataError("a video must be the path of a file or folder, or a list of at least one frame")
+        if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1:
+            raise DataError(f"'frames' must be a whole number, at least 1, not {self.frames!r}")
+        if self.fps is not None and not (type(self.fps) in (int, float) and 0 < self.fps < math.inf):
+            raise DataError(f"'fps' must be a positive number of frames per second, not {self.fps!r}")
+
+    def __str__(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else f"a video of {len(self.source)} frames"
+
+
+# a path, the bytes of an image file, an opened Pillow image, or a video
+ImageLike = Union[str, Path, bytes, "Image", Video]
 
 
 @dataclass(frozen=True)
@@ -53,7 +87,7 @@ ContentLike = Union[Content, str, Path, bytes, "Image", Mapping[str, Any]]  # wh
 
 
 def as_content(value: object, name: str = "content") -> Content:
-    """Reads a string, an image, a mapping with ``text``, ``image`` or ``images``, or a Content.
+    """Reads a string, an image, a mapping with ``text``, ``image``, ``images`` or ``video``, or a Content.
 
     Args:
         name: What errors call the value.
@@ -72,7 +106,7 @@ def as_content(value: object, name: str = "content") -> Content:
         for key, said in (("text", text), ("caption", caption)):
             if not isinstance(said, str | None):
                 raise DataError(f"{key!r} must be a string, not {type_of(said)}")
-        images = as_images(value.get("image")) + as_images(value.get("images"))
+        images = as_images(value.get("image")) + as_images(value.get("images")) + as_video(value.get("video"))
         return Content(text or "", images, caption or "")
     return Content(images=as_images(value))
 
@@ -83,13 +117,34 @@ def as_images(value: object) -> tuple[ImageLike, ...]:
         return ()
     # Pillow's by name, so that reading text-only data needs no Pillow
     pillow = any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(value).__mro__)
-    if pillow or isinstance(value, (str, Path, bytes)):
+    if pillow or isinstance(value, (str, Path, bytes, Video)):
         if isinstance(value, (str, bytes)) and not value:
             raise DataError("an image is an empty string; leave the key out if there is no image")
         return (value,)
     if isinstance(value, Sequence):
         return tuple(image for item in value for image in as_images(item))
     raise DataError(f"an image must be a path, bytes or a Pillow image, not {type(value).__name__}")
+
+
+def as_video(value: object) -> tuple[Video, ...]:
+    """Reads nothing, the path of a file or folder, a list of frames, or a mapping with ``source``, ``frames`` and
+    ``fps``; bad types are a DataError.
+    """
+    if value is None or isinstance(value, Video):
+        return () if value is None else (value,)
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in VIDEO_KEYS:
+                raise DataError(f"unknown key {key!r} in 'video'{did_you_mean(key, VIDEO_KEYS)}")
+        how = {key: value[key] for key in VIDEO_KEYS[1:] if value.get(key) is not None}
+        return tuple(replace(video, **how) for video in as_video(value.get("source") or ()))
+    if isinstance(value, (list, tuple)):
+        value = as_images(value)
+        if any(isinstance(frame, Video) for frame in value):
+            raise DataError("'video' holds a video; pass its frames, or one video")
+    elif not isinstance(value, (str, Path)) or not str(value):
+        raise DataError(f"'video' must be the path of a file or folder, or a list of frames, not {type_of(value)}")
+    return (Video(value),)
 
 
 def _paraphrases(value: object, name: str) -> tuple[Content, ...]:

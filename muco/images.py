@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -15,14 +16,17 @@ import stat
 import threading
 import time
 import warnings
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from muco.dialogue import ImageLike
+from muco.dialogue import ImageLike, Video
 from muco.errors import ImageError
+from muco.video import MAX_BYTES as MAX_VIDEO_BYTES
+from muco.video import frames_of
 
 # Raster formats only: none that runs or reads others, and none whose decoder takes much more than the pixels take. JPEG
 # 2000 is left out, as a file of 57 kB and a million pixels can take 1.7 GB (measured, with precincts of two pixels).
@@ -75,6 +79,25 @@ def open_image(
     return rgb
 
 
+def pictures(image: ImageLike, *, where: str = "") -> tuple[ImageLike, ...]:
+    """The frames of a video, which need not have been opened; of anything else, itself."""
+    return frames_of(image, where=where).images if isinstance(image, Video) else (image,)
+
+
+def opened_image(image: ImageLike) -> Image.Image | Video:
+    """An opened image, or a video of opened frames, as :func:`open_image` opens them."""
+    if not isinstance(image, Video):
+        return open_image(image)
+    found = frames_of(image)
+    frames = tuple(map(open_image, found.images))
+    return Video(frames, len(frames), 1 / found.apart if found.apart else None)
+
+
+def cover(image: ImageLike, *, where: str = "") -> ImageLike:
+    """What is shown of an image: the first frame of a video, else itself."""
+    return pictures(replace(image, frames=1), where=where)[0] if isinstance(image, Video) else image
+
+
 @cache
 def image_suffixes() -> frozenset[str]:
     """Endings of the names of files that :func:`open_image` reads (".jpg"), in lower case, as Pillow knows them."""
@@ -103,12 +126,15 @@ def image_digest(image: ImageLike, *, where: str = "") -> str:
     """The digest by which MuCo tells images apart: SHA-256 (hex), 64 characters.
 
     Of a file or its bytes, the digest of these bytes: a copy under another name is the same image. Of a Pillow image,
-    that of its size and RGB pixels as :func:`open_image` returns them, which never equals that of a file. Digests of
-    files are cached until size or time of the file changes.
+    that of its size and RGB pixels as :func:`open_image` returns them, which never equals that of a file. Of a video,
+    that of its file, or of the digests of the frames that are read, with their number and rate. Digests of files are
+    cached until size or time of the file changes.
 
     Raises:
         ImageError: If the file is missing or too large, or the Pillow image cannot be read.
     """
+    if isinstance(image, Video):
+        return _video_digest(image, where)
     if isinstance(image, Image.Image):
         rgb = open_image(image, small_side=0, where=where)
         digest = hashlib.sha256(f"{rgb.width}x{rgb.height} RGB\n".encode())
@@ -118,15 +144,39 @@ def image_digest(image: ImageLike, *, where: str = "") -> str:
     status = None if isinstance(image, bytes) else file_status(image, name)
     if status is None or time.time_ns() - status.st_mtime_ns < SETTLED:
         return hashlib.sha256(read_bytes(image, name)).hexdigest()
+    return _remembered(image, status, where)
+
+
+def _video_digest(video: Video, where: str) -> str:
+    source = video.source
+    if isinstance(source, Path) and not source.is_dir():
+        status = file_status(source, shown_name(video, where), MAX_VIDEO_BYTES)
+        settled = time.time_ns() - status.st_mtime_ns >= SETTLED
+        seen = [_remembered(source, status, where) if settled else _streamed(str(source)), video.frames]
+    else:
+        seen = [image_digest(frame, where=where) for frame in pictures(video, where=where)]
+    return hashlib.sha256(f"video {json.dumps([seen, video.fps])}".encode()).hexdigest()
+
+
+def _remembered(path: str | Path, status: os.stat_result, where: str) -> str:
     try:
-        return _file_digest(str(image), status.st_ino, status.st_size, status.st_mtime_ns)
+        return _file_digest(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
     except ImageError as error:
         raise ImageError(f"{where}: {error}" if where else str(error)) from error
 
 
 @lru_cache(1 << 14)
 def _file_digest(path: str, *state: int) -> str:
-    return hashlib.sha256(read_bytes(path, path)).hexdigest()
+    return _streamed(path) if state[1] > MAX_BYTES else hashlib.sha256(read_bytes(path, path)).hexdigest()
+
+
+def _streamed(path: str) -> str:
+    """The digest of a file that may be larger than memory."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def is_url(path: str) -> bool:
@@ -137,7 +187,7 @@ def is_url(path: str) -> bool:
 def shown_name(image: ImageLike, where: str) -> str:
     if isinstance(image, str) and is_url(image):
         shown = image if len(image) <= 80 else image[:77] + "…"  # a data: URL may be megabytes long
-    elif isinstance(image, (str, Path)):
+    elif isinstance(image, (str, Path, Video)):
         shown = str(image)
     elif isinstance(image, bytes):
         shown = "image bytes"
@@ -162,7 +212,7 @@ def read_bytes(image: str | Path | bytes, name: str) -> bytes:
     return data
 
 
-def file_status(path: str | Path, name: str) -> os.stat_result:
+def file_status(path: str | Path, name: str, most: int = MAX_BYTES) -> os.stat_result:
     """Of a file that may be read: no URL, folder or pipe, and not too large."""
     if not isinstance(path, (str, Path)):
         raise ImageError(f"{name}: an image must be a path, bytes or a Pillow image, not {type(path).__name__}")
@@ -176,8 +226,8 @@ def file_status(path: str | Path, name: str) -> os.stat_result:
         raise ImageError(f"{name!r}: cannot be read ({error})") from error
     if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe that would block for ever
         raise ImageError(f"{name}: not a file")
-    if status.st_size > MAX_BYTES:
-        raise ImageError(f"{name}: {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+    if status.st_size > most:
+        raise ImageError(f"{name}: {status.st_size:,} bytes; at most {most:,} are read")
     return status
 
 

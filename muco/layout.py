@@ -20,7 +20,7 @@ import numpy as np
 
 from muco.dialogue import Dialogue
 from muco.errors import DataError
-from muco.processor import EncodedImage, Processor
+from muco.processor import EncodedImage, Grid, Processor
 from muco.template import ImageSlot, Pieces
 
 Truncate = Literal["NONE", "START", "END"]
@@ -40,12 +40,12 @@ class Row:
     cut: tuple[int, ...] = ()  # numbers of the turns whose text was cut
     tree: bool = False  # whether it has branches that do not see one another
 
-    def append(self, ids: list[int], positions: np.ndarray, start: int, branch: int) -> int:
+    def append(self, part: _Part, start: int, branch: int) -> int:
         """Adds a part whose positions begin at ``start``; returns the position that follows it."""
-        self.ids += ids
-        self.positions.append(positions + start)
-        self.branches += [branch] * len(ids)
-        return start + _length(positions)
+        self.ids += part.ids
+        self.positions.append(part.positions + start)
+        self.branches += [branch] * len(part.ids)
+        return start + part.length
 
 
 def prepare(
@@ -54,6 +54,7 @@ def prepare(
     """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
     limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
     processor.guard.check(dialogue)
+    dialogue = processor.as_read(dialogue)
     _check_images(dialogue, processor)
     images = [processor.encode_image(image, dialogue.where) for image in dialogue.images]
     row = whole = _laid_out(dialogue, images, processor)
@@ -94,45 +95,55 @@ def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Process
     prompt = processor.template.prompt(dialogue)
     row = Row(images=images)
     row.tree = dialogue.isolated and len(dialogue.turns) > 1
-    position = row.append(*_part(prompt.trunk, images, processor), 0, 0)
+    position = row.append(_part(prompt.trunk, images, processor), 0, 0)
     trunk = len(row.ids)
     begin = None  # of the positions of all turns after the first; None: where the turn before ended
     if dialogue.restarts and not prompt.isolated:  # after what isolated turns of this dialogue would share
         shared = processor.template.prompt(replace(dialogue, isolated=True)).trunk
-        begin = _length(_part(shared, images, processor)[1])
+        begin = _part(shared, images, processor).length
     elif dialogue.restarts:
         begin = position
     for number, branch in enumerate(prompt.branches, start=1):
         start = position if number == 1 or begin is None else begin
         before = trunk if prompt.isolated else len(row.ids)
-        ids, positions = _part(branch, images, processor)
-        position = row.append(ids, positions, start, number if prompt.isolated else 0)
+        part = _part(branch, images, processor)
+        position = row.append(part, start, number if prompt.isolated else 0)
         row.turns.append(len(row.ids) - 1)
-        row.lengths.append(before + len(ids))
+        row.lengths.append(before + len(part.ids))
     return row
 
 
-def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> tuple[list[int], np.ndarray]:
-    """The tokens of some pieces and their positions from 0 on, int64 [A, tokens]."""
+@dataclass(frozen=True)
+class _Part:
+    """The tokens of some pieces."""
+
+    ids: list[int]
+    positions: np.ndarray  # from 0 on, int64 [A, tokens]
+    length: int  # the position that follows
+
+
+def _part(pieces: Pieces, images: Sequence[EncodedImage], processor: Processor) -> _Part:
     ids: list[int] = []
-    segments: list[int | EncodedImage] = []
+    segments: list[int | Grid] = []
     for piece in pieces:
         image = images[piece.index] if isinstance(piece, ImageSlot) else None
         own = image.ids if image else processor.text_ids(piece)
         ids += own
-        segments.append(image or len(own))
-    return ids, rotary_positions(segments) if processor.family.rotary else np.arange(len(ids))[None]
+        segments += image.segments if image else (len(own),)
+    if not processor.family.rotary:
+        return _Part(ids, np.arange(len(ids))[None], len(ids))
+    return _Part(ids, rotary_positions(segments), sum(map(_length, segments)))
 
 
-def _length(positions: np.ndarray) -> int:
-    return int(positions.max(initial=-1)) + 1
+def _length(segment: int | Grid) -> int:
+    """Positions from the beginning of a segment to what follows: the longer side of a picture, whatever its time."""
+    return segment if isinstance(segment, int) else max(segment.height, segment.width)
 
 
-def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> np.ndarray:
-    """Multimodal rotary positions of a run of text lengths and images, beginning at ``start``.
+def rotary_positions(segments: Sequence[int | Grid], start: int = 0) -> np.ndarray:
+    """Multimodal rotary positions of a run of text lengths and visual tokens, beginning at ``start``.
 
-    Text advances all three axes by one per token. An image's tokens share the time position and are laid out by row
-    and column; what follows begins after the larger of both.
+    Text advances all three axes by one per token. Visual tokens are laid out by step of time, row and column.
 
     Returns:
         int64 [3, tokens] (time, height, width).
@@ -141,10 +152,10 @@ def rotary_positions(segments: Sequence[int | EncodedImage], start: int = 0) -> 
     parts, position = [np.zeros((3, 0), dtype=np.int64)], start
     for segment in segments:
         if isinstance(segment, int):
-            parts.append(np.broadcast_to(np.arange(position, position + segment), (3, segment)))
-            position += segment
-            continue
-        time, height, width = segment.grid[0], segment.grid[1] // segment.merge, segment.grid[2] // segment.merge
-        parts.append(np.indices((time, height, width)).reshape(3, -1) + position)
-        position += max(height, width)
+            own = np.broadcast_to(np.arange(segment), (3, segment))
+        else:
+            own = np.indices((segment.time, segment.height, segment.width)).reshape(3, -1)
+            own[0] = own[0] * segment.step + 1e-4  # rounded down, but not for the rounding of a product
+        parts.append(own + position)
+        position += _length(segment)
     return np.concatenate(parts, axis=1)

@@ -56,9 +56,10 @@ class Model(SentenceTransformer):
         return isinstance(inputs, (str, bytes, Mapping, Content)) or not isinstance(inputs, Iterable)
 
     def encode(self, inputs: Any, **kwargs: Any) -> Any:
-        """Embeds strings, images (path, bytes, Pillow), mappings with ``text`` and/or ``image``, mixed in one call.
+        """Embeds strings, images (path, bytes, Pillow), videos, and mappings of several of these, mixed in one call.
 
-        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``. More tokens than
+        A plain string is text; an image file is a :class:`pathlib.Path` or ``{"image": "file.png"}``; a video is a
+        :class:`muco.dialogue.Video` or ``{"video": …}``, a file, a folder of frames or a list of them. More tokens than
         the model's context are an error; set ``model.max_seq_length`` to cut long texts.
 
         Args:

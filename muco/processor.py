@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +14,9 @@ from torch import Tensor
 from transformers import AddedToken, AutoTokenizer
 
 from muco.chat_template import from_chat_template, from_processor
-from muco.dialogue import Content, Dialogue, ImageLike
-from muco.errors import CheckpointError, DataError
-from muco.images import open_image
+from muco.dialogue import Content, Dialogue, ImageLike, Video
+from muco.errors import CheckpointError, DataError, ImageError
+from muco.images import open_image, pictures
 from muco.released import ReleasedPrompt, released_prompt
 from muco.sizes import context_of
 from muco.stock import Family, expanded, family_processor, image_half, learnt_family, plain, save, write_json
@@ -27,20 +29,31 @@ from muco.template import (
     Template,
     read_settings,
 )
+from muco.video import frames_of
 
+VIDEO_PIXELS = 7_864_320  # of all frames of a video together, as in Qwen's own evaluation of MMEB-V2
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """One image as a model reads it."""
+class Grid:
+    """Visual tokens in steps of time, rows and columns, for multimodal rotary positions."""
 
-    ids: tuple[int, ...]  # its placeholder tokens
+    time: int
+    height: int
+    width: int
+    step: float = 1.0  # positions from one step of time to the next
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image or video as a model reads it."""
+
+    ids: tuple[int, ...]  # its placeholder tokens, and those that a family writes beside them
     tokens: int  # how many of them are visual tokens
     tensors: dict[str, Tensor]  # what the model makes visual tokens of: Family.inputs
-    grid: tuple[int, int, int] | None = None  # (time, height, width) in patches, for multimodal rotary positions
-    merge: int = 1  # patches per visual token along one side
+    segments: tuple[int | Grid, ...] = ()  # of ids in order: lengths of text, and grids; () where positions are plain
 
 
 class Processor:
@@ -101,7 +114,9 @@ class Processor:
         return (text[spans[tokens - 1][1] :] if end == "START" else text[: spans[-tokens][0]]) or text
 
     def encode_image(self, image: ImageLike, where: str = "") -> EncodedImage:
-        """Opens and encodes an image; an ImageError names the file and the row."""
+        """Opens and encodes an image, or a video where ``family.video`` says how; an ImageError names file and row."""
+        if isinstance(image, Video):
+            return self._encode_video(image, where)
         image = open_image(image, as_stored=self.images_as_stored, where=where)
         try:
             if not self.family.grid:
@@ -109,9 +124,55 @@ class Processor:
             output = self.image_processor(images=[image], return_tensors="pt")
         except ValueError as error:  # e.g. an aspect ratio beyond 200
             raise DataError(f"{where or 'image'}: {error}") from error
-        grid, merge = tuple(output["image_grid_thw"][0].tolist()), self.image_processor.merge_size
-        count = grid[0] * grid[1] * grid[2] // merge**2
-        return EncodedImage((self.family.image_id,) * count, count, self._tensors(output), grid, merge)
+        grid = self._grid(output["image_grid_thw"][0].tolist())
+        count = grid.time * grid.height * grid.width
+        return EncodedImage((self.family.image_id,) * count, count, self._tensors(output), (grid,))
+
+    def _grid(self, patches: Sequence[int], step: float = 1.0) -> Grid:
+        time, height, width = patches
+        merge = self.image_processor.merge_size
+        return Grid(time, height // merge, width // merge, step)
+
+    def as_read(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue with the frames of its videos in their place, where the model reads frames as images."""
+        if self.family.video or not any(isinstance(image, Video) for image in dialogue.images):
+            return dialogue
+
+        def spread(images: Sequence[ImageLike]) -> tuple[ImageLike, ...]:
+            return tuple(frame for image in images for frame in pictures(image, where=dialogue.where))
+
+        turns = tuple(replace(turn, images=spread(turn.images)) for turn in dialogue.turns)
+        return replace(dialogue, context=spread(dialogue.context), turns=turns)
+
+    def _encode_video(self, video: Video, where: str) -> EncodedImage:
+        """Frames of one size, joined in time as the family's video processor joins them."""
+        found, family = frames_of(video, where=where), self.family.video
+        if family is None:
+            raise DataError(f"{where or video}: this model reads a video as images; see Processor.as_read")
+        frames = [open_image(frame, as_stored=self.images_as_stored, where=where) for frame in found.images]
+        if len({frame.size for frame in frames}) > 1:
+            sizes = " and ".join(
+                f"{width} x {height}" for width, height in sorted({frame.size for frame in frames})[:2]
+            )
+            raise ImageError(f"{where or 'video'}: {video}: its frames differ in size ({sizes}); make them alike")
+        size = dict(self.image_processor.size)
+        size["longest_edge"] = max(size["shortest_edge"], min(size["longest_edge"], VIDEO_PIXELS // len(frames)))
+        try:
+            output = self.image_processor(images=frames, size=size, return_tensors="pt")
+        except ValueError as error:
+            raise DataError(f"{where or video}: {error}") from error
+        tensors = family.joined(self._tensors(output))
+        text = family.text(self.stock, tensors["image_grid_thw"], found.seconds)
+        ids = tuple(self.family.image_id if one == family.token else one for one in self._tokenize(text))
+        grid = self._grid(tensors["image_grid_thw"][0].tolist(), family.step(found.seconds))
+        return EncodedImage(ids, ids.count(self.family.image_id), tensors, self._segments(ids, grid))
+
+    def _segments(self, ids: Sequence[int], grid: Grid) -> tuple[int | Grid, ...]:
+        """Runs of text, and of visual tokens: all of them, or those of one step of time."""
+        runs = [(visual, len([*own])) for visual, own in groupby(ids, key=self.family.image_id.__eq__)]
+        steps = sum(visual for visual, _ in runs)
+        one = grid if steps == 1 else replace(grid, time=1)
+        return tuple(one if visual else length for visual, length in runs)
 
     def _encode_with_text(self, output: Any) -> EncodedImage:
         ids = output["input_ids"][0].tolist()

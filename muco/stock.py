@@ -9,36 +9,85 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoImageProcessor, ProcessorMixin
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.hub import cached_file
+from transformers.video_utils import VideoMetadata
 
 from muco.errors import CheckpointError
 
 PROCESSOR_SETTINGS, VIDEO_SETTINGS = "processor_config.json", "video_preprocessor_config.json"
 VIDEO_HALF = "video_processor"
+VIDEO_INPUTS = {"pixel_values", "image_grid_thw"}  # of a family whose frames can be joined here
+CHANNELS = 3
 PLAIN = {"add_special_tokens": False}
 PICTURES = ((84, 84), (57, 130))  # width and height of the pictures by which a processor shows what it does
 
 
 class LeftOut:
-    """Takes the place of a video or audio half; has its saved settings, and None for all others."""
+    """Takes the place of a video or audio half; has its saved settings, else those of ``beside``, else None."""
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        self.settings = dict(settings or {})
+    def __init__(self, settings: Mapping[str, Any] | None = None, beside: Any = None) -> None:
+        self.settings, self.beside = dict(settings or {}), beside
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copying and pickling ask for these
             raise AttributeError(name)
-        return self.__dict__.get("settings", {}).get(name)
+        known = self.__dict__
+        return known.get("settings", {}).get(name, getattr(known.get("beside"), name, None))
+
+
+@dataclass(frozen=True)
+class VideoForm:
+    """How a processor writes a video whose frames it joins in time.
+
+    Attributes:
+        token: The token of which a video has one per visual token.
+        joined_frames: Frames in one step of time.
+        tokens_per_second: Positions in a second; None: one step of time is one position.
+    """
+
+    token: int
+    joined_frames: int
+    tokens_per_second: float | None = None
+
+    def joined(self, frames: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The image processor's tensors of frames of one size as those of one video; the last frame may come again.
+
+        An image is a frame of which all slots of a step of time are the same. A step takes its slot from each of its
+        frames.
+        """
+        pixels, (_, height, width), slots = (
+            frames["pixel_values"],
+            frames["image_grid_thw"][0].tolist(),
+            self.joined_frames,
+        )
+        slotted = pixels.view(-1, height * width, CHANNELS, slots, pixels.shape[1] // (CHANNELS * slots))
+        slotted = torch.cat([slotted, slotted[-1:].expand(-len(slotted) % slots, *slotted.shape[1:])])
+        steps = torch.stack([slotted[slot::slots, :, :, slot] for slot in range(slots)], dim=3)
+        grid = torch.tensor([[len(steps), height, width]])
+        return {"pixel_values": steps.reshape(-1, pixels.shape[1]), "image_grid_thw": grid}
+
+    def text(self, processor: Any, grid: Tensor, seconds: Sequence[float]) -> str:
+        """What the processor writes for a video of this grid, [1, 3], with frames at these seconds."""
+        indices = [*seconds, *seconds[-1:] * (-len(seconds) % self.joined_frames)]
+        told = VideoMetadata(total_num_frames=len(indices), fps=1.0, frames_indices=indices)
+        return processor.replace_video_token({"video_grid_thw": grid, "video_metadata": [told]}, 0)
+
+    def step(self, seconds: Sequence[float]) -> float:
+        """Positions from one step of time to the next."""
+        apart = seconds[1] - seconds[0] if len(seconds) > 1 else 1.0
+        return 1.0 if self.tokens_per_second is None else self.tokens_per_second * self.joined_frames * apart
 
 
 @dataclass(frozen=True)
@@ -56,6 +105,7 @@ class Family:
         lead, trail: Text that the processor writes before and after an image's first and last special token.
         appended: Number of tokens that it writes after a text by itself.
         glue: Text that it puts between an image and a word behind it.
+        video: How it joins the frames of a video; None: frames are read as images, one after another.
     """
 
     image_id: int
@@ -68,6 +118,7 @@ class Family:
     trail: str = ""
     appended: int = 0
     glue: str = ""
+    video: VideoForm | None = None
 
     @property
     def prefix(self) -> bool:
@@ -108,7 +159,8 @@ def assembled(
 ) -> Any:
     """A processor of this class; ``settings`` are the arguments of it and its halves, as a model's folder has them."""
     own, stated = {"image_processor": image_processor, "tokenizer": tokenizer}, dict(settings or {})
-    parts = {name: own.get(name) or LeftOut(stated.get(name)) for name in kind.get_attributes()}
+    beside = {VIDEO_HALF: image_processor}
+    parts = {name: own.get(name) or LeftOut(stated.get(name), beside.get(name)) for name in kind.get_attributes()}
     others = {name: value for name, value in stated.items() if name in _arguments(kind)}
     processor = kind.__new__(kind)
     processor.check_argument_for_proper_class = lambda name, part: None  # it would refuse what is left out
@@ -196,18 +248,36 @@ def learnt_family(config: Any, processor: ProcessorMixin) -> Family:
     merge = getattr(processor.image_processor, "merge_size", 1)
     counts = [_counted(output, merge) for output in outputs]
     twice = expanded(processor, pictures[:1], texts=2)
+    inputs = {name: _grown(outputs[0][name], twice[name]) for name in outputs[0] if name in takes}
+    grid = all(count == len(own) == own.count(image_id) for count, own in zip(counts, ids, strict=True))
     return Family(
         image_id=image_id,
-        inputs={name: _grown(outputs[0][name], twice[name]) for name in outputs[0] if name in takes},
+        inputs=inputs,
         token_types={name: outputs[0][name][0].tolist()[ids[0].index(image_id)] for name in types & {*outputs[0]}},
         rotary=hasattr(MODEL_MAPPING[type(config)], "get_rope_index"),
-        grid=all(count == len(own) == own.count(image_id) for count, own in zip(counts, ids, strict=True)),
+        grid=grid,
         several=beside == alone + ids[0][len(ids[0]) - after :],
         lead=lead,
         trail=trail,
         appended=after,
         glue=" " if apart and row[len(ids[0]) :] == text_ids(" x") != text_ids("x") else "",
+        video=_video_form(config, processor, image_id) if grid and {*inputs} == VIDEO_INPUTS else None,
     )
+
+
+def _video_form(config: Any, processor: Any, image_id: int) -> VideoForm | None:
+    """How a processor joins frames, if it writes a video by a token of its own, once per cell of its grid."""
+    joined = getattr(processor.image_processor, "temporal_patch_size", None) or 1
+    token, merge = getattr(processor, "video_token_id", None), processor.image_processor.merge_size
+    if joined < 2 or not isinstance(token, int):
+        return None
+    form = VideoForm(token, joined, getattr(config.vision_config, "tokens_per_second", None))
+    try:
+        text = form.text(processor, torch.tensor([[2, 2 * merge, merge]]), [0.0] * 2 * joined)
+    except NotImplementedError:  # as transformers has it for families without videos
+        return None
+    ids = processor.tokenizer(text, **PLAIN)["input_ids"]
+    return form if ids.count(token) == 4 and image_id not in ids else None
 
 
 def _beside(processor: ProcessorMixin, pictures: list[Image.Image]) -> list[int] | None:

@@ -56,6 +56,7 @@ def embed_turns(
     Returns:
         None if the turns cannot share anything: each has to pass alone.
     """
+    dialogues = [encoder.muco_processor.as_read(dialogue) for dialogue in dialogues]
     batch = encoder.collate(dialogues)
     way, trees = "tree", []
     if "branch_ids" in batch and all(dialogue.isolated for dialogue in dialogues):

@@ -19,9 +19,9 @@ from muco.data import open_data
 from muco.data.folders import image_files
 from muco.data.items import open_items
 from muco.data.source import Data
-from muco.dialogue import Content, ImageLike
+from muco.dialogue import Content, ImageLike, Video
 from muco.errors import ImageError
-from muco.images import image_digest, open_image
+from muco.images import image_digest, open_image, pictures
 
 MIN_WORDS = 8  # shorter texts do not count by themselves: questions and labels repeat, captions do not
 BLOCK = 256  # rows whose images are read together
@@ -77,11 +77,13 @@ def _text_key(text: str) -> int:
 
 
 def image_keys(image: ImageLike) -> ImageKeys:
-    found = ImageKeys(str(image) if isinstance(image, (str, Path)) else "image in memory")
+    found = ImageKeys(str(image) if isinstance(image, (str, Path, Video)) else "image in memory")
     try:
-        if isinstance(image, (str, Path, bytes)):
+        if isinstance(image, (str, Path, bytes, Video)):
             found = replace(found, file=_number(image_digest(image)))
-        return replace(found, pixels=_number(image_digest(open_image(image, small_side=0))))
+        opened = tuple(open_image(picture, small_side=0) for picture in pictures(image))
+        seen = Video(opened, len(opened)) if isinstance(image, Video) else opened[0]
+        return replace(found, pixels=_number(image_digest(seen)))
     except ImageError as error:
         return replace(found, error=str(error))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from muco.dialogue import ImageLike, Sample
+from muco.dialogue import ImageLike, Sample, Video
 from muco.errors import ImageError
-from muco.images import file_status, image_digest, open_image, shown_name
+from muco.images import file_status, image_digest, open_image, pictures, shown_name
 
 
 class SameImage:
@@ -22,7 +22,9 @@ class SameImage:
 
     def __init__(self, image: ImageLike, *, where: str = "") -> None:
         self._image, self._where, name = image, where, shown_name(image, where)
-        if isinstance(image, Image.Image):
+        if isinstance(image, Video):
+            self._size = -image.frames  # equal for equal videos, and for no picture
+        elif isinstance(image, Image.Image):
             self._size = image.width * image.height * 3
         else:
             self._size = len(image) if isinstance(image, bytes) else file_status(image, name).st_size
@@ -48,11 +50,12 @@ def sample_images(sample: Sample) -> Iterator[ImageLike]:
 
 def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str] | None:
     """(Is the file missing?, message), or None for an image that can be used; opens it only if ``opened``."""
-    if isinstance(image, (str, Path)) and not os.path.exists(image):
-        return True, f"{where}: {image}: no such image file"
+    source = image.source if isinstance(image, Video) else image
+    if isinstance(source, (str, Path)) and not os.path.exists(source):
+        return True, f"{where}: {source}: no such {'video' if source is not image else 'image'} file"
     try:
-        if opened:
-            open_image(image, where=where)
+        for picture in pictures(image, where=where) if opened else ():
+            open_image(picture, where=where)
     except ImageError as error:
         return False, str(error)
     return None

@@ -19,6 +19,7 @@ from muco.data.folders import image_files, state_of_images, told_kinds
 from muco.data.lines import check_texts, parsed, raw_lines, whole_text
 from muco.data.parquet import batches, read_header
 from muco.data.places import file_state
+from muco.dialogue import Video, as_video
 from muco.errors import DataError
 from muco.images import image_suffixes, is_url
 
@@ -35,6 +36,7 @@ class Columns(NamedTuple):
     text: str = "text"
     image: str = "image"
     id: str = "id"
+    video: str = "video"
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -43,7 +45,7 @@ class Columns(NamedTuple):
 
     @property
     def used(self) -> tuple[str, ...]:
-        return (self.text, *self.images, self.id)
+        return (self.text, *self.images, self.video, self.id)
 
 
 COLUMNS = Columns()
@@ -51,14 +53,16 @@ COLUMNS = Columns()
 
 @dataclass(frozen=True)
 class Row:
-    """One input row. ``images`` are paths or bytes as read, Pillow images once opened; ``error`` says why it failed."""
+    """One input row. ``images`` are paths, bytes and videos as read, Pillow images once opened; ``error`` says why it
+    failed.
+    """
 
     number: int  # from 0, in input order
     id: str
     where: str
     text: str | None = None
     images: tuple[Any, ...] = ()
-    image_path: str | None = None  # as the input gives it; of several images, a list in JSON
+    image_path: str | None = None  # of the image or video, as the input gives it; of several, a list in JSON
     further: Mapping[str, Any] = field(default_factory=dict)  # of the columns that were asked for
     error: str | None = None
     vector: Any = None
@@ -71,7 +75,8 @@ class Row:
 
     @property
     def decoded_bytes(self) -> int:
-        return sum(3 * image.width * image.height for image in self.images if hasattr(image, "width"))
+        held = [picture for image in self.images for picture in getattr(image, "source", [image])]
+        return sum(3 * picture.width * picture.height for picture in held if hasattr(picture, "width"))
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,9 @@ def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
 def _check_columns(path: Path, names: Sequence[str], columns: Columns) -> None:
     if missing := [name for name, usual in zip(columns, COLUMNS, strict=True) if name not in names and name != usual]:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}")
-    if not {columns.text, *columns.images} & {*names}:
-        raise DataError(f"{path}: no column for text or image; it has {', '.join(names)}; name them by --text-column …")
+    if not {columns.text, *columns.images, columns.video} & {*names}:
+        has = ", ".join(names)
+        raise DataError(f"{path}: no column for text, image or video; it has {has}; name them by --text-column …")
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
 
@@ -210,6 +216,8 @@ def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str
         found = {key: images for key in columns.images if (images := _images(values.get(key), key, root))}
         if len(found) > 1:
             raise DataError(f"both {' and '.join(map(repr, found))} have images; use one key for them")
+        if video := _video(values.get(columns.video), columns.video, root):
+            found[columns.video] = [video]
         if text is None and not found:
             raise DataError(f"nothing to embed: neither {columns.text!r} nor {columns.image!r} says anything")
     except DataError as error:
@@ -230,7 +238,23 @@ def _string(value: Any, key: str) -> str | None:
     return whole_text(value, key) if value.strip() else None
 
 
-Image = tuple[Path | bytes | str, str | None]  # what open_image takes, and the path as given
+Image = tuple[Path | bytes | str | Video, str | None]  # what is opened, and the path as given
+
+
+def _video(value: Any, key: str, root: Path) -> Image | None:
+    """A video from a path, frames, or a mapping of ``source``, ``frames`` and ``fps``."""
+    given = value if isinstance(value, dict) else {"source": value}
+    source = given.get("source")
+    if isinstance(source, (list, tuple)):
+        frames = _images(source, key, root)
+        first = next((path for _, path in frames if path), None)
+        return as_video({**given, "source": [frame for frame, _ in frames]})[0], first
+    path = _string(source, key)
+    if path is None:
+        return None
+    if is_url(path):
+        raise DataError(f"{key!r} is a URL ({path[:60]}); URLs are not fetched, download the video")
+    return as_video({**given, "source": root / path})[0], path
 
 
 def _images(value: Any, key: str, root: Path) -> list[Image]:

@@ -4,6 +4,7 @@
 
     {"image": "images/1.jpg", "turns": [{"query": "What is it?", "target": "a ring", "kind": "classification"}]}
     {"turns": [{"query": ["a red mug", "red mug"], "target": {"image": "images/7.png"}, "negatives": ["a blue mug"]}]}
+    {"video": {"source": "clips/3", "frames": 16}, "turns": [{"query": "What happens?", "target": "a mug falls"}]}
 
 The reader is strict: an unknown key, a wrong type or a missing side is an error with file, line and turn, because a
 typo that is silently skipped costs a training run. ``null`` means that an optional key is absent. Image paths are
@@ -23,11 +24,12 @@ from muco.base.text import escaped
 from muco.data.fingerprint import Fingerprinted
 from muco.data.lines import errors_at, parsed, whole_text
 from muco.data.places import LinePlaces, position
-from muco.dialogue import Content, ImageLike, Sample, Turn, as_content
+from muco.dialogue import Content, ImageLike, Sample, Turn, Video, as_content, as_video
 from muco.errors import DataError, did_you_mean
 from muco.images import is_url
 
-_SAMPLE_KEYS = ("image", "images", "turns", "id")
+_SAMPLE_KEYS = ("image", "images", "video", "turns", "id")
+_NAMES = {"image": "an image", "images": "an image", "video": "a video, or those of its frames"}
 _TURN_KEYS = ("query", "target", "kind", "negatives", "scores")
 
 
@@ -138,7 +140,7 @@ def _turn(value: Any, folder: Path) -> Turn:
 def _content(value: Any, folder: Path, key: str) -> Content:
     """What :func:`as_content` reads, with images as paths from ``folder``, and texts that are not only blanks."""
     if isinstance(value, dict):
-        value = value | {"image": None, "images": _images(value, folder)}
+        value = value | {"image": None, "video": None, "images": _images(value, folder)}
     elif not isinstance(value, str):
         raise DataError(f"{key!r} must be text or an object with 'text' and/or 'image', not {type_of(value)}")
     content = as_content(value, repr(key))
@@ -149,20 +151,34 @@ def _content(value: Any, folder: Path, key: str) -> Content:
     return content
 
 
-def _images(value: dict[str, Any], folder: Path) -> tuple[Path, ...]:
-    """The images under the keys "image" (a path, or a list of them) and "images" of a sample or a content."""
-    paths = []
+def _images(value: dict[str, Any], folder: Path) -> tuple[ImageLike, ...]:
+    """The images and the video of a sample or a content, under "image" (a path, or a list), "images" and "video"."""
+    paths: list[ImageLike] = []
     for key in ("image", "images"):
         given = value.get(key)
-        for item in given if isinstance(given, list) else [] if given is None else [given]:
-            if not isinstance(item, str):
-                raise DataError(f"{key!r} must be the path of an image, not {type_of(item)}")
-            if not item or "\0" in item:
-                raise DataError(f"{key!r} is not a path: {item!r}; leave the key out if there is no image")
-            if is_url(item):
-                raise DataError(f"{key!r} is a URL ({item[:60]}); URLs are not fetched, download the image")
-            paths.append(folder.absolute() / whole_text(item, key))
-    return tuple(paths)
+        paths += (_path(item, key, folder) for item in _listed(given))
+    return (*paths, *_video(value.get("video"), folder))
+
+
+def _video(value: Any, folder: Path) -> tuple[Video, ...]:
+    source = value.get("source") if isinstance(value, dict) else value
+    found = [_path(item, "video", folder) for item in _listed(source)]
+    given = found if isinstance(source, list) else found[0] if found else None
+    return as_video(value | {"source": given} if isinstance(value, dict) else given)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else [*value] if isinstance(value, (list, tuple)) else [value]
+
+
+def _path(item: Any, key: str, folder: Path) -> Path:
+    if not isinstance(item, str):
+        raise DataError(f"{key!r} must be the path of {_NAMES[key]}, not {type_of(item)}")
+    if not item or "\0" in item:
+        raise DataError(f"{key!r} is not a path: {item!r}; leave the key out if there is no {key.removesuffix('s')}")
+    if is_url(item):
+        raise DataError(f"{key!r} is a URL ({item[:60]}); URLs are not fetched, download the {key.removesuffix('s')}")
+    return folder.absolute() / whole_text(item, key)
 
 
 def _optional_string(value: dict[str, Any], key: str) -> str | None:
@@ -204,10 +220,18 @@ def _content_to_row(content: Content, folder: Path, place: str) -> str | dict[st
 
 
 def _images_to_row(images: tuple[ImageLike, ...], folder: Path, place: str) -> dict[str, Any]:
-    paths = [_path_to_row(image, folder.absolute(), place) for image in images]
-    if len(paths) == 1:
-        return {"image": paths[0]}
-    return {"images": paths} if paths else {}
+    videos = [image for image in images if isinstance(image, Video)]
+    paths = [_path_to_row(image, folder.absolute(), place) for image in images if not isinstance(image, Video)]
+    if len(videos) > 1 or (videos and isinstance(images[0], Video) and paths):
+        raise DataError(f"{place}: a row holds one video, behind its images; this has {len(videos)} and other images")
+    row: dict[str, Any] = {"image": paths[0]} if len(paths) == 1 else {"images": paths} if paths else {}
+    for video in videos:
+        frames = [_path_to_row(frame, folder.absolute(), place) for frame in _listed(video.source)]
+        source = frames if isinstance(video.source, tuple) else frames[0]
+        said = {"frames": video.frames, "fps": video.fps}
+        how = {key: number for key, number in said.items() if number != getattr(Video, key)}
+        row["video"] = {"source": source} | how if how else source
+    return row
 
 
 def _path_to_row(image: ImageLike, folder: Path, place: str) -> str:

@@ -14,7 +14,7 @@ from muco.data import open_data
 from muco.data.source import Data
 from muco.dialogue import Content, ImageLike, Sample, Turn
 from muco.errors import DataError, ImageError, OutputError
-from muco.images import open_image, resize_to_budget
+from muco.images import cover, open_image, resize_to_budget
 
 THUMB_PIXELS = 480 * 480
 MAX_TURNS = 24  # shown per sample; a line says how many are left out
@@ -128,7 +128,7 @@ def _images(images: tuple[ImageLike, ...], where: str) -> str:
 
 def _thumb(image: ImageLike, where: str) -> str:
     try:
-        picture = open_image(image, small_side=0, where=where)
+        picture = open_image(cover(image, where=where), small_side=0, where=where)
     except ImageError as error:
         return f"<p class='error'>{escape(str(error))}</p>"
     width, height = picture.size

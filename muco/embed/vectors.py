@@ -13,7 +13,7 @@ import numpy as np
 
 from muco.data.items import Row
 from muco.errors import DataError
-from muco.images import open_image
+from muco.images import opened_image
 
 DECODERS = 4  # threads that open images while the model encodes
 ROW_BYTES = 1 << 30  # opened images of one row
@@ -51,7 +51,7 @@ def _open(row: Row) -> Row:
     opened = replace(row, images=())
     try:
         for image in row.images:
-            opened = replace(opened, images=(*opened.images, open_image(image)))
+            opened = replace(opened, images=(*opened.images, opened_image(image)))
             if opened.decoded_bytes > ROW_BYTES:
                 raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; use fewer or smaller ones")
     except DataError as error:

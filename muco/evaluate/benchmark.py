@@ -24,7 +24,8 @@ from typing import Any
 
 from muco.base.files import make_folder, write_json, write_text, writing
 from muco.data.left_out import Broken
-from muco.dialogue import Content
+from muco.dialogue import Content, ImageLike, Video
+from muco.images import cover
 
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
@@ -40,11 +41,17 @@ class Shown:
 
     id: str
     text: str = ""
-    images: tuple[str, ...] = ()  # paths of image files that can be opened from here
+    images: tuple[str, ...] = ()  # paths of image files that can be opened from here; of a video, its first frame
 
     @classmethod
     def of(cls, id: str, content: Content) -> Shown:
-        return cls(id, content.text, tuple(map(str, content.images)))
+        return cls(id, content.text, tuple(str(_shown(image)) for image in content.images))
+
+
+def _shown(image: ImageLike) -> ImageLike:
+    """A video whose frames are files is shown by the first of them; another one has its name alone."""
+    frames = isinstance(image, Video) and (isinstance(image.source, tuple) or image.source.is_dir())
+    return cover(image) if frames else image
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from muco.dialogue import Content, Sample
+from muco.dialogue import Content, ImageLike, Sample, Video
 from muco.evaluate import metrics
 from muco.evaluate.cache import Book
-from muco.images import open_image
+from muco.images import open_image, opened_image
 
 RETRIEVAL = "retrieval"  # the kind of the turn whose target is the caption
 
@@ -180,11 +180,27 @@ def blackening(book: Book) -> Callable[[str], str]:
     """Key of a query -> key of the same query with black images of the same sizes."""
 
     @functools.cache
-    def black(text: str, sizes: tuple[tuple[int, int], ...]) -> str:
-        return book.add(Content(text, tuple(Image.new("RGB", size) for size in sizes)))
+    def black(text: str, shapes: tuple[Shape, ...]) -> str:
+        return book.add(Content(text, tuple(map(_blackened, shapes))))
 
     def blacken(query: str) -> str:
         content, where = book.contents[query], book.places[query]
-        return black(content.text, tuple(open_image(i, small_side=0, where=where).size for i in content.images))
+        return black(content.text, tuple(_shape(image, where) for image in content.images))
 
     return blacken
+
+
+Shape = tuple[tuple[int, int], int, float | None]  # width and height; frames, 0 of a picture; frames per second
+
+
+def _shape(image: ImageLike, where: str) -> Shape:
+    if not isinstance(image, Video):
+        return open_image(image, small_side=0, where=where).size, 0, None
+    opened = opened_image(image)
+    return opened.source[0].size, opened.frames, opened.fps
+
+
+def _blackened(shape: Shape) -> ImageLike:
+    size, frames, fps = shape
+    picture = Image.new("RGB", size)
+    return Video((picture,) * frames, frames, fps) if frames else picture

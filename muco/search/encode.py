@@ -8,6 +8,7 @@ cores idle.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,9 +21,10 @@ import numpy as np
 
 from muco.base.daft import daft_on
 from muco.data.items import Row
+from muco.dialogue import Video
 from muco.embed.vectors import DECODERS, encode_rows, in_batches, opened_rows
 from muco.errors import MucoError
-from muco.images import resize_to_budget
+from muco.images import cover, resize_to_budget
 
 if TYPE_CHECKING:
     from muco.model import Model
@@ -46,8 +48,27 @@ def encoded(model: Model, dimension: int, batch_size: int, rows: Iterable[Row]) 
     encode = partial(model.encode, show_progress_bar=False, **short)
     with ThreadPoolExecutor(DECODERS) as pool, closing(opened_rows(rows, ahead=2 * batch_size)) as opened:
         for batch in in_batches(opened, batch_size):
-            small = pool.map(lambda row: thumbnail(row.images[0]) if row.images else None, batch)
+            small = pool.map(lambda row: thumbnail(cover(row.images[0])) if row.images else None, batch)
             yield from zip(encode_rows(encode, batch), small, strict=True)
+
+
+def _without_video(images: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
+    """The images of a row with the sources of its video, which is the last one, behind them; and the rest in JSON."""
+    video = images[-1] if images else None
+    if not isinstance(video, Video):
+        return images, ""
+    listed = isinstance(video.source, tuple)
+    sources = video.source if listed else (video.source,)
+    return (*images[:-1], *sources), json.dumps([len(sources), listed, video.frames, video.fps])
+
+
+def _with_video(images: tuple[Any, ...], told: str) -> tuple[Any, ...]:
+    """The inverse of :func:`_without_video`."""
+    if not told:
+        return images
+    count, listed, frames, fps = json.loads(told)
+    sources = images[-count:]
+    return (*images[:-count], Video(sources if listed else sources[0], frames, fps))
 
 
 class _Worker:
@@ -63,9 +84,9 @@ class _Worker:
     def encode(self, *columns: Any) -> list[dict[str, Any]]:
         """The ``result`` of each row; ``columns`` are those that :func:`on_daft` sends."""
         rows = []
-        for number, text, paths, data in zip(*(column.to_pylist() for column in columns), strict=True):
-            images = (Path(path) if path else read for path, read in zip(paths, data, strict=True))
-            rows.append(Row(number, "", "", text, tuple(images)))
+        for number, text, paths, data, video in zip(*(column.to_pylist() for column in columns), strict=True):
+            images = tuple(Path(path) if path else read for path, read in zip(paths, data, strict=True))
+            rows.append(Row(number, "", "", text, _with_video(images, video)))
         return [
             {"number": row.number, "vector": row.vector, "thumbnail": picture, "error": row.error}
             for row, picture in encoded(self.model, self.dimension, self.batch_size, rows)
@@ -93,8 +114,8 @@ def on_daft(
 
     class Worker(_Worker):  # here, because only here is Daft imported
         @daft.method.batch(return_dtype=result, batch_size=8 * batch_size)
-        def __call__(self, number: Any, text: Any, paths: Any, data: Any) -> list[dict[str, Any]]:
-            return self.encode(number, text, paths, data)
+        def __call__(self, number: Any, text: Any, paths: Any, data: Any, video: Any) -> list[dict[str, Any]]:
+            return self.encode(number, text, paths, data, video)
 
     gpus = int(torch.cuda.is_available())
     worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)(
@@ -105,12 +126,13 @@ def on_daft(
         by_number = {row.number: row for row in rows}
         if not by_number:
             return
-        images = [row.images for row in by_number.values()]
+        images, videos = zip(*(_without_video(row.images) for row in by_number.values()), strict=True)
         sent = {  # each image is a path or bytes, and None in the other column
             "number": [*by_number],
             "text": [row.text for row in by_number.values()],
             "paths": [[str(image) if isinstance(image, (str, Path)) else None for image in own] for own in images],
             "data": [[image if isinstance(image, bytes) else None for image in own] for own in images],
+            "video": [*videos],
         }
         frame = daft.from_pydict(sent).select(worker(*map(daft.col, sent)).alias("result"))
         for record in frame.iter_rows():

@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from muco.data.items import COLUMNS, Row, checked_record, read_row
+from muco.dialogue import Video
 from muco.errors import DataError
 from muco.images import open_image
 from muco.search.columns import as_id, plain_if_known
@@ -57,9 +58,21 @@ def as_given(number: int, row: Any) -> tuple[Row, dict[str, Any]]:
             value = given[name]
             several = isinstance(value, (list, tuple, np.ndarray))
             values[name] = [_image(image) for image in value] if several else _image(value)
+        values[COLUMNS.video] = _video(given[COLUMNS.video])
     except DataError as error:
         return Row(number, values["id"], where, error=str(error)), extra
     return read_row(checked_record(number, where, values), COLUMNS, Path()), extra
+
+
+def _video(value: Any) -> Any:
+    """What a row of a file may say of a video, with frames as :func:`_image` makes them."""
+    if isinstance(value, Video):
+        value = {"source": value.source, "frames": value.frames, "fps": value.fps}
+    if isinstance(value, Mapping):
+        return {name: _video(item) if name == "source" else plain_if_known(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_image(frame) for frame in value]
+    return plain_if_known(value)
 
 
 def _image(value: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from muco.batch import DialogueBatch, collate, join
-from muco.dialogue import Content, Dialogue
+from muco.dialogue import Content, Dialogue, Video
 from muco.errors import DataError
 from muco.layout import Truncate
 from muco.processor import Processor
@@ -28,13 +28,20 @@ class Item:
 
     texts: tuple[str, ...]  # an empty one means the images themselves
     images: tuple[str | bytes, ...] = ()  # data URIs, or bytes that were fetched
+    video: tuple[str | bytes, ...] = ()  # the same of the frames of a video, which comes behind the images
+    fps: float | None = None  # of the video
     mode: Literal["isolated", "compounded"] | None = None  # as in ``Model.encode_turns``; None: there is one text
     truncate: Truncate = "NONE"  # which end of a text is cut where the item is too long
     where: str = "input 0"  # names the item in errors
 
     @property
     def light(self) -> bool:
-        return not self.images
+        return not self.pictures
+
+    @property
+    def pictures(self) -> tuple[str | bytes, ...]:
+        """Of the images and of the frames."""
+        return self.images + self.video
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,10 @@ class Preparation:
 
         Raises a DataError if a text holds a special token, an image is broken, or the item is too long.
         """
-        images = tuple(decode(image, self.image_limits, item.where) for image in item.images)
+        images: tuple[Any, ...] = tuple(decode(image, self.image_limits, item.where) for image in item.images)
+        if item.video:
+            frames = tuple(decode(frame, self.image_limits, item.where) for frame in item.video)
+            images += (Video(frames, len(frames), item.fps),)
         dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
         cut = item.truncate if item.mode is None else "NONE"
         most = None if cut == "NONE" else self.max_tokens

@@ -16,10 +16,12 @@ from muco.serve.schema import (
     ImagePart,
     ItemInput,
     Message,
+    Part,
     RequestError,
     RequestLimits,
     SearchRequest,
     TextPart,
+    VideoPart,
     VLLMOptions,
 )
 
@@ -41,10 +43,7 @@ class Reader:
         if request.input is not None:
             entries = [request.input] if isinstance(request.input, str) else request.input
             given = [ItemInput(text=entry) if isinstance(entry, str) else entry for entry in entries]
-            items = [
-                self._item(each.text or "", [each.image, *each.images], f"input[{n}]", instruction)
-                for n, each in enumerate(given)
-            ]
+            items = [self._item(_asked(each), f"input[{n}]", instruction) for n, each in enumerate(given)]
         else:
             many: Any = request.messages if isinstance(request.messages[0], list) else [request.messages]
             for number, conversation in enumerate(many):
@@ -62,23 +61,23 @@ class Reader:
         for number, value in enumerate(getattr(request, given[0])):
             where = f"{given[0]}[{number}]"
             if given[0] == "inputs":
-                items.append(self._item(*_parts(value.content), where, instruction))
+                asked = _parts(value.content, where)
             else:
-                text, images = (value, []) if given[0] == "texts" else ("", [value])
-                items.append(self._item(text, images, where, instruction))
+                asked = Asked(value) if given[0] == "texts" else Asked(images=(value,))
+            items.append(self._item(asked, where, instruction))
         return [replace(item, truncate=request.truncate) for item in self._checked(items)]
 
     def search(self, request: SearchRequest) -> Item | None:
         """What to search by; None: the row ``like``."""
-        asked = request.text or request.image
+        asked = request.text or request.image or request.video
         if bool(asked) == (request.like is not None):
-            raise RequestError("pass 'text', 'image' or both, or 'like'", "text")
+            raise RequestError("pass 'text', 'image', 'video' or several of them, or 'like'", "text")
         if request.k > self.limits.hits:
             raise RequestError(f"at most {self.limits.hits} hits", "k")
         if not asked:
             return None
-        item = self._item(request.text or "", [request.image or None], "query", request.instruction or "")
-        return self._checked([item])[0]
+        asked = Asked(request.text or "", _given(request.image or None), (*request.video,), request.fps)
+        return self._checked([self._item(asked, "query", request.instruction or "")])[0]
 
     def _instruction(self, text: str | None, input_type: str | None) -> str:
         if input_type is None:
@@ -90,43 +89,45 @@ class Reader:
             raise RequestError(f"unknown input_type; known are {known}", "input_type")
         return self.instructions.get(input_type, "")
 
-    def _item(self, text: str, images: Sequence[str | None], where: str, instruction: str) -> Item:
-        images = [image for image in images if image is not None]
-        if not text and not images:
+    def _item(self, asked: Asked, where: str, instruction: str) -> Item:
+        if not asked.text and not asked.seen:
             raise RequestError(f"{where}: nothing to embed; pass text, an image or both", where)
-        return Item((_instructed(text, instruction),), tuple(images), where=where)
+        if asked.fps is not None and not asked.video:
+            raise RequestError(f"{where}: 'fps' belongs to a video, and there is none", where)
+        return Item((_instructed(asked.text, instruction),), asked.images, asked.video, asked.fps, where=where)
 
     def _conversation(
         self, messages: Sequence[Message], where: str, instruction: str, turns: Literal["isolated", "compounded"] | None
     ) -> Item:
         instruction = _system(messages, where, instruction)
-        user = [_parts(message.content) for message in messages if message.role == "user"]
+        user = [_parts(message.content, where) for message in messages if message.role == "user"]
         if not user:
             raise RequestError(f"{where}: no user message to embed", where)
         if turns is None:
             if len(user) > 1:
                 raise RequestError(f"{where}: several user messages; for a vector each, set 'turns'", where)
-            return self._item(*user[0], where, instruction)
-        images = user[0][1]
-        if any(others for _, others in user[1:]):
+            return self._item(user[0], where, instruction)
+        first = user[0]
+        if any(other.seen for other in user[1:]):
             raise RequestError(f"{where}: with 'turns', put images in the first user message", where)
-        if not images and not all(text for text, _ in user):
+        if not first.seen and not all(asked.text for asked in user):
             raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
-        return Item(tuple(_instructed(text, instruction) for text, _ in user), tuple(images), turns, where=where)
+        texts = tuple(_instructed(asked.text, instruction) for asked in user)
+        return Item(texts, first.images, first.video, first.fps, mode=turns, where=where)
 
     def _checked(self, items: list[Item]) -> list[Item]:
         limits = self.limits
         for name, count, most in (
             ("items", sum(len(item.texts) for item in items), limits.items),
             ("turns of a conversation", max(len(item.texts) for item in items), limits.turns),
-            ("images", sum(len(item.images) for item in items), limits.images),
+            ("images", sum(len(item.pictures) for item in items), limits.images),
         ):
             if count > most:
                 raise RequestError(f"{count} {name}; at most {most} in one request", code="too_many")
         for item in items:
             if max(map(len, item.texts)) > limits.characters:
                 raise RequestError(f"{item.where}: a text of more than {limits.characters:,} characters", item.where)
-            for image in item.images:
+            for image in item.pictures:
                 try:
                     check_source(image, limits.image, item.where)
                 except ImageError as error:
@@ -141,10 +142,10 @@ def _system(messages: Sequence[Message], where: str, instruction: str) -> str:
         return instruction
     if len(system) > 1 or messages[0].role != "system" or instruction:
         raise RequestError(f"{where}: one system message, at the beginning, is the instruction", where)
-    text, images = _parts(system[0].content)
-    if images:
+    said = _parts(system[0].content, where)
+    if said.seen:
         raise RequestError(f"{where}: a system message holds text only", where)
-    return text
+    return said.text
 
 
 def _check_assistant(messages: Sequence[Message], where: str, request: VLLMOptions) -> None:
@@ -152,7 +153,7 @@ def _check_assistant(messages: Sequence[Message], where: str, request: VLLMOptio
     for before, message in zip([None, *messages], messages, strict=False):
         if message.role != "assistant":
             continue
-        if before is None or before.role != "user" or _parts(message.content) != ("", []):
+        if before is None or before.role != "user" or _parts(message.content, where) != Asked():
             raise RequestError(f"{where}: an assistant message is empty and follows a user message", where)
     ends = messages[-1].role == "assistant"
     if request.continue_final_message and not ends:
@@ -167,10 +168,37 @@ def _instructed(text: str, instruction: str) -> str:
     return "\n".join(part for part in (instruction, text) if part)
 
 
-def _parts(content: str | Sequence[TextPart | ImagePart]) -> tuple[str, list[str]]:
-    """Text and images of a message, as the model's own chat template takes them: texts joined, images first."""
+@dataclass(frozen=True)
+class Asked:
+    """What one item of a request holds."""
+
+    text: str = ""
+    images: tuple[str, ...] = ()
+    video: tuple[str, ...] = ()  # its frames
+    fps: float | None = None
+
+    @property
+    def seen(self) -> bool:
+        return bool(self.images or self.video)
+
+
+def _asked(given: ItemInput) -> Asked:
+    return Asked(given.text or "", _given(given.image, *given.images), tuple(given.video), given.fps)
+
+
+def _given(*images: str | None) -> tuple[str, ...]:
+    return tuple(image for image in images if image is not None)
+
+
+def _parts(content: str | Sequence[Part], where: str) -> Asked:
+    """What a message holds, as the model's own chat template takes it: texts joined, images first, then a video."""
     if isinstance(content, str):
-        return content, []
+        return Asked(content)
     texts = [part.text for part in content if isinstance(part, TextPart)]
     images = [part.image_url for part in content if isinstance(part, ImagePart)]
-    return "".join(texts), [image if isinstance(image, str) else image.url for image in images]
+    videos = [part for part in content if isinstance(part, VideoPart)]
+    if len(videos) > 1:
+        raise RequestError(f"{where}: several videos; send one", where)
+    sources = tuple(image if isinstance(image, str) else image.url for image in images)
+    asked = Asked("".join(texts), sources)
+    return replace(asked, video=tuple(videos[0].video), fps=videos[0].fps) if videos else asked

@@ -83,7 +83,7 @@ async def _by_type(body: EmbedRequest, request: Request, version: str) -> dict[s
     items = service.reader.embed(body)
     results = await service.answered(request, service.embedded(items))
     vectors = shortened(results, dimension)
-    units = {"input_tokens": sum(usage(results).values()), "images": sum(len(item.images) for item in items)}
+    units = {"input_tokens": sum(usage(results).values()), "images": sum(len(item.pictures) for item in items)}
     return {
         "id": str(uuid.uuid4()),
         "embeddings": {name: _as_type(vectors, name) for name in dict.fromkeys(body.embedding_types)},

@@ -95,12 +95,22 @@ ImageSource = Annotated[
 ]
 
 
+VideoFrames = Annotated[
+    list[ImageSource], Field(fail_fast=True, max_length=4096, description="The frames of one video, in order.")
+]
+FrameRate = Annotated[
+    float, Field(gt=0, allow_inf_nan=False, description="Frames per second of a video; 2 if not given.")
+]
+
+
 class ItemInput(_Strict):
-    """A text, an image, images, or text and images fused into one vector."""
+    """A text, an image, images or a video, or several of these fused into one vector."""
 
     text: str | None = None
     image: ImageSource | None = None
     images: list[ImageSource] = Field(default_factory=list, fail_fast=True, max_length=4096)
+    video: VideoFrames = []
+    fps: FrameRate | None = None
 
 
 class TextPart(_Strict):
@@ -120,7 +130,13 @@ class ImagePart(_Strict):
     ]
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoPart(_Strict):
+    type: Literal["video"]
+    video: Annotated[VideoFrames, Field(min_length=1)]
+    fps: FrameRate | None = None
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 Parts = Annotated[list[Part], MANY]
 MessageContent = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<parts>")], _form(text=str, parts=list)
@@ -217,10 +233,12 @@ class EmbedRequest(_Strict):
 
 
 class SearchRequest(_Strict):
-    """By text, image or both, or by ``like``, the id of a row."""
+    """By text, image, video or several of these, or by ``like``, the id of a row."""
 
     text: str | None = None
     image: ImageSource | None = None
+    video: VideoFrames = []
+    fps: FrameRate | None = None
     like: str | None = Field(default=None, min_length=1, max_length=4096)
     k: int = Field(default=10, ge=1, le=10_000)
     where: str | None = Field(default=None, max_length=2000, description="A filter on columns, e.g. colour = 'red'.")

@@ -84,10 +84,11 @@ class Service:
         async def one(source: str | bytes) -> str | bytes:
             return await loop.run_in_executor(self.fetching, fetch, source, limits) if is_url(source) else source
 
-        if limits is None or not any(map(is_url, item.images)):
+        if limits is None or not any(map(is_url, item.pictures)):
             return item
         try:
-            return replace(item, images=tuple(await asyncio.gather(*map(one, item.images))))
+            found, images = tuple(await asyncio.gather(*map(one, item.pictures))), len(item.images)
+            return replace(item, images=found[:images], video=found[images:])
         except MucoError as error:
             raise RequestError(f"{item.where}: {error}", item.where) from None
 

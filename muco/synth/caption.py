@@ -26,7 +26,7 @@ from muco.data.source import Data
 from muco.dialogue import ImageLike
 from muco.errors import ImageError
 from muco.images import image_digest
-from muco.synth.chat import BudgetSpent, Passing, Unanswered, image_part, seed_of, user
+from muco.synth.chat import BudgetSpent, Passing, Unanswered, image_parts, seed_of, user
 from muco.synth.endpoint import Endpoint
 from muco.synth.flow import in_order
 from muco.synth.pairs import caption_problem
@@ -96,7 +96,7 @@ async def _line(
     """The line of an image; None if the server did not answer, so that the next run asks again."""
     made, reason = {"model": endpoint.model, "prompt": prompts.name}, ""
     try:
-        message = user(await asyncio.to_thread(image_part, image, max_pixels), prompts.filled(prompts.picture))
+        message = user(*await asyncio.to_thread(image_parts, image, max_pixels), prompts.filled(prompts.picture))
         for attempt in range(ATTEMPTS):
             answer = await endpoint.ask([message], seed=seed_of(digest, "picture", attempt))
             problem = caption_problem(answer, prompts)

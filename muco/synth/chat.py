@@ -187,6 +187,13 @@ def user(*parts: str | Message) -> Message:
     return {"role": "user", "content": content}
 
 
+def image_parts(image: ImageLike, max_pixels: int) -> list[Message]:
+    """An image, or the frames of a video, each as :func:`image_part` makes it."""
+    from muco.images import pictures
+
+    return [image_part(picture, max_pixels) for picture in pictures(image)]
+
+
 def image_part(image: ImageLike, max_pixels: int) -> Message:
     """An image as a data URI: upright RGB, at most ``max_pixels`` pixels, JPEG; ImageError if it cannot be read."""
     from muco.images import open_image, resize_to_budget

@@ -31,7 +31,7 @@ from muco.data.source import Data
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.synth.caption import MAX_PIXELS, Progress
-from muco.synth.chat import Answer, BudgetSpent, Message, Passing, Unanswered, image_part, user
+from muco.synth.chat import Answer, BudgetSpent, Message, Passing, Unanswered, image_parts, user
 from muco.synth.endpoint import Endpoint
 from muco.synth.flow import in_order
 
@@ -156,7 +156,7 @@ def yes_against_no(answer: Answer) -> float | None:
 
 
 def _parts(content: Content, max_pixels: int) -> list[str | Message]:
-    images: list[str | Message] = [image_part(image, max_pixels) for image in content.images]
+    images: list[str | Message] = [part for image in content.images for part in image_parts(image, max_pixels)]
     return [*images, content.text] if content.text else images
 
 

@@ -279,7 +279,7 @@ BAD_ROWS = [
     ([], "x:5: a row must be an object, not a list"),
     (None, "x:5: a row must be an object, not null"),
     (ROW | {"imgae": "b.png"}, "x:5: unknown key 'imgae' in a row; did you mean 'image'?"),
-    (ROW | {"zzz": 1}, "x:5: unknown key 'zzz' in a row; accepted are image, images, turns, id"),
+    (ROW | {"zzz": 1}, "x:5: unknown key 'zzz' in a row; accepted are image, images, video, turns, id"),
     (ROW | {"id": 7}, "x:5: 'id' must be a string, not a number"),
     (ROW | {"image": 7}, "x:5: 'image' must be the path of an image, not a number"),
     (ROW | {"image": [None]}, "x:5: 'image' must be the path of an image, not null"),

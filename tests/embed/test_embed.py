@@ -791,7 +791,7 @@ def test_inputs_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
         "blank.jsonl": "no rows",
         "x.png": "pass a folder of images",
         "no.parquet": "not a readable Parquet file",
-        "other.parquet": "no column for text or image; it has caption, key",
+        "other.parquet": "no column for text, image or video; it has caption, key",
         "none.parquet": "no rows",
     }.items():
         with pytest.raises(DataError, match=message):

@@ -31,7 +31,7 @@ from muco.dialogue import Content, Dialogue
 from muco.errors import DataError, ImageError
 from muco.layout import rotary_positions
 from muco.masks import attention_bias, masks_of, tree_mask
-from muco.processor import EncodedImage
+from muco.processor import Grid
 
 BOTH_KINDS = ("qwen2_vl", "idefics3")  # flattened patches with a grid; tiles with a mask
 SIDES = ("right", "left")
@@ -221,24 +221,20 @@ def test_tiles_of_different_sizes_are_padded_with_zeros():
 grids = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
 
 
-def picture_of(grid: tuple[int, int, int]) -> EncodedImage:
-    return EncodedImage((), 0, {}, (grid[0], grid[1] * 2, grid[2] * 2), 2)
-
-
 @pytest.mark.parametrize("family", QWEN)
 @quick
 @given(st.lists(st.tuples(grids, st.integers(1, 4)), min_size=1, max_size=4), st.integers(0, 5), st.integers(0, 1000))
 def test_rotary_positions_are_the_models_own(family, pictures, opening, start):
     backbone = model(family).encoder.model
-    segments: list[int | EncodedImage] = [opening]
+    segments: list[int | Grid] = [opening]
     kinds = [0] * opening
     for grid, text in pictures:
-        segments += [picture_of(grid), text]
+        segments += [Grid(*grid), text]
         kinds += [1] * (grid[1] * grid[2]) + [0] * text
     expected, _ = backbone.get_rope_index(
         torch.zeros(1, len(kinds), dtype=torch.long),
         mm_token_type_ids=torch.tensor([kinds]),
-        image_grid_thw=torch.tensor([picture_of(grid).grid for grid, _ in pictures]),
+        image_grid_thw=torch.tensor([(time, 2 * height, 2 * width) for (time, height, width), _ in pictures]),
     )
     assert torch.equal(torch.from_numpy(rotary_positions(segments)), expected[:, 0])
     assert np.array_equal(rotary_positions(segments, start), rotary_positions(segments) + start)

@@ -168,6 +168,40 @@ def test_images_of_a_row_are_part_of_its_vector(photos: Path, tmp_path: Path, ti
     assert run(tmp_path / "rows.jsonl", tmp_path / "index", tiny_model)["unchanged"] == 5
 
 
+def test_a_row_may_be_a_video(photos: Path, tmp_path: Path, tiny_model) -> None:
+    for name, side in (("1.png", 40), ("2.png", 50), ("10.png", 60)):  # in natural order
+        Image.new("RGB", (40, 60), (side, 2 * side, 0)).save(_made(tmp_path / "clip") / name)
+    frames = [str(tmp_path / "clip" / f"{number}.png") for number in (1, 2, 10)]
+    photo = str(next(photos.iterdir()))
+    rows = [
+        {"id": "folder", "video": "clip"},
+        {"id": "list", "video": frames},
+        {"id": "two", "text": "a ring", "image": photo, "video": {"source": frames, "frames": 2, "fps": 4}},
+        {"id": "missing", "video": "none"},
+        {"id": "image", "image": frames[0]},
+    ]
+    found = run(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "index", tiny_model)
+    assert (found["encoded"], found["reused"], found["failed"]) == (3, 1, 1)
+    index = Index.open(tmp_path / "index", tiny_model)
+    table = index.table.to_arrow()
+    vectors = dict(zip(table["id"].to_pylist(), index.storage.vectors(table, index.dimension), strict=True))
+    both = {"text": "a ring", "images": [photo], "video": {"source": [frames[0], frames[2]], "fps": 2}}
+    expected = tiny_model.encode([{"video": frames}, {"video": frames}, both, {"image": frames[0]}])
+    np.testing.assert_allclose([vectors[id] for id in ("folder", "list", "two", "image")], expected, atol=1e-5)
+    assert index.search(like="folder")[0].thumbnail
+    given = [
+        {"id": "given", "video": {"source": [Image.open(frame) for frame in frames]}},
+        {"id": "g", "video": frames},
+    ]
+    index.add(given)
+    assert {hit.id for hit in index.search(like="folder", k=4)} >= {"list", "given", "g"}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def test_a_row_that_cannot_be_stored_stops_no_other(tmp_path: Path, tiny_model) -> None:
     lines = [
         {"id": "a", "text": "a", "note": "fine"},

@@ -117,6 +117,18 @@ def test_texts_and_items_are_what_the_model_says(client, engine):
                     model.encode([{"text": "x", "images": [red, blue]}]))  # fmt: skip
 
 
+def test_a_video_is_a_list_of_frames(client, engine):
+    video = {"source": [picture("red"), picture("blue")], "fps": 4.0}
+    expected = engine.model.encode([{"text": "a", "video": video}, {"video": video["source"]}])
+    items = [{"text": "a", "video": [RED, BLUE], "fps": 4}, {"video": [RED, BLUE]}]
+    assert close_to(embed(client, input=items), expected)
+    parts = [{"type": "text", "text": "a"}, {"type": "video", "video": [RED, BLUE], "fps": 4.0}]
+    assert close_to(embed(client, messages=[{"role": "user", "content": parts}]), expected[:1])
+    answer = client.post("/v2/embed", json={"inputs": [{"content": parts}]}).json()
+    assert close_to(np.float32(answer["embeddings"]["float"]), expected[:1])
+    assert answer["meta"]["billed_units"]["images"] == 2
+
+
 def test_base64_holds_the_same_numbers(client):
     whole = embed(client, input=["a", "b"])
     answer = client.post("/v1/embeddings", json={"input": ["a", "b"], "encoding_format": "base64"}).json()
@@ -268,8 +280,15 @@ def test_a_matryoshka_model_gives_shorter_vectors(client, engine, dimension):
          "messages[0]", "beginning"),
         ({"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "b"}], "turns": "isolated"},
          "messages[0]", "means the image, but there is no image"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]},
+         "messages[0].content[0]", "audio"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]},
-         "messages[0].content[0]", "video"),
+         "messages[0].content[0].video.video", "list"),
+        ({"messages": [{"role": "user", "content": 2 * [{"type": "video", "video": [RED]}]}]},
+         "messages[0]", "several videos; send one"),
+        ({"input": [{"text": "a", "fps": 2}]}, "input[0]", "'fps' belongs to a video"),
+        ({"input": [{"video": [RED], "fps": 0}]}, "input[0].fps", "greater than 0"),
+        ({"input": [{"video": [RED, "clip.mp4"]}]}, "input[0]", "data:image"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(client, body, param, says):
