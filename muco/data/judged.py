@@ -1,7 +1,8 @@
-"""Judged retrieval data: queries, pools of candidates in JSONL files of any length, and judgements.
+"""Judged retrieval data: queries, pools of candidates, and judgements.
 
-One pass over a pool checks every line, and a line is read again when it is asked for. Of a million candidates ids,
-numbers and the places of lines are in memory, some 40 MB, and nothing else.
+A :class:`LinePool` is a JSONL file of any length: one pass checks every line, and a line is read again when it is asked
+for. Of a million candidates ids, numbers and the places of lines are in memory, some 40 MB, and nothing else. A
+:class:`ListPool` holds its candidates in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,106 @@ from muco.base.text import read_text
 from muco.data.left_out import LeftOut
 from muco.data.lines import HASHED, JsonObject, as_object
 from muco.data.places import LinePlaces
-from muco.dialogue import Content
+from muco.dialogue import Content, ImageLike
 from muco.errors import DataError, ImageError
 from muco.images import image_digest
 
 LONGEST_ID = 200  # bytes
 
 
-class LinePool:
+class Pool(ABC):
+    """Candidates by row and by id.
+
+    Attributes:
+        name: What errors and warnings call it.
+        order: int64 [N], unique: candidates of equal score come in this order.
+        fingerprint: SHA-256 (hex) over ids, texts and images.
+        left_out: Rows that cannot be embedded.
+    """
+
+    name: str
+    order: np.ndarray
+    fingerprint: str
+    left_out: LeftOut
+
+    def _index(self, ids: Sequence[bytes]) -> None:
+        self._ids = np.array(ids, dtype=bytes)
+        self._by_id = np.argsort(self._ids, kind="stable")
+        first, second = self._by_id[:-1], self._by_id[1:]
+        again = np.flatnonzero(self._ids[first] == self._ids[second])
+        if len(again):
+            row = again[np.argmin(second[again])]  # the one that comes first in the file
+            raise DataError(
+                f"{self.where(second[row])}: the id {self.id(second[row])!r} is also that of "
+                f"{self._other(first[row])}; ids must be unique within a pool"
+            )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @abstractmethod
+    def __getitem__(self, row: int) -> Candidate: ...
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """Names a row in errors ("file:line")."""
+
+    def _other(self, row: int) -> str:
+        return self.where(row)
+
+    def id(self, row: int) -> str:
+        """The id of a row, without reading its content."""
+        return self._ids[row].decode()
+
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """The rows of ids, int64 [n]; -1 for one that the pool does not hold."""
+        wanted = np.array([id.encode() for id in ids], dtype=bytes)
+        place = np.searchsorted(self._ids, wanted, sorter=self._by_id)
+        rows = self._by_id[np.minimum(place, len(self) - 1)]
+        return np.where(self._ids[rows] == wanted, rows, -1).astype(np.int64)
+
+    def _digest(self, row: int, image: ImageLike) -> str:
+        try:
+            return image_digest(image, where=self.where(row))
+        except ImageError as error:
+            self.left_out.add(row, error)
+            return ""
+
+
+class ListPool(Pool):
+    """Candidates in memory, some ten thousand at most; equal scores are ordered by ids.
+
+    Args:
+        form: Names how contents are made of files; raise it when they change.
+        left_out: Gets the rows whose image is missing, if that is allowed.
+    Raises:
+        DataError: If there is no candidate, an id occurs twice, or a content cannot be used and may not be left out.
+    """
+
+    def __init__(
+        self, name: str, candidates: Sequence[Candidate], *, form: str, left_out: LeftOut | None = None
+    ) -> None:
+        self.name, self._candidates = name, list(candidates)
+        self.left_out = LeftOut() if left_out is None else left_out
+        if not candidates:
+            raise DataError(f"{name}: the pool holds no candidate")
+        self._index([candidate.id.encode() for candidate in candidates])
+        self.order = np.argsort(self._by_id, kind="stable")
+        digest = hashlib.sha256(form.encode())
+        for row, candidate in enumerate(candidates):
+            looks = [self._digest(row, image) for image in candidate.content.images]
+            said = [candidate.id, candidate.content.text, looks, row in self.left_out]
+            digest.update(json.dumps(said).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __getitem__(self, row: int) -> Candidate:
+        return self._candidates[row]
+
+    def where(self, row: int) -> str:
+        return self._candidates[row].where
+
+
+class LinePool(Pool):
     """The candidates of a JSONL file, in its order.
 
     Its fingerprint is made of the file's bytes and, where the pool has at most ``HASHED`` candidates, of the bytes of
@@ -77,17 +171,12 @@ class LinePool:
                 images += [(row, image) for image in paths]
         if not ids:
             raise DataError(f"{self.path}: the file holds no candidate")
-        self._ids = np.array(ids, dtype=bytes)
-        self._by_id = np.argsort(self._ids, kind="stable")
-        self._refuse_twice()
+        self._index(ids)
         self.order = numbers(self._ids)
         looks = times.hexdigest() if len(self) > HASHED else [self._digest(*image) for image in images]
         lost = [sorted(self.left_out.reasons)] if self.left_out else []
         parts = json.dumps([form, digest.hexdigest(), looks, *lost])
         self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._places)
 
     def __getitem__(self, row: int) -> Candidate:
         """Raises IndexError if there is no such row, DataError if the file changed since it was opened."""
@@ -96,36 +185,11 @@ class LinePool:
         where = self.where(row)
         return Candidate(self.id(row), self._read(as_object(self._places.read(row), where), where), where)
 
-    def id(self, row: int) -> str:
-        """The id of a row, without reading its line."""
-        return self._ids[row].decode()
-
-    def find(self, ids: Sequence[str]) -> np.ndarray:
-        """The rows of ids, int64 [n]; -1 for one that the pool does not hold."""
-        wanted = np.array([id.encode() for id in ids], dtype=bytes)
-        place = np.searchsorted(self._ids, wanted, sorter=self._by_id)
-        rows = self._by_id[np.minimum(place, len(self) - 1)]
-        return np.where(self._ids[rows] == wanted, rows, -1).astype(np.int64)
-
     def where(self, row: int) -> str:
         return self._places.where(row)
 
-    def _digest(self, row: int, image: str) -> str:
-        try:
-            return image_digest(image, where=self.where(row))
-        except ImageError as error:
-            self.left_out.add(row, error)
-            return ""
-
-    def _refuse_twice(self) -> None:
-        first, second = self._by_id[:-1], self._by_id[1:]
-        again = np.flatnonzero(self._ids[first] == self._ids[second])
-        if len(again):
-            row = again[np.argmin(second[again])]  # the one that comes first in the file
-            raise DataError(
-                f"{self.where(second[row])}: the id {self.id(second[row])!r} is also that of line "
-                f"{self._places.line(first[row])}; ids must be unique within a pool"
-            )
+    def _other(self, row: int) -> str:
+        return f"line {self._places.line(row)}"
 
 
 def _size_and_time(image: str, where: str) -> bytes:

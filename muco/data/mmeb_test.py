@@ -21,7 +21,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from muco.base.json_text import type_of
 from muco.data.left_out import LeftOut
@@ -63,13 +63,30 @@ class MMEBSet:
     root: Path
     images: Path
 
+    @property
+    def name(self) -> str:
+        return self.data_set.name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        data_set = self.data_set
+        return {"meta": data_set.meta, "in_distribution": data_set.in_distribution, "layout": self.layout}
+
+    def questions(self, chosen: Collection[int], left_out: LeftOut) -> Iterator[Question]:
+        return read_questions(self, chosen, left_out)
+
+    def warnings(self, sizes: Sequence[int]) -> list[str]:
+        if self.rows == ROWS:
+            return []
+        return [f"the data has {self.rows} queries; the published data set has {ROWS}"]
+
 
 @dataclass(frozen=True)
 class Question:
     """One row of a data set, by its number from 0 through all files.
 
-    What is right comes first among the candidates. In place of a content that cannot be used is its error. By ``names``
-    the official code tells candidates apart, see :func:`official_name`.
+    What is right comes first among the candidates: the first ``right`` of them. In place of a content that cannot be
+    used is its error. By ``names`` the official code tells candidates apart, see :func:`official_name`.
     """
 
     number: int
@@ -77,6 +94,23 @@ class Question:
     query: Content | DataError
     candidates: tuple[Content | DataError, ...]
     names: tuple[str, ...]
+    right: int = 1
+
+
+class ListSource(Protocol):
+    """A data set whose queries bring their own lists of candidates."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the scores must know of the data set."""
+    def questions(self, chosen: Collection[int], left_out: LeftOut) -> Iterator[Question]:
+        """The rows with these numbers, in order."""
+    def warnings(self, sizes: Sequence[int]) -> list[str]:
+        """Where the data differs from what was published; ``sizes`` are those of the lists that were ranked."""
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:

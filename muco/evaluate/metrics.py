@@ -53,6 +53,16 @@ def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray, *, 
     return result
 
 
+def losing_ties(right: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Places of candidates, best first, where a right one must beat wrong ones by more than rounding.
+
+    Args:
+        right: bool [C].
+        scores: float32 [C].
+    """
+    return np.lexsort((right, -(scores - right * np.float32(TIE))))
+
+
 def ranks_in_pool(
     queries: np.ndarray, pool: np.ndarray, positives: np.ndarray, relevant: Sequence[Sequence[int]]
 ) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One data set of MMEB: its rows as distinct contents, their vectors, and the outcome of every query."""
+"""One data set of MMEB with lists of candidates: its rows as distinct contents, their vectors, what became of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
-from muco.data.mmeb_test import ROWS, MMEBSet, read_questions
+from muco.data.mmeb_test import ListSource
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
@@ -29,22 +29,33 @@ class ListQuery:
 
     number: int
     query: str
-    candidates: tuple[str, ...]  # all of its list, the right one first, repeated ones too
+    candidates: tuple[str, ...]  # all of its list, right ones first, repeated ones too
     lost: Collection[str] = ()  # keys that cannot be embedded
+    right: int = 1  # so many of the list are right
 
     @functools.cached_property
     def places(self) -> dict[str, int]:
-        """Distinct candidates that are left, the right one first, and where each is in the list for the first time."""
+        """Distinct candidates that are left, right ones first, and where each is in the list for the first time."""
         places: dict[str, int] = {}
         for place, key in enumerate(self.candidates):
             if key not in self.lost:
                 places.setdefault(key, place)
         return places
 
+    @functools.cached_property
+    def rights(self) -> int:
+        """How many of ``places`` are right."""
+        return len(self.places.keys() & set(self.candidates[: self.right]))
+
     @property
     def missed(self) -> bool:
-        """Whether too little is left to answer the query: it, the right candidate or all others are lost."""
-        return self.query in self.lost or self.candidates[0] in self.lost or len(self.places) < 2
+        """Whether too little is left to answer the query: it, all that is right or all others are lost."""
+        return self.query in self.lost or not 0 < self.rights < len(self.places)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether a right candidate is among the wrong ones again."""
+        return not set(self.candidates[: self.right]).isdisjoint(self.candidates[self.right :])
 
     @property
     def size(self) -> int:
@@ -58,7 +69,7 @@ class Judged:
 
     outcome: Outcome
     rank: int  # from 1, beyond the list where a score is not finite
-    margin: float | None = None  # score of the best rival minus that of the right candidate; None if not finite
+    margin: float | None = None  # score of the best rival minus that of the best right one; None if not finite
     tied: bool = False  # nothing but a tie was lost
 
 
@@ -76,14 +87,14 @@ class MmebTask:
     """
 
     def __init__(
-        self, source: MMEBSet, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
+        self, source: ListSource, queries: int | None, seed: int, *, official: bool = False, skip_broken: bool = False
     ) -> None:
         self.left_out = LeftOut(skip_broken)
         self.source, self.book = source, Book(self.left_out)
-        self.name, self.queries = source.data_set.name, list[ListQuery]()
+        self.name, self.queries = source.name, list[ListQuery]()
         keys: dict[Content, str] = {}  # lists share most of their candidates
         named: dict[str, str] = {}  # official name -> key of the first content
-        digest = hashlib.sha256(source.data_set.name.encode())
+        digest = hashlib.sha256(source.name.encode())
 
         def key_of(content: Content | DataError, where: str) -> str:
             if isinstance(content, DataError):
@@ -92,16 +103,17 @@ class MmebTask:
                 keys[content] = self.book.add(content, where)
             return keys[content]
 
-        for question in read_questions(source, set(sample(source.rows, queries, seed)), self.left_out):
+        for question in source.questions(set(sample(source.rows, queries, seed)), self.left_out):
             query = key_of(question.query, question.where)
             candidates = [key_of(candidate, question.where) for candidate in question.candidates]
             if official:
                 candidates = [named.setdefault(*pair) for pair in zip(question.names, candidates, strict=True)]
-            asked = ListQuery(question.number, query, tuple(candidates))
-            if len(asked.places) < 2:
+            asked = ListQuery(question.number, query, tuple(candidates), right=question.right)
+            if asked.rights == len(asked.places):
                 raise DataError(f"{question.where}: all candidates are the same; a query needs a wrong one too")
             self.queries.append(asked)
-            digest.update(json.dumps([asked.number, asked.query, asked.candidates]).encode())
+            several = [asked.right] if asked.right > 1 else []
+            digest.update(json.dumps([asked.number, asked.query, asked.candidates, *several]).encode())
         self.fingerprint = digest.hexdigest()
 
     @property
@@ -129,7 +141,7 @@ class MmebTask:
         judged = []
         for asked in self.queries:
             if asked.missed:
-                # no candidate is found, and the right one is behind all
+                # no candidate is found, and what is right is behind all
                 judged.append(Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1))
                 continue
             rows = [row_of[key] for key in asked.places]
@@ -141,17 +153,15 @@ class MmebTask:
     def _result(
         self, judged: Sequence[Judged], health: Mapping[str, metrics.Health], encoded: tuple[int, int]
     ) -> TaskResult:
-        data_set, source, asked = self.source.data_set, self.source, self.queries
+        source, asked = self.source, self.queries
         sizes = np.array([question.size for question in asked])
         ranks = np.array([one.rank for one in judged])
         # hit@5 says nothing where everyone hits five of five.
         hits = {f"hit@{k}": metrics.hit_rate(ranks, k) for k in (1, 5) if k < sizes.min()}
-        ties, repeated = sum(one.tied for one in judged), sum(one.candidates[0] in one.candidates[1:] for one in asked)
-        chance = metrics.chance_hit(1, sizes)
+        ties, repeated = sum(one.tied for one in judged), sum(one.repeated for one in asked)
+        chance = metrics.chance_hit(1, sizes / np.array([max(1, one.rights) for one in asked]))
         facts = {
-            "meta": data_set.meta,
-            "in_distribution": data_set.in_distribution,
-            "layout": source.layout,
+            **source.facts,
             "rows": source.rows,
             "sampled": len(asked) < source.rows,
             "encoded": encoded[0],
@@ -170,10 +180,9 @@ class MmebTask:
             warnings.append(f"queries lost to a tie with a wrong candidate: {ties}")
         if repeated:
             warnings.append(f"queries that list their ground truth again: {repeated}; its copies are not rivals")
-        if source.rows != ROWS:
-            warnings.append(f"the data has {source.rows} queries; the published data set has {ROWS}")
+        warnings += source.warnings(sizes.tolist())
         return TaskResult(
-            data_set.name,
+            self.name,
             METRIC,
             # math.fsum: a sum that the order of rows does not change
             hits | {"mrr": math.fsum(1 / rank for rank in ranks.tolist()) / len(ranks)},
@@ -199,8 +208,9 @@ class MmebTask:
         failures, contents = [], self.book.contents
         for margin, asked, found in lost[:FAILURES]:
             best = tuple((Shown.of(place, contents[asked.candidates[int(place)]]), score) for place, score in found)
-            query, right = contents[asked.query], contents[asked.candidates[0]]
-            failures.append(Failure(margin, Shown.of(str(asked.number), query), Shown.of("0", right), best))
+            right, place = next(iter(asked.places.items()))
+            shown = Shown.of(str(asked.number), contents[asked.query]), Shown.of(str(place), contents[right])
+            failures.append(Failure(margin, *shown, best))
         return tuple(failures)
 
 
@@ -211,17 +221,18 @@ def sample(rows: int, queries: int | None, seed: int) -> list[int]:
 
 
 def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
-    """What became of a query; ``scores``, float32 [C], are of ``asked.places``, the right candidate first."""
-    positive, columns = np.zeros(1, dtype=np.int64), np.arange(len(scores))
-    rank = int(metrics.ranks(scores[None], positive, columns, tie=metrics.TIE)[0])
+    """What became of a query; ``scores``, float32 [C], are of ``asked.places``, right candidates first."""
+    columns = np.arange(len(scores))
+    right = columns < asked.rights
+    best = int(np.argmax(scores[: asked.rights]))
+    positive, identities = np.array([best]), np.where(right, best, columns)
+    rank = int(metrics.ranks(scores[None], positive, identities, tie=metrics.TIE)[0])
     name = str(asked.number)
     if not np.isfinite(scores).all():
         return Judged(Outcome(name, 0.0, None, ()), rank)
-    handicapped = scores.copy()
-    handicapped[0] -= np.float32(metrics.TIE)
-    order = np.lexsort((columns == 0, -handicapped))[:FOUND]  # the right one is where its rank says
+    order = metrics.losing_ties(right, scores)[:FOUND]  # the best right one is where its rank says
     places = list(asked.places.values())
     found = tuple((str(places[column]), float(scores[column])) for column in order)
-    margin = float(scores[1:].max() - scores[0])
+    margin = float(scores[~right].max() - scores[best])
     tied = rank > 1 and margin <= metrics.TIE
     return Judged(Outcome(name, float(rank == 1), rank, found), rank, margin, tied)

@@ -1,6 +1,7 @@
 """Pools, and what queries found in them: scores, outcomes, failures, and what may make a score worthless.
 
-Candidates of equal score are ordered by their ids. If a pool has collapsed, all its scores are equal, and that order
+Candidates of equal score are ordered by their ids; or, where a task says that ties are lost, right ones come after
+wrong ones that score as much, give or take rounding. If a pool has collapsed, all its scores are equal, and that order
 alone would decide who is found: its candidates then never count as right. A model that gives one vector to everything
 scores 0, not what a lucky order gives it.
 """
@@ -11,26 +12,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from muco.data.judged import Candidate, LinePool, Query
+from muco.data.judged import Candidate, Pool, Query
 from muco.errors import DataError
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Shown
-from muco.evaluate.metrics import Health
+from muco.evaluate.metrics import TIE, Health, losing_ties
 from muco.evaluate.pool import Vectors
 
 TIES = 0.01  # share of queries decided by a tie from which on that is a warning
 TIED = "queries whose best right candidate ties with a wrong one"
 
+Ties = Literal["by id", "lost"]
 Measure = Callable[[Sequence[str], Mapping[str, int]], float]  # (ids found, grades) -> 0 to 1
 
 
 class Pools:
     """Pools that are searched as one, rows counted one after another; a DataError if two hold the same candidate."""
 
-    def __init__(self, pools: Sequence[LinePool]) -> None:
+    def __init__(self, pools: Sequence[Pool]) -> None:
         self.pools = list(pools)
         self.first = np.cumsum([0, *map(len, self.pools)])  # row of each pool's first candidate; then their number
         if len(self.pools) > 1:
@@ -81,7 +83,7 @@ class Pools:
             for row, reason in sorted(pool.left_out.reasons.items())
         }
 
-    def split(self, row: int) -> tuple[LinePool, int]:
+    def split(self, row: int) -> tuple[Pool, int]:
         """The pool that holds a row, and the row there."""
         number = int(self.numbers(row))
         return self.pools[number], int(row - self.first[number])
@@ -158,28 +160,38 @@ class Scored:
     run: dict[str, list[tuple[str, float]]] = field(repr=False)
 
 
-def score_queries(queries: Sequence[Query], searched: Searched, measures: Mapping[str, Measure], metric: str) -> Scored:
-    """Scores what the queries found: the mean of each measure, and the outcomes in ``metric``, one of the measures."""
+def score_queries(
+    queries: Sequence[Query], searched: Searched, measures: Mapping[str, Measure], metric: str, ties: Ties = "by id"
+) -> Scored:
+    """Scores what the queries found: the mean of each measure, and the outcomes in ``metric``, one of the measures.
+
+    Lost ties move a right candidate within what was ranked: rank more candidates than a query has right ones.
+    """
     values: dict[str, list[float]] = {name: [] for name in measures}
-    outcomes, run, ties = [], {}, 0
+    outcomes, run, tied = [], {}, 0
     for number, query in enumerate(queries):
         ids, counted, found = searched.found(number)
+        if ties == "lost":
+            order = losing_ties(np.array([query.grades.get(id, 0) > 0 for id in counted], dtype=bool), found)
+            ids, counted, found = [ids[i] for i in order], [counted[i] for i in order], found[order]
         for name, measure in measures.items():
             values[name].append(measure(counted, query.grades))
         right = np.array([query.grades.get(id, 0) > 0 for id in counted], dtype=bool)
         rank = None
         if right.any():
             rank = int(right.argmax()) + 1
-            ties += not right[found == found[rank - 1]].all()  # does a wrong one tie with the best right one?
+            near = np.abs(found - found[rank - 1]) <= (TIE if ties == "lost" else 0)
+            tied += not right[near].all()  # does a wrong one tie with the best right one?
         run[query.id] = list(zip(ids, found.tolist(), strict=True))
         outcomes.append(Outcome(query.id, values[metric][-1], rank, tuple(run[query.id][:FOUND])))
-    many = ties > TIES * len(queries)
+    many = tied > TIES * len(queries)
+    decided = "the right one is behind" if ties == "lost" else "the order of ids decides"
     return Scored(
         scores={name: float(np.mean(each)) for name, each in values.items()},
         outcomes=tuple(outcomes),
         failures=() if searched.collapsed else tuple(worst_failures(queries, searched)),
-        warnings=(f"{ties} {TIED}: the order of ids decides; are there candidates twice?",) if many else (),
-        facts={TIED: ties},
+        warnings=(f"{tied} {TIED}: {decided}; are there candidates twice?",) if many else (),
+        facts={TIED: tied},
         run=run,
     )
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from muco import distributed
 from muco.base.files import make_folder, write_bytes, writing
-from muco.data.judged import LinePool
+from muco.data.judged import Pool
 from muco.data.left_out import LeftOut
 from muco.dialogue import Content
 from muco.errors import DataError
@@ -73,7 +73,7 @@ class Vectors:
 
 def embed_pool(
     model: Embedder,
-    pool: LinePool,
+    pool: Pool,
     folder: Path,
     *,
     batch_size: int = 64,
@@ -129,7 +129,7 @@ def _note(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def _whole(file: Path, pool: LinePool, start: int) -> bool:
+def _whole(file: Path, pool: Pool, start: int) -> bool:
     """Whether a shard exists with all its rows; its name appears when it is complete."""
     if not file.is_file():
         return False
@@ -141,7 +141,7 @@ def _whole(file: Path, pool: LinePool, start: int) -> bool:
     return rows == min(SHARD, len(pool) - start)
 
 
-def _encode_shard(model: Embedder, pool: LinePool, start: int, file: Path, batch_size: int, left_out: LeftOut) -> None:
+def _encode_shard(model: Embedder, pool: Pool, start: int, file: Path, batch_size: int, left_out: LeftOut) -> None:
     rows = range(start, min(start + SHARD, len(pool)))
     usable = [row for row in rows if row not in left_out]
     candidates = [pool[row] for row in usable]

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from muco import distributed
-from muco.data.judged import LinePool, Query
+from muco.data.judged import Pool, Query
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Progress, TaskResult, gate, write_trec_run
 from muco.evaluate.cache import Book
 from muco.evaluate.driver import Benchmark
-from muco.evaluate.outcomes import Measure, Pools, Searched, score_queries
+from muco.evaluate.outcomes import Measure, Pools, Searched, Ties, score_queries
 from muco.evaluate.pool import Vectors, embed_pool, search
 
 # The score of a random order, from the queries, the judgements of each that the pool holds, and the pool's size.
@@ -75,6 +75,7 @@ class RankedTask:
     warnings: Sequence[str]  # about the data
     cached_as: str  # names the folder of the queries' vectors
     run_file: Path | None = None  # gets the ranked lists in TREC's form
+    ties: Ties = "by id"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -86,7 +87,7 @@ class RankedTask:
         return digest.hexdigest()
 
     def score(
-        self, run: Benchmark, stored: Callable[[LinePool], tuple[Vectors, metrics.Health]], steps: Steps
+        self, run: Benchmark, stored: Callable[[Pool], tuple[Vectors, metrics.Health]], steps: Steps
     ) -> TaskResult:
         """Embeds, searches and scores; of several processes each does a part, and all get everything."""
         log.info("%s: %d queries, %d candidates", self.name, len(self.queries), len(self.pools))
@@ -97,7 +98,7 @@ class RankedTask:
         found = search(share, vectors_of, [pool.order for pool in self.pools.pools], self.depth)
         rows, scores = map(np.concatenate, zip(*distributed.gather_objects(found), strict=True))
         searched = Searched(self.pools, vectors_of, health, vectors, rows, scores)
-        scored = score_queries(self.queries.queries, searched, self.measures, self.metric)
+        scored = score_queries(self.queries.queries, searched, self.measures, self.metric, self.ties)
         if self.run_file is not None:
             distributed.first_only(functools.partial(write_trec_run, self.run_file, scored.run, "muco"))
 
@@ -162,7 +163,7 @@ def score_ranked(
     steps = Steps(sum(map(len, pools)) + sum(len(task.queries) for task in tasks), progress)
 
     @functools.cache
-    def stored(pool: LinePool) -> tuple[Vectors, metrics.Health]:
+    def stored(pool: Pool) -> tuple[Vectors, metrics.Health]:
         folder, batch_size = run.output / "cache" / "pools", run.batch_size
         left_out, progress = pool.left_out, steps.part
         store = embed_pool(run.model, pool, folder, batch_size=batch_size, left_out=left_out, progress=progress)
