@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Argument, Context, Option, Typer
+from typer import Argument, BadParameter, Context, Option, Typer
 
 from muco.base.terminal import finish, progress_bar
 from muco.cli import options
@@ -79,15 +79,28 @@ def retrieval(
     epilog=examples(
         "muco evaluate mmeb --model MODEL --data MMEB_eval --output scores/mmeb",
         "muco evaluate mmeb -m MODEL -d MMEB_eval -o scores/some --task ImageNet-1K --task OK-VQA --queries 100",
+        "muco evaluate mmeb -m MODEL -d MMEB-V2 -o scores/v2 --version 2 --only video,visdoc --prompts qwen",
     ),
 )
 def mmeb(
     context: Context,
     model: Model,
-    data: Annotated[Path, Option("--data", "-d", help="A folder with one folder per data set.")],
+    data: Annotated[Path, Option("--data", "-d", help="A folder with one folder per data set; version 2: its root.")],
     output: options.Scores,
+    version: Annotated[
+        int, Option(min=1, max=2, help="1: 36 data sets of images; 2: also 18 of videos, 24 of pages.")
+    ] = 1,
+    only: Annotated[
+        str | None, Option(metavar="KINDS", help="Version 2: these of image,video,visdoc. Default: all.")
+    ] = None,
+    prompts: Annotated[
+        str | None, Option(metavar="STYLE", help="Version 2: vlm2vec (default), qwen or a YAML file with instructions.")
+    ] = None,
+    media: Annotated[
+        list[str], Option(metavar="NAME=FOLDER", help="Version 2: folder of a data set's frames or pages; repeatable.")
+    ] = [],  # noqa: B006
     images: Annotated[Path | None, Option(help="Image folder; default: the data's eval_images or image-tasks.")] = None,
-    task: Annotated[list[str], Option(metavar="NAME", help="A data set; may be repeated. Default: all 36.")] = [],  # noqa: B006
+    task: Annotated[list[str], Option(metavar="NAME", help="A data set; may be repeated. Default: all.")] = [],  # noqa: B006
     queries: options.Queries = None,
     seed: options.Seed = 0,
     batch_size: BatchSize = 64,
@@ -99,32 +112,38 @@ def mmeb(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score MMEB: 36 data sets, hit@1; ties count as misses.
+    """Score MMEB: 36 data sets, or the 78 of version 2.
 
-    Reads both published layouts, TIGER-Lab/MMEB-eval and the one with separate instructions. Writes JSON, CSV,
-    Markdown and an HTML page; an interrupted run resumes. Also under torchrun.
+    hit@1, and nDCG@5 for the documents of version 2; ties count as misses. Reads the published layouts:
+    TIGER-Lab/MMEB-eval, the one with separate instructions, and MMEB-V2. Writes JSON, CSV, Markdown and an HTML page;
+    an interrupted run resumes. Also under torchrun.
     """
     from muco.data.mmeb_test import find_files
     from muco.evaluate.mmeb import evaluate_mmeb
+    from muco.evaluate.mmeb_v2 import chosen_sets, evaluate_mmeb_v2, find_sets
 
-    find_files(data)  # before the model: a mistyped path should not cost a minute
-    _run(
-        evaluate_mmeb,
-        context,
-        model,
-        as_json,
-        own_pixels,
-        data=data,
-        output=output,
-        images=images,
-        tasks=task or None,
-        queries=queries,
-        seed=seed,
-        batch_size=batch_size,
-        allow_missing=allow_missing,
-        skip_broken=skip_broken,
-        official=official,
-    )
+    shared = {"data": data, "output": output, "images": images, "tasks": task or None, "queries": queries}
+    shared |= {"seed": seed, "batch_size": batch_size, "allow_missing": allow_missing}
+    shared |= {"skip_broken": skip_broken, "official": official}
+    if version == 1:
+        for name, value in (("--only", only), ("--prompts", prompts), ("--media", media)):
+            if value:
+                raise BadParameter(f"{name} belongs to version 2; add --version 2, or leave it out")
+        find_files(data)  # before the model: a mistyped path should not cost a minute
+        _run(evaluate_mmeb, context, model, as_json, own_pixels, **shared)
+        return
+    modalities = only.split(",") if only else None
+    find_sets(data, chosen_sets(modalities, task or None))
+    more = {"only": modalities, "prompts": prompts or "vlm2vec", "media": _folders(media)}
+    _run(evaluate_mmeb_v2, context, model, as_json, own_pixels, **shared, **more)
+
+
+def _folders(words: Sequence[str]) -> dict[str, Path]:
+    """NAME=FOLDER words as a mapping."""
+    for word in words:
+        if not all(word.partition("=")):
+            raise BadParameter(f"--media {word!r}: write it as NAME=FOLDER, as in MSVD=frames/msvd")
+    return {name: Path(folder) for name, _, folder in (word.partition("=") for word in words)}
 
 
 @app.command(

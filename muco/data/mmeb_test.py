@@ -21,11 +21,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from muco.base.json_text import type_of
 from muco.data.left_out import LeftOut
 from muco.data.lines import TOKEN, errors_at, without_token
+from muco.data.mmeb_lists import Question
 from muco.data.mmeb_sets import DATA_SETS, NAMES, DataSet
 from muco.data.parquet import batches, read_header, require_columns
 from muco.dialogue import Content
@@ -79,38 +80,6 @@ class MMEBSet:
         if self.rows == ROWS:
             return []
         return [f"the data has {self.rows} queries; the published data set has {ROWS}"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row of a data set, by its number from 0 through all files.
-
-    What is right comes first among the candidates: the first ``right`` of them. In place of a content that cannot be
-    used is its error. By ``names`` the official code tells candidates apart, see :func:`official_name`.
-    """
-
-    number: int
-    where: str
-    query: Content | DataError
-    candidates: tuple[Content | DataError, ...]
-    names: tuple[str, ...]
-    right: int = 1
-
-
-class ListSource(Protocol):
-    """A data set whose queries bring their own lists of candidates."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the scores must know of the data set."""
-    def questions(self, chosen: Collection[int], left_out: LeftOut) -> Iterator[Question]:
-        """The rows with these numbers, in order."""
-    def warnings(self, sizes: Sequence[int]) -> list[str]:
-        """Where the data differs from what was published; ``sizes`` are those of the lists that were ranked."""
 
 
 def find_files(data: Path, names: Collection[str] = NAMES) -> tuple[dict[str, list[Path]], dict[str, str]]:

@@ -11,7 +11,7 @@ A benchmark brings its tasks, the work that scores one of them, and the means ov
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ class Benchmark:
     interrupted run are reused. All processes run alike; the first one writes.
 
     Args:
-        name: "mmeb", "mbeir" or "beir"; the files are named after it.
+        name: "mmeb", "mmeb_v2", "mbeir" or "beir"; the files are named after it.
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
         output: Gets the files of :mod:`muco.evaluate.benchmark`, else an OutputError.
         batch_size: Contents per forward pass; the scores do not depend on it.
@@ -141,6 +141,16 @@ def chosen_tasks(named: Sequence[str] | None, known: Sequence[str], benchmark: s
     if named is not None and not named:
         raise DataError(f"no task of {benchmark} is named; name some, or leave the option out for all {len(known)}")
     return tuple(name for name in known if named is None or name in named)
+
+
+def refuse_missing(missing: Mapping[str, str], found: Collection[str], benchmark: str, *, allowed: bool) -> None:
+    """A DataError that lists the data sets that were not found, by what was looked for; none if some may be missing."""
+    if not missing or (allowed and found):
+        return
+    listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
+    remedy = "or score the others alone by allowing missing ones" if found else "or name another folder"
+    count = f"{len(missing)} of {len(missing) + len(found)}"
+    raise DataError(f"{count} data sets of {benchmark} are missing; get them, {remedy}. {listed}")
 
 
 def check_queries(queries: int | None) -> None:

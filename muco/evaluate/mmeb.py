@@ -18,10 +18,9 @@ from typing import Any
 
 from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
 from muco.data.mmeb_test import BLANK, find_files, open_set
-from muco.errors import DataError
 from muco.evaluate.benchmark import Progress, TaskResult, mean_of
 from muco.evaluate.cache import Embedder
-from muco.evaluate.driver import Benchmark, check_queries, chosen_tasks
+from muco.evaluate.driver import Benchmark, check_queries, chosen_tasks, refuse_missing
 from muco.evaluate.mmeb_task import MmebTask
 
 RULES = {
@@ -76,10 +75,7 @@ def evaluate_mmeb(
     check_queries(queries)
     chosen = chosen_tasks(tasks, NAMES, "MMEB")
     found, missing = find_files(data, chosen)
-    if missing and not (allow_missing and found):
-        listed = "; ".join(f"{name}: no {expected}" for name, expected in missing.items())
-        remedy = "or score the others alone by allowing missing ones" if found else "or name another folder"
-        raise DataError(f"{len(missing)} of {len(chosen)} data sets of MMEB are missing; get them, {remedy}. {listed}")
+    refuse_missing(missing, found, "MMEB", allowed=allow_missing)
     sources = [open_set(Path(data), name, paths, images) for name, paths in found.items()]
     run = Benchmark("mmeb", model, Path(data), Path(output), batch_size, skip_broken, **recorded)
     rules = RULES | (OFFICIAL if official else {})
@@ -101,7 +97,7 @@ def evaluate_mmeb(
         **run.settings,
         "rules": rules,
     }
-    warnings = _warnings(results, missing, seed)
+    warnings = told_of_sets(results, missing, seed)
     return run.write(results, settings=settings, groups=groups, overall=overall, missing=[*missing], warnings=warnings)
 
 
@@ -113,7 +109,8 @@ def aggregates(scores: Mapping[str, float]) -> tuple[dict[str, float | None], fl
     return groups, mean_of(scores, NAMES)
 
 
-def _warnings(results: Sequence[TaskResult], missing: Mapping[str, str], seed: int) -> list[str]:
+def told_of_sets(results: Sequence[TaskResult], missing: Mapping[str, str], seed: int) -> list[str]:
+    """Warnings about samples in place of all queries, and data sets that were not found."""
     lines = []
     if sampled := [result.queries for result in results if result.facts["sampled"]]:
         lines.append(

@@ -13,7 +13,7 @@ import numpy as np
 
 from muco.data.left_out import Broken, LeftOut, counts
 from muco.data.left_out import warnings as left_out_warnings
-from muco.data.mmeb_test import ListSource
+from muco.data.mmeb_lists import ListSource
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics

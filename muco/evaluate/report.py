@@ -133,7 +133,7 @@ def group_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def title_of(result: Mapping[str, Any]) -> str:
     """The benchmark as people write it."""
-    return {"mmeb": "MMEB", "mbeir": "M-BEIR"}.get(result["benchmark"], result["benchmark"])
+    return {"mmeb": "MMEB", "mmeb_v2": "MMEB-V2", "mbeir": "M-BEIR"}.get(result["benchmark"], result["benchmark"])
 
 
 def groups_of(result: Mapping[str, Any]) -> dict[str, float | None]:
