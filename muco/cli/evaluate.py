@@ -87,18 +87,10 @@ def mmeb(
     model: Model,
     data: Annotated[Path, Option("--data", "-d", help="A folder with one folder per data set; version 2: its root.")],
     output: options.Scores,
-    version: Annotated[
-        int, Option(min=1, max=2, help="1: 36 data sets of images; 2: also 18 of videos, 24 of pages.")
-    ] = 1,
-    only: Annotated[
-        str | None, Option(metavar="KINDS", help="Version 2: these of image,video,visdoc. Default: all.")
-    ] = None,
-    prompts: Annotated[
-        str | None, Option(metavar="STYLE", help="Version 2: vlm2vec (default), qwen or a YAML file with instructions.")
-    ] = None,
-    media: Annotated[
-        list[str], Option(metavar="NAME=FOLDER", help="Version 2: folder of a data set's frames or pages; repeatable.")
-    ] = [],  # noqa: B006
+    version: options.MmebVersion = 1,
+    only: options.Only = None,
+    prompts: options.MmebPrompts = None,
+    media: options.Media = [],  # noqa: B006
     images: Annotated[Path | None, Option(help="Image folder; default: the data's eval_images or image-tasks.")] = None,
     task: Annotated[list[str], Option(metavar="NAME", help="A data set; may be repeated. Default: all.")] = [],  # noqa: B006
     queries: options.Queries = None,
@@ -107,9 +99,7 @@ def mmeb(
     own_pixels: options.OwnPixels = False,
     allow_missing: options.AllowMissing = False,
     skip_broken: options.SkipBroken = False,
-    official: Annotated[
-        bool, Option("--official", help="Tell candidates apart and open images as the paper's code does; see the docs.")
-    ] = False,
+    official: options.Official = False,
     as_json: Json = False,
 ) -> None:
     """Score MMEB: 36 data sets, or the 78 of version 2.

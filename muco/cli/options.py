@@ -36,6 +36,19 @@ SkipBroken = Annotated[
     bool,
     Option("--skip-broken", help="Leave out and name what cannot be embedded (an error otherwise); such queries miss."),
 ]
+MmebVersion = Annotated[
+    int, Option(min=1, max=2, help="1: 36 data sets of images; 2: also 18 of videos and 24 of documents.")
+]
+Only = Annotated[str | None, Option(metavar="KINDS", help="Version 2: some of image,video,visdoc. Default: all.")]
+MmebPrompts = Annotated[
+    str | None, Option(metavar="STYLE", help="Version 2: vlm2vec (the default), qwen, or a YAML file of instructions.")
+]
+Media = Annotated[
+    list[str], Option(metavar="NAME=FOLDER", help="Version 2: folder of a data set's frames or pages; repeatable.")
+]
+Official = Annotated[
+    bool, Option("--official", help="Tell candidates apart and open images as the paper's code does; see the docs.")
+]
 OwnPixels = Annotated[bool, Option("--own-pixels", help="Keep the model's own image sizes, not the benchmark's.")]
 
 # of the commands that ask a model server

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mbeir_tree
 import mmeb_tree
+import mmeb_v2_tree
 import pytest
 from processes import finished, launch
 
@@ -78,6 +79,40 @@ def test_mmeb(model, mmeb, tmp_path, capfd):
 
     compared = run(capfd, "evaluate", "compare", tmp_path / "own", tmp_path / "own", "--json")
     assert "OK-VQA" in json.dumps(compared) and run(capfd, "evaluate", "compare", mmeb, mmeb, code=1)["said"]
+
+
+def test_mmeb_of_version_2(model, tmp_path, capfd):
+    tree = mmeb_v2_tree.write_pages(tmp_path / "data", "ViDoSeek-doc", "VisRAG_PlotQA")
+    wanted = ["evaluate", "mmeb", "-m", model, "-d", tree.root, "-o", tmp_path / "out", "--own-pixels"]
+    said = run(capfd, *wanted, "--only", "visdoc", code=2)["said"]
+    assert "--only belongs to version 2; add --version 2" in words(said)
+    two = [*wanted, "--version", 2, "--only", "visdoc,video"]
+    assert "40 of 42 data sets of MMEB-V2 are missing" in run(capfd, *two, code=1)["said"]
+    assert "MMEB-V2 has no modality 'pages'" in run(capfd, *wanted, "--version", 2, "--only", "pages", code=1)["said"]
+    assert "write it as NAME=FOLDER" in words(run(capfd, *two, "--media", "x", code=2)["said"])
+    found = run(capfd, *two, "--allow-missing", "--prompts", "qwen", "--json")
+    assert set(found["tasks"]) == {"ViDoSeek-doc", "VisRAG_PlotQA"} and found["overall"] is None
+    assert found["settings"]["prompts"] == "qwen" and "64 frames" in found["settings"]["rules"]["prompts"]
+    assert {task["metric"] for task in found["tasks"].values()} == {"ndcg@5"}
+    assert forms(tmp_path / "out", "mmeb_v2") == [".csv", ".html", ".json", ".md"]
+    page = (tmp_path / "out" / "mmeb_v2.html").read_text()
+    assert "instructions of its system turn are put in front of the text" in page and "uncertain" in page
+    pages = f"ViDoSeek-doc={tree.root / 'visdoc-tasks' / 'ViDoSeek-doc'}"
+    assert main([*map(str, two), "--task", "ViDoSeek-doc", "--media", pages]) == 0
+    assert "MMEB-V2" in capfd.readouterr().out
+
+
+def words(said: str) -> str:
+    """What was said in a frame, as one line."""
+    return " ".join(said.replace("│", " ").split())
+
+
+def test_the_help_of_mmeb_names_both_versions(capfd):
+    assert main(["evaluate", "mmeb", "--help"]) == 0
+    told = words(capfd.readouterr().out)
+    for part in ("--version", "36 data sets of images; 2: also 18 of videos", "--only", "some of image,video,visdoc",
+                 "--prompts", "--media", "NAME=FOLDER", "--version 2 --only video,visdoc --prompts qwen"):  # fmt: skip
+        assert part in told, part
 
 
 def test_mbeir_and_beir(model, mbeir, tmp_path, capfd):

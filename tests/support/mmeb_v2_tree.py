@@ -27,8 +27,8 @@ from muco.evaluate.cache import Book
 Convention = Literal["vlm2vec", "qwen"]  # whose folders
 
 VIDEO = (
-    "K700 SmthSmthV2 HMDB51 UCF101 Breakfast MVBench Video-MME NExTQA EgoSchema ActivityNetQA DiDeMo MSR-VTT MSVD VATEX "
-    "YouCook2 QVHighlight Charades-STA MomentSeeker"
+    "K700 SmthSmthV2 HMDB51 UCF101 Breakfast MVBench Video-MME NExTQA EgoSchema ActivityNetQA DiDeMo MSR-VTT MSVD "
+    "VATEX YouCook2 QVHighlight Charades-STA MomentSeeker"
 ).split()
 VISDOC = {  # name -> repository
     **{f"ViDoRe_{n}": f"{n}_test_subsampled_beir" for n in "arxivqa docvqa infovqa tabfquad".split()},
@@ -148,6 +148,14 @@ def write_tree(root: Path, convention: Convention = "vlm2vec", *, images: bool =
         _clips(tree, name)
     for name, repository in VISDOC.items():
         _pages(tree, name, repository)
+    return tree
+
+
+def write_pages(root: Path, *names: str) -> Tree:
+    """Some of the visual-document sets alone."""
+    tree = Tree(root)
+    for name in names:
+        _pages(tree, name, VISDOC[name])
     return tree
 
 
