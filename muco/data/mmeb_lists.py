@@ -35,6 +35,10 @@ class ListSource(Protocol):
     @property
     def rows(self) -> int: ...
     @property
+    def rivals_by_name(self) -> bool:
+        """Whether the official code lets contents that are the same compete under two names."""
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a reader of the scores must know of the data set."""
 

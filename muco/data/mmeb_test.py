@@ -63,6 +63,7 @@ class MMEBSet:
     rows: int
     root: Path
     images: Path
+    rivals_by_name = False  # it takes the first of equal ones, which is the right one
 
     @property
     def name(self) -> str:

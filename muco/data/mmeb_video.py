@@ -69,6 +69,7 @@ class VideoSet:
     data: Path
     style: Style
     official: bool = False
+    rivals_by_name = True  # which of equal ones it takes is left to chance: here none is a hit, as ties are lost
 
     @property
     def name(self) -> str:

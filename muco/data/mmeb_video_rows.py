@@ -159,7 +159,8 @@ def _found_by(video: str, caption: str, name: Callable[[str], str] = str) -> Cal
 
 
 def _clip(place: Place, folder: Path) -> Named:
-    return Named(str(folder), place.target(folder, place.style.clip_frames))
+    name = folder.relative_to(place.frames).as_posix()
+    return Named(name, place.target(folder, place.style.clip_frames))
 
 
 def _described_clip(row: Fields, place: Place) -> Asked:

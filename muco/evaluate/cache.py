@@ -20,7 +20,7 @@ import numpy as np
 from muco import distributed
 from muco.base.files import make_folder, write_bytes, writing
 from muco.data.left_out import LeftOut
-from muco.dialogue import Content, ImageLike
+from muco.dialogue import Content, ImageLike, Video
 from muco.errors import DataError, ImageError
 from muco.images import image_digest
 
@@ -46,7 +46,7 @@ class Book:
         self.contents: dict[str, Content] = {}
         self.places: dict[str, str] = {}  # key -> "file:line" of the first row that holds it
         self._order: dict[str, tuple[tuple[str, ...], str]] = {}
-        self._files: dict[str, str] = {}  # path -> digest: a file is read once
+        self._files: dict[str | Video, str] = {}  # path or video -> digest: a file is read once
 
     def add(self, content: Content, where: str = "") -> str:
         """Key of a content, 64 hexadecimal digits; a DataError if it cannot be read and nothing may be left out."""
@@ -90,12 +90,12 @@ class Book:
         self.left_out.add(key, error)
 
     def _digest(self, image: ImageLike, where: str) -> str:
-        if not isinstance(image, (str, Path)):
+        if not isinstance(image, (str, Path, Video)):
             return image_digest(image, where=where)
-        path = str(image)
-        if path not in self._files:
-            self._files[path] = image_digest(path, where=where)
-        return self._files[path]
+        name = image if isinstance(image, Video) else str(image)
+        if name not in self._files:
+            self._files[name] = image_digest(name, where=where)
+        return self._files[name]
 
 
 def encode_named(

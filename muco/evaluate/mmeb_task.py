@@ -80,7 +80,8 @@ class MmebTask:
 
     Args:
         queries, seed: See :func:`sample`.
-        official: A candidate is the first content of its official name among the rows that are asked.
+        official: A candidate is the first content of its official name among the rows that are asked; where the source
+            says so, equal contents of two names are two candidates.
         skip_broken: Leave out what cannot be embedded.
     Raises:
         DataError: If a row or an image cannot be used and may not be left out; names file and row.
@@ -94,6 +95,7 @@ class MmebTask:
         self.name, self.queries = source.name, list[ListQuery]()
         keys: dict[Content, str] = {}  # lists share most of their candidates
         named: dict[str, str] = {}  # official name -> key of the first content
+        self.content_of: dict[str, str] = {}  # digest of an official name -> the same, where names make rivals
         digest = hashlib.sha256(source.name.encode())
 
         def key_of(content: Content | DataError, where: str) -> str:
@@ -103,24 +105,38 @@ class MmebTask:
                 keys[content] = self.book.add(content, where)
             return keys[content]
 
+        def known_as(name: str, key: str) -> str:
+            first = named.setdefault(name, key)
+            if not source.rivals_by_name:
+                return first
+            candidate = hashlib.sha256(name.encode()).hexdigest()
+            self.content_of[candidate] = first
+            return candidate
+
         for question in source.questions(set(sample(source.rows, queries, seed)), self.left_out):
             query = key_of(question.query, question.where)
             candidates = [key_of(candidate, question.where) for candidate in question.candidates]
             if official:
-                candidates = [named.setdefault(*pair) for pair in zip(question.names, candidates, strict=True)]
+                candidates = [known_as(*pair) for pair in zip(question.names, candidates, strict=True)]
             asked = ListQuery(question.number, query, tuple(candidates), right=question.right)
             if asked.rights == len(asked.places):
                 raise DataError(f"{question.where}: all candidates are the same; a query needs a wrong one too")
             self.queries.append(asked)
             several = [asked.right] if asked.right > 1 else []
             digest.update(json.dumps([asked.number, asked.query, asked.candidates, *several]).encode())
+        if self.content_of:
+            digest.update(json.dumps(self.content_of).encode())
         self.fingerprint = digest.hexdigest()
+
+    def content(self, candidate: str) -> str:
+        """The key of a candidate's content."""
+        return self.content_of.get(candidate, candidate)
 
     @property
     def needed(self) -> set[str]:
         """Keys of all contents that are asked or ranked, and can be read."""
-        keys = {asked.query for asked in self.queries} | {key for asked in self.queries for key in asked.candidates}
-        return keys & self.book.contents.keys()
+        ranked = {self.content(key) for asked in self.queries for key in asked.candidates}
+        return ({asked.query for asked in self.queries} | ranked) & self.book.contents.keys()
 
     def score(
         self, model: Embedder, batch_size: int, cache: EmbeddingCache | None, progress: Progress | None
@@ -128,9 +144,9 @@ class MmebTask:
         """Encodes what the cache lacks and ranks every list; call it on every process alike."""
         how = {"cache": cache, "shared": True, "progress": progress}
         vectors, row_of = self.book.vectors(model, batch_size, self.needed, **how)
-        lost = self.left_out.reasons.keys()
+        lost = {*self.left_out.reasons, *(name for name, key in self.content_of.items() if key in self.left_out)}
         self.queries = [replace(asked, lost=lost) for asked in self.queries]
-        pool = sorted({row_of[key] for asked in self.queries for key in asked.places})
+        pool = sorted({row_of[self.content(key)] for asked in self.queries for key in asked.places})
         queries = sorted({row_of[asked.query] for asked in self.queries if asked.query not in lost})
         health = {
             "query": metrics.embedding_health(vectors[queries]),
@@ -144,7 +160,7 @@ class MmebTask:
                 # no candidate is found, and what is right is behind all
                 judged.append(Judged(Outcome(str(asked.number), 0.0, None, ()), asked.size + 1))
                 continue
-            rows = [row_of[key] for key in asked.places]
+            rows = [row_of[self.content(key)] for key in asked.places]
             with np.errstate(invalid="ignore", over="ignore"):  # NaN is wanted in the scores, not as a warning
                 scores = candidates[rows] @ vectors[row_of[asked.query]]
             judged.append(judge(asked, scores))
@@ -171,7 +187,9 @@ class MmebTask:
         }
         reasons = self.left_out.reasons
         lost = [("query", one.query) for one in asked]
-        lost += [("candidate", key) for key in dict.fromkeys(key for one in asked for key in one.candidates)]
+        lost += [
+            ("candidate", key) for key in dict.fromkeys(self.content(key) for one in asked for key in one.candidates)
+        ]
         broken = tuple(Broken(kind, reasons[key]) for kind, key in lost if key in reasons)
         gone = sum(question.missed for question in asked)
         of_health = filter(None, (of.fault(side) for side, of in health.items()))
@@ -207,9 +225,14 @@ class MmebTask:
         lost.sort(key=lambda item: (-item[0], item[1].number))
         failures, contents = [], self.book.contents
         for margin, asked, found in lost[:FAILURES]:
-            best = tuple((Shown.of(place, contents[asked.candidates[int(place)]]), score) for place, score in found)
+            best = tuple(
+                (Shown.of(place, contents[self.content(asked.candidates[int(place)])]), score) for place, score in found
+            )
             right, place = next(iter(asked.places.items()))
-            shown = Shown.of(str(asked.number), contents[asked.query]), Shown.of(str(place), contents[right])
+            shown = (
+                Shown.of(str(asked.number), contents[asked.query]),
+                Shown.of(str(place), contents[self.content(right)]),
+            )
             failures.append(Failure(margin, *shown, best))
         return tuple(failures)
 

@@ -55,8 +55,8 @@ RULES = {
 OFFICIAL: dict[str, str] = {
     "image": mmeb.OFFICIAL["identity"],
     "video": "an option without '. ' is cut to its last character, unless the prompts are guarded; clips, which the "
-    "official code lists in no order, are in the order of their names; a copy of a right clip under another name is no "
-    "rival here either",
+    "official code lists in no order, are in the order of their names; names tell candidates apart, so a copy of a "
+    "right clip under another name ties with it, and the query is lost",
     "visdoc": "grades in the order of the judgements go to the right pages in the order of their ids, one of "
     "the orders that the official code may give them",
 }

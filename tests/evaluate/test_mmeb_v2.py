@@ -57,6 +57,11 @@ def task(model: Any, root: Path, output: Path, name: str, **how: Any) -> Json:
     return evaluate_mmeb_v2(model, root, output, tasks=[name], **how)["tasks"][name]
 
 
+def outcomes(output: Path, name: str) -> list[Json]:
+    lines = (output / "outcomes" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def plain(value: Any) -> Any:
     """As JSON gives it back."""
     return json.loads(json.dumps(value, allow_nan=False))
@@ -193,9 +198,9 @@ def test_ties_are_lost_in_pools_too(tree, tmp_path, rival, hit):
     vectors = {"MSVD.0": [1.0, 0.0], "MSVD.1": rival, "MSVD.2": [0.0, 1.0]}
     vectors |= {"0": [1.0, 0.0], "1": [0.6, 0.8], "2": [0.0, 1.0]}  # of the captions, by their last letter
     found = task(Told(vectors), tree.root, tmp_path, "MSVD")
-    outcomes = [json.loads(line) for line in (tmp_path / "outcomes" / "MSVD.jsonl").read_text().splitlines()]
-    assert outcomes[0]["rank"] == (1 if hit else 2) and outcomes[0]["value"] == float(hit)
-    assert outcomes[2]["rank"] == 1 and found["score"] == pytest.approx(np.mean([o["value"] for o in outcomes]))
+    first, second, third = outcomes(tmp_path, "MSVD")
+    assert first["rank"] == (1 if hit else 2) and first["value"] == float(hit) and third["rank"] == 1
+    assert found["score"] == pytest.approx((first["value"] + second["value"] + third["value"]) / 3)
     assert any("the right one is behind" in line for line in found["warnings"]) == (not hit)
 
 
@@ -218,6 +223,19 @@ def test_any_right_candidate_counts(tree, tmp_path):
     result = evaluate_mmeb_v2(SecondOnly(rows), tree.root, tmp_path, tasks=[*rows])
     assert {t["score"] for t in result["tasks"].values()} == {1.0}
     assert result["tasks"]["QVHighlight"]["chance"] == pytest.approx((1 / 4 + 2 / 5 + 1 / 4) / 3)
+
+
+def test_a_copy_of_a_right_clip_is_a_rival_by_the_official_rule_alone(tree, copied, tmp_path):
+    folder = copied / "video-tasks/frames/video_mret/QVHighlight/QVHighlight 0"
+    shutil.copytree(folder / "positive_0", folder / "copied")
+    values = {}
+    for official in (False, True):
+        output = tmp_path / str(official)
+        found = task(made.Oracle(tree.rows), copied, output, "QVHighlight", official=official)
+        values[official] = [outcome["value"] for outcome in outcomes(output, "QVHighlight")]
+        assert found["candidates"] == (4, 5) and found["facts"]["ties"] == int(official)
+        assert found["facts"]["repeated_truth"] == int(not official)
+    assert values == {False: [1.0, 1.0, 1.0], True: [0.0, 1.0, 1.0]}
 
 
 def test_labels_come_from_a_file_or_from_the_rows_and_the_result_says_so(copied, tmp_path):
@@ -246,8 +264,7 @@ def test_samples_are_drawn_by_row_and_pools_stay_whole(tree, tmp_path):
     result = evaluate_mmeb_v2(made.Oracle(tree.rows), tree.root, tmp_path, tasks=names, queries=2, seed=5)
     drawn = [str(row) for row in sample(3, 2, 5)]
     for name in names[:2]:
-        lines = (tmp_path / "outcomes" / f"{name}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["query"] for line in lines] == drawn
+        assert [outcome["query"] for outcome in outcomes(tmp_path, name)] == drawn
     assert result["tasks"]["VATEX"]["candidates"] == (3, 3)
     assert {t["queries"] for t in result["tasks"].values()} == {2}
     assert "scored on samples of 2 queries (seed 5): 3;" in result["warnings"][0]
