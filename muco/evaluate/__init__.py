@@ -6,8 +6,9 @@ pool       pools too large for memory: vectors in shards, exact search
 
 retrieval  any data of samples and turns (tasks)
 mmeb       36 data sets, local lists (mmeb_task: one of them)
+mmeb_v2    these, 18 of videos and 24 of documents, lists and pools
 mbeir      16 tasks, local and global pool
-beir       any set in BEIR's form (ranked, outcomes: what it shares with mbeir)
+beir       any set in BEIR's form (ranked, outcomes: what it shares with mbeir and mmeb_v2)
 mteb       a model for the mteb package
 
 driver     how every benchmark runs, benchmark: what it leaves behind and resumes from
