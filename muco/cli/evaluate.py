@@ -108,6 +108,7 @@ def mmeb(
     TIGER-Lab/MMEB-eval, the one with separate instructions, and MMEB-V2. Writes JSON, CSV, Markdown and an HTML page;
     an interrupted run resumes. Also under torchrun.
     """
+    from muco.data.mmeb_prompts import load_style
     from muco.data.mmeb_test import find_files
     from muco.evaluate.mmeb import evaluate_mmeb
     from muco.evaluate.mmeb_v2 import chosen_sets, evaluate_mmeb_v2, find_sets
@@ -122,7 +123,8 @@ def mmeb(
         find_files(data)  # before the model: a mistyped path should not cost a minute
         _run(evaluate_mmeb, context, model, as_json, own_pixels, **shared)
         return
-    modalities = only.split(",") if only else None
+    modalities = [name.strip() for name in only.split(",")] if only else None
+    load_style(prompts or "vlm2vec")
     find_sets(data, chosen_sets(modalities, task or None))
     more = {"only": modalities, "prompts": prompts or "vlm2vec", "media": _folders(media)}
     _run(evaluate_mmeb_v2, context, model, as_json, own_pixels, **shared, **more)

@@ -47,7 +47,7 @@ Media = Annotated[
     list[str], Option(metavar="NAME=FOLDER", help="Version 2: folder of a data set's frames or pages; repeatable.")
 ]
 Official = Annotated[
-    bool, Option("--official", help="Tell candidates apart and open images as the paper's code does; see the docs.")
+    bool, Option("--official", help="Tell candidates apart and open images as the official code does; see the docs.")
 ]
 OwnPixels = Annotated[bool, Option("--own-pixels", help="Keep the model's own image sizes, not the benchmark's.")]
 

@@ -28,7 +28,7 @@ from muco.data.mmeb_video_rows import READERS, Asked, Place
 from muco.dialogue import Content
 from muco.errors import DataError, ImageError
 
-FIRST = {"SmthSmthV2": 1000}  # sets of which only so many rows, the first ones, are asked
+FIRST = {"SmthSmthV2": 1000}  # sets of which only the first rows are asked, and how many
 CONFIGURED = ("MVBench",)  # sets of which every configuration is a part
 
 

@@ -31,7 +31,7 @@ class ListQuery:
     query: str
     candidates: tuple[str, ...]  # all of its list, right ones first, repeated ones too
     lost: Collection[str] = ()  # keys that cannot be embedded
-    right: int = 1  # so many of the list are right
+    right: int = 1  # how many of the list are right
 
     @functools.cached_property
     def places(self) -> dict[str, int]:

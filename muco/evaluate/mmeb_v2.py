@@ -45,7 +45,7 @@ DEPTH = 10  # candidates that are ranked: a tie is seen within these
 RULES = {
     "image": "; ".join(mmeb.RULES[key] for key in ("ranking", "identity", "text")),
     "video": "hit@1: 1 if the best candidate is one of the right ones; ties are lost; lists of a query: text and the "
-    "bytes of frames tell candidates apart, copies of a right one are no rivals; pools: names tell them apart, and "
+    "bytes of frames tell candidates apart, copies of a right one are not rivals; pools: names tell them apart, and "
     "the first content of a name counts",
     "visdoc": f"ndcg@{K}: linear gain, log2(rank + 1) discount, grades by id, ties by id; a collapsed pool is never "
     "right; ndcg_exp@5 (2^grade - 1) is only reported",
@@ -116,17 +116,7 @@ def evaluate_mmeb_v2(
     scoring = Scoring(run, style, official, queries, seed, progress)
     results = [scoring.score(source) for source in sources]
     groups, overall = aggregates({result.name: result.score for result in results})
-    settings = {
-        "tasks": "all" if chosen == NAMES else list(chosen),
-        "prompts": style.name,
-        "frames": style.frames,
-        "official": official,
-        "queries": queries,
-        "seed": seed,
-        "batch_size": batch_size,
-        **run.settings,
-        "rules": {**RULES, "prompts": style.told, **(_official() if official else {})},
-    }
+    settings = {"tasks": "all" if chosen == NAMES else list(chosen), **scoring.settings}
     warnings = mmeb.told_of_sets(results, missing, seed)
     return run.write(results, settings=settings, groups=groups, overall=overall, missing=[*missing], warnings=warnings)
 
@@ -211,6 +201,20 @@ class Scoring:
     queries: int | None
     seed: int
     progress: Progress | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results say of how they came about."""
+        return {
+            "prompts": self.style.name,
+            "frames": self.style.frames,
+            "official": self.official,
+            "queries": self.queries,
+            "seed": self.seed,
+            "batch_size": self.run.batch_size,
+            **self.run.settings,
+            "rules": {**RULES, "prompts": self.style.told, **(_official() if self.official else {})},
+        }
 
     def score(self, source: Source) -> TaskResult:
         """The result of one data set, found done or scored; call it on every process alike."""

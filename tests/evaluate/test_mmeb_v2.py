@@ -278,7 +278,7 @@ def test_two_processes_give_the_numbers_of_one(tree, tmp_path):
     assert two["tasks"] == plain(one["tasks"])
 
 
-def test_only_so_many_first_rows_of_a_set_are_asked(tree, tmp_path, monkeypatch):
+def test_only_the_first_rows_of_a_set_are_asked(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(mmeb_video.FIRST, "SmthSmthV2", 2)
     assert task(made.Own(), tree.root, tmp_path, "SmthSmthV2")["queries"] == 2
 
