@@ -26,7 +26,7 @@ from muco.data.mmeb_lists import ListSource
 from muco.data.mmeb_prompts import Style, load_style
 from muco.data.mmeb_shared import JudgedSet, facts_of, folder_of
 from muco.data.mmeb_test import MMEBSet
-from muco.data.mmeb_v2_sets import BY_NAME, METAS, MODALITIES, NAMES, NAMES_OF, Modality, Published
+from muco.data.mmeb_v2_sets import BY_NAME, METAS, MODALITIES, NAMES, NAMES_OF, Modality
 from muco.data.mmeb_video import VideoSet, find_videos, videos_looked_for
 from muco.data.mmeb_visdoc import VisdocSet, find_pages
 from muco.errors import DataError, did_you_mean
@@ -223,9 +223,9 @@ class Scoring:
         if isinstance(source, VideoSet) and source.data_set.pool == "local":
             return self._lists(source, "video", source.frames)
         if isinstance(source, VideoSet):
-            return self._pool(source.data_set, source.judged(self._drawn(source.rows)), source.rows)
+            return self._pool(source, source.judged(self._drawn(source.rows)), source.rows, source.frames)
         rows = source.query_rows()
-        return self._pool(source.data_set, source.judged(rows, self._drawn(len(rows))), len(rows))
+        return self._pool(source, source.judged(rows, self._drawn(len(rows))), len(rows), source.pages)
 
     def _drawn(self, rows: int) -> set[int]:
         return set(sample(rows, self.queries, self.seed))
@@ -241,8 +241,8 @@ class Scoring:
         key = {"rules": self._rules(modality), "images": str(folder.resolve())}
         return self.run.score([task], work, key)[0]
 
-    def _pool(self, data_set: Published, judged: JudgedSet, rows: int) -> TaskResult:
-        skip_broken, name = self.run.skip_broken, data_set.name
+    def _pool(self, source: VideoSet | VisdocSet, judged: JudgedSet, rows: int, folder: Path | None) -> TaskResult:
+        skip_broken, name, data_set = self.run.skip_broken, source.name, source.data_set
         asked = JudgedQueries(judged.queries, LeftOut(skip_broken))
         pool = ListPool(f"the candidates of {name}", judged.candidates, form=FORM, left_out=LeftOut(skip_broken))
         facts = facts_of(data_set, self.style) | {"rows": rows, "sampled": len(asked) < rows} | dict(judged.facts)
@@ -260,7 +260,9 @@ class Scoring:
             cached_as=f"MMEB-V2 {name}",
             ties="lost" if video else "by id",
         )
-        return score_ranked(self.run, [task], {"rules": self._rules(data_set.modality)}, self.progress)[0]
+        # Paths of images are on the page, so results found again must be of this folder.
+        key = {"rules": self._rules(data_set.modality), "images": str(folder.resolve()) if folder else ""}
+        return score_ranked(self.run, [task], key, self.progress)[0]
 
     def _rules(self, modality: Modality) -> dict[str, str]:
         """What the scores of a modality depend on besides the data."""
