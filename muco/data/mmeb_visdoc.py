@@ -61,7 +61,7 @@ class VisdocSet:
 
     Args:
         files: Of each configuration.
-        pages: The folder of its pages; None: the first of the usual ones that has the first page of the corpus.
+        pages: The folder of its pages; None: the first of the usual ones that has one of the first pages of the corpus.
         official: Give grades to pages as the official code does by mistake, see :func:`misplaced`.
     """
 
