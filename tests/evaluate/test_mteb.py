@@ -80,5 +80,5 @@ def test_batches_become_contents():
     both = _contents({"id": ["1", "2"], "text": ["a", "b"], "image": [image, None]}, "Look.", "t")
     assert [c.text for c in both] == ["Look. a", "Look. b"] and [len(c.images) for c in both] == [1, 0]
     assert _contents({"image": [image]}, "", "t")[0].text == ""
-    with pytest.raises(MucoError, match="t: the model reads text and images, not audio"):
+    with pytest.raises(MucoError, match="t: the column 'audio' holds audio; the model reads text and images"):
         _contents({"text": ["a"], "audio": [object()]}, "", "t")
