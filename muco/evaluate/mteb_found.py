@@ -124,7 +124,7 @@ class TaskRuns:
             return True
         try:
             task.load_data()
-        except OSError as error:  # datasets raises these for what it does not find and for a hub that it cannot reach
+        except (OSError, ValueError) as error:  # nothing there, no access, a hub that cannot be reached; another layout
             name, where, reason = task.metadata.name, task.metadata.dataset["path"], str(error).split("\n")[0]
             if task.metadata.is_public and not self.allow_missing:
                 raise DataError(
@@ -142,7 +142,7 @@ class TaskRuns:
         if Path(where).is_dir():
             self.warnings.append(
                 f"{task.metadata.name}: the folder {where!r} is read in place of the hub; nothing checks that it holds "
-                f"revision {task.metadata.revision}"
+                f"revision {task.metadata.revision}, nor that it is as it was for a result that was found done"
             )
 
 
