@@ -32,6 +32,7 @@ except ImportError as error:
 
 from mteb.abstasks.abstask import AbsTask
 from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation
+from mteb.get_tasks import TASK_LIST
 from mteb.results import BenchmarkResults, ModelResult, TaskResult
 
 RULES = {
@@ -71,7 +72,7 @@ def _named_task(name: str) -> AbsTask:
     try:
         return mteb.get_task(name)
     except KeyError as error:
-        near = difflib.get_close_matches(name, [task.metadata.name for task in mteb.get_tasks()], n=1)
+        near = difflib.get_close_matches(name, [task.metadata.name for task in TASK_LIST], n=1)
         hint = did_you_mean(name, near) if near else "; mteb.get_tasks() in Python lists them"
         raise MucoError(f"mteb has no task {name!r}{hint}") from error
 

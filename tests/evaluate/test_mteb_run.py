@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,14 @@ from muco.evaluate.mteb_run import evaluate_mteb, named_tasks  # noqa: E402
 from muco.model import Model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the package and what it imports
+
+
+@pytest.fixture
+def benchmarks() -> None:
+    """Makes mteb's benchmarks in a thread: their 2,000 tasks set seeds, and torch notes the stack, which is short."""
+    thread = threading.Thread(target=mteb.get_benchmarks)
+    thread.start()
+    thread.join()
 
 
 @pytest.fixture
@@ -178,7 +187,8 @@ def test_a_task_made_of_others_is_scored_by_their_files(tiny_model, tmp_path, en
     assert evaluate_mteb(tiny_model, [Both()], tmp_path)["tasks"]["TestBoth"]["reused"]
 
 
-def test_vidore_2_from_the_command_line(hub, tiny_path, tiny_model, capfd):
+@pytest.mark.slow
+def test_vidore_2_from_the_command_line(benchmarks, hub, tiny_path, tiny_model, capfd):
     for task in mteb.get_benchmark("ViDoRe(v2)").tasks:
         languages = task.hf_subsets if len(task.hf_subsets) > 1 else ["english"]
         made.write_vidore2(hub / task.metadata.dataset["path"], languages)
@@ -226,9 +236,7 @@ def test_means_are_those_of_the_benchmark(hub, tiny_model):
     assert found["tasks"]["Vidore3HrRetrieval"]["metric"] == "ndcg_at_10"
 
 
-def test_what_cannot_be_scored_is_named(hub, tiny_model, capfd):
-    with pytest.raises(MucoError, match="no benchmark 'vidore\\(v2\\)'; did you mean 'ViDoRe\\(v2\\)'"):
-        named_tasks("vidore(v2)")
+def test_what_cannot_be_scored_is_named(hub, tiny_model):
     with pytest.raises(MucoError, match="no task 'VidoreDocVQARetrival'; did you mean 'VidoreDocVQARetrieval'"):
         named_tasks(None, ["VidoreDocVQARetrival"])
     for both in ((None, []), ("ViDoRe(v2)", ["CIFAR10"])):
