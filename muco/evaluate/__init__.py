@@ -8,7 +8,7 @@ retrieval  any data of samples and turns (tasks)
 mmeb       36 data sets, local lists (mmeb_task: one of them)
 mbeir      16 tasks, local and global pool
 beir       any set in BEIR's form (ranked, outcomes: what it shares with mbeir)
-mteb       a model for the mteb package
+mteb       a model for the mteb package; mteb_run: its benchmarks, mteb_found: what is found done
 
 driver     how every benchmark runs, benchmark: what it leaves behind and resumes from
 report     terminal, CSV and Markdown; page: HTML

@@ -18,12 +18,15 @@ from muco.evaluate.mteb import MtebEncoder
 
 try:
     import mteb
+    from datasets import Dataset
 except ImportError as error:
     raise MucoError(f"the mteb package is not installed ({error}); run: pip install mteb") from error
 
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.results import TaskResult
+from mteb.types import PromptType
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ class TaskRuns:
         """The result of a task, found or new; None if its data cannot be loaded and it may be skipped.
 
         Raises:
-            DataError: If the data cannot be loaded, or a row cannot be embedded.
+            DataError: If the data cannot be loaded, lack a text, or a row cannot be embedded.
             OutputError: If the result cannot be written.
         """
         if isinstance(task, AbsTaskAggregate):
@@ -71,6 +74,7 @@ class TaskRuns:
         if not self._load(task):
             return None
         try:
+            _check_texts(task)
             done = mteb.evaluate(
                 self.encoder,
                 task,
@@ -143,6 +147,36 @@ class TaskRuns:
             self.warnings.append(
                 f"{task.metadata.name}: the folder {where!r} is read in place of the hub; nothing checks that it holds "
                 f"revision {task.metadata.revision}, nor that it is as it was for a result that was found done"
+            )
+
+
+def _check_texts(task: AbsTask) -> None:
+    """Refuses a retrieval set that lacks texts where mteb would fail before our encoder sees them; names the row.
+
+    A missing text of a query reaches the encoder, which refuses it.
+    """
+    if not isinstance(task, AbsTaskRetrieval):
+        return
+    task.convert_v1_dataset_format_to_v2(num_proc=None)  # as mteb itself does next
+    for subset, splits in task.dataset.items():
+        for split, data in splits.items():
+            where = f"{task.metadata.name}, {split}, {subset}"
+            for side, prompt_type in (("queries", PromptType.query), ("corpus", PromptType.document)):
+                columns = data[side].column_names
+                if "text" in task.metadata.get_modalities(prompt_type) and "text" not in columns:
+                    raise DataError(
+                        f"{where}: the column 'text' of the {side} is missing; there are {', '.join(columns)}"
+                    )
+            if "text" in task.metadata.get_modalities(PromptType.document):
+                _check_cells(data["corpus"], where)
+
+
+def _check_cells(corpus: Dataset, where: str) -> None:
+    for name in ("text", "title"):
+        if name in corpus.column_names and None in (values := list(corpus[name])):
+            row = values.index(None)
+            raise DataError(
+                f"{where}: row {row} of the corpus has nothing in its column {name!r}; repair the task's data"
             )
 
 

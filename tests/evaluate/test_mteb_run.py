@@ -250,6 +250,16 @@ def test_what_cannot_be_scored_is_named(hub, tiny_model):
     heard = made.pages_task(modalities=["text", "audio"], category="t2a")
     with pytest.raises(DataError, match="TestPages: needs audio; the model reads text and images"):
         evaluate_mteb(tiny_model, [heard], hub / "out")
+    lacking = made.pages_task(category="t2it", eval_langs=["eng-Latn"])
+    with pytest.raises(
+        DataError, match="TestPages, test, default: the column 'text' of the corpus is missing; there are id, image"
+    ):
+        evaluate_mteb(tiny_model, [lacking], hub / "out")
+    lacking.load_data()
+    split = lacking.dataset["default"]["test"]
+    split["corpus"] = split["corpus"].add_column("text", ["a", None, "c", "d", "e", "f"])
+    with pytest.raises(DataError, match="row 1 of the corpus has nothing in its column 'text'; repair"):
+        evaluate_mteb(tiny_model, [lacking], hub / "out")
     with pytest.raises(MucoError, match="mine: mteb.get_task does not know its task 'TestPages'"):
         evaluate_mteb(tiny_model, Benchmark("mine", [made.pages_task()]), hub / "out")
     with pytest.raises(MucoError, match="there is no task"):
