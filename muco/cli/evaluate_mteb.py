@@ -32,10 +32,10 @@ def mteb(
     device: Annotated[str | None, Option(help='"cpu", "cuda", "cuda:1", …; default: the best one available.')] = None,
     as_json: Json = False,
 ) -> None:
-    """Score tasks of the mteb package: ViDoRe V1 to V3, MIEB, and others of text and images.
+    """Score ViDoRe, MIEB and other tasks of the mteb package.
 
-    Data come from the hub, as mteb loads them, and images keep the model's own sizes. Results are found by the model's
-    fingerprint and the settings; one of other data is not used.
+    Data come from the hub, as mteb loads them, and images keep the model's own sizes. What is done for the same model,
+    settings and data is not repeated. Writes mteb.json beside mteb's own files.
     """
     from muco.base.files import claimed
     from muco.evaluate.mteb_run import evaluate_mteb, named_tasks

@@ -110,43 +110,59 @@ def evaluate_mteb(
         MucoError: If the vectors are shorter than ``dimension``, or mteb does not know a task of the benchmark.
         OutputError: If the output cannot be written.
     """
-    chosen = list(tasks.tasks if isinstance(tasks, Benchmark) else tasks)
-    _check(tasks, chosen)
+    _check(tasks)
     encoder = MtebEncoder(model, model_path, instructions=instructions, dimension=dimension, dimensions=dimensions)
     with writing(output):
         cache = mteb.ResultCache(output)
     runs = TaskRuns(encoder, cache, batch_size, allow_missing)
     found: dict[str, TaskResult] = {}
-    for number, task in enumerate(chosen, start=1):
+    scores: dict[str, TaskScore] = {}
+    for number, task in enumerate(_list(tasks), start=1):
         if (done := runs.score(task)) is not None:
-            found[task.metadata.name] = done
+            done = done.validate_and_filter_scores(task)  # a file may hold more languages than are asked for
+            found[task.metadata.name], scores[task.metadata.name] = done, _task_score(task, done, runs)
         if progress:
-            progress(number, len(chosen))
-    scores = {t.metadata.name: _task_score(t, found[t.metadata.name], runs) for t in chosen if t.metadata.name in found}
-    groups, overall = _means(tasks, found, scores, encoder)
-    result = {
-        "format": FORMAT,
-        "benchmark": tasks.name if isinstance(tasks, Benchmark) else "mteb",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            progress(number, len(_list(tasks)))
+    means = _means(tasks, found, scores, encoder)
+    result = _result(tasks, encoder, scores, means, runs.warnings) | {
         "command": command,
         "model": {"path": model_path, "name": encoder.mteb_model_meta.name, "fingerprint": runs.fingerprint},
-        "versions": versions() | {"mteb": installed("mteb")},
-        "settings": _settings(encoder, batch_size),
-        "tasks": {name: asdict(score) for name, score in scores.items()},
-        "groups": groups,
-        "overall": overall,
-        "missing": [task.metadata.name for task in chosen if task.metadata.name not in found],
-        "warnings": [*_pixels(encoder), *runs.warnings, *_mixed(scores)],
+        "settings": {**encoder.mteb_model_meta.experiment_kwargs, "batch_size": batch_size, "rules": RULES},
     }
     write_json(Path(output) / "mteb.json", result)
     return result
 
 
-def _check(tasks: Benchmark | Sequence[AbsTask], chosen: Sequence[AbsTask]) -> None:
+def _result(
+    tasks: Benchmark | Sequence[AbsTask],
+    encoder: MtebEncoder,
+    scores: Mapping[str, TaskScore],
+    means: tuple[dict[str, float | None], float | None],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """What ``mteb.json`` says of a run, as plain values."""
+    return {
+        "format": FORMAT,
+        "benchmark": tasks.name if isinstance(tasks, Benchmark) else "mteb",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions() | {"mteb": installed("mteb")},
+        "tasks": {name: asdict(score) for name, score in scores.items()},
+        "groups": means[0],
+        "overall": means[1],
+        "missing": [task.metadata.name for task in _list(tasks) if task.metadata.name not in scores],
+        "warnings": [*_pixels(encoder), *warnings, *_mixed(scores)],
+    }
+
+
+def _list(tasks: Benchmark | Sequence[AbsTask]) -> Sequence[AbsTask]:
+    return tasks.tasks if isinstance(tasks, Benchmark) else tasks
+
+
+def _check(tasks: Benchmark | Sequence[AbsTask]) -> None:
     """Refuses what would only fail when other tasks are done."""
-    if not chosen:
+    if not _list(tasks):
         raise MucoError("there is no task to score; name one")
-    for task in chosen:
+    for task in _list(tasks):
         name, others = task.metadata.name, sorted(set(task.metadata.modalities) - set(MODALITIES))
         if others:
             raise DataError(f"{name}: needs {' and '.join(others)}; the model reads text and images. Leave it out")
@@ -162,11 +178,6 @@ def _known(task: str, benchmark: str) -> None:
         raise MucoError(
             f"{benchmark}: mteb.get_task does not know its task {task!r}; pass the tasks as a list for their mean"
         ) from error
-
-
-def _settings(encoder: MtebEncoder, batch_size: int) -> dict[str, Any]:
-    meta = encoder.mteb_model_meta
-    return {**meta.experiment_kwargs, "batch_size": batch_size, "rules": RULES}
 
 
 def _pixels(encoder: MtebEncoder) -> list[str]:

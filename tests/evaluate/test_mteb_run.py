@@ -99,6 +99,9 @@ def test_scores_are_those_of_single_vectors_and_nothing_is_encoded_twice(tiny_mo
     again = evaluate_mteb(tiny_model, tasks, tmp_path, model_path="m")
     assert not encoded and all(task["reused"] for task in again["tasks"].values())
     assert again["overall"] == pytest.approx(found["overall"], abs=1e-6)
+    french = made.pages_task().filter_languages(languages=None, hf_subsets=["french"])
+    one = evaluate_mteb(tiny_model, [french], tmp_path, model_path="m")
+    assert one["overall"] == pytest.approx(expected["french"], abs=1e-5) and not encoded
 
 
 def test_a_result_belongs_to_weights_prompt_pixels_and_settings(tiny_model, tiny_path, tmp_path, encoded):
@@ -143,7 +146,8 @@ def test_results_of_other_data_or_another_main_version_are_not_used(tiny_model, 
         with caplog.at_level(logging.WARNING, "muco"):
             return evaluate_mteb(tiny_model, [task], tmp_path)["tasks"]["TestPages"]
 
-    score(made.pages_task("1"))
+    score(made.pages_task("1", eval_langs={"english": ["eng-Latn"]}))
+    assert not score(made.pages_task("1"))["reused"] and sum(encoded) == 4 + 6, "the other language is added"
     (path,) = files(tmp_path, "TestPages")
     assert score(made.pages_task("2"))["data"] == "2" and encoded
     assert str(path) in caplog.text and "is of data revision 1, now 2; the task is scored again" in caplog.text
