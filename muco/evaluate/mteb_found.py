@@ -79,7 +79,7 @@ class TaskRuns:
                 self.encoder,
                 task,
                 co2_tracker=False,
-                encode_kwargs={"batch_size": self.batch_size},
+                encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": False},
                 cache=self.cache,
                 overwrite_strategy="always" if again else "only-missing",
                 show_progress_bar=False,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from mteb.types import PromptType  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from muco.data import open_data  # noqa: E402
-from muco.errors import DataError  # noqa: E402
+from muco.errors import DataError, MucoError  # noqa: E402
 from muco.evaluate.metrics import ndcg_at  # noqa: E402
 from muco.evaluate.mteb import BLANK, MtebEncoder, _contents, model_meta  # noqa: E402
 
@@ -160,6 +162,14 @@ def test_a_prompt_goes_before_queries_or_before_the_inputs_of_other_tasks(tiny_m
     expected = tiny_model.encode([f"{before}word", "word"])
     np.testing.assert_allclose(encoded(with_it, [{"text": ["word"]}], task, side)[0], expected[0], atol=1e-5)
     np.testing.assert_allclose(encoded(without, [{"text": ["word"]}], task, side)[0], expected[1], atol=1e-5)
+
+
+def test_without_the_package_an_error_says_how_to_install_it(monkeypatch):
+    for module in ("mteb", "mteb.models.abs_encoder"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "muco.evaluate.mteb")
+    with pytest.raises(MucoError, match="the mteb package is not installed .*; run: pip install mteb"):
+        importlib.import_module("muco.evaluate.mteb")
 
 
 def test_what_mteb_keeps_of_a_model(tiny_model, tiny_path):
