@@ -61,7 +61,6 @@ class MtebEncoder(AbsEncoder):
 
     Attributes:
         mteb_model_meta: Its name and revision, and the settings of this encoder, are what mteb finds results by.
-        encoded: How many contents the model has encoded.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class MtebEncoder(AbsEncoder):
         checked_dimension(dimension, model.get_embedding_dimension())
         self.model, self.instructions, self.dimension = model, instructions, dimension
         self.mteb_model_meta = model_meta(model, name, instructions, dimension, dimensions)
-        self.encoded = 0
         self._kept = _Kept()
 
     def encode(
@@ -116,7 +114,8 @@ class MtebEncoder(AbsEncoder):
             vectors.append(self._vectors(contents, places, batch_size))
             row += len(contents)
         if blanks:
-            log.warning("%s: %d of %d %ss have no text and no image; each is read as a blank", task, blanks, row, side)
+            said = "%s, %s, %s: %d of %d rows (%s) have neither text nor image; each is read as a blank"
+            log.warning(said, task, hf_split, hf_subset, blanks, row, side)
         if not vectors:
             raise DataError(f"{task}, {hf_split}, {hf_subset}: there is no {side} to encode")
         return np.concatenate(vectors)
@@ -138,7 +137,6 @@ class MtebEncoder(AbsEncoder):
         if new:
             vectors, rows = book.vectors(_Cut(self.model, self.dimension), batch_size, new)
             found |= {key: vectors[row] for key, row in rows.items()}
-            self.encoded += len(new)
             self._kept.add({key: found[key] for key in new if book.contents[key].images})
         return np.stack([found[key] for key in keys])
 

@@ -128,7 +128,10 @@ def test_vectors_have_the_order_of_the_rows_and_unit_length(tiny_model, caplog):
     assert found.dtype == np.float32 and found.shape == (8, 24)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    assert "SceneCaptions: 1 of 8 inputs have no text and no image; each is read as a blank" in caplog.text
+    assert (
+        "SceneCaptions, test, default: 1 of 8 rows (input) have neither text nor image; each is read as a blank"
+        in caplog.text
+    )
 
 
 def test_a_row_that_the_model_refuses_and_a_missing_cell_are_named(tiny_model):
