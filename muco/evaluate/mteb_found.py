@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from muco.base.files import writing
 from muco.base.machine import installed
 from muco.errors import DataError, MucoError
 from muco.evaluate.mteb import MtebEncoder
@@ -57,14 +56,18 @@ class TaskRuns:
         return self.encoder.mteb_model_meta.revision
 
     def score(self, task: AbsTask) -> TaskResult | None:
-        """The result of a task, found or new; None if its data cannot be loaded and it may be skipped.
+        """The result of a task, found or new, of its own splits and subsets: a file may hold more of them.
 
+        Returns:
+            None if the data cannot be loaded and the task may be skipped.
         Raises:
             DataError: If the data cannot be loaded, lack a text, or a row cannot be embedded.
-            OutputError: If the result cannot be written.
+            OSError: If mteb cannot write the result.
         """
-        if isinstance(task, AbsTaskAggregate):
-            return self._score_parts(task)
+        done = self._score_parts(task) if isinstance(task, AbsTaskAggregate) else self._score_one(task)
+        return done and done.validate_and_filter_scores(task)
+
+    def _score_one(self, task: AbsTask) -> TaskResult | None:
         found, again = self._find(task)
         self._tell_of_folder(task)
         if found is not None and not again and not found.get_missing_evaluations(task):
@@ -97,8 +100,7 @@ class TaskRuns:
         joined = task.combine_task_results(results)
         if all(part.metadata.name in self.reused for part in task.metadata.tasks):
             self.reused.add(task.metadata.name)
-        with writing(self.cache.cache_path):
-            self.cache.save_to_cache(joined, self.encoder.mteb_model_meta)
+        self.cache.save_to_cache(joined, self.encoder.mteb_model_meta)
         return joined
 
     def _find(self, task: AbsTask) -> tuple[TaskResult | None, bool]:

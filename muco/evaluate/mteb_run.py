@@ -108,7 +108,7 @@ def evaluate_mteb(
         DataError: If a task has other modalities than text and image, its data cannot be loaded, or one of its rows
             cannot be embedded; the message names it.
         MucoError: If the vectors are shorter than ``dimension``, or mteb does not know a task of the benchmark.
-        OutputError: If the output cannot be written.
+        OutputError: If the output folder cannot be made or ``mteb.json`` cannot be written.
     """
     _check(tasks)
     encoder = MtebEncoder(model, model_path, instructions=instructions, dimension=dimension, dimensions=dimensions)
@@ -119,7 +119,6 @@ def evaluate_mteb(
     scores: dict[str, TaskScore] = {}
     for number, task in enumerate(_list(tasks), start=1):
         if (done := runs.score(task)) is not None:
-            done = done.validate_and_filter_scores(task)  # a file may hold more languages than are asked for
             found[task.metadata.name], scores[task.metadata.name] = done, _task_score(task, done, runs)
         if progress:
             progress(number, len(_list(tasks)))

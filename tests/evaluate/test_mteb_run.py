@@ -14,8 +14,6 @@ mteb = pytest.importorskip("mteb", reason="mteb is one of the dev packages")
 import datasets  # noqa: E402
 import mteb_tasks as made  # noqa: E402
 import torch  # noqa: E402
-from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata  # noqa: E402
-from mteb.abstasks.aggregated_task import AbsTaskAggregate  # noqa: E402
 from mteb.benchmarks.benchmark import Benchmark, MIEBBenchmark, VidoreBenchmark  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
@@ -167,28 +165,18 @@ def test_results_of_other_data_or_another_main_version_are_not_used(tiny_model, 
 
 def test_a_task_made_of_others_is_scored_by_their_files(tiny_model, tmp_path, encoded):
     parts = [made.pairs_task("TestPairsA"), made.pairs_task("TestPairsB")]
-
-    class Both(AbsTaskAggregate):
-        metadata = AggregateTaskMetadata(
-            name="TestBoth",
-            description="Made for a test.",
-            tasks=parts,
-            main_score="cosine_spearman",
-            type="VisualSTS(eng)",
-            eval_splits=["test"],
-            category="i2i",
-            license="apache-2.0",
-            modalities=["image"],
-            annotations_creators="derived",
-            dialect=[],
-            sample_creation="created",
-        )
-
     one = evaluate_mteb(tiny_model, [parts[0]], tmp_path)["overall"]
     encoded.clear()
-    found = evaluate_mteb(tiny_model, [Both()], tmp_path)
+    both = made.joined_task("TestBoth", parts)
+    found = evaluate_mteb(tiny_model, [both], tmp_path)
     assert found["overall"] == pytest.approx(one, abs=1e-6) and sum(encoded) == 12 and files(tmp_path, "TestBoth")
-    assert evaluate_mteb(tiny_model, [Both()], tmp_path)["tasks"]["TestBoth"]["reused"]
+    assert evaluate_mteb(tiny_model, [both], tmp_path)["tasks"]["TestBoth"]["reused"]
+
+    alike = {"eval_langs": {"english": ["eng-Latn"], "french": ["eng-Latn"]}}  # as en-ar and en-de of VisualSTS17
+    whole = evaluate_mteb(tiny_model, [made.pages_task(**alike)], tmp_path)["tasks"]["TestPages"]["parts"]["test"]
+    french = made.pages_task(**alike).filter_languages(languages=None, hf_subsets=["french"])
+    found = evaluate_mteb(tiny_model, [made.joined_task("TestFrench", [french])], tmp_path)
+    assert found["overall"] == pytest.approx(whole["french"], abs=1e-5) != pytest.approx(whole["english"], abs=1e-5)
 
 
 @pytest.mark.slow

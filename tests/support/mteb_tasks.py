@@ -8,6 +8,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from mteb.abstasks.abstask import AbsTask
+from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.sts import AbsTaskSTS
@@ -101,6 +104,28 @@ def pairs_task(name: str = "TestPairs") -> AbsTaskSTS:
             self.data_loaded = True
 
     return Pairs()
+
+
+def joined_task(name: str, parts: list[AbsTask]) -> AbsTaskAggregate:
+    """A task whose score is the mean of others', as MIEB's VisualSTS17Eng."""
+
+    class Joined(AbsTaskAggregate):
+        metadata = AggregateTaskMetadata(
+            name=name,
+            description="Made for a test.",
+            tasks=parts,
+            main_score=parts[0].metadata.main_score,
+            type=parts[0].metadata.type,
+            eval_splits=["test"],
+            category=parts[0].metadata.category,
+            license="apache-2.0",
+            modalities=parts[0].metadata.modalities,
+            annotations_creators="derived",
+            dialect=[],
+            sample_creation="created",
+        )
+
+    return Joined()
 
 
 def pairs() -> Dataset:
