@@ -107,8 +107,7 @@ class MtebEncoder(AbsEncoder):
         self._kept.start(task, several=len(task_metadata.hf_subsets) > 1)
         vectors: list[np.ndarray] = []
         row = blanks = 0
-        for batch in _batches(inputs, task):
-            contents = _contents(batch, instruction, task)
+        for contents in _joined((_contents(batch, instruction, task) for batch in _batches(inputs, task)), batch_size):
             blanks += sum(content.text == BLANK and not content.images for content in contents)
             places = [f"{task}, {hf_split}, {hf_subset}, {side} {row + number}" for number in range(len(contents))]
             vectors.append(self._vectors(contents, places, batch_size))
@@ -236,6 +235,18 @@ def _batches(inputs: Iterable[Mapping[str, Any]], task: str) -> Iterator[Mapping
             raise
         column = str(error).split("'")[1]
         raise DataError(f"{task}: a row has nothing in the column {column!r}; repair the task's data") from error
+
+
+def _joined(parts: Iterable[list[Content]], size: int) -> Iterator[list[Content]]:
+    """Parts of at least this size, but for the last: some tasks hand over images one by one."""
+    together: list[Content] = []
+    for part in parts:
+        together += part
+        if len(together) >= size:
+            yield together
+            together = []
+    if together:
+        yield together
 
 
 def _contents(batch: Mapping[str, Sequence[Any]], instruction: str, task: str) -> list[Content]:

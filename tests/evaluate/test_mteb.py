@@ -124,6 +124,9 @@ def test_vectors_have_the_order_of_the_rows_and_unit_length(tiny_model, caplog):
         found = encoded(MtebEncoder(tiny_model, dimension=24), batches, SceneCaptions.metadata)
     contents = [{"text": t, "image": image} for t, image in zip(texts, kinds, strict=True)]
     whole = tiny_model.encode([*contents, " ", "last"])
+    one_by_one = [{name: [value] for name, value in row.items()} for row in contents]
+    again = encoded(MtebEncoder(tiny_model, dimension=24), one_by_one, SceneCaptions.metadata)
+    np.testing.assert_allclose(again, found[:6], atol=1e-5)
     expected = whole[:, :24] / np.linalg.norm(whole[:, :24], axis=1, keepdims=True)
     assert found.dtype == np.float32 and found.shape == (8, 24)
     np.testing.assert_allclose(found, expected, atol=1e-5)
