@@ -116,7 +116,7 @@ class MtebEncoder(AbsEncoder):
             said = "%s, %s, %s: %d of %d rows (%s) have neither text nor image; each is read as a blank"
             log.warning(said, task, hf_split, hf_subset, blanks, row, side)
         if not vectors:
-            raise DataError(f"{task}, {hf_split}, {hf_subset}: there is no {side} to encode")
+            raise DataError(f"{task}, {hf_split}, {hf_subset}: has no {side} to encode")
         return np.concatenate(vectors)
 
     def _instruction(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:

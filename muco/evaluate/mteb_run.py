@@ -160,7 +160,7 @@ def _list(tasks: Benchmark | Sequence[AbsTask]) -> Sequence[AbsTask]:
 def _check(tasks: Benchmark | Sequence[AbsTask]) -> None:
     """Refuses what would only fail when other tasks are done."""
     if not _list(tasks):
-        raise MucoError("there is no task to score; name one")
+        raise MucoError("name at least one task to score")
     for task in _list(tasks):
         name, others = task.metadata.name, sorted(set(task.metadata.modalities) - set(MODALITIES))
         if others:

@@ -145,7 +145,7 @@ def test_a_row_that_the_model_refuses_and_a_missing_cell_are_named(tiny_model):
     loader = create_dataloader(rows, task_metadata=SceneCaptions.metadata, batch_size=2)
     with pytest.raises(DataError, match="SceneCaptions: a row has nothing in the column 'text'"):
         encoded(MtebEncoder(tiny_model), loader, SceneCaptions.metadata)
-    with pytest.raises(DataError, match="SceneCaptions, test, default: there is no query to encode"):
+    with pytest.raises(DataError, match="SceneCaptions, test, default: has no query to encode"):
         encoded(MtebEncoder(tiny_model), [], SceneCaptions.metadata, PromptType.query)
 
 

@@ -254,5 +254,5 @@ def test_what_cannot_be_scored_is_named(hub, tiny_model):
         evaluate_mteb(tiny_model, [lacking], hub / "out")
     with pytest.raises(MucoError, match="mine: mteb.get_task does not know its task 'TestPages'"):
         evaluate_mteb(tiny_model, Benchmark("mine", [made.pages_task()]), hub / "out")
-    with pytest.raises(MucoError, match="there is no task"):
+    with pytest.raises(MucoError, match="name at least one task"):
         evaluate_mteb(tiny_model, [], hub / "out")
