@@ -27,7 +27,7 @@ OPTIONAL = {
     "openai": "muco synth, muco data caption",
     "daft": "muco synth; muco index in several processes",
     "ray": "the same on many machines",
-    "mteb": "its tasks, with muco.evaluate.mteb; the test suite",
+    "mteb": "muco evaluate mteb; the test suite",
     "pytest": "the test suite",
     "hypothesis": "the test suite",
     "jaxtyping": "checks of tensor shapes in the test suite",

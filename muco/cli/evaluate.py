@@ -11,6 +11,7 @@ from typer import Argument, BadParameter, Context, Option, Typer
 
 from muco.base.terminal import finish, progress_bar
 from muco.cli import options
+from muco.cli.evaluate_mteb import mteb
 from muco.cli.options import BatchSize, Dimension, Json, Model, Precision, examples
 
 if TYPE_CHECKING:
@@ -237,6 +238,14 @@ def beir(
         batch_size=batch_size,
         skip_broken=skip_broken,
     )
+
+
+app.command(
+    epilog=examples(
+        "muco evaluate mteb --model MODEL --benchmark 'ViDoRe(v2)' --output scores/vidore",
+        "muco evaluate mteb -m MODEL --task VidoreDocVQARetrieval --task CIFAR10 -o scores/some --dimension 256",
+    ),
+)(mteb)
 
 
 @app.command(epilog=examples("muco evaluate compare scores/old scores/new"))

@@ -184,6 +184,21 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
+def print_mteb(result: Mapping[str, Any], console: Console) -> None:
+    """Prints tasks and means of an ``evaluate_mteb``, and every warning."""
+    table = table_of_numbers(f"{title_of(result)}, %", ("task", "metric", "score"))
+    for name, task in result["tasks"].items():
+        table.add_row(Text(name), Text(task["metric"]), Text(percent(task["score"])))
+    table.add_section()
+    for name, score in group_rows(result):
+        table.add_row(Text(name), "", Text(score), style="bold")
+    reused = sum(task["reused"] for task in result["tasks"].values())
+    notes = (f"{name} {value}" for name, value in origin(result).items())
+    print_report(
+        table, warnings_of(result), (f"{reused} of {len(result['tasks'])} tasks were found done", *notes), console
+    )
+
+
 RETRIEVAL_COLUMNS = ("task", "queries", "candidates", "hit@1", "hit@5", "hit@10", "MRR", "chance@1")
 
 

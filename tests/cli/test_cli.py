@@ -54,6 +54,7 @@ def test_the_commands_are_the_documented_ones():
         "evaluate mmeb",
         "evaluate mbeir",
         "evaluate beir",
+        "evaluate mteb",
         "evaluate compare",
         "embed",
         "export",
