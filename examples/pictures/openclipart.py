@@ -24,7 +24,7 @@ from openclipart_titles import (
     read_metadata,
     title_of,
 )
-from packages import advice, installed, usable_picture
+from packages import advice, installed, usable_pictures
 from PIL import Image
 
 from muco.errors import DataError
@@ -93,12 +93,12 @@ def collect(root: Path, output: Path) -> tuple[list[Entry], list[Entry], Counter
     (output / "images").mkdir(parents=True, exist_ok=True)
     entries: dict[str, Entry] = {}
     first: dict[str, str] = {}  # title -> id
-    for place, meta in found:
-        title = title_of(meta, place.stem, uses[meta.title.lower()])
-        if reason := unusable(meta, title):
-            left_out[reason] += 1
-            continue
-        picture = usable_picture(root / FOLDER / "png" / place, left_out)
+    named = [(place, meta, title_of(meta, place.stem, uses[meta.title.lower()])) for place, meta in found]
+    reasons = [unusable(meta, title) for _, meta, title in named]
+    left_out.update(filter(None, reasons))
+    wanted = [one for one, reason in zip(named, reasons, strict=True) if not reason]
+    pictures = usable_pictures((root / FOLDER / "png" / place for place, *_ in wanted), left_out)
+    for (place, meta, title), picture in zip(wanted, pictures, strict=True):
         if picture is None:
             continue
         entry = entry_of(picture_id(place, entries), place, meta, title, picture)

@@ -5,10 +5,13 @@ A package may also be unpacked elsewhere (``dpkg -x FILE.deb DIR``); then DIR ta
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageChops
@@ -19,6 +22,7 @@ from muco.images import open_image
 SIDE = 224  # pixels of the longer side of a written picture, at most
 KEPT = 0.85  # of a side; if what is not white takes less than this, the margin is cut
 MARGIN = 0.04  # of the longer side; the margin that is left then
+AHEAD = 16  # pictures that are read before they are asked for
 MAX_BYTES = 16 << 20  # of a text file or an SVG
 MAX_PIXELS = 180_000_000  # of an installed picture: 0.7 GB as RGBA; Pillow alone stops at half of it
 
@@ -99,19 +103,32 @@ def read_picture(file: Path, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> 
             raise ImageError(f"{file}: the picture is broken ({error or type(error).__name__})") from error
 
 
-def usable_picture(file: Path, left_out: Counter[str], max_pixels: int = MAX_PIXELS) -> Image.Image | None:
-    """:func:`read_picture`, or None and the reason counted in ``left_out``."""
+def usable_pictures(
+    files: Iterable[Path], left_out: Counter[str], max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image | None]:
+    """:func:`read_picture` of each file in order, by threads; None where the reason is counted in ``left_out``."""
+    reads: deque[Future[Image.Image | str]] = deque()
+    # entered here once, as Pillow's limit is one for all threads
+    with pixels_counted_here(), ThreadPoolExecutor(os.cpu_count()) as threads:
+        for file in chain(files, (None,) * AHEAD):
+            if file is not None:
+                reads.append(threads.submit(_usable, file, max_pixels))
+            if reads and (file is None or len(reads) > AHEAD):
+                found = reads.popleft().result()
+                if isinstance(found, str):
+                    left_out[found] += 1
+                yield None if isinstance(found, str) else found
+
+
+def _usable(file: Path, max_pixels: int) -> Image.Image | str:
+    """A picture, or why it is left out."""
     try:
         picture = read_picture(file, max_pixels=max_pixels)
     except TooLarge:
-        left_out["too many pixels"] += 1
+        return "too many pixels"
     except ImageError:
-        left_out["PNG cannot be read"] += 1
-    else:
-        if not blank(picture):
-            return picture
-        left_out["nothing to be seen on white"] += 1
-    return None
+        return "PNG cannot be read"
+    return "nothing to be seen on white" if blank(picture) else picture
 
 
 def shrunk(whole: Image.Image, box: tuple[float, ...], side: int, file: Path) -> Image.Image:

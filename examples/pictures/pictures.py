@@ -2,8 +2,8 @@
 
     make pictures
 
-Needs Debian or Ubuntu. Gets the three collections, indexes all their pictures, writes ``<output>/found.html`` (what the
-queries of queries.txt find among pictures that the starter was never trained on), and serves the search page.
+Needs Debian or Ubuntu. Gets the three collections, indexes their pictures that the starter was never trained on, writes
+``<output>/found.html`` (what the queries of queries.txt find among them), and serves the search page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ COLLECTIONS = {
     "emoji": "name",
     "tuxpaint": "sentence",
 }  # name -> the column that names a picture
-HELD_OUT = "part != 'train'"
 
 
 def collect(pictures: Path, root: Path) -> None:
@@ -44,10 +43,12 @@ def collect(pictures: Path, root: Path) -> None:
 
 
 def rows(pictures: Path) -> Iterator[dict[str, Any]]:
-    """One row per picture of all collections, for ``muco index``."""
+    """One row for each picture of all collections that the starter was not trained on, for ``muco index``."""
     for name, column in COLLECTIONS.items():
         for line in (pictures / name / "index.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if row["part"] == "train":
+                continue
             yield {
                 "id": f"{name}/{row['id']}",
                 "image": f"{name}/{row['image']}",
@@ -69,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = read_queries(args.queries)
 
     collect(args.output, args.root or root(args.output / "debian"))
-    write_jsonl(args.output / "all.jsonl", rows(args.output))
+    write_jsonl(args.output / "held-out.jsonl", rows(args.output))
     place, page = args.output / "pictures.index", args.output / "found.html"
-    build(args.output / "all.jsonl", place, args.model, delete_missing=True)
+    build(args.output / "held-out.jsonl", place, args.model, delete_missing=True)
     title = "Pictures that the model never saw, found by words"
     index = Index.open(place)
-    found = {query: index.search(query, where=HELD_OUT, exact=True) for query in asked}
+    found = {query: index.search(query, exact=True) for query in asked}
     write_sheet(page, found, caption="title", title=title)
     print(page)
     if not args.no_serve:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from collection import SMALL, Entry, distinct, parser, picture_id, script, small, turn, write_summary
-from packages import advice, ink, installed, read_bytes, usable_picture
+from packages import advice, ink, installed, read_bytes, usable_pictures
 from PIL import Image
 
 from muco.data.jsonl import write_jsonl
@@ -89,8 +89,7 @@ def collect(root: Path, output: Path) -> tuple[list[Stamp], Counter[str]]:
     folder = installed(root / FOLDER, PACKAGE)
     (output / "images").mkdir(parents=True, exist_ok=True)
     left_out: Counter[str] = Counter()
-    found: dict[str, Stamp] = {}
-    seen: set[str] = set()
+    wanted: list[tuple[Path, str, dict[str, str]]] = []
     for file in sorted(folder.rglob("*.png")):
         place = file.relative_to(folder)
         if place.parts[0] == LEFT_OUT:
@@ -104,14 +103,18 @@ def collect(root: Path, output: Path) -> tuple[list[Stamp], Counter[str]]:
         except DataError:
             left_out["sentence cannot be read"] += 1
             continue
-        picture = usable_picture(file, left_out, max_pixels=MAX_PIXELS)
+        wanted.append((file, sentence, translations))
+    found: dict[str, Stamp] = {}
+    seen: set[str] = set()
+    pictures = usable_pictures((file for file, *_ in wanted), left_out, max_pixels=MAX_PIXELS)
+    for (file, sentence, translations), picture in zip(wanted, pictures, strict=True):
         if picture is None:
             continue
         if sentence.lower() in seen:
             left_out["sentence of another picture"] += 1
         else:
             seen.add(sentence.lower())
-            drawing = is_drawing(file)
+            drawing, place = is_drawing(file), file.relative_to(folder)
             entry = entry_of(picture_id(place, found), place, sentence, drawing, picture)
             picture.save(output / entry.image)
             found[entry.id] = Stamp(entry, drawing, sentence, translations)

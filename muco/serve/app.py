@@ -34,6 +34,7 @@ from muco.serve.guard import LOCAL_HOSTS, ClientGone, Guard, error_answer
 from muco.serve.process import ModelProcess
 from muco.serve.schema import RequestError, RequestLimits, first_error
 from muco.serve.service import Served, Service
+from muco.starter import located
 from muco.training.folder import RECIPE_FILE
 
 PAGE_POLICY = (
@@ -180,7 +181,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _trained_dimensions(path: str) -> tuple[int, ...]:
     """The lengths that a model was trained for (Matryoshka), from the recipe that is saved beside its weights."""
-    file = cached_file(path, RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
+    file = cached_file(located(path), RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return ()
     try:
