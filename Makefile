@@ -21,7 +21,7 @@ help: ## list the targets
 demo: $(READY) ## train, evaluate and search the built-in scenes; writes runs/demo/report.html (DEMO_ARGS="--steps 100")
 	$(BIN)/muco demo --output runs/demo $(DEMO_ARGS)
 
-pictures: $(READY) ## search some thousand real pictures (Debian, Ubuntu); writes runs/pictures/found.html and serves the search
+pictures: $(READY) ## search 1,541 real pictures (Debian, Ubuntu); writes runs/pictures/found.html and serves the search
 	$(BIN)/python examples/pictures/pictures.py $(PICTURES_ARGS)
 
 starter: $(READY) ## train the starter again from nothing (hours); writes runs/starter (STARTER_ARGS="--set trainer.max_steps=100")

@@ -23,6 +23,7 @@ from PIL import Image
 
 import muco
 from muco.base.files import write_json
+from muco.base.machine import keep_freed_memory
 from muco.data.jsonl import write_jsonl
 
 PARTS = {"test": 0.15, "dev": 0.10}  # shares of all pictures; the rest is for training
@@ -221,6 +222,7 @@ def parser(description: str, collection: str) -> argparse.ArgumentParser:
 
 def script(main: Callable[[], None]) -> None:
     """Runs a script; an error that a user can fix is one sentence and exit code 1."""
+    keep_freed_memory()
     try:
         main()
     except (muco.MucoError, OSError) as error:

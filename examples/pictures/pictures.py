@@ -1,4 +1,4 @@
-"""Searches some thousand real pictures with the starter, by queries that were written down before any was tried.
+"""Searches 1,541 real pictures with the starter, by queries that were written down before any was tried.
 
     make pictures
 

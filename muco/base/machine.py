@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 
 VERSION = "0.1.0"
 GIB = 1 << 30  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BLOCK, KEPT = GIB, 2 * GIB - 1  # bytes; the second is the most that glibc takes
 
 
 def usable_cores() -> int:
     """Cores that this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep memory that it frees for the next use; whether it does.
+
+    torch frees what a layer made, and the C library hands blocks of more than 32 MiB back to the system, which clears
+    them again for the next layer: half of the time of encoding pictures (benchmarks/results/freed-memory.json). Blocks
+    of more than 1 GiB are still handed back, and what is free beyond 2 GiB. Left alone where the environment sets the C
+    library's memory (``MALLOC_…``, ``GLIBC_TUNABLES``), and where it is not glibc.
+    """
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return False
+    import ctypes
+
+    option = getattr(ctypes.CDLL(None), "mallopt", None)  # not in other C libraries; 1: done
+    return option is not None and option(M_MMAP_THRESHOLD, KEPT_BLOCK) == 1 and option(M_TRIM_THRESHOLD, KEPT) == 1
 
 
 def versions() -> dict[str, str | None]:

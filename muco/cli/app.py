@@ -17,7 +17,7 @@ from typing import Annotated
 from typer import Argument, BadParameter, Exit, Option, Typer
 from typer.main import get_command
 
-from muco.base.machine import VERSION
+from muco.base.machine import VERSION, keep_freed_memory
 from muco.base.terminal import finish, print_json, print_pairs
 from muco.base.text import LONE_SURROGATE, escape_what_streams_cannot_write, escaped
 from muco.cli import options
@@ -266,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error that a user can cause becomes one line on stderr; any other is a defect and keeps its traceback.
     """
     escape_what_streams_cannot_write()
+    keep_freed_memory()
     try:
         words = sys.argv[1:] if argv is None else argv
         get_command(app)(args=argv, prog_name="muco", obj=escaped(shlex.join(["muco", *words])))

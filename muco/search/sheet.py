@@ -17,7 +17,7 @@ from muco.search.update import build
 from muco.starter import STARTER
 
 STYLE = """\
-.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 12px; margin-top: 12px }
+.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); gap: 12px; margin-top: 12px }
 .found img, .found p { aspect-ratio: 1; object-fit: contain; border: 1px solid var(--line); border-radius: 8px;
   background: #fff }
 .found p { padding: 8px; overflow: hidden; color: #1b1c1f; font-size: .8rem; line-height: 1.35 }

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import muco
 from muco.base.files import locked
+from muco.data.jsonl import write_jsonl
 from muco.training.recipe import dump_recipe, from_dict, load_recipe
 
 
@@ -85,7 +86,36 @@ def base(scenes, tmp_path_factory) -> Path:
     return muco.train(from_dict(values))
 
 
-def write_recipe(base: Path, scenes: Path, output: Path, dropout: float = 0.0, **batch) -> Path:
+@pytest.fixture(scope="module")
+def taught(scenes, tmp_path_factory) -> list[dict]:
+    """Two sources whose first turns have hard negatives and a teacher's scores."""
+    folder = tmp_path_factory.mktemp("taught")
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows):
+        row["image"] = str(scenes / row["image"])
+        row["turns"][0] |= {"negatives": ["a purple cloud", "nothing at all"], "scores": [3.0, number % 4, -1.0]}
+    for name, own in (("one", rows[::2]), ("two", rows[1::2])):
+        write_jsonl(folder / f"{name}.jsonl", own)
+    return [{"path": str(folder / f"{name}.jsonl"), "weight": 1.0} for name in ("one", "two")]
+
+
+def every_signal(base: Path, sources: list[dict]) -> tuple[str, ...]:
+    """Changes of a recipe that switch on all that it may add to the loss and to the order of samples."""
+    changes = {
+        "data.train": sources,
+        "batch.size": 9,  # 5 samples on one process, 4 on the other
+        "batch.group": 3,
+        "loss.symmetric": True,
+        "loss.dimensions": [16, 64],
+        "loss.learn_temperature": "per_source",
+        "loss.weighting": {"false_negative_margin": 0.05, "hardness": 2.0, "hard_negative_hardness": 1.0},
+        "loss.guide": {"model": str(base), "margin": 0.01},
+        "loss.distillation": {"kind": "symmetric_kl", "weight": 0.5},
+    }
+    return tuple(f"{key}={json.dumps(value)}" for key, value in changes.items())
+
+
+def write_recipe(base: Path, scenes: Path, output: Path, dropout: float = 0.0, changes=(), **batch) -> Path:
     values = {
         "output": str(output),
         "model": {
@@ -109,6 +139,7 @@ def write_recipe(base: Path, scenes: Path, output: Path, dropout: float = 0.0, *
     }
     file = output.with_suffix(".yaml")
     file.write_text(dump_recipe(from_dict(values)))
+    file.write_text(dump_recipe(load_recipe(file, changes)))
     return file
 
 
@@ -122,10 +153,11 @@ def train(recipe: Path, *options: str, accelerate: bool = False) -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharding", "accelerate"), [("none", True), ("fsdp", False)])
-def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, sharding, accelerate):
-    """The launcher of accelerate is that of torch, with further variables."""
-    alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone")))
-    recipe = write_recipe(base, scenes, tmp_path / "both", sharding=sharding)
+def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, taught, tmp_path, sharding, accelerate):
+    """With every signal. The launcher of accelerate is that of torch, with further variables."""
+    signals = every_signal(base, taught)
+    alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone", changes=signals)))
+    recipe = write_recipe(base, scenes, tmp_path / "both", changes=signals, sharding=sharding)
     out = finished(train(recipe, "--set", f"data.validation={scenes / 'dev.jsonl'}", accelerate=accelerate))
     both = tmp_path / "both" / "model"
     assert [json.loads(line) for line in out.splitlines()] == [{"model": str(both)}], "one process speaks"
@@ -140,7 +172,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, tmp_path, shardi
     state = json.loads((tmp_path / "both/checkpoints/checkpoint-6/trainer_state.json").read_text())
     logged = state["log_history"]
     assert any("eval_image_to_caption_hit@1" in entry for entry in logged)
-    assert all({"peak_memory_gib", "padding"} <= entry.keys() for entry in logged if "loss" in entry)
+    told = {"peak_memory_gib", "padding", "false_negatives", "temperature_0", "temperature_1"}
+    assert all(told <= entry.keys() for entry in logged if "loss" in entry), [*logged[0]]
 
 
 @pytest.mark.slow
@@ -177,9 +210,12 @@ def test_adapters_of_a_bfloat16_model_are_trained_sharded_as_on_one_process(base
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, sharding):
-    """SIGKILL in the middle of an epoch, with dropout, workers and the gradient cache: the same losses and weights."""
-    recipe = write_recipe(base, scenes, tmp_path / "killed", dropout=0.2, sharding=sharding)
+def test_two_killed_processes_go_on_where_they_were(base, scenes, taught, tmp_path, sharding):
+    """SIGKILL in the middle of an epoch, with every signal, dropout, workers and the gradient cache: the same losses
+    and weights.
+    """
+    how = {"dropout": 0.2, "changes": every_signal(base, taught), "sharding": sharding}
+    recipe = write_recipe(base, scenes, tmp_path / "killed", **how)
     both = train(recipe)
     state = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
     deadline = time.monotonic() + 300
@@ -195,7 +231,7 @@ def test_two_killed_processes_go_on_where_they_were(base, scenes, tmp_path, shar
     with pytest.raises(muco.MucoError, match=alone):
         muco.train(load_recipe(recipe))
     finished(train(recipe))
-    finished(train(write_recipe(base, scenes, tmp_path / "whole", dropout=0.2, sharding=sharding)))
+    finished(train(write_recipe(base, scenes, tmp_path / "whole", **how)))
     resumed, whole = (tmp_path / name / "model" for name in ("killed", "whole"))
     assert losses(resumed) == losses(whole)
     one, other = (load_file(folder / "model.safetensors") for folder in (resumed, whole))
