@@ -138,10 +138,11 @@ def scenes_with_few_answers(folder: Path, scale: float) -> None:
     for split, first, name in (("train", half, "pairs"), ("test", 0, "test")):
         rows = rows_of(folder / f"{split}.jsonl")[first:]
         for words in VOCABULARIES.values():
-            write_jsonl(folder / f"{name}-{words}.jsonl", (_classification(row, words) for row in rows))
+            write_jsonl(folder / f"{name}-{words}.jsonl", (classification(row, words) for row in rows))
 
 
-def _classification(row: dict[str, Any], words: int) -> dict[str, Any]:
+def classification(row: dict[str, Any], words: int) -> dict[str, Any]:
+    """The row with its question of classification alone, whose answer is cut to its first words."""
     turns = [turn for turn in row["turns"] if turn["kind"] == "classification"]
     return row | {"turns": [turn | {"target": " ".join(turn["target"].split()[:words])} for turn in turns]}
 

@@ -28,7 +28,7 @@ class Run:
 
     Args:
         recipe: The differences from the study's base recipe. In paths, ``{data}`` is the study's data folder,
-            ``{train}`` and ``{test}`` are its sets, or those of a user.
+            ``{train}`` and ``{test}`` are its sets, or those of a user; ``{start}`` is the model it starts from.
         equal: Sets its steps and, in proportion, its warm-up steps, instead of the recipe.
     """
 
@@ -128,15 +128,16 @@ def recipe_of(
     ``scale``: of steps, warm-up steps and those of a language warm-up, at least one step; ``costs``: of a step, if the
     run equals another one.
     """
-    values = filled(_merged(study.base, run.recipe), folder, sets)
+    start = None if run.start is None else folder_of(folder, run.start, seed) / "run" / MODEL
+    values = filled(_merged(study.base, run.recipe), folder, sets, start)
     values |= {"output": str(folder_of(folder, run.name, seed) / "run"), "seed": seed}
     steps, warm = steps_of(study, run, scale, costs or {})
     values["trainer"] |= {"max_steps": steps, "warmup_steps": warm}
     if warm_up := values.get("warm_up", {}).get("steps"):
         values["warm_up"]["steps"] = max(1, round(warm_up * scale))
-    if run.start is not None:
+    if start is not None:
         model = {key: value for key, value in values["model"].items() if key != "tiny"}
-        values["model"] = model | {"path": str(folder_of(folder, run.start, seed) / "run" / MODEL)}
+        values["model"] = model | {"path": str(start)}
     return values
 
 
@@ -165,18 +166,18 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def filled(value: Any, folder: Path, sets: Sets | None = None) -> Any:
-    """Values with paths for ``{data}``, ``{train}`` and ``{test}``; a user's training set gets its format too."""
+def filled(value: Any, folder: Path, sets: Sets | None = None, start: Path | None = None) -> Any:
+    """Values with paths for ``{data}``, ``{train}``, ``{test}`` and ``{start}``; a user's set gets its format too."""
     if isinstance(value, Mapping):
-        inner = {key: filled(item, folder, sets) for key, item in value.items()}
+        inner = {key: filled(item, folder, sets, start) for key, item in value.items()}
         foreign = sets is not None and value.get("path") == "{train}"
         return inner | {"format": sets.format} if foreign else inner
     if isinstance(value, (list, tuple)):
-        return [filled(item, folder, sets) for item in value]
+        return [filled(item, folder, sets, start) for item in value]
     if not isinstance(value, str):
         return value
     data = folder / "data"
-    value = value.replace("{data}", str(data))
+    value = value.replace("{data}", str(data)).replace("{start}", str(start))
     value = value.replace("{train}", sets.train if sets else str(data / "train.jsonl"))
     return value.replace("{test}", sets.test if sets else str(data / "test.jsonl"))
 

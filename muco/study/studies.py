@@ -8,6 +8,7 @@ from muco.errors import MucoError, did_you_mean
 from muco.study import base
 from muco.study.base import COMPOUNDED, PLAIN, SCORES, SINGLE, steps
 from muco.study.design import Column, Equal, Run, Study
+from muco.study.signals import SIGNALS
 from muco.study.true_sizes import QUESTION
 
 EVALUATED = (
@@ -253,7 +254,7 @@ BEAT = Study(
     ),
 )
 
-_ALL = (TURNS, MASKS, COMPOUNDING, base.IMAGE_SHARE, ORDER, base.NEGATIVES, base.FINETUNE, COHERENCE, BEAT)
+_ALL = (TURNS, MASKS, COMPOUNDING, base.IMAGE_SHARE, ORDER, base.NEGATIVES, SIGNALS, base.FINETUNE, COHERENCE, BEAT)
 STUDIES = {study.name: study for study in _ALL}
 FLOPS = "flops"  # it only counts, so it is not one of these
 

@@ -318,7 +318,12 @@ def test_data_of_a_user_take_the_place_of_the_scenes(scenes, tmp_path):
     assert values["train"][1] == {"path": str(tmp_path / "data" / "x.jsonl")}
     assert filled("{test}", tmp_path, sets) == "mine/test"
     assert filled("{test}", tmp_path) == str(tmp_path / "data" / "test.jsonl")
-    assert [name for name, study in STUDIES.items() if study.needs_scenes] == ["masks", "negatives", "finetune"]
+    assert [name for name, study in STUDIES.items() if study.needs_scenes] == [
+        "masks",
+        "negatives",
+        "signals",
+        "finetune",
+    ]
 
 
 def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scenes, tmp_path):
