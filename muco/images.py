@@ -84,12 +84,18 @@ def pictures(image: ImageLike, *, where: str = "") -> tuple[ImageLike, ...]:
     return frames_of(image, where=where).images if isinstance(image, Video) else (image,)
 
 
-def opened_image(image: ImageLike) -> Image.Image | Video:
-    """An opened image, or a video of opened frames, as :func:`open_image` opens them."""
+def opened_image(image: ImageLike, *, as_stored: bool = False, where: str = "") -> Image.Image | Video:
+    """An opened image, or a video of opened frames, as :func:`open_image` opens them.
+
+    Raises an ImageError also if the frames of a video differ in size.
+    """
     if not isinstance(image, Video):
-        return open_image(image)
-    found = frames_of(image)
-    frames = tuple(map(open_image, found.images))
+        return open_image(image, as_stored=as_stored, where=where)
+    found = frames_of(image, where=where)
+    frames = tuple(open_image(frame, as_stored=as_stored, where=where) for frame in found.images)
+    if len(sizes := {f"{frame.width} x {frame.height}" for frame in frames}) > 1:
+        listed = " and ".join(sorted(sizes)[:2])
+        raise ImageError(f"{shown_name(image, where)}: its frames differ in size ({listed}); make them alike")
     return Video(frames, len(frames), 1 / found.apart if found.apart else None)
 
 

@@ -15,8 +15,8 @@ from transformers import AddedToken, AutoTokenizer
 
 from muco.chat_template import from_chat_template, from_processor
 from muco.dialogue import Content, Dialogue, ImageLike, Video
-from muco.errors import CheckpointError, DataError, ImageError
-from muco.images import open_image, pictures
+from muco.errors import CheckpointError, DataError
+from muco.images import open_image, opened_image, pictures
 from muco.released import ReleasedPrompt, released_prompt
 from muco.sizes import context_of
 from muco.stock import Family, expanded, family_processor, image_half, learnt_family, plain, save, write_json
@@ -146,15 +146,11 @@ class Processor:
 
     def _encode_video(self, video: Video, where: str) -> EncodedImage:
         """Frames of one size, joined in time as the family's video processor joins them."""
-        found, family = frames_of(video, where=where), self.family.video
+        family = self.family.video
         if family is None:
             raise DataError(f"{where or video}: this model reads a video as images; see Processor.as_read")
-        frames = [open_image(frame, as_stored=self.images_as_stored, where=where) for frame in found.images]
-        if len({frame.size for frame in frames}) > 1:
-            sizes = " and ".join(
-                f"{width} x {height}" for width, height in sorted({frame.size for frame in frames})[:2]
-            )
-            raise ImageError(f"{where or 'video'}: {video}: its frames differ in size ({sizes}); make them alike")
+        opened = opened_image(video, as_stored=self.images_as_stored, where=where)
+        frames, seconds = [*opened.source], frames_of(opened).seconds
         size = dict(self.image_processor.size)
         size["longest_edge"] = max(size["shortest_edge"], min(size["longest_edge"], VIDEO_PIXELS // len(frames)))
         try:
@@ -162,9 +158,9 @@ class Processor:
         except ValueError as error:
             raise DataError(f"{where or video}: {error}") from error
         tensors = family.joined(self._tensors(output))
-        text = family.text(self.stock, tensors["image_grid_thw"], found.seconds)
+        text = family.text(self.stock, tensors["image_grid_thw"], seconds)
         ids = tuple(self.family.image_id if one == family.token else one for one in self._tokenize(text))
-        grid = self._grid(tensors["image_grid_thw"][0].tolist(), family.step(found.seconds))
+        grid = self._grid(tensors["image_grid_thw"][0].tolist(), family.step(seconds))
         return EncodedImage(ids, ids.count(self.family.image_id), tensors, self._segments(ids, grid))
 
     def _segments(self, ids: Sequence[int], grid: Grid) -> tuple[int | Grid, ...]:

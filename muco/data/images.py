@@ -11,7 +11,7 @@ from PIL import Image
 
 from muco.dialogue import ImageLike, Sample, Video
 from muco.errors import ImageError
-from muco.images import file_status, image_digest, open_image, pictures, shown_name
+from muco.images import file_status, image_digest, opened_image, shown_name
 
 
 class SameImage:
@@ -54,8 +54,8 @@ def image_problem(image: ImageLike, where: str, opened: bool) -> tuple[bool, str
     if isinstance(source, (str, Path)) and not os.path.exists(source):
         return True, f"{where}: {source}: no such {'video' if source is not image else 'image'} file"
     try:
-        for picture in pictures(image, where=where) if opened else ():
-            open_image(picture, where=where)
+        if opened:
+            opened_image(image, where=where)
     except ImageError as error:
         return False, str(error)
     return None

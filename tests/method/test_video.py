@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import wave
@@ -14,6 +15,7 @@ import steps
 import torch
 from families import image, model
 
+from muco.data.images import image_problem
 from muco.data.jsonl import JsonlData, sample_from_row, sample_to_row, write_jsonl
 from muco.dialogue import Content, Dialogue, Sample, Turn, Video, as_content
 from muco.errors import DataError, ImageError
@@ -178,8 +180,10 @@ def test_bad_videos_are_refused(value, said):
 
 
 def test_frames_of_other_sizes_are_refused():
-    with pytest.raises(ImageError, match="its frames differ in size .40 x 40 and 60 x 48.; make them alike"):
+    said = "a video of 2 frames: its frames differ in size .40 x 40 and 60 x 48.; make them alike"
+    with pytest.raises(ImageError, match=f"input 0: {said}"):
         model("qwen2_vl").encode({"video": [FRAMES[0], image(40, 40)]})
+    assert re.search(f"x:1: {said}", image_problem(Video((FRAMES[0], image(40, 40))), "x:1", opened=True)[1])
 
 
 def test_a_video_is_known_again(tmp_path):
