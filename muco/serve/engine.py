@@ -28,11 +28,11 @@ class Item:
 
     texts: tuple[str, ...]  # an empty one means the images themselves
     images: tuple[str | bytes, ...] = ()  # data URIs, or bytes that were fetched
-    video: tuple[str | bytes, ...] = ()  # the same of the frames of a video, which comes behind the images
-    fps: float | None = None  # of the video
     mode: Literal["isolated", "compounded"] | None = None  # as in ``Model.encode_turns``; None: there is one text
     truncate: Truncate = "NONE"  # which end of a text is cut where the item is too long
     where: str = "input 0"  # names the item in errors
+    video: tuple[str | bytes, ...] = ()  # as images, of the frames of a video, which comes behind them
+    fps: float | None = None  # of the video
 
     @property
     def light(self) -> bool:

@@ -94,7 +94,8 @@ class Reader:
             raise RequestError(f"{where}: nothing to embed; pass text, an image or both", where)
         if asked.fps is not None and not asked.video:
             raise RequestError(f"{where}: 'fps' belongs to a video, and there is none", where)
-        return Item((_instructed(asked.text, instruction),), asked.images, asked.video, asked.fps, where=where)
+        texts = (_instructed(asked.text, instruction),)
+        return Item(texts, asked.images, where=where, video=asked.video, fps=asked.fps)
 
     def _conversation(
         self, messages: Sequence[Message], where: str, instruction: str, turns: Literal["isolated", "compounded"] | None
@@ -113,7 +114,7 @@ class Reader:
         if not first.seen and not all(asked.text for asked in user):
             raise RequestError(f"{where}: an empty user message means the image, but there is no image", where)
         texts = tuple(_instructed(asked.text, instruction) for asked in user)
-        return Item(texts, first.images, first.video, first.fps, mode=turns, where=where)
+        return Item(texts, first.images, turns, where=where, video=first.video, fps=first.fps)
 
     def _checked(self, items: list[Item]) -> list[Item]:
         limits = self.limits

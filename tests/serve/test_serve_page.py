@@ -98,7 +98,7 @@ def test_every_column_is_json(tmp_path, index):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({}, "pass 'text', 'image' or both, or 'like'"),
+        ({}, "pass 'text', 'image', 'video' or several of them, or 'like'"),
         ({"text": "a", "like": "image-1"}, "or 'like'"),
         ({"like": "no such row"}, "no row has the id"),
         ({"text": "a", "k": 101}, "at most 100 hits"),
