@@ -36,7 +36,7 @@ class Video:
 
     Args:
         source: A file, a folder of frames, or the frames in order.
-        frames: At most so many are read, see :func:`muco.video.frames_of`.
+        frames: How many are read, or all if there are fewer; see :func:`muco.video.frames_of`.
         fps: Frames per second of the source; None: as a file says, 2 for frames that are images.
     Raises:
         DataError: If there is no frame, or a number is not positive.

@@ -23,7 +23,7 @@ class SameImage:
     def __init__(self, image: ImageLike, *, where: str = "") -> None:
         self._image, self._where, name = image, where, shown_name(image, where)
         if isinstance(image, Video):
-            self._size = -image.frames  # equal for equal videos, and for no picture
+            self._size = -1  # of no picture; videos are told apart by their digests
         elif isinstance(image, Image.Image):
             self._size = image.width * image.height * 3
         else:

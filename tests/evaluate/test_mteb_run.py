@@ -51,7 +51,7 @@ def encoded(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A working directory in which folders stand in for data sets of the hub."""
+    """A working directory in which folders take the place of data sets of the hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

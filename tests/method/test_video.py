@@ -15,7 +15,7 @@ import steps
 import torch
 from families import image, model
 
-from muco.data.images import image_problem
+from muco.data.images import SameImage, image_problem
 from muco.data.jsonl import JsonlData, sample_from_row, sample_to_row, write_jsonl
 from muco.dialogue import Content, Dialogue, Sample, Turn, Video, as_content
 from muco.errors import DataError, ImageError
@@ -197,6 +197,7 @@ def test_a_video_is_known_again(tmp_path):
     assert image_digest(Video(path)) == image_digest(Video(copy))
     assert image_digest(Video(files, 3)) == image_digest(Video((files[0], files[2], files[4])))
     assert image_digest(Video((files[0],))) != image_digest(files[0])
+    assert len({SameImage(Video(files)), SameImage(Video(files, 5)), SameImage(Video(files, 3))}) == 2
 
 
 def test_rows_hold_videos(tmp_path):
