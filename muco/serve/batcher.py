@@ -22,11 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 LIGHT = 16  # items without images that one thread prepares at once: a thread per short text costs more than the text
 
-Given = TypeVar("Given")  # has ``light``: whether it is cheap to prepare
+
+class HasLight(Protocol):
+    """What is submitted."""
+
+    @property
+    def light(self) -> bool:
+        """Whether it is cheap to prepare."""
+
+
+Given = TypeVar("Given", bound=HasLight)
 Ready = TypeVar("Ready")  # has ``tokens``
 Result = TypeVar("Result")
 
@@ -58,6 +67,7 @@ class _Job:
     given: Any
     request: object  # the same one for all jobs of a call
     future: asyncio.Future[Any]
+    light: bool  # asked once, by the caller: an exception is the caller's own, and no task dies of it
     prepared: Any = None
     ready_at: float = 0.0
 
@@ -164,7 +174,7 @@ class Batcher(Generic[Given, Ready, Result]):
             raise QueueFull
         loop = asyncio.get_running_loop()
         request = object()
-        jobs = [_Job(item, request, loop.create_future()) for item in items]
+        jobs = [_Job(item, request, loop.create_future(), item.light) for item in items]
         for job in jobs:
             self._unfinished[request] += 1
             job.future.add_done_callback(lambda _, job=job: self._forget(job))
@@ -209,12 +219,12 @@ class Batcher(Generic[Given, Ready, Result]):
         batches with images are, no image, because prepared images are large.
         """
         full = self._padded(self._ready) >= 2 * self.limits.tokens
-        no_image = self._padded([job for job in self._ready if not job.given.light]) >= 2 * self.limits.tokens
+        no_image = self._padded([job for job in self._ready if not job.light]) >= 2 * self.limits.tokens
         jobs: list[_Job] = []
         for job in sorted(self._waiting.in_turn(), key=lambda job: job.request in self._ready):
-            if (full and job.request in self._ready) or (no_image and not job.given.light):
+            if (full and job.request in self._ready) or (no_image and not job.light):
                 continue
-            if jobs and not (job.given.light and jobs[0].given.light and len(jobs) < LIGHT):
+            if jobs and not (job.light and jobs[0].light and len(jobs) < LIGHT):
                 break
             jobs.append(job)
         self._waiting.take(jobs)

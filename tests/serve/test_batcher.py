@@ -411,3 +411,13 @@ def test_an_item_that_is_too_long_is_an_error_that_counts(engine):
 
     with pytest.raises(DataError, match=r"input 0: 3,\d\d\d tokens; this server takes at most 512"):
         engine.prepare(Item(("x y " * 1000,)))
+
+
+def test_a_wrong_item_fails_at_once_and_leaves_the_others_alone():
+    async def action(batcher: Batcher) -> list[str]:
+        with pytest.raises(AttributeError, match="light"):
+            await batcher.submit([Word("a"), "not an item"])
+        assert not batcher.unfinished
+        return await batcher.submit([Word("b")])
+
+    assert running(action, Machine(), BatchLimits()) == ["B"]
