@@ -11,9 +11,10 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 import muco
-from muco.data import images, open_data
+from muco.data import open_data
 from muco.data.source import Data
 from muco.evaluate import compare, metrics, report, retrieval
+from muco.images import open_image
 
 
 class Stock(SentenceTransformer):  # an image with a text becomes the sum of both vectors
@@ -22,7 +23,7 @@ class Stock(SentenceTransformer):  # an image with a text becomes the sum of bot
     def encode(self, contents: list[muco.Content], *, batch_size: int) -> np.ndarray:
         vectors = np.zeros((len(contents), self.get_embedding_dimension()), dtype=np.float32)
         texts = {row: {"text": content.text} for row, content in enumerate(contents) if content.text}
-        seen = {row: {"image": images.open_image(c.images[0])} for row, c in enumerate(contents) if c.images}
+        seen = {row: {"image": open_image(c.images[0])} for row, c in enumerate(contents) if c.images}
         for part in filter(None, (texts, seen)):  # the library takes inputs of one sort at a time
             vectors[[*part]] += super().encode([*part.values()], batch_size=batch_size, normalize_embeddings=True)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

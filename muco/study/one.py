@@ -23,7 +23,7 @@ from transformers import TrainerCallback, set_seed
 
 from muco.backbone import freeze_vision
 from muco.base.files import read_json, write_json
-from muco.base.machine import versions
+from muco.base.machine import keep_freed_memory, versions
 from muco.data import open_data
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.model import load
@@ -170,5 +170,6 @@ def _end_with_the_command() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     run_job(Path(sys.argv[1]))

@@ -199,7 +199,8 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
     if study.registered:
         lines += ["Written down before the runs:", "", *(f"- {line}" for line in study.registered), ""]
     lines += [
-        "hit@1 in % on held-out images, mean over seeds ± half of the 95 % interval (Student's t).",
+        "hit@1 in %, or what a column says, on held-out images: mean over seeds ± half of the 95 % interval "
+        "(Student's t).",
         "",
         *markdown_table(["run", *titles, "steps", "TFLOP", "seconds"], rows),
         "",
