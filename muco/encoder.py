@@ -24,6 +24,7 @@ from muco.branches import ARGUMENT, Branches, let_states_branch
 from muco.dialogue import Content, Dialogue, as_content, single_turn
 from muco.errors import DataError, MucoError
 from muco.masks import masks_of
+from muco.precision import autocast
 from muco.processor import Processor
 from muco.reading import Reading, seen_reading, stated_reading
 from muco.seen import SeenImages
@@ -55,6 +56,7 @@ class Encoder(InputModule):
         self._cut_to: int | None = None
         self.cut = 0  # texts that were cut and that nobody was told of
         self.seen_images: SeenImages | None = None  # of images that come again, if any are kept
+        self.bfloat16: bool | None = None  # whether passes compute in it by autocast; None: as whoever calls does
 
     def _read(self) -> Reading:
         if self.model.device.type == "meta":
@@ -143,7 +145,8 @@ class Encoder(InputModule):
         """
         tokens, joins = batch["image_tokens"].tolist(), self.muco_processor.family.inputs
         kept = self.seen_images and self.seen_images.features_of
-        return see(self.model, self.form, batch["images"], tokens, joins, kept)
+        with autocast(self.bfloat16, self.device):
+            return see(self.model, self.form, batch["images"], tokens, joins, kept)
 
     @cached_property
     def form(self) -> Form:
@@ -157,6 +160,11 @@ class Encoder(InputModule):
             raise MucoError(f"isolated turns: {self.reading.why_not_isolated}; {self._instead}")
         if self.reading.looks_ahead and len(features["turn_rows"]) > len(features["input_ids"]):
             raise MucoError(f"several turns in a row: {self.reading.why_not_isolated}; {self._instead}")
+        with autocast(self.bfloat16, self.device):
+            features["token_embeddings"] = self._hidden(features)
+        return features
+
+    def _hidden(self, features: dict[str, Any]) -> torch.Tensor:
         device = self.model.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -166,8 +174,7 @@ class Encoder(InputModule):
         if "image_tokens" in features:
             seen = features.get("image_features") or self.image_features(features)
             inputs["mm_encoder_outputs"] = {"image": self.form.together(seen)}
-        features["token_embeddings"] = self.model(**inputs).last_hidden_state
-        return features
+        return self.model(**inputs).last_hidden_state
 
     @property
     def _instead(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,19 +21,26 @@ from torch import Tensor, nn
 
 from muco.backbone import load_backbone
 from muco.base.files import writing
+from muco.base.machine import GIB
 from muco.batch import DialogueBatch, to
 from muco.dialogue import Content, Dialogue, as_images
 from muco.encoder import Encoder, content_of
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
+from muco.precision import Choice, Precision, quicker
 from muco.processor import Processor
+from muco.seen import SeenImages
 from muco.sizes import checked_dimension
-from muco.stock import write_json
+from muco.stock import small_picture, write_json
 from muco.turns import embed_turns
 
 TOKEN_BUDGET = 16384  # of a pass of turns
+TRIAL_SIZE, TRIAL_TEXT = (448, 448), "a photograph of a red bicycle in the snow"  # of passes that choose a precision
 
 STOCK_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}  # name -> folder
+
+
+log = logging.getLogger(__name__)
 
 
 class Model(SentenceTransformer):
@@ -175,8 +183,15 @@ class Model(SentenceTransformer):
         return list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
 
     @property
+    def precision(self) -> Precision | None:
+        """In which passes compute; None: in that of the weights."""
+        return {True: "bfloat16", False: "float32", None: None}[self.encoder.bfloat16]
+
+    @property
     def fingerprint(self) -> str:
-        """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a vector changes it."""
+        """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a vector by more than rounding does
+        changes it. A machine and the precision to compute in are not in it.
+        """
         settings = self.encoder.muco_processor.settings()
         if self.max_seq_length != self.encoder.muco_processor.max_tokens:
             settings["max_seq_length"] = self.max_seq_length
@@ -233,7 +248,15 @@ def from_backbone(model: nn.Module, processor: Processor, *, device: str | None 
     return Model(modules=[encoder, TurnPooling(encoder.get_embedding_dimension()), Normalize()], device=device)
 
 
-def load(path: str | Path, *, device: str | None = None, truncate_dim: int | None = None, **kwargs: Any) -> Model:
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    truncate_dim: int | None = None,
+    precision: Precision | None = None,
+    image_memory: float = 0.0,
+    **kwargs: Any,
+) -> Model:
     """Loads a trained model, a released checkpoint of the paper, or a plain image-text-to-text model.
 
     Args:
@@ -241,12 +264,54 @@ def load(path: str | Path, *, device: str | None = None, truncate_dim: int | Non
         device: "cpu", "cuda", …; the best one available if None.
         truncate_dim: Truncate vectors to the first N dimensions and normalise them again; for models trained with
             ``loss.dimensions``. None: whole vectors.
+        precision: "float32" or "bfloat16" to compute in; "auto": the quicker one on this machine, by three small passes
+            in each, which a line on stderr tells. None: that of the weights. Weights in float32 stay so, and those
+            in half precision do but for "float32".
+        image_memory: GiB of host memory that keep what the vision tower made of an image for when it comes again, in
+            any call. Vectors are equal up to rounding: an image then passes beside other images.
         kwargs: Those of :func:`muco.backbone.load_backbone`.
     Raises:
         CheckpointError: If weights are missing, or the folder does not hold such a model.
         MucoError: If the model's vectors are shorter than ``truncate_dim``.
     """
+    if precision == "float32":
+        kwargs.setdefault("dtype", "float32")
     model = from_backbone(*load_backbone(path, **kwargs), device=device)
     checked_dimension(truncate_dim, model.get_embedding_dimension())
     model.truncate_dim = truncate_dim
+    if precision is not None:
+        compute_in(model, precision)
+    if image_memory:
+        model.encoder.seen_images = SeenImages(round(image_memory * GIB))
     return model
+
+
+def loaded(model: Model | str | Path, *, precision: Precision | None = None) -> Model:
+    """A model, or the one at a path; a MucoError if a precision is asked of one that is loaded already."""
+    if isinstance(model, (str, Path)):
+        return load(model, precision=precision)
+    if precision is not None:
+        raise MucoError(f"the model is loaded already; pass precision={precision!r} to muco.load")
+    return model
+
+
+def compute_in(model: Model, precision: Precision) -> Choice | None:
+    """Lets a model in float32 compute in a precision; "auto" tries both and returns what it measured, logged too."""
+    encoder = model.encoder
+    if encoder.model.dtype != torch.float32:
+        return None  # what it computes in is that of its weights
+    if precision != "auto":
+        encoder.bfloat16 = precision == "bfloat16"
+        return None
+    image = small_picture().resize(TRIAL_SIZE)
+    batch = model.preprocess([{"image": image}, TRIAL_TEXT] * 2)
+
+    @torch.inference_mode()
+    def one_pass(bfloat16: bool) -> None:
+        encoder.bfloat16 = bfloat16
+        model.embed({**batch})
+
+    choice = quicker(one_pass, encoder.device)
+    encoder.bfloat16 = choice.bfloat16
+    log.warning("computes in %s", choice)
+    return choice

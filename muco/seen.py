@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from muco.vision import features_of, vision_modules
 
 Images = Sequence[dict[str, Tensor]]
+IMAGE_MEMORY = 1.0  # GiB, where a command keeps them
 CLOSE = 0.02  # of the largest value: how far apart an image's outputs alone and beside another may be, in any precision
 
 

@@ -49,8 +49,8 @@ LORA = RECIPE_OF_STARTER["model"] | {"path": "{data}/base"}
 BASE = {key: RECIPE_OF_STARTER[key] for key in ("turns", "loss")} | {
     "batch": {"size": 32, "seen_memory": 0},  # no run sees a picture twice, but the rounds of a calibration would
     "data": {"train": [{"path": "{data}/train.jsonl"}]},
-    "trainer": RECIPE_OF_STARTER["trainer"]
-    | {"max_steps": STEPS, "dataloader_num_workers": 0, "report_to": [], "bf16": True, "use_cpu": True},
+    "precision": "bfloat16",
+    "trainer": RECIPE_OF_STARTER["trainer"] | {"max_steps": STEPS, "dataloader_num_workers": 0, "report_to": []},
 }
 HALVES = {  # run -> whether the language model and the tower are pre-trained
     BOTH: (True, True),

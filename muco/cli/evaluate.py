@@ -52,10 +52,11 @@ def retrieval(
     from muco.evaluate.report import print_results
     from muco.evaluate.retrieval import evaluate_retrieval, write_result
     from muco.model import load
+    from muco.seen import IMAGE_MEMORY
     from muco.training.blind import add_blind_loss, recipe_of
 
     rows = open_data(data)  # before the model: a mistyped path should not cost a minute
-    encoder = load(model)
+    encoder = load(model, image_memory=IMAGE_MEMORY)
     _pixels(encoder.encoder.muco_processor, own=True)
     with claimed(output, wait=WAIT), progress_bar("embedding") as progress:
         result = evaluate_retrieval(
@@ -271,9 +272,10 @@ def _run(evaluate: Callable[..., Any], context: Context, path: str, as_json: boo
     from muco import distributed
     from muco.evaluate.report import print_benchmark
     from muco.model import load
+    from muco.seen import IMAGE_MEMORY
 
     distributed.start()
-    model = load(path)
+    model = load(path, image_memory=IMAGE_MEMORY)
     model.encoder.muco_processor.images_as_stored = settings.get("official", False)
     pixels = _pixels(model.encoder.muco_processor, own=own)
     with distributed.claimed(settings["output"]), progress_bar("embedding") as progress:

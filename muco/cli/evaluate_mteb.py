@@ -41,10 +41,11 @@ def mteb(
     from muco.evaluate.mteb_run import evaluate_mteb, named_tasks
     from muco.evaluate.report import print_mteb
     from muco.model import load
+    from muco.seen import IMAGE_MEMORY
     from muco.training.blind import recipe_of
 
     tasks = named_tasks(benchmark, task)  # before the model: a mistyped name should not cost a minute
-    recipe, encoder = recipe_of(model), load(model, device=device)
+    recipe, encoder = recipe_of(model), load(model, device=device, image_memory=IMAGE_MEMORY)
     with claimed(output), progress_bar("tasks") as progress:
         result = evaluate_mteb(
             encoder,

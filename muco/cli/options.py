@@ -18,7 +18,11 @@ BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not
 Dimension = Annotated[
     int | None, Option(min=1, help="Cut vectors to their first N dimensions, for models trained with loss.dimensions.")
 ]
-Precision = Literal["float32", "int8", "binary"]
+Precision = Literal["float32", "int8", "binary"]  # of vectors that are stored or compared
+ComputeIn = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    Option("--precision", help="Compute in it; auto: the quicker one here, measured. Default: as the weights."),
+]
 
 # of the commands that read rows
 TextColumn = Annotated[str, Option(help="Key or column that holds the text.")]

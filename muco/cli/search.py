@@ -10,7 +10,17 @@ from typing import Annotated, Any
 from typer import Argument, BadParameter, Context, Option
 
 from muco.base.terminal import finish, print_json, print_pairs
-from muco.cli.options import BatchSize, Dimension, IdColumn, ImageColumn, Json, Precision, TextColumn, examples
+from muco.cli.options import (
+    BatchSize,
+    ComputeIn,
+    Dimension,
+    IdColumn,
+    ImageColumn,
+    Json,
+    Precision,
+    TextColumn,
+    examples,
+)
 
 Place = Annotated[str, Option("--index", "-i", metavar="DIR", help="Folder of the index, or URL (s3://bucket/index).")]
 INDEX_EXAMPLES = examples(
@@ -40,6 +50,7 @@ def index(
     delete: Annotated[list[str], Option(metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
     delete_missing: Annotated[bool, Option("--delete-missing", help="Delete all rows that are not in INPUT.")] = False,
     batch_size: BatchSize = 32,
+    precision: ComputeIn = None,
     text_column: TextColumn = "text",
     image_column: ImageColumn = "image",
     id_column: IdColumn = "id",
@@ -76,6 +87,7 @@ def index(
             batch_size=batch_size,
             workers=workers,
             ray=ray,
+            precision=precision,
             errors=errors,
         )
         result = found | {"deleted": found["deleted"] + result.get("deleted", 0)}

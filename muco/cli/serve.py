@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Option
 
 from muco.base.text import read_text
-from muco.cli.options import FetchAddress, FetchHost, Model, examples
+from muco.cli.options import ComputeIn, FetchAddress, FetchHost, Model, examples
 from muco.errors import MucoError
 
 TOKEN = "MUCO_SERVE_TOKEN"
@@ -29,6 +29,7 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     name: Annotated[str | None, Option(help="The model's name for clients; default: the folder's name.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, …; default: the best available.")] = None,
+    precision: ComputeIn = None,
     instruction: Annotated[
         list[str], Option(metavar="INPUT_TYPE=TEXT", help="Text that an input_type prepends to texts; may be repeated.")
     ] = [],  # noqa: B006
@@ -49,6 +50,9 @@ def serve(
     max_body: Annotated[int, Option(min=1, help="Maximum MiB per request body.")] = 64,
     timeout: Annotated[float, Option(min=0.1, help="Seconds to answer a request.")] = 60,
     batch_tokens: Annotated[int, Option(min=1, help="Maximum tokens per forward pass.")] = 8192,
+    image_memory: Annotated[
+        float, Option(min=0, help="GiB that keep what the model saw of images, for when they come again.")
+    ] = 1.0,
     batch_milliseconds: Annotated[float, Option(min=0, help="How long an item waits for others.")] = 5,
     queue: Annotated[int, Option(min=1, help="Items that may wait; large requests leave room for small ones.")] = 512,
 ) -> None:
@@ -77,6 +81,8 @@ def serve(
         host=host,
         port=port,
         device=device,
+        precision=precision,
+        image_memory=image_memory,
         index=index,
         name=name or Path(model).name,
         limits=limits,

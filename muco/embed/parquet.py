@@ -37,6 +37,7 @@ from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
     from muco.model import Model
+    from muco.precision import Precision
 
 RESTART = "start again with --no-resume (resume=False)"
 
@@ -53,6 +54,7 @@ def embed(
     image_column: str = "image",
     id_column: str = "id",
     shard_rows: int = 2048,
+    precision: Precision | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Writes one vector per input row to ``output``, in input order; rows that cannot be embedded are listed instead.
@@ -72,6 +74,7 @@ def embed(
             ``loss.dimensions``. None: whole vectors.
         resume: Resume an interrupted run. If false, the output of an earlier run is replaced.
         shard_rows: Rows per part, the most work that a kill can lose. May differ from run to run.
+        precision: As for :func:`muco.load`, which gets it with a path.
         progress: True draws a bar on stderr, False keeps stderr empty; None draws it where stderr is a terminal.
     Returns:
         ``rows``, ``embedded``, ``failed`` of the whole output, ``passed_over`` (other files of a folder: their number
@@ -87,10 +90,9 @@ def embed(
     source = open_items(Path(input), Columns(text_column, image_column, id_column))
     parts = Parts(Path(output), Path(input))
     with claimed(parts.output, beside=True):
-        if isinstance(model, (str, Path)):
-            from muco.model import load
+        from muco.model import loaded
 
-            model = load(model)
+        model = loaded(model, precision=precision)
         whole = model.get_embedding_dimension()
         dimension = checked_dimension(dimension, whole)
         run = {

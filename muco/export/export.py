@@ -27,7 +27,7 @@ from muco.backbone import cast_weights, merge_adapters
 from muco.base.files import claimed, read_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
-from muco.model import Model, from_backbone, load
+from muco.model import Model, compute_in, from_backbone, load
 from muco.processor import first_line
 from muco.stock import write_json
 from muco.training.build import build_model, saved_dtype
@@ -99,6 +99,9 @@ def export(
         result = {"format": format, "adapters": adapters, "ok": parity.ok, **asdict(parity)}
         if changed:
             result["cosine_to_source"] = compare(before, expected, parity.dtype).cosine
+        if parity.dtype == "float32":  # what whoever computes in bfloat16 gets from the same folder
+            compute_in(model, "bfloat16")
+            result["cosine_in_bfloat16"] = compare(expected, _vectors(model), parity.dtype).cosine
         if not parity.ok:
             return result | {"part": str(part)}
         os.replace(part, output)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muco.base.daft import daft_on
+from muco.base.machine import keep_freed_memory
 from muco.data.items import Row
 from muco.dialogue import Video
 from muco.embed.vectors import DECODERS, encode_rows, in_batches, opened_rows
@@ -28,6 +29,7 @@ from muco.images import cover, resize_to_budget
 
 if TYPE_CHECKING:
     from muco.model import Model
+    from muco.precision import Precision
 
 SIDE = 160  # px: a thumbnail has at most the pixels of such a square
 QUALITY = 80
@@ -74,10 +76,13 @@ def _with_video(images: tuple[Any, ...], told: str) -> tuple[Any, ...]:
 class _Worker:
     """The model in a process of Daft."""
 
-    def __init__(self, path: str, fingerprint: str, dimension: int, batch_size: int) -> None:
+    def __init__(
+        self, path: str, fingerprint: str, dimension: int, batch_size: int, precision: Precision | None
+    ) -> None:
         from muco.model import load
 
-        self.model, self.dimension, self.batch_size = load(path), dimension, batch_size
+        keep_freed_memory()
+        self.model, self.dimension, self.batch_size = load(path, precision=precision), dimension, batch_size
         if self.model.fingerprint != fingerprint:
             raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
 
@@ -94,7 +99,13 @@ class _Worker:
 
 
 def on_daft(
-    model_path: str, fingerprint: str, dimension: int, batch_size: int, workers: int, ray: str | None
+    model_path: str,
+    fingerprint: str,
+    dimension: int,
+    batch_size: int,
+    workers: int,
+    ray: str | None,
+    precision: Precision | None = None,
 ) -> RowEncoder:
     """An encoder of ``workers`` processes that each load the model of this ``fingerprint`` from ``model_path``.
 
@@ -119,7 +130,7 @@ def on_daft(
 
     gpus = int(torch.cuda.is_available())
     worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)(
-        model_path, fingerprint, dimension, batch_size
+        model_path, fingerprint, dimension, batch_size, precision
     )
 
     def encode(rows: Iterable[Row]) -> Iterator[Encoded]:

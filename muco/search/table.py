@@ -30,6 +30,7 @@ from muco.sizes import checked_dimension
 
 if TYPE_CHECKING:
     from muco.model import Model
+    from muco.precision import Precision
 
 HASHES = ("content_hash", "row_hash")
 OWN = ("id", "text", "image", "thumbnail", *HASHES)  # besides those of the storage
@@ -121,15 +122,14 @@ class Table:
                 "not compare; use the former, or make another index"
             )
 
-    def checked_model(self, model: Model | str | Path) -> Model:
+    def checked_model(self, model: Model | str | Path, *, precision: Precision | None = None) -> Model:
         """The model, loaded if a path is given; a MucoError if it cannot be loaded, or did not make the table."""
         name = str(model) if isinstance(model, (str, Path)) else "the given model"
-        if isinstance(model, (str, Path)):
-            if not str(model):
-                raise MucoError(f"{self.path}: the index does not say where its model is; name it (--model)")
-            from muco.model import load
+        if isinstance(model, (str, Path)) and not str(model):
+            raise MucoError(f"{self.path}: the index does not say where its model is; name it (--model)")
+        from muco.model import loaded
 
-            model = load(model)
+        model = loaded(model, precision=precision)
         self.check(model.fingerprint, name)
         return model
 

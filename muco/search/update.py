@@ -37,6 +37,7 @@ from muco.search.widening import fit_columns
 
 if TYPE_CHECKING:
     from muco.model import Model
+    from muco.precision import Precision
 
 WRITE_ROWS, WRITE_SECONDS = 2048, 60  # a kill loses no more than this
 OPTIMIZE_WRITES = 32  # then after twice, four times … as many: looking rows up stays quick, copying rare
@@ -58,6 +59,7 @@ def build(
     batch_size: int = 32,
     workers: int = 1,
     ray: str | None = None,
+    precision: Precision | None = None,
     errors: str | Path | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def build(
         storage, dimension: Of a new index, see storage.py (float32, whole vectors); an existing one must have the same.
         delete_missing: Delete every row of the index whose id the input does not have.
         workers, ray: More than one process, or a Ray cluster: see encode.py. ``model`` must then be a path.
+        precision: As for :func:`muco.load`, which gets it with a path.
         errors: JSONL file of the rows that could not be used; by default ``errors.jsonl`` in a local index.
         progress: As for ``embed``.
     Returns:
@@ -80,7 +83,7 @@ def build(
         DataError: If the input cannot be read, or no row of it can be used.
         MucoError: If the index is of another model, dimension or storage.
     """
-    from muco.model import load
+    from muco.model import loaded
 
     source, extra, empty = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
     if source.passed_over and progress is not False:
@@ -88,16 +91,16 @@ def build(
     model_path = str(model) if isinstance(model, (str, Path)) else ""
     if model is None:
         table = Table.open(path)
-        model_path, model = table.model_path, table.checked_model(table.model_path)
-    elif model_path:
-        model = load(model)
+        model_path, model = table.model_path, table.checked_model(table.model_path, precision=precision)
+    else:
+        model = loaded(model, precision=precision)
     if (workers > 1 or ray) and not model_path:
         raise MucoError("several workers load the model themselves; pass its path")
     table = Table.create(path, model, model_path=model_path, storage=storage, dimension=dimension)
     encode: RowEncoder
     chunks, encode = 1, partial(encoded, model, table.dimension, batch_size)
     if workers > 1 or ray:
-        encode = on_daft(model_path, table.fingerprint, table.dimension, batch_size, workers, ray)
+        encode = on_daft(model_path, table.fingerprint, table.dimension, batch_size, workers, ray, model.precision)
         chunks = DAFT_CHUNKS
     if errors is None and is_local(path):
         errors = Path(path) / "errors.jsonl"

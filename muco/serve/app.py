@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 
 from muco.base.terminal import print_json
 from muco.errors import MucoError
+from muco.precision import Precision
 from muco.search.index import Index
 from muco.search.lance import is_local
 from muco.serve import routes
@@ -123,6 +124,8 @@ def run_server(
     host: str,
     port: int,
     device: str | None,
+    precision: Precision | None,
+    image_memory: float,
     index: str | None,
     limits: RequestLimits,
     allowed_hosts: Sequence[str],
@@ -131,7 +134,7 @@ def run_server(
     """Listens, loads the model and serves it until the process is told to stop.
 
     Args:
-        path, device: As for :func:`muco.load`.
+        path, device, precision, image_memory: As for :func:`muco.load`.
         index: Folder or URL of an index to search in; None: there is no search.
         allowed_hosts: Names that clients may call the server by, besides those of this machine. Without any, a server
             that other machines reach takes every name.
@@ -151,7 +154,16 @@ def run_server(
         if index is not None and is_local(index) and not Path(index).is_dir():
             raise MucoError(f"{index}: no such index; make one with muco index")
         searched = index is not None
-        engine = ModelProcess(path, device, limits.image, limits.tokens, fingerprint=searched, gone=gone)
+        engine = ModelProcess(
+            path,
+            device,
+            limits.image,
+            limits.tokens,
+            precision=precision,
+            image_memory=image_memory,
+            fingerprint=searched,
+            gone=gone,
+        )
         with closing(engine):
             opened = None
             if index is not None:

@@ -28,7 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from muco.base.machine import keep_freed_memory
 from muco.errors import MucoError
+from muco.precision import Precision
 from muco.serve.engine import Embedded, Engine, Facts, Preparation, Prepared
 from muco.serve.images import ImageLimits
 
@@ -40,7 +42,7 @@ class ModelProcess(Preparation):
     """What :class:`Engine` is, with the model elsewhere; MucoError if it cannot be loaded.
 
     Args:
-        path, device: As for :func:`muco.load`.
+        path, device, precision, image_memory: As for :func:`muco.load`.
         fingerprint: Whether to compute the model's, which reads all weights.
         gone: Called once, from a thread, if the process ends although it was not asked to.
     """
@@ -52,12 +54,15 @@ class ModelProcess(Preparation):
         images: ImageLimits,
         max_tokens: int,
         *,
+        precision: Precision | None = None,
+        image_memory: float = 0.0,
         fingerprint: bool = False,
         gone: Callable[[int | None], None] = lambda code: None,
     ) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_main, args=(theirs, path, device, fingerprint), daemon=True)
+        asked = (theirs, path, device, precision, image_memory, fingerprint)
+        self._process = context.Process(target=_main, args=asked, daemon=True)
         self._closing, self._one_at_a_time = False, threading.Lock()
         self._ended: Any = self._process  # what to join: two threads must not wait for a process at once
         self._process.start()
@@ -101,14 +106,22 @@ class ModelProcess(Preparation):
             gone(self._process.exitcode)
 
 
-def _main(pipe: Connection, path: str, device: str | None, fingerprint: bool) -> None:
+def _main(
+    pipe: Connection,
+    path: str,
+    device: str | None,
+    precision: Precision | None,
+    image_memory: float,
+    fingerprint: bool,
+) -> None:
     """The other process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the pipe says when to end
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
     try:
         from muco.model import load
 
-        model = load(path, device=device)
+        model = load(path, device=device, precision=precision, image_memory=image_memory)
         engine = Engine(model, ImageLimits(), max_tokens=sys.maxsize)
         send(pipe, (True, Facts.of(model, model.fingerprint if fingerprint else "")))
     except Exception as error:

@@ -120,24 +120,6 @@ def make_loss(recipe: Recipe, model: Model, vectors_of: Callable[[Tensor], Tenso
     return MultiTurnLoss(model, symmetric=loss.symmetric, **shared)
 
 
-def uses_autocast(model: ModelRecipe, bf16: bool | None, backbone: nn.Module) -> bool:
-    """Whether a step computes in bfloat16 by autocast: as ``bf16`` says, ``trainer.bf16`` of the recipe. None: if all
-    weights of a half-precision model are trained, which are held in float32 for the optimizer only.
-
-    Raises:
-        RecipeError: If autocast is refused and trained weights are held in another precision than frozen ones.
-    """
-    half = model.adapter is None and backbone.config.dtype in (torch.bfloat16, torch.float16)
-    if bf16 is None:
-        return half
-    if not bf16 and half and len({parameter.dtype for parameter in backbone.parameters()}) > 1:
-        raise RecipeError(
-            "trainer.bf16: false: frozen weights are held in bfloat16 and trained ones in float32, which only autocast "
-            "brings together; leave it out, or set model.dtype: float32"
-        )
-    return bf16
-
-
 def saved_dtype(model: ModelRecipe, backbone: nn.Module) -> torch.dtype:
     """The precision of the finished model; ``backbone.config`` remembers that in which it was loaded."""
     if model.save_dtype == "auto":

@@ -129,15 +129,12 @@ class OneDeviceArguments(SentenceTransformerTrainingArguments):
         return self.max_steps if self.max_steps > 0 else max(1, int(self.num_train_epochs * mixture.steps_per_epoch))
 
 
-def training_arguments(
-    recipe: Recipe, *, evaluates: bool, bf16: bool | None = None, use_cpu: bool | None = None
-) -> OneDeviceArguments:
+def training_arguments(recipe: Recipe, *, evaluates: bool, bf16: bool = False) -> OneDeviceArguments:
     """The recipe's ``trainer`` group over our defaults.
 
     Args:
         evaluates: Whether there is something to evaluate during training.
-        bf16: From :func:`muco.training.build.uses_autocast`; None, before the model is known: as the recipe says.
-        use_cpu: Use a CPU whatever there is; None: only if there is nothing else.
+        bf16: From :func:`muco.training.precision.uses_autocast`, once the model is known.
     Raises:
         RecipeError: For unknown names, and for what transformers refuses.
     """
@@ -147,14 +144,10 @@ def training_arguments(
         value = recipe.trainer.get(field.name)
         if isinstance(field.default, bool) and value is not None and not isinstance(value, bool):
             raise RecipeError(f"trainer.{field.name} must be true or false, got {value!r}")
-    values = {**DEFAULTS, **recipe.trainer}
-    if bf16 is not None:
-        values["bf16"] = bf16
+    values = {**DEFAULTS, **recipe.trainer, "bf16": bf16}
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
-    if use_cpu is not None:
-        values["use_cpu"] = use_cpu
     values.setdefault("use_cpu", distributed.on_cpu() or not torch.accelerator.is_available())
     try:
         arguments = OneDeviceArguments(

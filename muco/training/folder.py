@@ -5,6 +5,7 @@
     <output>/
     ├── run.json             what the run is: its recipe, versions and data fingerprints
     ├── digests.json         digests of the data's files, so that a resumed run need not read them again
+    ├── precision.json       with precision: auto, what was measured and chosen
     ├── skipped-0.jsonl      samples that could not be used, one file per process
     ├── checkpoints/         checkpoint-N: trained weights, optimizer, schedule, random states
     ├── logs/                TensorBoard
@@ -25,6 +26,7 @@ RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
 CARD_FILE = "README.md"
 DIGESTS_FILE = "digests.json"
+PRECISION_FILE = "precision.json"
 WEIGHTS_FILE = "trained.safetensors"  # of a checkpoint
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

@@ -21,13 +21,14 @@ from muco.branches import state_bytes
 from muco.data.source import InMemory
 from muco.reading import stated_reading
 from muco.step import UNLIMITED
-from muco.training.build import make_loss, uses_autocast
+from muco.training.build import make_loss
 from muco.training.checks import OneDeviceArguments, check_recipe, check_turns, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.guide import check_guide
 from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
 from muco.training.mixture import Mixture
+from muco.training.precision import stated_autocast
 from muco.training.recipe import DataRecipe, Recipe
 
 
@@ -46,8 +47,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     check_recipe(recipe, devices)
     if recipe.loss.guide:
         check_guide(recipe.loss.guide.model)
-    cpu = None if torch.cuda.is_available() else True  # without a GPU, bf16 would be refused
-    arguments = training_arguments(recipe, evaluates=recipe.data.validation is not None, use_cpu=cpu)
+    arguments = training_arguments(recipe, evaluates=recipe.data.validation is not None)
     problems: list[str] = []
     notes: list[str] = []
     sources = open_known(recipe.data, problems)
@@ -64,7 +64,10 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     if looked[0] is not ASSUMED:
         loss = make_loss(recipe, model)
         look_for_negatives(loss, recipe.batch.size, sources, varieties, problems=problems, notes=notes)
-    bf16 = uses_autocast(recipe.model, recipe.trainer.get("bf16"), model)
+    stated = stated_autocast(recipe, model)
+    precision = {True: "bfloat16 autocast", False: "as the weights", None: "the quicker one, measured at the start"}
+    if stated is None:
+        notes.append("memory is that of float32, of which bfloat16 may need less")
     step = _step(recipe, measured, devices)
     adapter = recipe.model.adapter
     lengths = [None if source is None else len(source) for source in sources]
@@ -90,7 +93,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         "model": model_facts(model, recipe),
         "step": step,
         "memory": None,
-        "run": _run_facts(recipe.data, arguments, mixture, notes, bf16=bf16),
+        "run": _run_facts(recipe.data, arguments, mixture, notes, precision[stated]),
         "problems": problems,
         "notes": notes,
     }
@@ -99,7 +102,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     else:
         notes.append(f"operations are counted for Qwen2-VL only, not for {model.config.model_type}")
     if "trained" not in (recipe.model.vision, recipe.model.connector):
-        result["memory"] = _memory(recipe, model, measured, step, devices=devices, bf16=bf16)
+        result["memory"] = _memory(recipe, model, measured, step, devices=devices, bf16=bool(stated))
         notes.append("memory is estimated, for AdamW, without what the driver and the allocator take for themselves")
     else:
         notes.append("memory is estimated only where vision tower and connector are frozen")
@@ -196,7 +199,7 @@ def _names(data: DataRecipe) -> list[str]:
 
 
 def _run_facts(
-    data: DataRecipe, arguments: OneDeviceArguments, mixture: Mixture | None, notes: list[str], *, bf16: bool
+    data: DataRecipe, arguments: OneDeviceArguments, mixture: Mixture | None, notes: list[str], precision: str
 ) -> dict[str, Any]:
     epoch, steps = None, arguments.max_steps if arguments.max_steps > 0 else None
     if mixture is not None:
@@ -215,7 +218,7 @@ def _run_facts(
         "learning_rate": arguments.learning_rate,
         "schedule": str(arguments.lr_scheduler_type.value),
         "warmup_steps": arguments.warmup_steps,
-        "precision": "bfloat16 autocast" if bf16 else "as the weights",
+        "precision": precision,
         "checkpoints": checkpoints,
     }
 

@@ -13,6 +13,7 @@ import yaml
 from muco.base.text import read_text
 from muco.dialogue import Positions
 from muco.errors import RecipeError
+from muco.precision import Precision
 from muco.sizes import Adapter, TinyConfig
 from muco.training.read import REFUSED, build, check_numbers, parse_yaml, set_value
 from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
@@ -30,7 +31,7 @@ class ModelRecipe:
         connector: Whether that is trained which brings the tower's vectors to the language model; None: as ``vision``.
         dtype: "auto" (that of the checkpoint), "float32", "bfloat16" or "float16": the precision of frozen weights.
             Trained weights are float32, and so are frozen float16 weights without an adapter. Without an adapter, a
-            model of half precision then computes in bfloat16 by autocast, unless ``trainer.bf16`` says otherwise.
+            model of half precision then computes in bfloat16 by autocast, unless ``precision`` says otherwise.
         save_dtype: Precision of the finished model's weights: "auto" (as ``dtype``), "float32", "bfloat16" or
             "float16". Adapters are folded in in float32.
         min_pixels, max_pixels: The pixel budget of an image; None keeps the model's own.
@@ -215,6 +216,9 @@ class Recipe:
         output: The run's folder: checkpoints, logs and, at the end, ``model/``.
         trainer: Training arguments of sentence-transformers, except those in :data:`muco.training.read.REFUSED`.
         seed: Seed of weights, order of samples, turns and paraphrases.
+        precision: In which a step computes; trained weights, vectors and loss are float32. "bfloat16": by autocast.
+            "auto": the quicker of both, by some steps in each before the first; resuming keeps the choice. null: as the
+            weights, see ``model.dtype``.
     """
 
     output: str
@@ -226,6 +230,7 @@ class Recipe:
     warm_up: WarmUpRecipe = field(default_factory=WarmUpRecipe)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         check_numbers(dataclasses.asdict(self))
@@ -259,6 +264,8 @@ class Recipe:
         budget, limit = self.batch.token_budget, self.turns.limit
         if budget is not None and limit is not None and limit > budget:
             raise RecipeError(f"turns.limit: {limit} turns do not fit into batch.token_budget: {budget} tokens")
+        if self.precision == "auto" and self.batch.sharding == "fsdp":
+            raise RecipeError("precision: auto measures whole models; with batch.sharding: fsdp ask for bfloat16")
         for key in self.trainer:
             if key in REFUSED:
                 raise RecipeError(f"trainer.{key} {REFUSED[key]}")

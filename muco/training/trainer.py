@@ -21,7 +21,7 @@ from muco.data.source import Data
 from muco.model import Model
 from muco.training import checkpoint
 from muco.training.batches import TrainingBatches
-from muco.training.build import build_model, make_loss, saved_dtype, uses_autocast, warm_up
+from muco.training.build import build_model, make_loss, saved_dtype, warm_up
 from muco.training.callbacks import Record, RetrievalEvaluator, told_once
 from muco.training.checks import (
     check_budget,
@@ -35,6 +35,7 @@ from muco.training.folder import DIGESTS_FILE
 from muco.training.guide import VectorsById, guide_vectors
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
+from muco.training.precision import uses_autocast
 from muco.training.recipe import Recipe
 
 
@@ -114,10 +115,7 @@ def make_trainer(
     guide: VectorsById | None = None,
 ) -> MuCoTrainer:
     """The trainer of a recipe, with its batches, loss and arguments."""
-    data, bf16 = recipe.data, uses_autocast(recipe.model, recipe.trainer.get("bf16"), model.encoder.model)
-    arguments = training_arguments(recipe, evaluates=validation is not None, bf16=bf16)
-    mixture = Mixture.of(recipe, [len(source) for source in sources])
-    arguments.max_steps = arguments.steps(mixture)
+    data, mixture = recipe.data, Mixture.of(recipe, [len(source) for source in sources])
     batches = TrainingBatches(
         sources,
         mixture,
@@ -133,6 +131,9 @@ def make_trainer(
         world_size=distributed.world_size(),
     )
     loss = make_loss(recipe, model, guide)
+    bf16 = uses_autocast(recipe, model, batches, loss)
+    arguments = training_arguments(recipe, evaluates=validation is not None, bf16=bf16)
+    arguments.max_steps = arguments.steps(mixture)
     evaluator = None if validation is None else RetrievalEvaluator(validation)
     record = Record(Path(recipe.output), data.max_broken)
     return MuCoTrainer(model, arguments, recipe.batch, batches, loss, record, evaluator)

@@ -63,7 +63,8 @@ def vectors(path: Path | str) -> np.ndarray:
 @pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])
 def test_every_family_keeps_its_vectors_in_both_forms(family, format, saved, tmp_path):
     found = export(saved[family], tmp_path / "out", format=format)
-    assert found["ok"] and found["cosine"] > 0.999999 and found["examples"] == len(examples(several_images=True))
+    assert found["ok"] and 0.99 < found["cosine_in_bfloat16"] < 1  # of the same folder, by autocast
+    assert found["cosine"] > 0.999999 and found["examples"] == len(examples(several_images=True))
     assert not list(tmp_path.glob("*.part"))
     pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
     assert pooling["pooling_mode"] == "lasttoken" and pooling["pooling_mode_lasttoken"] is True

@@ -10,6 +10,7 @@ import steps
 import torch
 from families import image, model
 
+import muco
 from muco.backbone import freeze_vision
 from muco.dialogue import Content, Sample, Turn
 from muco.model import Model
@@ -121,3 +122,27 @@ def test_what_is_trained_is_not_kept(found):
     batch = steps.share(trained, [Sample(image=one, turns=[Turn("", "a ring")]) for one in (ONE, WIDE)], "isolated")
     steps.cached(trained, [batch], None)
     assert trained.encoder.seen_images.used == 0
+
+
+def test_a_loaded_model_keeps_images_from_call_to_call(tiny_path):
+    loaded = muco.load(tiny_path, device="cpu", image_memory=0.01)
+    plain = muco.load(tiny_path, device="cpu")
+    tower = _runs_of(loaded)
+    texts = ["What is it?", "Which colour?"]
+    first = loaded.encode_turns(ONE, texts)
+    passed = len(tower)
+    assert passed and np.abs(first - plain.encode_turns(ONE, texts)).max() < 1e-6
+    again = loaded.encode_turns(ONE, ["Where?"])
+    assert len(tower) == passed and np.abs(again - plain.encode_turns(ONE, ["Where?"])).max() < 1e-6
+    assert np.abs(loaded.encode(pictured(ONE)) - plain.encode(pictured(ONE))).max() < 1e-6 and len(tower) == passed
+
+
+def _runs_of(model: Model) -> list[int]:
+    """Grows whenever the vision tower really runs."""
+    runs: list[int] = []
+    _ = model.encoder.form  # learnt before anything is counted
+    with torch.no_grad():
+        parts = _fixed_tower(model.encoder.model).modules()
+    part = next(part for part in parts if isinstance(part, torch.nn.LayerNorm))
+    part.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs

@@ -68,7 +68,7 @@ def test_the_papers_recipes_can_be_tried_without_weights(scenes, capfd, stage, s
 def test_the_papers_recipes_have_its_settings(stage, size):
     settings = load_recipe(ROOT / "recipes" / f"{stage}_qwen2_vl_{size}.yaml")
     assert settings.batch.size == 1024 and settings.loss.temperature == 0.02
-    assert settings.trainer["learning_rate"] == 5e-5 and settings.trainer["bf16"]
+    assert settings.trainer["learning_rate"] == 5e-5 and settings.precision == "bfloat16"
     assert settings.model.adapter == Adapter("lora", 64, 64)
 
 
@@ -194,8 +194,8 @@ def test_what_is_trained_is_counted_in_float32_and_computed_in_bfloat16_and_shar
     expected = {"weights": (4 + 2) * trained + 2 * frozen, "gradients": 4 * trained, "optimizer": 8 * trained}
     for part, size in expected.items():
         assert found["memory"][part] == pytest.approx(size / 2**30, rel=0.01)
-    with pytest.raises(muco.RecipeError, match=r"trainer\.bf16: false"):
-        plan(recipe_of(scenes, tmp_path, model=model, trainer={"report_to": [], "bf16": False}))
+    with pytest.raises(muco.RecipeError, match=r"precision: float32: frozen weights"):
+        plan(recipe_of(scenes, tmp_path, model=model, precision="float32"))
     alone, spread = found["memory"], sharded["memory"]
     towers = 2 * 675_759_104 / 2**30  # whole on every device; of the true tower at 2B a little less
     assert spread["optimizer"] == pytest.approx(alone["optimizer"] / 4, abs=0.02)
@@ -221,7 +221,7 @@ def test_a_budget_below_one_dialogue_is_refused_before_training(scenes, tmp_path
         {"trainer": {"lr_scheduler_kwargs": {"bogus": 1}}},
         {"trainer": {"report_to": "bogus"}},
         {"trainer": {"save_strategy": "best"}},
-        {"trainer": {"bf16": "false"}},
+        {"trainer": {"full_determinism": "false"}},
     ],
 )
 def test_training_refuses_what_the_dry_run_refuses_in_the_same_words_before_any_work(scenes, tmp_path, changes):

@@ -297,8 +297,8 @@ def test_a_model_is_saved_in_the_precision_it_came_in_unless_asked_otherwise(hal
 
 
 def test_two_precisions_without_autocast_are_refused(half, scenes, tmp_path):
-    with pytest.raises(muco.RecipeError, match=r"trainer\.bf16: false.*held in bfloat16.*set model\.dtype: float32"):
-        muco.train(of_half(half, scenes, tmp_path / "run", {"bf16": False}))
+    with pytest.raises(muco.RecipeError, match=r"precision: float32.*held in bfloat16.*set model\.dtype: float32"):
+        muco.train(replace(of_half(half, scenes, tmp_path / "run"), precision="float32"))
 
 
 def test_workers_do_not_change_a_run(finished, scenes, tmp_path):
@@ -399,8 +399,8 @@ def test_the_papers_recipes_run_unchanged_on_the_published_layouts(tmp_path, mon
             for path in filter(None, (record["qry_image_path"], record["pos_image_path"])):
                 m3t_tree.write_image(tmp_path / "data" / "MMEB-train" / path)
     sizes = [f"model={{tiny: {json.dumps(SMALL)}, vision: trained}}", "batch.size=4", "batch.token_budget=600"]
-    trainer = [f"trainer.{item}" for item in ("bf16=false", "dataloader_num_workers=0", "report_to=[]")]
-    settings = [word for change in [*sizes, *trainer] for word in ("--set", change)]
+    trainer = [f"trainer.{item}" for item in ("dataloader_num_workers=0", "report_to=[]")]
+    settings = [word for change in ["precision=float32", *sizes, *trainer] for word in ("--set", change)]
     small, large = (load_recipe(PAPER / f"paper_{stage}_qwen2_vl_{size}.yaml") for size in ("2b", "7b"))
     assert (small.data, small.turns, small.loss) == (large.data, large.turns, large.loss)
     file = str(PAPER / f"paper_{stage}_qwen2_vl_2b.yaml")
