@@ -17,7 +17,7 @@ from torch import Tensor
 from turns import SIZES, Bench, Settings, in_own_processes, reset_device_memory, say
 
 from muco.errors import TrainingError
-from muco.step import StepReport, TrainingStep
+from muco.step import TrainingStep
 from muco.training.flops import count_flops
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention"}  # as a recipe calls them, and transformers
@@ -66,13 +66,15 @@ class OurStep:
         self.ready = None if cell.streamed else list(self._parts())
         budget = None if cell.rows is None else cell.rows * self.length
         self.step = TrainingStep(bench.model, bench.loss, token_budget=budget, autocast=bench.autocast)
-        self.asked, self.report = self.step.token_budget, None
+        self.asked = self.step.token_budget
 
     def _parts(self) -> Iterator[dict[str, Any]]:
         return (self.bench.collate(self.cell.mode, self.turns, part) for part in range(self.cell.parts))
 
     def __call__(self) -> Tensor:
-        self.report: StepReport = self.step(self._parts() if self.ready is None else self.ready)
+        report = self.step(self._parts() if self.ready is None else self.ready)
+        assert report is not None, "no turn in the batch"
+        self.report = report
         if self.step.token_budget != self.asked:
             raise torch.OutOfMemoryError("the token budget was halved, so this is another measurement")
         return self.report.loss

@@ -53,7 +53,7 @@ async def serve(latency: float) -> None:
 
     def completion(text: str) -> bytes:
         message = {"role": "assistant", "content": text}
-        value = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        value: dict[str, Any] = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
         value |= {"usage": {"prompt_tokens": 100, "completion_tokens": 50}}
         return response(json.dumps(value).encode())
 

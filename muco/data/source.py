@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from muco.dialogue import Sample
@@ -19,6 +20,8 @@ class Data(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...  # Python's own, by index, where a source has no other
 
     @property
     def fingerprint(self) -> str:
