@@ -32,6 +32,7 @@ class Cell:
         mode: Of our turns.
         rows: Query dialogues per chunk, which sets our token budget; None for the whole batch at once.
         mini_batch: Pairs that pass through the library's model together.
+        mini_tokens: Most tokens that do, instead of a number of pairs.
         parts: The batch is so many times ``Settings.images`` images, and comes in so many parts.
         streamed: Each part is made when the step asks for it, as the loader does; else before.
         attention, checkpointing, compiled: Of the language model.
@@ -41,6 +42,7 @@ class Cell:
     mode: str = "isolated"
     rows: int | None = None
     mini_batch: int = 0
+    mini_tokens: int | None = None
     parts: int = 1
     streamed: bool = False
     attention: str = "sdpa"
@@ -50,7 +52,9 @@ class Cell:
     @property
     def name(self) -> str:
         if self.library:
-            return f"library, mini-batch {self.mini_batch}"
+            return (
+                f"library, {self.mini_tokens} tokens" if self.mini_tokens else f"library, mini-batch {self.mini_batch}"
+            )
         passes = "whole batch" if self.rows is None else f"chunks of {self.rows}"
         marks = [self.attention] * (self.attention != "sdpa") + ["checkpointing"] * self.checkpointing
         return ", ".join([f"MuCo {self.mode}", passes, *marks, *["compiled"] * self.compiled])
@@ -82,7 +86,7 @@ class OurStep:
 
 def make_step(bench: Bench, cell: Cell, turns: int) -> OurStep | StockStep:
     if cell.library:
-        return StockStep(bench, bench.samples["isolated"], turns, cell.mini_batch)
+        return StockStep(bench, bench.samples["isolated"], turns, cell.mini_batch, cell.mini_tokens)
     return OurStep(bench, cell, turns)
 
 

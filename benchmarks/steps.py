@@ -29,32 +29,42 @@ def baseline(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Our step against single-turn pairs under the library's cached loss: speed and peak memory."""
     settings = settings_of(args, images=args.images)
     ours = [Cell(mode=mode, rows=rows) for mode in MODES for rows in (*args.rows, None)]
-    cells = [*ours, *(Cell(library=True, mini_batch=size) for size in args.mini_batches)]
-    measured = measure(Bench(settings), cells, args.turns, settings.rounds)
-    if settings.device == "cpu":
-        for result, memory in zip(measured, measure_memory(settings, cells, args.turns), strict=True):
-            result["memory"] = memory
-            say(f"memory of {result['name']}")
-    pairs = settings.images * args.turns
-    summary = compare([result for result in measured if "failed" not in result], pairs)
-    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "pairs": pairs}
-    result |= {"summary": summary, "cells": measured, "failed": failures(measured)}
+    cells = [
+        *ours,
+        *(Cell(library=True, mini_batch=size) for size in args.mini_batches),
+        *(Cell(library=True, mini_tokens=tokens) for tokens in args.mini_tokens),
+    ]
+    summary, kept, failed = [], [], []
+    for turns in dict.fromkeys((1, args.turns)):
+        # of one turn, both modes are the same computation, and a chunk of one image is its pair
+        own = [cell for cell in cells if cell.library or turns > 1 or cell.mode == MODES[0]]
+        measured = measure(Bench(settings), own, turns, settings.rounds)
+        if settings.device == "cpu":
+            for result, memory in zip(measured, measure_memory(settings, own, turns), strict=True):
+                result["memory"] = memory
+                say(f"memory of {result['name']}, k = {turns}")
+        kept += [result | {"turns": turns} for result in measured]
+        failed += failures(measured)
+        found = compare([result for result in measured if "failed" not in result], settings.images * turns)
+        summary += [row | {"turns": turns} for row in found]
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
+    result |= {"summary": summary, "cells": kept, "failed": failed}
     notes = [
-        f"{pairs} pairs per step. *Library*: the {args.turns} pairs of an image as {args.turns} single-turn pairs "
-        "(image and question, answer) under CachedMultipleNegativesRankingLoss of sentence-transformers, on the same "
-        "backbone with the same weights and temperature. × is the ratio to the fastest of the library's mini-batch "
-        f"sizes, which is {summary[-1]['fastest']}. Peak and resting memory: "
+        f"{settings.images} images per step with k pairs each. *Library*: the pairs as single-turn pairs (image and "
+        "question, answer) under CachedMultipleNegativesRankingLoss of sentence-transformers, on the same backbone "
+        "with the same weights and temperature, by pairs (mini_batch_size) or by tokens (mini_batch_num_tokens). × is "
+        "the ratio to the library's fastest setting at the same k. Peak and resting memory: "
         + ("resident memory of a process of its own." if settings.device == "cpu" else "what torch allocated.")
     ]
     rows = [
         (
-            *(row["name"], f"{row['seconds']:.3g}", f"{row['pairs_per_second']:.3g}", f"**{row['speed']:.2f}**"),
-            *(f"{row['operations'] / 1e12:.3g}", row["images_seen"], mib(row["peak"]), f"**{row['peak_ratio']:.2f}**"),
-            *(mib(row["peak"] - row["resting"]), f"{row['step_ratio']:.2f}"),
+            *(row["turns"], row["name"], f"{row['seconds']:.3g}", f"{row['pairs_per_second']:.3g}"),
+            *(f"**{row['speed']:.2f}**", f"{row['operations'] / 1e12:.3g}", row["images_seen"], mib(row["peak"])),
+            *(f"**{row['peak_ratio']:.2f}**", mib(row["peak"] - row["resting"]), f"{row['step_ratio']:.2f}"),
         )
         for row in summary
     ]
-    header = "way | s / step | pairs / s | × | TFLOP | images seen | peak MiB | × | peak over resting MiB | ×"
+    header = "k | way | s / step | pairs / s | × | TFLOP | images seen | peak MiB | × | peak over resting MiB | ×"
     write(
         args.output,
         f"baseline-{device_name(settings)}",
@@ -78,7 +88,7 @@ def compare(measured: Sequence[dict[str, Any]], pairs: int) -> list[dict[str, An
             **cell["memory"],
             "peak_ratio": cell["memory"]["peak"] / base["peak"],
             "step_ratio": (cell["memory"]["peak"] - cell["memory"]["resting"]) / (base["peak"] - base["resting"]),
-            "fastest": fastest["mini_batch"],
+            "fastest": fastest["name"],
         }
         for cell in measured
     ]
@@ -183,6 +193,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "loader_images": 4,
         "rows": (1,),
         "mini_batches": (2,),
+        "mini_tokens": (100,),
         "rounds": 1,
         "lora": 0,
         "dtype": "float32",
@@ -197,6 +208,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "loader_images": 8,
         "rows": (1,),
         "mini_batches": (1, 7),
+        "mini_tokens": (900, 3600),
         "rounds": 3,
         "lora": 0,
         "dtype": "float32",
@@ -211,6 +223,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "loader_images": 32,
         "rows": (4, 8),
         "mini_batches": (4, 8, 16),
+        "mini_tokens": (4096, 16384),
         "rounds": 3,
         "lora": 64,
         "dtype": "bfloat16",
@@ -239,6 +252,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", help="images per chunk of ours; default 1 on cpu, 4 8 on cuda")
     parser.add_argument(
         "--mini-batches", type=int, nargs="+", help="of the library; default 1 7 on cpu, 4 8 16 on cuda"
+    )
+    parser.add_argument(
+        "--mini-tokens", type=int, nargs="+", help="of the library; default 900 3600 on cpu, 4096 16384 on cuda"
     )
     parser.add_argument("--workers", type=int, nargs="+", help="of the loader; default 0 1 2 on cpu, 0 2 8 on cuda")
     parser.add_argument("--rounds", type=int, help="default 3")

@@ -94,13 +94,19 @@ class StockStep:
     Args:
         samples: Whose turns become pairs.
         mini_batch: Pairs that pass through the model together.
+        mini_tokens: Most tokens that do, without padding, instead of a number of pairs.
     """
 
-    def __init__(self, bench: Bench, samples: Sequence[Sample], turns: int, mini_batch: int) -> None:
+    def __init__(
+        self, bench: Bench, samples: Sequence[Sample], turns: int, mini_batch: int, mini_tokens: int | None = None
+    ) -> None:
         self.device = bench.settings.device
         self.features = [features_of(side, bench.processor) for side in pairs_of(samples, turns)]
         self.loss = CachedMultipleNegativesRankingLoss(
-            stock_model(bench), scale=1 / bench.loss.temperature, mini_batch_size=mini_batch
+            stock_model(bench),
+            scale=1 / bench.loss.temperature,
+            mini_batch_size=max(1, mini_batch),
+            mini_batch_num_tokens=mini_tokens,
         )
 
     def __call__(self) -> Tensor:
