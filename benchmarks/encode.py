@@ -1,0 +1,147 @@
+"""Encoding in float32 and in bfloat16, and images that come again with and without what the tower made of them kept.
+
+    python benchmarks/encode.py --parts precision seen --output benchmarks/results
+
+The ways take turns, round by round, so that other work on the machine meets all. Writes precision.json and
+seen-images.json, and a page of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from turns import heading, say, write
+
+from muco.base.html import data_uri
+from muco.base.machine import GIB, keep_freed_memory
+from muco.model import Model, compute_in, load
+from muco.seen import SeenImages
+from muco.serve.engine import Engine, Item
+from muco.serve.images import ImageLimits
+
+QUESTIONS = ("What is it?", "Which colour is it?", "Where is it?", "Is it a drawing?", "What is beside it?")
+WORDS = ("a red bicycle in the snow", "fruit", "two dogs that run along a beach in the evening", "a map")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (224, 224, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def rounds_of(ways: Mapping[str, Callable[[], np.ndarray]], rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of each way by round, after one round that does not count, and the vectors of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    vectors = {name: work() for name, work in ways.items()}
+    for number in range(rounds):
+        for name, work in ways.items():
+            begun = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - begun)
+        say(f"round {number + 1} of {rounds}")
+    return seconds, vectors
+
+
+def ratio(slow: list[float], quick: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(slow, quick, strict=True))
+
+
+def precision(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Pictures and texts in both precisions, and what ``auto`` takes."""
+    inputs = {"pictures": pictures(args.pictures), "texts": [*WORDS] * (args.pictures // 4)}
+    found: dict[str, Any] = {}
+    for name, values in inputs.items():
+
+        def encode(asked: Any, values: Any = values) -> np.ndarray:
+            compute_in(model, asked)
+            return model.encode(values, batch_size=32, show_progress_bar=False)
+
+        ways = {asked: lambda asked=asked, encode=encode: encode(asked) for asked in ("float32", "bfloat16")}
+        seconds, vectors = rounds_of(ways, args.rounds)
+        cosine = float((vectors["float32"] * vectors["bfloat16"]).sum(axis=1).min())
+        found[name] = {"seconds": seconds, "ratio": ratio(seconds["float32"], seconds["bfloat16"]), "cosine": cosine}
+    chosen = compute_in(model, "auto")
+    model.encoder.bfloat16 = None
+    found["auto"] = str(chosen)
+    rows = ["| | ms in float32 | ms in bfloat16 | × | smallest cosine |", "|---|---:|---:|---:|---:|"]
+    for name, values in inputs.items():
+        own = found[name]
+        ms = (f"{1e3 * statistics.median(taken) / len(values):.1f}" for taken in own["seconds"].values())
+        rows.append(f"| {name} | {' | '.join(ms)} | **{own['ratio']:.2f}** | {own['cosine']:.5f} |")
+    return found, [*rows, "", f"`precision: auto` takes {found['auto']}."]
+
+
+def seen(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Questions about pictures, of which four in five were asked about before, by encode, encode_turns and server."""
+    shown = pictures(args.pictures // len(QUESTIONS))
+    asked = [(picture, question) for picture in shown for question in QUESTIONS]
+    asked = [asked[place] for place in np.random.default_rng(1).permutation(len(asked))]
+    engine = Engine(model, ImageLimits(), max_tokens=sys.maxsize)
+    items = [Item((question,), (data_uri(picture, "PNG"),)) for picture, question in asked]
+
+    def by_encode() -> np.ndarray:
+        values = [{"image": picture, "text": question} for picture, question in asked]
+        return model.encode(values, batch_size=16, show_progress_bar=False)
+
+    def by_turns() -> np.ndarray:
+        return np.concatenate([model.encode_turns(picture, [question]) for picture, question in asked])
+
+    def by_engine() -> np.ndarray:
+        passes = [items[start : start + 16] for start in range(0, len(items), 16)]
+        return np.concatenate([one.vectors for some in passes for one in engine.run([*map(engine.prepare, some)])])
+
+    def memory(work: Callable[[], np.ndarray], gib: float) -> np.ndarray:
+        model.encoder.seen_images = SeenImages(round(gib * GIB)) if gib else None  # each round begins with none kept
+        return work()
+
+    found: dict[str, Any] = {}
+    for name, work in {"encode": by_encode, "encode_turns": by_turns, "server": by_engine}.items():
+        ways = {"without": lambda work=work: memory(work, 0), "kept": lambda work=work: memory(work, 1)}
+        seconds, vectors = rounds_of(ways, args.rounds)
+        difference = float(np.abs(vectors["kept"] - vectors["without"]).max())
+        found[name] = {"seconds": seconds, "ratio": ratio(*seconds.values()), "difference": difference}
+    model.encoder.seen_images = None
+    rows = ["| | ms an input | ms, images kept | × | largest difference |", "|---|---:|---:|---:|---:|"]
+    for name, own in found.items():
+        ms = (f"{1e3 * statistics.median(taken) / len(asked):.1f}" for taken in own["seconds"].values())
+        rows.append(f"| {name} | {' | '.join(ms)} | **{own['ratio']:.2f}** | {own['difference']:.1e} |")
+    return {"inputs": len(asked), "pictures": len(shown), "ways": found}, rows
+
+
+PARTS = {
+    "precision": ("precision", "Precision of encoding", precision),
+    "seen": ("seen-images", "Images that come again", seen),
+}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="starter", help="a model's folder or name (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
+    parser.add_argument("--pictures", type=int, default=120, help="or questions about them (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    model = load(args.model, device="cpu")
+    for part in args.parts:
+        name, title, work = PARTS[part]
+        found, rows = work(model, args)
+        result = heading("encode.py", argv, "cpu") | {"model": args.model} | found
+        on = result["machine"]
+        head = f"{on['cpu']}, {on['cores']} cores; medians of {args.rounds} rounds that take turns. {work.__doc__}"
+        write(
+            args.output, name, result, "\n".join([f"# {title}", "", f"`{result['command']}`", "", head, "", *rows, ""])
+        )
+
+
+if __name__ == "__main__":
+    main()
