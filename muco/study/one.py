@@ -27,6 +27,7 @@ from muco.base.machine import keep_freed_memory, versions
 from muco.data import open_data
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.model import load
+from muco.seen import IMAGE_MEMORY
 from muco.study.probes import PROBES
 from muco.training.blind import add_blind_loss
 from muco.training.build import build_model
@@ -53,7 +54,7 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     model_folder = train(recipe)
     seconds = time.perf_counter() - begun
-    model, test = load(model_folder), open_data(job["test"], job.get("format", "jsonl"))
+    model, test = load(model_folder, image_memory=IMAGE_MEMORY), open_data(job["test"], job.get("format", "jsonl"))
     scores = evaluate_retrieval(model, test)
     add_blind_loss(scores, model, test, recipe)
     probed: dict[str, float] = {}
