@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ TOKEN_BUDGET = 16384  # of a pass of turns
 TRIAL_SIZE, TRIAL_TEXT = (448, 448), "a photograph of a red bicycle in the snow"  # of passes that choose a precision
 
 STOCK_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}  # name -> folder
-
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +271,7 @@ def load(
         kwargs: Those of :func:`muco.backbone.load_backbone`.
     Raises:
         CheckpointError: If weights are missing, or the folder does not hold such a model.
-        MucoError: If the model's vectors are shorter than ``truncate_dim``.
+        MucoError: If the model's vectors are shorter than ``truncate_dim``, or it cannot compute in the precision.
     """
     if precision == "float32":
         kwargs.setdefault("dtype", "float32")
@@ -297,9 +296,15 @@ def loaded(model: Model | str | Path, *, precision: Precision | None = None) -> 
 
 def compute_in(model: Model, precision: Precision) -> Choice | None:
     """Lets a model in float32 compute in a precision; "auto" tries both and returns what it measured, logged too."""
-    encoder = model.encoder
-    if encoder.model.dtype != torch.float32:
-        return None  # what it computes in is that of its weights
+    encoder, held = model.encoder, str(model.encoder.model.dtype).removeprefix("torch.")
+    if precision not in get_args(Precision):
+        raise MucoError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+    if held != "float32":  # it computes in what its weights are held in
+        if precision not in ("auto", held):
+            raise MucoError(
+                f"precision: the weights are held in {held}; to compute in {precision}, load them as float32"
+            )
+        return None
     if precision != "auto":
         encoder.bfloat16 = precision == "bfloat16"
         return None

@@ -24,7 +24,16 @@ from muco.data.fingerprint import RULE
 from muco.data.source import Data
 from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.model import Model
-from muco.training.folder import CARD_FILE, CHECKPOINTS, MODEL, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, model_card
+from muco.training.folder import (
+    CARD_FILE,
+    CHECKPOINTS,
+    MODEL,
+    PRECISION_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    WEIGHTS_FILE,
+    model_card,
+)
 from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, to_dict
 
 OF_LOSS = "loss."  # before the names of the loss's own parameters
@@ -71,6 +80,7 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
             message = f"{output} holds another run ({differing} differs); choose another output folder or delete it"
             raise OutputError(message)
         write_json(file, facts)  # the other one stopped before it had anything to lose, perhaps by a recipe's mistake
+        (output / PRECISION_FILE).unlink(missing_ok=True)
         return None
     if not resume:
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")

@@ -95,6 +95,14 @@ def test_a_choice_says_which_and_why():
     assert str(Choice(True, seconds)) == "bfloat16, measured: 1.5 s a pass; float32 takes 3.2 s"
 
 
+def test_a_precision_that_is_not_there_is_an_error(tiny_path, half_path):
+    with pytest.raises(muco.MucoError, match=r"one of auto, float32, bfloat16, not 'fp16'"):
+        muco.load(tiny_path, device="cpu", precision="fp16")
+    assert muco.load(half_path, device="cpu", precision="bfloat16").precision is None
+    with pytest.raises(muco.MucoError, match=r"held in float16; to compute in bfloat16, load them as float32"):
+        muco.load(half_path, device="cpu", dtype="float16", precision="bfloat16")
+
+
 def test_a_loaded_model_is_not_asked_for_a_precision(tiny_model):
     with pytest.raises(muco.MucoError, match=r"loaded already; pass precision='auto' to muco\.load"):
         loaded(tiny_model, precision="auto")
