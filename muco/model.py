@@ -302,7 +302,7 @@ def compute_in(model: Model, precision: Precision) -> Choice | None:
     if held != "float32":  # it computes in what its weights are held in
         if precision not in ("auto", held):
             raise MucoError(
-                f"precision: the weights are held in {held}; to compute in {precision}, load them as float32"
+                f"the weights are held in {held}; to compute in {precision}, load them with dtype='float32'"
             )
         return None
     if precision != "auto":
