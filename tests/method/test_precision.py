@@ -99,7 +99,7 @@ def test_a_precision_that_is_not_there_is_an_error(tiny_path, half_path):
     with pytest.raises(muco.MucoError, match=r"one of auto, float32, bfloat16, not 'fp16'"):
         muco.load(tiny_path, device="cpu", precision="fp16")
     assert muco.load(half_path, device="cpu", precision="bfloat16").precision is None
-    with pytest.raises(muco.MucoError, match=r"held in float16; to compute in bfloat16, load them with dtype='float32'"):
+    with pytest.raises(muco.MucoError, match=r"held in float16; .* load them with dtype='float32'"):
         muco.load(half_path, device="cpu", dtype="float16", precision="bfloat16")
 
 
