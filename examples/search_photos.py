@@ -1,9 +1,10 @@
 """Finds photos of a folder by words or by another picture, and writes what it found as a page.
 
-    python examples/search_photos.py photos/ "a red star at the top left"
+    python examples/search_photos.py photos/ "a red bicycle"
     python examples/search_photos.py photos/ ring.jpg
 
-The first call indexes the folder, a later one only takes in what is new, changed or gone. No server is needed.
+The first call indexes the folder, into photos.index beside it; a later one only takes in what is new, changed or gone.
+No server is needed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the photos are, in folders below it too")
     parser.add_argument("query", help="words, or an image file")
-    parser.add_argument("--model", default="runs/demo/run/model", help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--model", default="starter", help="folder or hub id (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=Path("found.html"), help="(default: %(default)s)")
     parser.add_argument("-k", type=int, default=12, help="photos to find (default: %(default)s)")
     args = parser.parse_args()
@@ -37,6 +38,7 @@ def main() -> None:
     hits = Index.open(place, model).search(**query, k=args.k)
     show_hits(hits, Console())
     write_sheet(args.page, {args.query: hits})
+    print(f"{args.page} shows them; the index is {place}", file=sys.stderr)
 
 
 if __name__ == "__main__":

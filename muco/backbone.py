@@ -64,6 +64,8 @@ def load_backbone(
     source = located(path)
     if (Path(source) / "trainer_state.json").is_file():
         raise CheckpointError(f"{source} is a checkpoint of a run, not a model; make one by `muco export {source}`")
+    if (Path(source) / "model" / "config.json").is_file() and not (Path(source) / "config.json").is_file():
+        raise CheckpointError(f"{source} is the folder of a run; its model is {Path(source) / 'model'}")
     if (Path(source) / "adapter" / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{source}: MuCo does not add adapters from a folder; use `muco export --adapters merged`"

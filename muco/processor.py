@@ -202,7 +202,7 @@ class Processor:
             tile = dict(getattr(self.image_processor, "max_image_size", None) or {}).get("longest_edge")
             if min_pixels is not None or tile is None or "longest_edge" not in size:
                 name, limits = type(self.image_processor).__name__, "min_pixels" + ("" if tile else " and max_pixels")
-                raise CheckpointError(f"{name} has no such limit; leave {limits} out")
+                raise CheckpointError(f"{limits}: the model's image processor ({name}) has no such limit; leave it out")
             if max_pixels is not None:  # every image is scaled to this edge and cut into square tiles
                 size["longest_edge"] = max(tile, int(max_pixels**0.5) // tile * tile)
         self.image_processor.size = size

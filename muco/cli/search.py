@@ -64,6 +64,7 @@ def index(
     Encodes only what is new or changed. Inputs that cannot be read are listed and left out. Run the same command again
     to resume an interrupted run.
     """
+    from muco.search.columns import checked_id
     from muco.search.index import Index
     from muco.search.update import build
 
@@ -72,6 +73,10 @@ def index(
     result: dict[str, Any] = {}
     if delete:
         opened = Index.open(index)
+        delete = [*map(checked_id, delete)]
+        known = opened.rows_where("id", delete, ["id"]).column("id").to_pylist()
+        if unknown := [id for id in dict.fromkeys(delete) if id not in known]:
+            print(f"{index}: no row has the id {', '.join(map(repr, unknown))}", file=sys.stderr)
         result = {"deleted": opened.delete(delete), "total": len(opened)}
     if input is not None:
         found = build(

@@ -114,7 +114,9 @@ class Index(Table):
             raise MucoError(f"k must be 1 to {LARGEST_K:,}, not {k!r}")
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
-            raise MucoError("pass one query: text and/or image, or like (the id of a row), or vector")
+            raise MucoError(
+                "pass one query: a text, an image or both; or the id of a row (like); or in Python a vector"
+            )
         own = {name: self.table.schema.field(name).type for name in ("id", "text", "image")}
         condition = checked_filter(where and whole_text(where, "where"), own | self.extra_columns)
         if like is not None:

@@ -45,7 +45,7 @@ def connect(path: str | Path, *, create: bool) -> Any:
     if is_local(path) and create and Path(path).is_file():
         raise OutputError(f"{path}: an index is a folder, and this is a file; name another")
     if is_local(path) and not create and not Path(path).is_dir():
-        raise MucoError(f"{path}: no such folder; make an index with `muco index INPUT --model MODEL --index {path}`")
+        raise MucoError(f"{path}: no such index; make one with `muco index INPUT --model MODEL --index {path}`")
     with lance_calls(path):
         return lancedb.connect(str(path), read_consistency_interval=timedelta(0) if create else STALE)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from muco.base.files import write_text, writing
 from muco.base.html import document, house_style, text
-from muco.errors import DataError
+from muco.errors import DataError, MucoError, did_you_mean
 from muco.model import load
 from muco.search.index import Hit, Index
 from muco.search.update import build
@@ -77,13 +77,17 @@ def write_sheet(
         found: What was asked, in words, and the hits.
         caption: The column whose values stand under the pictures; None: the rows' ids.
     Raises:
-        OutputError: If the page cannot be written.
+        MucoError: If the index has no such column, or the page cannot be written.
     """
+    shown = [hit for hits in found.values() for hit in hits]
+    columns = dict.fromkeys(name for hit in shown for name in hit.extra)
+    if caption and shown and caption not in columns:
+        raise MucoError(f"caption {caption!r}: the index has no such column{did_you_mean(caption, columns)}")
     sections = []
     for asked, hits in found.items():
-        shown = "\n".join(_figure(hit, caption) for hit in hits)
+        figures = "\n".join(_figure(hit, caption) for hit in hits)
         sections.append(
-            f'<section class="asked-for">\n<h2>{text(asked)}</h2>\n<div class="found">\n{shown}\n</div>\n</section>\n'
+            f'<section class="asked-for">\n<h2>{text(asked)}</h2>\n<div class="found">\n{figures}\n</div>\n</section>\n'
         )
     body = f"<header>\n<h1>{text(title)}</h1>\n</header>\n<main>\n{''.join(sections)}</main>\n"
     with writing(file):

@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
+
+from muco.errors import CheckpointError
 
 STARTER = "starter"  # the name by which the trained starter is loaded
 
@@ -18,9 +21,14 @@ def located(path: str | Path) -> str:
     """A model's path or hub id as it is; for "starter", unless a folder here has this name, the folder in the cache.
 
     Raises:
-        CheckpointError, OutputError: As :func:`muco.starter.trained.trained`, which makes it at first use.
+        CheckpointError, OutputError: As :func:`muco.starter.trained.trained`, which makes it at first use; a
+            CheckpointError also for a name that is nearly this one, which no hub is asked for.
     """
-    if str(path) != STARTER or Path(path).exists():
+    if Path(path).exists():
+        return str(path)
+    if str(path) != STARTER:
+        if get_close_matches(str(path), [STARTER], cutoff=0.8):
+            raise CheckpointError(f"{path}: no such folder; did you mean {STARTER!r}?")
         return str(path)
     from muco.starter.trained import trained  # imports much that other models do not need
 

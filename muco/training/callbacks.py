@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ class ScreenProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
+        elif self.first + 1 == state.global_step < state.max_steps:  # the first log may be minutes away
+            seconds, left = time.monotonic() - self.started, state.max_steps - state.global_step
+            rest = timedelta(seconds=round(seconds * left))
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {seconds:.2f} s; about {rest} left", highlight=False
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         status = self._status(state, logs or {})

@@ -638,3 +638,12 @@ class Eager:
     @staticmethod
     def from_pretrained(path: str, attn_implementation: Any, **options: Any) -> Any:
         return AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager", **options)
+
+
+def test_the_folder_of_a_run_is_not_its_model_and_a_name_that_is_nearly_the_starters_is_told(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"run is the folder of a run; its model is .*run/model$"):
+        muco.load(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"startr: no such folder; did you mean 'starter'\?"):
+        muco.load("startr")

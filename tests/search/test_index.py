@@ -32,6 +32,7 @@ from PIL import Image
 
 import muco
 from muco.base.files import locked
+from muco.cli import main
 from muco.data.items import Row
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError, StorageError
@@ -305,6 +306,13 @@ def test_rows_are_deleted_by_id(tmp_path: Path, tiny_model) -> None:
     index = Index.open(tmp_path / "index")
     assert index.delete(["b'\"`", "not there"]) == 1
     assert [row["id"] for row in contents(tmp_path / "index")[0]] == ["a", "ü"]
+
+
+def test_the_command_names_ids_that_it_cannot_delete(tmp_path: Path, tiny_model, capsys) -> None:
+    run(write_jsonl(tmp_path / "rows.jsonl", RECORDS), tmp_path / "index", tiny_model)
+    assert main(["index", "--index", str(tmp_path / "index"), "--delete", "a", "--delete", "not there", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["deleted"] == 1 and said.err == f"{tmp_path / 'index'}: no row has the id 'not there'\n"
 
 
 def test_ids_to_delete_or_to_be_like_are_those_that_add_takes(tmp_path: Path, tiny_model) -> None:

@@ -33,6 +33,8 @@ def test_pictures_and_texts_in_the_order_in_which_they_were_found(tmp_path):
     write_sheet(file, {"a cat": hits, "a dog": [Hit("c", 0.7, thumbnail=blue)]}, caption="title", title="Found")
     page = file.read_text(encoding="utf-8")
     assert captions(page) == ["one", "b", "c"]
+    with pytest.raises(muco.MucoError, match=r"caption 'tittle': the index has no such column; did you mean 'title'\?"):
+        write_sheet(file, {"a cat": hits}, caption="tittle")
     assert [base64.b64decode(data) for data in re.findall('src="data:image/jpeg;base64,([^"]+)"', page)] == [red, blue]
     assert re.findall("<h2>(.*?)</h2>", page) == ["a cat", "a dog"] and "a poem" in page and "<h1>Found</h1>" in page
     write_sheet(file, {"a cat": hits})
