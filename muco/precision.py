@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:  # a recipe is read without torch
+    import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 TIMED = 2  # passes of each that are timed, after one that is not
@@ -39,11 +40,15 @@ def autocast(bfloat16: bool | None, device: torch.device) -> AbstractContextMana
     """The context of a pass in bfloat16, in the precision of the weights, or (None) in that of whoever calls."""
     if bfloat16 is None:
         return nullcontext()
+    import torch
+
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def quicker(work: Callable[[bool], object], device: torch.device) -> Choice:
     """Does the same ``work`` in bfloat16 (True) and in float32 (False), in turns; the fastest pass of each counts."""
+    import torch
+
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(1 + TIMED):
         for bfloat16, taken in seconds.items():

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from typer import Exit, Option
 
 from muco.base.terminal import finish
+from muco.precision import Precision as Computed
 
 USERS_INPUT, FAILED_CHECK = 1, 3  # exit codes
 
@@ -20,7 +21,7 @@ Dimension = Annotated[
 ]
 Precision = Literal["float32", "int8", "binary"]  # of vectors that are stored or compared
 ComputeIn = Annotated[
-    Literal["auto", "float32", "bfloat16"] | None,
+    Computed | None,
     Option("--precision", help="Compute in it; auto: the quicker one here, measured. Default: as the weights."),
 ]
 

@@ -60,9 +60,12 @@ class Storage:
 
 
 def scores(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Cosines, -1 to 1, of decoded vectors, float32 [n, d], with a unit vector, float32 [d]."""
+    """Cosines, -1 to 1, of decoded vectors, float32 [n, d], with a unit vector, float32 [d].
+
+    Equal vectors have equal scores: a product of matrices rounds its last rows in another order on some processors.
+    """
     lengths = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
-    return np.clip((vectors @ query) / lengths, -1, 1)  # rounding alone would lead to 1.0000001
+    return np.clip(np.einsum("nd,d->n", vectors, query) / lengths, -1, 1)  # rounding alone would lead to 1.0000001
 
 
 def _numbers(table: pa.Table | pa.RecordBatch, column: str) -> np.ndarray:

@@ -681,7 +681,7 @@ def open_with(folder: Path) -> Index:
 def test_what_is_no_index(photos: Path, tmp_path: Path, tiny_model) -> None:
     import lancedb
 
-    with pytest.raises(MucoError, match="no such folder"):
+    with pytest.raises(MucoError, match="no such index; make one with"):
         Index.open(tmp_path / "nothing")
     with pytest.raises(MucoError, match="no index there"):
         Index.open(photos)

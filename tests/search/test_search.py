@@ -614,6 +614,12 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     finish({"name": "ü"}, True, lambda *_: None)
 
 
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 1000))
+def test_equal_vectors_have_equal_scores(rows: int, dimension: int, seed: int) -> None:
+    one, query = np.random.default_rng(seed).standard_normal((2, dimension)).astype(np.float32)
+    assert len(np.unique(scores(np.repeat(one[None], rows, axis=0), query))) == 1
+
+
 def test_hits_as_json_say_null_for_nan(
     tmp_path: Path, tiny_model, tiny_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
