@@ -11,8 +11,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 import muco
-from muco.data import open_data
-from muco.data.source import Data
+from muco.data import Data, open_data
 from muco.evaluate import compare, metrics, report, retrieval
 from muco.images import open_image
 

@@ -20,7 +20,7 @@ import muco
 from muco.data import open_data
 from muco.starter import trained
 from muco.study.design import recipe_of
-from muco.training.recipe import from_dict
+from muco.training.recipe import from_dict, load_recipe
 
 collection, compare, debian, looks = (example(name) for name in ("collection", "compare", "debian", "looks"))
 pictures, scores, starter = example("pictures"), example("scores"), example("starter")
@@ -120,7 +120,7 @@ def test_from_nothing_to_weights_scores_and_a_search(collected, wheels, tmp_path
 
 
 def test_a_comparison_of_halves_and_turns(collected, wheels, tmp_path, monkeypatch):
-    study = compare.study(collected, wheels.folder)
+    study = compare.halves(collected, wheels.folder)
     monkeypatch.setattr(compare, "HALVES", {"one": (True, False), "other": (False, True)})
     monkeypatch.setattr(compare, "LAYERS", 2)
     data = tmp_path / "data"
@@ -139,6 +139,19 @@ def test_a_comparison_of_halves_and_turns(collected, wheels, tmp_path, monkeypat
     for run in study.runs:
         recipe = from_dict(recipe_of(study, run, 0, 1.0, tmp_path, costs=costs))
         assert recipe.trainer["max_steps"] == compare.STEPS and recipe.model.path.startswith(str(data))
+
+
+def test_a_comparison_of_the_demos_model_with_the_starters_base(wheels, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "LAYERS", 2)
+    study = compare.demo(tmp_path, wheels.folder)
+    study.prepare(tmp_path / "data", 0.001)
+    assert len(open_data(tmp_path / "data" / "test.jsonl")) == 32
+    costs = {compare.TINY: {"seconds": 1.0}, compare.PRE_TRAINED: {"seconds": 10.0}}
+    tiny, base = (from_dict(recipe_of(study, run, 0, 1.0, tmp_path, costs=costs)) for run in study.runs)
+    assert tiny.model.tiny and base.model.path == str(tmp_path / "data" / "base") and base.model.adapter.rank == 32
+    assert (tiny.trainer["max_steps"], base.trainer["max_steps"]) == (650, 65)
+    own = load_recipe(compare.RECIPE_OF_DEMO)
+    assert (tiny.turns, tiny.loss, tiny.model) == (own.turns, own.loss, own.model)
 
 
 def test_ranks_are_counted_by_hand_and_equal_titles_are_no_rivals():
