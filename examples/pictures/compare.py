@@ -100,7 +100,9 @@ def halves(pictures: Path, source: Path | None) -> Study:
             "The first three train the connector, which starts with the names of the tower's classes, and adapters.",
             "The last four train the whole language model, and a tower that starts from random weights. Their "
             "connector starts from random weights.",
-            "Other rates and longer trainings have not been tried for any of them.",
+            "All compute in bfloat16. Other rates and longer trainings have not been tried for any of them.",
+            "Two trainings shared the machine at a time, beside other work, so only the steps above are comparable, not "
+            "the seconds of the trainings themselves.",
         ),
     )
 
