@@ -37,6 +37,12 @@ class Estimate:
             return math.nan
         return float(t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
 
+    @property
+    def highest(self) -> float:
+        """Where a plot of the values and the interval ends; 0 without a value."""
+        ends = (*self.values, self.mean + self.half_width)
+        return max((end for end in ends if not math.isnan(end)), default=0.0)
+
     def text(self, digits: int = 1) -> str:
         if math.isnan(self.mean):
             return "–"
@@ -109,6 +115,7 @@ def point_values(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]
 
 ROW, PANEL, GAP = 30, 210, 26  # px
 BAND, BETWEEN = 4, 34  # panels in a row; px between two rows of them
+SCALES = {20: 5, 50: 10, 100: 25}  # the end of an axis of shares, in %, and what is between its lines
 
 
 def plot(study: Study, found: Mapping[str, Any]) -> str:
@@ -131,6 +138,8 @@ def plot(study: Study, found: Mapping[str, Any]) -> str:
     names = max(len(row["name"]) for row in rows) * LETTER + EDGE + 12
     width = names + len(bands[0]) * (PANEL + GAP) + EDGE
     title = wrapped(study.question, width)
+    shares = [row["columns"][column.title] for row in rows for column in study.columns if column.percent]
+    end = next((end for end in SCALES if all(share.highest <= end for share in shares)), 100)
     first, band = HEAD + LINE * (len(title) - 1), ROW * len(rows) + 34
     parts = figure(study.question, title, width, first + len(bands) * (band + BETWEEN) - BETWEEN)
     for place, columns in enumerate(bands):
@@ -140,12 +149,14 @@ def plot(study: Study, found: Mapping[str, Any]) -> str:
             parts.append(label(line["name"], x=f"{names - 10:.0f}", y=y, dy="4", text_anchor="end"))
         for column, shown in enumerate(columns):
             estimates = [row["columns"][shown.title] for row in rows]
-            parts += _panel(shown, estimates, names + column * (PANEL + GAP), top, top + band)
+            parts += _panel(shown, estimates, names + column * (PANEL + GAP), top, top + band, end)
     return "".join(parts) + "</svg>\n"
 
 
-def _panel(column: Column, estimates: Sequence[Estimate], left: float, top: float, height: float) -> list[str]:
-    low, high = 0.0, 100.0
+def _panel(
+    column: Column, estimates: Sequence[Estimate], left: float, top: float, height: float, end: int
+) -> list[str]:
+    low, high = 0.0, float(end)  # of shares, the same in all panels
     if not column.percent:
         values = [0.0, *(v for e in estimates for v in e.values if not math.isnan(v))]
         low, high = (min(values) * 1.05, max(values) * 1.05) if any(values) else (0.0, 1.0)
@@ -154,7 +165,7 @@ def _panel(column: Column, estimates: Sequence[Estimate], left: float, top: floa
         return left + PANEL * (min(max(value, low), high) - low) / (high - low)
 
     parts = [label(column.title, x=left, y=top - 10, font_weight="600")]
-    for value in (0, 25, 50, 75, 100) if column.percent else ticks(low, high, 4):
+    for value in range(0, end + 1, SCALES[end]) if column.percent else ticks(low, high, 4):
         parts.append(rising("grid", x(value), top, height - 26))
         parts.append(label(number(value), class_="soft", x=x(value), y=height - 10, text_anchor="middle"))
     for place, estimate in enumerate(estimates):
