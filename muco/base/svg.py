@@ -12,10 +12,7 @@ LETTER = 7.2  # px, a wide guess
 LINE = 20  # px, of the title
 WIDE, TALL, MARGIN, FOOT = 620, 340, 66, 56  # px, of a chart of lines
 LEFT, RIGHT, TOP, BOTTOM = 30, 12, 34, 50  # px around a falling curve
-INK = (
-    "text{{fill:{0}}}.soft{{fill:{1}}}.grid{{stroke:{2}}}.zero{{stroke:{1}}}"
-    ".hollow{{fill:none;stroke:{1}}}.mark{{stroke:{3};fill:{3}}}"
-)
+INK = "text{{fill:{0}}}.soft{{fill:{1}}}.grid{{stroke:{2}}}.zero{{stroke:{1}}}.mark{{stroke:{3};fill:{3}}}"
 LIGHT = INK.format("#1d2430", "#5c6675", "#dde1e7", "#2158c7")
 DARK = INK.format("#e6e9ee", "#9aa5b4", "#343c48", "#7ea6ff")
 SERIES = ("#4f7fe0", "#d9622b", "#2f9e56", "#a35be0", "#c2a01c", "#8a8f98")  # readable on white and on black
@@ -97,28 +94,23 @@ def ticks_beyond(top: float, most: int = 6) -> list[float]:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a line, with half of its interval (NaN: unknown); points of one label have one shape."""
+    """A point of a line, with half of its interval (NaN: unknown), and the values that it is the mean of, if shown."""
 
     x: float
     y: float
     half: float = math.nan
-    label: str = ""
+    values: tuple[float, ...] = ()
 
 
-def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwards: str, times: bool = False) -> str:
-    """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero.
-
-    With ``times``, the x axis holds ratios, from 1 on, and the y axis differences, with their signs.
-    """
+def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwards: str) -> str:
+    """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero."""
     lines = {name: [mark for mark in marks if not math.isnan(mark.y)] for name, marks in lines.items()}
     marks = [mark for own in lines.values() for mark in own] or [Mark(1, 0)]
-    labels = list(dict.fromkeys(mark.label for mark in marks))
-    names = max(map(len, [*lines, *labels])) * LETTER + 60
+    names = max(map(len, lines)) * LETTER + 60
     width = MARGIN + WIDE + names
     heading = wrapped(title, width)
     top = HEAD + LINE * (len(heading) - 1)
     low, high = min(mark.x for mark in marks), max(mark.x for mark in marks)
-    low = min(low, 1.0) if times else low
     pad = 0.06 * (high - low or 1.0)
     left_end, right_end = low - pad, high + pad
     least, most = _upwards(marks)
@@ -132,45 +124,31 @@ def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwar
 
     parts = figure(title, heading, width, bottom + FOOT)
     for value in ticks(least, most):
-        said = f"+{number(value)}" if times and value > 1e-9 else number(value)
         parts.append(level("zero" if abs(value) < 1e-9 else "grid", y(value), MARGIN, right))
-        parts.append(label(said, class_="soft", x=MARGIN - 8, y=y(value), dy="4", text_anchor="end"))
+        parts.append(label(number(value), class_="soft", x=MARGIN - 8, y=y(value), dy="4", text_anchor="end"))
     for value in ticks(left_end, right_end):
-        said = f"{number(value)} ×" if times else number(value)
         parts.append(rising("grid", x(value), top, bottom))
-        parts.append(label(said, class_="soft", x=x(value), y=bottom + 18, text_anchor="middle"))
+        parts.append(label(number(value), class_="soft", x=x(value), y=bottom + 18, text_anchor="middle"))
     parts.append(label(upwards, class_="soft", x=MARGIN, y=top - 12))
     parts.append(label(across, class_="soft", x=MARGIN + WIDE // 2, y=bottom + FOOT - 14, text_anchor="middle"))
     for place, (name, own) in enumerate(lines.items()):
         ink, at = SERIES[place % len(SERIES)], top + 10 + place * 24
-        parts += _line(name, sorted(own, key=lambda mark: mark.x), labels, x, y, ink)
+        parts += _line(name, sorted(own, key=lambda mark: mark.x), x, y, ink)
         parts.append(element("circle", fill=ink, cx=right + 26, cy=at, r=5))
-        parts.append(label(name, x=right + 38, y=at, dy="4"))
-    for place, name in enumerate(labels if len(labels) > 1 else []):
-        at = top + 10 + (len(lines) + place + 1) * 24
-        parts.append(_sign(place, right + 26, at, class_="hollow"))
         parts.append(label(name, x=right + 38, y=at, dy="4"))
     return "".join(parts) + "</svg>\n"
 
 
-def _sign(place: int, x: float, y: float, title: str = "", **ink: str) -> str:
-    """A dot, a square or a diamond, by the place of a label among all of them."""
-    said = f"<title>{escape(title)}</title>" if title else ""
-    if place % 3 == 0:
-        return element("circle", said, **ink, cx=float(x), cy=float(y), r=5)
-    turn = f"rotate(45 {x:.1f} {y:.1f})" if place % 3 == 2 else None
-    return element("rect", said, **ink, x=x - 4.5, y=y - 4.5, width=9, height=9, transform=turn)
-
-
-def _line(name: str, marks: Sequence[Mark], labels: Sequence[str], x: Place, y: Place, ink: str) -> list[str]:
+def _line(name: str, marks: Sequence[Mark], x: Place, y: Place, ink: str) -> list[str]:
     path = " ".join(f"{x(mark.x):.1f},{y(mark.y):.1f}" for mark in marks)
     parts = [element("polyline", fill="none", stroke=ink, stroke_width="1.5", opacity=".6", points=path)]
     for mark in marks:
         at, half = x(mark.x), 0.0 if math.isnan(mark.half) else mark.half
         low, high = y(mark.y - half), y(mark.y + half)
         parts.append(element("line", stroke=ink, stroke_width=2, x1=at, x2=at, y1=low, y2=high))
-        said = f"{name}, {mark.label or mark.x}: {mark.y:.1f}" + (f" ± {half:.1f}" if half else "")
-        parts.append(_sign(labels.index(mark.label), at, y(mark.y), said, fill=ink))
+        parts += [element("circle", fill=ink, opacity=".3", cx=at, cy=y(value), r=2.5) for value in mark.values]
+        said = f"{name}, {number(mark.x)}: {mark.y:.1f}" + (f" ± {half:.1f}" if half else "")
+        parts.append(element("circle", f"<title>{escape(said)}</title>", fill=ink, cx=at, cy=y(mark.y), r=4.5))
     return parts
 
 

@@ -26,7 +26,13 @@ def study(
     jobs: Annotated[int, Option(min=1, help="Simultaneous runs, which share the cores.")] = 1,
     data: Annotated[str | None, Option(metavar="TRAIN", help="Training data instead of scenes; needs --test.")] = None,
     test: Annotated[str | None, Option(metavar="TEST", help="Held-out data that goes with --data.")] = None,
-    format: Annotated[str, Option(help="Format of --data and --test, as in recipes.")] = "jsonl",
+    dev: Annotated[
+        str | None, Option(metavar="DEV", help="Data to choose settings on, for a study that chooses them.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(metavar="MODEL", help="The model that every run of such a study starts from.")
+    ] = None,
+    format: Annotated[str, Option(help="Format of --data, --test and --dev, as in recipes.")] = "jsonl",
     as_json: Json = False,
 ) -> None:
     """Repeat a claim of the paper at this machine's scale.
@@ -44,6 +50,8 @@ def study(
         raise BadParameter("pass a folder for data, runs and the page", param_hint="--output")
     if (data is None) != (test is None):
         raise BadParameter("--data and --test go together", param_hint="--data")
+    if data is None and (dev, model) != (None, None):
+        raise BadParameter("--dev and --model go with --data", param_hint="--dev" if dev else "--model")
     if name == FLOPS:
         if (seeds, data) != (None, None) or scale != 1 or first_seed > 0:
             raise MucoError("the study flops counts and trains nothing; leave out --seeds, --scale, --data and --test")
@@ -57,7 +65,7 @@ def study(
     from muco.study.run import run_study
 
     chosen = find_study(name)
-    sets = Sets(data, test, format) if data is not None and test is not None else None
+    sets = Sets(data, test, format, dev, model) if data is not None and test is not None else None
     # Else it would end at once and leave the trainings that it has started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     found = run_study(

@@ -1,16 +1,15 @@
-"""The scenes and the base recipe of all studies; the studies of fine-tuning and of image cost."""
+"""The scenes and the base recipe of all studies; the studies of fine-tuning and of identical targets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from muco.data.jsonl import write_jsonl
 from muco.data.scenes import write_scenes
-from muco.study.design import Column, Equal, Point, Run, Study
+from muco.study.design import Column, Run, Study
 
 SCENES, TEST = 20_000, 500  # training and held-out scenes at scale 1
 HELD_OUT = ("global", "creative")  # kinds of turns that fine-tuning never sees
@@ -29,7 +28,6 @@ BASE = {
     },
 }
 PLAIN = BASE | {"data": {"train": [{"path": "{train}"}]}}  # the whole training set, of the scenes or a user
-SINGLE = {"turns": {"limit": 1}}
 COMPOUNDED = {"turns": {"mode": "compounded"}}
 SCORES = tuple(Column(name.replace("_", " "), (name,)) for name in ("image_to_caption", "answer", "within"))
 
@@ -43,9 +41,6 @@ def plain_scenes(folder: Path, scale: float, seed: int = SEED) -> None:
     """``train.jsonl`` and ``test.jsonl``; the test set does not grow beyond scale 1, so that its scores compare."""
     test = min(TEST, max(32, round(TEST * scale)))
     write_scenes(folder, train=max(64, round(SCENES * scale)), dev=0, test=test, seed=seed)
-
-
-fresh_scenes = partial(plain_scenes, seed=2)  # on which no choice was made
 
 
 def scenes_in_two_stages(folder: Path, scale: float) -> None:
@@ -175,67 +170,5 @@ NEGATIVES = Study(
         "Fine-tuning on single classification pairs, 64 per step, 150 steps, after 300 steps of multi-turn "
         "pre-training. Answers are cut to fewer words, so that more of them in a batch are equal.",
         "hit@1 is among all answers, at most 100: compare rows of one vocabulary only.",
-    ),
-)
-
-# visual tokens of a picture of 84 px and depth of the vision tower; steps with k = 7
-IMAGES: dict[str, tuple[dict[str, int], int]] = {
-    "9 tokens, depth 1": ({"patch": 14, "vision_depth": 1}, 240),
-    "9 tokens, depth 6": ({"patch": 14, "vision_depth": 6}, 220),
-    "36 tokens, depth 4": ({"patch": 7, "vision_depth": 4}, 180),
-}
-WARMED = {"warm_up": {"steps": 200}, "trainer": {"max_steps": 1, "warmup_steps": 0, "learning_rate": 0.0}}
-FROZEN = {"model": {"vision": "frozen"}}
-SCRATCH, TEXT, SEEING = "from scratch", "text warmed up", "pre-trained, vision frozen"
-
-
-def _runs() -> Iterator[Run]:
-    """For every image and start k = 7, and k = 1 at equal seconds."""
-    for image, (sizes, count) in IMAGES.items():
-        model, text = {"model": {"tiny": sizes, "vision": "trained"}}, f"{image}, text"
-        starts = {
-            SCRATCH: (None, model | steps(count)),
-            TEXT: (text, steps(count)),
-            SEEING: (f"{image}, {SCRATCH}, k = 7", FROZEN | steps(count, learning_rate=5e-4)),
-        }
-        for start, (first, recipe) in starts.items():
-            if start == TEXT:
-                yield Run(text, model | WARMED, shown=False)
-            seven = f"{image}, {start}, k = 7"
-            yield Run(seven, recipe, start=first)
-            yield Run(f"{image}, {start}, k = 1", recipe | SINGLE, start=first, equal=Equal(seven, "seconds"))
-
-
-_POINTS = tuple(
-    Point(start, f"{image}, {start}, k = 7", f"{image}, {start}, k = 1", image)
-    for start in (SCRATCH, TEXT, SEEING)
-    for image in IMAGES
-)
-
-IMAGE_SHARE = Study(
-    name="image-share",
-    question="When do seven turns pay off at equal seconds, by the cost of an image and the start of training?",
-    base=PLAIN | {"loss": {"symmetric": True}},
-    runs=tuple(_runs()),
-    columns=SCORES,
-    prepare=plain_scenes,
-    compared=(
-        *((point.a, point.b) for point in _POINTS),
-        *((f"{i}, {SEEING}, k = {k}", f"{i}, {SCRATCH}, k = 7") for i in IMAGES for k in (7, 1)),  # against the start
-    ),
-    points=_POINTS,
-    notes=(
-        "Above zero, seven isolated turns are better than one at equal seconds. On the left, the image takes most of a "
-        "step and six more turns cost little, as with large models and large images: 1.2 times the operations of one "
-        "turn with Qwen2-VL-2B (`muco study flops`).",
-        "From scratch: random weights. Text warmed up: 200 steps of next-token prediction on the texts, after which "
-        "all texts have nearly the same vector. Pre-trained, vision frozen: training continues from the run 'from "
-        "scratch, k = 7' of the same image and seed. Both runs of a pair share their start, which is not counted.",
-        "The pre-trained start favours k = 7: it was trained with k = 7, on the batches that k = 7 sees again. The "
-        "last rows of differences compare both with the start.",
-        "All runs train in both directions, query to target and target to query, which teaches more in the same time.",
-        "The more an image costs, the fewer steps fit in a time. Differences near chance say nothing, so read the "
-        "table beside the plot. More steps: --scale 3.",
-        "A step's seconds are measured alone, with batch and optimizer.",
     ),
 )

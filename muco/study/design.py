@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,10 @@ class Run:
 
     Args:
         recipe: The differences from the study's base recipe. In paths, ``{data}`` is the study's data folder,
-            ``{train}`` and ``{test}`` are its sets, or those of a user; ``{start}`` is the model it starts from.
+            ``{train}``, ``{dev}`` and ``{test}`` are its sets, or those of a user; ``{base}`` is the model that all
+            start from; ``{start}`` is that of the run it starts from.
         equal: Sets its steps and, in proportion, its warm-up steps, instead of the recipe.
+        fixed: Makes it once, with the first seed and no setting of the study's grid: a row that nothing can change.
     """
 
     name: str  # in the table
@@ -38,6 +41,22 @@ class Run:
     shown: bool = True  # whether the table has a row for it
     test: str | None = None  # its held-out set; None: the study's
     equal: Equal | None = None
+    fixed: bool = False
+    dev: str | None = None  # the set that its setting is chosen on; None: the grid's
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings of which every run takes its own best, by trainings with other seeds that are scored on the dev set.
+
+    Args:
+        settings: By name, differences from the recipe of a run.
+        seeds: Trainings of every run and setting.
+    """
+
+    settings: Mapping[str, Mapping[str, Any]]
+    seeds: int = 1
+    dev: str = "{dev}"
 
 
 @dataclass(frozen=True)
@@ -45,24 +64,33 @@ class Column:
     """A score of the table: the mean of some entries of a result."""
 
     title: str
-    scores: tuple[str, ...]  # see :func:`muco.study.one.flat_scores` and :mod:`muco.study.probes`
+    scores: tuple[str, ...]  # see :mod:`muco.study.one` and :mod:`muco.study.probes`
     percent: bool = True  # whether they are shares, shown in %
     digits: int = 1  # after the point
 
 
 @dataclass(frozen=True)
-class Point:
-    """A point of a plot: the difference of runs ``a`` − ``b``, over the ratio of the costs of their steps."""
+class Curve:
+    """A score along the training of every run.
 
-    series: str  # points of one are joined by a line
-    a: str
-    b: str
-    label: str = ""  # shown at the point
+    Args:
+        score: Its name, see :func:`muco.study.one.flat_scores`.
+        points: How often each run is scored, after equal numbers of steps; the last one is the end.
+        reach: A score in %; the page says when each run reached it.
+    """
+
+    score: str
+    points: int
+    reach: float
 
 
 @dataclass(frozen=True)
 class Study:
-    """Several trainings that differ in one thing each."""
+    """Several trainings that differ in one thing each.
+
+    The first column is the measure: if ``registered``, its intervals of differences hold together (Bonferroni), and are
+    judged.
+    """
 
     name: str
     question: str  # at the top of the page
@@ -76,7 +104,10 @@ class Study:
     probes: tuple[str, ...] = ()  # of :data:`muco.study.probes.PROBES`, for further scores of every run
     seeds: int = 3  # by default
     registered: tuple[str, ...] = ()  # expectations and criteria written down before the runs
-    points: tuple[Point, ...] = ()  # of a plot of the first column over the ratio of seconds per step
+    margin: float | None = None  # points within which two runs count as equal in the first column
+    grid: Grid | None = None
+    curve: Curve | None = None
+    spread: float | None = None  # standard deviation of a difference in the first column, in points, from a pilot
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
@@ -84,8 +115,7 @@ class Study:
         for place, run in enumerate(self.runs):
             assert run.start is None or run.start in names[:place], f"{run.name} starts from a run that is not there"
             assert run.equal is None or run.equal.to in names[:place], f"{run.name} equals a run that is not there"
-        pairs = [*self.compared, *((point.a, point.b) for point in self.points)]
-        assert all(name in names for pair in pairs for name in pair), f"{self.name}: compares what is not run"
+        assert all(name in names for pair in self.compared for name in pair), f"{self.name}: compares what is not run"
 
     def run(self, name: str) -> Run:
         return next(run for run in self.runs if run.name == name)
@@ -93,24 +123,69 @@ class Study:
     @property
     def needs_scenes(self) -> bool:
         """Whether it trains or scores on files that only the scenes have."""
-        values = [self.base, self.test, *((run.recipe, run.test) for run in self.runs)]
-        return "{data}" in str(values)
+        return "{data}" in self._values
 
     @property
-    def measured(self) -> tuple[str, ...]:
-        """Runs whose cost of a step must be known before the runs."""
-        pairs = [(point.a, point.b) for point in self.points]
-        pairs += [(run.name, run.equal.to) for run in self.runs if run.equal is not None]
-        return tuple(run.name for run in self.runs if any(run.name in pair for pair in pairs))
+    def needs(self) -> tuple[str, ...]:
+        """What else of :class:`Sets` it needs."""
+        return tuple(name for name, word in {"dev": "{dev}", "model": "{base}"}.items() if word in self._values)
+
+    @property
+    def _values(self) -> str:
+        values = [self.base, self.test, *((run.recipe, run.test, run.dev) for run in self.runs)]
+        return str([*values, self.grid.dev if self.grid else ""])
+
+    @property
+    def level(self) -> float:
+        """The confidence of one interval of the first column's differences, so that all together have 95 %."""
+        return 1 - 0.05 / max(1, len(self.compared)) if self.registered else 0.95
+
+    @property
+    def tuning(self) -> dict[str, Run]:
+        """By name, each run with each setting of the grid."""
+        if self.grid is None:
+            return {}
+        tried = [(run, *setting) for run in self.runs if not run.fixed for setting in self.grid.settings.items()]
+        runs = (
+            replace(
+                run,
+                name=with_setting(run.name, setting),
+                recipe=merged(run.recipe, recipe),
+                test=run.dev or self.grid.dev,
+            )
+            for run, setting, recipe in tried
+        )
+        return {run.name: run for run in runs}
+
+    def settled(self, chosen: Mapping[str, str]) -> Study:
+        """The study with the recipe of each run that has a chosen setting."""
+        return replace(
+            self,
+            runs=tuple(
+                replace(run, recipe=merged(run.recipe, self.grid.settings[chosen[run.name]]))
+                if self.grid and run.name in chosen
+                else run
+                for run in self.runs
+            ),
+        )
 
 
 @dataclass(frozen=True)
 class Sets:
-    """A user's training and held-out sets, instead of the scenes; ``format`` as in recipes."""
+    """A user's training and held-out sets, instead of the scenes; ``format`` as in recipes.
+
+    ``dev`` and ``model`` are for studies that choose settings and start from a model.
+    """
 
     train: str
     test: str
     format: str = "jsonl"
+    dev: str | None = None
+    model: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.train, self.test, self.dev) if path is not None)
 
 
 def recipe_of(
@@ -125,16 +200,17 @@ def recipe_of(
 ) -> dict[str, Any]:
     """The recipe of a run as plain values; a model to start from is that in :func:`folder_of` the run.
 
-    ``scale``: of steps, warm-up steps and those of a language warm-up, at least one step; ``costs``: of a step, if the
-    run equals another one.
+    ``scale``: of steps and warm-up steps, at least one step; ``costs``: of a step, if the run equals another one.
     """
     start = None if run.start is None else folder_of(folder, run.start, seed) / "run" / MODEL
-    values = filled(_merged(study.base, run.recipe), folder, sets, start)
+    values = filled(merged(study.base, run.recipe), folder, sets, start)
     values |= {"output": str(folder_of(folder, run.name, seed) / "run"), "seed": seed}
     steps, warm = steps_of(study, run, scale, costs or {})
     values["trainer"] |= {"max_steps": steps, "warmup_steps": warm}
-    if warm_up := values.get("warm_up", {}).get("steps"):
-        values["warm_up"]["steps"] = max(1, round(warm_up * scale))
+    if study.curve:
+        every = math.ceil(steps / study.curve.points)
+        values["trainer"] |= {"eval_strategy": "steps", "eval_steps": every}
+        values["data"] |= {"validation": filled(run.test or study.test, folder, sets)}
     if start is not None:
         model = {key: value for key, value in values["model"].items() if key != "tiny"}
         values["model"] = model | {"path": str(start)}
@@ -144,7 +220,7 @@ def recipe_of(
 def steps_of(study: Study, run: Run, scale: float, costs: Costs) -> tuple[int, int]:
     """Steps and warm-up steps of a run; at least one step."""
     if run.equal is None:
-        trainer = _merged(study.base, run.recipe)["trainer"]
+        trainer = merged(study.base, run.recipe)["trainer"]
         return max(1, round(trainer.get("max_steps", 0) * scale)), round(trainer.get("warmup_steps", 0) * scale)
     steps, warm = steps_of(study, study.run(run.equal.to), scale, costs)
     ratio = costs[run.equal.to][run.equal.by] / costs[run.name][run.equal.by]
@@ -167,7 +243,7 @@ def slug(name: str) -> str:
 
 
 def filled(value: Any, folder: Path, sets: Sets | None = None, start: Path | None = None) -> Any:
-    """Values with paths for ``{data}``, ``{train}``, ``{test}`` and ``{start}``; a user's set gets its format too."""
+    """Values with paths for what is in braces, see :class:`Run`; a user's set gets its format too."""
     if isinstance(value, Mapping):
         inner = {key: filled(item, folder, sets, start) for key, item in value.items()}
         foreign = sets is not None and value.get("path") == "{train}"
@@ -177,14 +253,24 @@ def filled(value: Any, folder: Path, sets: Sets | None = None, start: Path | Non
     if not isinstance(value, str):
         return value
     data = folder / "data"
-    value = value.replace("{data}", str(data)).replace("{start}", str(start))
-    value = value.replace("{train}", sets.train if sets else str(data / "train.jsonl"))
-    return value.replace("{test}", sets.test if sets else str(data / "test.jsonl"))
+    words = {"data": str(data), "start": str(start), "base": str(data / "start")}
+    words |= {name: str(data / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    if sets:
+        words |= {"train": sets.train, "dev": str(sets.dev), "test": sets.test, "base": str(sets.model)}
+    for name, word in words.items():
+        value = value.replace(f"{{{name}}}", word)
+    return value
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_setting(name: str, setting: str) -> str:
+    """The name of a run with a setting of the grid."""
+    return f"{name}, {setting}"
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with changes, mapping by mapping."""
     result = copy.deepcopy(dict(base))
     for key, value in changes.items():
         inner = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if inner else copy.deepcopy(value)
+        result[key] = merged(result[key], value) if inner else copy.deepcopy(value)
     return result

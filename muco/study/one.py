@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
@@ -31,6 +33,7 @@ from muco.seen import IMAGE_MEMORY
 from muco.study.probes import PROBES
 from muco.training.blind import add_blind_loss
 from muco.training.build import build_model
+from muco.training.callbacks import RetrievalEvaluator
 from muco.training.flops import step_flops
 from muco.training.folder import RUN_FILE
 from muco.training.loop import MuCoTrainer
@@ -48,7 +51,11 @@ def run_job(folder: Path) -> dict[str, Any]:
 
 
 def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains and scores one run; ``job``: ``recipe``, ``test`` and its ``format``, and names of ``probes``."""
+    """Trains and scores one run.
+
+    Args:
+        job: ``recipe``, ``test`` and its ``format``, names of ``probes``, and the score of the ``curve``.
+    """
     recipe = from_dict(job["recipe"])
     whole = not (folder / "run" / "checkpoints").exists()  # else earlier seconds of the training are unknown
     begun = time.perf_counter()
@@ -61,12 +68,19 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for probe in job.get("probes", ()):
         probed |= PROBES[probe](model, test, recipe)
     run = read_json(model_folder / RUN_FILE)
+    flat, curve = flat_scores(scores), []
+    if name := job.get("curve"):
+        on_the_way = [[step, each[name]] for step, each in run["scores"] if step < run["steps"]]
+        curve = [*on_the_way, [run["steps"], flat[name]]]
+        flat |= of_curve(curve)
     sources = open_sources(recipe)
-    trainer = make_trainer(recipe, build_model(recipe, sources), sources)
+    unscored = replace(recipe, trainer={**recipe.trainer, "eval_strategy": "no"})
+    trainer = make_trainer(unscored, build_model(recipe, sources), sources)
     step = step_flops(trainer.model, trainer.batches[0], temperature=recipe.loss.temperature)  # the first
     return {
         "job": job,
-        "scores": flat_scores(scores) | {"loss": run["loss"][-1][1] if run["loss"] else None} | probed,
+        "scores": flat | {"loss": run["loss"][-1][1] if run["loss"] else None} | probed,
+        "curve": curve,
         "steps": run["steps"],
         "flops": step.total * trainer.args.max_steps,
         "loss": run["loss"],
@@ -88,19 +102,41 @@ def flat_scores(result: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
+def of_curve(curve: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """``quarter``: the score after a quarter of the steps; ``plateau``: its mean over the last quarter; ``rise``:
+    by how much that is above the mean over the quarter before.
+
+    ``curve``: steps and scores, from the first score to the end; between them it is straight.
+    """
+    steps, scores = np.array(curve, dtype=float).T
+    third, last = (
+        np.interp(steps[-1] * np.linspace(start, start + 0.25, 26), steps, scores).mean() for start in (0.5, 0.75)
+    )
+    quarter = np.interp(steps[-1] / 4, steps, scores)
+    return {"quarter": float(quarter), "plateau": float(last), "rise": float(last - third)}
+
+
 UNTIMED = 3  # first steps of a round
 
 
-class _Clock(TrainerCallback):
-    """Records the time at the end of every step."""
+LONG = 20.0  # seconds after which a round has enough steps
+LEAST = 3  # timed steps of a round, however long they are
 
-    def __init__(self) -> None:
+
+class _Clock(TrainerCallback):
+    """Records the time at the end of every step; stops after ``steps`` timed ones, or by itself where they are long."""
+
+    def __init__(self, steps: int | None) -> None:
         self.ends: list[float] = []
+        self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():  # so far it has only queued the step's work
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        timed = len(self.ends) - UNTIMED
+        long = timed >= LEAST and self.ends[-1] - self.ends[UNTIMED - 1] > LONG
+        control.should_training_stop |= long if self.steps is None else timed >= self.steps
 
 
 def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -111,19 +147,19 @@ def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     folder has the seconds of all steps by run and round as they come.
 
     Args:
-        job: ``rounds`` and timed ``steps`` of each, and the ``runs`` by name: the ``recipe``, and that of the ``root``
-            with a model of its shape.
+        job: ``rounds`` and the timed ``steps`` of each, of which as many are made as fit in :data:`LONG` seconds, and
+            the ``runs`` by name: the ``recipe``, that of the ``root`` with a model of its shape, and the ``test`` set.
     Returns:
         By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
         ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
-        that of the next.
+        that of the next; the seconds of ``scoring`` once.
     """
     runs = job["runs"]
     trainers = {name: _trainer(run, folder, UNTIMED + job["steps"]) for name, run in runs.items()}
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for _ in range(job["rounds"]):
+    for number in range(job["rounds"]):
         for name, trainer in trainers.items():
-            clock = _Clock()
+            clock = _Clock(len(taken[name][0]) if number else None)
             trainer.add_callback(clock)
             trainer.train()
             trainer.remove_callback(clock)
@@ -138,6 +174,7 @@ def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
             "threads": torch.get_num_threads(),
             **seconds_of(taken[name]),
+            "scoring": _seconds_of_scoring(trainer, runs[name]),
         }
     return result
 
@@ -154,7 +191,7 @@ def seconds_of(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
 def _trainer(run: Mapping[str, Any], folder: Path, count: int) -> MuCoTrainer:
     """A trainer for a few steps that saves nothing, with a model of the right shape; its weights do not matter."""
     values = run["recipe"]
-    steps = {"max_steps": count, "warmup_steps": UNTIMED, "save_strategy": "no"}
+    steps = {"max_steps": count, "warmup_steps": UNTIMED, "save_strategy": "no", "eval_strategy": "no"}
     recipe = from_dict({**values, "output": str(folder / "run"), "trainer": {**values["trainer"], **steps}})
     root = from_dict(run["root"])
     set_seed(recipe.seed)
@@ -162,6 +199,13 @@ def _trainer(run: Mapping[str, Any], folder: Path, count: int) -> MuCoTrainer:
     if recipe.model.vision == "frozen":
         freeze_vision(model.encoder.model)
     return make_trainer(recipe, model, open_sources(recipe))
+
+
+def _seconds_of_scoring(trainer: MuCoTrainer, run: Mapping[str, Any]) -> float:
+    test = open_data(run["test"], run.get("format", "jsonl"))
+    begun = time.perf_counter()
+    RetrievalEvaluator(test)(trainer.model.eval())
+    return time.perf_counter() - begun
 
 
 def _end_with_the_command() -> None:

@@ -1,19 +1,14 @@
-"""What retrieval scores do not show: matches of dialogues without their images, and the geometry of vectors.
-
-The measures are functions of vectors; :func:`leak` and :func:`coherence` embed held-out samples and return the values
-by name, for a study's columns.
-"""
+"""What retrieval scores do not show: how far dialogues are matched without their images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from muco.data.source import Data, InMemory
-from muco.dialogue import Content
 from muco.model import Model
 from muco.training.batches import TrainingBatches
 from muco.training.blind import pictured
@@ -21,8 +16,6 @@ from muco.training.mixture import Mixture
 from muco.training.recipe import Recipe
 
 SAMPLES, BATCHES = 32, 4  # dialogues per search, and searches
-DESCRIBED = 200  # samples for the coherence
-CAPTION = "retrieval"  # the kind of turn whose target describes the image
 
 
 def turns_found(
@@ -58,47 +51,6 @@ def dialogues_found(query: np.ndarray, target: np.ndarray, sample_ids: np.ndarra
     own = np.diagonal(scores).copy()
     np.fill_diagonal(scores, -np.inf)
     return float(np.mean(own > scores.max(axis=1)))
-
-
-def modality_gap(x: np.ndarray, y: np.ndarray) -> float:
-    """Distance between the centroids of two sets of vectors, [n, dim] and [m, dim] (Liang et al. 2022)."""
-    return float(np.linalg.norm(x.mean(axis=0) - y.mean(axis=0)))
-
-
-def alignment(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean over pairs of ‖x_i − y_i‖²; smaller is better aligned. Both [n, dim] (Wang & Isola 2020, α = 2)."""
-    return float(np.mean(np.sum((x - y) ** 2, axis=1)))
-
-
-def uniformity(x: np.ndarray) -> float:
-    """log of the mean over i < j of exp(−2 ‖x_i − x_j‖²), [n, dim] (Wang & Isola 2020, t = 2).
-
-    Lower is more uniform: from 0 for equal vectors to a little above −4 on the unit sphere.
-    """
-    squares = np.sum(x**2, axis=1)
-    distances = np.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)[np.triu_indices(len(x), 1)]
-    return float(np.log(np.mean(np.exp(-2 * distances))))
-
-
-def pair_cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean over pairs of x_i · y_i, both [n, dim] of length 1."""
-    return float(np.mean(np.sum(x * y, axis=1)))
-
-
-def cross_cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean of x_i · y_j over i ≠ j, both [n, dim] of length 1: :func:`pair_cosine` of random pairs."""
-    count = len(x)
-    return float((np.sum(x.sum(axis=0) * y.sum(axis=0)) - count * pair_cosine(x, y)) / (count * (count - 1)))
-
-
-def agreement(vectors: np.ndarray, owners: np.ndarray) -> float:
-    """Mean cosine of two vectors [n, dim], of length 1, of the same one of ``owners`` [n]; NaN if all have one."""
-    means = []
-    for owner in np.unique(owners):
-        own = vectors[owners == owner]
-        if len(own) > 1:
-            means.append((np.sum(own.sum(axis=0) ** 2) - np.sum(own**2)) / (len(own) * (len(own) - 1)))
-    return float(np.mean(means)) if means else float("nan")
 
 
 def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
@@ -141,43 +93,4 @@ def _dialogues(model: Model, rows: InMemory, recipe: Recipe, *, blind: bool) -> 
     return made
 
 
-def coherence(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
-    """The geometry of the vectors of images, their turns and their captions.
-
-    Takes the first ``DESCRIBED`` samples with an image and a turn of kind "retrieval". An image is embedded with the
-    question of that turn, as in training, or "alone"; every turn by itself.
-
-    Returns:
-        ``coherence/…``: ``gap`` and ``gap_alone`` (:func:`modality_gap` of images and captions), ``alignment`` of image
-        and caption, ``uniformity_images`` and ``uniformity_captions``, ``caption`` and ``other_caption`` (mean cosine
-        of an image with its own caption and with others) and ``turns`` (:func:`agreement` of an image's questions,
-        absent if no sample has two). Empty for fewer than two such samples.
-    """
-    rows = [row for row in pictured(data, DESCRIBED) if any(turn.kind == CAPTION for turn in row.turns)]
-    if len(rows) < 2:
-        return {}
-    described = [next(turn for turn in row.turns if turn.kind == CAPTION) for row in rows]
-    captions = _encoded(model, [turn.target[0] for turn in described])
-    alone = _encoded(model, [Content(images=row.images) for row in rows])
-    asked = [(owner, turn) for owner, row in enumerate(rows) for turn in row.turns]
-    contents = [(turn.query[0], rows[owner].images) for owner, turn in asked]
-    questions = _encoded(model, [Content(query.text, (*images, *query.images)) for query, images in contents])
-    images = questions[[place for place, (owner, turn) in enumerate(asked) if turn is described[owner]]]
-    values = {
-        "gap": modality_gap(images, captions),
-        "gap_alone": modality_gap(alone, captions),
-        "alignment": alignment(images, captions),
-        "uniformity_images": uniformity(images),
-        "uniformity_captions": uniformity(captions),
-        "caption": pair_cosine(images, captions),
-        "other_caption": cross_cosine(images, captions),
-        "turns": agreement(questions, np.array([owner for owner, _ in asked])),
-    }
-    return {f"coherence/{name}": value for name, value in values.items() if value == value}
-
-
-def _encoded(model: Model, contents: Sequence[Content]) -> np.ndarray:
-    return np.asarray(model.encode(list(contents), batch_size=64, show_progress_bar=False), dtype=np.float64)
-
-
-PROBES: dict[str, Callable[[Model, Data, Recipe], dict[str, float]]] = {"leak": leak, "coherence": coherence}
+PROBES: dict[str, Callable[[Model, Data, Recipe], dict[str, float]]] = {"leak": leak}

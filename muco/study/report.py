@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,41 +15,8 @@ from muco.base.files import write_text
 from muco.base.json_text import finite
 from muco.base.svg import EDGE, HEAD, LETTER, LINE, Mark, chart, element, figure, label, number, rising, ticks, wrapped
 from muco.base.tables import markdown_table, print_whole, table_of_numbers
-from muco.study.design import Column, Study
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and half the width of its 95 % interval; NaN for a single seed, or without a value."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    @property
-    def half_width(self) -> float:
-        from scipy.stats import t
-
-        if (count := len(self.values)) < 2:
-            return math.nan
-        return float(t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
-
-    @property
-    def highest(self) -> float:
-        """Where a plot of the values and the interval ends; 0 without a value."""
-        ends = (*self.values, self.mean + self.half_width)
-        return max((end for end in ends if not math.isnan(end)), default=0.0)
-
-    def text(self, digits: int = 1) -> str:
-        if math.isnan(self.mean):
-            return "–"
-        interval = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
-        return f"{self.mean:.{digits}f}{interval}"
-
-    def __str__(self) -> str:
-        return self.text()
+from muco.study.design import Column, Curve, Study
+from muco.study.estimate import Estimate
 
 
 def values_of(found: Mapping[str, Any], name: str, column: Column) -> tuple[float, ...]:
@@ -88,29 +54,52 @@ def table_as_json(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]
     return finite([row | {"columns": {title: plain(e) for title, e in row["columns"].items()}} for row in rows])
 
 
-def _difference(found: Mapping[str, Any], a: str, b: str, column: Column) -> Estimate:
+def _difference(found: Mapping[str, Any], a: str, b: str, column: Column, level: float) -> Estimate:
     pairs = zip(values_of(found, a, column), values_of(found, b, column), strict=True)
-    return Estimate(tuple(x - y for x, y in pairs))
+    return Estimate(tuple(x - y for x, y in pairs), level)
 
 
 def differences(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each comparison and column a − b, paired by seed."""
-    columns = [{c.title: _difference(found, *pair, c) for c in study.columns} for pair in study.compared]
+    """For each comparison and column a − b, paired by seed; the first column's at the study's level."""
+    levels = [study.level, *[0.95] * (len(study.columns) - 1)]
+    columns = [
+        {c.title: _difference(found, *pair, c, level) for c, level in zip(study.columns, levels, strict=True)}
+        for pair in study.compared
+    ]
     return [{"a": a, "b": b, "columns": each} for (a, b), each in zip(study.compared, columns, strict=True)]
 
 
-def point_values(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each point of a study: series, label, ratio of seconds per step, and difference in the first column."""
-    seconds = {name: cost["seconds"] for name, cost in found["costs"].items()}
-    return [
-        {
-            "series": point.series,
-            "label": point.label,
-            "ratio": seconds[point.a] / seconds[point.b],
-            "difference": _difference(found, point.a, point.b, study.columns[0]),
-        }
-        for point in study.points
-    ]
+def curves(study: Study, found: Mapping[str, Any], curve: Curve) -> dict[str, list[Mark]]:
+    """By shown run, its score in % along the seconds of its training, as a step was measured before the runs."""
+    lines: dict[str, list[Mark]] = {}
+    for run in (run for run in study.runs if run.shown and not run.fixed):
+        each = _curves_of(found, run.name)
+        marks = lines.setdefault(run.name, [])
+        for points in zip(*each, strict=True):
+            estimate = Estimate(tuple(score for _, score in points))
+            marks.append(Mark(points[0][0], estimate.mean, estimate.half_width, values=estimate.values))
+    return lines
+
+
+def _curves_of(found: Mapping[str, Any], name: str) -> list[list[tuple[float, float]]]:
+    """Of each seed of a run: seconds and scores in %."""
+    seconds = found["costs"][name]["seconds"]
+    results = [entry["result"] for entry in found["runs"] if entry["name"] == name]
+    return [[(step * seconds, 100 * score) for step, score in result["curve"]] for result in results]
+
+
+def reached(points: Sequence[tuple[float, float]], score: float) -> float:
+    """The seconds at which a curve first reaches a score, straight between its points; NaN: never.
+
+    A run that is there at its first point took at most as long as that.
+    """
+    before = points[0]
+    for seconds, found in points:
+        if found >= score:
+            rise = found - before[1]
+            return before[0] + (seconds - before[0]) * ((score - before[1]) / rise if rise else 1.0)
+        before = seconds, found
+    return math.nan
 
 
 ROW, PANEL, GAP = 30, 210, 26  # px
@@ -119,20 +108,10 @@ SCALES = {20: 5, 50: 10, 100: 25}  # the end of an axis of shares, in %, and wha
 
 
 def plot(study: Study, found: Mapping[str, Any]) -> str:
-    """A study's plot as SVG: differences over the ratio of costs if it has points, else a panel per column.
+    """A study's plot as SVG, a panel per column, ``BAND`` in a row.
 
-    A panel has a line per run: a dot for the mean, a bar for the interval, faint dots for seeds. A band has ``BAND``
-    panels.
+    A panel has a line per run: a dot for the mean, a bar for the interval, faint dots for seeds.
     """
-    if study.points:
-        lines: dict[str, list[Mark]] = {}  # of a series
-        for point in point_values(study, found):
-            estimate = point["difference"]
-            mark = Mark(point["ratio"], estimate.mean, estimate.half_width, point["label"])
-            lines.setdefault(point["series"], []).append(mark)
-        across = "seconds of a step with seven turns, over those of a step with one"
-        upwards = f"{study.columns[0].title}: difference in points, 95 % interval; above 0 seven turns are better"
-        return chart(study.question, lines, across=across, upwards=upwards, times=True)
     rows = table(study, found)
     bands = [study.columns[first : first + BAND] for first in range(0, len(study.columns), BAND)]
     names = max(len(row["name"]) for row in rows) * LETTER + EDGE + 12
@@ -182,8 +161,12 @@ def _panel(
 
 
 def write_report(study: Study, found: Mapping[str, Any], output: Path, command: str) -> Path:
-    """Writes ``plot.svg`` and ``README.md`` and returns the latter."""
+    """Writes ``plot.svg``, ``curves.svg`` if the study has curves, and ``README.md``, and returns the latter."""
     write_text(output / "plot.svg", plot(study, found))
+    if study.curve:
+        lines = curves(study, found, study.curve)
+        upwards = f"{study.columns[0].title}, %: mean, 95 % interval and every seed"
+        write_text(output / "curves.svg", chart(study.question, lines, across="seconds of training", upwards=upwards))
     page = output / "README.md"
     write_text(page, _page(study, found, command))
     return page
@@ -218,20 +201,58 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
         "![The table as a plot](plot.svg)",
         "",
     ]
-    if study.points:
-        head = ["start", "image", "seconds of a step", f"{study.columns[0].title}, difference"]
-        rows = [
-            [p["series"], p["label"], f"{p['ratio']:.2f} ×", str(p["difference"])] for p in point_values(study, found)
-        ]
-        lines += ["Points of the plot:", "", *markdown_table(head, rows), ""]
+    if study.curve:
+        lines += [*_reached(study, found, study.curve), "", "![The scores along the training](curves.svg)", ""]
     if study.compared:
-        rows = [[f"{d['a']} − {d['b']}", *_cells(study, d["columns"])] for d in differences(study, found)]
-        lines += ["Differences in points, paired by seed:", "", *markdown_table(["difference", *titles], rows), ""]
+        lines += [*_compared(study, found), ""]
+    if study.grid:
+        lines += [*_tuned(study, found), ""]
     if found.get("costs"):
         lines += [*_costs(found["costs"]), ""]
     lines += [f"- {note}" for note in study.notes]
     lines.append("- Seconds are those of training, whatever else the machine did; operations are counted.")
     return "\n".join(lines) + "\n"
+
+
+def _compared(study: Study, found: Mapping[str, Any]) -> list[str]:
+    measure = study.columns[0].title
+    titles = ["difference", *(column.title for column in study.columns)]
+    judged = bool(study.registered)
+    rows = []
+    for d in differences(study, found):
+        said = [d["columns"][measure].verdict(study.margin)] if judged else []
+        rows.append([f"{d['a']} − {d['b']}", *_cells(study, d["columns"]), *said])
+    how = ""
+    if judged:
+        how = (
+            f" The intervals of '{measure}' hold together with 95 % ({len(study.compared)} comparisons, Bonferroni: "
+            f"{study.level:.2%} each)"
+        )
+        how += f"; equal: within ± {study.margin:g} points." if study.margin is not None else "."
+    head = [*titles, measure] if judged else titles
+    return [f"Differences in points, paired by seed.{how}", "", *markdown_table(head, rows)]
+
+
+def _reached(study: Study, found: Mapping[str, Any], curve: Curve) -> list[str]:
+    rows = []
+    for run in (run for run in study.runs if run.shown and not run.fixed):
+        seconds = [reached(points, curve.reach) for points in _curves_of(found, run.name)]
+        there = tuple(value for value in seconds if not math.isnan(value))
+        rows.append([run.name, f"{len(there)} of {len(seconds)}", str(Estimate(there))])
+    title = f"Seconds to {curve.reach:g} % of '{study.columns[0].title}', of the seeds that reached it:"
+    return [title, "", *markdown_table(["run", "seeds", "seconds"], rows)]
+
+
+def _tuned(study: Study, found: Mapping[str, Any]) -> list[str]:
+    settings = list(study.grid.settings)
+    rows = []
+    for name, own in found["tuning"].items():
+        means = {one: 100 * float(np.mean(own[one])) for one in settings}
+        cells = [f"**{means[one]:.1f}**" if one == found["chosen"][name] else f"{means[one]:.1f}" for one in settings]
+        rows.append([name, *cells])
+    seeds = f"{study.grid.seeds} seed{'s' if study.grid.seeds > 1 else ''}"
+    title = f"Chosen for each run on the dev set, by '{study.columns[0].title}' of trainings with {seeds} of their own:"
+    return [title, "", *markdown_table(["run", *settings], rows)]
 
 
 def _made(found: Mapping[str, Any], command: str) -> str:

@@ -146,8 +146,17 @@ class TrainingBatches(Dataset):
             rng = generator(self.seed, Purpose.MASKS, draw.source, draw.position)
             how = {"requests": self.turns.requests, "source": draw.source, "guided": self.guided}
             return prepare_pair(sample, turns[0], rng, key, self.processor, **how)
-        how = {"positions": self.turns.positions, "source": draw.source, "guided": self.guided}
-        return prepare_turns(sample, turns, key, self.processor, isolated=self.turns.mode == "isolated", **how)
+        return prepare_turns(
+            sample,
+            turns,
+            key,
+            self.processor,
+            isolated=self.turns.mode == "isolated",
+            isolated_targets=self.turns.of_targets == "isolated",
+            positions=self.turns.positions,
+            source=draw.source,
+            guided=self.guided,
+        )
 
     def _chosen(self, draw: Draw, row: int, step: int) -> tuple[Sample, list[Chosen]]:
         sample = self.sources[draw.source][draw.index]

@@ -1,16 +1,13 @@
-"""A recipe becomes a model and a loss; a model made from its config may learn the data's language first."""
+"""A recipe becomes a model and a loss."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 
 from muco import distributed
@@ -22,12 +19,8 @@ from muco.backbone import (
     use_flex_attention,
 )
 from muco.base.machine import GIB
-from muco.batch import to
 from muco.data.source import Data
-from muco.dialogue import Dialogue
-from muco.encoder import Encoder, model_inputs
 from muco.errors import CheckpointError, DataError, RecipeError
-from muco.layout import prepare
 from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model, from_backbone
 from muco.reading import decoder_layers
@@ -35,9 +28,8 @@ from muco.seen import SeenImages, is_trained, tower_of
 from muco.starter import located
 from muco.template import SPECIAL_TOKENS
 from muco.tiny import tiny_qwen2_vl
-from muco.training.mixture import Purpose, generator
 from muco.training.published import PUBLISHED
-from muco.training.recipe import ModelRecipe, Recipe, WarmUpRecipe
+from muco.training.recipe import ModelRecipe, Recipe
 from muco.vision import vision_parameters
 
 
@@ -131,69 +123,3 @@ def shard_model(model: Model) -> None:
     """Spreads a model over all processes, layer by layer; what is beside the language model stays whole on each."""
     backbone = model.encoder.model
     distributed.shard(backbone, decoder_layers(backbone), vision_parameters(backbone))
-
-
-BARREN = 10_000  # samples without a text after which none is expected
-
-
-def warm_up(
-    encoder: Encoder, sources: Sequence[Data], settings: WarmUpRecipe, *, seed: int, skip_broken: bool = False
-) -> float:
-    """Next-token prediction on the queries and targets of random samples, with tied embeddings as the head.
-
-    Returns the mean loss of the last tenth of the steps, in nats per token. ``skip_broken`` draws another for a
-    sample that cannot be used.
-    """
-    rng = generator(seed, Purpose.WARM_UP)
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses: list[float] = []
-    encoder.train()
-    for step in range(settings.steps):
-        loss = language_loss(encoder, _texts(encoder, sources, rng, settings.batch_size, skip_broken=skip_broken))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
-            print(f"warm-up {step + 1}/{settings.steps}  loss {losses[-1]:.3f}", file=sys.stderr)
-    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
-
-
-def _texts(
-    encoder: Encoder, sources: Sequence[Data], rng: np.random.Generator, count: int, *, skip_broken: bool
-) -> list[Dialogue]:
-    dialogues: list[Dialogue] = []
-    barren, error = 0, None  # draws since the last one with a text
-    while len(dialogues) < count:
-        source = sources[rng.integers(len(sources))]
-        index = int(rng.integers(len(source)))
-        own: list[Dialogue] = []
-        try:
-            sample = source[index]
-            contents = [c for turn in sample.turns for c in (turn.query[rng.integers(len(turn.query))], turn.target[0])]
-            alone = (content for content in contents if content.text and not content.images)
-            own = [Dialogue((), (content,), True, sample.place) for content in alone]
-            for dialogue in own if skip_broken else ():  # else the batch finds it
-                prepare(dialogue, encoder.muco_processor)
-        except DataError as found:
-            if not skip_broken:
-                raise
-            own, error = [], found
-        dialogues += own
-        barren = 0 if own else barren + 1
-        if barren == BARREN:
-            reason = f"the last one: {error}" if error else "leave warm_up out"
-            raise DataError(f"warm_up: {BARREN} samples in a row have no usable text; {reason}") from error
-    return dialogues[:count]
-
-
-def language_loss(encoder: Encoder, dialogues: Sequence[Dialogue]) -> torch.Tensor:
-    """Mean next-token cross-entropy of text prompts, padding left out."""
-    batch = to(encoder.collate(dialogues), encoder.device)
-    inputs = model_inputs(batch, encoder.muco_processor, encoder.reading, encoder.model.dtype)
-    hidden = encoder.model(**inputs).last_hidden_state
-    logits = hidden[:, :-1] @ encoder.model.get_input_embeddings().weight.T
-    labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

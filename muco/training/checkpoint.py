@@ -196,6 +196,12 @@ def _own(loss: nn.Module | None) -> dict[str, nn.Parameter]:
     return {} if loss is None else {OF_LOSS + name: p for name, p in loss.named_parameters(recurse=False)}
 
 
+def _scores(entry: dict[str, Any]) -> dict[str, float]:
+    """hit@1 on the validation set by task, of a line of the log that has it."""
+    found = {name: value for name, value in entry.items() if name.startswith("eval_") and name.endswith("_hit@1")}
+    return {name.removeprefix("eval_").removesuffix("_hit@1"): value for name, value in found.items()}
+
+
 def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in weights:
@@ -210,6 +216,7 @@ def save_final(output: Path, model: Model, recipe: Recipe, facts: dict[str, Any]
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": state.global_step,
         "loss": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+        "scores": [[entry["step"], scores] for entry in state.log_history if (scores := _scores(entry))],
         "model_fingerprint": model.fingerprint,
     }
     with writing(final, again=True):

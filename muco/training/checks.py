@@ -80,6 +80,8 @@ def check_turns(turns: TurnsRecipe, reading: Reading) -> None:
         raise RecipeError(f"{key}: {reason}; train single turns with 'turns: {{mode: isolated, limit: 1}}'")
     if reason and several and turns.mode != "compounded":
         raise RecipeError(f"turns.mode: {turns.mode}: {reason}; set turns.mode: compounded")
+    if reason and several and turns.of_targets == "isolated":
+        raise RecipeError(f"turns.targets: isolated: {reason}; leave it out")
 
 
 def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:

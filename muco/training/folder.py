@@ -12,7 +12,7 @@
     ├── guide/               vectors of a guide, if there is one; may be deleted after training
     └── model/               the finished model; appears whole or not at all
         ├── recipe.yaml      the resolved recipe
-        ├── run.json         as above, with steps, losses and the model's fingerprint
+        ├── run.json         as above, with steps, losses, scores on the way, and the model's fingerprint
         ├── README.md        the model card
         └── …                a stock SentenceTransformer folder, see muco.model
 """

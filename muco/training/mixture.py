@@ -30,7 +30,6 @@ class Purpose:
     WORDING = 4  # paraphrases and hard negatives
     MASKS = 5  # what reconstruction hides
     SOURCES = 6  # the order of the sources of groups
-    WARM_UP = 5  # also that of MASKS; another number would change what is trained
 
 
 def generator(seed: int, purpose: int, *key: int) -> np.random.Generator:

@@ -68,6 +68,7 @@ def prepare_turns(
     processor: Processor,
     *,
     isolated: bool,
+    isolated_targets: bool | None = None,
     positions: Positions | None = None,
     source: int = 0,
     guided: bool = False,
@@ -75,22 +76,25 @@ def prepare_turns(
     """A sample with these turns; a DataError if a text or an image cannot be used.
 
     Args:
+        isolated_targets: None: as the queries.
         key: From :func:`muco.data.same.sample_key`.
         source: The number of its source.
         guided: Whether a guide will be asked about the queries, by their keys.
         positions: See :class:`muco.dialogue.Dialogue`.
     """
+    alone = isolated if isolated_targets is None else isolated_targets
     own = [turn.target for turn in turns]
     places: dict[Any, int] = {}  # of distinct targets; compounded turns see those before them, so all are distinct
-    keys = [content_key(content, sample.place) if isolated else turn for turn, content in enumerate(own)]
+    keys = [content_key(content, sample.place) if alone else turn for turn, content in enumerate(own)]
     rows = [places.setdefault(content, len(places)) for content in keys]
     unique = [own[rows.index(place)] for place in range(len(places))]
-    seen = {"isolated": isolated, "positions": positions}
     return Prepared(
         sample.place,
-        prepare(query_dialogue(sample, [turn.query for turn in turns], **seen), processor),
-        prepare(target_dialogue(sample, unique, **seen), processor),
-        _hard_negatives(sample, turns, processor, isolated=isolated),
+        prepare(
+            query_dialogue(sample, [turn.query for turn in turns], isolated=isolated, positions=positions), processor
+        ),
+        prepare(target_dialogue(sample, unique, isolated=alone, positions=positions), processor),
+        _hard_negatives(sample, turns, processor, isolated=alone),
         _ids(sample, turns, key, rows, vectors=len(unique), source=source, guided=guided),
     )
 

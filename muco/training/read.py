@@ -132,11 +132,11 @@ def _bound(keys: str, test: Callable[[Any], bool], words: str) -> dict[str, tupl
 
 _TINY = " ".join(f"model.tiny.{size.name}" for size in dataclasses.fields(TinyConfig))
 _COUNTS = f"""model.min_pixels model.max_pixels model.adapter.rank model.adapter.alpha {_TINY} turns.order turns.limit
-    batch.size batch.group batch.token_budget warm_up.batch_size trainer.per_device_eval_batch_size
+    batch.size batch.group batch.token_budget trainer.per_device_eval_batch_size
     trainer.dataloader_prefetch_factor"""
-_COUNTS_OR_ZERO = "turns.negatives warm_up.steps trainer.dataloader_num_workers trainer.save_total_limit"
+_COUNTS_OR_ZERO = "turns.negatives trainer.dataloader_num_workers trainer.save_total_limit"
 _POSITIVE = """data.train.weight loss.temperature loss.distillation.temperature
-    loss.distillation.teacher_temperature loss.dimensions warm_up.learning_rate trainer.num_train_epochs
+    loss.distillation.teacher_temperature loss.dimensions trainer.num_train_epochs
     trainer.adam_epsilon"""
 _NOT_NEGATIVE = """batch.feature_memory batch.seen_memory trainer.learning_rate trainer.weight_decay
     trainer.warmup_steps trainer.max_grad_norm trainer.eval_delay loss.weighting.false_negative_margin

@@ -116,6 +116,7 @@ class TurnsRecipe:
         mode: "isolated": a turn sees the image and itself. "compounded" (the paper): also the turns before it.
             "reconstruction" (the paper's fine-tuning): one turn is drawn of every sample, and each side of it has to
             reconstruct the other.
+        targets: The mode of the target side, if it differs from ``mode``; null: the same. Not with "reconstruction".
         order: The order of a sample's turns, the same on both sides: "sample" draws one per sample (the paper),
             "batch" one per batch, a number g draws g per batch.
         limit: Most turns per sample and step, drawn anew each time; None for all.
@@ -131,12 +132,18 @@ class TurnsRecipe:
     """
 
     mode: Literal["isolated", "compounded", "reconstruction"] = "isolated"
+    targets: Literal["isolated", "compounded"] | None = None
     order: Literal["sample", "batch"] | int = "sample"
     limit: int | None = None
     negatives: int | None = None
     image_turn: str | None = None
     positions: Positions | None = None
     requests: tuple[str, ...] = ()
+
+    @property
+    def of_targets(self) -> str:
+        """The mode of the target side."""
+        return self.targets or self.mode
 
 
 @dataclass(frozen=True)
@@ -200,15 +207,6 @@ class BatchRecipe:
 
 
 @dataclass(frozen=True)
-class WarmUpRecipe:
-    """A short language-model training of the text half before contrastive training; 0 steps for none."""
-
-    steps: int = 0
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A whole training run.
 
@@ -227,7 +225,6 @@ class Recipe:
     turns: TurnsRecipe = field(default_factory=TurnsRecipe)
     loss: LossRecipe = field(default_factory=LossRecipe)
     batch: BatchRecipe = field(default_factory=BatchRecipe)
-    warm_up: WarmUpRecipe = field(default_factory=WarmUpRecipe)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     precision: Precision | None = None
@@ -274,6 +271,8 @@ class Recipe:
         if self.turns.mode == "reconstruction":
             if self.turns.image_turn is not None:
                 raise RecipeError("turns.image_turn: reconstruction trains single pairs; leave it out")
+            if self.turns.targets is not None:
+                raise RecipeError("turns.targets: both sides of reconstruction are alike; leave it out")
             if self.turns.positions is not None:
                 raise RecipeError("turns.positions: reconstruction has its own; leave it out")
             if self.loss.symmetric:
@@ -315,7 +314,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain values, with every key and type checked."""
+    """A recipe from plain values, with every key and type checked.
+
+    Older versions wrote a group ``warm_up`` into every recipe; without steps it says nothing, and is passed over.
+    """
+    former = values.get("warm_up")
+    if isinstance(former, Mapping):
+        if former.get("steps"):
+            raise RecipeError("warm_up is not supported any more: it left texts nearly equal; leave it out")
+        values = {key: value for key, value in values.items() if key != "warm_up"}
     return build(Recipe, values)
 
 

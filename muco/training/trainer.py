@@ -21,7 +21,7 @@ from muco.data.source import Data
 from muco.model import Model
 from muco.training import checkpoint
 from muco.training.batches import TrainingBatches
-from muco.training.build import build_model, make_loss, saved_dtype, warm_up
+from muco.training.build import build_model, make_loss, saved_dtype
 from muco.training.callbacks import Record, RetrievalEvaluator, told_once
 from muco.training.checks import (
     check_budget,
@@ -76,9 +76,6 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         model = build_model(recipe, sources)
         check_turns(recipe.turns, model.encoder.reading)
         last = distributed.first_only(lambda: checkpoint.last_complete(output, distributed.world_size()))
-        if last is None and recipe.warm_up.steps:
-            skip = data.broken_images == "skip"
-            warm_up(model.encoder, sources, recipe.warm_up, seed=recipe.seed, skip_broken=skip)
         distributed.make_equal(p for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(recipe, model, sources, validation, guide)
         first = trainer.batches[0, 0]

@@ -25,25 +25,15 @@ from muco.base.files import write_json
 from muco.cli import main
 from muco.data import open_data
 from muco.data.scenes import write_scenes
-from muco.study.design import Column, Equal, Point, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
-from muco.study.one import run_job, seconds_of
-from muco.study.probes import (
-    agreement,
-    alignment,
-    coherence,
-    cross_cosine,
-    dialogues_found,
-    leak,
-    modality_gap,
-    pair_cosine,
-    turns_found,
-    uniformity,
-)
-from muco.study.report import Estimate, differences, plot, point_values, table, table_as_json, write_report
-from muco.study.run import run_study
+from muco.study.design import Column, Curve, Equal, Grid, Run, Sets, Study, filled, folder_of, recipe_of, steps_of
+from muco.study.estimate import Estimate, half_width
+from muco.study.one import of_curve, run_job, seconds_of
+from muco.study.probes import dialogues_found, leak, turns_found
+from muco.study.report import differences, plot, reached, table, table_as_json, write_report
+from muco.study.run import TUNING_SEED, choose, forecast, run_study
 from muco.study.studies import FLOPS, STUDIES, find_study, questions
 from muco.study.true_sizes import ASSUMPTIONS, run_flops, tokens_per_turn
-from muco.training.build import make_loss
+from muco.study.turns import questions_of_one_kind
 from muco.training.recipe import TurnsRecipe, from_dict
 
 SMALL = {"width": 32, "feed_forward": 64, "vision_width": 32, "vision_depth": 1, "vocabulary": 300}
@@ -81,8 +71,8 @@ def forked(monkeypatch) -> None:
 
 def made_up_costs(study: Study) -> dict[str, dict[str, float]]:
     return {
-        name: {"pairs": 7.0 + place, "flops": 2e9 + place, "seconds": 0.5 + place, "spread": 0.1}
-        for place, name in enumerate(study.measured)
+        run.name: {"pairs": 7.0 + place, "flops": 2e9 + place, "seconds": 0.5 + place, "spread": 0.1, "scoring": 2.0}
+        for place, run in enumerate(study.runs)
     }
 
 
@@ -130,24 +120,9 @@ def test_every_run_of_every_study_has_a_recipe_and_scores_that_exist(name, tmp_p
         values = recipe_of(study, run, 3, 0.1, tmp_path, costs=made_up_costs(study))
         recipe = from_dict(values)
         assert recipe.seed == 3 and recipe.trainer["max_steps"] >= 1
-        start = folder_of(tmp_path, run.start, 3) / "run" / "model" if run.start else None
-        assert recipe.model.path == (str(start) if start else None)
+        start = folder_of(tmp_path, run.start, 3) / "run" / "model" if run.start else tmp_path / "data" / "start"
+        assert recipe.model.path == (str(start) if run.start or "model" in study.needs else None)
     assert find_study(name) is study
-
-
-def test_the_masks_of_the_study_reach_the_loss(tiny_model, tmp_path):
-    study = find_study("masks")
-    seen = {}
-    for name in ("isolated, masked", "compounded, not masked", "fine-tuned, masked", "fine-tuned, not masked"):
-        recipe = from_dict(recipe_of(study, study.run(name), 0, 1.0, tmp_path))
-        loss = make_loss(recipe, tiny_model)
-        seen[name] = recipe.turns.mode, loss.mask_same_image, getattr(loss, "mask_counterpart", None)
-    assert seen == {
-        "isolated, masked": ("isolated", True, None),
-        "compounded, not masked": ("compounded", False, None),
-        "fine-tuned, masked": ("reconstruction", True, True),
-        "fine-tuned, not masked": ("reconstruction", True, False),
-    }
 
 
 def test_what_cannot_be_studied_is_said(scenes, tmp_path):
@@ -170,7 +145,8 @@ def made_in_this_process(study: Study, folder: Path, costs: dict, made: dict[str
     Of runs that differ in numbers only, such as how many turns or steps, or in the model that they start from, the
     first in any study is made, and the others take its result from ``made``.
     """
-    small = replace(study, base={**study.base, "model": {"tiny": SMALL, "vision": "trained"}})
+    tiny = "tiny" in study.base["model"]
+    small = replace(study, base={**study.base, "model": {"tiny": SMALL, "vision": "trained"}}) if tiny else study
     kinds: dict[str, str] = {}  # name of a run -> what it is, numbers left out
     for run in study.runs:
         here = folder_of(folder, run.name, 0)
@@ -179,9 +155,10 @@ def made_in_this_process(study: Study, folder: Path, costs: dict, made: dict[str
         values["batch"] = {"size": 4}
         if run.start:
             values["model"]["path"] = str(folder / "start")
-        else:
+        elif tiny:
             values["model"]["tiny"] = values["model"]["tiny"] | SMALL
         job = {"recipe": values, "test": filled(run.test or study.test, folder), "probes": [*study.probes]}
+        job |= {"curve": study.curve.score} if study.curve else {}
         kinds[run.name] = kind = re.sub(r"\d+", "#", json.dumps(job, sort_keys=True).replace(str(folder), ""))
         if kind not in made:
             values["output"] = str(here / "run")
@@ -190,7 +167,11 @@ def made_in_this_process(study: Study, folder: Path, costs: dict, made: dict[str
             write_json(here / "job.json", job)
             made[kind] = here, run_job(here)
     runs = [{"name": run.name, "seed": 0, "result": made[kinds[run.name]][1]} for run in study.runs]
-    return {"asked": {"study": study.name, "scale": 1.0, "seeds": 1}, "runs": runs, "costs": costs}
+    found = {"asked": {"study": study.name, "scale": 1.0, "seeds": 1}, "runs": runs, "costs": costs}
+    if study.grid:
+        results = {(name, TUNING_SEED): runs[0]["result"] for name in study.tuning}
+        found |= choose(study, results)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -203,23 +184,26 @@ def made() -> dict[str, tuple[Path, dict]]:
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_of_every_study_trains_is_scored_and_reported(name, few, made, tmp_path):
     study = find_study(name)
-    if study.needs_scenes:
+    if study.needs_scenes or study.needs:
         study.prepare(tmp_path / "data", 0.0001)
-        for test in (tmp_path / "data").glob("test*.jsonl"):
+        for test in (tmp_path / "data").glob("*test*.jsonl"):
             test.write_text("".join(test.read_text().splitlines(keepends=True)[:4]))
     else:
         (tmp_path / "data").symlink_to(few)
     found = made_in_this_process(study, tmp_path, made_up_costs(study), made)
     for entry in found["runs"]:
         known = entry["result"]["scores"]
-        missing = [score for column in study.columns for score in column.scores if known.get(score) is None]
+        own = [score for column in study.columns for score in column.scores if "one kind" not in entry["name"]]
+        missing = [score for score in own if known.get(score) is None]
         assert not missing, (entry["name"], missing)
     page = write_report(study, found, tmp_path, f"muco study {name}").read_text()
     assert all(f"| {run.name} |" in page for run in study.runs if run.shown) and "nan" not in page.lower()
     assert all(line in page for line in (*study.registered, *study.notes))
     drawn = ET.parse(tmp_path / "plot.svg")  # noqa: S314 - our own
     said = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}title")]  # one at every mark
-    assert len(said) == 1 + (len(study.points) or sum(run.shown for run in study.runs) * len(study.columns))
+    shown = [column for run in study.runs if run.shown for column in study.columns]
+    assert 1 + len(shown) - 4 <= len(said) <= 1 + len(shown)  # questions of one kind have no captions, nor others
+    assert (tmp_path / "curves.svg").exists() == ("](curves.svg)" in page) == (study.curve is not None)
 
 
 # ── equal compute ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -238,8 +222,7 @@ def equal_runs(scenes: Path, by: str, to: str = "seven") -> Study:
         Run("one", {"turns": {"limit": 1}}, equal=Equal("seven", by)),
         Run("later", {"model": {"vision": "frozen"}, "turns": {"limit": 1}}, start="one", equal=Equal(to, by)),
     )
-    points = (Point("all", "seven", "one", "here"),)
-    return replace(two_runs(scenes), runs=runs, compared=(), points=points, columns=two_runs(scenes).columns[:1])
+    return replace(two_runs(scenes), runs=runs, compared=(), columns=two_runs(scenes).columns[:1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, 2.0])
@@ -284,7 +267,7 @@ def test_costs_are_taken_once_and_runs_follow_them(few, tmp_path, forked, monkey
         assert results[run.name]["steps"] == steps_of(study, run, 1.0, costs)[0]
         assert results[run.name]["job"]["recipe"]["seed"] == 5
     page = write_report(study, found, output, "muco study two").read_text()
-    assert "1 seed, from 5 on" in page and "| seven | 28 |" in page and "Points of the plot" in page
+    assert "1 seed, from 5 on" in page and "| seven | 28 |" in page
     before = (output / "calibration.json").stat().st_mtime_ns, (output / "study.json").read_text()
     assert (
         run_study(study, output, seeds=1, first_seed=5, jobs=2) == found
@@ -298,14 +281,111 @@ def test_the_quickest_try_of_each_step_counts():
     assert cost["spread"] == pytest.approx(1.2 / 0.7 - 1)  # the sums of the third and the second round
 
 
-def test_points_are_differences_over_ratios_of_seconds(scenes):
-    study = equal_runs(scenes, "seconds")
-    found = known({"seven": [0.5, 0.7], "one": [0.4, 0.5], "later": [0.0, 0.0]}) | {"costs": COSTS}
-    (point,) = point_values(study, found)
-    assert point["ratio"] == pytest.approx(2.4) and point["label"] == "here"
-    assert point["difference"].values == pytest.approx((10, 20))
-    drawn = ET.fromstring(plot(study, found))  # noqa: S314 - our own
-    assert "all, here: 15.0 ± 63.5" in [element.text for element in drawn.iter()]
+# ── settings, curves, and what is said of them ───────────────────────────────────────────────────────────────────────
+
+
+def tuned(scenes: Path) -> Study:
+    """Two runs that each take the better of two rates, and a start that is not trained."""
+    rates = {f"{rate:g}": {"trainer": {"learning_rate": rate}} for rate in (1e-3, 1e-2)}
+    still = {"trainer": {"max_steps": 1, "learning_rate": 0.0}}
+    runs = (Run("the start", still, fixed=True), Run("a"), Run("b", {"turns": {"limit": 1}}, equal=Equal("a", "pairs")))
+    return replace(
+        two_runs(scenes),
+        runs=runs,
+        compared=(("a", "b"),),
+        registered=("b wins",),
+        margin=5.0,
+        grid=Grid(rates, seeds=2, dev="{data}/dev.jsonl"),
+        curve=Curve("answer", points=2, reach=1.0),
+        spread=4.0,
+    )
+
+
+@pytest.mark.slow
+def test_every_run_takes_its_own_best_setting_by_the_dev_set_alone(scenes, tmp_path, forked, capsys):
+    study, output = tuned(scenes), tmp_path / "out"
+    found = run_study(study, output, seeds=2, jobs=2)
+    assert [(entry["name"], entry["seed"]) for entry in found["runs"]] == [
+        *(("the start", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1))
+    ]
+    for name in ("a", "b"):
+        means = {}
+        for rate in ("0.001", "0.01"):
+            jobs = [json.loads(path.read_text()) for path in output.glob(f"runs/{name}-{rate}-seed*/result.json")]
+            assert sorted(job["job"]["recipe"]["seed"] for job in jobs) == [TUNING_SEED, TUNING_SEED + 1]
+            assert {job["job"]["test"] for job in jobs} == {str(output / "data" / "dev.jsonl")}
+            assert {job["job"]["recipe"]["data"]["validation"] for job in jobs} == {str(output / "data" / "dev.jsonl")}
+            means[rate] = np.mean([job["scores"]["answer"] for job in jobs])
+            assert sorted(found["tuning"][name][rate]) == sorted(job["scores"]["answer"] for job in jobs)
+        best = max(means, key=means.get)
+        assert found["chosen"][name] == best
+        for entry in (entry for entry in found["runs"] if entry["name"] == name):
+            recipe = entry["result"]["job"]["recipe"]
+            assert recipe["trainer"]["learning_rate"] == float(best) and recipe["seed"] in (0, 1)
+            assert entry["result"]["job"]["test"] == str(output / "data" / "test.jsonl")
+            steps = [step for step, _ in entry["result"]["curve"]]
+            assert steps == ([1, 2] if name == "a" else [7, 14])  # seven times as many for as many pairs
+            assert entry["result"]["curve"][-1][1] == entry["result"]["scores"]["answer"]
+    page = write_report(study, found, output, "muco study two").read_text()
+    said = capsys.readouterr().err
+    assert re.search(r"two: 13 trainings, about \d:\d\d:\d\d here; differences in 'answer' .* ± 35\.9 points", said)
+    for word in ("Bonferroni", "± 5 points", "Chosen for each run", "Seconds to 1 % of 'answer'", "](curves.svg)"):
+        assert word in page
+    assert "nan" not in page
+    assert run_study(study, output, seeds=2, jobs=2) == found
+
+
+def test_what_an_interval_shows_depends_on_the_margin_and_on_how_many_hold_together(scenes):
+    clear, near, wide = (Estimate(values) for values in ((10.0, 11.0, 12.0), (-0.1, 0.0, 0.1), (-30.0, 5.0, 40.0)))
+    assert (clear.verdict(5), near.verdict(5), wide.verdict(5)) == ("more", "equal within the margin", "not shown")
+    assert near.verdict() == "not shown" and Estimate((1.0,)).verdict(5) == "not shown"
+    assert Estimate((-1.2, -1.1, -1.0)).verdict(5) == "less, within the margin"
+    assert half_width(1.0, 3) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    study = replace(tuned(scenes), compared=(("a", "b"),) * 5)
+    assert study.level == pytest.approx(0.99) and replace(study, registered=()).level == 0.95
+    found = known({"the start": [0.1] * 3, "a": [0.5, 0.6, 0.8], "b": [0.4, 0.4, 0.4]})
+    together, alone = (differences(one, found)[0]["columns"] for one in (study, replace(study, registered=())))
+    # t(0.995, 2 degrees of freedom) = 9.924843
+    assert together["answer"].half_width / alone["answer"].half_width == pytest.approx(9.924843 / 4.302653, rel=1e-5)
+    assert forecast(study, 1, 4, 60.0) == "two: 4 trainings, about 0:01:00 here"
+    assert forecast(replace(study, compared=()), 8, 4, 60.0) == "two: 4 trainings, about 0:01:00 here"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0, 100))
+def test_what_is_read_off_a_curve_is_what_its_points_say(scores, reach):
+    curve = [(10 * place, score) for place, score in enumerate(scores, start=1)]
+    values = of_curve(curve)
+    assert min(scores) - 1e-9 <= values["plateau"] <= max(scores) + 1e-9
+    flat = of_curve([(step, 0.5) for step, _ in curve])
+    assert flat == pytest.approx({"quarter": 0.5, "plateau": 0.5, "rise": 0.0})
+    points = [(float(step), 100 * score) for step, score in curve]
+    found = reached(points, reach)
+    if max(score for _, score in points) < reach:
+        assert math.isnan(found)
+    else:
+        first = next(place for place, (_, score) in enumerate(points) if score >= reach)
+        assert points[max(0, first - 1)][0] <= found <= points[first][0]
+
+
+def test_a_curve_that_rises_straight_is_read_where_it_is():
+    assert of_curve([(10, 0.1), (20, 0.2), (40, 0.4)]) == pytest.approx({"quarter": 0.1, "plateau": 0.35, "rise": 0.1})
+    assert reached([(10.0, 0.0), (20.0, 50.0), (30.0, 40.0)], 25.0) == 15.0
+    assert reached([(10.0, 30.0)], 25.0) == 10.0 and math.isnan(reached([(10.0, 30.0)], 31.0))
+
+
+def test_questions_of_one_kind_ask_for_every_object_and_one_empty_cell(tmp_path):
+    write_scenes(tmp_path / "six", train=5, dev=0, test=0, seed=3, objects=(6,))
+    for number, line in enumerate((tmp_path / "six" / "train.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        made = questions_of_one_kind(row, number)["turns"]
+        answers = {turn["query"][0]: turn["target"] for turn in made}
+        caption = row["turns"][-1]["target"].lower()
+        assert len(answers) == 7 and {turn["kind"] for turn in made} == {"local"}
+        for question, answer in answers.items():
+            place = re.fullmatch(r"What is at (.+)\?", question)[1]
+            there = re.search(rf"(\w+ \w+ \w+) at {place}(?=,| and )", caption)
+            assert answer == (there[1] if there else "nothing")
+        assert [*answers.values()].count("nothing") == 1
 
 
 # ── data of a user ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -319,11 +399,15 @@ def test_data_of_a_user_take_the_place_of_the_scenes(scenes, tmp_path):
     assert filled("{test}", tmp_path, sets) == "mine/test"
     assert filled("{test}", tmp_path) == str(tmp_path / "data" / "test.jsonl")
     assert [name for name, study in STUDIES.items() if study.needs_scenes] == [
-        "masks",
+        "compounding",
         "negatives",
         "signals",
         "finetune",
     ]
+    assert {name: study.needs for name, study in STUDIES.items() if study.needs} == dict.fromkeys(
+        ("turns", "compounding"), ("dev", "model")
+    )
+    assert filled(["{dev}", "{base}"], tmp_path, replace(sets, dev="d", model="m")) == ["d", "m"]
 
 
 def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scenes, tmp_path):
@@ -331,9 +415,11 @@ def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scen
     with pytest.raises(MucoError, match="the study finetune is made of the scenes' structure; leave out --data"):
         run_study(find_study("finetune"), tmp_path / "out", sets=Sets(train, test))
     with pytest.raises(MucoError, match=r"missing\.jsonl: no such file"):
-        run_study(find_study("turns"), tmp_path / "out", sets=Sets(train, str(tmp_path / "missing.jsonl")))
+        run_study(find_study("order"), tmp_path / "out", sets=Sets(train, str(tmp_path / "missing.jsonl")))
     with pytest.raises(MucoError, match="unknown format 'jsnl'"):
-        run_study(find_study("turns"), tmp_path / "out", sets=Sets(train, test, "jsnl"))
+        run_study(find_study("order"), tmp_path / "out", sets=Sets(train, test, "jsnl"))
+    with pytest.raises(MucoError, match="the study turns needs --dev and --model beside --data and --test"):
+        run_study(find_study("turns"), tmp_path / "out", sets=Sets(train, test))
     assert not (tmp_path / "out").exists()
 
 
@@ -352,14 +438,14 @@ def test_a_study_of_other_data_needs_no_scenes_and_no_captions(few, tmp_path, fo
     columns = (
         Column("answer", ("answer",)),
         Column("caption", ("image_to_caption",)),
-        Column("gap", ("coherence/gap",)),
+        Column("leak", ("leak/blank/turns",)),
     )
-    study = replace(two_runs(few), base=base, runs=(Run("only"),), compared=(), columns=columns, probes=("coherence",))
+    study = replace(two_runs(few), base=base, runs=(Run("only"),), compared=(), columns=columns, probes=("leak",))
     sets = Sets(no_captions("train"), no_captions("test"))
     found = run_study(study, tmp_path / "out", seeds=1, jobs=2, sets=sets)
     assert not (tmp_path / "out" / "data").exists()
     page = write_report(study, found, tmp_path / "out", "muco study two").read_text()
-    assert re.search(r"\| only \| \d+\.\d \| – \| – \| 2 \|", page) and f"of `{sets.train}`" in page
+    assert re.search(r"\| only \| \d+\.\d \| – \| \d+\.\d \| 2 \|", page) and f"of `{sets.train}`" in page
     with pytest.raises(OutputError, match="holds another study"):
         run_study(study, tmp_path / "out", seeds=1)
 
@@ -411,38 +497,6 @@ def test_an_order_of_kinds_is_seen_by_the_sum_of_a_dialogue_and_by_no_single_tur
     assert turns_found(leaking, leaking, ids) == dialogues_found(leaking, leaking, ids) == 1
 
 
-@settings(max_examples=40)
-@given(dialogues())
-def test_measures_of_coherence_equal_the_slow_way(batch):
-    x, y, ids, _ = batch
-    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
-    assert modality_gap(x, y) == pytest.approx(sum((x.mean(0) - y.mean(0)) ** 2) ** 0.5)
-    assert alignment(x, y) == pytest.approx(np.mean([sum((a - b) ** 2) for a, b in zip(x, y, strict=True)]))
-    spread = np.mean([math.exp(-2 * sum((x[i] - x[j]) ** 2)) for i, j in pairs])
-    assert uniformity(x) == pytest.approx(math.log(spread))
-    assert pair_cosine(x, y) == pytest.approx(1 - alignment(x, y) / 2)
-    assert cross_cosine(x, y) == pytest.approx(
-        np.mean([x[i] @ y[j] for i in range(len(x)) for j in range(len(x)) if i != j])
-    )
-    own = [[x[i] @ x[j] for i, j in pairs if ids[i] == ids[j] == owner] for owner in set(ids)]
-    assert agreement(x, ids) == pytest.approx(
-        np.mean([np.mean(v) for v in own if v]) if any(own) else math.nan, nan_ok=True
-    )
-    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]  # none depends on the axes
-    for measure in (modality_gap, alignment, cross_cosine):
-        assert measure(x @ turn, y @ turn) == pytest.approx(measure(x, y))
-    assert uniformity(x @ turn) == pytest.approx(uniformity(x))
-
-
-def test_coherence_of_known_vectors():
-    same, opposite = np.tile([1.0, 0.0], (4, 1)), np.tile([-1.0, 0.0], (4, 1))
-    assert modality_gap(same, same) == alignment(same, same) == uniformity(same) == 0
-    assert modality_gap(same, opposite) == 2 and alignment(same, opposite) == 4
-    assert uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]])) == -8
-    assert agreement(np.concatenate([same, opposite]), np.repeat([0, 1], 4)) == 1
-    assert cross_cosine(same, opposite) == -1 and math.isnan(agreement(same, np.arange(4)))
-
-
 @pytest.mark.parametrize("mode", ["isolated", "compounded"])
 def test_the_leak_probe_looks_at_no_image_where_it_says_so(mode, scenes, tiny_model):
     rows = [open_data(scenes / "test.jsonl")[index] for index in range(12)]
@@ -462,26 +516,6 @@ def test_the_leak_probe_looks_at_no_image_where_it_says_so(mode, scenes, tiny_mo
     assert leak(tiny_model, [row.with_images(()) for row in rows], recipe) == {}
 
 
-def test_the_coherence_probe_is_the_measures_of_the_models_vectors(scenes, tiny_model):
-    rows = [open_data(scenes / "test.jsonl")[index] for index in range(5)]
-    found = coherence(tiny_model, rows, None)
-    captions = tiny_model.encode([row.turns[-1].target[0] for row in rows])
-    images = tiny_model.encode([{"image": row.images[0], "text": row.turns[-1].query[0].text} for row in rows])
-    assert {turn.kind for turn in rows[0].turns[-1:]} == {"retrieval"}
-    assert found["coherence/gap"] == pytest.approx(modality_gap(images, captions), abs=1e-5)
-    assert found["coherence/caption"] == pytest.approx(pair_cosine(images, captions), abs=1e-5)
-    turns = [
-        tiny_model.encode([{"image": row.images[0], "text": turn.query[0].text} for turn in row.turns]) for row in rows
-    ]
-    cosines = [np.mean((own @ own.T)[~np.eye(7, dtype=bool)]) for own in turns]
-    assert found["coherence/turns"] == pytest.approx(np.mean(cosines), abs=1e-5)
-    alone = tiny_model.encode([{"image": row.images[0]} for row in rows])
-    assert found["coherence/gap_alone"] == pytest.approx(modality_gap(alone, captions), abs=1e-5)
-    only_captions = [row.with_turns(row.turns[-1:]) for row in rows]
-    assert "coherence/turns" not in coherence(tiny_model, only_captions, None)
-    assert coherence(tiny_model, [row.with_turns(row.turns[:6]) for row in rows], None) == {}
-
-
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -498,6 +532,7 @@ def test_the_bare_command_lists_the_studies(capsys):
     [
         (["turns"], 2, "--output"),
         (["turns", "-o", "{out}", "--data", "train.jsonl"], 2, "--data and --test go together"),
+        (["turns", "-o", "{out}", "--dev", "dev.jsonl"], 2, "--dev and --model go with --data"),
         (["nothing", "-o", "{out}"], 1, "unknown study 'nothing'"),
         (["flops", "-o", "{out}", "--scale", "0.5"], 1, "counts and trains nothing"),
         (["flops", "-o", "{out}", "--seeds", "3"], 1, "counts and trains nothing"),
@@ -565,9 +600,8 @@ def test_a_study_goes_on_with_what_is_missing_and_grows_by_seeds(few, tmp_path, 
 @pytest.mark.slow
 def test_a_run_that_fails_stops_the_study_with_its_last_words(few, tmp_path, forked):
     study = two_runs(few)
-    broken = Run("broken", {"trainer": {"optim": "no such optimizer"}})
-    study = Study(**{**study.__dict__, "runs": (broken,), "compared": ()})
-    with pytest.raises(MucoError, match=r"(?s)broken-seed0 failed \(exit code 1\).*no such optimizer"):
+    study = replace(study, runs=(Run("broken"),), compared=(), probes=("no such probe",))
+    with pytest.raises(MucoError, match=r"(?s)broken-seed0 failed \(exit code 1\).*no such probe"):
         run_study(study, tmp_path / "out", seeds=1)
 
 

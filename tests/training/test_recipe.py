@@ -94,8 +94,6 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
         ("trainer.warmup_steps=-1", "trainer.warmup_steps must be at least 0"),
         ("trainer.adam_beta2=1", "trainer.adam_beta2 must be at least 0 and below 1"),
         ("trainer.dataloader_num_workers=-1", "trainer.dataloader_num_workers must be a whole number"),
-        ("warm_up.learning_rate=0", "warm_up.learning_rate must be positive"),
-        ("warm_up.batch_size=0", "warm_up.batch_size must be a positive"),
         ("model.adapter={rank: 0}", "model.adapter.rank must be a positive"),
         ("model.adapter={dropout: 1}", "model.adapter.dropout must be at least 0 and below 1"),
         ("model={path: a, min_pixels: 10, max_pixels: 9}", "model.min_pixels: 10 is more than model.max_pixels: 9"),
@@ -107,6 +105,13 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
 def test_numbers_that_no_run_can_have_are_refused_wherever_they_are(tmp_path, override, words):
     with pytest.raises(muco.RecipeError, match=f"recipe.yaml: {words}"):
         load_recipe(write(tmp_path, GOOD), [override])
+
+
+def test_a_group_of_older_versions_is_passed_over_where_it_did_nothing(tmp_path):
+    written = GOOD + "\nwarm_up: {steps: %d, batch_size: 64, learning_rate: 0.001}\n"
+    assert load_recipe(write(tmp_path, written % 0)) == load_recipe(write(tmp_path, GOOD))
+    with pytest.raises(muco.RecipeError, match="recipe.yaml: warm_up is not supported any more"):
+        load_recipe(write(tmp_path, written % 5))
 
 
 def test_a_recipe_made_in_python_is_checked_like_a_file():

@@ -30,7 +30,8 @@ from muco.data import open_data
 from muco.errors import OutputError
 from muco.training import checkpoint
 from muco.training.blind import blind_loss
-from muco.training.build import build_model, language_loss, warm_up
+from muco.training.build import build_model
+from muco.training.mixture import open_sources
 from muco.training.plan import plan
 from muco.training.recipe import dump_recipe, from_dict, load_recipe
 from muco.training.trainer import make_trainer
@@ -98,6 +99,7 @@ def test_a_run_of_an_older_version_is_the_same_run(finished):
     now = file.read_text()
     facts = json.loads(now)
     facts["recipe"]["data"]["train"][0]["weight"] = 1.0  # as it was written when it was the default
+    facts["recipe"]["warm_up"] = {"steps": 0, "batch_size": 64, "learning_rate": 0.001}  # as every recipe had it
     del facts["recipe"]["data"]["epoch"], facts["recipe"]["data"]["one_source"], facts["recipe"]["model"]["save_dtype"]
     try:
         file.write_text(json.dumps(facts))
@@ -312,7 +314,27 @@ def test_validation_runs_during_training(scenes, tmp_path):
     recipe = recipe_of(scenes, tmp_path / "run", data=data, trainer={"max_steps": 2})
     muco.train(recipe)
     state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert any("eval_image_to_caption_hit@1" in entry for entry in state["log_history"])
+    (entry,) = (entry for entry in state["log_history"] if "eval_image_to_caption_hit@1" in entry)
+    ((step, scores),) = json.loads((tmp_path / "run" / "model" / "run.json").read_text())["scores"]
+    assert step == entry["step"] and scores["image_to_caption"] == entry["eval_image_to_caption_hit@1"]
+
+
+@pytest.mark.parametrize("mode", ["isolated", "compounded"])
+@pytest.mark.parametrize("targets", [None, "isolated", "compounded"])
+def test_each_side_is_read_in_its_own_mode(scenes, tmp_path, tiny_model, mode, targets):
+    """Turns that are read by themselves have the vectors of single inputs; others, but the first, have not."""
+    recipe = recipe_of(scenes, tmp_path / "run", turns={"mode": mode, "targets": targets})
+    sources = open_sources(recipe)
+    batches = make_trainer(recipe, tiny_model, sources).batches
+    sample, turns = batches._chosen(batches.mixture.draws(0)[0], 0, 0)
+    singles = {
+        "query": [{"text": turn.query.text, "image": sample.images[0]} for turn in turns],
+        "target": [turn.target for turn in turns],
+    }
+    for side, alone in (("query", mode == "isolated"), ("target", (targets or mode) == "isolated")):
+        found = tiny_model.embed(batches[0][side]).detach().numpy()[: len(turns)]
+        apart = np.abs(found - tiny_model.encode(singles[side])).max(axis=1)
+        assert apart[0] < 1e-5 and (apart[1:] < 1e-5).all() == alone and (apart[1:] > 1e-3).all() != alone
 
 
 def test_a_special_token_in_the_data_stops_the_run_and_names_the_row(tmp_path):
@@ -482,19 +504,6 @@ def test_negatives_left_out_by_their_score_are_logged_and_told_if_none_or_many(
     assert len(said) == 1 and f"{found[0]:.1%} of all negatives are left out, which is {told}" in said[0]
 
 
-def test_warm_up_teaches_the_language(scenes, tmp_path):
-    from muco.dialogue import single_turn
-
-    sources = [open_data(scenes / "train.jsonl")]
-    recipe = recipe_of(scenes, tmp_path, warm_up={"steps": 25, "batch_size": 32})
-    encoder = build_model(recipe, sources).encoder
-    texts = [single_turn(turn.target[0].text) for turn in sources[0][0].turns]
-    before = language_loss(encoder, texts).item()
-    assert before == pytest.approx(math.log(len(encoder.tokenizer)), rel=0.1)
-    warm_up(encoder, sources, recipe.warm_up, seed=0)
-    assert language_loss(encoder, texts).item() < before - 1
-
-
 @pytest.mark.slow
 def test_blind_turns_cannot_be_matched_unless_their_order_leaks(scenes, tmp_path):
     """All pixels equal: chance for a model that knows the kind of a question is ln(samples)."""
@@ -563,7 +572,7 @@ def test_a_step_in_which_nothing_can_be_used_is_left_out_and_said(scenes, tmp_pa
     lines = (broken_scenes(scenes, tmp_path / "data", 5) / "train.jsonl").read_text().splitlines()[:8]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines) + "\n")
     data = {"train": [{"path": str(tmp_path / "data" / "train.jsonl")}], "broken_images": "skip"}
-    recipe = recipe_of(scenes, tmp_path / "run", data=data, batch={"size": 2}, warm_up={"steps": 1})
+    recipe = recipe_of(scenes, tmp_path / "run", data=data, batch={"size": 2})
     model = muco.train(recipe)
     said = [record.message for record in caplog.records if "the step is left out" in record.message]
     logged = [step for step, _ in json.loads((model / "run.json").read_text())["loss"]]
