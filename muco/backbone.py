@@ -102,12 +102,12 @@ def load_backbone(
     elif tokens > rows:
         raise CheckpointError(f"the tokenizer of {source!r} has {tokens} tokens and the model embeds only {rows}")
     if added:
-        _start_reading(model, processor)
+        start_reading(model, processor)
     _check_positions(source, model, processor)
     return model.eval(), processor
 
 
-def _start_reading(model: nn.Module, processor: Processor) -> None:
+def start_reading(model: nn.Module, processor: Processor) -> None:
     """``<|emb|>`` starts as the token that ends a text, whose state sums it up; a random one would have to learn to."""
     embeddings, end = model.get_input_embeddings().weight, processor.tokenizer.eos_token_id
     if end is not None:

@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from muco.backbone import connectors
+from muco.backbone import connectors, start_reading
 from muco.base.files import write_json
 from muco.base.terminal import progress_bar
 from muco.data.source import Data
@@ -175,6 +175,7 @@ def learn_to_answer(
         trainer.train()
     found |= {"accuracy": accuracy(model, processor, held_out), "steps": steps}
     found["loss"] = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    start_reading(model.model, processor)  # as that of a published model, whose tokenizer gets it when it is loaded
     shutil.copytree(start, output, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     model.save_pretrained(output)
     found["sha256"] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
