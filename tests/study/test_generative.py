@@ -66,4 +66,11 @@ def test_a_start_is_the_same_each_time_and_its_connector_alone_can_be_trained(sc
     learn_to_answer(untrained, tmp_path / "c", few, few, steps=2, batch_size=4, connector_only=True)
     before, after = (load_file(folder / "model.safetensors") for folder in (untrained, tmp_path / "c"))
     changed = [name for name, weight in before.items() if not torch.equal(weight, after[name])]
-    assert changed and all("merger" in name for name in changed)
+    embeddings = [name for name in changed if "embed_tokens" in name]
+    assert set(changed) - set(embeddings) and all("merger" in name for name in set(changed) - set(embeddings))
+    _, processor = load_backbone(tmp_path / "c")
+    emb, end = processor.read_id, processor.tokenizer.eos_token_id
+    for name in embeddings:  # <|emb|> begins as the end of a text, as it does in a published model
+        rows = (before[name] != after[name]).any(dim=1).nonzero().flatten().tolist()
+        assert rows == [emb] and torch.equal(after[name][emb], before[name][end])
+    assert embeddings
