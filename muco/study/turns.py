@@ -46,6 +46,7 @@ RULES = (
 )
 SPREAD = 3.0  # of a difference from seed to seed, in points: the pilot of 2026-11-29
 OBJECT = re.compile(r"an? (\w+ \w+ \w+) at ([a-z ]+?)(?=,| and )", re.IGNORECASE)
+BACKGROUND = re.compile(r"on a (\w+ \w+) background")
 NOTHING = "nothing"
 NOTES = (
     "Every run starts from the same file, a Qwen2-VL of 1.1 M parameters that learnt to answer the questions of other "
@@ -101,13 +102,22 @@ def _one_kind(folder: Path, split: str) -> Iterator[dict[str, Any]]:
 
 
 def questions_of_one_kind(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """The row with a question for each of its six objects and one for an empty cell, all "What is at …?"."""
+    """The row with a question for each of its six objects and one for an empty cell, all "What is at …?".
+
+    Answers say what is there and on what background, but not where: question and answer have no word in common by which
+    an order of questions could be told.
+    """
     caption = next(turn["target"] for turn in row["turns"] if turn["kind"] == "retrieval")
     there = {place: thing for thing, place in OBJECT.findall(caption)}
     empty = [cell for cell in CELLS if cell not in there]
     asked = there | {empty[number % len(empty)]: NOTHING}
+    (background,) = BACKGROUND.findall(caption)
     turns = [
-        {"query": [f"What is at {place}?", f"Describe the object at {place}."], "target": thing, "kind": "local"}
+        {
+            "query": [f"What is at {place}?", f"Describe the object at {place}."],
+            "target": f"{thing} on {background}",
+            "kind": "local",
+        }
         for place, thing in sorted(asked.items())
     ]
     return row | {"turns": turns}

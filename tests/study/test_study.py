@@ -384,8 +384,12 @@ def test_questions_of_one_kind_ask_for_every_object_and_one_empty_cell(tmp_path)
         for question, answer in answers.items():
             place = re.fullmatch(r"What is at (.+)\?", question)[1]
             there = re.search(rf"(\w+ \w+ \w+) at {place}(?=,| and )", caption)
-            assert answer == (there[1] if there else "nothing")
-        assert [*answers.values()].count("nothing") == 1
+            assert (
+                answer
+                == f"{there[1] if there else 'nothing'} on {caption.split(', on a ')[1].removesuffix(' background.')}"
+            )
+            assert place not in answer
+        assert sum(answer.startswith("nothing on") for answer in answers.values()) == 1
 
 
 # ── data of a user ───────────────────────────────────────────────────────────────────────────────────────────────────
