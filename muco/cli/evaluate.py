@@ -36,7 +36,7 @@ def retrieval(
     candidates: Annotated[int, Option(min=2, help="Length of the drawn lists of answers, right one included.")] = 100,
     limit: Annotated[int | None, Option(min=1, help="Use only the first N samples.")] = None,
     dimension: Dimension = None,
-    precision: Annotated[Precision, Option(help="Score vectors of this precision, as an index would.")] = "float32",
+    precision: Annotated[Precision, Option(help="Score vectors of this precision.")] = "float32",
     seed: Annotated[int, Option(help="Seed of the drawn lists.")] = 0,
     as_json: Json = False,
 ) -> None:

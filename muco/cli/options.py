@@ -19,7 +19,8 @@ BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not
 Dimension = Annotated[
     int | None, Option(min=1, help="Cut vectors to their first N dimensions, for models trained with loss.dimensions.")
 ]
-Precision = Literal["float32", "int8", "binary"]  # of vectors that are stored or compared
+Precision = Literal["float32", "int8", "binary"]  # of vectors that are compared
+Storage = Literal["float32", "float16", "binary"]  # of vectors in an index
 ComputeIn = Annotated[
     Computed | None,
     Option("--precision", help="Compute in it; auto: the quicker one here, measured. Default: as the weights."),

@@ -17,7 +17,7 @@ from muco.cli.options import (
     IdColumn,
     ImageColumn,
     Json,
-    Precision,
+    Storage,
     TextColumn,
     examples,
 )
@@ -45,7 +45,7 @@ def index(
             "--model", "-m", help='Model folder, hub id, or "starter"; default: the index\'s. A new index needs one.'
         ),
     ] = None,
-    storage: Annotated[Precision | None, Option(help="How a new index stores its vectors; default: float32.")] = None,
+    storage: Annotated[Storage | None, Option(help="How a new index stores its vectors; default: float32.")] = None,
     dimension: Dimension = None,
     delete: Annotated[list[str], Option(metavar="ID", help="Delete this row; may be repeated.")] = [],  # noqa: B006
     delete_missing: Annotated[bool, Option("--delete-missing", help="Delete all rows that are not in INPUT.")] = False,

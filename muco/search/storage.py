@@ -1,13 +1,12 @@
-"""How vectors are stored in the table: whole, as one byte per component, or as one bit per component.
+"""How vectors are stored in the table: whole, as half-precision numbers, or as one bit per component.
 
-LanceDB indexes float columns (by cosine) and bits (by the number of bits that differ), but no int8 column; so "int8"
-also keeps bits, which find the candidates that its components then score.
+LanceDB indexes float columns by cosine, and bits by the number of bits that differ.
 
 ============  ==================================  ==============================  =============================
 storage       bytes per vector of d dimensions     candidates by                   score
 ============  ==================================  ==============================  =============================
 ``float32``   4 d                                 cosine                          cosine
-``int8``      d + d / 8                           bits that differ                cosine of the rounded vector
+``float16``   2 d                                 cosine                          cosine of the rounded vector
 ``binary``    d / 8                               bits that differ                query times signs, see below
 ============  ==================================  ==============================  =============================
 
@@ -25,7 +24,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-Name = Literal["float32", "int8", "binary"]
+Name = Literal["float32", "float16", "binary"]
 VECTOR, BITS = "vector", "bits"
 
 
@@ -74,11 +73,8 @@ def _numbers(table: pa.Table | pa.RecordBatch, column: str) -> np.ndarray:
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
-def _int8(vectors: np.ndarray) -> dict[str, np.ndarray]:
-    # Each vector is divided by its own largest component: a cosine ignores the scale, so none needs keeping.
-    largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    rounded = np.rint(vectors / largest * 127).astype(np.int8)
-    return {VECTOR: rounded, BITS: np.packbits(rounded > 0, axis=1)}
+def _half(vectors: np.ndarray) -> dict[str, np.ndarray]:
+    return {VECTOR: vectors.astype(np.float16)}
 
 
 def _signs(values: dict[str, np.ndarray], dimension: int) -> np.ndarray:
@@ -90,7 +86,7 @@ STORAGES: dict[str, Storage] = {
     storage.name: storage
     for storage in (
         Storage("float32", (VECTOR,), VECTOR, "cosine", lambda whole: {VECTOR: whole}, lambda kept, _: kept[VECTOR]),
-        Storage("int8", (VECTOR, BITS), BITS, "hamming", _int8, lambda kept, _: kept[VECTOR].astype(np.float32)),
+        Storage("float16", (VECTOR,), VECTOR, "cosine", _half, lambda kept, _: kept[VECTOR].astype(np.float32)),
         Storage("binary", (BITS,), BITS, "hamming", lambda vectors: {BITS: np.packbits(vectors > 0, axis=1)}, _signs),
     )
 }

@@ -97,10 +97,10 @@ def test_a_folder_of_images(photos: Path, tmp_path: Path, tiny_model, capsys: py
 
 
 def test_what_the_metadata_say(photos: Path, tmp_path: Path, tiny_model, model_path: Path) -> None:
-    run(photos, tmp_path / "index", model_path, dimension=16, storage="int8")
+    run(photos, tmp_path / "index", model_path, dimension=16, storage="float16")
     index = Index.open(tmp_path / "index")
     assert (index.fingerprint, index.version, index.dimension) == (tiny_model.fingerprint, muco.__version__, 16)
-    assert index.model_path == str(model_path.resolve()) and index.storage.name == "int8"
+    assert index.model_path == str(model_path.resolve()) and index.storage.name == "float16"
     assert json.loads(index.prompt) == tiny_model.encoder.muco_processor.settings()["template"]
     assert index.model.fingerprint == tiny_model.fingerprint and len(index) == 16
 
@@ -291,7 +291,7 @@ def test_equal_contents_are_encoded_once(tmp_path: Path, tiny_model) -> None:
     assert len(np.unique(vectors.round(5), axis=0)) == 4
 
 
-@pytest.mark.parametrize("storage", ["int8", "binary"])
+@pytest.mark.parametrize("storage", ["float16", "binary"])
 def test_a_stored_vector_is_stored_the_same_again(storage: str, photos: Path, tmp_path: Path, tiny_model) -> None:
     run(photos, tmp_path / "index", tiny_model, storage=storage)
     before = contents(tmp_path / "index")[1]
@@ -670,7 +670,7 @@ def test_another_model_dimension_or_storage_is_refused(photos: Path, scenes: Pat
     for wanted in ({"dimension": 16}, {"storage": "binary"}):
         with pytest.raises(OutputError, match=next(iter(wanted))):
             run(photos, tmp_path / "index", tiny_model, **wanted)
-    with pytest.raises(MucoError, match="storage must be one of float32, int8, binary, not 'int4'"):
+    with pytest.raises(MucoError, match="storage must be one of float32, float16, binary, not 'int4'"):
         Index.create(tmp_path / "new", tiny_model, storage="int4")
 
 
@@ -777,7 +777,7 @@ def test_storage_keeps_cosines(name: str, dimension: int) -> None:
     expected = vectors @ vectors[0]
     if name == "binary":
         expected = np.where(vectors > 0, 1, -1) @ vectors[0] / np.sqrt(dimension)
-    tolerance = 0.01 if name == "int8" else 1e-6
+    tolerance = 1e-3 if name == "float16" else 1e-6
     np.testing.assert_allclose(scores(back, vectors[0]), expected, atol=tolerance)
 
 
