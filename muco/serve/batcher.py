@@ -5,9 +5,10 @@
     submit ─▶ waiting ─prepare, in threads─▶ ready ─run, in one thread─▶ results
               (``queue`` limits both)            (at most two batches)
 
-Requests take turns, in both queues: each pass begins with another request's items, and what room is left goes to the
-others. So a short request waits for one pass of each request before it, however many items those have. Nor do their
-items keep it out: of each request no more count against the limit than the new one has itself.
+Requests take turns, in both queues: a pass takes one item of each request, then a second one of each, and so on, while
+there is room and time. Time is short where a pass takes several items of a request: it would not hold up the others
+for the sake of one. So a short request is in the next pass, which begins soon, however many items the others have. Nor
+do their items keep it out: of each request no more count against the limit than the new one has itself.
 
 Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` returns one result per prepared item.
 """
@@ -21,9 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, Generic, Protocol, TypeVar
 
+PACE = 1e-4  # seconds of a token, until a pass has shown how long they take
 LIGHT = 16  # items without images that one thread prepares at once: a thread per short text costs more than the text
 
 
@@ -59,6 +61,7 @@ class BatchLimits:
 
     tokens: int = 8192  # of one forward pass, padding included; a longer item passes alone
     milliseconds: float = 5.0  # that a ready item waits for others while the model is idle
+    share_milliseconds: float = 30.0  # that a pass may take, as far as is known, to have several items of a request
     queue: int = 512
 
 
@@ -103,11 +106,34 @@ class _Queue:
             self._requests[self._led] = self._requests.pop(self._led)
         return iter(self)
 
+    def in_rounds(self) -> Iterator[tuple[int, _Job]]:
+        """The jobs by rounds, each of one job of every request, with the number of the round; the order is that of
+        :meth:`in_turn`.
+        """
+        self.in_turn()
+        for number, jobs in enumerate(zip_longest(*self._requests.values())):
+            yield from ((number, job) for job in jobs if job is not None)
+
     def take(self, jobs: Sequence[_Job]) -> None:
         """Removes jobs that come from :meth:`in_turn`."""
         self._led = jobs[0].request if jobs else self._led
         for job in jobs:
             self.discard(job)
+
+
+class _Pace:
+    """How long passes take by their padded tokens, for those with an image and those without."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, float] = {}  # of a token, by whether all items are light
+
+    def learn(self, light: bool, tokens: int, seconds: float) -> None:
+        found, before = seconds / max(1, tokens), self._seconds.get(light)
+        self._seconds[light] = found if before is None else 0.7 * before + 0.3 * found
+
+    def seconds(self, light: bool, tokens: int) -> float:
+        """Of a pass."""
+        return self._seconds.get(light, PACE) * tokens
 
 
 class Batcher(Generic[Given, Ready, Result]):
@@ -130,7 +156,7 @@ class Batcher(Generic[Given, Ready, Result]):
     ) -> None:
         self.limits = limits
         self._prepare, self._run, self._observe = prepare, run, observe
-        self._waiting, self._ready = _Queue(), _Queue()
+        self._waiting, self._ready, self._pace = _Queue(), _Queue(), _Pace()
         self._unfinished: Counter[object] = Counter()  # items by request
         self._closing = False
         self._changed = asyncio.Event()
@@ -143,7 +169,7 @@ class Batcher(Generic[Given, Ready, Result]):
         return self._unfinished.total()
 
     async def start(self) -> None:
-        workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+        workers = max(2, min(4, (os.cpu_count() or 2) - 1))  # two: a text does not wait for a picture to be decoded
         prepare, run = ThreadPoolExecutor(workers, "muco-prepare"), ThreadPoolExecutor(1, "muco-model")
         self._threads = [prepare, run]
         self._tasks = [asyncio.create_task(self._prepare_all(prepare)) for _ in range(workers)]
@@ -243,19 +269,23 @@ class Batcher(Generic[Given, Ready, Result]):
             if not (jobs := self._next_batch()):
                 continue
             self._changed.set()  # there is room for the next to be prepared
-            prepared = [job.prepared for job in jobs]
+            prepared, tokens, begun = [job.prepared for job in jobs], self._padded(jobs), loop.time()
             outcomes = await loop.run_in_executor(thread, self._results, prepared)
-            self._observe(len(jobs), self._padded(jobs))
+            self._pace.learn(all(job.light for job in jobs), tokens, loop.time() - begun)
+            self._observe(len(jobs), tokens)
             for job, result in _good(jobs, outcomes):
                 job.future.set_result(result)
 
     def _next_batch(self) -> list[_Job]:
-        """Ready items that fit together, those of the request whose turn it is first; at least one."""
+        """Ready items that fit together, one of each request first; at least one."""
         jobs: list[_Job] = []
-        longest = 0
-        for job in self._ready.in_turn():
-            longest = max(longest, job.prepared.tokens)
-            if jobs and longest * (len(jobs) + 1) > self.limits.tokens:
+        longest, light = 0, True
+        for number, job in self._ready.in_rounds():
+            longest, light = max(longest, job.prepared.tokens), light and job.light
+            tokens = longest * (len(jobs) + 1)
+            if jobs and tokens > self.limits.tokens:
+                break
+            if number and self._pace.seconds(light, tokens) > self.limits.share_milliseconds / 1000:
                 break
             jobs.append(job)
         self._ready.take(jobs)

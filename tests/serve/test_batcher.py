@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,7 +177,8 @@ def test_a_short_request_does_not_wait_behind_a_large_one(count, light):
         assert await short == ["SHORT"]
         assert await bulk == [f"W{n}" for n in range(count)]
 
-    running(behind, machine, BatchLimits(tokens=8, milliseconds=0, queue=4000))
+    limits = BatchLimits(tokens=8, milliseconds=0, queue=4000, share_milliseconds=math.inf)  # the first pass was held
+    running(behind, machine, limits)
     assert machine.passes[1][0] == "short", "the next pass after the one that ran"
     assert len(machine.passes[1]) == 8, "which is no less full for that"
 
@@ -197,6 +200,29 @@ def test_an_image_does_not_wait_behind_large_requests(light):
 
     running(behind, machine, BatchLimits(tokens=16, milliseconds=0))
     assert [number for number, some in enumerate(machine.passes) if "image" in some][0] <= 6, "of 33"
+
+
+def test_a_pass_takes_one_item_of_each_request_and_more_only_while_that_is_quick():
+    machine, seconds = Machine(), 0.02  # of an item
+    run = machine.run
+
+    def slow(words: Sequence[Word]) -> list[str]:
+        time.sleep(seconds * len(words))
+        return run(words)
+
+    machine.run = slow
+
+    async def together(batcher: Batcher) -> None:
+        bulk = batcher.submit(words(*(f"w{n}" for n in range(60))))
+        others = [batcher.submit(words(f"{name}0", f"{name}1")) for name in "abcdefgh"]
+        await asyncio.gather(bulk, *others)
+
+    running(together, machine, BatchLimits(tokens=50, milliseconds=50, share_milliseconds=90))
+    later = machine.passes[1:]  # the first one is made before the pace is known
+    for some in later:
+        firsts = {word[0] for word in some}
+        assert len(some) == len(firsts) or len(some) <= 4, "several items of a request only within 90 ms"
+    assert max(map(len, later)) >= 3 and sum(map(len, machine.passes)) == 76
 
 
 def test_large_requests_take_turns():
