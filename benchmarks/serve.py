@@ -1,10 +1,11 @@
-"""The server under load: requests together against one at a time, errors, latencies, memory, and a stop in between.
+"""The server under load: together against one at a time, short texts beside bulk, errors, memory, a stop in between.
 
     PYTHONPATH=. python benchmarks/serve.py --output benchmarks/results
 
 Writes serve-cpu.json and .md. A tiny model is made and served by `muco serve` in a process of its own; this process
 keeps connections open and sends the next request as soon as an answer is read, so both share the machine's cores.
-Every request has one item: a scene's caption, or with `--images` for some of them its image and a question.
+Every request has one item: a scene's caption, or with `--images` for some of them its image and a question. A bulk
+request has `--bulk` images with a question each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 from turns import heading, say, write
 
 from muco.data import open_data
@@ -50,16 +52,20 @@ def made_model(folder: Path) -> tuple[Path, Path]:
     return folder / "model", scenes / "test.jsonl"
 
 
-def made_requests(scenes: Path, images: float) -> list[bytes]:
-    """HTTP requests of one item each, ``images`` of them (0 to 1) with an image."""
-    rows, requests = open_data(scenes), []
+def made_requests(scenes: Path, images: float, items: int = 1) -> list[bytes]:
+    """HTTP requests of so many items each, ``images`` of them (0 to 1) with an image."""
+    rows, made = open_data(scenes), []
     for number in range(len(rows)):
         sample = rows[number]
         item: Any = sample.turns[-1].target[0].text
         if number % 100 < images * 100:
             data = base64.b64encode(Path(sample.images[0]).read_bytes()).decode()
             item = {"text": sample.turns[0].query[0].text, "image": f"data:image/png;base64,{data}"}
-        body = json.dumps({"input": [item], "encoding_format": "base64"}).encode()
+        made.append(item)
+    requests = []
+    for number in range(len(rows)):
+        some = [made[(number + place) % len(made)] for place in range(items)]
+        body = json.dumps({"input": some, "encoding_format": "base64"}).encode()
         requests.append(HEAD % len(body) + body)
     return requests
 
@@ -173,7 +179,18 @@ def resident(pid: int) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def measure(model: Path, requests: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
+def seconds_by_part(process: subprocess.Popen) -> dict[str, float]:
+    """Processor seconds so far of HTTP (the server's first thread), preparing (its others), and the model's process."""
+    server = psutil.Process(process.pid)
+    threads = {thread.id: thread.user_time + thread.system_time for thread in server.threads()}
+    model = sum(sum(child.cpu_times()[:2]) for child in server.children(recursive=True))
+    http = threads.pop(process.pid)
+    return {"http": http, "preparing": sum(threads.values()), "model": model}
+
+
+async def measure(model: Path, scenes: Path, args: argparse.Namespace) -> dict[str, Any]:
+    requests, texts = made_requests(scenes, args.images), made_requests(scenes, 0.0)
+    bulk = made_requests(scenes, 1.0, args.bulk)
     alone = ("--batch-tokens", "1", "--batch-milliseconds", "0")
     loads: dict[str, Any] = {}
     async with serving(model, args.threads, *alone) as (address, process):
@@ -184,8 +201,16 @@ async def measure(model: Path, requests: Sequence[bytes], args: argparse.Namespa
         say(f"no batches: {loads['no batches']['per_second']:.0f}/s")
     async with serving(model, args.threads) as (address, process):
         await load(address, process, requests, 4, 1)
+        before = seconds_by_part(process)
         loads["batches"] = (await load(address, process, requests, args.connections, args.seconds)).summary()
+        loads["batches"]["parts"] = {name: value - before[name] for name, value in seconds_by_part(process).items()}
         say(f"batches: {loads['batches']['per_second']:.0f}/s")
+        loads["text alone"] = (await load(address, process, texts, 1, args.short)).summary()
+        beside = load(address, process, bulk, 4, args.short)
+        text = load(address, process, texts, 1, args.short)
+        loads["bulk"], loads["text beside bulk"] = (one.summary() for one in await asyncio.gather(beside, text))
+        loads["bulk alone"] = (await load(address, process, bulk, 4, args.short)).summary()
+        say(f"a text's p99: {loads['text alone']['p99_ms']:.0f} and {loads['text beside bulk']['p99_ms']:.0f} ms")
         stopped = await load(address, process, requests, args.connections, args.short / 2, stop=True)
         loads["stopped"] = stopped.summary() | {"exit": process.wait(60)}
     return loads
@@ -197,6 +222,10 @@ def table(result: dict[str, Any]) -> str:
         "one at a time": "1 connection, each item passes alone",
         "no batches": f"{settings['connections']} connections, each item passes alone",
         "batches": f"{settings['connections']} connections, requests share passes",
+        "text alone": "1 connection, texts alone",
+        "text beside bulk": f"1 connection, texts beside 4 connections with {settings['bulk']} images a request",
+        "bulk": f"those 4 connections, {settings['bulk']} images a request",
+        "bulk alone": "the same without the texts",
     }
     lines = [
         f"# muco serve under load: {on['device']}",
@@ -219,6 +248,18 @@ def table(result: dict[str, Any]) -> str:
             f"| {one['p99_ms']:.1f} | {errors} of {one['requests']:,} |"
         )
     long, stopped = loads["batches"], loads["stopped"]
+    parts, total = long["parts"], sum(long["parts"].values())
+    ratio = loads["text beside bulk"]["p99_ms"] / loads["text alone"]["p99_ms"]
+    lines += [
+        "",
+        f"A text's p99 beside bulk is **{ratio:.1f} ×** its p99 alone.",
+        "",
+        f"Processor time of the server with {settings['connections']} connections, for 1,000 requests: "
+        + ", ".join(
+            f"{name} {1000 * value / long['requests']:.1f} s ({value / total:.0%})" for name, value in parts.items()
+        )
+        + ".",
+    ]
     before = sum(sent < 0 for sent in stopped["unanswered"])
     after = len(stopped["unanswered"]) - before
     lines += [
@@ -241,13 +282,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--short", type=float, default=15, help="of the others")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--images", type=float, default=0.25, help="share of requests with an image")
+    parser.add_argument("--bulk", type=int, default=64, help="images of a large request")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     result = heading("serve.py", argv, "cpu")
     result["settings"] = {k: v for k, v in vars(args).items() if k != "output"}
     with tempfile.TemporaryDirectory() as folder:
         model, scenes = made_model(Path(folder))
-        result["loads"] = asyncio.run(measure(model, made_requests(scenes, args.images), args))
+        result["loads"] = asyncio.run(measure(model, scenes, args))
     write(args.output, "serve-cpu", result, table(result))
 
 
