@@ -16,9 +16,11 @@ import stat
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,6 +33,7 @@ from muco.video import frames_of
 # Raster formats only: none that runs or reads others, and none whose decoder takes much more than the pixels take. JPEG
 # 2000 is left out, as a file of 57 kB and a million pixels can take 1.7 GB (measured, with precincts of two pixels).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+JPEGS = ("JPEG", "MPO")  # as Pillow calls files of one picture, and of several as cameras write them
 
 MAX_PIXELS = 89_478_485  # 268 MB as RGB; from here on Pillow warns of decompression bombs
 MAX_BYTES = 256 * 2**20
@@ -42,12 +45,16 @@ _URL = re.compile(r"^([a-z][a-z0-9+.-]+://|(http|https|data|file):)", re.IGNOREC
 _warning_filters = threading.Lock()  # the filters belong to the process; two threads must not swap them at once
 
 
+Reduction = Callable[[int, int], int]  # width and height of a JPEG -> 1, 2, 4 or 8: by what it is divided in decoding
+
+
 def open_image(
     image: ImageLike,
     *,
     max_pixels: int = MAX_PIXELS,
     small_side: int = SMALL_SIDE,
     as_stored: bool = False,
+    reduction: Reduction | None = None,
     where: str = "",
 ) -> Image.Image:
     """An upright RGB image of its own (the input is never changed): EXIF orientation applied, transparency onto white.
@@ -59,6 +66,8 @@ def open_image(
         small_side: An image with a side under this many pixels is stretched to 56 x 56; 0 leaves it as it is.
         as_stored: Convert to RGB as Pillow alone does: orientation is ignored, transparency dropped, and pixels of more
             than 8 bits clipped.
+        reduction: Says how much smaller a JPEG may be, which is decoded several times as fast then; None: not at all.
+            What is opened already is taken as it is.
         where: Names the row ("file:line") in errors.
     Raises:
         ImageError: If the image is missing, too large, truncated, broken, of another format or longer than 200 : 1.
@@ -67,6 +76,8 @@ def open_image(
     opened = image if isinstance(image, Image.Image) else _read_header(read_bytes(image, name), name)
     _check_size(opened.size, max_pixels, name)
     try:
+        if reduction and opened is not image and opened.format in JPEGS and (factor := reduction(*opened.size)) > 1:
+            opened.draft(None, (opened.width // factor, opened.height // factor))
         opened.load()
         rgb = opened.convert("RGB") if as_stored else _to_rgb(ImageOps.exif_transpose(opened), name)
     except (ImageError, MemoryError):
@@ -84,15 +95,15 @@ def pictures(image: ImageLike, *, where: str = "") -> tuple[ImageLike, ...]:
     return frames_of(image, where=where).images if isinstance(image, Video) else (image,)
 
 
-def opened_image(image: ImageLike, *, as_stored: bool = False, where: str = "") -> Image.Image | Video:
-    """An opened image, or a video of opened frames, as :func:`open_image` opens them.
+def opened_image(image: ImageLike, *, where: str = "", **how: Any) -> Image.Image | Video:
+    """An opened image, or a video of opened frames, as :func:`open_image` opens them, which takes ``how``.
 
     Raises an ImageError also if the frames of a video differ in size.
     """
     if not isinstance(image, Video):
-        return open_image(image, as_stored=as_stored, where=where)
+        return open_image(image, where=where, **how)
     found = frames_of(image, where=where)
-    frames = tuple(open_image(frame, as_stored=as_stored, where=where) for frame in found.images)
+    frames = tuple(open_image(frame, where=where, **how) for frame in found.images)
     if len(sizes := {f"{frame.width} x {frame.height}" for frame in frames}) > 1:
         listed = " and ".join(sorted(sizes)[:2])
         raise ImageError(f"{shown_name(image, where)}: its frames differ in size ({listed}); make them alike")

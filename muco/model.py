@@ -23,7 +23,7 @@ from muco.backbone import load_backbone
 from muco.base.files import writing
 from muco.base.machine import GIB
 from muco.batch import DialogueBatch, to
-from muco.dialogue import Content, Dialogue, as_images
+from muco.dialogue import Content, Dialogue, ImageLike, as_images
 from muco.encoder import Encoder, content_of
 from muco.errors import DataError, MucoError
 from muco.pooling import TurnPooling, shortened
@@ -58,6 +58,13 @@ class Model(SentenceTransformer):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> DialogueBatch:
         return self.encoder.preprocess(inputs, prompt=prompt, **kwargs) if len(inputs) else {}
+
+    def opened(self, image: ImageLike) -> Any:
+        """An image or a video as this model needs it: upright and RGB; of large JPEGs no more is decoded than that.
+
+        For whoever opens images in threads while the model encodes. Raises an ImageError if it cannot be used.
+        """
+        return self.encoder.muco_processor.opened(image)
 
     def is_singular_input(self, inputs: Any) -> bool:
         return isinstance(inputs, (str, bytes, Mapping, Content)) or not isinstance(inputs, Iterable)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from torch import Tensor
 from transformers import AddedToken, AutoTokenizer
 
 from muco.chat_template import from_chat_template, from_processor
 from muco.dialogue import Content, Dialogue, ImageLike, Video
 from muco.errors import CheckpointError, DataError
-from muco.images import open_image, opened_image, pictures
+from muco.images import opened_image, pictures
 from muco.released import ReleasedPrompt, released_prompt
 from muco.sizes import context_of
-from muco.stock import Family, expanded, family_processor, image_half, learnt_family, plain, save, write_json
+from muco.stock import CHANNELS, Family, expanded, family_processor, image_half, learnt_family, plain, save, write_json
 from muco.template import (
     EMB,
     QWEN_VL,
@@ -31,6 +33,8 @@ from muco.template import (
 )
 from muco.video import frames_of
 
+DETAIL = 2  # times the width and height that a model reads, which are kept of a large JPEG
+PROBES = ((84, 84), (640, 480), (700, 1400))  # sizes of images by which a processor shows whether it reads all alike
 VIDEO_PIXELS = 7_864_320  # of all frames of a video together, as in Qwen's own evaluation of MMEB-V2
 # The released checkpoints' pixel limits at evaluation (256 to 1280 visual tokens), spec of the paper's evaluation.
 EVALUATION_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
@@ -113,11 +117,40 @@ class Processor:
             return text
         return (text[spans[tokens - 1][1] :] if end == "START" else text[: spans[-tokens][0]]) or text
 
+    def opened(self, image: ImageLike, where: str = "", **limits: int) -> Any:
+        """An image or a video as :func:`muco.images.opened_image` opens it for this model; ``limits`` are its."""
+        reduction = None if self.images_as_stored else self.reduction
+        return opened_image(image, as_stored=self.images_as_stored, reduction=reduction, where=where, **limits)
+
+    def reduction(self, width: int, height: int) -> int:
+        """By what a JPEG of this size may be divided in decoding: 1, 2, 4 or 8.
+
+        What is left has at least ``DETAIL`` times the width and height that the model reads, so that resizing it gives
+        nearly the pixels that resizing all of it gives.
+        """
+        if pixels := self.pixels:
+            most = math.sqrt(width * height / pixels[1])
+        else:
+            most = min(width, height) / self._side if self._side else 0.0
+        return next((factor for factor in (8, 4, 2) if factor * DETAIL <= most), 1)
+
+    @cached_property
+    def _side(self) -> int | None:
+        """The side of a square with the pixels that the model reads of any image; None if not of all as many."""
+        try:
+            found = [self.image_processor(images=[Image.new("RGB", size)], return_tensors="pt") for size in PROBES]
+        except ValueError:
+            return None
+        shapes = {tuple(output[name].shape for name in self.family.inputs) for output in found}
+        if len(shapes) > 1:
+            return None
+        return math.ceil(math.sqrt(max(math.prod(shape) for shape in shapes.pop()) / CHANNELS))
+
     def encode_image(self, image: ImageLike, where: str = "") -> EncodedImage:
         """Opens and encodes an image, or a video where ``family.video`` says how; an ImageError names file and row."""
         if isinstance(image, Video):
             return self._encode_video(image, where)
-        image = open_image(image, as_stored=self.images_as_stored, where=where)
+        image = self.opened(image, where)
         try:
             if not self.family.grid:
                 return self._encode_with_text(expanded(self.stock, [image]))
@@ -149,7 +182,7 @@ class Processor:
         family = self.family.video
         if family is None:
             raise DataError(f"{where or video}: this model reads a video as images; see Processor.as_read")
-        opened = opened_image(video, as_stored=self.images_as_stored, where=where)
+        opened = self.opened(video, where)
         frames, seconds = [*opened.source], frames_of(opened).seconds
         size = dict(self.image_processor.size)
         size["longest_edge"] = max(size["shortest_edge"], min(size["longest_edge"], VIDEO_PIXELS // len(frames)))

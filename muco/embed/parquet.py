@@ -115,7 +115,7 @@ def embed(
         if not finished:
             short = {"truncate_dim": dimension} if dimension < whole else {}
             encode = partial(model.encode, show_progress_bar=False, **short)
-            opened = opened_rows(source.rows(resumed), ahead=2 * batch_size)
+            opened = opened_rows(source.rows(resumed), 2 * batch_size, model.opened)
             with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
                 task = bar.add_task("embed", total=source.total, completed=resumed)
                 while part := _encode_part(encode, islice(opened, shard_rows), batch_size, partial(bar.advance, task)):

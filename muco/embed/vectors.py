@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from muco.data.items import Row
+from muco.dialogue import ImageLike
 from muco.errors import DataError
-from muco.images import opened_image
 
 DECODERS = 4  # threads that open images while the model encodes
 ROW_BYTES = 1 << 30  # opened images of one row
@@ -22,8 +23,8 @@ DECODED_BYTES = 256 << 20  # opened images that wait for the model, and that are
 Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
 
 
-def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
-    """The rows in order; threads open their images up to ``ahead`` rows in advance.
+def opened_rows(rows: Iterable[Row], ahead: int, opened: Callable[[ImageLike], Any]) -> Iterator[Row]:
+    """The rows in order; threads open their images up to ``ahead`` rows in advance, each by ``opened``.
 
     Fewer rows, down to one per thread, if that many images of the largest size so far take over ``DECODED_BYTES``.
     """
@@ -33,30 +34,30 @@ def opened_rows(rows: Iterable[Row], ahead: int) -> Iterator[Row]:
         try:
             for row in chain(rows, (None,)):
                 if row is not None:
-                    window.append(pool.submit(_open, row))
+                    window.append(pool.submit(_open, row, opened))
                 while len(window) > (0 if row is None else allowed):
-                    opened = window.popleft().result()
-                    largest = max(largest, opened.decoded_bytes)
+                    ready = window.popleft().result()
+                    largest = max(largest, ready.decoded_bytes)
                     if largest:
                         allowed = max(DECODERS, min(ahead, DECODED_BYTES // largest))
-                    yield opened
+                    yield ready
         finally:
             for future in window:
                 future.cancel()
 
 
-def _open(row: Row) -> Row:
+def _open(row: Row, opened: Callable[[ImageLike], Any]) -> Row:
     if not row.images:
         return row
-    opened = replace(row, images=())
+    ready = replace(row, images=())
     try:
         for image in row.images:
-            opened = replace(opened, images=(*opened.images, opened_image(image)))
-            if opened.decoded_bytes > ROW_BYTES:
+            ready = replace(ready, images=(*ready.images, opened(image)))
+            if ready.decoded_bytes > ROW_BYTES:
                 raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; use fewer or smaller ones")
     except DataError as error:
         return replace(row, images=(), error=str(error))
-    return opened
+    return ready
 
 
 def in_batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:

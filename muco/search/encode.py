@@ -48,7 +48,8 @@ def encoded(model: Model, dimension: int, batch_size: int, rows: Iterable[Row]) 
     """Each row with its vector or its error, and the thumbnail of its image."""
     short = {"truncate_dim": dimension} if dimension < model.get_embedding_dimension() else {}
     encode = partial(model.encode, show_progress_bar=False, **short)
-    with ThreadPoolExecutor(DECODERS) as pool, closing(opened_rows(rows, ahead=2 * batch_size)) as opened:
+    opening = opened_rows(rows, 2 * batch_size, model.opened)
+    with ThreadPoolExecutor(DECODERS) as pool, closing(opening) as opened:
         for batch in in_batches(opened, batch_size):
             small = pool.map(lambda row: thumbnail(cover(row.images[0])) if row.images else None, batch)
             yield from zip(encode_rows(encode, batch), small, strict=True)

@@ -103,14 +103,17 @@ class Preparation:
     def dimension(self) -> int:
         return self.facts.dimension
 
+    def _decoded(self, source: str | bytes, item: Item) -> Any:
+        return decode(source, self.image_limits, item.where, self.processor.opened)
+
     def prepare(self, item: Item) -> Prepared:
         """Opens the images and counts the tokens.
 
         Raises a DataError if a text holds a special token, an image is broken, or the item is too long.
         """
-        images: tuple[Any, ...] = tuple(decode(image, self.image_limits, item.where) for image in item.images)
+        images: tuple[Any, ...] = tuple(self._decoded(image, item) for image in item.images)
         if item.video:
-            frames = tuple(decode(frame, self.image_limits, item.where) for frame in item.video)
+            frames = tuple(self._decoded(frame, item) for frame in item.video)
             images += (Video(frames, len(frames), item.fps),)
         dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
         cut = item.truncate if item.mode is None else "NONE"

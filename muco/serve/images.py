@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL.Image import Image
@@ -48,8 +49,8 @@ def check_source(source: str, limits: ImageLimits, where: str) -> None:
         raise ImageError(f"{where}: the data URI is not base64; encode the image as data:image/…;base64,…")
 
 
-def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
-    """The RGB image of a data URI or of bytes that were fetched.
+def decode(source: str | bytes, limits: ImageLimits, where: str, opened: Callable[..., Image] = open_image) -> Image:
+    """The RGB image of a data URI or of bytes that were fetched, opened by :func:`muco.images.open_image` or as it is.
 
     White space in the base64 of a data URI and missing padding do not matter. Raises an ImageError if the data URI is
     not valid base64, or the image is too large or broken.
@@ -66,4 +67,4 @@ def decode(source: str | bytes, limits: ImageLimits, where: str) -> Image:
             raise ImageError(f"{where}: the data URI is not valid base64{kind}") from None
     if len(data) > limits.max_bytes:
         raise ImageError(f"{where}: the image has more than the {limits.max_bytes:,} bytes that are accepted")
-    return open_image(data, max_pixels=limits.max_pixels, where=where)
+    return opened(data, max_pixels=limits.max_pixels, where=where)

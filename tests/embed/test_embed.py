@@ -43,6 +43,9 @@ class Hashed:
     def get_embedding_dimension(self) -> int:
         return 24
 
+    def opened(self, image) -> Image.Image:
+        return open_image(image)
+
     def encode(self, inputs, batch_size: int = 32, show_progress_bar: bool = True) -> np.ndarray:
         if self.left is not None:
             self.left -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
@@ -74,6 +76,56 @@ def test_the_first_frame_of_an_animation_is_taken():
     for format in ("GIF", "WEBP", "PNG"):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=10)
         assert open_image(data).getpixel((3, 3)) == pytest.approx((255, 0, 0), abs=3)
+
+
+# ── large JPEGs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def jpeg(width: int, height: int, format: str = "JPEG") -> bytes:
+    """A smooth picture with coarse detail."""
+    coarse = np.random.default_rng(0).integers(40, 216, (9, 12, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(stream, format, quality=92)
+    return stream.getvalue()
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from(["llava", "qwen2_vl"]))
+def test_what_is_left_of_a_jpeg_has_twice_the_detail_that_the_model_reads(width, height, family):
+    processor = model(family).encoder.muco_processor
+    factor = processor.reduction(width, height)
+    assert factor in (1, 2, 4, 8)
+
+    def enough(factor: int) -> bool:
+        if processor.pixels:
+            return width * height / factor**2 >= 4 * processor.pixels[1]
+        return min(width, height) / factor >= 2 * processor._side
+
+    assert factor == 1 or enough(factor)
+    assert factor == 8 or not enough(2 * factor)
+
+
+def test_only_models_that_read_all_images_alike_or_count_pixels_have_jpegs_reduced():
+    reductions = {name: model(name).encoder.muco_processor.reduction(12_000, 9_000) for name in ("llava", "llava_next")}
+    assert reductions["llava"] > 1 and reductions["llava_next"] == 1  # which cuts large images into tiles
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_gives_nearly_the_same_pixels(tmp_path):
+    processor = model("llava").encoder.muco_processor
+    side, data = processor._side, jpeg(1600, 1200)
+    factor = processor.reduction(1600, 1200)
+    assert factor > 1
+    small, whole = processor.opened(data), open_image(data)
+    assert small.size == (1600 // factor, 1200 // factor) and whole.size == (1600, 1200)
+    resized = (np.asarray(one.resize((side, side), Image.Resampling.BICUBIC), dtype=float) for one in (small, whole))
+    assert abs(next(resized) - next(resized)).max() <= 2
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert processor.opened(tmp_path / "a.jpg") == small
+    opened = Image.open(io.BytesIO(data))
+    assert processor.opened(opened).size == opened.size == (1600, 1200)  # the caller's own is never changed
+    assert processor.opened(jpeg(1600, 1200, "PNG")).size == (1600, 1200)
+    as_stored = copy.copy(processor)
+    as_stored.images_as_stored = True
+    assert as_stored.opened(data).size == (1600, 1200)
 
 
 def test_the_input_is_not_changed_and_the_result_carries_no_metadata():
