@@ -35,6 +35,7 @@ from muco.processor import Processor, load_processor
 from muco.sizes import TinyConfig
 from muco.template import ImageSlot
 from muco.tiny import tiny_qwen2_vl
+from muco.vision import vision_modules
 
 IGNORED = -100  # label of a token that is not to be predicted
 RECORD = "generative.json"
@@ -116,6 +117,16 @@ def accuracy(model: torch.nn.Module, processor: Processor, data: Data, *, batch_
     return right / len(questions)
 
 
+class _Trainer(Trainer):
+    """The library's, under which frozen parts beside the language model keep their statistics."""
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for module in vision_modules(model.model).values():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        return super().compute_loss(model, *args, **kwargs)
+
+
 class _Progress(TrainerCallback):
     def __init__(self, progress: Callable[[int, int], None]) -> None:
         self.progress = progress
@@ -134,6 +145,7 @@ def learn_to_answer(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     connector_only: bool = False,
+    bf16: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains the model in ``start`` to answer, writes it to ``output`` and returns what :data:`RECORD` says of it.
@@ -142,8 +154,8 @@ def learn_to_answer(
         ``accuracy`` before and after on ``held_out`` (:func:`accuracy`, 0 to 1), ``loss`` of the last steps (nats per
         token), ``steps``, and the ``sha256`` of the weights.
     """
-    model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
-    processor, _ = load_processor(str(start), model.config)
+    model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+    processor, added = load_processor(str(start), model.config)
     if connector_only:
         model.requires_grad_(False)
         for part in connectors(model.model).values():
@@ -163,11 +175,12 @@ def learn_to_answer(
         save_strategy="no",
         report_to=[],
         remove_unused_columns=False,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, data_collator=Collate(processor), train_dataset=Questions(train))
+    trainer = _Trainer(model, arguments, data_collator=Collate(processor), train_dataset=Questions(train))
     for shown in (ProgressCallback, PrinterCallback):  # they print to stdout, which is for programs
         trainer.remove_callback(shown)
     with progress_bar("the start learns to answer") as progress:
@@ -175,7 +188,8 @@ def learn_to_answer(
         trainer.train()
     found |= {"accuracy": accuracy(model, processor, held_out), "steps": steps}
     found["loss"] = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
-    start_reading(model.model, processor)  # as that of a published model, whose tokenizer gets it when it is loaded
+    if not added:  # else it begins so when the model is loaded for training
+        start_reading(model.model, processor)
     shutil.copytree(start, output, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     model.save_pretrained(output)
     found["sha256"] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()

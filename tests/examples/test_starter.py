@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +137,36 @@ def test_a_comparison_of_halves_and_turns(collected, wheels, tmp_path, monkeypat
             own = [name for name in weights if part in name and weights[name].ndim > 1 and "squeeze" not in name]
             assert own and all(torch.equal(weights[name], pretrained[name]) == kept for name in own)
         assert np.isfinite(muco.load(data / compare.base_name(language, tower), device="cpu").encode("a ring")).all()
-    costs = {name: {"seconds": 1.0} for name in study.measured}
+    costs = {run.name: {"seconds": 1.0} for run in study.runs}
     for run in study.runs:
         recipe = from_dict(recipe_of(study, run, 0, 1.0, tmp_path, costs=costs))
         assert recipe.trainer["max_steps"] == compare.STEPS and recipe.model.path.startswith(str(data))
+
+
+def test_the_start_of_the_comparison_of_turns_learns_on_other_pictures_by_its_connector_alone(
+    collected, wheels, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compare, "LAYERS", 2)
+    study, data, pictures = (
+        compare.turns(tmp_path / "pictures", wheels.folder),
+        tmp_path / "data",
+        tmp_path / "pictures",
+    )
+    shutil.copytree(collected, pictures)
+    shutil.copy(pictures / "openclipart" / "test.jsonl", pictures / "openclipart" / "dev.jsonl")
+    study.prepare(data, 0.01)
+    seen = [{sample.images[0] for sample in open_data(data / f"{name}.jsonl")} for name in ("train", "others")]
+    assert len(seen[0]) == len(seen[1]) == 6 and not seen[0] & seen[1]
+    before, after = (load_file(data / name / "model.safetensors") for name in ("base", "start"))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+    costs = {run.name: {"seconds": 1.0} for run in study.runs}
+    tuned = replace(study, runs=(*study.runs, *study.tuning.values()))
+    for run in tuned.runs:
+        recipe = from_dict(recipe_of(tuned, run, 0, 1.0, tmp_path, costs=costs | {run.name: {"seconds": 1.0}}))
+        assert recipe.model.path == str(data / "start") and recipe.model.connector == "trained"
+        assert recipe.trainer["max_steps"] == (1 if run.fixed else compare.REAL_STEPS)
+        assert muco.load(recipe.model.path, device="cpu").encode("a ring").shape == (32,) or run.fixed
 
 
 def test_a_comparison_of_the_demos_model_with_the_starters_base(wheels, tmp_path, monkeypatch):
