@@ -166,7 +166,7 @@ def test_the_start_of_the_comparison_of_turns_learns_on_other_pictures_by_its_co
         recipe = from_dict(recipe_of(tuned, run, 0, 1.0, tmp_path, costs=costs | {run.name: {"seconds": 1.0}}))
         assert recipe.model.path == str(data / "start") and recipe.model.connector == "trained"
         assert recipe.trainer["max_steps"] == (1 if run.fixed else compare.REAL_STEPS)
-        assert muco.load(recipe.model.path, device="cpu").encode("a ring").shape == (32,) or run.fixed
+    assert np.isfinite(muco.load(data / "start", device="cpu").encode("a ring")).all()
 
 
 def test_a_comparison_of_the_demos_model_with_the_starters_base(wheels, tmp_path, monkeypatch):
