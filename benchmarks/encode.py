@@ -1,9 +1,9 @@
-"""Encoding in float32 and in bfloat16, and images that come again with and without what the tower made of them kept.
+"""Encoding: in float32 and in bfloat16, images that come again, and large photographs from their files.
 
-    python benchmarks/encode.py --parts precision seen --output benchmarks/results
+    python benchmarks/encode.py --parts precision seen photographs --output benchmarks/results
 
-The ways take turns, round by round, so that other work on the machine meets all. Writes precision.json and
-seen-images.json, and a page of each.
+The ways take turns, round by round, so that other work on the machine meets all. Writes precision.json,
+seen-images.json and photographs.json, and a page of each. The photographs take 5 GB on disk for a while.
 """
 
 from __future__ import annotations
@@ -11,22 +11,32 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from turns import heading, say, write
 
 from muco.base.html import data_uri
 from muco.base.machine import GIB, keep_freed_memory
+from muco.data.items import Row
+from muco.dialogue import Content, Dialogue
+from muco.embed.vectors import encode_rows, open_row, opened_rows
+from muco.embed.vectors import in_batches as batches
+from muco.images import open_image
 from muco.model import Model, compute_in, load
 from muco.seen import SeenImages
 from muco.serve.engine import Engine, Item
 from muco.serve.images import ImageLimits
+from muco.template import ImageSlot
 
+LARGE, COPIES = (4000, 3000), 20  # pixels of a photograph, and files with the same one
 QUESTIONS = ("What is it?", "Which colour is it?", "Where is it?", "Is it a drawing?", "What is beside it?")
 WORDS = ("a red bicycle in the snow", "fruit", "two dogs that run along a beach in the evening", "a map")
 
@@ -36,14 +46,16 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(random.integers(0, 256, (224, 224, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def rounds_of(ways: Mapping[str, Callable[[], np.ndarray]], rounds: int) -> tuple[dict[str, list[float]], dict]:
-    """Seconds of each way by round, after one round that does not count, and the vectors of each."""
+def rounds_of(
+    ways: Mapping[str, Callable[[], np.ndarray]], rounds: int, *, warm: bool = True
+) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of each way by round, after one round that does not count if ``warm``, and the vectors of each."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    vectors = {name: work() for name, work in ways.items()}
+    vectors = {name: work() for name, work in ways.items()} if warm else {}
     for number in range(rounds):
         for name, work in ways.items():
             begun = time.perf_counter()
-            work()
+            vectors[name] = work()
             seconds[name].append(time.perf_counter() - begun)
         say(f"round {number + 1} of {rounds}")
     return seconds, vectors
@@ -115,9 +127,76 @@ def seen(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], list[s
     return {"inputs": len(asked), "pictures": len(shown), "ways": found}, rows
 
 
+def photographs(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """JPEG files of 4000 x 3000 pixels: plain transformers one by one, batches, and batches with threads that open."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = written_photographs(Path(folder), args.photographs)
+        ways = {
+            "plain transformers, one by one": lambda: plain(model, files),
+            "batches of 16, opened whole": lambda: in_batches(model, files, 0, open_image),
+            "batches of 16, opened as needed": lambda: in_batches(model, files, 0, model.opened),
+            **{
+                f"the same, {threads} thread{'s' if threads > 1 else ''} beside the model": (
+                    lambda threads=threads: in_batches(model, files, threads, model.opened)
+                )
+                for threads in (1, 2, 4)
+            },
+        }
+        seconds, vectors = rounds_of(ways, 1, warm=False)
+    first = next(iter(ways))
+    found, rows = {}, ["| | ms a photograph | × | smallest cosine |", "|---|---:|---:|---:|"]
+    for name, (taken,) in seconds.items():
+        cosine = float((vectors[name] * vectors[first]).sum(axis=1).min())
+        found[name] = {"seconds": taken, "ratio": seconds[first][0] / taken, "cosine": cosine}
+        each = 1e3 * taken / len(files)
+        rows.append(f"| {name} | {each:.1f} | **{found[name]['ratio']:.2f}** | {cosine:.4f} |")
+    return {"photographs": len(files), "rounds": 1, "ways": found}, [*rows, "", f"{len(files):,} files."]
+
+
+def written_photographs(folder: Path, count: int) -> list[Path]:
+    """That many JPEG files, of which every 20th is another picture."""
+    random, files = np.random.default_rng(0), []
+    for number in range(-(-count // COPIES)):
+        coarse = Image.fromarray(random.integers(30, 226, (24, 32, 3), dtype=np.uint8))
+        whole = np.asarray(coarse.resize(LARGE, Image.Resampling.BICUBIC), dtype=np.int16)
+        grain = random.integers(-6, 7, (LARGE[1], LARGE[0], 1), dtype=np.int16)
+        first = folder / f"{number:04d}-00.jpg"
+        Image.fromarray((whole + grain).clip(0, 255).astype(np.uint8)).save(first, quality=88)
+        files.append(first)
+        for copy in range(1, COPIES):
+            files.append(folder / f"{number:04d}-{copy:02d}.jpg")
+            files[-1].hardlink_to(first)
+    return files[:count]
+
+
+@torch.inference_mode()
+def plain(model: Model, files: Sequence[Path]) -> np.ndarray:
+    """What a user writes with transformers alone: processor and model, one file at a time."""
+    processor, backbone = model.encoder.muco_processor, model.encoder.model
+    prompt = processor.template.prompt(Dialogue((None,), (Content(""),)))
+    pieces = (*prompt.trunk, *prompt.branches[0])
+    text = "".join(processor.template.image_token if isinstance(piece, ImageSlot) else piece for piece in pieces)
+    vectors = []
+    for file in files:
+        with Image.open(file) as opened:
+            inputs = processor.stock(text=[text], images=[[opened.convert("RGB")]], return_tensors="pt")
+        state = backbone(**inputs).last_hidden_state[0, -1].float()
+        vectors.append(torch.nn.functional.normalize(state, dim=0).numpy())
+    return np.stack(vectors)
+
+
+def in_batches(model: Model, files: Sequence[Path], threads: int, opened: Callable[[Any], Any]) -> np.ndarray:
+    """As ``muco embed`` does, with so many threads that open images beside the model."""
+    rows = (Row(number, "", "", "", (file,)) for number, file in enumerate(files))
+    ready = opened_rows(rows, 32, opened, threads=threads) if threads else (open_row(row, opened) for row in rows)
+    encode = partial(model.encode, show_progress_bar=False)
+    return np.stack([row.vector for batch in batches(ready, 16) for row in encode_rows(encode, batch)])
+
+
 PARTS = {
     "precision": ("precision", "Precision of encoding", precision),
     "seen": ("seen-images", "Images that come again", seen),
+    "photographs": ("photographs", "Photographs of 12 MP from their files", photographs),
 }
 
 
@@ -127,6 +206,7 @@ def main() -> None:
     parser.add_argument("--model", default="starter", help="a model's folder or name (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--pictures", type=int, default=120, help="or questions about them (default: %(default)s)")
+    parser.add_argument("--photographs", type=int, default=2000, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     args = parser.parse_args(argv)
@@ -137,7 +217,9 @@ def main() -> None:
         found, rows = work(model, args)
         result = heading("encode.py", argv, "cpu") | {"model": args.model} | found
         on = result["machine"]
-        head = f"{on['cpu']}, {on['cores']} cores; medians of {args.rounds} rounds that take turns. {work.__doc__}"
+        rounds = found.get("rounds", args.rounds)
+        how = f"medians of {rounds} rounds that take turns" if rounds > 1 else "one round"
+        head = f"{on['cpu']}, {on['cores']} cores; {how}. {work.__doc__}"
         write(
             args.output, name, result, "\n".join([f"# {title}", "", f"`{result['command']}`", "", head, "", *rows, ""])
         )

@@ -23,30 +23,33 @@ DECODED_BYTES = 256 << 20  # opened images that wait for the model, and that are
 Encode = Callable[..., "np.ndarray"]  # the model's: contents -> float32 [n, dimension]
 
 
-def opened_rows(rows: Iterable[Row], ahead: int, opened: Callable[[ImageLike], Any]) -> Iterator[Row]:
+def opened_rows(
+    rows: Iterable[Row], ahead: int, opened: Callable[[ImageLike], Any], *, threads: int = DECODERS
+) -> Iterator[Row]:
     """The rows in order; threads open their images up to ``ahead`` rows in advance, each by ``opened``.
 
     Fewer rows, down to one per thread, if that many images of the largest size so far take over ``DECODED_BYTES``.
     """
     window: deque[Future[Row]] = deque()
-    allowed, largest = DECODERS, 0
-    with ThreadPoolExecutor(DECODERS) as pool:
+    allowed, largest = threads, 0
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for row in chain(rows, (None,)):
                 if row is not None:
-                    window.append(pool.submit(_open, row, opened))
+                    window.append(pool.submit(open_row, row, opened))
                 while len(window) > (0 if row is None else allowed):
                     ready = window.popleft().result()
                     largest = max(largest, ready.decoded_bytes)
                     if largest:
-                        allowed = max(DECODERS, min(ahead, DECODED_BYTES // largest))
+                        allowed = max(threads, min(ahead, DECODED_BYTES // largest))
                     yield ready
         finally:
             for future in window:
                 future.cancel()
 
 
-def _open(row: Row, opened: Callable[[ImageLike], Any]) -> Row:
+def open_row(row: Row, opened: Callable[[ImageLike], Any]) -> Row:
+    """The row with its images opened, or with the reason why one cannot be."""
     if not row.images:
         return row
     ready = replace(row, images=())
