@@ -210,7 +210,8 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
     if found.get("costs"):
         lines += [*_costs(found["costs"]), ""]
     lines += [f"- {note}" for note in study.notes]
-    lines.append("- Seconds are those of training, whatever else the machine did; operations are counted.")
+    scored = ", with the scores on the way" if study.curve else ""
+    lines.append(f"- Seconds are those of training{scored}, whatever else the machine did; operations are counted.")
     return "\n".join(lines) + "\n"
 
 

@@ -80,6 +80,10 @@ def run_study(
                 raise MucoError(f"the study {study.name} is made of the scenes' structure; leave out --data and --test")
             if missing := [f"--{name}" for name in study.needs if getattr(sets, name) is None]:
                 raise MucoError(f"the study {study.name} needs {' and '.join(missing)} beside --data and --test")
+            if study.curve and sets.format != "jsonl":
+                raise MucoError(
+                    f"the study {study.name} scores while it trains, which takes JSONL; see muco data convert"
+                )
             for path in sets.files:
                 open_data(path, sets.format)
         if not earlier_record(output / "study.json", asked, "study"):
