@@ -177,6 +177,18 @@ def test_a_run_of_two_processes_is_the_run_of_one(base, scenes, taught, tmp_path
 
 
 @pytest.mark.slow
+def test_two_processes_measure_the_precision_together_and_train_in_it(base, scenes, tmp_path):
+    recipe = write_recipe(base, scenes, tmp_path / "both", changes=["precision=auto", "trainer.max_steps=2"])
+    finished(train(recipe))
+    chosen = json.loads((tmp_path / "both" / "precision.json").read_text())
+    assert [*chosen["seconds_of_a_step"]] == ["float32", "bfloat16"]
+    assert chosen["precision"] == min(chosen["seconds_of_a_step"], key=chosen["seconds_of_a_step"].get)
+    changes = [f"precision={chosen['precision']}", "trainer.max_steps=2"]
+    alone = muco.train(load_recipe(write_recipe(base, scenes, tmp_path / "alone", changes=changes)))
+    assert losses(tmp_path / "both" / "model") == pytest.approx(losses(alone), rel=1e-2)
+
+
+@pytest.mark.slow
 def test_all_weights_of_a_bfloat16_model_are_trained_sharded_as_on_one_process(base, scenes, tmp_path):
     muco.load(base, device="cpu").bfloat16().save(str(tmp_path / "half"))
     changes = (f"model.path={tmp_path / 'half'}", "model.adapter=null", "model.save_dtype=float32")
