@@ -111,8 +111,8 @@ def seen(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], list[s
             difference = f"{values['difference']:.1e}"
             rows.append(f"| {title}, {name} | {' | '.join(ms)} | **{values['ratio']:.2f}** | {difference} |")
     said = (
-        "*A tower that dominates*: a Qwen2-VL of random weights with a tower of 12 layers of width 384, which sees 1,024 "
-        "patches of an image of 448 x 448 pixels, and a language model of 4 layers of width 256."
+        "*A tower that dominates*: a Qwen2-VL of random weights with a tower of 12 layers of width 384, which sees "
+        "1,024 patches of an image of 448 x 448 pixels, and a language model of 4 layers of width 256."
     )
     return {"inputs": args.pictures, "models": found}, [*rows, "", said]
 
