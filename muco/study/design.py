@@ -126,6 +126,14 @@ class Study:
         return "{data}" in self._values
 
     @property
+    def exactly(self) -> frozenset[str]:
+        """Runs whose seconds must be known well: of equal cost, or with a curve over seconds. Others tell how long the
+        study takes.
+        """
+        equal = {name for run in self.runs if run.equal for name in (run.name, run.equal.to)}
+        return frozenset(run.name for run in self.runs if self.curve or run.name in equal)
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """What else of :class:`Sets` it needs."""
         return tuple(name for name, word in {"dev": "{dev}", "model": "{base}"}.items() if word in self._values)

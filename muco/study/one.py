@@ -45,7 +45,7 @@ from muco.training.trainer import make_trainer, train
 def run_job(folder: Path) -> dict[str, Any]:
     """Does the job in ``job.json``, writes the result to ``result.json`` and returns it."""
     job = read_json(folder / "job.json")
-    result = calibrate(job, folder) if "rounds" in job else train_and_score(job, folder)
+    result = calibrate(job["measure"], folder) if "measure" in job else train_and_score(job, folder)
     write_json(folder / "result.json", result)
     return result
 
@@ -116,65 +116,73 @@ def of_curve(curve: Sequence[tuple[int, float]]) -> dict[str, float]:
     return {"quarter": float(quarter), "plateau": float(last), "rise": float(last - third)}
 
 
-UNTIMED = 3  # first steps of a round
-
-
 LONG = 20.0  # seconds after which a round has enough steps
 LEAST = 3  # timed steps of a round, however long they are
 
 
 class _Clock(TrainerCallback):
-    """Records the time at the end of every step; stops after ``steps`` timed ones, or by itself where they are long."""
+    """Records the time at the end of every step; stops after ``steps`` timed ones, or by itself where they are long.
 
-    def __init__(self, steps: int | None) -> None:
+    The first ``untimed`` steps do not count.
+    """
+
+    def __init__(self, untimed: int, steps: int | None) -> None:
         self.ends: list[float] = []
-        self.steps = steps
+        self.untimed, self.steps = untimed, steps
+
+    @property
+    def taken(self) -> list[float]:
+        """Seconds of each timed step."""
+        return [after - before for before, after in pairwise(self.ends[self.untimed - 1 :])]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():  # so far it has only queued the step's work
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-        timed = len(self.ends) - UNTIMED
-        long = timed >= LEAST and self.ends[-1] - self.ends[UNTIMED - 1] > LONG
+        timed = len(self.ends) - self.untimed
+        long = timed >= LEAST and self.ends[-1] - self.ends[self.untimed - 1] > LONG
         control.should_training_stop |= long if self.steps is None else timed >= self.steps
 
 
-def calibrate(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Measures the cost of a step of every run, for runs of equal cost.
+def calibrate(runs: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """Measures the cost of a step of every run.
 
     Makes a few real steps of each, with nothing beside. Other work of the machine only adds to a step's time, and comes
     and goes. So the runs take turns for several rounds, and the fastest time of each step counts. ``steps.json`` in the
     folder has the seconds of all steps by run and round as they come.
 
     Args:
-        job: ``rounds`` and the timed ``steps`` of each, of which as many are made as fit in :data:`LONG` seconds, and
-            the ``runs`` by name: the ``recipe``, that of the ``root`` with a model of its shape, and the ``test`` set.
+        runs: By name the ``recipe``, that of the ``root`` with a model of its shape, and the ``test`` set; the number of
+            ``rounds`` and the timed ``steps`` of each, of which as many are made as fit in :data:`LONG` seconds, after
+            ``untimed`` ones.
     Returns:
         By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
         ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
         that of the next; the seconds of ``scoring`` once.
     """
-    runs = job["runs"]
-    trainers = {name: _trainer(run, folder, UNTIMED + job["steps"]) for name, run in runs.items()}
+    trainers = {name: _trainer(run, folder) for name, run in runs.items()}
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for number in range(job["rounds"]):
+    for number in range(max(run["rounds"] for run in runs.values())):
         for name, trainer in trainers.items():
-            clock = _Clock(len(taken[name][0]) if number else None)
-            trainer.add_callback(clock)
-            trainer.train()
-            trainer.remove_callback(clock)
-            taken[name].append([after - before for before, after in pairwise(clock.ends[UNTIMED - 1 :])])
-            write_json(folder / "steps.json", taken)
+            if number < runs[name]["rounds"]:
+                clock = _Clock(runs[name]["untimed"], len(taken[name][0]) if number else None)
+                trainer.add_callback(clock)
+                trainer.train()
+                trainer.remove_callback(clock)
+                taken[name].append(clock.taken)
+                write_json(folder / "steps.json", taken)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    result = {}
+    result, scoring = {}, dict[str, float]()  # by held-out set
     for name, trainer in trainers.items():
         batches, temperature = trainer.batches, from_dict(runs[name]["recipe"]).loss.temperature
+        if (test := runs[name]["test"]) not in scoring:
+            scoring[test] = _seconds_of_scoring(trainer, runs[name])
         result[name] = {
-            "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(UNTIMED)),
+            "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(runs[name]["untimed"])),
             "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
             "threads": torch.get_num_threads(),
             **seconds_of(taken[name]),
-            "scoring": _seconds_of_scoring(trainer, runs[name]),
+            "scoring": scoring[test],
         }
     return result
 
@@ -188,10 +196,15 @@ def seconds_of(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"seconds": statistics.mean(quickest), "spread": max(means) / min(means) - 1}
 
 
-def _trainer(run: Mapping[str, Any], folder: Path, count: int) -> MuCoTrainer:
+def _trainer(run: Mapping[str, Any], folder: Path) -> MuCoTrainer:
     """A trainer for a few steps that saves nothing, with a model of the right shape; its weights do not matter."""
     values = run["recipe"]
-    steps = {"max_steps": count, "warmup_steps": UNTIMED, "save_strategy": "no", "eval_strategy": "no"}
+    steps = {
+        "max_steps": run["untimed"] + run["steps"],
+        "warmup_steps": run["untimed"],
+        "save_strategy": "no",
+        "eval_strategy": "no",
+    }
     recipe = from_dict({**values, "output": str(folder / "run"), "trainer": {**values["trainer"], **steps}})
     root = from_dict(run["root"])
     set_seed(recipe.seed)

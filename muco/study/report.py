@@ -207,8 +207,8 @@ def _page(study: Study, found: Mapping[str, Any], command: str) -> str:
         lines += [*_compared(study, found), ""]
     if study.grid:
         lines += [*_tuned(study, found), ""]
-    if found.get("costs"):
-        lines += [*_costs(found["costs"]), ""]
+    if costs := {name: cost for name, cost in found.get("costs", {}).items() if name in study.exactly}:
+        lines += [*_costs(costs), ""]
     lines += [f"- {note}" for note in study.notes]
     scored = ", with the scores on the way" if study.curve else ""
     lines.append(f"- Seconds are those of training{scored}, whatever else the machine did; operations are counted.")

@@ -36,7 +36,8 @@ from muco.study.design import Costs, Run, Sets, Study, filled, folder_of, recipe
 from muco.study.estimate import half_width
 
 POLL = 0.2  # seconds
-ROUNDS, TIMED = 3, 12  # of every run, and steps of a round that are timed
+ROUNDS, TIMED, UNTIMED = 3, 12, 3  # of a run whose seconds must be known well; timed steps of a round, and those before
+SHARE = 20  # of the steps of another run, one in so many is timed, in one round
 UNSTEADY = 0.2  # spread of rounds that a quiet machine stays below
 TUNING_SEED = 1000  # the first of those that settings are chosen with
 TAIL = 2000  # characters shown of a failed run's log
@@ -173,12 +174,19 @@ def _costs(study: Study, output: Path, seed: int, jobs: int, scale: float, sets:
         def recipe(run: Run) -> dict[str, Any]:
             return recipe_of(study, run, seed, scale, output, costs=any_steps, sets=sets)
 
+        def how_often(run: Run) -> dict[str, int]:
+            if run.name in study.exactly:
+                return {"rounds": ROUNDS, "steps": TIMED, "untimed": UNTIMED}
+            steps, _ = steps_of(study, run, scale, any_steps)
+            return {"rounds": 1, "steps": min(TIMED, -(-steps // SHARE)), "untimed": 1}
+
         runs = {
             run.name: {
                 "recipe": recipe(run),
                 "root": recipe(root_of(study, run)),
                 "test": filled(run.test or study.test, output, sets),
                 **({"format": sets.format} if sets else {}),
+                **how_often(run),
             }
             for run in missing
         }
@@ -188,12 +196,12 @@ def _costs(study: Study, output: Path, seed: int, jobs: int, scale: float, sets:
 
 
 def _measured(study: Study, folder: Path, runs: dict[str, Any], jobs: int) -> dict[str, Any]:
-    process = _start(folder, {"rounds": ROUNDS, "steps": TIMED, "runs": runs}, jobs)
+    process = _start(folder, {"measure": runs}, jobs)
     with progress_bar(f"{study.name}, cost of a step") as progress:
         try:
             while process.poll() is None:
                 rounds = json.loads(steps.read_text()) if (steps := folder / "steps.json").is_file() else {}
-                progress(sum(map(len, rounds.values())), len(runs) * ROUNDS)
+                progress(sum(map(len, rounds.values())), sum(run["rounds"] for run in runs.values()))
                 time.sleep(POLL)
         finally:
             _stop([process])
