@@ -152,9 +152,9 @@ def calibrate(runs: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, 
     folder has the seconds of all steps by run and round as they come.
 
     Args:
-        runs: By name the ``recipe``, that of the ``root`` with a model of its shape, and the ``test`` set; the number of
-            ``rounds`` and the timed ``steps`` of each, of which as many are made as fit in :data:`LONG` seconds, after
-            ``untimed`` ones.
+        runs: By name the ``recipe``, that of the ``root`` with a model of its shape, and the ``test`` set; the number
+            of ``rounds`` and the timed ``steps`` of each, of which as many are made as fit in :data:`LONG` seconds,
+            after ``untimed`` ones.
     Returns:
         By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
         ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
