@@ -156,7 +156,8 @@ def calibrate(runs: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, 
             of ``rounds`` and the timed ``steps`` of each, of which as many are made as fit in :data:`LONG` seconds,
             after ``untimed`` ones.
     Returns:
-        By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward; ``threads`` of torch;
+        By run: mean ``pairs`` of a step; ``flops`` of the first one, forward and backward, where there are several
+        rounds; ``threads`` of torch;
         ``seconds`` and ``spread``, see :func:`seconds_of`, from the end of one step, batch and optimizer included, to
         that of the next; the seconds of ``scoring`` once.
     """
@@ -175,11 +176,12 @@ def calibrate(runs: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, 
     result, scoring = {}, dict[str, float]()  # by held-out set
     for name, trainer in trainers.items():
         batches, temperature = trainer.batches, from_dict(runs[name]["recipe"]).loss.temperature
+        exact = runs[name]["rounds"] > 1
         if (test := runs[name]["test"]) not in scoring:
             scoring[test] = _seconds_of_scoring(trainer, runs[name])
         result[name] = {
             "pairs": statistics.mean(len(batches[step]["ids"]) for step in range(runs[name]["untimed"])),
-            "flops": step_flops(trainer.model, batches[0], temperature=temperature).total,
+            "flops": step_flops(trainer.model, batches[0], temperature=temperature).total if exact else None,
             "threads": torch.get_num_threads(),
             **seconds_of(taken[name]),
             "scoring": scoring[test],

@@ -18,7 +18,7 @@ from muco import processor as processor_module
 from muco.batch import join, split
 from muco.data import open_data
 from muco.data.source import InMemory
-from muco.images import image_digest, open_image
+from muco.images import image_digest, opened_image
 from muco.loss import MultiTurnLoss, multi_turn_info_nce
 from muco.masks import tree_mask
 from muco.negatives import TurnIds
@@ -430,7 +430,9 @@ def test_what_is_wrong_with_a_sample_concerns_no_other(scenes, tiny_model, tmp_p
     mixture = Mixture([9], [1.0], 9, 0)
     monkeypatch.setattr(batches_module, "PART", 2)
     opened = []
-    monkeypatch.setattr(processor_module, "open_image", lambda image, **more: opened.append(image) or open_image(image))
+    monkeypatch.setattr(
+        processor_module, "opened_image", lambda image, **_: opened.append(image) or opened_image(image)
+    )
     batches = TrainingBatches(
         [rows],
         mixture,
