@@ -230,7 +230,7 @@ def _compared(study: Study, found: Mapping[str, Any]) -> list[str]:
             f"{study.level:.2%} each)"
         )
         how += f"; equal: within ± {study.margin:g} points." if study.margin is not None else "."
-    head = [*titles, measure] if judged else titles
+    head = [*titles, "shown"] if judged else titles
     return [f"Differences in points, paired by seed.{how}", "", *markdown_table(head, rows)]
 
 
