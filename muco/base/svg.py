@@ -153,13 +153,17 @@ def _line(name: str, marks: Sequence[Mark], x: Place, y: Place, ink: str) -> lis
 
 
 def _upwards(marks: Sequence[Mark]) -> tuple[float, float]:
-    """The range of the picture: zero, all values, and their intervals up to a width that says something."""
+    """The range of the picture: zero, all values, and their intervals up to a width that says something.
+
+    Below zero only where a value is.
+    """
     ends = [0.0]
     for mark in marks:
         half = 0.0 if math.isnan(mark.half) else min(mark.half, 40.0)
         ends += [mark.y - half, mark.y + half]
-    pad = max(0.06 * (max(ends) - min(ends)), 1e-6)
-    return min(ends) - (pad if min(ends) < 0 else 0), max(ends) + pad
+    low = min(ends) if any(mark.y < 0 for mark in marks) else 0.0
+    pad = max(0.06 * (max(ends) - low), 1e-6)
+    return low - (pad if low < 0 else 0), max(ends) + pad
 
 
 def loss_curve(
