@@ -248,12 +248,10 @@ def _tuned(study: Study, found: Mapping[str, Any]) -> list[str]:
     settings = list(study.grid.settings)
     rows = []
     for name, own in found["tuning"].items():
-        means = {one: 100 * float(np.mean(own[one])) for one in settings}
-        cells = [f"**{means[one]:.1f}**" if one == found["chosen"][name] else f"{means[one]:.1f}" for one in settings]
-        rows.append([name, *cells])
+        rows.append([name, *(f"{100 * float(np.mean(own[one])):.1f}" for one in settings), found["chosen"][name]])
     seeds = f"{study.grid.seeds} seed{'s' if study.grid.seeds > 1 else ''}"
     title = f"Chosen for each run on the dev set, by '{study.columns[0].title}' of trainings with {seeds} of their own:"
-    return [title, "", *markdown_table(["run", *settings], rows)]
+    return [title, "", *markdown_table(["run", *settings, "chosen"], rows)]
 
 
 def _made(found: Mapping[str, Any], command: str) -> str:
