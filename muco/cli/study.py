@@ -20,7 +20,7 @@ def study(
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="DIR", help="Folder for data, runs and the page.")
     ] = None,
-    seeds: Annotated[int | None, Option(min=1, help="Seeds per run, 3 or 5 by the study; more can come later.")] = None,
+    seeds: Annotated[int | None, Option(min=1, help="Seeds per run, 3 or 8 by the study; more can come later.")] = None,
     first_seed: Annotated[int, Option(min=0, help="First seed; use fresh ones for a second look.")] = 0,
     scale: Annotated[float, Option(help="Scale of data and steps: 0.1 takes a tenth of the time.")] = 1.0,
     jobs: Annotated[int, Option(min=1, help="Simultaneous runs, which share the cores.")] = 1,
