@@ -208,7 +208,7 @@ def plain(model: Model, files: Sequence[Path]) -> np.ndarray:
 
 
 def in_batches(model: Model, files: Sequence[Path], threads: int, opened: Callable[[Any], Any]) -> np.ndarray:
-    """As ``muco embed`` does, with so many threads that open images beside the model."""
+    """As ``muco embed`` does; ``threads`` threads open images beside the model."""
     rows = (Row(number, "", "", "", (file,)) for number, file in enumerate(files))
     ready = opened_rows(rows, 32, opened, threads=threads) if threads else (open_row(row, opened) for row in rows)
     encode = partial(model.encode, show_progress_bar=False)

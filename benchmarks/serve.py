@@ -53,7 +53,7 @@ def made_model(folder: Path) -> tuple[Path, Path]:
 
 
 def made_requests(scenes: Path, images: float, items: int = 1) -> list[bytes]:
-    """HTTP requests of so many items each, ``images`` of them (0 to 1) with an image."""
+    """HTTP requests of ``items`` items each; a share of them, ``images`` (0 to 1), has an image."""
     rows, made = open_data(scenes), []
     for number in range(len(rows)):
         sample = rows[number]

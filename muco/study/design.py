@@ -115,6 +115,7 @@ class Study:
         for place, run in enumerate(self.runs):
             assert run.start is None or run.start in names[:place], f"{run.name} starts from a run that is not there"
             assert run.equal is None or run.equal.to in names[:place], f"{run.name} equals a run that is not there"
+        assert self.grid is None or not any(run.start for run in self.runs), "a grid has no runs for starts"
         assert all(name in names for pair in self.compared for name in pair), f"{self.name}: compares what is not run"
 
     def run(self, name: str) -> Run:

@@ -37,7 +37,7 @@ from muco.study.estimate import half_width
 
 POLL = 0.2  # seconds
 ROUNDS, TIMED, UNTIMED = 3, 12, 3  # of a run whose seconds must be known well; timed steps of a round, and those before
-SHARE = 20  # of the steps of another run, one in so many is timed, in one round
+SHARE = 20  # of another run, one step in 20 is timed, in one round
 UNSTEADY = 0.2  # spread of rounds that a quiet machine stays below
 TUNING_SEED = 1000  # the first of those that settings are chosen with
 TAIL = 2000  # characters shown of a failed run's log

@@ -164,7 +164,8 @@ def _memory(
 ) -> dict[str, float]:
     """GiB of one device: what it holds all the time, the largest pass, features of frozen vision, and the loss."""
     dtype = torch.bfloat16 if bf16 else model.get_decoder().dtype
-    masked = recipe.turns.mode == "isolated" and measured.turns.max() > 1 and recipe.model.attention != "flex"
+    isolated = "isolated" in (recipe.turns.mode, recipe.turns.of_targets)
+    masked = isolated and measured.turns.max() > 1 and recipe.model.attention != "flex"
     share, budget = step["samples_per_device"], recipe.batch.token_budget or UNLIMITED
 
     def activations(rows: int, tokens: int) -> int:
@@ -184,7 +185,7 @@ def _memory(
         # vectors of all turns of all devices with their gradients, and blocks of scores
         "loss": 2 * 4 * turns * width * 4 + min(turns**2 * 4, 1 << 28) * 3,
     }
-    if recipe.turns.mode == "isolated" and (sizes := state_bytes(model)):  # of recurrent layers, each turn has one
+    if isolated and (sizes := state_bytes(model)):  # of recurrent layers, each turn has one
         rows = max(1.0, share / step["passes_per_device"]) if step["cached"] else share
         layers = max(sizes) if recipe.model.activation_checkpointing else sum(sizes)
         memory["states"] = round(rows * float(measured.turns.mean())) * layers
