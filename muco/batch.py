@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from muco.dialogue import Dialogue
-from muco.layout import Row, Truncate, prepare
+from muco.layout import TokenRow, Truncate, prepare
 from muco.processor import Processor
 
 
@@ -77,12 +77,12 @@ def collate(
     return stack(rows, processor, padding_side=padding_side)
 
 
-def stack(rows: Sequence[Row], processor: Processor, *, padding_side: str = "right") -> DialogueBatch:
+def stack(rows: Sequence[TokenRow], processor: Processor, *, padding_side: str = "right") -> DialogueBatch:
     """The batch of dialogues that are prepared one by one; at least one."""
     length = max(len(row.ids) for row in rows)
     starts = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
 
-    def padded(values: Callable[[Row], Any], fill: int, *axes: int) -> Tensor:
+    def padded(values: Callable[[TokenRow], Any], fill: int, *axes: int) -> Tensor:
         table = np.full((*axes, len(rows), length), fill, dtype=np.int64)
         for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
             table[..., b, start : start + len(row.ids)] = values(row)
@@ -105,7 +105,7 @@ def stack(rows: Sequence[Row], processor: Processor, *, padding_side: str = "rig
     return batch | _images_of_rows(rows)
 
 
-def _images_of_rows(rows: Sequence[Row]) -> dict[str, Any]:
+def _images_of_rows(rows: Sequence[TokenRow]) -> dict[str, Any]:
     images = [(b, image) for b, row in enumerate(rows) for image in row.images]
     if not images:
         return {}

@@ -83,6 +83,7 @@ class Content:
         return not self.text and not self.images
 
 
+BLANK = Content(" ")  # what a content becomes of which nothing is left, for models embed no empty content
 ContentLike = Union[Content, str, Path, bytes, "Image", Mapping[str, Any]]  # what :func:`as_content` reads
 
 

@@ -28,7 +28,7 @@ CUTS = 8  # what is left of a text that is cut between two tokens may be read as
 
 
 @dataclass
-class Row:
+class TokenRow:
     """One dialogue's tokens and images before padding."""
 
     ids: list[int] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Row:
 
 def prepare(
     dialogue: Dialogue, processor: Processor, *, truncate: Truncate = "NONE", max_tokens: int | None = None
-) -> Row:
+) -> TokenRow:
     """Tokenises a dialogue and opens its images; arguments and errors are those of :func:`collate`."""
     limit = min((n for n in (max_tokens, processor.max_tokens) if n is not None), default=sys.maxsize)
     processor.guard.check(dialogue)
@@ -91,9 +91,9 @@ def _check_images(dialogue: Dialogue, processor: Processor) -> None:
         )
 
 
-def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> Row:
+def _laid_out(dialogue: Dialogue, images: list[EncodedImage], processor: Processor) -> TokenRow:
     prompt = processor.template.prompt(dialogue)
-    row = Row(images=images)
+    row = TokenRow(images=images)
     row.tree = dialogue.isolated and len(dialogue.turns) > 1
     position = row.append(_part(prompt.trunk, images, processor), 0, 0)
     trunk = len(row.ids)

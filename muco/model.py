@@ -79,7 +79,7 @@ class Model(SentenceTransformer):
         Args:
             inputs: One input, or several: a list, a column of a table, a generator, …
             kwargs: Those of ``SentenceTransformer.encode``: ``batch_size``, ``show_progress_bar``; ``truncate_dim`` for
-                shorter vectors (Matryoshka), ``precision`` for quantised ones, …
+                shorter vectors (Matryoshka; None: the model's own), ``precision`` for quantised ones, …
         Returns:
             float32 [n, dim] in the order of the inputs, L2-normalised, shortened ones too ([dim] for one input).
         Raises:
@@ -89,9 +89,10 @@ class Model(SentenceTransformer):
         """
         if self.is_singular_input(inputs):
             return self.encode([inputs], **kwargs)[0]
-        asked = kwargs.setdefault("truncate_dim", self.truncate_dim)
-        dimension = checked_dimension(asked, self.encoder.get_embedding_dimension())
-        if asked is not None:
+        asked = self.truncate_dim if kwargs.get("truncate_dim") is None else kwargs["truncate_dim"]
+        whole = self.encoder.get_embedding_dimension()
+        kwargs["truncate_dim"] = dimension = checked_dimension(asked, whole)
+        if dimension < whole:
             kwargs["normalize_embeddings"] = True  # the library leaves what it has cut shorter than 1
         # The library sorts inputs by length, which it knows for mappings of strings and Pillow images. Its order is not
         # the caller's, so each input takes along the number by which an error names it.
@@ -185,7 +186,8 @@ class Model(SentenceTransformer):
 
     def _embed_each(self, dialogues: Sequence[Dialogue]) -> list[Tensor]:
         contents = [Content(turn.text, d.context + turn.images) for d in dialogues for turn in d.turns]
-        alone = self.encode(contents, convert_to_tensor=True, truncate_dim=None, show_progress_bar=False)
+        whole = self.encoder.get_embedding_dimension()
+        alone = self.encode(contents, convert_to_tensor=True, truncate_dim=whole, show_progress_bar=False)
         return list(alone.split([len(dialogue.turns) for dialogue in dialogues]))
 
     @property

@@ -38,11 +38,11 @@ from muco.demo.stages import RECIPE as RECIPE_OF_DEMO
 from muco.starter import packages
 from muco.starter.halves import language_half, vision_half
 from muco.starter.join import join, joined
-from muco.study.design import Column, Equal, Grid, Run, Study
+from muco.study.design import Column, Curve, Equal, Grid, Run, Study
 from muco.study.generative import learn_to_answer
 from muco.study.report import print_study, write_report
 from muco.study.run import run_study
-from muco.study.turns import MARGIN, RATES, THE_START
+from muco.study.turns import RATES, THE_START
 from muco.training.recipe import load_recipe, to_dict
 
 STEPS = 45  # of the run whose seconds all others get; about half an epoch
@@ -190,6 +190,8 @@ def prepare_scenes(folder: Path, scale: float, *, source: Path | None) -> None:
 ALL, ONE, ONE_OF_MORE = "k = 4, 32 pictures", "k = 1, 32 pictures", "k = 1, 128 pictures"
 PAPERS, NO_LEAK = "compounded, 32 pictures", "compounded, one order per batch, own other targets are negatives"
 REAL_STEPS, ANSWER_STEPS = 40, 150  # of the run whose seconds others get, and of the start
+MEASURE = "caption_to_image@10"
+MARGIN, SPREAD = 2.0, 2.0  # points; of a difference from seed to seed, in the study of halves (docs/log.md, 2026-11-28)
 
 
 def turns(pictures: Path, source: Path | None) -> Study:
@@ -213,7 +215,10 @@ def turns(pictures: Path, source: Path | None) -> Study:
             ),
         ),
         columns=(
-            Column("title to image, hit@10", ("caption_to_image@10",)),
+            Column("title to image, hit@10", (MEASURE,)),
+            Column("after a quarter", ("quarter",)),
+            Column("plateau", ("plateau",)),
+            Column("rise", ("rise",)),
             Column("image to title, hit@10", ("image_to_caption@10",)),
             Column("title to image, hit@1", ("caption_to_image",)),
         ),
@@ -231,11 +236,15 @@ def turns(pictures: Path, source: Path | None) -> Study:
         ),
         margin=MARGIN,
         grid=Grid(RATES, dev="{data}/openclipart/dev.jsonl"),
+        curve=Curve(MEASURE, points=4, reach=5.0),
+        spread=SPREAD,
         notes=(
             "Every run starts from the same file: the base of published halves, whose connector has learnt to answer "
             "the questions of half of the training pictures; `data/start/generative.json` says how well. All train the "
             "connector and adapters on the other half, with its titles, keywords and the names of the tower's classes, "
             "in bfloat16. Rates are constant after a short rise.",
+            "After a quarter: the measure after a quarter of the steps. Plateau: its mean over the last quarter; rise: "
+            "by how much that is above the mean over the quarter before.",
         ),
     )
 

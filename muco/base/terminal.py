@@ -51,9 +51,10 @@ def print_json(result: Any) -> None:
 
 
 def print_pairs(result: Mapping[str, Any], console: Console) -> None:
-    """One line per key."""
-    width = max(map(len, result))
-    for key, value in result.items():
+    """One line per key that has a value."""
+    said = {key: value for key, value in result.items() if value is not None and value != {}}
+    width = max(map(len, said))
+    for key, value in said.items():
         if isinstance(value, Mapping):
-            value = ", ".join(f"{name}: {inner}" for name, inner in value.items()) or None
+            value = ", ".join(f"{name}: {inner}" for name, inner in value.items())
         console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -102,7 +102,9 @@ def index(
 def search(
     index: Place,
     text: Annotated[str | None, Option("--text", "-t", help="Text to search for.")] = None,
-    image: Annotated[Path | None, Option(help="An image to search for; with --text, both form one query.")] = None,
+    image: Annotated[
+        Path | None, Option(exists=True, dir_okay=False, help="An image to search for; with --text, one query of both.")
+    ] = None,
     like: Annotated[str | None, Option(metavar="ID", help="Find rows like this one.")] = None,
     k: Annotated[int, Option("-k", min=1, help="Number of rows to find.")] = 10,
     where: Annotated[str | None, Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')] = None,

@@ -25,7 +25,7 @@ from muco.base.text import read_text
 from muco.data.judged import LinePool, Query
 from muco.data.left_out import LeftOut
 from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
-from muco.dialogue import Content
+from muco.dialogue import BLANK, Content
 from muco.errors import DataError
 
 Key = tuple[int, str, str]  # data set, modality of the query, modality of the candidates
@@ -47,7 +47,6 @@ QUERY: Keys = ("query_modality", "query_txt", "query_img_path")
 CANDIDATE: Keys = ("modality", "txt", "img_path")
 NUMBERS = 10_000_000  # candidates that a data set may number
 FORM = "M-BEIR 1"  # of a candidate's content, see ``format_string``
-BLANK = " "  # what a text becomes of which nothing is left, for models embed no empty content
 
 _ID = re.compile(r"(0|[1-9][0-9]{0,2}):(0|[1-9][0-9]{0,6})", re.ASCII)
 
@@ -130,7 +129,7 @@ def candidate_of(row: JsonObject, modality: str, data: Path, where: str) -> Cont
     """The content of a line of a pool, which must be of that modality."""
     text, image = sides_of(row, CANDIDATE, modality, data, where)
     content = Content(format_string(text), (image,) if image else ())
-    return Content(BLANK) if content.empty else content
+    return BLANK if content.empty else content
 
 
 def read_queries(

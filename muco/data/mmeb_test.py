@@ -29,7 +29,7 @@ from muco.data.lines import TOKEN, errors_at, without_token
 from muco.data.mmeb_lists import Question
 from muco.data.mmeb_sets import DATA_SETS, NAMES, DataSet
 from muco.data.parquet import batches, read_header, require_columns
-from muco.dialogue import Content
+from muco.dialogue import BLANK, Content
 from muco.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ COLUMNS = {
     "split": ("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "tgt_text", "tgt_img_path"),
 }
 IMAGES = {"v1": "eval_images", "split": "image-tasks"}
-BLANK = Content(" ")  # what an empty candidate becomes, for models embed no empty content
 BATCH_ROWS = 16  # read at once: each has a list of some thousand candidates
 ROWS = 1000  # queries of every published data set
 

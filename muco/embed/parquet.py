@@ -93,8 +93,7 @@ def embed(
         from muco.model import loaded
 
         model = loaded(model, precision=precision)
-        whole = model.get_embedding_dimension()
-        dimension = checked_dimension(dimension, whole)
+        dimension = checked_dimension(dimension, model.get_embedding_dimension())
         run = {
             "model": model.fingerprint,
             "dimension": str(dimension),
@@ -113,8 +112,7 @@ def embed(
         if (resumed := parts.rows) and not finished:
             say(f"{output}: resuming after {resumed} rows")
         if not finished:
-            short = {"truncate_dim": dimension} if dimension < whole else {}
-            encode = partial(model.encode, show_progress_bar=False, **short)
+            encode = partial(model.encode, show_progress_bar=False, truncate_dim=dimension)
             opened = opened_rows(source.rows(resumed), 2 * batch_size, model.opened)
             with rows_bar(console, shown=console.is_terminal if progress is None else progress) as bar, closing(opened):
                 task = bar.add_task("embed", total=source.total, completed=resumed)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from muco.data.mmeb_sets import DATA_SETS, METAS, NAMES
-from muco.data.mmeb_test import BLANK, find_files, open_set
+from muco.data.mmeb_test import find_files, open_set
+from muco.dialogue import BLANK
 from muco.evaluate.benchmark import Progress, TaskResult, mean_of
 from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark, check_queries, chosen_tasks, refuse_missing

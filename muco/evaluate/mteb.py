@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from muco.dialogue import Content
+from muco.dialogue import BLANK, Content
 from muco.errors import DataError, MucoError
 from muco.evaluate.cache import Book
 from muco.sizes import checked_dimension
@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader
 from muco.model import Model, load
 
 MODALITIES = ("text", "image")
-BLANK = " "  # what a row becomes that has neither text nor image, for models embed no empty content
 INSTRUCTIONS = (
     "a task's prompt is put before its queries in retrieval, and before every input of other tasks; "
     "where a query's data have an instruction, that one alone"
@@ -108,7 +107,7 @@ class MtebEncoder(AbsEncoder):
         vectors: list[np.ndarray] = []
         row = blanks = 0
         for contents in _joined((_contents(batch, instruction, task) for batch in _batches(inputs, task)), batch_size):
-            blanks += sum(content.text == BLANK and not content.images for content in contents)
+            blanks += sum(content == BLANK for content in contents)
             places = [f"{task}, {hf_split}, {hf_subset}, {side} {row + number}" for number in range(len(contents))]
             vectors.append(self._vectors(contents, places, batch_size))
             row += len(contents)
@@ -268,4 +267,4 @@ def _content(text: Any, image: Any, instruction: str, task: str) -> Content:
             known = "a text" if kind is str else "a Pillow image"
             raise DataError(f"{task}: the column {column!r} holds a {type(value).__name__}, not {known}")
     said = " ".join(part for part in (instruction, text) if part)
-    return Content(said or ("" if image is not None else BLANK), () if image is None else (image,))
+    return Content(said, () if image is None else (image,)) if said or image is not None else BLANK

@@ -164,7 +164,8 @@ def _cast(model: Model, dtype: torch.dtype, *, separate: bool) -> bool:
 
 def _vectors(model: Model) -> dict[str, Any]:
     inputs = examples(several_images=model.encoder.muco_processor.several_images)
-    return dict(zip(inputs, model.encode([*inputs.values()], truncate_dim=None), strict=True))
+    whole = model.encoder.get_embedding_dimension()
+    return dict(zip(inputs, model.encode([*inputs.values()], truncate_dim=whole), strict=True))
 
 
 def _write(model: Model, folder: Path, format: Format, *, separate: bool) -> None:

@@ -46,8 +46,7 @@ def thumbnail(image: Any) -> bytes:
 
 def encoded(model: Model, dimension: int, batch_size: int, rows: Iterable[Row]) -> Iterator[Encoded]:
     """Each row with its vector or its error, and the thumbnail of its image."""
-    short = {"truncate_dim": dimension} if dimension < model.get_embedding_dimension() else {}
-    encode = partial(model.encode, show_progress_bar=False, **short)
+    encode = partial(model.encode, show_progress_bar=False, truncate_dim=dimension)
     opening = opened_rows(rows, 2 * batch_size, model.opened)
     with ThreadPoolExecutor(DECODERS) as pool, closing(opening) as opened:
         for batch in in_batches(opened, batch_size):

@@ -135,9 +135,8 @@ class Index(Table):
     def encode(self, content: Mapping[str, Any]) -> np.ndarray:
         """The vector of a query, float32 [dimension]; one thread at a time."""
         model = self.model
-        short = {"truncate_dim": self.dimension} if self.dimension < model.get_embedding_dimension() else {}
         with self._encoding:
-            return model.encode([dict(content)], show_progress_bar=False, **short)[0]
+            return model.encode([dict(content)], show_progress_bar=False, truncate_dim=self.dimension)[0]
 
     def _unit(self, vector: Sequence[float] | np.ndarray) -> np.ndarray:
         try:

@@ -130,7 +130,7 @@ class ScreenProgress(TrainerCallback):
             text = f"loss {float(logs['loss']):.3f}  lr {float(logs['learning_rate']):.1e}  {speed:.2f} s/step"
             skipped = self.record.own["skipped"]
             return text + (f"  {skipped} samples skipped" if skipped else "")
-        scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if "hit@1" in k]
+        scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if k.endswith("hit@1")]
         return "  ".join(scores[:4])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class RetrievalEvaluator(BaseEvaluator):
     def __call__(
         self, model: Model, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """hit@1 and MRR of every task (0 to 1), and ``collapsed`` (1 if the vectors are one point or not finite).
+        """hit@1, hit@10 and MRR of every task (0 to 1); ``collapsed``: 1 if the vectors are one point or not finite.
 
         The primary metric is hit@1 of image_to_caption, else of answer, else of the first task that the data has.
         """
@@ -211,7 +211,7 @@ class RetrievalEvaluator(BaseEvaluator):
         metrics = {"collapsed": float(result["collapsed"])}
         for name, scores in result["tasks"].items():
             scores = scores.get("mean", scores)
-            metrics |= {f"{name}_hit@1": scores["hit@1"], f"{name}_mrr": scores["mrr"]}
+            metrics |= {f"{name}_{metric}": scores[metric] for metric in ("hit@1", "hit@10", "mrr")}
         first = next(name for name in ("image_to_caption", "answer", *result["tasks"]) if name in result["tasks"])
         self.primary_metric = f"{first}_hit@1"
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)

@@ -197,9 +197,10 @@ def _own(loss: nn.Module | None) -> dict[str, nn.Parameter]:
 
 
 def _scores(entry: dict[str, Any]) -> dict[str, float]:
-    """hit@1 on the validation set by task, of a line of the log that has it."""
-    found = {name: value for name, value in entry.items() if name.startswith("eval_") and name.endswith("_hit@1")}
-    return {name.removeprefix("eval_").removesuffix("_hit@1"): value for name, value in found.items()}
+    """hit@1 on the validation set by task, and hit@10 as ``task@10``, of a line of the log that has them."""
+    names = {"_hit@1": "", "_hit@10": "@10"}
+    parts = [(*name.removeprefix("eval_").rpartition("_hit@"), value) for name, value in entry.items()]
+    return {f"{task}{names[metric + k]}": value for task, metric, k, value in parts if metric + k in names}
 
 
 def assign_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from muco.batch import DialogueBatch, stack
 from muco.data.same import content_key, target_key
 from muco.dialogue import Content, Positions, Sample, Turn, query_dialogue, target_dialogue
-from muco.layout import Row, prepare
+from muco.layout import TokenRow, prepare
 from muco.negatives import SampleIds, TurnIds
 from muco.processor import Processor
 from muco.reconstruction import reconstruction_dialogues
@@ -55,9 +55,9 @@ class Prepared:
     """A sample as rows of tokens and pixels, and what the loss has to know of its turns."""
 
     place: str
-    query: Row
-    target: Row  # one dialogue; isolated targets that occur twice in it are embedded once
-    hard: list[Row]  # a dialogue per hard negative
+    query: TokenRow
+    target: TokenRow  # one dialogue; isolated targets that occur twice in it are embedded once
+    hard: list[TokenRow]  # a dialogue per hard negative
     ids: SampleIds
 
 
@@ -121,7 +121,7 @@ def prepare_pair(
     )
 
 
-def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processor, *, isolated: bool) -> list[Row]:
+def _hard_negatives(sample: Sample, turns: Sequence[Chosen], processor: Processor, *, isolated: bool) -> list[TokenRow]:
     dialogues = (target_dialogue(sample, [own], isolated=isolated) for turn in turns for own in turn.negatives)
     return [prepare(dialogue, processor) for dialogue in dialogues]
 

@@ -7,6 +7,7 @@ step (:mod:`muco.step`), loss (:mod:`muco.loss`) and checkpoints.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     with distributed.claimed(output):
         finished = distributed.first_only(lambda: checkpoint.claim_output(output, facts, resume=resume))
         if finished:
+            if distributed.rank() == 0:
+                print(f"{finished} is trained already; pass another output folder to train anew", file=sys.stderr)
             return finished
         distributed.first_only(lambda: remember(output / DIGESTS_FILE))
         guide = guide_vectors(recipe, sources)

@@ -19,9 +19,10 @@ from mteb.types import PromptType  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from muco.data import open_data  # noqa: E402
+from muco.dialogue import BLANK  # noqa: E402
 from muco.errors import DataError, MucoError  # noqa: E402
 from muco.evaluate.metrics import ndcg_at  # noqa: E402
-from muco.evaluate.mteb import BLANK, MtebEncoder, _contents, model_meta  # noqa: E402
+from muco.evaluate.mteb import MtebEncoder, _contents, model_meta  # noqa: E402
 
 PROMPT = "Find the caption of the scene."
 
@@ -90,7 +91,7 @@ def test_batches_become_contents():
     assert [c.text for c in own] == ["a with data", "Look. b"], "the data have an instruction"
     said = _contents({"text": ["user: a; bot: b"], "conversation": [[{"role": "user", "content": "a"}]]}, "", "t")
     assert said[0].text == "user: a; bot: b"
-    assert [c.text for c in _contents({"text": [""], "image": [None]}, "", "t")] == [BLANK]
+    assert _contents({"text": [""], "image": [None]}, "", "t") == [BLANK]
 
 
 @pytest.mark.parametrize(

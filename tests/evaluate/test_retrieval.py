@@ -577,6 +577,6 @@ def test_the_trainer_logs_the_evaluator(tmp_path):
     expected = evaluate_retrieval(Words(), data, limit=20)["tasks"]
     assert evaluator.primary_metric == "image_to_caption_hit@1"
     for name in ("image_to_caption", "caption_to_image", "within", "blind"):
-        assert logged[f"eval_{name}_hit@1"] == expected[name]["hit@1"]
+        assert [logged[f"eval_{name}_hit@{k}"] for k in (1, 10)] == [expected[name][f"hit@{k}"] for k in (1, 10)]
     assert logged["eval_answer_mrr"] == expected["answer"]["mean"]["mrr"]
     assert logged["eval_collapsed"] == 0.0

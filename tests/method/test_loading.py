@@ -108,6 +108,9 @@ def test_shorter_vectors_are_unit_vectors_wherever_they_are_asked_for(family, tm
     expected = whole.encode(inputs())[:, :8]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert close(short.encode(inputs()), expected) and close(whole.encode(inputs(), truncate_dim=8), expected)
+    assert close(short.encode(inputs(), truncate_dim=None), expected), "None is the model's own"
+    dimension = whole.get_embedding_dimension()
+    assert close(short.encode(inputs(), truncate_dim=dimension), whole.encode(inputs())), "all can be asked for"
     for mode in ("isolated", "compounded"):
         long = whole.encode_turns(image(90, 60, 1), ["a", "b"], mode=mode)[:, :8]
         turns = short.encode_turns(image(90, 60, 1), ["a", "b"], mode=mode)

@@ -85,10 +85,11 @@ def test_a_run_leaves_a_whole_model(finished, scenes):
     assert not any(file.suffix in (".bin", ".pkl", ".pt") for file in folder.rglob("*"))
 
 
-def test_a_finished_run_is_not_run_again(finished):
+def test_a_finished_run_is_not_run_again_and_says_so(finished, capsys):
     recipe, folder = finished
     stamp = (folder / "run.json").stat().st_mtime_ns
     assert muco.train(recipe) == folder and (folder / "run.json").stat().st_mtime_ns == stamp
+    assert f"{folder} is trained already" in capsys.readouterr().err
     with pytest.raises(muco.OutputError, match="already holds this run"):
         muco.train(recipe, resume=False)
 
@@ -317,6 +318,7 @@ def test_validation_runs_during_training(scenes, tmp_path):
     (entry,) = (entry for entry in state["log_history"] if "eval_image_to_caption_hit@1" in entry)
     ((step, scores),) = json.loads((tmp_path / "run" / "model" / "run.json").read_text())["scores"]
     assert step == entry["step"] and scores["image_to_caption"] == entry["eval_image_to_caption_hit@1"]
+    assert scores["answer@10"] == entry["eval_answer_hit@10"] and "collapsed" not in scores
 
 
 @pytest.mark.parametrize("mode", ["isolated", "compounded"])
