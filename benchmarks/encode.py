@@ -163,6 +163,7 @@ def photographs(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any],
                 )
                 for threads in (1, 2, 4)
             },
+            "the same, 2 threads, precision: auto": lambda: by_measure(model, partial(in_batches, model, files, 2)),
         }
         seconds, vectors = rounds_of(ways, 1, warm=False)
     first = next(iter(ways))
@@ -213,6 +214,14 @@ def in_batches(model: Model, files: Sequence[Path], threads: int, opened: Callab
     ready = opened_rows(rows, 32, opened, threads=threads) if threads else (open_row(row, opened) for row in rows)
     encode = partial(model.encode, show_progress_bar=False)
     return np.stack([row.vector for batch in batches(ready, 16) for row in encode_rows(encode, batch)])
+
+
+def by_measure(model: Model, encode: Callable[[Callable[[Any], Any]], np.ndarray]) -> np.ndarray:
+    """In the precision that ``auto`` takes, the measuring included."""
+    compute_in(model, "auto")
+    vectors = encode(model.opened)
+    model.encoder.bfloat16 = None
+    return vectors
 
 
 PARTS = {
