@@ -36,7 +36,7 @@ from muco.sizes import Adapter
 from muco.starter import located
 from muco.stock import small_picture
 from muco.template import EMB
-from muco.vision import base_model, vision_modules, vision_parameters
+from muco.vision import base_model, lay_out_convolutions, vision_modules, vision_parameters
 
 logger = logging.getLogger(__name__)
 # Of the language model: "eager" would add the boolean mask of isolated turns, not apply it. Towers have what they can.
@@ -104,6 +104,7 @@ def load_backbone(
     if added:
         start_reading(model, processor)
     _check_positions(source, model, processor)
+    lay_out_convolutions(model)
     return model.eval(), processor
 
 

@@ -8,7 +8,8 @@
     second pass   chunk ─embed, the same randomness─▶ vectors · their gradients ─▶ d loss / d weights
 
 Value and gradient are those of the plain step; one chunk's activations are in memory at a time (gradient cache: Gao et
-al., arXiv 2101.06983). A step within the budget is made plainly, in one pass over its chunks. The library's cached
+al., arXiv 2101.06983). The largest chunk is the last of the first pass and the first of the second, so that its graph
+is kept and it passes once. A step within the budget is made plainly, in one pass over its chunks. The library's cached
 losses cut rectangles and run the vision tower in both passes; :func:`muco.batch.split` cuts trees of turns, flattened
 images and kept features. The replay of randomness is the library's.
 """
@@ -186,21 +187,25 @@ class TrainingStep:
     def _cached(self, chunks: Sequence[_Chunk], batch: _Batch) -> Tensor | None:
         """The same in chunks; None if memory ran out on any process."""
         memory = _OutOfMemory(caught=not self.sharded)  # else the other processes would wait for our part
-        passed = [*chunks, *self._idle(chunks)]
+        passed = [*sorted(chunks, key=lambda chunk: chunk.tokens), *self._idle(chunks)]
+        kept = None if self.sharded else len(passed) - 1  # FSDP2 wants each backward pass right after its forward pass
         states, vectors = [], []
-        with memory, torch.no_grad():
-            for chunk in passed:
+        with memory:
+            for number, chunk in enumerate(passed):
                 states.append(RandContext(next(self.model.parameters())))
-                vectors.append(self._embed(chunk))
+                with torch.set_grad_enabled(number == kept):
+                    vectors.append(self._embed(chunk))
         if self._failed(memory):
             return None
-        leaves = {side: _side(side, passed, vectors).requires_grad_() for side in SIDES}
+        leaves = {side: _side(side, passed, [v.detach() for v in vectors]).requires_grad_() for side in SIDES}
         loss = self._loss(leaves["query"], leaves["target"], batch)
         loss.backward()
         with memory:
-            for chunk, state in zip(passed, states, strict=True):
-                with state:
-                    replayed = self._embed(chunk)
+            for number in reversed(range(len(passed))):
+                chunk, replayed = passed[number], vectors.pop()
+                if number != kept:
+                    with states[number]:
+                        replayed = self._embed(chunk)
                 gradient = leaves[chunk.side].grad[chunk.turns.to(replayed.device)]
                 (replayed * (gradient if chunk.used else torch.zeros_like(gradient))).sum().backward()
         return None if self._failed(memory) else loss.detach()

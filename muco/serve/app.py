@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 from transformers.utils.hub import cached_file
 
+from muco.base.machine import leave_out_of_collections
 from muco.base.terminal import print_json
 from muco.errors import MucoError
 from muco.precision import Precision
@@ -211,6 +212,7 @@ def _run(served: Served, listener: socket.socket) -> None:
     for name, text in served.instructions.items():  # better refused here than for every client that asks for it
         served.engine.prepare(Item((text or "ready?",), where=f"--instruction {name}"))
     served.engine.run([served.engine.prepare(Item(("ready?",)))])  # whatever a first pass sets up is set up now
+    leave_out_of_collections()
     quiet = {"log_level": "warning", "access_log": False, "server_header": False}
     config = uvicorn.Config(build_app(served), lifespan="on", timeout_keep_alive=30, **quiet)
     # uvicorn ends after SIGTERM by raising it again, but a stop that was asked for and went well is not a failure.

@@ -7,8 +7,9 @@
 
 Requests take turns, in both queues: a pass takes one item of each request, then a second one of each, and so on, while
 there is room and time. Time is short where a pass takes several items of a request: it would not hold up the others
-for the sake of one. So a short request is in the next pass, which begins soon, however many items the others have. Nor
-do their items keep it out: of each request no more count against the limit than the new one has itself.
+for the sake of one. Light items, texts, and others, with images, have passes of their own, which take turns. So a short
+request is in the next pass of its kind, which begins soon, however many items the others have. Nor do their items keep
+it out: of each request no more count against the limit than the new one has itself.
 
 Nothing here knows of models or HTTP: what is prepared has ``tokens``, and ``run`` returns one result per prepared item.
 """
@@ -158,7 +159,7 @@ class Batcher(Generic[Given, Ready, Result]):
         self._prepare, self._run, self._observe = prepare, run, observe
         self._waiting, self._ready, self._pace = _Queue(), _Queue(), _Pace()
         self._unfinished: Counter[object] = Counter()  # items by request
-        self._closing = False
+        self._closing, self._light = False, False  # whether the items of the last pass were light
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._threads: list[ThreadPoolExecutor] = []
@@ -271,21 +272,29 @@ class Batcher(Generic[Given, Ready, Result]):
             self._changed.set()  # there is room for the next to be prepared
             prepared, tokens, begun = [job.prepared for job in jobs], self._padded(jobs), loop.time()
             outcomes = await loop.run_in_executor(thread, self._results, prepared)
-            self._pace.learn(all(job.light for job in jobs), tokens, loop.time() - begun)
+            self._pace.learn(self._light, tokens, loop.time() - begun)
             self._observe(len(jobs), tokens)
             for job, result in _good(jobs, outcomes):
                 job.future.set_result(result)
 
     def _next_batch(self) -> list[_Job]:
-        """Ready items that fit together, one of each request first; at least one."""
+        """Ready items that fit together, one of each request first; at least one.
+
+        All are light or none is, so that a text does not wait for the pictures of its own pass; if there are both, the
+        passes take turns.
+        """
         jobs: list[_Job] = []
-        longest, light = 0, True
+        kinds, longest = {job.light for job in self._ready}, 0
+        if kinds:
+            self._light = not self._light if len(kinds) > 1 else kinds.pop()
         for number, job in self._ready.in_rounds():
-            longest, light = max(longest, job.prepared.tokens), light and job.light
+            if job.light != self._light:
+                continue
+            longest = max(longest, job.prepared.tokens)
             tokens = longest * (len(jobs) + 1)
             if jobs and tokens > self.limits.tokens:
                 break
-            if number and self._pace.seconds(light, tokens) > self.limits.share_milliseconds / 1000:
+            if number and self._pace.seconds(self._light, tokens) > self.limits.share_milliseconds / 1000:
                 break
             jobs.append(job)
         self._ready.take(jobs)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from muco.base.machine import keep_freed_memory
+from muco.base.machine import keep_freed_memory, leave_out_of_collections
 from muco.errors import MucoError
 from muco.precision import Precision
 from muco.serve.engine import Embedded, Engine, Facts, Preparation, Prepared
@@ -127,6 +127,7 @@ def _main(
     except Exception as error:
         send(pipe, (False, _raised(error)))
         return
+    leave_out_of_collections()
     while True:
         try:
             prepared = receive(pipe)

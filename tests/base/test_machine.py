@@ -39,3 +39,13 @@ def test_freed_memory_is_used_again_unless_the_user_has_a_say():
         pytest.skip("the C library of this machine is another one")
     assert new < 1_000 < 10_000 < pages("leave")[1]  # pages of 4 KiB that the system had to clear
     assert pages("keep", MALLOC_ARENA_MAX="2")[0] == "False"
+
+
+def test_what_is_there_is_left_out_of_later_collections():
+    line = (
+        "import gc; from muco.base.machine import leave_out_of_collections; before = len(gc.get_objects()); "
+        "leave_out_of_collections(); print(before, gc.get_freeze_count(), len(gc.get_objects()))"
+    )
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    before, frozen, looked_at = map(int, done.stdout.split())
+    assert frozen > 0.9 * before and looked_at < 0.1 * before

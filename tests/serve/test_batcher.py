@@ -180,7 +180,8 @@ def test_a_short_request_does_not_wait_behind_a_large_one(count, light):
     limits = BatchLimits(tokens=8, milliseconds=0, queue=4000, share_milliseconds=math.inf)  # the first pass was held
     running(behind, machine, limits)
     assert machine.passes[1][0] == "short", "the next pass after the one that ran"
-    assert len(machine.passes[1]) == 8, "which is no less full for that"
+    assert len(machine.passes[1]) == (8 if light else 1), "shared with what is light"
+    assert len(machine.passes[2]) == 8, "no other is less full for that"
 
 
 @pytest.mark.parametrize("light", [True, False])

@@ -24,6 +24,7 @@ from muco.cli import main
 from muco.starter import packages
 from muco.starter.halves import class_names, vision_half
 from muco.starter.join import balance_last_norm, described, join, name_classes
+from muco.vision import vision_parameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +64,19 @@ def test_muco_loads_it_and_tells_inputs_apart(folder):
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     likeness = vectors @ vectors.T
     assert likeness[~np.eye(4, dtype=bool)].max() < 1 - 1e-4
+
+
+def test_its_convolutions_lie_channels_last_and_are_saved_as_they_came(folder, tmp_path):
+    laid, plain = (muco.load(str(folder), device="cpu") for _ in range(2))
+    plain.encoder.model.to(memory_format=torch.contiguous_format)
+    inputs = [picture(1), {"text": "a ring", "image": picture(2, (300, 100))}]
+    assert np.allclose(laid.encode(inputs), plain.encode(inputs), atol=1e-5)
+    wide = [p for p in vision_parameters(laid.encoder.model) if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+    for name, one in {"laid": laid, "plain": plain}.items():
+        one.save(str(tmp_path / name))
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("laid", "plain"))
+    assert one == other and laid.fingerprint == plain.fingerprint
 
 
 def test_plain_transformers_reads_an_image_as_49_tokens(model, processor):
