@@ -102,9 +102,7 @@ def index(
 def search(
     index: Place,
     text: Annotated[str | None, Option("--text", "-t", help="Text to search for.")] = None,
-    image: Annotated[
-        Path | None, Option(exists=True, dir_okay=False, help="An image to search for; with --text, one query of both.")
-    ] = None,
+    image: Annotated[Path | None, Option(help="An image to search for; with --text, both form one query.")] = None,
     like: Annotated[str | None, Option(metavar="ID", help="Find rows like this one.")] = None,
     k: Annotated[int, Option("-k", min=1, help="Number of rows to find.")] = 10,
     where: Annotated[str | None, Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')] = None,
@@ -136,6 +134,10 @@ def search(
         from muco.search.sheet import read_queries
 
         asked = [{"text": line} for line in read_queries(queries)]
+    if image is not None:
+        from muco.images import file_status
+
+        file_status(image, str(image))  # before a model is loaded
     opened = Index.open(index, model)
     found = [opened.search(**one, k=k, where=where, exact=exact) for one in asked]
     if page:

@@ -46,7 +46,10 @@ class Hashed:
     def opened(self, image) -> Image.Image:
         return open_image(image)
 
-    def encode(self, inputs, batch_size: int = 32, show_progress_bar: bool = True) -> np.ndarray:
+    def encode(
+        self, inputs, batch_size: int = 32, show_progress_bar: bool = True, truncate_dim: int = 24
+    ) -> np.ndarray:
+        assert truncate_dim == self.get_embedding_dimension()
         if self.left is not None:
             self.left -= 1
             if self.left < 0:

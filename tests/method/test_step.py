@@ -89,11 +89,15 @@ def test_both_passes_draw_the_same_dropout(tiny_model, samples, checkpointing):
 
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
+    cuts = [(side, *cut) for side in ("query", "target") for cut in split(batch[side], 1)]
+    passed = [
+        (side, turns, model.embed(chunk))
+        for side, chunk, turns in sorted(cuts, key=lambda cut: cut[1]["input_ids"].numel())
+    ]
     vectors = []
     for side in ("query", "target"):
-        chunks = split(batch[side], 1)
-        parts = [model.embed(chunk) for chunk, _ in chunks]
-        vectors.append(torch.cat(parts)[torch.cat([turns for _, turns in chunks]).argsort()])
+        turns, parts = zip(*((turns, part) for own, turns, part in passed if own == side), strict=True)
+        vectors.append(torch.cat(parts)[torch.cat(turns).argsort()])
     loss = MultiTurnLoss(model, **steps.LOSS)
     other = loss.of_vectors(*vectors, batch["ids"])
     other.backward()
