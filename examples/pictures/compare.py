@@ -191,7 +191,7 @@ ALL, ONE, ONE_OF_MORE = "k = 4, 32 pictures", "k = 1, 32 pictures", "k = 1, 128 
 PAPERS, NO_LEAK = "compounded, 32 pictures", "compounded, one order per batch, own other targets are negatives"
 REAL_STEPS, ANSWER_STEPS = 40, 150  # of the run whose seconds others get, and of the start
 MEASURE = "caption_to_image@10"
-MARGIN, SPREAD = 2.0, 2.0  # points; of a difference from seed to seed, in the study of halves (docs/log.md, 2026-11-28)
+MARGIN, SPREAD = 2.0, 2.0  # points; of a difference from seed to seed, see benchmarks/results/halves
 
 
 def turns(pictures: Path, source: Path | None) -> Study:

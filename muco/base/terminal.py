@@ -53,7 +53,7 @@ def print_json(result: Any) -> None:
 def print_pairs(result: Mapping[str, Any], console: Console) -> None:
     """One line per key that has a value."""
     said = {key: value for key, value in result.items() if value is not None and value != {}}
-    width = max(map(len, said))
+    width = max(map(len, said), default=0)
     for key, value in said.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{name}: {inner}" for name, inner in value.items())

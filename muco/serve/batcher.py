@@ -107,12 +107,13 @@ class _Queue:
             self._requests[self._led] = self._requests.pop(self._led)
         return iter(self)
 
-    def in_rounds(self) -> Iterator[tuple[int, _Job]]:
-        """The jobs by rounds, each of one job of every request, with the number of the round; the order is that of
-        :meth:`in_turn`.
+    def in_rounds(self, light: bool) -> Iterator[tuple[int, _Job]]:
+        """The jobs that are light, or those that are not, by rounds, each of one such job of every request, with the
+        number of the round; the order is that of :meth:`in_turn`.
         """
         self.in_turn()
-        for number, jobs in enumerate(zip_longest(*self._requests.values())):
+        own = ([job for job in jobs if job.light == light] for jobs in self._requests.values())
+        for number, jobs in enumerate(zip_longest(*own)):
             yield from ((number, job) for job in jobs if job is not None)
 
     def take(self, jobs: Sequence[_Job]) -> None:
@@ -287,9 +288,7 @@ class Batcher(Generic[Given, Ready, Result]):
         kinds, longest = {job.light for job in self._ready}, 0
         if kinds:
             self._light = not self._light if len(kinds) > 1 else kinds.pop()
-        for number, job in self._ready.in_rounds():
-            if job.light != self._light:
-                continue
+        for number, job in self._ready.in_rounds(self._light):
             longest = max(longest, job.prepared.tokens)
             tokens = longest * (len(jobs) + 1)
             if jobs and tokens > self.limits.tokens:

@@ -226,6 +226,26 @@ def test_a_pass_takes_one_item_of_each_request_and_more_only_while_that_is_quick
     assert max(map(len, later)) >= 3 and sum(map(len, machine.passes)) == 76
 
 
+def test_texts_and_images_of_one_request_take_turns():
+    machine = Machine()
+    machine.hold.clear()
+    asked = [Word(f"text{n}") for n in range(3)] + [Word(f"image{n}", light=False) for n in range(3)]
+
+    async def together(batcher: Batcher) -> list[str]:
+        first = asyncio.create_task(batcher.submit([Word("first", light=False)]))
+        await until(machine.entered.is_set)
+        mixed = asyncio.create_task(batcher.submit(asked))
+        await until(lambda: len(machine.prepared) == 7)
+        machine.hold.set()
+        await first
+        return await mixed
+
+    limits = BatchLimits(milliseconds=0, share_milliseconds=0)  # one item of a request in each pass
+    assert running(together, machine, limits) == [word.text.upper() for word in asked]
+    kinds = [some[0].rstrip("012") for some in machine.passes[1:]]
+    assert kinds == ["text", "image"] * 3 and all(len(some) == 1 for some in machine.passes)
+
+
 def test_large_requests_take_turns():
     machine = Machine()
     machine.hold.clear()
