@@ -2,7 +2,8 @@
 
 A search takes candidates from the table and scores them again from their stored vectors, so that every score is a
 cosine, whatever found the row. In a small table all rows are candidates; in a large one, those that its index of
-vectors finds.
+vectors finds. LanceDB itself scores candidates by their vectors and reads the rest of the best alone; bits it can only
+count, so their candidates are scored here, and the best are read by id.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from muco.search.update import add_rows
 if TYPE_CHECKING:
     from muco.model import Model
 
-CANDIDATES = {"cosine": 10, "hamming": 30}  # scored again per hit, by the metric that finds them
+REFINED = 10  # rows per hit that an index of vectors finds, and whose stored vectors are compared
+BITS_APART = 30  # the same for an index of bits, which tells less
 FEWEST = 10  # hits whose candidates are looked at, even if fewer are asked for
 LARGEST_K = 10_000
 
@@ -117,8 +119,10 @@ class Index(Table):
             raise MucoError(
                 "pass one query: a text, an image or both; or the id of a row (like); or in Python a vector"
             )
-        own = {name: self.table.schema.field(name).type for name in ("id", "text", "image")}
-        condition = checked_filter(where and whole_text(where, "where"), own | self.extra_columns)
+        schema = self.table.schema  # once: LanceDB asks another thread for it
+        extra = self.extra_of(schema)
+        own = {name: schema.field(name).type for name in ("id", "text", "image")}
+        condition = checked_filter(where and whole_text(where, "where"), own | extra)
         if like is not None:
             like = checked_id(like)
             row = self.rows_where("id", [like], self.storage.columns)
@@ -130,7 +134,7 @@ class Index(Table):
             query = self._unit(vector)
         else:
             query = self.encode({k: v for k, v in (("text", text), ("image", image)) if v is not None})
-        return self._hits(self._candidates(query, k, condition, exact))
+        return self._nearest(query, k, condition, exact, [*extra])
 
     def encode(self, content: Mapping[str, Any]) -> np.ndarray:
         """The vector of a query, float32 [dimension]; one thread at a time."""
@@ -150,21 +154,37 @@ class Index(Table):
             )
         return array / length
 
-    def _candidates(self, query: np.ndarray, k: int, where: str | None, exact: bool) -> list[tuple[str, float]]:
+    def _nearest(self, query: np.ndarray, k: int, where: str | None, exact: bool, extra: Sequence[str]) -> list[Hit]:
+        shown = ["id", "text", "image", "thumbnail", *extra]
+        if self.storage.metric == "hamming":
+            best = self._best_of_bits(query, k, where, exact)
+            found = self.rows_where("id", [id for id, _ in best], shown)
+        else:
+            search = self._search(query).limit(max(k, FEWEST) + 1)  # one more, so that equal scores fall as in a sort
+            search = search.bypass_vector_index() if exact else search.nprobes(PROBES).refine_factor(REFINED)
+            found = self.found(search, where, [*shown, *self.storage.columns, "_distance"])
+            best = self._best(found, query, k)
+        rows = {row["id"]: row for row in found.select(shown).to_pylist()}
+        hits = []
+        for id, score in best:
+            if row := rows.get(id):  # else deleted meanwhile
+                further = {name: row[name] for name in extra}
+                hits.append(Hit(id, score, row["text"], row["image"], row["thumbnail"], further))
+        return hits
+
+    def _search(self, query: np.ndarray) -> Any:
+        search = self.table.search(self.storage.query(query), vector_column_name=self.storage.searched)
+        return search.distance_type(self.storage.metric)
+
+    def _best_of_bits(self, query: np.ndarray, k: int, where: str | None, exact: bool) -> list[tuple[str, float]]:
         columns = ["id", *self.storage.columns]
-        best: list[tuple[str, float]] = []
-        if exact and self.storage.metric == "hamming":
+        if exact:
+            best: list[tuple[str, float]] = []
             for batch in self.batches(where, columns):
                 best = sorted(best + self._best(batch, query, k), key=_order)[:k]
             return best
-        search = self.table.search(self.storage.query(query), vector_column_name=self.storage.searched)
-        search = search.distance_type(self.storage.metric)
-        if exact:
-            search = search.bypass_vector_index().limit(k + 1)  # one more, so that equal scores fall as in a sort
-        else:  # the fewer bits find them, the more candidates
-            few = 1.0 if self.storage.metric == "cosine" else max(1.0, ENOUGH_BITS / self.dimension)
-            per_hit = round(CANDIDATES[self.storage.metric] * few)
-            search = search.nprobes(PROBES).limit(per_hit * max(k, FEWEST))
+        few = max(1.0, ENOUGH_BITS / self.dimension)  # the fewer bits find them, the more candidates
+        search = self._search(query).nprobes(PROBES).limit(round(BITS_APART * few) * max(k, FEWEST))
         return self._best(self.found(search, where, [*columns, "_distance"]), query, k)
 
     def _best(self, rows: pa.Table | pa.RecordBatch, query: np.ndarray, k: int) -> list[tuple[str, float]]:
@@ -172,18 +192,6 @@ class Index(Table):
             return []
         found = scores(self.storage.vectors(rows, self.dimension), query)
         return sorted(zip(rows.column("id").to_pylist(), found.tolist(), strict=True), key=_order)[:k]
-
-    def _hits(self, best: list[tuple[str, float]]) -> list[Hit]:
-        """Fetched by id, because row numbers would mean other rows after a writer's compaction."""
-        extra = [*self.extra_columns]
-        found = self.rows_where("id", [id for id, _ in best], ["id", "text", "image", "thumbnail", *extra])
-        rows = {row["id"]: row for row in found.to_pylist()}
-        hits = []
-        for id, score in best:
-            if row := rows.get(id):  # else deleted meanwhile
-                further = {name: row[name] for name in extra}
-                hits.append(Hit(id, score, row["text"], row["image"], row["thumbnail"], further))
-        return hits
 
 
 def _order(found: tuple[str, float]) -> tuple[float, str]:

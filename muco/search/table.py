@@ -110,8 +110,11 @@ class Table:
     @property
     def extra_columns(self) -> dict[str, pa.DataType]:
         """The columns that came with the input."""
+        return self.extra_of(self.table.schema)
+
+    def extra_of(self, schema: pa.Schema) -> dict[str, pa.DataType]:
         own = (*OWN, *self.storage.columns, WIDER, FORMER)
-        return {field.name: field.type for field in self.table.schema if field.name not in own}
+        return {field.name: field.type for field in schema if field.name not in own}
 
     def check(self, fingerprint: str, name: str) -> None:
         """Raises a MucoError unless the model of that fingerprint made the table; ``name`` is what it says."""
