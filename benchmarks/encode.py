@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,12 @@ def photographs(model: Model, args: argparse.Namespace) -> tuple[dict[str, Any],
                 )
                 for threads in (1, 2, 4)
             },
-            "the same, 2 threads, precision: auto": lambda: by_measure(model, partial(in_batches, model, files, 2)),
+            **{
+                f"the same, {threads} threads, precision: auto": (
+                    lambda threads=threads: by_measure(model, partial(in_batches, model, files, threads))
+                )
+                for threads in (2, 4)
+            },
         }
         seconds, vectors = rounds_of(ways, 1, warm=False)
     first = next(iter(ways))
@@ -195,7 +201,8 @@ def written_photographs(folder: Path, count: int) -> list[Path]:
 @torch.inference_mode()
 def plain(model: Model, files: Sequence[Path]) -> np.ndarray:
     """What a user writes with transformers alone: processor and model, one file at a time."""
-    processor, backbone = model.encoder.muco_processor, model.encoder.model
+    processor = model.encoder.muco_processor
+    backbone = deepcopy(model.encoder.model).to(memory_format=torch.contiguous_format)  # as transformers loads it
     prompt = processor.template.prompt(Dialogue((None,), (Content(""),)))
     pieces = (*prompt.trunk, *prompt.branches[0])
     text = "".join(processor.template.image_token if isinstance(piece, ImageSlot) else piece for piece in pieces)
