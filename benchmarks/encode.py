@@ -257,7 +257,7 @@ def main() -> None:
         on = result["machine"]
         rounds = found.get("rounds", args.rounds)
         how = f"medians of {rounds} rounds that take turns" if rounds > 1 else "one round"
-        head = f"{on['cpu']}, {on['cores']} cores; {how}. {work.__doc__}"
+        head = f"{result['date']}; {on['cpu']}, {on['cores']} cores; {how}. {work.__doc__}"
         write(
             args.output, name, result, "\n".join([f"# {title}", "", f"`{result['command']}`", "", head, "", *rows, ""])
         )

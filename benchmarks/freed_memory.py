@@ -81,6 +81,7 @@ def report(args: argparse.Namespace, argv: list[str], measured: dict[str, list[l
     ratios = [given[0] / kept[0] for kept, given in zip(measured[KEPT], measured[GIVEN], strict=True)]
     result = heading("freed_memory.py", argv, "cpu") | {"model": args.model, "pictures": args.pictures}
     result |= {"rounds": measured, "ratio": statistics.median(ratios), "ratios": ratios}
+    on = result["machine"]
     rows = [
         f"| {name} | {1e3 * middle(name, 0) / args.pictures:.1f} | {1e3 * middle(name, 1) / args.pictures:.1f} "
         f"| {max(one[2] for one in measured[name]) / 2**20:.0f} |"
@@ -89,8 +90,10 @@ def report(args: argparse.Namespace, argv: list[str], measured: dict[str, list[l
     text = [
         "# Memory that is freed and kept",
         "",
-        f"`{result['command']}`, {args.pictures} random pictures of 224 x 224, medians of {args.rounds} rounds. "
-        f"Kept, a picture takes 1 / **{result['ratio']:.2f}** of the time.",
+        f"`{result['command']}`",
+        "",
+        f"{result['date']}; {on['cpu']}, {on['cores']} cores; {args.pictures} random pictures of 224 x 224, medians of "
+        f"{args.rounds} rounds. Kept, a picture takes 1 / **{result['ratio']:.2f}** of the time.",
         "",
         "| freed memory | ms a picture | of these in the system | peak MiB |",
         "|---|---:|---:|---:|",

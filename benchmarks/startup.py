@@ -85,7 +85,7 @@ def commands(folder: Path, checkout: Path) -> dict[str, Callable[[], None]]:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--against", type=Path, nargs="*", default=[], help="checkouts of other versions")
+    parser.add_argument("--against", type=Path, nargs="*", default=[], help="checkouts, in folders named by version")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     args = parser.parse_args(argv)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a recipe is read without torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 TIMED = 2  # passes of each that are timed, after one that is not
+WORTH = 0.95  # bfloat16 is taken if it needs at most this share of the time: less may be noise
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ def autocast(bfloat16: bool | None, device: torch.device) -> AbstractContextMana
 
 
 def quicker(work: Callable[[bool], object], device: torch.device) -> Choice:
-    """Does the same ``work`` in bfloat16 (True) and in float32 (False), in turns; the fastest pass of each counts."""
+    """Does the same ``work`` in bfloat16 (True) and in float32 (False), in turns; the fastest pass of each counts.
+
+    float32 is taken unless bfloat16 is clearly quicker.
+    """
     import torch
 
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -58,4 +62,4 @@ def quicker(work: Callable[[bool], object], device: torch.device) -> Choice:
                 torch.accelerator.synchronize(device)
             taken.append(time.perf_counter() - begun)
     best = {name: min(seconds[value][1:]) for name, value in (("float32", False), ("bfloat16", True))}
-    return Choice(best["bfloat16"] < best["float32"], best)
+    return Choice(best["bfloat16"] <= WORTH * best["float32"], best)

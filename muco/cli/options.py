@@ -15,7 +15,7 @@ USERS_INPUT, FAILED_CHECK = 1, 3  # exit codes
 
 Model = Annotated[str, Option("--model", "-m", help='Folder of a trained model, its hub id, or "starter".')]
 Json = Annotated[bool, Option("--json", help="Print the result as one JSON line on stdout.")]
-BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not change the result.")]
+BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; changes the result by rounding alone.")]
 Dimension = Annotated[
     int | None, Option(min=1, help="Cut vectors to their first N dimensions, for models trained with loss.dimensions.")
 ]

@@ -104,7 +104,7 @@ def search(
     text: Annotated[str | None, Option("--text", "-t", help="Text to search for.")] = None,
     image: Annotated[Path | None, Option(help="An image to search for; with --text, both form one query.")] = None,
     like: Annotated[str | None, Option(metavar="ID", help="Find rows like this one.")] = None,
-    k: Annotated[int, Option("-k", min=1, help="Number of rows to find.")] = 10,
+    k: Annotated[int, Option("-k", min=1, help="Number of rows to find, at most 10,000.")] = 10,
     where: Annotated[str | None, Option(metavar="FILTER", help='Only rows that match, e.g. "year > 2020".')] = None,
     exact: Annotated[
         bool, Option("--exact/--approximate", help="Compare with every row; use no vector index.")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 REFINED = 10  # rows per hit that an index of vectors finds, and whose stored vectors are compared
 BITS_APART = 30  # the same for an index of bits, which tells less
 FEWEST = 10  # hits whose candidates are looked at, even if fewer are asked for
+TIES = 1000  # further hits that are looked at where the last ones score the same, to order them by id
 LARGEST_K = 10_000
 
 
@@ -100,7 +101,7 @@ class Index(Table):
         where: str | None = None,
         exact: bool = False,
     ) -> list[Hit]:
-        """The k nearest rows, best first; equal scores by id.
+        """The k nearest rows, best first; equal scores by id (without ``exact``, of TIES rows that share one).
 
         Args:
             text, image: What to look for, either or both (image: path, bytes or Pillow).
@@ -112,7 +113,7 @@ class Index(Table):
             MucoError: If not exactly one of (text and/or image), like, vector is given, there is no such row, the
                 filter is refused, or k is not 1 to LARGEST_K.
         """
-        if not isinstance(k, Integral) or not 1 <= k <= LARGEST_K:
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= LARGEST_K:
             raise MucoError(f"k must be 1 to {LARGEST_K:,}, not {k!r}")
         given = [text is not None or image is not None, like is not None, vector is not None]
         if sum(given) != 1:
@@ -155,15 +156,19 @@ class Index(Table):
         return array / length
 
     def _nearest(self, query: np.ndarray, k: int, where: str | None, exact: bool, extra: Sequence[str]) -> list[Hit]:
-        shown = ["id", "text", "image", "thumbnail", *extra]
-        if self.storage.metric == "hamming":
-            best = self._best_of_bits(query, k, where, exact)
-            found = self.rows_where("id", [id for id, _ in best], shown)
+        shown, own = ["id", "text", "image", "thumbnail", *extra], ["id", *self.storage.columns]
+        scored = self.storage.metric == "cosine"  # LanceDB orders by the score itself, so its first rows are the hits
+        if exact and not scored:
+            best, found = self._best_of_all(query, k, where), None
         else:
-            search = self._search(query).limit(max(k, FEWEST) + 1)  # one more, so that equal scores fall as in a sort
-            search = search.bypass_vector_index() if exact else search.nprobes(PROBES).refine_factor(REFINED)
-            found = self.found(search, where, [*shown, *self.storage.columns, "_distance"])
-            best = self._best(found, query, k)
+            columns = [*own, *shown[1:]] if scored else own
+            best, found, tied = self._candidates(query, k, max(k, FEWEST), where, exact, columns)
+            if tied and exact:
+                best, found = self._best_of_all(query, k, where), None
+            elif tied:
+                best, found, _ = self._candidates(query, k, k + TIES, where, exact, own)
+        if found is None or "text" not in found.column_names:
+            found = self.rows_where("id", [id for id, _ in best], shown)
         rows = {row["id"]: row for row in found.select(shown).to_pylist()}
         hits = []
         for id, score in best:
@@ -172,20 +177,31 @@ class Index(Table):
                 hits.append(Hit(id, score, row["text"], row["image"], row["thumbnail"], further))
         return hits
 
-    def _search(self, query: np.ndarray) -> Any:
+    def _candidates(
+        self, query: np.ndarray, k: int, hits: int, where: str | None, exact: bool, columns: Sequence[str]
+    ) -> tuple[list[tuple[str, float]], pa.Table, bool]:
+        """The k best of the candidates for a number of hits, the candidates, and whether others may score the same."""
         search = self.table.search(self.storage.query(query), vector_column_name=self.storage.searched)
-        return search.distance_type(self.storage.metric)
+        search = search.distance_type(self.storage.metric)
+        if self.storage.metric == "hamming":  # the fewer bits find them, the more candidates
+            limit = round(BITS_APART * max(1.0, ENOUGH_BITS / self.dimension)) * hits
+            search = search.nprobes(PROBES)
+        else:
+            limit = hits + 1
+            search = search.bypass_vector_index() if exact else search.nprobes(PROBES).refine_factor(REFINED)
+        found = self.found(search.limit(limit), where, [*columns, "_distance"])
+        best = self._best(found, query, k)
+        if len(found) < limit:
+            return best, found, False
+        far = found.column("_distance").to_numpy()
+        last = found.filter(pa.array(far == far.max())).column("id").to_pylist()
+        return best, found, not {id for id, _ in best}.isdisjoint(last)
 
-    def _best_of_bits(self, query: np.ndarray, k: int, where: str | None, exact: bool) -> list[tuple[str, float]]:
-        columns = ["id", *self.storage.columns]
-        if exact:
-            best: list[tuple[str, float]] = []
-            for batch in self.batches(where, columns):
-                best = sorted(best + self._best(batch, query, k), key=_order)[:k]
-            return best
-        few = max(1.0, ENOUGH_BITS / self.dimension)  # the fewer bits find them, the more candidates
-        search = self._search(query).nprobes(PROBES).limit(round(BITS_APART * few) * max(k, FEWEST))
-        return self._best(self.found(search, where, [*columns, "_distance"]), query, k)
+    def _best_of_all(self, query: np.ndarray, k: int, where: str | None) -> list[tuple[str, float]]:
+        best: list[tuple[str, float]] = []
+        for batch in self.batches(where, ["id", *self.storage.columns]):
+            best = sorted(best + self._best(batch, query, k), key=_order)[:k]
+        return best
 
     def _best(self, rows: pa.Table | pa.RecordBatch, query: np.ndarray, k: int) -> list[tuple[str, float]]:
         if not len(rows):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from muco.model import Model
     from muco.precision import Precision
 
-WRITE_ROWS, WRITE_SECONDS = 2048, 60  # a kill loses no more than this
+WRITE_ROWS, WRITE_SECONDS = 2048, 15  # a kill loses no more than this, and an interrupt nothing that is encoded
 OPTIMIZE_WRITES = 32  # then after twice, four times … as many: looking rows up stays quick, copying rare
 DAFT_CHUNKS = 256  # chunks that Daft gets together, as its processes load the model for each
 RESERVED = (*OWN, VECTOR, BITS)
@@ -149,8 +149,12 @@ def _update(
         task = bar.add_task("index", total=total)
         update = _Update(table, encode, notes, partial(bar.advance, task))
         parts = hashed(entries)
-        while part := [entry for chunk in islice(parts, chunks) for entry in chunk]:
-            update.take(part)
+        try:
+            while part := [entry for chunk in islice(parts, chunks) for entry in chunk]:
+                update.take(part)
+        except KeyboardInterrupt:
+            update.write()
+            raise
     update.close()
     return {
         "rows": total,
@@ -206,7 +210,10 @@ class _Update:
 
     def _without_known(self, by_content: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
         left = dict(by_content)
-        for content, vector, picture in self.table.vectors_of([*by_content]):
+        for known in self.waiting[:]:  # not in the table yet
+            for entry in left.pop(known.content_hash, []):
+                self._keep(entry, known.row.vector, known.thumbnail, "reused")
+        for content, vector, picture in self.table.vectors_of([*left]):
             for entry in left.pop(content, []):
                 self._keep(entry, vector, picture, "reused")
         return left
@@ -225,7 +232,7 @@ class _Update:
         self.waiting.append(replace(entry, row=row, thumbnail=picture))
         self._count(outcome)
         if len(self.waiting) >= WRITE_ROWS or time.monotonic() - self.last > WRITE_SECONDS:
-            self._write()
+            self.write()
             if self.writes == self.optimize_at:
                 self.table.optimize()
                 self.optimize_at *= 2
@@ -240,14 +247,15 @@ class _Update:
 
     def close(self) -> None:
         """Writes the rows that are left."""
-        if self.waiting:
-            self._write()
+        self.write()
         if self.writes or len(self.table):  # also what a killed run has left
             self.table.optimize()
 
-    def _write(self) -> None:
-        self.table.write(_table(self.table, self.waiting))
-        self.waiting, self.writes, self.last = [], self.writes + 1, time.monotonic()
+    def write(self) -> None:
+        """Writes the rows that have a vector."""
+        if self.waiting:
+            self.table.write(_table(self.table, self.waiting))
+            self.waiting, self.writes, self.last = [], self.writes + 1, time.monotonic()
 
 
 def _table(table: Table, entries: list[Entry]) -> pa.Table:

@@ -122,6 +122,19 @@ def test_equal_scores_stand_by_id(tmp_path: Path) -> None:
         assert [hit.id for hit in index.search(vector=vectors[0], k=30)] == [f"r{i:05}" for i in range(30)]
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_which_of_many_equal_rows_are_found_does_not_depend_on_k(storage: str, exact: bool, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    vectors = unit(random, 3)[random.integers(0, 3, 900)]
+    ids = [f"r{i:05}" for i in random.permutation(900)]
+    index = filled(tmp_path / "index", storage, vectors, ids)
+    all_of_them = sorted(index.search(vector=vectors[0], k=900, exact=True), key=lambda hit: (-hit.score, hit.id))
+    for k in (1, 6, 10, 50, 400, 900):
+        hits = index.search(vector=vectors[0], k=k, exact=exact)
+        assert [hit.id for hit in hits] == [hit.id for hit in all_of_them[:k]]
+
+
 @pytest.mark.parametrize(
     ("query", "says"),
     [
