@@ -365,9 +365,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def heading(script: str, argv: Sequence[str], device: str) -> dict[str, Any]:
-    """What every result begins with: how, when and where it was made."""
+    """What every result begins with: how, when and where it was made; folders elsewhere by their names alone."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
     return {
-        "command": shlex.join(["python", f"benchmarks/{script}", *argv]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *words]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(device),
     }

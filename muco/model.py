@@ -155,9 +155,9 @@ class Model(SentenceTransformer):
         read in passes of their own; how a family shares them is decided by :func:`muco.turns.sharing`.
 
         Args:
-            batch_size: Dialogues whose images are in memory at once; does not change the result.
-            token_budget: Most tokens that pass through the model at once, which bounds memory; does not change the
-                result. What one image needs by itself may exceed it.
+            batch_size: Dialogues whose images are in memory at once; changes the result by rounding alone.
+            token_budget: Most tokens that pass through the model at once, which bounds memory; changes the result by
+                rounding alone. What one image needs by itself may exceed it.
         Raises:
             DataError: Also if ``images`` and ``queries`` differ in length; names the dialogue by its place, from 0.
         """

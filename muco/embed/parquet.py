@@ -69,7 +69,7 @@ def embed(
         output: A ``.parquet`` file with ``id``, ``embedding`` (fixed_size_list<float32>[d]), ``text`` and ``image``
             (path as in the input, relative to the metadata's ``muco.image_root``; several images as their list in
             JSON), null where the row has none. Failed rows are in ``<stem>.errors.jsonl`` beside it.
-        batch_size: Rows per call of the model; does not change the vectors.
+        batch_size: Rows per call of the model; changes the vectors by rounding alone.
         dimension: Cut vectors to their first N dimensions and normalise them again; for models trained with
             ``loss.dimensions``. None: whole vectors.
         resume: Resume an interrupted run. If false, the output of an earlier run is replaced.

@@ -29,10 +29,10 @@ from muco.search.update import add_rows
 if TYPE_CHECKING:
     from muco.model import Model
 
-REFINED = 10  # rows per hit that an index of vectors finds, and whose stored vectors are compared
-BITS_APART = 30  # the same for an index of bits, which tells less
+CANDIDATES = 10  # rows per hit that an index of vectors finds, and whose stored vectors are compared
+CANDIDATES_BY_BITS = 30  # the same for an index of bits, which tell less
 FEWEST = 10  # hits whose candidates are looked at, even if fewer are asked for
-TIES = 1000  # further hits that are looked at where the last ones score the same, to order them by id
+ORDERED = 1000  # the first hits are found by thousands where the last ones score the same, to order them by id
 LARGEST_K = 10_000
 
 
@@ -101,7 +101,7 @@ class Index(Table):
         where: str | None = None,
         exact: bool = False,
     ) -> list[Hit]:
-        """The k nearest rows, best first; equal scores by id (without ``exact``, of TIES rows that share one).
+        """The k nearest rows, best first; equal scores by id (without ``exact``, in each thousand of hits).
 
         Args:
             text, image: What to look for, either or both (image: path, bytes or Pillow).
@@ -166,7 +166,7 @@ class Index(Table):
             if tied and exact:
                 best, found = self._best_of_all(query, k, where), None
             elif tied:
-                best, found, _ = self._candidates(query, k, k + TIES, where, exact, own)
+                best, found, _ = self._candidates(query, k, (k // ORDERED + 1) * ORDERED, where, exact, own)
         if found is None or "text" not in found.column_names:
             found = self.rows_where("id", [id for id, _ in best], shown)
         rows = {row["id"]: row for row in found.select(shown).to_pylist()}
@@ -184,11 +184,11 @@ class Index(Table):
         search = self.table.search(self.storage.query(query), vector_column_name=self.storage.searched)
         search = search.distance_type(self.storage.metric)
         if self.storage.metric == "hamming":  # the fewer bits find them, the more candidates
-            limit = round(BITS_APART * max(1.0, ENOUGH_BITS / self.dimension)) * hits
+            limit = round(CANDIDATES_BY_BITS * max(1.0, ENOUGH_BITS / self.dimension)) * hits
             search = search.nprobes(PROBES)
         else:
             limit = hits + 1
-            search = search.bypass_vector_index() if exact else search.nprobes(PROBES).refine_factor(REFINED)
+            search = search.bypass_vector_index() if exact else search.nprobes(PROBES).refine_factor(CANDIDATES)
         found = self.found(search.limit(limit), where, [*columns, "_distance"])
         best = self._best(found, query, k)
         if len(found) < limit:

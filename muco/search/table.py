@@ -113,7 +113,7 @@ class Table:
         return self.extra_of(self.table.schema)
 
     def extra_of(self, schema: pa.Schema) -> dict[str, pa.DataType]:
-        """The same, of a schema that is at hand."""
+        """The same, from the given schema."""
         own = (*OWN, *self.storage.columns, WIDER, FORMER)
         return {field.name: field.type for field in schema if field.name not in own}
 

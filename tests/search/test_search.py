@@ -30,6 +30,7 @@ from muco.cli import search as cli
 from muco.errors import MucoError
 from muco.search import Hit, Index
 from muco.search.filter import DEEPEST, LONGEST, checked_filter, quoted
+from muco.search.index import ORDERED
 from muco.search.storage import STORAGES, scores
 from muco.search.table import HASHES
 from muco.search.terminal import picture, protocol, show_hits
@@ -133,6 +134,15 @@ def test_which_of_many_equal_rows_are_found_does_not_depend_on_k(storage: str, e
     for k in (1, 6, 10, 50, 400, 900):
         hits = index.search(vector=vectors[0], k=k, exact=exact)
         assert [hit.id for hit in hits] == [hit.id for hit in all_of_them[:k]]
+
+
+def test_more_equal_rows_than_are_ordered_are_the_same_for_every_k(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    vectors = np.repeat(unit(random, 1), 1500, axis=0)
+    index = filled(tmp_path / "index", "float32", vectors, [f"r{i:05}" for i in random.permutation(1500)])
+    hits = index.search(vector=vectors[0], k=ORDERED - 1)
+    for k in (1, 10, 300):
+        assert index.search(vector=vectors[0], k=k) == hits[:k]
 
 
 @pytest.mark.parametrize(
