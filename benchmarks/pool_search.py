@@ -61,7 +61,7 @@ def searched(pool: Vectors, queries: np.ndarray, k: int) -> float:
 def peak_of_search(files: Sequence[Path], rows: int, count: int, k: int) -> dict[str, int]:
     """Bytes resident in a process that does nothing but search: before it, and at the peak."""
     pool = Vectors(files, rows)
-    queries = random_queries(count, pool.dimension)
+    queries = random_queries(count, len(pool.row(0)))
     resting = reset_peak()
     search(queries, [pool], [np.arange(rows)], k)
     return {"resting": resting, "peak": peak_of_this_process()}

@@ -189,7 +189,10 @@ class Turn:
         # frozen, so the fields are set past __setattr__, once
         vars(self).update(query=_paraphrases(query, "query"), target=_paraphrases(target, "target"), kind=kind)
         vars(self).update(negatives=tuple(as_content(item, "'negatives'") for item in negatives))
-        vars(self).update(scores=tuple(map(float, scores)))
+        try:
+            vars(self).update(scores=tuple(map(float, scores)))
+        except OverflowError as error:  # a whole number of hundreds of digits
+            raise DataError("'scores' must be finite numbers, and one is too large") from error
         if self.scores and (len(self.scores) != 1 + len(self.negatives) or not self.negatives):
             raise DataError(
                 f"'scores' are one for the target and one for each negative, {1 + len(self.negatives)} of them; got "

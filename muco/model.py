@@ -197,8 +197,8 @@ class Model(SentenceTransformer):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a vector by more than rounding does
-        changes it. A machine and the precision to compute in are not in it.
+        """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a whole vector by more than rounding
+        changes it. A machine, the precision to compute in and ``truncate_dim`` are not in it.
         """
         settings = self.encoder.muco_processor.settings()
         if self.max_seq_length != self.encoder.muco_processor.max_tokens:
@@ -244,7 +244,11 @@ def _write_stock_modules(folder: Path, dimension: int) -> None:
 def _dialogue_of_turns(image: Any, queries: Any, isolated: bool, place: str) -> Dialogue:
     if isinstance(queries, (str, bytes, Mapping)) or not isinstance(queries, Iterable):
         raise DataError(f"{place}: queries must be a list, not one {type(queries).__name__}")
-    images, contents = as_images(image), tuple(content_of(query, place) for query in queries)
+    try:
+        images = as_images(image)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    contents = tuple(content_of(query, place) for query in queries)
     if not contents or (not images and any(content.empty for content in contents)):
         raise DataError(f"{place}: pass at least one query, and an image where a query is empty")
     return Dialogue(images, contents, isolated, place)

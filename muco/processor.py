@@ -33,6 +33,8 @@ from muco.template import (
 )
 from muco.video import frames_of
 
+SHORT_TEXT = 128  # characters: parts of prompts and labels, which come often; long texts would fill the memory
+CACHED_TEXTS = 1 << 16
 DETAIL = 2  # times the width and height that a model reads, which are kept of a large JPEG
 PROBES = ((84, 84), (640, 480), (700, 1400))  # sizes of images by which a processor shows whether it reads all alike
 VIDEO_PIXELS = 7_864_320  # of all frames of a video together, as in Qwen's own evaluation of MMEB-V2
@@ -78,14 +80,14 @@ class Processor:
         self.images_as_stored = False
         self.read_id = self._tokenize(template.read)[-1]
         self.guard = SpecialTokenGuard(special_tokens(self.tokenizer))
-        self._text_ids = lru_cache(maxsize=65536)(self._tokenize)
+        self._short_text_ids = lru_cache(maxsize=CACHED_TEXTS)(self._tokenize)
 
     def __getstate__(self) -> dict[str, Any]:  # lru_cache does not pickle, and workers fill their own
-        return {k: v for k, v in self.__dict__.items() if k != "_text_ids"}
+        return {k: v for k, v in self.__dict__.items() if k != "_short_text_ids"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._text_ids = lru_cache(maxsize=65536)(self._tokenize)
+        self._short_text_ids = lru_cache(maxsize=CACHED_TEXTS)(self._tokenize)
 
     @property
     def tokenizer(self) -> Any:
@@ -105,7 +107,7 @@ class Processor:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def text_ids(self, text: str) -> tuple[int, ...]:
-        return self._text_ids(text)
+        return self._short_text_ids(text) if len(text) <= SHORT_TEXT else self._tokenize(text)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

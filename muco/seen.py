@@ -11,6 +11,7 @@ together give what each gives alone, which is tried once, and as long as its wei
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,12 @@ from muco.vision import features_of, vision_modules
 
 Images = Sequence[dict[str, Tensor]]
 IMAGE_MEMORY = 1.0  # GiB, where a command keeps them
+ONE_AT_A_TIME = threading.RLock()  # a tower that answers for one thread's images must not be asked by another
 CLOSE = 0.02  # of the largest value: how far apart an image's outputs alone and beside another may be, in any precision
 
 
 class SeenImages:
-    """Outputs of one tower by image.
+    """Outputs of one tower by image. Threads may share it, and the model; they take turns.
 
     Args:
         memory: Bytes of host memory they may take.
@@ -43,12 +45,18 @@ class SeenImages:
         self, model: nn.Module, images: Images, joins: Mapping[str, int | None], tokens: Sequence[int]
     ) -> Any:
         """As :func:`muco.vision.features_of`; ``tokens`` are the visual tokens of each image."""
+        with ONE_AT_A_TIME:
+            return self._features_of(model, images, joins, tokens)
+
+    def _features_of(
+        self, model: nn.Module, images: Images, joins: Mapping[str, int | None], tokens: Sequence[int]
+    ) -> Any:
         tower = _fixed_tower(model)
         if tower is None or self._separable is False:
             return features_of(model, images, joins)
         if self._separable is None:
             self._separable = _is_separable(model, tower, images[0], joins)
-            return self.features_of(model, images, joins, tokens)
+            return self._features_of(model, images, joins, tokens)
         state = _state(tower)
         keys = [(state, _digest(image)) for image in images]
         image_of = dict(zip(keys, zip(images, tokens, strict=True), strict=True))

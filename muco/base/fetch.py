@@ -41,6 +41,7 @@ CLOSED = [
 ]
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # outside are mapped and translated IPv4, local and multicast addresses
 PLAIN = "/%:@!$&'()*+,;=~-._"  # characters of a path that stay as they are
+HOST = re.compile(r"(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-f:]+", re.IGNORECASE)  # also an address, as a URL's host
 UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")  # parsers disagree about them
 
 
@@ -50,6 +51,18 @@ class FetchError(MucoError):
 
 class UnreachableError(FetchError):
     """No answer: unknown host, no connection, or it took too long."""
+
+
+def _address(text: str) -> tuple[str, int]:
+    """The address of "address:port" as sockets write it, and the port."""
+    address, _, port = text.rpartition(":")
+    try:
+        ip = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
+        if not 0 < int(port) < 1 << 16 or (ip.version == 6) != address.startswith("["):
+            raise ValueError
+    except ValueError:
+        raise FetchError(f"address {text!r}: write address and port, such as 10.0.0.7:9000 or [fd00::7]:9000") from None
+    return f"[{ip}]" if ip.version == 6 else str(ip), int(port)
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ class FetchLimits:
         content_types: Beginnings of accepted types; a file without one is accepted too.
         allowed_addresses: "address:port", such as "10.0.0.7:9000" or "[fd00::7]:9000", that may be asked although they
             are not public, or their port is none of ``ports``.
+    Raises:
+        FetchError: If a host or an address is written in another way, so that it would never match.
     """
 
     max_bytes: int = 20 * 2**20
@@ -74,6 +89,18 @@ class FetchLimits:
     ports: tuple[int, ...] = (80, 443)
     content_types: tuple[str, ...] = ("image/", *BINARY)
     allowed_addresses: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for host in self.hosts or ():
+            if not HOST.fullmatch(host):
+                raise FetchError(f"host {host!r}: write a name as example.com, or *.example.com for those under it")
+        addresses = tuple(map(_address, self.allowed_addresses))
+        object.__setattr__(self, "allowed_addresses", tuple(f"{address}:{port}" for address, port in addresses))
+
+    @property
+    def address_hosts(self) -> tuple[str, ...]:
+        """The allowed addresses as hosts of URLs."""
+        return tuple(address.strip("[]") for address, _ in map(_address, self.allowed_addresses))
 
 
 def fetch(url: str, limits: FetchLimits = FetchLimits()) -> bytes:

@@ -145,6 +145,8 @@ def _probed(path: Path) -> str | None:
 def claimed(path: str | Path, *, beside: bool = False, wait: float = 0.0) -> Iterator[None]:
     """:func:`locked` for the output of a command; an OutputError also if the lock cannot be made."""
     path = Path(path)
+    if beside and not path.name:  # "." or "/"
+        raise OutputError(f"{path} cannot be made anew; name a folder or file in it")
     if not beside and path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, and a folder is needed; choose another output folder")
     with ExitStack() as held:
@@ -197,8 +199,7 @@ def earlier_record(file: Path, asked: Mapping[str, Any], kind: str) -> dict[str,
         OutputError: If the folder, which is left untouched, holds the result of another call, or anything else.
     """
     folder, remedy = file.parent, "choose another output folder"
-    if file.is_file():
-        record = read_json(file)
+    if file.is_file() and isinstance((record := read_json(file)).get("asked"), Mapping):
         known = {key: record["asked"].get(key) for key in asked}
         differing = [
             f"another {key}" if isinstance(value, Mapping) else f"{key} {known[key]}, now {value}"

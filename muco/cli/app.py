@@ -165,12 +165,13 @@ def embed(
     )
 )
 def demo(
-    output: Annotated[Path, Option("--output", "-o", help="Folder for data, model, scores and report.html.")] = Path(
-        "runs/demo"
-    ),
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="Folder for all that is made (runs/demo; of pictures runs/search).")
+    ] = None,
     steps: Annotated[int | None, Option(min=1, help="Training steps; fewer are faster and worse.")] = None,
     train: Annotated[int | None, Option(min=1, help="Scenes to train on (20,000).")] = None,
     test: Annotated[int | None, Option(min=2, help="Held-out scenes to score and search (500).")] = None,
+    seed: Annotated[int | None, Option(min=0, help="Of the scenes (0).")] = None,
     pictures: Annotated[
         Path | None, Option(metavar="FOLDER", help="Search these pictures with the starter; train nothing.")
     ] = None,
@@ -180,18 +181,18 @@ def demo(
     Makes the built-in scenes, trains a small model, evaluates it before and after, embeds and searches the held-out
     images, and writes one self-contained report.html. Run the same command again to resume after an interruption.
     """
-    asked = {"steps": steps, "train": train, "test": test}
-    sizes = {name: number for name, number in asked.items() if number is not None}
+    asked = {"steps": steps, "train": train, "test": test, "seed": seed}
+    given = {name: number for name, number in asked.items() if number is not None}
     if pictures:
-        if sizes:
-            raise BadParameter("--pictures trains nothing: leave out --steps, --train and --test")
+        if given:
+            raise BadParameter("--pictures trains nothing: leave out --steps, --train, --test and --seed")
         from muco.search.sheet import search_folder
 
-        print(search_folder(pictures, output))
+        print(search_folder(pictures, output or Path("runs/search")))
         return
     from muco.demo import run_demo
 
-    print(run_demo(output, **sizes))
+    print(run_demo(output or Path("runs/demo"), **given))
 
 
 @app.command(

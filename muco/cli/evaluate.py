@@ -53,10 +53,12 @@ def retrieval(
     from muco.evaluate.retrieval import evaluate_retrieval, write_result
     from muco.model import load
     from muco.seen import IMAGE_MEMORY
-    from muco.training.blind import add_blind_loss, recipe_of
+    from muco.training.blind import add_blind_loss
+    from muco.training.recipe import saved_recipe
 
     rows = open_data(data)  # before the model: a mistyped path should not cost a minute
     encoder = load(model, image_memory=IMAGE_MEMORY)
+    recipe = saved_recipe(model)
     _pixels(encoder.encoder.muco_processor, own=True)
     with claimed(output, wait=WAIT), progress_bar("embedding") as progress:
         result = evaluate_retrieval(
@@ -71,7 +73,7 @@ def retrieval(
             cache=output / "cache",
             progress=progress,
         )
-        if (recipe := recipe_of(model)) is not None:
+        if recipe is not None:
             add_blind_loss(result, encoder, rows, recipe)
         write_result(output, result, dimension, precision)
     finish(result, as_json, print_results)

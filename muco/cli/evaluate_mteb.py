@@ -42,10 +42,10 @@ def mteb(
     from muco.evaluate.report import print_mteb
     from muco.model import load
     from muco.seen import IMAGE_MEMORY
-    from muco.training.blind import recipe_of
+    from muco.training.recipe import trained_dimensions
 
     tasks = named_tasks(benchmark, task)  # before the model: a mistyped name should not cost a minute
-    recipe, encoder = recipe_of(model), load(model, device=device, image_memory=IMAGE_MEMORY)
+    encoder = load(model, device=device, image_memory=IMAGE_MEMORY)
     with claimed(output), progress_bar("tasks") as progress:
         result = evaluate_mteb(
             encoder,
@@ -54,7 +54,7 @@ def mteb(
             batch_size=batch_size,
             instructions=instructions,
             dimension=dimension,
-            dimensions=recipe.loss.dimensions if recipe else (),
+            dimensions=trained_dimensions(model),
             allow_missing=allow_missing,
             progress=progress,
             command=context.obj,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from muco.base.text import read_text
 from muco.cli.options import ComputeIn, FetchAddress, FetchHost, Model, examples
 from muco.errors import MucoError
+
+if TYPE_CHECKING:
+    from muco.base.fetch import FetchLimits
 
 TOKEN = "MUCO_SERVE_TOKEN"
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
@@ -62,16 +67,13 @@ def serve(
     Prints one JSON line with the address when it listens. SIGTERM finishes accepted requests. See docs/serving.md.
     """
     _check_installed()
-    from muco.base.fetch import FetchLimits
     from muco.serve.app import run_server
     from muco.serve.batcher import BatchLimits
     from muco.serve.images import ImageLimits
     from muco.serve.schema import RequestLimits
+    from muco.starter import model_name
 
-    fetch = None
-    if allow_fetch or fetch_host or fetch_address:
-        fetch = FetchLimits(hosts=tuple(fetch_host) or None, allowed_addresses=tuple(fetch_address))
-    image = ImageLimits(max_pixels=max_pixels, fetch=fetch)
+    image = ImageLimits(max_pixels=max_pixels, fetch=_fetch_limits(allow_fetch, fetch_host, fetch_address))
     limits = RequestLimits(max_body * 2**20, seconds=timeout, items=max_items, tokens=max_tokens, image=image)
     if queue < max_items:
         raise MucoError(f"--queue {queue}: a request may have {max_items} items (--max-items), which must fit in it")
@@ -84,12 +86,12 @@ def serve(
         precision=precision,
         image_memory=image_memory,
         index=index,
-        name=name or Path(model).name,
+        name=name or model_name(model),
         limits=limits,
         batches=BatchLimits(batch_tokens, batch_milliseconds, queue),
         instructions=instructions,
         token=token,
-        allowed_hosts=allow_host,
+        allowed_hosts=[*map(_host, allow_host)],
         origins=tuple(map(_origin, allow_origin)),
     )
 
@@ -117,6 +119,27 @@ def _instruction(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise MucoError(f"--instruction {text!r}: write it as INPUT_TYPE=TEXT")
     return key, value
+
+
+def _fetch_limits(allow_fetch: bool, hosts: Sequence[str], addresses: Sequence[str]) -> FetchLimits | None:
+    """What may be fetched; None: nothing. Addresses alone open these addresses, and no public host."""
+    from muco.base.fetch import FetchLimits
+
+    if not (allow_fetch or hosts or addresses):
+        return None
+    limits = FetchLimits(hosts=tuple(hosts) or None, allowed_addresses=tuple(addresses))
+    return limits if allow_fetch or hosts else replace(limits, hosts=limits.address_hosts)
+
+
+def _host(text: str) -> str:
+    """A host name as the server compares it: without port and brackets."""
+    from muco.base.fetch import HOST
+    from muco.serve.guard import host_name
+
+    name = text.lower() if text.count(":") > 1 and "[" not in text else host_name(text.encode())
+    if not HOST.fullmatch(name) or not {"*", "/"}.isdisjoint(text):
+        raise MucoError(f"--allow-host {text!r}: write a name, as search.example.com")
+    return name
 
 
 def _origin(text: str) -> str:

@@ -129,7 +129,7 @@ class _Texts:
         for side in ("query", "target"):
             texts = [content.text for turn in sample.turns for content in getattr(turn, side) if content.text]
             self.words[side].update(len(text.split()) for text in texts)
-            if self._tokenizer is not None:
+            if self._tokenizer is not None and texts:
                 ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
                 self.tokens[side].update(map(len, ids))
         for number, turn in enumerate(sample.turns, start=1):

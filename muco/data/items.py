@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -66,6 +66,7 @@ class Row:
     further: Mapping[str, Any] = field(default_factory=dict)  # of the columns that were asked for
     error: str | None = None
     vector: Any = None
+    id_known: bool = True  # false if the row, or its id, cannot be read: ``id`` is then the number
 
     @property
     def content(self) -> dict[str, Any]:
@@ -75,8 +76,13 @@ class Row:
 
     @property
     def decoded_bytes(self) -> int:
-        held = [picture for image in self.images for picture in getattr(image, "source", [image])]
-        return sum(3 * picture.width * picture.height for picture in held if hasattr(picture, "width"))
+        return decoded_bytes(self.images)
+
+
+def decoded_bytes(images: Iterable[Any]) -> int:
+    """What images and videos take that are opened."""
+    held = [picture for image in images for picture in getattr(image, "source", [image])]
+    return sum(3 * picture.width * picture.height for picture in held if hasattr(picture, "width"))
 
 
 @dataclass(frozen=True)
@@ -202,14 +208,16 @@ def _parquet_records(path: Path, columns: Columns, start: int, further: Sequence
 def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str] = ()) -> Row:
     """The row of a record; what is wrong with it becomes its ``error``."""
     values, given = record.values, str(record.number)
+    id_known = False
     try:
         id = values.get(columns.id)
         if isinstance(id, int) and not isinstance(id, bool):
             given = str(id)
         elif id is not None and not isinstance(id, str):
-            raise DataError(f"'id' must be a string or a whole number, not {type_of(id)}")
+            raise DataError(f"{columns.id!r} must be a string or a whole number, not {id!r:.60}")
         else:
-            given = _string(id, "id") or given
+            given = _string(id, columns.id) or given
+        id_known = bool(values) or record.error is None
         if record.error is not None:
             raise DataError(record.error)
         text = _string(values.get(columns.text), columns.text)
@@ -219,9 +227,10 @@ def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str
         if video := _video(values.get(columns.video), columns.video, root):
             found[columns.video] = [video]
         if text is None and not found:
-            raise DataError(f"nothing to embed: neither {columns.text!r} nor {columns.image!r} says anything")
+            names = f"{columns.text!r}, {columns.image!r} and {columns.video!r}"
+            raise DataError(f"nothing to embed: none of {names} says anything")
     except DataError as error:
-        return Row(record.number, given, record.where, error=str(error))
+        return Row(record.number, given, record.where, error=str(error), id_known=id_known)
     images = [pair for pairs in found.values() for pair in pairs]
     paths = [path for _, path in images]
     path = paths[0] if len(paths) == 1 else json.dumps(paths, ensure_ascii=False) if any(paths) else None

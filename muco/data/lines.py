@@ -9,7 +9,7 @@ import os
 import re
 import tokenize
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def raw_lines(path: Path, digest: Any = None) -> Iterator[tuple[int, bytes, int]
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def objects(path: Path, digest: Any = None) -> Iterator[tuple[JsonObject, str]]:
+def objects(path: Path) -> Iterator[tuple[JsonObject, str]]:
     """The JSON object and "file:line" of every line that is not blank."""
-    for _, line, number in raw_lines(path, digest):
+    for _, line, number in raw_lines(path):
         where = f"{path}:{number}"
         yield as_object(line, where), where
 
@@ -222,6 +222,9 @@ def literal_list(text: str, name: str) -> list[Any]:
     text = text.strip()
     if len(text) > LONGEST_LITERAL:
         raise DataError(f"{name} is a list of {len(text):,} characters; at most {LONGEST_LITERAL:,} are read")
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text, parse_constant=_no_constant), list):
+            return value
     try:
         value = ast.literal_eval(text)
         # Python joins strings without a comma between them into one, as numpy writes its arrays: never what was meant.

@@ -107,7 +107,8 @@ def load_style(name: str) -> Style:
     _check_keys(sets, (*GROUPS, *BY_NAME), f"{path}: sets")
     for key, said in sets.items():
         _check_wording(said, f"{path}: sets.{key}")
-    doubts = [_checked(line, str, f"{path}: 'uncertain'") for line in _checked(given.get("uncertain", []), list, path)]
+    doubted = f"{path}: 'uncertain'"
+    doubts = [_checked(line, str, doubted) for line in _checked(given.get("uncertain", []), list, doubted)]
     name = _checked(given.get("name"), str, f"{path}: 'name'")
     return Style(name, frames, clip_frames, sets, turn, tuple(doubts))
 

@@ -112,6 +112,7 @@ def _csv_rows(file: BinaryIO, path: Path, delimiter: str, line: int = 1) -> Iter
             line += 1
             yield text
 
+    csv.field_size_limit(LONGEST_LINE)  # of this process; the module's own is 128 KiB
     reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     while True:
         try:

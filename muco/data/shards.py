@@ -120,7 +120,7 @@ class ShardsData:
             value = as_object(data, where, constants=True)  # downloaders write NaN for what they do not know
             if "turns" in value:
                 if named := _names_images(value):  # a path would be read from this machine, whoever made the archive
-                    said = "in a shard the image is a member, leave the key out"
+                    said = "in a shard the image is a member, and nothing else is read; leave the key out"
                     raise DataError(f"{where}: {named!r} in the .json; {said}")
                 sample = sample_from_row(value | {"image": "member"}, Path(), where)
                 return Sample(image, sample.turns, sample.id if sample.id is not None else id, sample.where)
@@ -151,12 +151,12 @@ class ShardsData:
 
 
 def _names_images(value: Any) -> str | None:
-    """The first key that names images, however deep."""
+    """The first key that names images or videos, however deep."""
     left = [value]
     while left:  # no recursion: how deep it goes is up to the archive
         value = left.pop()
         if isinstance(value, dict):
-            if named := next((key for key in ("image", "images") if key in value), None):
+            if named := next((key for key in ("image", "images", "video") if key in value), None):
                 return named
             value = list(value.values())
         left += value if isinstance(value, list) else []

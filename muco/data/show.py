@@ -88,9 +88,10 @@ def _card(sample: Sample | DataError, colors: dict[str, str]) -> str:
     if (left := len(sample.turns) - MAX_TURNS) > 0:
         turns += f"<li class='more'>… and {left:,} more turns</li>"
     line = sample.where.rpartition(":")[2]
+    place = f"line {line}" if line.isdigit() else Path(sample.where).name
     name = f"<b>{escape(sample.id)}</b>" if sample.id else ""
     pictures = f"<div class='pictures'>{_images(sample.images, sample.place)}</div>" if sample.images else ""
-    return f"<article>{pictures}<p class='id'>{name}<span>line {escape(line)}</span></p><ol>{turns}</ol></article>"
+    return f"<article>{pictures}<p class='id'>{name}<span>{escape(place)}</span></p><ol>{turns}</ol></article>"
 
 
 def _turn(turn: Turn, sample: Sample, colors: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from muco.data.items import Row
+from muco.data.items import Row, decoded_bytes
 from muco.dialogue import ImageLike
 from muco.errors import DataError
 
@@ -52,15 +52,20 @@ def open_row(row: Row, opened: Callable[[ImageLike], Any]) -> Row:
     """The row with its images opened, or with the reason why one cannot be."""
     if not row.images:
         return row
-    ready = replace(row, images=())
     try:
-        for image in row.images:
-            ready = replace(ready, images=(*ready.images, opened(image)))
-            if ready.decoded_bytes > ROW_BYTES:
-                raise DataError(f"the images of the row take over {ROW_BYTES >> 20} MiB; use fewer or smaller ones")
+        return replace(row, images=open_images(row.images, opened, "the row"))
     except DataError as error:
         return replace(row, images=(), error=str(error))
-    return ready
+
+
+def open_images(images: Iterable[Any], opened: Callable[[Any], Any], owner: str) -> tuple[Any, ...]:
+    """The images of one input, each by ``opened``; a DataError that names the owner if they take over ``ROW_BYTES``."""
+    held: list[Any] = []
+    for image in images:
+        held.append(opened(image))
+        if decoded_bytes(held) > ROW_BYTES:
+            raise DataError(f"the images of {owner} take over {ROW_BYTES >> 20} MiB; use fewer or smaller ones")
+    return tuple(held)
 
 
 def in_batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:

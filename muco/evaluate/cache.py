@@ -38,6 +38,12 @@ class Embedder(Protocol):
     def fingerprint(self) -> str: ...
 
 
+def known_by(model: Embedder) -> str:
+    """What results and vectors of a model are found again by: its fingerprint, and the length of vectors it cuts."""
+    cut = getattr(model, "truncate_dim", None)
+    return model.fingerprint if cut is None else f"{model.fingerprint}-{cut}"
+
+
 class Book:
     """Contents by a key of text and image bytes; what cannot be embedded goes to ``left_out`` or is an error."""
 

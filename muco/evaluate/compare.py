@@ -174,6 +174,15 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
         if form != FORMAT:
             raise DataError(f"{file}: has format {form}, not {FORMAT}; run the evaluation again")
         found[name] = task | {"file": folder / "outcomes" / f"{file.stem}.jsonl"}
+    of_model: dict[str, list[str]] = {}
+    for name, task in found.items():
+        of_model.setdefault(str(task["key"].get("model")), []).append(name)
+    if len(of_model) > 1:
+        (one, its), (other, others), *_ = of_model.items()
+        raise DataError(
+            f"{folder}: holds results of two models, {one[:12]} ({', '.join(its[:3])}{', …' * (len(its) > 3)}) and "
+            f"{other[:12]} ({', '.join(others[:3])}{', …' * (len(others) > 3)}); score all tasks with one of them"
+        )
     return found
 
 

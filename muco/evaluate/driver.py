@@ -21,7 +21,7 @@ from muco import distributed
 from muco.base.machine import versions
 from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate.benchmark import FORMAT, TaskFiles, TaskResult, pixels_differ
-from muco.evaluate.cache import Embedder, EmbeddingCache
+from muco.evaluate.cache import Embedder, EmbeddingCache, known_by
 from muco.evaluate.page import write_reports
 
 
@@ -56,8 +56,8 @@ class Benchmark:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The model's, taken once: of a large model that takes a while."""
-        return self.model.fingerprint
+        """The model's, see :func:`known_by`, taken once: of a large model that takes a while."""
+        return known_by(self.model)
 
     @property
     def settings(self) -> dict[str, Any]:

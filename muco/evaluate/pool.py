@@ -27,7 +27,7 @@ from muco.data.left_out import LeftOut
 from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
-from muco.evaluate.cache import Embedder, encode_named
+from muco.evaluate.cache import Embedder, encode_named, known_by
 
 SHARD = 4096  # candidates per file
 QUERIES = 4096  # that pass over the pool together
@@ -44,7 +44,6 @@ class Vectors:
     def __init__(self, files: Sequence[Path], rows: int, left_out: int = 0) -> None:
         self.files, self._rows = list(files), rows
         self._left_out = left_out  # rows that are NaN because their candidates cannot be embedded
-        self.dimension = int(np.load(self.files[0], mmap_mode="r", allow_pickle=False).shape[1])
 
     def __len__(self) -> int:
         return self._rows
@@ -95,7 +94,7 @@ def embed_pool(
     """
     if not len(pool):
         raise DataError(f"{pool.name}: the pool holds no candidate")
-    key = hashlib.sha256(json.dumps([LAYOUT, SHARD, model.fingerprint, pool.fingerprint]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([LAYOUT, SHARD, known_by(model), pool.fingerprint]).encode()).hexdigest()
     own = Path(folder) / key
     with writing(folder, "choose another folder"):
         make_folder(own)

@@ -33,7 +33,7 @@ from muco.base.machine import versions
 from muco.data.source import Data
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache, known_by
 from muco.evaluate.metrics import Precision
 from muco.evaluate.report import task_warnings
 from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
@@ -98,7 +98,7 @@ def evaluate_retrieval(
     """
     start = time.perf_counter()
     chosen = Scoring(**scoring)
-    origin = {"model": model.fingerprint, "data": data.fingerprint}
+    origin = {"model": known_by(model), "data": data.fingerprint}
     store = None if cache is None else EmbeddingCache(cache, **origin)
     result = score_tasks(model, data, chosen, cache=store, progress=progress)
     result |= origin | {
@@ -129,14 +129,8 @@ def score_tasks(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The scores of :func:`evaluate_retrieval` without their origin: takes no fingerprint and writes no file."""
-    limit, precision = scoring.limit, scoring.precision
-    book = Book()
-    samples = len(data) if limit is None else min(limit, len(data))
-    turns = [turn for i in range(samples) for turn in read_turns(book, i, data[i])]
-    builder = Builder(book, turns, scoring.candidates, scoring.seed)
-    if not builder.tasks:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in builder.skipped.items())
-        raise DataError(f"nothing to evaluate in {samples} samples ({reasons}); see what `muco data check` says")
+    precision = scoring.precision
+    book, builder = tasks_of(data, scoring)
     keys = {key for task in builder.tasks for key in (*task.queries, *task.pool)}
     vectors, row_of = book.vectors(model, scoring.batch_size, keys, cache=cache, progress=progress)
     vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
@@ -155,12 +149,27 @@ def score_tasks(
         "warnings": warnings,
         "collapsed": collapsed,
         "non_finite": health.non_finite,
-        "samples": samples,
-        "turns": len(turns),
+        "samples": _samples(data, scoring),
+        "turns": len(builder.turns),
         "encoded": len(keys),
         "dimension": vectors.shape[1],
         "precision": precision,
     }
+
+
+def tasks_of(data: Data, scoring: Scoring) -> tuple[Book, Builder]:
+    """All contents and tasks of the data; a DataError if it allows no task, or a content cannot be read."""
+    book, samples = Book(), _samples(data, scoring)
+    turns = [turn for i in range(samples) for turn in read_turns(book, i, data[i])]
+    builder = Builder(book, turns, scoring.candidates, scoring.seed)
+    if not builder.tasks:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in builder.skipped.items())
+        raise DataError(f"nothing to evaluate in {samples} samples ({reasons}); see what `muco data check` says")
+    return book, builder
+
+
+def _samples(data: Data, scoring: Scoring) -> int:
+    return len(data) if scoring.limit is None else min(scoring.limit, len(data))
 
 
 def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,12 +30,13 @@ from muco.errors import CheckpointError, MucoError, OutputError
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, compute_in, from_backbone, load
 from muco.processor import first_line
+from muco.starter import model_name
 from muco.stock import write_json
 from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
-from muco.training.folder import CARD_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
+from muco.training.folder import CARD_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
 from muco.training.mixture import open_sources
-from muco.training.recipe import Recipe, from_dict, load_recipe
+from muco.training.recipe import from_dict, trained_dimensions
 from muco.vision import vision_parameters
 
 Format = Literal["sentence-transformers", "vllm"]
@@ -80,7 +82,7 @@ def export(
         if push is not None:
             _check_push(push)
         separate = adapters == "separate"
-        model, recipe, own_dtype = load_source(source)
+        model, shorter, own_dtype = load_source(source)
         if separate:
             _check_separable(source, model, format)
         before = _vectors(model)
@@ -91,7 +93,7 @@ def export(
         with writing(part):
             part.mkdir(parents=True)
             _write(model, part, format, separate=separate)
-            _describe(part, source, format, model, recipe, separate=separate)
+            _describe(part, source, format, model, shorter, separate=separate)
         adapter = part / ADAPTER if separate else None
         shown = examples(several_images=model.encoder.muco_processor.several_images)
         found = stock_vectors(part, shown, generation=format == "vllm", adapter=adapter)
@@ -111,16 +113,16 @@ def export(
         return result
 
 
-def load_source(source: str) -> tuple[Model, Recipe | None, torch.dtype]:
-    """The model, a checkpoint's with its adapters; its recipe if MuCo trained it; the precision it is saved in."""
+def load_source(source: str) -> tuple[Model, tuple[int, ...], torch.dtype]:
+    """The model, a checkpoint's with its adapters; the shorter lengths it was trained for; how it is saved."""
     folder = Path(source)
     if (folder / WEIGHTS_FILE).is_file():
         return _load_checkpoint(folder)
-    model, recipe = load(source, device="cpu"), folder / RECIPE_FILE
-    return model, load_recipe(recipe) if recipe.is_file() else None, model.encoder.model.dtype
+    model = load(source, device="cpu")
+    return model, trained_dimensions(source), model.encoder.model.dtype
 
 
-def _load_checkpoint(folder: Path) -> tuple[Model, Recipe, torch.dtype]:
+def _load_checkpoint(folder: Path) -> tuple[Model, tuple[int, ...], torch.dtype]:
     run = folder.parent.parent / RUN_FILE
     if not run.is_file():
         raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
@@ -131,7 +133,7 @@ def _load_checkpoint(folder: Path) -> tuple[Model, Recipe, torch.dtype]:
     dtype = saved_dtype(recipe.model, model.encoder.model)
     if recipe.model.adapter is None:  # trained weights are held in float32, and frozen ones as they were
         cast_weights(model.encoder.model, dtype)
-    return model.to("cpu").eval(), recipe, dtype
+    return model.to("cpu").eval(), recipe.loss.dimensions, dtype
 
 
 def _check_separable(source: str, model: Model, format: Format) -> None:
@@ -207,9 +209,9 @@ def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
 
 
 def _describe(
-    folder: Path, source: str, format: Format, model: Model, recipe: Recipe | None, *, separate: bool
+    folder: Path, source: str, format: Format, model: Model, dimensions: Sequence[int], *, separate: bool
 ) -> None:
-    shorter = sorted(recipe.loss.dimensions) if recipe else []
+    shorter = sorted(dimensions)
     listed = ", ".join(map(str, shorter))
     if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
         config = read_json(folder / "config.json") | {"is_matryoshka": True, "matryoshka_dimensions": shorter}
@@ -220,7 +222,7 @@ def _describe(
         body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
         body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
     compared = "Its vectors were compared with the model's own after the export."
-    origin = f"exported from {Path(source).name} by\nMuCo. {compared}"
+    origin = f"exported from {model_name(source)} by\nMuCo. {compared}"
     write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
 
 

@@ -30,6 +30,7 @@ from muco.base.files import claimed, write_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.export.export import load_source
 from muco.model import Model
+from muco.starter import model_name
 from muco.training.folder import CARD_FILE, card_head, usage
 
 Method = Literal["mean", "slerp", "task-arithmetic"]
@@ -174,7 +175,7 @@ def _write(model: Model, output: Path, facts: dict[str, Any]) -> None:
         model.save(str(part), create_model_card=False)
         write_json(part / RECORD, facts)
         pairs = zip(facts["sources"], facts["weights"], strict=True)
-        named = ", ".join(f"{share:.3g} of {Path(source).name}" for source, share in pairs)
+        named = ", ".join(f"{share:.3g} of {model_name(source)}" for source, share in pairs)
         origin = f"merged by MuCo\n({facts['method']}: {named})."
         text = f"{card_head('sentence-transformers', model.get_embedding_dimension(), origin)}\n{usage()}"
         write_text(part / CARD_FILE, text)

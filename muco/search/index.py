@@ -8,7 +8,7 @@ count, so their candidates are scored here, and the best are read by id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -47,6 +47,11 @@ class Hit:
     thumbnail: bytes | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Every column with a name that a filter knows."""
+        return {"id": self.id, "text": self.text, "image": self.image} | self.extra
+
 
 class Index(Table):
     """An open index. Many threads and processes may search and write at once; writers take turns."""
@@ -81,7 +86,7 @@ class Index(Table):
             rows: Mappings with ``id`` (text, a whole number or a UUID), ``text`` and/or ``image`` (path, bytes or
                 Pillow), and further columns, see :mod:`muco.search.columns`: a list, a generator, a DataFrame of pandas
                 or polars, a table of Arrow, or a dataset of Hugging Face. None, NaN, NaT, NA and an absent key are
-                missing.
+                missing. All rows are held in memory, with Pillow images as PNG; files are read as they are needed.
         Returns:
             As :func:`muco.search.update.build`.
         Raises:
@@ -100,6 +105,7 @@ class Index(Table):
         k: int = 10,
         where: str | None = None,
         exact: bool = False,
+        hidden: Collection[str] = (),
     ) -> list[Hit]:
         """The k nearest rows, best first; equal scores by id (without ``exact``, in each thousand of hits).
 
@@ -109,6 +115,7 @@ class Index(Table):
             vector: float [dimension], made by the index's model; any length.
             where: A filter on the columns, see :func:`muco.search.filter.checked_filter`.
             exact: Compare with every row, by the score itself.
+            hidden: Columns that the filter may not name, because whoever wrote it must not learn what they hold.
         Raises:
             MucoError: If not exactly one of (text and/or image), like, vector is given, there is no such row, the
                 filter is refused, or k is not 1 to LARGEST_K.
@@ -122,8 +129,9 @@ class Index(Table):
             )
         schema = self.table.schema  # once: LanceDB asks another thread for it
         extra = self.extra_of(schema)
-        own = {name: schema.field(name).type for name in ("id", "text", "image")}
-        condition = checked_filter(where and whole_text(where, "where"), own | extra)
+        columns = {name: schema.field(name).type for name in ("id", "text", "image")} | extra
+        known = {name: kind for name, kind in columns.items() if name not in hidden}
+        condition = checked_filter(where and whole_text(where, "where"), known)
         if like is not None:
             like = checked_id(like)
             row = self.rows_where("id", [like], self.storage.columns)

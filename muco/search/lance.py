@@ -47,7 +47,8 @@ def connect(path: str | Path, *, create: bool) -> Any:
     if is_local(path) and not create and not Path(path).is_dir():
         raise MucoError(f"{path}: no such index; make one with `muco index INPUT --model MODEL --index {path}`")
     with lance_calls(path):
-        return lancedb.connect(str(path), read_consistency_interval=timedelta(0) if create else STALE)
+        place = Path(path).absolute() if is_local(path) else path  # LanceDB expands "~" and takes "a:b" for a URL
+        return lancedb.connect(str(place), read_consistency_interval=timedelta(0) if create else STALE)
 
 
 def open_rows(database: Any, path: str | Path) -> Any:

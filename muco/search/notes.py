@@ -12,7 +12,23 @@ from typing import Any
 from muco.base.files import whole_file, writing
 from muco.base.text import escaped
 from muco.data.items import Row
-from muco.errors import DataError
+from muco.errors import DataError, OutputError
+
+LONGEST = 1 << 20  # characters of a line of a list
+REMEDY = "name another file by --errors"
+
+
+def check_list(path: Path) -> None:
+    """Raises an OutputError if a list of the rows that failed would replace a file that is not such a list."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline(LONGEST) or "{}")
+    except (OSError, ValueError):  # also what is not UTF-8
+        first = None
+    if not isinstance(first, dict) or (first and set(first) != {"row", "id", "where", "reason"}):
+        raise OutputError(f"{path}: this file is not a list of rows that failed, and would be lost; {REMEDY}")
 
 
 class Notes:
@@ -25,7 +41,7 @@ class Notes:
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("CREATE TABLE failed (note TEXT)")
-        self.unread = 0  # failed rows whose own id may not be known
+        self.unread: Row | None = None  # the first whose id is not known
 
     def first(self, id: str) -> bool:
         """Notes an id; false if it was noted before."""
@@ -46,17 +62,17 @@ class Notes:
         for (note,) in self._database.execute("SELECT note FROM failed ORDER BY rowid"):
             yield json.loads(note)
 
-    def list_failed(self, path: str | Path | None, rows: int) -> str | None:
+    def list_failed(self, path: Path | None, rows: int) -> str | None:
         """Writes a file of the rows that failed, or removes that of an earlier run; returns its path, if there is one.
 
         Without a ``path``, no file is written. Raises a DataError if all ``rows``, the number in the input, failed.
         """
         first, failed = next(self.failed(), None), sum(1 for _ in self.failed())
         if path is not None:
-            with writing(path, "name another file by --errors"):
-                Path(path).unlink(missing_ok=True)
+            with writing(path, REMEDY):
+                path.unlink(missing_ok=True)
                 if first is not None:
-                    with whole_file(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+                    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
                         file.writelines(escaped(json.dumps(note, ensure_ascii=False)) + "\n" for note in self.failed())
         if first is None:
             return None

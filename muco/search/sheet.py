@@ -10,6 +10,7 @@ from pathlib import Path
 
 from muco.base.files import write_text, writing
 from muco.base.html import document, house_style, text
+from muco.base.text import read_text
 from muco.errors import DataError, MucoError, did_you_mean
 from muco.model import load
 from muco.search.index import Hit, Index
@@ -35,13 +36,7 @@ EVERYDAY = (
 
 def read_queries(file: Path) -> list[str]:
     """The lines of a text file that are not blank; a DataError if there is none, or the file is not text in UTF-8."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: it cannot be read as text in UTF-8 ({error})") from error
-    queries = [line.strip() for line in lines if line.strip()]
+    queries = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not queries:
         raise DataError(f"{file}: it has no queries; write one per line")
     return queries
@@ -80,7 +75,7 @@ def write_sheet(
         MucoError: If the index has no such column, or the page cannot be written.
     """
     shown = [hit for hits in found.values() for hit in hits]
-    columns = dict.fromkeys(name for hit in shown for name in hit.extra)
+    columns = dict.fromkeys(name for hit in shown for name in hit.columns)
     if caption and shown and caption not in columns:
         raise MucoError(f"caption {caption!r}: the index has no such column{did_you_mean(caption, columns)}")
     sections = []
@@ -95,7 +90,8 @@ def write_sheet(
 
 
 def _figure(hit: Hit, caption: str | None) -> str:
-    said = str(hit.extra.get(caption) or hit.id) if caption else hit.id
+    value = hit.columns.get(caption) if caption else None
+    said = hit.id if value is None else str(value)
     words = f"{said} ({hit.score:.3f})"
     if hit.thumbnail:
         source = f"data:image/jpeg;base64,{base64.b64encode(hit.thumbnail).decode('ascii')}"

@@ -29,7 +29,7 @@ from muco.search.columns import add_kinds, check_names
 from muco.search.encode import RowEncoder, encoded, on_daft
 from muco.search.given import as_given, records
 from muco.search.lance import is_local
-from muco.search.notes import Notes
+from muco.search.notes import Notes, check_list
 from muco.search.rows import Entry, entry_of, hashed, open_input
 from muco.search.storage import BITS, VECTOR, Name
 from muco.search.table import FORMER, OWN, WIDER, Table
@@ -85,6 +85,11 @@ def build(
     """
     from muco.model import loaded
 
+    if errors is None and is_local(path):
+        errors = Path(path) / "errors.jsonl"
+    failed_rows = None if errors is None else Path(errors)
+    if failed_rows is not None:
+        check_list(failed_rows)
     source, extra, empty = open_input(Path(input), Columns(text_column, image_column, id_column), RESERVED)
     if source.passed_over and progress is not False:
         print(told_passed_over(source.root, source.passed_over), file=sys.stderr)
@@ -102,17 +107,16 @@ def build(
     if workers > 1 or ray:
         encode = on_daft(model_path, table.fingerprint, table.dimension, batch_size, workers, ray, model.precision)
         chunks = DAFT_CHUNKS
-    if errors is None and is_local(path):
-        errors = Path(path) / "errors.jsonl"
     fit_columns(table, extra, empty, str(input))
     kinds = table.extra_columns
     entries = (entry_of(row, row.further, kinds) for row in source.rows(0, [*extra]))
     with closing(Notes()) as notes:
         found = _update(table, entries, source.total, encode, notes, chunks=chunks, progress=progress)
         found |= {"passed_over": dict(source.passed_over.most_common())}
+        found |= {"errors": notes.list_failed(failed_rows, found["rows"])}
         if delete_missing:
             found |= {"deleted": _delete_missing(table, notes), "total": len(table)}
-        return found | {"errors": notes.list_failed(errors, found["rows"])}
+        return found
 
 
 def add_rows(table: Table, rows: Any, model: Model, *, batch_size: int = 32) -> dict[str, Any]:
@@ -191,8 +195,8 @@ class _Update:
         good = []
         for entry in entries:
             row, reason = entry.row, entry.row.error
-            if reason is not None and row.id == str(row.number):
-                self.notes.unread += 1
+            if not row.id_known:
+                self.notes.unread = self.notes.unread or row
             if not self.notes.first(row.id) and reason is None:
                 reason = f"the id {row.id!r} is also that of an earlier row; give each row its own"
             if reason is None:
@@ -276,10 +280,10 @@ def _table(table: Table, entries: list[Entry]) -> pa.Table:
 
 
 def _delete_missing(table: Table, notes: Notes) -> int:
-    if notes.unread:
+    if (row := notes.unread) is not None:
         raise DataError(
-            f"nothing was deleted: {notes.unread} rows of the input cannot be read, so their ids are not known; "
-            "correct them first (all others are indexed)"
+            f"{row.where}: {row.error}; which id this row has is not known, so nothing was deleted: correct it and run "
+            "the same command again (all other rows are indexed)"
         )
     missing = [id for ids in table.ids() for id in ids if not notes.has(id)]
     if deleted := table.delete(missing):

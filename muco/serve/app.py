@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-import yaml
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
-from transformers.utils.hub import cached_file
 
 from muco.base.machine import leave_out_of_collections
 from muco.base.terminal import print_json
@@ -36,8 +34,7 @@ from muco.serve.guard import LOCAL_HOSTS, ClientGone, Guard, error_answer
 from muco.serve.process import ModelProcess
 from muco.serve.schema import RequestError, RequestLimits, first_error
 from muco.serve.service import Served, Service
-from muco.starter import located
-from muco.training.folder import RECIPE_FILE
+from muco.training.recipe import trained_dimensions
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
@@ -170,7 +167,7 @@ def run_server(
             if index is not None:
                 opened = Index.open(index)
                 opened.check(engine.facts.fingerprint, path)
-            dimensions = _trained_dimensions(path)
+            dimensions = trained_dimensions(path)
             _run(Served(engine, limits=limits, dimensions=dimensions, index=opened, hosts=hosts, **offered), listener)
     if codes:
         raise MucoError(f"the model's process ended (exit code {codes[0]}); its last messages are above")
@@ -190,17 +187,6 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.close()
         raise MucoError(f"cannot listen at {host} port {port}: {error.strerror}; choose another --port") from error
     return listener
-
-
-def _trained_dimensions(path: str) -> tuple[int, ...]:
-    """The lengths that a model was trained for (Matryoshka), from the recipe that is saved beside its weights."""
-    file = cached_file(located(path), RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return ()
-    try:
-        return tuple(int(number) for number in yaml.safe_load(Path(file).read_text("utf-8"))["loss"]["dimensions"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise MucoError(f"{file}: its loss.dimensions cannot be read") from error
 
 
 def _run(served: Served, listener: socket.socket) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from muco.batch import DialogueBatch, collate, join
 from muco.dialogue import Content, Dialogue, Video
+from muco.embed.vectors import open_images
 from muco.errors import DataError
 from muco.layout import Truncate
 from muco.processor import Processor
@@ -18,8 +20,6 @@ from muco.serve.images import ImageLimits, decode
 
 if TYPE_CHECKING:
     from muco.model import Model
-
-CACHED_TEXT = 128  # characters; of longer texts of strangers a cache may fill the memory
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,6 @@ class Embedded:
     image_tokens: int
 
 
-class BoundedProcessor(Processor):
-    """A processor whose memory of texts is bounded, whatever texts come."""
-
-    def text_ids(self, text: str) -> tuple[int, ...]:
-        return super().text_ids(text) if len(text) <= CACHED_TEXT else self._tokenize(text)
-
-
 @dataclass(frozen=True)
 class Facts:
     """What there is to know of a model without having it."""
@@ -94,27 +87,23 @@ class Preparation:
     """
 
     def __init__(self, facts: Facts, images: ImageLimits, max_tokens: int) -> None:
-        old = facts.processor
-        self.processor = BoundedProcessor(old.stock, old.template, old.family, max_tokens=old.max_tokens)
-        self.facts, self.image_limits = facts, images
-        self.max_tokens = min(max_tokens, old.max_tokens or max_tokens)
+        self.processor, self.facts, self.image_limits = facts.processor, facts, images
+        self.max_tokens = min(max_tokens, self.processor.max_tokens or max_tokens)
 
     @property
     def dimension(self) -> int:
         return self.facts.dimension
 
-    def _decoded(self, source: str | bytes, item: Item) -> Any:
-        return decode(source, self.image_limits, item.where, self.processor.opened)
-
     def prepare(self, item: Item) -> Prepared:
         """Opens the images and counts the tokens.
 
-        Raises a DataError if a text holds a special token, an image is broken, or the item is too long.
+        Raises a DataError if a text holds a special token, an image is broken, or the item is too long or too large.
         """
-        images: tuple[Any, ...] = tuple(self._decoded(image, item) for image in item.images)
+        opened = partial(decode, limits=self.image_limits, where=item.where, opened=self.processor.opened)
+        images = open_images(item.pictures, opened, item.where)
         if item.video:
-            frames = tuple(self._decoded(frame, item) for frame in item.video)
-            images += (Video(frames, len(frames), item.fps),)
+            frames = images[len(item.images) :]
+            images = (*images[: len(item.images)], Video(frames, len(frames), item.fps))
         dialogue = Dialogue(images, tuple(map(Content, item.texts)), item.mode != "compounded", item.where)
         cut = item.truncate if item.mode is None else "NONE"
         most = None if cut == "NONE" else self.max_tokens

@@ -125,7 +125,7 @@ class Guard:
 
     def _check_head(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         host = headers.get(b"host")
-        if self.hosts is not None and host is not None and _host(host) not in self.hosts:
+        if self.hosts is not None and host is not None and host_name(host) not in self.hosts:
             raise RequestError("this server is not called by that name; see --allow-host", status=421)
         if self._token is None or path in OPEN:
             return
@@ -195,7 +195,8 @@ def check_form(body: bytes, depth: int) -> None:
             raise RequestError(f"the body's JSON is nested deeper than {depth}", code="too_deep")
 
 
-def _host(header: bytes) -> str:
+def host_name(header: bytes) -> str:
+    """The name in a Host header, without port, and an IPv6 address without brackets."""
     name = header.decode("latin-1").lower()
     return name[1:].split("]")[0] if name.startswith("[") else name.split(":")[0].rstrip(".")
 

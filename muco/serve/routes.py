@@ -17,7 +17,6 @@ import numpy as np
 from fastapi import APIRouter, Request
 from prometheus_client import generate_latest
 from pydantic_core import to_json
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from muco.errors import MucoError, StorageError
@@ -32,6 +31,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 openai, cohere, about, searching = APIRouter(), APIRouter(), APIRouter(), APIRouter()
+
+HIDDEN = ("image",)  # paths on this machine: clients learn them neither from hits nor by filters
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +170,10 @@ async def _hits(service: Service, request: SearchRequest) -> list[Hit]:
     if item is not None:
         results = await service.embedded([item])
         by = {"vector": shortened(results, index.dimension)[0]}
-    look_up = partial(index.search, **by, k=request.k, where=request.where, exact=request.exact)
+    asked = {"k": request.k, "where": request.where, "exact": request.exact}
+    look_up = partial(index.search, **by, **asked, hidden=HIDDEN)
     try:
-        return await run_in_threadpool(look_up)
+        return await service.looked_up(look_up)
     except StorageError as error:
         log.error("%s", error)
         raise RequestError("the index cannot be read; the server's log says why", status=500) from error
@@ -180,7 +182,7 @@ async def _hits(service: Service, request: SearchRequest) -> list[Hit]:
 
 
 def _as_json(hit: Hit) -> dict[str, Any]:
-    """A hit without the path of its image, which a client must not learn."""
+    """A hit without the path of its image."""
     shown = {"id": hit.id, "score": float(hit.score), "text": hit.text, "thumbnail": None, "extra": in_json(hit.extra)}
     if hit.thumbnail is not None:
         shown["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(hit.thumbnail).decode()

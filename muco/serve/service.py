@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request
 
-from muco.base.fetch import fetch
-from muco.errors import MucoError
 from muco.search.index import Index
 from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
 from muco.serve.engine import Embedded, Engine, Item
+from muco.serve.fetching import Fetcher
 from muco.serve.guard import ClientGone, Metrics
-from muco.serve.images import is_url
 from muco.serve.process import ModelProcess
 from muco.serve.reader import Reader
 from muco.serve.schema import RequestError, RequestLimits
 
 Answer = TypeVar("Answer")
-FETCHES = 8  # at once
+LOOK_UPS = 8  # in the index at once: a look-up ends only when it is done, whether its client waits or not
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ class Service:
             served.engine.prepare, served.engine.run, served.batches, observe=lambda *sizes: self.metrics.batch(*sizes)
         )
         self.metrics = Metrics(lambda: self.batcher.unfinished)
-        self.fetching = ThreadPoolExecutor(FETCHES, "muco-fetch")
+        self.fetcher = Fetcher(served.limits)
+        self.look_ups = ThreadPoolExecutor(LOOK_UPS, "muco-look-up")
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -63,11 +62,13 @@ class Service:
             yield
         finally:
             await self.batcher.close()
-            self.fetching.shutdown(wait=False, cancel_futures=True)
+            self.fetcher.close()
+            self.look_ups.shutdown(wait=False, cancel_futures=True)
 
     async def embedded(self, items: Sequence[Item]) -> list[Embedded]:
         try:
-            results = await self.batcher.submit(await asyncio.gather(*map(self._with_images, items)))
+            async with self.fetcher.fetched(items) as ready:
+                results = await self.batcher.submit(ready)
         except QueueFull:
             raise RequestError("too many requests wait; try again", status=503, code="queue_full") from None
         except ShuttingDown:
@@ -77,20 +78,9 @@ class Service:
             self.metrics.tokens.labels(kind).inc(count)
         return results
 
-    async def _with_images(self, item: Item) -> Item:
-        """The item with bytes in the place of URLs, of which some are fetched at a time over all requests."""
-        loop, limits = asyncio.get_running_loop(), self.served.limits.image.fetch
-
-        async def one(source: str | bytes) -> str | bytes:
-            return await loop.run_in_executor(self.fetching, fetch, source, limits) if is_url(source) else source
-
-        if limits is None or not any(map(is_url, item.pictures)):
-            return item
-        try:
-            found, images = tuple(await asyncio.gather(*map(one, item.pictures))), len(item.images)
-            return replace(item, images=found[:images], video=found[images:])
-        except MucoError as error:
-            raise RequestError(f"{item.where}: {error}", item.where) from None
+    async def looked_up(self, look_up: Callable[[], Answer]) -> Answer:
+        """The result of a search in the index, in a thread of its own kind."""
+        return await asyncio.get_running_loop().run_in_executor(self.look_ups, look_up)
 
     async def answered(self, request: Request, work: Awaitable[Answer]) -> Answer:
         """The result of the work, which is cancelled when the client hangs up or the time is over."""

@@ -17,6 +17,12 @@ from muco.errors import CheckpointError
 STARTER = "starter"  # the name by which the trained starter is loaded
 
 
+def model_name(path: str | Path) -> str:
+    """What to call a model: the last part of its folder's path or of its hub id."""
+    path = Path(path)
+    return path.resolve().name if path.exists() else path.name
+
+
 def located(path: str | Path) -> str:
     """A model's path or hub id as it is; for "starter", unless a folder here has this name, the folder in the cache.
 

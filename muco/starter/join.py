@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, FastVlmConfig, FastVlmForConditionalGeneration, LlavaProcessor
 
 from muco.base.files import claimed, earlier_record, read_json, write_json, write_text, writing
-from muco.errors import OutputError
 from muco.starter import packages
 from muco.starter.halves import CELL, DEVIATION, MEAN, SIDE, class_names, language_half, vision_half
 
@@ -74,8 +73,6 @@ def join(
         CheckpointError: If a package cannot be had or is not the published one, or the layers are not there.
         OutputError: If the folder holds something else or cannot be written.
     """
-    if not output.name:  # "." or "/"
-        raise OutputError(f"{output} cannot be made anew; name a folder in it")
     asked = {"layers": layers, "packages": {package.pinned: package.sha256 for package in packages.PACKAGES}}
     with claimed(output, beside=True, wait=float("inf")):
         if earlier_record(output / RECORD, asked, "starter"):

@@ -69,7 +69,7 @@ def differences(study: Study, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"a": a, "b": b, "columns": each} for (a, b), each in zip(study.compared, columns, strict=True)]
 
 
-def curves(study: Study, found: Mapping[str, Any], curve: Curve) -> dict[str, list[Mark]]:
+def curves(study: Study, found: Mapping[str, Any]) -> dict[str, list[Mark]]:
     """By shown run, its score in % along the seconds of its training, as a step was measured before the runs."""
     lines: dict[str, list[Mark]] = {}
     for run in (run for run in study.runs if run.shown and not run.fixed):
@@ -164,7 +164,7 @@ def write_report(study: Study, found: Mapping[str, Any], output: Path, command: 
     """Writes ``plot.svg``, ``curves.svg`` if the study has curves, and ``README.md``, and returns the latter."""
     write_text(output / "plot.svg", plot(study, found))
     if study.curve:
-        lines = curves(study, found, study.curve)
+        lines = curves(study, found)
         upwards = f"{study.columns[0].title}, %: mean, 95 % interval and every seed"
         write_text(output / "curves.svg", chart(study.question, lines, across="seconds of training", upwards=upwards))
     page = output / "README.md"

@@ -13,7 +13,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -243,17 +243,24 @@ def fill(
         return
     stored = store is not None and source.root is None  # otherwise the files are the user's own
     looks = look_at_all(source, filter, store, start=catalogue.looked, workers=workers, ray=ray)
-    while chunk := list(islice(looks, ADD)):
-        gone = all(look.reason == UNREACHABLE for look in chunk)
-        if gone and (len(chunk) >= GONE or not catalogue.looked):  # the network's fault, not the pictures'
-            raise MucoError(
-                f"none of {len(chunk)} pictures in a row could be fetched, the last: {chunk[-1].note}. Fix the "
-                "connection and run the same command again: it resumes where it stopped"
-            )
+
+    def add(chunk: list[Look]) -> None:
         unused = catalogue.add(chunk)
         for name in unused if stored else ():
             (store / name).unlink(missing_ok=True)
         progress(catalogue.looked, source.total)
+
+    gone: list[Look] = []  # the unreachable ones at the end: perhaps the network's fault, and then not added
+    while chunk := list(islice(looks, ADD)):
+        chunk = [*gone, *chunk]
+        gone = [*takewhile(lambda look: look.reason == UNREACHABLE, reversed(chunk))][::-1]
+        add(chunk[: len(chunk) - len(gone)])
+        if len(gone) >= GONE or (gone and not catalogue.looked):
+            raise MucoError(
+                f"none of {len(gone)} pictures in a row could be fetched, the last: {gone[-1].note}. Fix the "
+                "connection and run the same command again: it resumes where it stopped"
+            )
+    add(gone)
     # what killed runs left in the store: files of pictures that are not kept, and unfinished ones
     for file in store.glob("[0-9a-f][0-9a-f]/*") if stored else ():
         digest = re.match(r"\.*([0-9a-f]{64})\.", file.name)

@@ -93,23 +93,32 @@ async def score(
         how[1] = endpoint.model
         file = output.with_name(f"{output.name}.journal")
         known = {line["turn"]: line.get("scores") for _, line in read_lines(file)} if file.exists() else {}
+        held: list[dict[str, Any]] = []  # failures, until something succeeds: a broken server is not the turns' fault
 
         async def one(asked: _Asked) -> None:
             line = await _line(asked, endpoint, by, question, max_pixels)
             if line is None:
                 counts["unanswered"] += 1
                 return
-            counts["scored" if "scores" in line else "failed"] += 1
-            journal.add(line)
             known[asked.digest] = line.get("scores")
+            if "scores" not in line:
+                counts["failed"] += 1
+                held.append(line)
+                return
+            counts["scored"] += 1
+            for made in (line, *held):
+                journal.add(made)
+            held.clear()
 
-        with Journal(file) as journal, closing(_asked(data, how, {*known}, counts, progress)) as turns:
+        with Journal(file) as journal, closing(_asked(data, how, dict(known), counts, progress)) as turns:
             async with aclosing(in_order(turns, one, ahead=2 * endpoint.limits.concurrency)) as lines:
                 try:
                     async for _ in lines:
                         pass
                 except BudgetSpent as error:
                     stopped = str(error)
+            for line in held:
+                journal.add(line)
         if stopped is None and counts["unanswered"]:
             stopped = f"{counts['unanswered']} turns got no answer for now; run the same command again"
         if stopped is None:
@@ -168,7 +177,11 @@ def _ranked(parts: list[str | Message]) -> Message | str:
 
 
 def _asked(
-    data: Data, how: list[str], known: set[str], counts: Counter[str], progress: Progress | None
+    data: Data,
+    how: list[str],
+    known: Mapping[str, list[float] | None],
+    counts: Counter[str],
+    progress: Progress | None,
 ) -> Iterator[_Asked]:
     """Every turn that has no line yet, each once."""
     seen: set[str] = set()
@@ -179,8 +192,9 @@ def _asked(
             new = asked.digest not in seen
             seen.add(asked.digest)
             counts["turns"] += new
-            counts["found"] += new and asked.digest in known
-            if new and asked.digest not in known:
+            if new and asked.digest in known:
+                counts["failed" if known[asked.digest] is None else "found"] += 1
+            elif new:
                 yield asked
         if progress is not None:
             progress(number + 1, len(data))

@@ -9,18 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from muco.data.source import Data, InMemory
-from muco.loss import MultiTurnLoss
+from muco.loss import MultiTurnLoss, chance_level
 from muco.model import Model
 from muco.training.batches import TrainingBatches
-from muco.training.folder import RECIPE_FILE
 from muco.training.mixture import Mixture
-from muco.training.recipe import Recipe, load_recipe
+from muco.training.recipe import Recipe
 
 SAMPLES, BATCHES = 32, 4
 BELOW = 0.9  # of the chance level: what the wording of questions tells about answers stays above this on our data
@@ -37,8 +35,9 @@ def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | Non
     """The training loss on held-out samples without their pixels, query to target, with the recipe's turns.
 
     Returns:
-        ``loss`` in nats; ``chance``, ln(samples per batch): the loss of a model that knows only the kind of a question;
-        ``leaks``: whether the loss is clearly below; ``samples`` per batch. None for fewer than two pictured samples.
+        ``loss`` in nats; ``chance``: that of a model that knows only the kind of a question, ln(samples per batch), or
+        less where answers are equal and so are not negatives; ``leaks``: whether the loss is clearly below; ``samples``
+        per batch. None for fewer than two pictured samples.
     """
     samples = pictured(data, SAMPLES * BATCHES)
     size = min(SAMPLES, len(samples))
@@ -51,11 +50,13 @@ def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | Non
     batches = TrainingBatches([samples], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=True)
     loss = MultiTurnLoss(model, temperature=recipe.loss.temperature)
     model.eval()
-    values = []
+    values, chances = [], []
     for step in range(len(samples) // size):
         batch = batches[step]
-        values.append(loss([batch["query"], batch["target"]], batch["ids"].to(model.device)).item())
-    mean, chance = sum(values) / len(values), math.log(size)
+        ids = batch["ids"].to(model.device)
+        values.append(loss([batch["query"], batch["target"]], ids).item())
+        chances.append(min(math.log(size), chance_level(ids.sample_ids, ids.target_ids)))
+    mean, chance = sum(values) / len(values), sum(chances) / len(chances)
     return {"loss": mean, "chance": chance, "leaks": not mean >= BELOW * chance, "samples": size}
 
 
@@ -67,9 +68,3 @@ def add_blind_loss(result: dict[str, Any], model: Model, data: Data, recipe: Rec
             f"the turns are matched without any pixel: blind loss {control['loss']:.2f} nats, below the "
             f"{control['chance']:.2f} of chance; their order or the questions reveal the answers"
         )
-
-
-def recipe_of(model: str | Path) -> Recipe | None:
-    """The recipe that a model folder was trained with; None for a model that was not trained here."""
-    file = Path(model) / RECIPE_FILE
-    return load_recipe(file) if file.is_file() else None

@@ -203,7 +203,8 @@ class RetrievalEvaluator(BaseEvaluator):
     def __call__(
         self, model: Model, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """hit@1, hit@10 and MRR of every task (0 to 1); ``collapsed``: 1 if the vectors are one point or not finite.
+        """hit@1, hit@10 and MRR of every task (0 to 1), but for those that any model reaches; ``collapsed``: 1 if the
+        vectors are one point or not finite.
 
         The primary metric is hit@1 of image_to_caption, else of answer, else of the first task that the data has.
         """
@@ -211,7 +212,8 @@ class RetrievalEvaluator(BaseEvaluator):
         metrics = {"collapsed": float(result["collapsed"])}
         for name, scores in result["tasks"].items():
             scores = scores.get("mean", scores)
-            metrics |= {f"{name}_{metric}": scores[metric] for metric in ("hit@1", "hit@10", "mrr")}
+            found = {f"{name}_{metric}": scores[metric] for metric in ("hit@1", "hit@10", "mrr")}
+            metrics |= {metric: score for metric, score in found.items() if score is not None}
         first = next(name for name in ("image_to_caption", "answer", *result["tasks"]) if name in result["tasks"])
         self.primary_metric = f"{first}_hit@1"
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)

@@ -76,7 +76,7 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         return None
     known = read_json(file)
     if differing := _differing(known, facts):
-        if (output / MODEL).exists() or any((output / CHECKPOINTS).glob("checkpoint-*")):
+        if (output / MODEL).exists() or _checkpoints(output):
             message = f"{output} holds another run ({differing} differs); choose another output folder or delete it"
             raise OutputError(message)
         write_json(file, facts)  # the other one stopped before it had anything to lose, perhaps by a recipe's mistake
@@ -128,7 +128,7 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
 def last_complete(output: Path, processes: int = 1) -> Path | None:
     """The newest complete checkpoint; removes others. An OutputError if another number of processes made it."""
     complete = []
-    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+    for folder in _checkpoints(output):
         if fault := _fault(folder):
             log.warning("%s is removed: it was not written to its end (%s)", folder, fault)
             shutil.rmtree(folder, ignore_errors=True)
@@ -141,6 +141,12 @@ def last_complete(output: Path, processes: int = 1) -> Path | None:
             f"{last} was written by {made_with} processes; resume with the same number, not with {processes}"
         )
     return last
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Those of the run; a copy that somebody made under another name is none of its business."""
+    found = (output / CHECKPOINTS).glob("checkpoint-*")
+    return [folder for folder in found if folder.name.removeprefix("checkpoint-").isdecimal()]
 
 
 def _fault(folder: Path) -> str:

@@ -20,7 +20,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from muco import distributed
 from muco.data.source import Data
+from muco.dialogue import Video
 from muco.errors import DataError, RecipeError
+from muco.evaluate.retrieval import Scoring, tasks_of
+from muco.images import open_image
 from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
 from muco.reading import Reading
@@ -84,20 +87,34 @@ def check_turns(turns: TurnsRecipe, reading: Reading) -> None:
         raise RecipeError(f"turns.targets: isolated: {reason}; leave it out")
 
 
-def check_budget(budget: int | None, batch: Mapping[str, Any]) -> None:
-    """Refuses a token budget that is smaller than a single dialogue of a batch; names the numbers and the sample."""
+def over_budget(budget: int | None, batch: Mapping[str, Any]) -> tuple[str, bool] | None:
+    """What of a batch is longer than the token budget, with numbers and sample, and whether nothing of its side fits.
+
+    None if all fits. A longer dialogue passes alone, and needs more memory than the budget says.
+    """
     if budget is None or not batch["places"]:
-        return
+        return None
     lengths = {side: batch[side]["attention_mask"].sum(dim=1) for side in SIDES}
     side = max(SIDES, key=lambda side: int(lengths[side].max()))
     longest, row = int(lengths[side].max()), int(lengths[side].argmax())
     if longest > budget:
         place = f" of {batch['places'][row]}" if row < len(batch["places"]) else ""  # else a hard negative
         lower = "model.max_pixels or turns.limit" if "image_rows" in batch[side] else "turns.limit"
-        raise RecipeError(
+        said = (
             f"batch.token_budget: {budget} tokens are fewer than the {longest} of the {side} side{place}; raise it to "
             f"at least {longest}, or lower {lower}"
         )
+        return said, int(lengths[side].min()) > budget
+    return None
+
+
+def check_validation(data: Data) -> None:
+    """Reads all that an evaluation will read, images too; a DataError if it could not evaluate, before any training."""
+    book, _ = tasks_of(data, Scoring())
+    for key, content in book.contents.items():
+        for image in content.images:
+            if not isinstance(image, Video):
+                open_image(image, where=book.places[key])
 
 
 def check_negatives(loss: MultiTurnLoss, batch: Mapping[str, Any], sources: Sequence[Data]) -> None:
@@ -146,6 +163,12 @@ def training_arguments(recipe: Recipe, *, evaluates: bool, bf16: bool = False) -
         value = recipe.trainer.get(field.name)
         if isinstance(field.default, bool) and value is not None and not isinstance(value, bool):
             raise RecipeError(f"trainer.{field.name} must be true or false, got {value!r}")
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if recipe.trainer.get(name) == "epoch":
+            other = name.replace("strategy", "steps")
+            raise RecipeError(
+                f"trainer.{name}: epoch is not supported; set trainer.{other}, below 1 a share of the run"
+            )
     values = {**DEFAULTS, **recipe.trainer, "bf16": bf16}
     if evaluates:
         values.setdefault("eval_strategy", "steps")

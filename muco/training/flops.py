@@ -168,7 +168,7 @@ def _cut(config: Qwen2VLConfig, vision_depth: int, layers: int) -> Qwen2VLConfig
     """The same model with fewer layers."""
     cut = copy.deepcopy(config)
     cut.vision_config.depth, cut.text_config.num_hidden_layers = vision_depth, layers
-    cut.text_config.layer_types = cut.text_config.layer_types[:layers]
+    cut.text_config.layer_types = (cut.text_config.layer_types * layers)[:layers]  # the config may have fewer layers
     return cut
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from muco.data import open_data
 from muco.data.source import Data, InMemory
 from muco.dialogue import Sample, Turn
-from muco.errors import DataError, RecipeError
+from muco.errors import DataError, did_you_mean
 from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
 from muco.processor import Processor
 from muco.training.batches import TrainingBatches
-from muco.training.checks import NO_NEGATIVE, check_budget
+from muco.training.checks import NO_NEGATIVE, check_validation, over_budget
 from muco.training.mixture import Mixture
 from muco.training.recipe import DataRecipe, Recipe
 
@@ -40,16 +40,19 @@ class Measured:
 
 def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
     """The training sets, None for one that cannot be opened; this, and a bad validation set, become problems."""
-    train = [(source.path, source.format, source.options) for source in data.train]
-    validation = [(data.validation, "jsonl", {})] if data.validation else []
     sources: list[Data | None] = []
-    for path, format, options in train + validation:
+    for source in data.train:
         try:
-            sources.append(open_data(path, format, options))
+            sources.append(open_data(source.path, source.format, source.options))
         except DataError as error:
             problems.append(str(error))
             sources.append(None)
-    return sources[: len(train)]
+    if data.validation:
+        try:
+            check_validation(open_data(data.validation))
+        except DataError as error:
+            problems.append(str(error))
+    return sources
 
 
 def look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Iterator[Sample]:
@@ -64,26 +67,43 @@ def look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Iter
                 problems.append(str(error))
 
 
+def without_effect(recipe: Recipe, looked: Sequence[Sample]) -> list[str]:
+    """Settings of the recipe that nothing answers to in some samples of its data."""
+    said, turns = [], [turn for sample in looked for turn in sample.turns]
+    kind, kinds = recipe.turns.image_turn, {turn.kind for turn in turns if turn.kind}
+    if kind and not any(turn.kind == kind for sample in looked if sample.images for turn in sample.turns):
+        hint = did_you_mean(kind, kinds)
+        said.append(f"turns.image_turn: no sample of {len(looked)} has an image and a turn of kind {kind!r}{hint}")
+    if recipe.loss.distillation is not None and not any(turn.scores for turn in turns):
+        said.append(f"loss.distillation: no turn of {len(looked)} samples has 'scores'; see `muco data score`")
+    return said
+
+
 def measure(
-    recipe: Recipe, looked: InMemory, processor: Processor, problems: list[str], broken: list[str]
+    recipe: Recipe,
+    looked: InMemory,
+    processor: Processor,
+    *,
+    problems: list[str],
+    broken: list[str],
+    notes: list[str],
 ) -> tuple[Measured, list[Variety]]:
     """The sizes of the samples, and their variety for the loss; a DataError if no sample can be used.
 
-    A token budget that is too small is added to ``problems``, once; samples that cannot be used to ``broken``.
+    A token budget that all of them exceed is added to ``problems``, one that some do to ``notes``; samples that cannot
+    be used to ``broken``.
     """
     batches = TrainingBatches([looked], Mixture([len(looked)], [1.0], 1, 0), processor, recipe.turns, seed=recipe.seed)
     found: dict[str, list[int]] = {"query": [], "target": [], "visual": [], "turns": [], "images": []}
-    varieties = []
+    varieties, long = [], []
     for number in range(len(looked)):
         try:
             batch = batches[number]
-            check_budget(recipe.batch.token_budget, batch)
         except DataError as error:
             broken.append(str(error))
             continue
-        except RecipeError as error:
-            if not any("batch.token_budget" in problem for problem in problems):
-                problems.append(str(error))
+        if (over := over_budget(recipe.batch.token_budget, batch)) is not None:
+            long.append(over[0])
         found["query"].append(int(batch["query"]["attention_mask"].sum()))
         found["target"] += batch["target"]["attention_mask"].sum(dim=1).tolist()
         found["visual"].append(int(batch["query"]["image_tokens"].sum()) if "image_tokens" in batch["query"] else 0)
@@ -92,6 +112,10 @@ def measure(
         varieties.append(Variety.of(batch["ids"]))
     if not found["query"]:
         raise DataError(f"none of {len(looked)} samples can be used; the first: {broken[0]}")
+    if len(long) == len(varieties):
+        problems.append(long[0])
+    elif long:
+        notes.append(f"{len(long)} of {len(varieties)} samples pass alone, in more memory; the first: {long[0]}")
     return Measured(**{name: np.array(values) for name, values in found.items()}), varieties
 
 

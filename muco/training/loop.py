@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 class MuCoTrainer(SentenceTransformerTrainer):
     """sentence-transformers' trainer with our batches and steps; the loop, optimizer, schedule and logs are its own."""
 
+    is_fsdp_enabled: bool
+
     def __init__(
         self,
         model: Model,
@@ -164,9 +166,17 @@ class MuCoTrainer(SentenceTransformerTrainer):
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the library's, whose own sharding is the only one it knows: of a sharded model every process must make
+        every pass, so every process evaluates.
+        """
         two_precisions = len({parameter.dtype for parameter in self.model.parameters()}) > 1
-        with self.accelerator.autocast() if two_precisions else nullcontext():
-            return super().evaluate(*args, **kwargs)
+        own = self.is_fsdp_enabled
+        self.is_fsdp_enabled = own or self.batch.sharding == "fsdp"
+        try:
+            with self.accelerator.autocast() if two_precisions else nullcontext():
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.is_fsdp_enabled = own
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and not self.made:  # all steps since the last time were left out: no loss was found

@@ -25,7 +25,7 @@ from muco.data.same import sample_key, target_key
 from muco.data.source import Data
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, MucoError, OutputError
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache, known_by
 
 SCORES = 1 << 28  # similarities in memory at a time, 4 bytes each
 QUERIES = 4096  # most queries that are mined at a time
@@ -98,7 +98,7 @@ def mine(
         if output.exists():
             raise OutputError(f"{output} exists; choose another output file or delete it")
         pairs = _Pairs(data)
-        fingerprints = {"model": model.fingerprint, "data": data.fingerprint}
+        fingerprints = {"model": known_by(model), "data": data.fingerprint}
         store = None if cache is None else EmbeddingCache(cache, **fingerprints)
         keys = {*pairs.candidates, *pairs.right}
         vectors, row_of = pairs.book.vectors(model, batch_size, keys, cache=store, progress=progress)

@@ -25,7 +25,7 @@ from muco.training.build import make_loss
 from muco.training.checks import OneDeviceArguments, check_recipe, check_turns, training_arguments
 from muco.training.flops import IMAGE_MARKS, PROMPT_TOKENS, meta_step_flops
 from muco.training.guide import check_guide
-from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known
+from muco.training.look import ASSUMED, Measured, look, look_for_negatives, measure, open_known, without_effect
 from muco.training.meta_model import activation_bytes, held_bytes, meta_model, model_facts
 from muco.training.mixture import Mixture
 from muco.training.precision import stated_autocast
@@ -60,8 +60,9 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         notes.append("no sample could be read: 952 × 644 px and 7 turns of 24 and 14 words are assumed")
     model, processor = meta_model(recipe, [looked] if problems or broken else known, notes)
     check_turns(recipe.turns, stated_reading(model, prefix=processor.family.prefix))
-    measured, varieties = measure(recipe, looked, processor, problems, broken)
+    measured, varieties = measure(recipe, looked, processor, problems=problems, broken=broken, notes=notes)
     if looked[0] is not ASSUMED:
+        notes += without_effect(recipe, looked)
         loss = make_loss(recipe, model)
         look_for_negatives(loss, recipe.batch.size, sources, varieties, problems=problems, notes=notes)
     stated = stated_autocast(recipe, model)
@@ -210,7 +211,8 @@ def _run_facts(
     checkpoints = None
     if steps and arguments.save_strategy == "steps":
         every = arguments.save_steps
-        checkpoints = steps // (math.ceil(every * steps) if every < 1 else int(every))  # below 1 a share of the run
+        every = math.ceil(every * steps) if every < 1 else int(every)  # below 1 a share of the run
+        checkpoints = math.ceil(steps / every)  # the last step is saved too
     return {
         "steps_per_epoch": epoch,
         "steps": steps,

@@ -188,6 +188,10 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "use_liger_kernel": "is not supported",
     "load_best_model_at_end": "is not supported; checkpoints hold trained weights only",
     "push_to_hub": "is not supported; push the finished model",
+    "save_only_model": "is not supported: no run could resume from such a checkpoint",
+    "torch_empty_cache_steps": "is not supported",
+    "gradient_checkpointing_kwargs": "is not used; set model.activation_checkpointing",
+    "dataloader_persistent_workers": "is not used: workers live as long as the run",
 }
 
 

@@ -15,6 +15,8 @@ from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.precision import Precision
 from muco.sizes import Adapter, TinyConfig
+from muco.starter import located
+from muco.training.folder import RECIPE_FILE
 from muco.training.read import REFUSED, build, check_numbers, parse_yaml, set_value
 from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
 
@@ -324,6 +326,39 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
             raise RecipeError("warm_up is not supported any more: it left texts nearly equal; leave it out")
         values = {key: value for key, value in values.items() if key != "warm_up"}
     return build(Recipe, values)
+
+
+def saved_recipe(model: str | Path) -> Recipe | None:
+    """The recipe that a model was trained with; None if none is saved with it.
+
+    Args:
+        model: A folder, a hub id, or "starter".
+    Raises:
+        RecipeError: If it is of a version whose recipes have other keys.
+    """
+    file = _saved(model)
+    return None if file is None else load_recipe(file)
+
+
+def trained_dimensions(model: str | Path) -> tuple[int, ...]:
+    """The lengths of vectors that a model was trained for besides the whole one (Matryoshka), whatever its version.
+
+    Raises a RecipeError if the recipe that is saved with it does not say them as a list of whole numbers.
+    """
+    file = _saved(model)
+    if file is None:
+        return ()
+    try:
+        return tuple(int(number) for number in yaml.safe_load(file.read_text("utf-8"))["loss"]["dimensions"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{file}: its loss.dimensions cannot be read") from error
+
+
+def _saved(model: str | Path) -> Path | None:
+    from transformers.utils.hub import cached_file  # imports much that recipes do not need
+
+    file = cached_file(located(model), RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)
 
 
 def dump_recipe(recipe: Recipe) -> str:

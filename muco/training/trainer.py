@@ -6,9 +6,10 @@ step (:mod:`muco.step`), loss (:mod:`muco.loss`) and checkpoints.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,30 @@ from muco.backbone import merge_adapters
 from muco.data import open_data
 from muco.data.fingerprint import recall, remember
 from muco.data.source import Data
+from muco.errors import RecipeError
 from muco.model import Model
 from muco.training import checkpoint
 from muco.training.batches import TrainingBatches
 from muco.training.build import build_model, make_loss, saved_dtype
 from muco.training.callbacks import Record, RetrievalEvaluator, told_once
 from muco.training.checks import (
-    check_budget,
     check_machine,
     check_negatives,
     check_recipe,
     check_turns,
+    check_validation,
+    over_budget,
     training_arguments,
 )
 from muco.training.folder import DIGESTS_FILE
 from muco.training.guide import VectorsById, guide_vectors
+from muco.training.look import look, without_effect
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.precision import uses_autocast
 from muco.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, *, resume: bool = True) -> Path:
@@ -62,6 +68,11 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     sources = open_sources(recipe)
     Mixture.of(recipe, [len(source) for source in sources])
     validation = open_data(data.validation) if data.validation else None
+    if os.environ.get("RANK", "0") == "0":  # the one process that evaluates; the others wait for it when they join it
+        if validation is not None:
+            check_validation(validation)
+        for said in without_effect(recipe, [*look(sources, recipe.seed, [])]):
+            log.warning("%s; so it changes nothing", said)
     recall(output / DIGESTS_FILE)
     # by each process, before they are a group: in a group, the others would wait for this one
     facts = checkpoint.run_facts(recipe, sources)
@@ -82,12 +93,21 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         distributed.make_equal(p for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(recipe, model, sources, validation, guide)
         first = trainer.batches[0, 0]
-        check_budget(recipe.batch.token_budget, first)
+        _check_budget(recipe.batch.token_budget, first)
         check_negatives(trainer.loss, first, sources)
         set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
         with told_once():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         return _finish(recipe, trainer, sources, facts)
+
+
+def _check_budget(budget: int | None, first: Mapping[str, Any]) -> None:
+    """Refuses a token budget that everything in the first part exceeds; warns if only some of it does."""
+    if (over := over_budget(budget, first)) is not None:
+        said, nothing_fits = over
+        if nothing_fits:
+            raise RecipeError(said)
+        log.warning("%s; it passes alone, in more memory", said)
 
 
 def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: dict[str, Any]) -> Path:
@@ -134,6 +154,8 @@ def make_trainer(
     bf16 = uses_autocast(recipe, model, batches, loss)
     arguments = training_arguments(recipe, evaluates=validation is not None, bf16=bf16)
     arguments.max_steps = arguments.steps(mixture)
-    evaluator = None if validation is None else RetrievalEvaluator(validation)
+    asked = recipe.trainer.get("per_device_eval_batch_size")
+    options = {} if asked is None else {"batch_size": asked}
+    evaluator = None if validation is None else RetrievalEvaluator(validation, **options)
     record = Record(Path(recipe.output), data.max_broken)
     return MuCoTrainer(model, arguments, recipe.batch, batches, loss, record, evaluator)

@@ -19,7 +19,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from muco.base.files import claimed, is_empty, locked, read_json, take_lock, whole_file, write_json, writing
+from muco.base.files import (
+    claimed,
+    earlier_record,
+    is_empty,
+    locked,
+    read_json,
+    take_lock,
+    whole_file,
+    write_json,
+    writing,
+)
 from muco.errors import MucoError, OutputError
 
 HOLD = """
@@ -134,6 +144,19 @@ def test_a_lock_beside_a_file(tmp_path: Path) -> None:
             pass
         with claimed(tmp_path / "b.jsonl", beside=True):
             pass
+
+
+@pytest.mark.parametrize("path", [".", "/"])
+def test_what_has_no_name_cannot_appear_whole(path: str) -> None:
+    with pytest.raises(OutputError, match="cannot be made anew"), claimed(path, beside=True):
+        pass
+
+
+@pytest.mark.parametrize("record", [{}, {"asked": 3}])
+def test_a_record_of_another_program_is_left_alone(tmp_path: Path, record: dict) -> None:
+    write_json(tmp_path / "study.json", record)
+    with pytest.raises(OutputError, match="is not empty and holds no study"):
+        earlier_record(tmp_path / "study.json", {"seed": 1}, "study")
 
 
 def test_an_output_that_cannot_be_claimed(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ def test_lengths_in_tokens_and_the_tokenizers_own_special_tokens(tmp_path, token
     assert report.tokens["query"] == TextLengths(texts=2, mean=2.0, median=1, p95=3, max=3)
     assert [message.split(": ")[0] for message in report.special_tokens.listed] == [f"{path}:2 turn 1"]
     assert check(path).special_tokens.total == 0 and check(path).tokens is None
+    write_jsonl(path, [row("a.png", query="", target={"image": "a.png"})])  # neither side has a text
+    assert check(path, tokenizer=tokenizer_folder).tokens["target"] == TextLengths()
 
 
 def test_no_tokenizer_is_the_users_error(tmp_path):
@@ -296,6 +298,14 @@ def test_text_of_the_data_is_never_html(tmp_path_factory, text):
     page = Page(show(folder, folder / "sheet.html"))
     assert page.tags["script"] == 0 and page.open == []
     assert "".join(page.words).count("<script>alert(") == 8  # legend, id, badge, two queries, target, negative, error
+
+
+def test_a_card_says_where_its_sample_is(tmp_path):
+    from muco.data.show import _card
+
+    for where, said in (("/data/a.jsonl:7", "line 7"), ("/data/M3T.parquet row 5", "M3T.parquet row 5"), ("", "")):
+        sample = Sample(turns=[Turn("q", "t")], where=where)
+        assert f"<span>{said}</span>" in _card(sample, {})
 
 
 def test_large_images_are_shrunk_and_small_ones_kept_exact(tmp_path):

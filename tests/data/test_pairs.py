@@ -217,6 +217,8 @@ def test_placeholders_are_taken_out_of_text(tmp_path: Path, text: str, with_imag
         ("csv", "one", ["one"]),
         ("csv", "['one', \"it's\"]", ["one", "it's"]),
         ("csv", "[sic] one", ["[sic] one"]),
+        ("csv", json.dumps(["😀 cat", "it's"]), ["😀 cat", "it's"]),
+        ("csv", '["1\\/2", "b"]', ["1/2", "b"]),
         ("jsonl", None, []),
         ("jsonl", "[one]", ["[one]"]),
         ("jsonl", ["one", {"text": "two"}], ["one", "two"]),
@@ -243,6 +245,8 @@ def test_negatives_of_targets_that_are_images_are_images(tmp_path: Path) -> None
         ("csv", "[1], [2]", "'wrong' must be one list, not '[1], [2]'"),
         ("csv", "[1]", "negative 0: 'text' must be a string or null, not 1"),
         ("csv", "['']", "negative 0 is empty; leave it out of 'wrong'"),
+        ("csv", '["x", null]', "negative 1 is empty; leave it out of 'wrong'"),
+        ("csv", '["x", NaN]', "'wrong' looks like a list but is not valid: "),
         ("jsonl", ["a", {"txt": "b"}], "negative 1 has 'txt'; accepted are 'text' and 'image'"),
         ("jsonl", ["a", {"image": "../b.png"}], "negative 1: 'image' is '../b.png'; use the path of an image within"),
         ("jsonl", 5, "negative 0: 'text' must be a string or null, not 5"),
@@ -260,6 +264,12 @@ def test_a_list_that_is_too_long_is_not_parsed(tmp_path: Path, monkeypatch: pyte
     path = write(tmp_path, "csv", [{"query": "q", "target": "t", "wrong": "['a', 'b']"}])
     with pytest.raises(DataError, match=":2: 'wrong' is a list of 10 characters; at most 8 are read"):
         PairsData(path, negatives="wrong")[0]
+
+
+def test_a_cell_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    path = write(tmp_path, "csv", [{"query": "q", "target": text.strip()}])
+    assert PairsData(path)[0].turns[0].target[0].text == text.strip()
 
 
 # ── bad files and rows ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -109,6 +109,14 @@ def test_json_holds_a_caption_or_a_sample_of_our_own(tmp_path: Path) -> None:
     assert ShardsData(write(tmp_path / "b.tar", members[:2]), caption="url")[0].turns[0].query[0].text == "x"
 
 
+@pytest.mark.parametrize("place", [{"video": "a"}, {"turns": [{"query": "q", "target": {"video": "a"}}]}])
+def test_json_names_no_video_of_this_machine(tmp_path: Path, place: dict) -> None:
+    value = {"turns": [{"query": "q", "target": "t"}]} | place
+    members = [("0.png", picture(0)), ("0.json", json.dumps(value).encode())]
+    with pytest.raises(DataError, match=r"'video' in the \.json; in a shard the image is a member"):
+        ShardsData(write(tmp_path / "a.tar", members))[0]
+
+
 # ── the index ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -223,6 +223,12 @@ def test_folders_without_results_or_a_common_task_are_errors(tmp_path, pair):
     for empty in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(DataError, match=r"holds no results \(tasks/\*\.json\); pass the output folder"):
             compare(pair[0], empty)
+    mixed = folder(tmp_path / "mixed", {"GQA": {"q": 1.0}})
+    task = json.loads((mixed / "tasks/GQA.json").read_text())
+    task["key"]["model"], task["result"]["name"] = "another", "OK-VQA"
+    (mixed / "tasks/OK-VQA.json").write_text(json.dumps(task))
+    with pytest.raises(DataError, match=r"mixed: holds results of two models, mixed \(GQA\) and another \(OK-VQA\)"):
+        compare(pair[0], mixed)
     other = folder(tmp_path / "other", {"OVEN local": {"q": 1.0}})
     with pytest.raises(DataError, match=r"no task that can be compared \(GQA: only A has it; OVEN local: only B"):
         compare(pair[0], other)

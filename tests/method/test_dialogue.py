@@ -41,6 +41,7 @@ def test_an_empty_query_means_the_image_itself():
         (lambda: Turn("q", ""), "'target' is empty"),
         (lambda: Turn("q", "p", negatives=[""]), "'negatives' is empty"),
         (lambda: Turn("q", []), "'target' is an empty list"),
+        (lambda: Turn("q", "p", negatives=["n"], scores=[10**400, 1]), "'scores' must be finite numbers"),
         (lambda: Turn({"txt": "q"}, "p"), "unknown key 'txt' in 'query'; did you mean 'text'?"),
         (lambda: Turn({"text": 3}, "p"), "string"),
         (lambda: Turn(3, "p"), "int"),

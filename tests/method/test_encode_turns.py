@@ -270,6 +270,8 @@ def test_what_cannot_be_asked_is_refused_by_its_place():
             ask([PICTURES[0], None], [["a"], queries])
     with pytest.raises(DataError, match="dialogue 0: queries must be a list, not one str"):
         ask([PICTURES[0]], ["what is it?"])
+    with pytest.raises(DataError, match="dialogue 1: an image must be a path, bytes or a Pillow image, not int"):
+        ask([None, 5], [["a"], ["b"]])
     with pytest.raises(DataError, match="dialogue 0: queries must be a list, not one NoneType"):
         ask([PICTURES[0]], [None])
     with pytest.raises(DataError, match="encode_turns: queries must be a list, not one str"):

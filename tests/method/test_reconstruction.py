@@ -292,9 +292,10 @@ def test_a_run_learns_pairs_and_resumes_exactly(scenes, tmp_path, joint):
         losses[name] = [loss for _, loss in json.loads((folder / "run.json").read_text())["loss"]]
     assert all(found == losses["one"] for found in losses.values()), "workers change nothing"
     assert np.mean(losses["one"][-4:]) < losses["one"][0] - 0.03
-    from muco.training.blind import blind_loss, recipe_of
+    from muco.training.blind import blind_loss
+    from muco.training.recipe import saved_recipe
 
-    control = blind_loss(muco.load(folder, device="cpu"), open_data(scenes / "test.jsonl"), recipe_of(folder))
+    control = blind_loss(muco.load(folder, device="cpu"), open_data(scenes / "test.jsonl"), saved_recipe(folder))
     assert control is not None and not control["leaks"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -122,6 +123,22 @@ def test_what_is_trained_is_not_kept(found):
     batch = steps.share(trained, [Sample(image=one, turns=[Turn("", "a ring")]) for one in (ONE, WIDE)], "isolated")
     steps.cached(trained, [batch], None)
     assert trained.encoder.seen_images.used == 0
+
+
+def test_threads_that_share_a_model_and_what_it_saw_get_their_own_vectors(found):
+    pictures = [image(84, 84, seed) for seed in range(12)]
+    expected = found.encode(pictured(*pictures))
+    one = SeenImages(1 << 24)
+    found.encoder.seen_images = one
+    found.encode(pictured(ONE))
+    one.memory = 4 * one.used  # so that most are seen anew
+
+    def asked(thread: int) -> float:
+        errors = [found.encode(pictured(pictures[n])) - expected[n] for n in range(thread, 12, 2) for _ in range(3)]
+        return float(np.abs(errors).max())
+
+    with ThreadPoolExecutor(2) as threads:
+        assert max(threads.map(asked, range(2))) < 1e-6
 
 
 def test_a_loaded_model_keeps_images_from_call_to_call(tiny_path):

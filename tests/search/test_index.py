@@ -656,6 +656,21 @@ def test_rows_that_cannot_be_used_are_listed(photos: Path, tmp_path: Path, tiny_
     assert not (tmp_path / "index/errors.jsonl").exists()
 
 
+def test_a_list_of_rows_that_failed_replaces_no_other_file(tmp_path: Path, tiny_model) -> None:
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}])
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(_png(1))
+    for file in (source, picture):
+        with pytest.raises(OutputError, match=rf"{file.name}: this file is not a list .*; name another"):
+            run(source, tmp_path / "index", tiny_model, errors=file)
+    assert source.read_text() and not (tmp_path / "index").exists()
+    errors = tmp_path / "errors.jsonl"
+    for row in ("not json", {"id": 7}):
+        write_jsonl(source, [{"id": "a", "text": "one"}, row])
+        assert run(source, tmp_path / "index", tiny_model, errors=errors)["errors"] == str(errors)
+        assert len(errors.read_text("utf-8").splitlines()) == 1
+
+
 def test_bad_lines_and_ids_given_twice(tmp_path: Path, tiny_model) -> None:
     lines = [{"id": "a", "text": "one"}, "not json", {"id": "a", "text": "two"}, {"text": "<|emb|>"}, {"id": 9}]
     source = write_jsonl(tmp_path / "rows.jsonl", lines)
@@ -664,10 +679,38 @@ def test_bad_lines_and_ids_given_twice(tmp_path: Path, tiny_model) -> None:
     notes = [json.loads(line) for line in (tmp_path / "index/errors.jsonl").read_text("utf-8").splitlines()]
     assert {note["row"] for note in notes} == {1, 2, 3, 4}
     assert "also that of an earlier row" in next(note["reason"] for note in notes if note["row"] == 2)
-    with pytest.raises(DataError, match="nothing was deleted"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: malformed JSON.* nothing was deleted"):
         run(source, tmp_path / "index", tiny_model, delete_missing=True)
     with pytest.raises(DataError, match="none of the 1 rows"):
         run(write_jsonl(tmp_path / "bad.jsonl", ["x"]), tmp_path / "other", tiny_model)
+
+
+def test_a_failed_row_with_a_known_id_keeps_its_former_version_and_others_are_deleted(
+    tmp_path: Path, tiny_model
+) -> None:
+    source = write_jsonl(
+        tmp_path / "rows.jsonl", [{"id": 0, "text": "a"}, {"id": 1, "text": "b"}, {"id": 2, "text": "c"}]
+    )
+    run(source, tmp_path / "index", tiny_model)
+    write_jsonl(source, [{"id": 0, "text": "0"}, {"id": 1, "image": "gone.png"}])
+    found = run(source, tmp_path / "index", tiny_model, delete_missing=True)
+    assert (found["failed"], found["deleted"], found["total"]) == (1, 1, 2)
+    assert "gone.png" in (tmp_path / "index/errors.jsonl").read_text("utf-8")
+    write_jsonl(source, [{"id": 0, "text": "0"}, {"id": 1.5, "text": "b"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 'id' must be .* not 1\.5; which id this row has"):
+        run(source, tmp_path / "index", tiny_model, delete_missing=True)
+    assert "1.5" in (tmp_path / "index/errors.jsonl").read_text("utf-8"), (
+        "the list is written before anything is refused"
+    )
+
+
+@pytest.mark.parametrize("name", ["~", "photos:2020", "p:1", "a b", "é%20#?"])
+def test_a_folder_of_any_name_is_taken_literally(name: str, tmp_path: Path, tiny_model, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run(write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}]), Path(name), tiny_model)
+    assert len(Index.open(name)) == 1 and (tmp_path / name / "rows.lance").is_dir()
+    assert not (tmp_path / "home").exists()
 
 
 def test_another_model_dimension_or_storage_is_refused(photos: Path, scenes: Path, tmp_path: Path, tiny_model) -> None:

@@ -55,13 +55,22 @@ def test_queries_are_lines(tmp_path):
     assert read_queries(file) == ["a cat", "two words"]
     for content, says in (
         (b" \n", "it has no queries; write one per line"),
-        (b"\xff\n", "it cannot be read as text in UTF-8"),
+        (b"a\n\xff\n", "not UTF-8 .*; save the file as UTF-8"),
     ):
         file.write_bytes(content)
-        with pytest.raises(muco.DataError, match=f"queries.txt: {says}"):
+        with pytest.raises(muco.DataError, match=rf"queries\.txt(:2)?: {says}"):
             read_queries(file)
-    with pytest.raises(muco.DataError, match="no such file"):
+    with pytest.raises(muco.DataError, match=r"none\.txt: cannot be read \(No such file"):
         read_queries(tmp_path / "none.txt")
+    file.write_bytes("\ufeffa dog\na cat".encode())  # as programs of Windows write it
+    assert read_queries(file) == ["a dog", "a cat"]
+
+
+def test_any_value_of_any_column_can_be_the_caption(tmp_path):
+    file, hit = tmp_path / "found.html", Hit("a", 0.9, text="words", extra={"n": 0, "sure": False})
+    for column, said in (("n", "0"), ("sure", "False"), ("text", "words"), ("id", "a"), ("image", "a")):
+        write_sheet(file, {"asked": [hit]}, caption=column)
+        assert captions(file.read_text(encoding="utf-8")) == [said]
 
 
 @pytest.mark.slow

@@ -431,10 +431,10 @@ def test_vectors_are_those_of_encode_whatever_passed_with_them(engine, requests)
 
 
 def test_many_long_texts_are_not_kept(engine):
-    before = engine.model.encoder.muco_processor._text_ids.cache_info().currsize
+    before = engine.processor._short_text_ids.cache_info().currsize
     for number in range(20):
         engine.prepare(Item((f"{number} " + "word " * 100,)))
-    assert engine.model.encoder.muco_processor._text_ids.cache_info().currsize == before
+    assert engine.processor._short_text_ids.cache_info().currsize == before
 
 
 @pytest.mark.parametrize("end", ["START", "END"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
@@ -16,7 +17,9 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,16 @@ from servers import SOON, command, data_uri, picture, serving, until, vectors_of
 
 from muco.base.fetch import FetchLimits
 from muco.cli import main
-from muco.cli.serve import TOKEN, _origin, _token
+from muco.cli.serve import TOKEN, _fetch_limits, _host, _origin, _token
 from muco.errors import MucoError
 from muco.serve.app import Served
 from muco.serve.batcher import BatchLimits
-from muco.serve.engine import Engine
-from muco.serve.guard import STRUCTURE, check_form
+from muco.serve.engine import Engine, Item
+from muco.serve.fetching import Fetcher
+from muco.serve.guard import STRUCTURE, check_form, host_name
 from muco.serve.images import ImageLimits, check_source, decode
 from muco.serve.schema import RequestError, RequestLimits
+from muco.serve.service import LOOK_UPS, Service
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE = data_uri(picture("red")), data_uri(picture("blue"))
@@ -795,6 +800,36 @@ def test_an_origin_is_compared_as_browsers_write_it(given, origin):
     assert _origin(given) == origin
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("Proxy.Example.com:8080", "proxy.example.com"),
+        ("[fd00::7]:80", "fd00::7"),
+        ("fd00::7", "fd00::7"),
+        ("a_b.", "a_b"),
+    ],
+)
+def test_an_allowed_host_is_compared_as_the_server_reads_names(given, name):
+    assert _host(given) == name == host_name((f"[{name}]:80" if ":" in name else f"{name}:80").encode())
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts"),
+    [
+        ({}, "no fetching"),
+        ({"allow_fetch": True}, None),
+        ({"addresses": ("10.0.0.7:9000", "[FD00:0::7]:80")}, ("10.0.0.7", "fd00::7")),
+        ({"addresses": ("10.0.0.7:9000",), "allow_fetch": True}, None),
+        ({"addresses": ("10.0.0.7:9000",), "hosts": ("*.example.com",)}, ("*.example.com",)),
+    ],
+)
+def test_an_exception_for_one_address_opens_no_other_host(options, hosts):
+    fetch = _fetch_limits(**{"allow_fetch": False, "hosts": (), "addresses": (), **options})
+    assert (fetch.hosts if fetch else "no fetching") == hosts
+    if fetch and fetch.allowed_addresses:
+        assert fetch.allowed_addresses[0] == "10.0.0.7:9000" and fetch.allowed_addresses[1:] in ((), ("[fd00::7]:80",))
+
+
 def test_images_are_fetched_only_as_allowed(engine):
     with site_server.serving() as site:
         site.pages["/red.png"] = (200, {}, picture("red"))
@@ -819,6 +854,59 @@ def test_images_are_fetched_only_as_allowed(engine):
                 "an http(s) URL"
                 in refusal(client.post("/v1/embeddings", json={"input": [{"image": "file:///x"}]}))["message"]
             )
+
+
+def test_fetched_bytes_are_bounded_for_a_request_and_for_all(engine):
+    red = picture("red")
+    with site_server.serving() as site:
+        site.pages["/red.png"] = (200, {}, red)
+        url = f"{site.url}/red.png"
+        image = ImageLimits(fetch=FetchLimits(allowed_addresses=site.limits.allowed_addresses))
+        limits = RequestLimits(body_bytes=2 * len(red) + 1, image=image)
+
+        async def hold(fetcher: Fetcher, count: int, others: int = 0) -> int:
+            """Bytes held by requests of two images, and then by one of ``count``."""
+            async with AsyncExitStack() as held:
+                for images in [2] * others + [count]:
+                    item = Item(("a",), (url,) * images, video=(RED,), where="input[0]")
+                    [found] = await held.enter_async_context(fetcher.fetched([item]))
+                    assert found.images == (red,) * images and found.video == (RED,)
+                return fetcher._held
+
+        with closing(Fetcher(limits)) as fetcher:
+            assert asyncio.run(hold(fetcher, 2)) == 2 * len(red)
+            assert asyncio.run(hold(fetcher, 2, others=3)) == 8 * len(red)
+            for count, others, status in ((3, 0, 413), (9, 1, 413), (2, 4, 503)):
+                with pytest.raises(RequestError) as error:
+                    asyncio.run(hold(fetcher, count, others))
+                assert error.value.status == status and fetcher._held == 0
+        with serving(Served(Engine(engine.model, image, 2048), "little", limits=limits)) as client:
+            for images, status in (([url] * 2, 200), ([url] * 9, 413), ([f"{site.url}/gone.png", url], 400)):
+                answer = client.post("/v1/embeddings", json={"input": [{"images": images}]})
+                assert answer.status_code == status, answer.text
+
+
+def test_look_ups_whose_clients_have_left_are_bounded(served):
+    async def leave() -> int:
+        service = Service(served)
+        asked = [asyncio.create_task(service.looked_up(partial(time.sleep, 0.3))) for _ in range(60)]
+        await asyncio.sleep(0.05)
+        for one in asked:
+            one.cancel()
+        running = sum(thread.name.startswith("muco-look-up") for thread in threading.enumerate())
+        service.look_ups.shutdown(cancel_futures=True)
+        return running
+
+    assert asyncio.run(leave()) == LOOK_UPS
+
+
+def test_opened_images_of_an_item_are_bounded(engine, monkeypatch):
+    monkeypatch.setattr("muco.embed.vectors.ROW_BYTES", 3 * 4 * 84 * 84)
+    item = Item(("x",), tuple(data_uri(picture("red", (84, 84))) for _ in range(5)), where="input[3]")
+    assert engine.prepare(replace(item, images=item.images[:4])).tokens
+    for large in (item, replace(item, images=item.images[:2], video=item.images[2:])):
+        with pytest.raises(MucoError, match=r"the images of input\[3\] take over 0 MiB; use fewer or smaller ones"):
+            engine.prepare(large)
 
 
 # ---------------------------------------------------------------- the command
@@ -895,6 +983,9 @@ def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(process):
         (["--allow-origin", "https://app.example.com/page"], "scheme, host and perhaps port"),
         (["--token-file", "{}/nothing"], "No such file"),
         (["--token-file", "{}/empty"], "one word"),
+        (["--allow-host", "https://search.example.com"], "write a name, as search.example.com"),
+        (["--fetch-host", "https://cdn.example.com"], "write a name as example.com"),
+        (["--fetch-address", "10.0.0.7"], "write address and port, such as 10.0.0.7:9000"),
         (["--instruction", "query=Find <|emb|>"], "--instruction query turn 1: the text contains the special token"),
     ],
 )

@@ -104,6 +104,7 @@ def test_every_column_is_json(tmp_path, index):
         ({"text": "a", "k": 101}, "at most 100 hits"),
         ({"text": "a", "k": 0}, "greater than or equal to 1"),
         ({"text": "a", "where": "size > 3"}, "not a column"),
+        ({"text": "a", "where": "starts_with(image, '/home/a')"}, "not a column"),  # paths are not told
         ({"text": "a", "where": "colour = 'red' year >= 2020"}, "(character 16): expected the end, AND or OR"),
         ({"like": "text", "where": "year = 2021) OR (year = 2022"}, "(character 12): expected the end, AND or OR"),
         ({"image": "/etc/passwd"}, "data:image/…;base64 URI"),

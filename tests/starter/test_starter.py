@@ -21,7 +21,7 @@ from torch import Tensor
 
 import muco
 from muco.cli import main
-from muco.starter import packages
+from muco.starter import model_name, packages
 from muco.starter.halves import class_names, vision_half
 from muco.starter.join import balance_last_norm, described, join, name_classes
 from muco.vision import vision_parameters
@@ -301,7 +301,13 @@ def test_of_two_at_once_one_waits(wheels, tmp_path):
 @pytest.mark.parametrize("output", [".", "/"])
 def test_a_folder_without_a_name_is_refused(output, capsys):
     assert main(["starter", output]) == 1
-    assert capsys.readouterr().err == f"muco: {output} cannot be made anew; name a folder in it\n"
+    assert capsys.readouterr().err == f"muco: {output} cannot be made anew; name a folder or file in it\n"
+
+
+def test_a_model_is_called_by_its_folder_or_the_end_of_its_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, name in ((".", tmp_path.name), ("org/model", "model"), ("starter", "starter"), ("/", "")):
+        assert model_name(path) == name
 
 
 def test_a_folder_with_something_else_is_left_alone(folder, wheels, tmp_path):

@@ -548,6 +548,22 @@ def test_a_network_that_is_gone_stops_the_run_and_is_not_held_against_pictures(t
         assert catalogue.looked == 0
 
 
+def test_pictures_before_a_network_is_gone_are_kept_and_the_rest_is_asked_for_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("muco.synth.catalogue.ADD", 4)
+    monkeypatch.setattr("muco.synth.catalogue.GONE", 3)
+    with site({}) as (dead, _):
+        pass  # nobody listens there any more
+    with site({"/good.jpg": (200, {}, encoded(photo(1)))}) as (address, _):
+        urls = [f"http://{dead if kind == 'd' else address}/good.jpg?{n}" for n, kind in enumerate("gdgggddddg")]
+        write_urls(tmp_path / "a.parquet", urls)
+        fetch = FetchLimits(seconds=4.0, allowed_addresses=(address, dead))
+        source = open_source(tmp_path / "a.parquet", fetch=fetch)
+        with Catalogue(tmp_path / "pictures.db", source.fingerprint, SMALL) as catalogue:
+            with pytest.raises(MucoError, match="none of 3 pictures in a row could be fetched"):
+                fill(catalogue, source, SMALL, tmp_path / "store")
+            assert catalogue.looked == 5, "one that is gone between others counts, three at the end do not"
+
+
 def test_what_is_under_way_ends_when_nobody_wants_it(tmp_path: Path) -> None:
     source = open_source(write_folder(tmp_path, {f"{n}.jpg": encoded(photo(n)) for n in range(3)}))
     before, pictures = set(pictures_module._ended), list(source.pictures())

@@ -169,6 +169,25 @@ def test_servers_that_cannot_judge_are_told_apart(data, tmp_path):
         run(server, data, tmp_path / "c.jsonl", "vote")
 
 
+@pytest.mark.parametrize("by", ["rerank", "chat"])
+def test_turns_that_a_broken_server_refused_are_asked_again(data, tmp_path, by):
+    faults = [Fault("400", to="rerank")]
+    with ChatServer(faults=faults, tells_logprobs=False) as server, pytest.raises(EndpointError, match="in a row"):
+        run(server, data, tmp_path / "out.jsonl", by, limits=Limits(max_failures=3, concurrency=1))
+    with ChatServer() as server:
+        found = run(server, data, tmp_path / "out.jsonl", by)
+    assert (found["found"], found["scored"], found["failed"]) == (0, 3, 0)
+
+
+def test_turns_that_are_known_to_fail_count_as_failed(data, tmp_path):
+    with ChatServer(faults=[Fault("400", to="rerank")]) as server:
+        run(server, data, tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").unlink()
+    with ChatServer() as server:
+        found = run(server, data, tmp_path / "out.jsonl")
+    assert (found["found"], found["scored"], found["failed"]) == (0, 0, 3)
+
+
 def test_an_image_that_cannot_be_read_is_named(rows, tmp_path):
     rows[2]["image"] = "gone.png"
     write_jsonl(tmp_path / "rows.jsonl", rows)

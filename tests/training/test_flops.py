@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,12 @@ def test_the_meta_count_is_that_of_a_real_step(model, mode, turns, vision_backwa
         vision_backward=vision_backward,
     )
     assert counted == real
+
+
+def test_a_model_of_one_layer_is_counted():
+    configs = (tiny_qwen2_vl(["a b"], replace(CONFIG, layers=layers))[0].config for layers in (1, 2, 3))
+    one, two, three = (meta_step_flops(config, images=1, turns=1).language for config in configs)
+    assert three - two == two - one > 0
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -81,7 +81,7 @@ def test_a_plan_is_what_the_run_does(scenes, tmp_path):
     counts = [p.numel() for p in trainer.model.parameters()]
     assert found["model"]["parameters"] == found["model"]["trained"] == sum(counts)
     assert found["run"]["steps"] == trainer.args.max_steps == 16 and found["run"]["steps_per_epoch"] == 8
-    assert found["run"]["checkpoints"] == 3
+    assert found["run"]["checkpoints"] == 4  # after 5, 10, 15 and all 16 steps
     batches = [trainer.batches[step] for step in range(8)]  # one epoch: every sample once, as all were looked at
     tokens = sum(int(batch[side]["attention_mask"].sum()) for batch in batches for side in ("query", "target"))
     assert found["data"]["looked_at"] == 64 and found["step"]["tokens"] == pytest.approx(tokens / 8, abs=1)
@@ -221,6 +221,7 @@ def test_a_budget_below_one_dialogue_is_refused_before_training(scenes, tmp_path
         {"trainer": {"lr_scheduler_kwargs": {"bogus": 1}}},
         {"trainer": {"report_to": "bogus"}},
         {"trainer": {"save_strategy": "best"}},
+        {"trainer": {"save_strategy": "epoch"}},
         {"trainer": {"full_determinism": "false"}},
     ],
 )
@@ -232,6 +233,58 @@ def test_training_refuses_what_the_dry_run_refuses_in_the_same_words_before_any_
             tried(recipe)
         sentences.append(str(error.value))
     assert sentences[0] == sentences[1] and not (tmp_path / "run").exists()
+
+
+def rows_of(file: Path, targets: list[str], **more) -> Path:
+    rows = [{"turns": [{"query": f"number {n}", "target": target}]} | more for n, target in enumerate(targets)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_dialogue_beyond_the_budget_passes_alone_in_the_dry_run_and_in_training(scenes, tmp_path, caplog):
+    file = rows_of(tmp_path / "rows.jsonl", [*(f"short {n}" for n in range(7)), "long " * 80])
+    data = {"train": [{"path": str(file)}]}
+    trainer = {"max_steps": 1, "report_to": [], "save_strategy": "no"}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data, batch={"size": 8, "token_budget": 60}, trainer=trainer)
+    found = plan(recipe)
+    said = r"batch\.token_budget: 60 tokens are fewer than the \d+ of the target side of .*rows\.jsonl:8; raise it"
+    assert not found["problems"] and any(re.match(f"1 of 8 samples pass alone.*{said}", n) for n in found["notes"])
+    assert muco.train(recipe).is_dir() and re.search(f"{said}.*passes alone", caplog.text)
+
+
+def test_settings_that_nothing_in_the_data_answers_to_are_said(scenes, tmp_path, caplog):
+    recipe = recipe_of(
+        scenes,
+        tmp_path / "run",
+        turns={"image_turn": "retreival"},
+        loss={"distillation": {}},
+        trainer={"max_steps": 1, "report_to": [], "save_strategy": "no"},
+        data={"train": [{"path": str(scenes / "train.jsonl")}]},
+    )
+    notes = plan(recipe)["notes"]
+    said = [
+        note for note in notes if note.startswith(("turns.image_turn: no sample of 64", "loss.distillation: no tu"))
+    ]
+    assert len(said) == 2 and "did you mean 'retrieval'?" in said[0]
+    muco.train(recipe)
+    assert all(f"{note}; so it changes nothing" in caplog.text for note in said)
+
+
+@pytest.mark.parametrize("fault", ["row", "image", "nothing to evaluate"])
+def test_a_validation_set_that_cannot_be_scored_is_said_before_the_first_step(scenes, tmp_path, fault):
+    file = rows_of(tmp_path / "dev.jsonl", ["one"] if fault == "nothing to evaluate" else ["one", "two", "three"])
+    if fault == "row":
+        file.write_text(file.read_text() + '{"turns": [{"query": "q", "tarket": "t"}]}\n')
+    elif fault == "image":
+        (tmp_path / "cut.png").write_bytes((scenes / "images/dev/00000.png").read_bytes()[:200])
+        rows_of(file, ["one", "two", "three"], image="cut.png")
+    data = {"train": [{"path": str(scenes / "train.jsonl")}], "validation": str(file)}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data)
+    [problem] = plan(recipe)["problems"]
+    with pytest.raises(muco.DataError) as error:
+        muco.train(recipe)
+    assert problem == str(error.value) and {"row": "dev.jsonl:4", "image": "cut.png"}.get(fault, fault) in problem
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistyped_training_argument_is_named_with_the_nearest_one(scenes, tmp_path):

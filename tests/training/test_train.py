@@ -27,6 +27,8 @@ import muco
 from muco.base.files import locked
 from muco.cli import main
 from muco.data import open_data
+from muco.data.source import InMemory
+from muco.dialogue import Sample, Turn
 from muco.errors import OutputError
 from muco.training import checkpoint
 from muco.training.blind import blind_loss
@@ -158,6 +160,13 @@ def test_a_run_that_was_begun_with_other_fingerprints_resumes_and_says_so(scenes
     began(samples=63)
     with pytest.raises(muco.OutputError, match="the training data differs"):
         checkpoint.claim_output(output, facts, resume=True)
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    for name in ("checkpoint-3-keep", "checkpoint-x", "checkpoint-4"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.last_complete(tmp_path) is None
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-3-keep", "checkpoint-x"}
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_losses_and_weights(finished, scenes, tmp_path):
@@ -310,13 +319,20 @@ def test_workers_do_not_change_a_run(finished, scenes, tmp_path):
     assert losses(muco.train(recipe)) == losses(folder)
 
 
-def test_validation_runs_during_training(scenes, tmp_path):
+def test_validation_runs_during_training(scenes, tmp_path, caplog):
     data = {"train": [{"path": str(scenes / "train.jsonl")}], "validation": str(scenes / "dev.jsonl")}
-    recipe = recipe_of(scenes, tmp_path / "run", data=data, trainer={"max_steps": 2})
+    trainer = {"max_steps": 3, "eval_steps": 2, "per_device_eval_batch_size": 5}
+    recipe = recipe_of(scenes, tmp_path / "run", data=data, trainer=trainer)
+    sources, apart = open_sources(recipe), replace(recipe, output=str(tmp_path / "apart"))
+    evaluator = make_trainer(apart, build_model(recipe, sources), sources, sources[0]).evaluator
+    assert evaluator.scoring.batch_size == 5
     muco.train(recipe)
+    assert "None" not in caplog.text
+    saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")]
+    assert sorted(saved) == ["checkpoint-2", "checkpoint-3"] and plan(recipe)["run"]["checkpoints"] == 2
     state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
     (entry,) = (entry for entry in state["log_history"] if "eval_image_to_caption_hit@1" in entry)
-    ((step, scores),) = json.loads((tmp_path / "run" / "model" / "run.json").read_text())["scores"]
+    (step, scores), _ = json.loads((tmp_path / "run" / "model" / "run.json").read_text())["scores"]
     assert step == entry["step"] and scores["image_to_caption"] == entry["eval_image_to_caption_hit@1"]
     assert scores["answer@10"] == entry["eval_answer_hit@10"] and "collapsed" not in scores
 
@@ -339,6 +355,17 @@ def test_each_side_is_read_in_its_own_mode(scenes, tmp_path, tiny_model, mode, t
         assert apart[0] < 1e-5 and (apart[1:] < 1e-5).all() == alone and (apart[1:] > 1e-3).all() != alone
 
 
+def test_chance_of_the_blind_control_is_less_where_answers_are_equal(scenes, tiny_model):
+    pictures = sorted((scenes / "images/train").iterdir())
+    answers = ["yes", "no"] * 16 + ["yes", "no", "perhaps", "never"] * 8
+    asked = zip(pictures, answers, strict=True)
+    data = InMemory([Sample(picture, [Turn("Is it?", answer)]) for picture, answer in asked])
+    control = blind_loss(tiny_model, data, recipe_of(scenes, Path("unused"), turns={}))
+    assert control["samples"] == 32 and control["chance"] < math.log(32)
+    assert math.log(17) <= control["chance"] <= math.log(25), "of a batch in which each answer has 16 to 24 others"
+    assert not control["leaks"]
+
+
 def test_a_special_token_in_the_data_stops_the_run_and_names_the_row(tmp_path):
     data = tmp_path / "train.jsonl"
     rows = [{"turns": [{"query": f"q{i}", "target": f"p{i}"}]} for i in range(8)]
@@ -351,7 +378,13 @@ def test_a_special_token_in_the_data_stops_the_run_and_names_the_row(tmp_path):
 
 @pytest.mark.parametrize(
     ("trainer", "word"),
-    [({"learning_rat": 1}, "learning_rat"), ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps")],
+    [
+        ({"learning_rat": 1}, "learning_rat"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"save_only_model": True}, "no run could resume"),
+        ({"torch_empty_cache_steps": 4}, "trainer.torch_empty_cache_steps is not supported"),
+        ({"logging_strategy": "epoch"}, "set trainer.logging_steps"),
+    ],
 )
 def test_trainer_arguments_are_checked(scenes, tmp_path, trainer, word):
     with pytest.raises(muco.RecipeError, match=word):
