@@ -241,6 +241,9 @@ def use_flex_attention(model: nn.Module) -> None:
 
     transformers offers it to some families only, but its function fits all that use its registry; hence a second name.
     """
+    # Shapes, gradients and masks make more variants of the kernel than torch compiles as a rule; beyond that number it
+    # would compute without a kernel.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     AttentionInterface.register(FLEX, flex_attention_forward)
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
     model.set_attn_implementation({"text_config": FLEX})

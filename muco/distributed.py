@@ -16,6 +16,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from muco.errors import MucoError
 
 Result = TypeVar("Result")
 BUCKET = 1 << 26  # elements that are reduced in one message
+PATIENCE = timedelta(hours=6)  # with which processes wait for one that saves, or encodes; one that ends ends them all
 _meshes: list[DeviceMesh] = []  # all that were made here
 
 
@@ -44,14 +46,19 @@ def start() -> None:
             raise MucoError(
                 f"WORLD_SIZE is {wanted}, but MASTER_ADDR is not set; start with torchrun or accelerate launch"
             )
-        PartialState(cpu=on_cpu())  # chooses NCCL or gloo and this process's device
-        atexit.register(leave)
+        PartialState(cpu=on_cpu(), timeout=PATIENCE)  # chooses NCCL or gloo and this process's device
+        if dist.get_backend() == "gloo":
+            atexit.register(leave)
     if world_size() != wanted:
         raise MucoError(f"WORLD_SIZE is {wanted}, but this process is one of {world_size()}; start it in a new process")
 
 
 def leave() -> None:
-    """Ends the process group; called at exit, because a gloo thread that outlives the interpreter may abort it."""
+    """Ends the process group; called at exit, because a gloo thread that outlives the interpreter may abort it.
+
+    NCCL needs no such end. Its own would wait for the other processes, also where this one has failed and they wait
+    for it, so that their launcher would never learn of it.
+    """
     if not _together():
         return
     gc.collect()  # sharded modules, which hold the group, are cycles

@@ -27,7 +27,7 @@ from muco.masks import masks_of
 from muco.precision import autocast
 from muco.processor import Processor
 from muco.reading import Reading, seen_reading, stated_reading
-from muco.seen import SeenImages
+from muco.seen import ONE_AT_A_TIME, SeenImages
 from muco.stock import small_picture, write_json
 from muco.vision import Features, Form, features_of, see, vision_modules, vision_parameters
 
@@ -146,13 +146,13 @@ class Encoder(InputModule):
         tokens, joins = batch["image_tokens"].tolist(), self.muco_processor.family.inputs
         kept = self.seen_images and self.seen_images.features_of
         with autocast(self.bfloat16, self.device):
-            return see(self.model, self.form, batch["images"], tokens, joins, kept)
+            return see(self.model, self.form, batch["images"], tokens, joins, self.device, kept)
 
     @cached_property
     def form(self) -> Form:
         """Of the output of ``get_image_features``; learnt from two copies of a small image when images first pass."""
         image, joins = self.muco_processor.encode_image(small_picture()), self.muco_processor.family.inputs
-        with torch.no_grad():
+        with ONE_AT_A_TIME, torch.no_grad():
             return Form(features_of(self.model, to([image.tensors] * 2, self.device), joins), image.tokens)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from muco.batch import to
 from muco.vision import features_of, vision_modules
 
 Images = Sequence[dict[str, Tensor]]
@@ -42,23 +43,33 @@ class SeenImages:
         self._separable: bool | None = None  # None: not tried yet
 
     def features_of(
-        self, model: nn.Module, images: Images, joins: Mapping[str, int | None], tokens: Sequence[int]
+        self,
+        model: nn.Module,
+        images: Images,
+        joins: Mapping[str, int | None],
+        tokens: Sequence[int],
+        device: torch.device,
     ) -> Any:
-        """As :func:`muco.vision.features_of`; ``tokens`` are the visual tokens of each image."""
+        """As :func:`muco.vision.features_of`, of images on any device; ``tokens`` are the visual tokens of each."""
         with ONE_AT_A_TIME:
-            return self._features_of(model, images, joins, tokens)
+            tower = _fixed_tower(model)
+            if tower is not None and self._separable is None:
+                self._separable = _is_separable(model, tower, to(images[0], device), joins)
+            if tower is None or not self._separable:
+                return features_of(model, to(images, device), joins)
+            state = _state(tower)
+            keys = [(state, _digest(image)) for image in images]  # before the move: they are on the host as a rule
+            return self._kept_or_made(model, tower, keys, to(images, device), joins, tokens)
 
-    def _features_of(
-        self, model: nn.Module, images: Images, joins: Mapping[str, int | None], tokens: Sequence[int]
+    def _kept_or_made(
+        self,
+        model: nn.Module,
+        tower: nn.Module,
+        keys: Sequence[Hashable],
+        images: Images,
+        joins: Mapping[str, int | None],
+        tokens: Sequence[int],
     ) -> Any:
-        tower = _fixed_tower(model)
-        if tower is None or self._separable is False:
-            return features_of(model, images, joins)
-        if self._separable is None:
-            self._separable = _is_separable(model, tower, images[0], joins)
-            return self._features_of(model, images, joins, tokens)
-        state = _state(tower)
-        keys = [(state, _digest(image)) for image in images]
         image_of = dict(zip(keys, zip(images, tokens, strict=True), strict=True))
         found = {key: self._take(key) for key in image_of}
         new = [key for key, output in found.items() if output is None]

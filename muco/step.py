@@ -29,7 +29,7 @@ from torch import Tensor
 
 from muco import distributed
 from muco.base.machine import GIB
-from muco.batch import DialogueBatch, collate, images_of, join, rows_of, spans_of, split, to
+from muco.batch import DialogueBatch, collate, images_of, join, rows_of, spans_of, split
 from muco.dialogue import single_turn
 from muco.errors import TrainingError
 from muco.loss import MultiTurnLoss
@@ -163,7 +163,7 @@ class TrainingStep:
             fitting = max(1, int((tokens[first:].cumsum(0) <= self.token_budget).sum()))
             images = torch.arange(first, first + fitting)
             with memory, torch.no_grad(), self.autocast():
-                seen = self.model.encoder.image_features(to(images_of(batch, images), self.model.device))
+                seen = self.model.encoder.image_features(images_of(batch, images))
             if memory.happened:
                 self._shrink(int(tokens[images].sum()), possible=len(images) > 1)
                 continue
@@ -273,7 +273,7 @@ class _OutOfMemory:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if not isinstance(error, Exception) or not should_reduce_batch_size(error):
+        if not isinstance(error, Exception) or not _is_out_of_memory(error):
             return False
         if not self.caught:
             raise TrainingError(
@@ -282,6 +282,13 @@ class _OutOfMemory:
         self.happened = True
         clear_device_cache(garbage_collection=True)
         return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As accelerate finds it, and as other libraries of the device say it."""
+    said = str(error).lower()
+    known = "out of memory" in said or "alloc_failed" in said
+    return should_reduce_batch_size(error) or (isinstance(error, RuntimeError) and known)
 
 
 def _side(side: str, chunks: Sequence[_Chunk], vectors: Sequence[Tensor]) -> Tensor:

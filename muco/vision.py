@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muco.batch import to
+
 Features = tuple[Tensor, ...]  # of one image: [tokens, dim] each, or what all images share
 UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # of the tower itself
 
@@ -113,16 +115,18 @@ def see(
     images: Sequence[dict[str, Tensor]],
     tokens: Sequence[int],
     joins: Mapping[str, int | None],
+    device: torch.device,
     kept: Callable[..., Any] | None = None,
 ) -> list[Features]:
     """What the language model reads of each image; those of one size pass through the vision tower together.
 
     Args:
         form: Of the family's output.
-        images: The processor's tensors of each, on the model's device.
+        images: The processor's tensors of each, on any device.
         tokens: Visual tokens of each.
         joins: See :class:`muco.stock.Family`.
-        kept: Takes the place of :func:`features_of`, and the images' visual tokens too.
+        device: The model's.
+        kept: Takes the place of :func:`features_of`, and the images' visual tokens and the device too.
     """
     groups: dict[Any, list[int]] = {}
     for number, image in enumerate(images):
@@ -130,7 +134,7 @@ def see(
     found: list[Features] = [()] * len(images)
     for numbers in groups.values():
         own, own_tokens = [images[number] for number in numbers], [tokens[number] for number in numbers]
-        output = kept(model, own, joins, own_tokens) if kept else features_of(model, own, joins)
+        output = kept(model, own, joins, own_tokens, device) if kept else features_of(model, to(own, device), joins)
         parts = form.apart(output, own_tokens)
         for number, part in zip(numbers, parts, strict=True):
             found[number] = part

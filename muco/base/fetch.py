@@ -41,7 +41,7 @@ CLOSED = [
 ]
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # outside are mapped and translated IPv4, local and multicast addresses
 PLAIN = "/%:@!$&'()*+,;=~-._"  # characters of a path that stay as they are
-HOST = re.compile(r"(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-f:]+", re.IGNORECASE)  # also an address, as a URL's host
+NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # of a host, as it is looked up
 UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")  # parsers disagree about them
 
 
@@ -51,6 +51,28 @@ class FetchError(MucoError):
 
 class UnreachableError(FetchError):
     """No answer: unknown host, no connection, or it took too long."""
+
+
+def plain_host(text: str) -> str | None:
+    """A host name or an address as it is compared: in lower case, in ASCII; None if the text is neither."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        pass
+    try:
+        name = text.rstrip(".").lower().encode("idna").decode()
+    except UnicodeError:
+        return None
+    return name if NAME.fullmatch(name) else None
+
+
+def _listed(text: str) -> str:
+    """A host of a list, "example.com" or "*.example.com"."""
+    star = "*." if text.startswith("*.") else ""
+    name = plain_host(text.removeprefix("*."))
+    if name is None:
+        raise FetchError(f"host {text!r}: write a name as example.com, or *.example.com for those under it")
+    return star + name
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -91,9 +113,8 @@ class FetchLimits:
     allowed_addresses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for host in self.hosts or ():
-            if not HOST.fullmatch(host):
-                raise FetchError(f"host {host!r}: write a name as example.com, or *.example.com for those under it")
+        if self.hosts is not None:
+            object.__setattr__(self, "hosts", tuple(map(_listed, self.hosts)))
         addresses = tuple(map(_address, self.allowed_addresses))
         object.__setattr__(self, "allowed_addresses", tuple(f"{address}:{port}" for address, port in addresses))
 
@@ -163,7 +184,7 @@ def _checked_url(url: str, limits: FetchLimits) -> SplitResult:
         raise FetchError("the URL names no host")
     if parts.username is not None or parts.password is not None:
         raise FetchError("a URL with a user name or password is not fetched")
-    names = [host] if limits.hosts is None else [name.lower() for name in limits.hosts]
+    names = [host] if limits.hosts is None else limits.hosts
     if host not in names and not any(name.startswith("*.") and host.endswith(name[1:]) for name in names):
         raise FetchError("this host is not on the list of those that may be asked")
     address = f"[{host}]" if ":" in host else host

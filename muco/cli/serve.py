@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from muco.base.fetch import FetchLimits
 
 TOKEN = "MUCO_SERVE_TOKEN"
+PORT = re.compile(r":\d+$")
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 SERVE_EXAMPLES = examples(
     "muco serve --model runs/demo/run/model",
@@ -122,22 +123,22 @@ def _instruction(text: str) -> tuple[str, str]:
 
 
 def _fetch_limits(allow_fetch: bool, hosts: Sequence[str], addresses: Sequence[str]) -> FetchLimits | None:
-    """What may be fetched; None: nothing. Addresses alone open these addresses, and no public host."""
+    """What may be fetched; None: nothing. Addresses open themselves, and no public host."""
     from muco.base.fetch import FetchLimits
 
     if not (allow_fetch or hosts or addresses):
         return None
     limits = FetchLimits(hosts=tuple(hosts) or None, allowed_addresses=tuple(addresses))
-    return limits if allow_fetch or hosts else replace(limits, hosts=limits.address_hosts)
+    return limits if allow_fetch and not hosts else replace(limits, hosts=(*hosts, *limits.address_hosts))
 
 
 def _host(text: str) -> str:
     """A host name as the server compares it: without port and brackets."""
-    from muco.base.fetch import HOST
-    from muco.serve.guard import host_name
+    from muco.base.fetch import plain_host
 
-    name = text.lower() if text.count(":") > 1 and "[" not in text else host_name(text.encode())
-    if not HOST.fullmatch(name) or not {"*", "/"}.isdisjoint(text):
+    alone = text if text.count(":") > 1 and "[" not in text else PORT.sub("", text)
+    name = plain_host(alone.removeprefix("[").removesuffix("]"))
+    if name is None:
         raise MucoError(f"--allow-host {text!r}: write a name, as search.example.com")
     return name
 

@@ -36,7 +36,7 @@ from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
 from muco.training.folder import CARD_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
 from muco.training.mixture import open_sources
-from muco.training.recipe import from_dict, trained_dimensions
+from muco.training.recipe import recorded, trained_dimensions
 from muco.vision import vision_parameters
 
 Format = Literal["sentence-transformers", "vllm"]
@@ -126,7 +126,7 @@ def _load_checkpoint(folder: Path) -> tuple[Model, tuple[int, ...], torch.dtype]
     run = folder.parent.parent / RUN_FILE
     if not run.is_file():
         raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
-    recipe = from_dict(read_json(run)["recipe"] | {"output": str(run.parent)})
+    recipe = recorded(read_json(run)["recipe"] | {"output": str(run.parent)})
     sources = open_sources(recipe) if recipe.model.tiny else []  # a tiny model's tokenizer is made from its data
     model = build_model(recipe, sources)
     load_trained(model, folder)

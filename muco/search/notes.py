@@ -25,7 +25,9 @@ def check_list(path: Path) -> None:
     try:
         with path.open(encoding="utf-8") as file:
             first = json.loads(file.readline(LONGEST) or "{}")
-    except (OSError, ValueError):  # also what is not UTF-8
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    except ValueError:  # also what is not UTF-8
         first = None
     if not isinstance(first, dict) or (first and set(first) != {"row", "id", "where", "reason"}):
         raise OutputError(f"{path}: this file is not a list of rows that failed, and would be lost; {REMEDY}")

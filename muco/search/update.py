@@ -197,7 +197,7 @@ class _Update:
             row, reason = entry.row, entry.row.error
             if not row.id_known:
                 self.notes.unread = self.notes.unread or row
-            if not self.notes.first(row.id) and reason is None:
+            if row.id_known and not self.notes.first(row.id) and reason is None:
                 reason = f"the id {row.id!r} is also that of an earlier row; give each row its own"
             if reason is None:
                 good.append(entry)

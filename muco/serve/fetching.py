@@ -55,13 +55,13 @@ class Fetcher:
             return data
 
         try:
-            async with asyncio.TaskGroup() as group:  # the first error cancels the rest
-                tasks = [[group.create_task(one(item, source)) for source in item.pictures] for item in items]
-        except ExceptionGroup as errors:
-            self._held -= own
-            raise errors.exceptions[0] from None
-        try:
-            yield [_with(item, tuple(task.result() for task in own)) for item, own in zip(items, tasks, strict=True)]
+            try:
+                async with asyncio.TaskGroup() as group:  # the first error cancels the rest
+                    tasks = [[group.create_task(one(item, source)) for source in item.pictures] for item in items]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            found = (tuple(task.result() for task in of_item) for of_item in tasks)
+            yield [_with(item, pictures) for item, pictures in zip(items, found, strict=True)]
         finally:
             self._held -= own
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,8 +20,7 @@ STARTER = "starter"  # the name by which the trained starter is loaded
 
 def model_name(path: str | Path) -> str:
     """What to call a model: the last part of its folder's path or of its hub id."""
-    path = Path(path)
-    return path.resolve().name if path.exists() else path.name
+    return Path(os.path.abspath(path) if Path(path).exists() else path).name  # a link keeps its own name
 
 
 def located(path: str | Path) -> str:

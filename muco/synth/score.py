@@ -117,8 +117,11 @@ async def score(
                         pass
                 except BudgetSpent as error:
                     stopped = str(error)
-            for line in held:
-                journal.add(line)
+            if stopped is None and (counts["scored"] or counts["found"]):
+                for line in held:
+                    journal.add(line)
+        if stopped is None and held and not (counts["scored"] or counts["found"]):
+            stopped = f"no turn got scores, the last: {held[-1]['error']}; correct that, and run the same command again"
         if stopped is None and counts["unanswered"]:
             stopped = f"{counts['unanswered']} turns got no answer for now; run the same command again"
         if stopped is None:

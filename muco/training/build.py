@@ -33,7 +33,7 @@ from muco.training.recipe import ModelRecipe, Recipe
 from muco.vision import vision_parameters
 
 
-def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
+def build_model(recipe: Recipe, sources: Sequence[Data], *, device: str | None = None) -> Model:
     """The model of a recipe before training: weights, special tokens, pixel budget, adapters, frozen parts."""
     settings = recipe.model
     if settings.tiny:
@@ -49,7 +49,7 @@ def build_model(recipe: Recipe, sources: Sequence[Data]) -> Model:
     if settings.activation_checkpointing:
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     token_ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
-    model = from_backbone(prepare_for_training(backbone, settings, token_ids), processor)
+    model = from_backbone(prepare_for_training(backbone, settings, token_ids), processor, device=device)
     check_kept(recipe, model.encoder.model)
     if recipe.batch.seen_memory:
         model.encoder.seen_images = SeenImages(round(recipe.batch.seen_memory * GIB))
@@ -123,3 +123,5 @@ def shard_model(model: Model) -> None:
     """Spreads a model over all processes, layer by layer; what is beside the language model stays whole on each."""
     backbone = model.encoder.model
     distributed.shard(backbone, decoder_layers(backbone), vision_parameters(backbone))
+    with torch.no_grad():  # what a first pass in inference mode, that of `encode`, gathers could not be trained
+        model.embed(model.preprocess(["nothing"]))

@@ -179,10 +179,15 @@ class TokenBudget(TrainerCallback, ExportableState):
     """The token budget in use; where memory ran out it is smaller than the recipe's, and checkpoints keep it so."""
 
     def __init__(self, tokens: int | None) -> None:
-        self.tokens = tokens
+        self.asked = self.tokens = tokens
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"tokens": self.tokens}, "attributes": {}}
+        return {"args": {"tokens": self.asked}, "attributes": {"tokens": self.tokens}}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Takes the budget of a checkpoint, unless the recipe asks for another one now."""
+        if state["args"]["tokens"] == self.asked:
+            self.tokens = state["attributes"].get("tokens", self.asked)
 
 
 class RetrievalEvaluator(BaseEvaluator):

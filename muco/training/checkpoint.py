@@ -34,9 +34,15 @@ from muco.training.folder import (
     WEIGHTS_FILE,
     model_card,
 )
-from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, from_dict, to_dict
+from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, recorded, to_dict
 
 OF_LOSS = "loss."  # before the names of the loss's own parameters
+MAY_CHANGE = {  # what a run may resume with otherwise: nothing that a step learns depends on it
+    "model": ("activation_checkpointing",),
+    "data": ("broken_images", "max_broken", "validation"),
+    "batch": ("token_budget", "feature_memory", "seen_memory"),
+    "trainer": ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "report_to", "run_name"),  # beginnings
+}
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +98,7 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
             "changed since is taken from its paths and numbers of samples alone",
             output,
         )
-        write_json(file, known | {"data": facts["data"], "fingerprint_rule": RULE})
+    write_json(file, known | {name: facts[name] for name in ("recipe", "data", "fingerprint_rule")})
     return None
 
 
@@ -104,15 +110,16 @@ def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
             return f"{group}.{next(k for k in {**value, **other} if value.get(k) != other.get(k))}"
         if other != value:
             return group
-    told_by = "fingerprint" if known.get("fingerprint_rule") == RULE else "samples"
+    read_alike = len({run["recipe"]["data"].get("broken_images") for run in (known, facts)}) == 1
+    told_by = "fingerprint" if known.get("fingerprint_rule") == RULE and read_alike else "samples"
     before, now = ([source[told_by] for source in run["data"]] for run in (known, facts))
     return "" if before == now else "the training data"
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings, with the defaults of keys that an older version did not know."""
+    """A recipe's settings but for MAY_CHANGE, with the defaults of keys that an older version did not know."""
     try:
-        values = to_dict(from_dict({"output": "", **settings}))
+        values = to_dict(recorded({"output": "", **settings}))
     except RecipeError:  # of another version
         return settings
     data = values["data"]
@@ -122,6 +129,8 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
         data["epoch"] = None  # nor does this
     del values["output"]
+    for group, beginnings in MAY_CHANGE.items():
+        values[group] = {key: value for key, value in values[group].items() if not key.startswith(beginnings)}
     return values
 
 

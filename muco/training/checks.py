@@ -20,10 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from muco import distributed
 from muco.data.source import Data
-from muco.dialogue import Video
 from muco.errors import DataError, RecipeError
-from muco.evaluate.retrieval import Scoring, tasks_of
-from muco.images import open_image
 from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
 from muco.reading import Reading
@@ -108,15 +105,6 @@ def over_budget(budget: int | None, batch: Mapping[str, Any]) -> tuple[str, bool
     return None
 
 
-def check_validation(data: Data) -> None:
-    """Reads all that an evaluation will read, images too; a DataError if it could not evaluate, before any training."""
-    book, _ = tasks_of(data, Scoring())
-    for key, content in book.contents.items():
-        for image in content.images:
-            if not isinstance(image, Video):
-                open_image(image, where=book.places[key])
-
-
 def check_negatives(loss: MultiTurnLoss, batch: Mapping[str, Any], sources: Sequence[Data]) -> None:
     """Refuses data of a single sample that gives none of its turns a negative; with more samples, a step warns."""
     reason = loss.why_no_negative([Variety.of(batch["ids"])])
@@ -173,6 +161,8 @@ def training_arguments(recipe: Recipe, *, evaluates: bool, bf16: bool = False) -
     if evaluates:
         values.setdefault("eval_strategy", "steps")
         values.setdefault("eval_steps", values["save_steps"])
+        # What cannot be evaluated stops a run before it has learnt anything, and the start's scores say what it gains.
+        values.setdefault("eval_on_start", values["eval_strategy"] != "no")
     values.setdefault("use_cpu", distributed.on_cpu() or not torch.accelerator.is_available())
     try:
         arguments = OneDeviceArguments(

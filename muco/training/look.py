@@ -11,13 +11,15 @@ from PIL import Image
 
 from muco.data import open_data
 from muco.data.source import Data, InMemory
-from muco.dialogue import Sample, Turn
+from muco.dialogue import Sample, Turn, Video
 from muco.errors import DataError, did_you_mean
+from muco.evaluate.retrieval import Scoring, tasks_of
+from muco.images import open_image
 from muco.loss import MultiTurnLoss
 from muco.negatives import Variety
 from muco.processor import Processor
 from muco.training.batches import TrainingBatches
-from muco.training.checks import NO_NEGATIVE, check_validation, over_budget
+from muco.training.checks import NO_NEGATIVE, over_budget
 from muco.training.mixture import Mixture
 from muco.training.recipe import DataRecipe, Recipe
 
@@ -49,10 +51,19 @@ def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
             sources.append(None)
     if data.validation:
         try:
-            check_validation(open_data(data.validation))
+            _check_validation(open_data(data.validation))
         except DataError as error:
             problems.append(str(error))
     return sources
+
+
+def _check_validation(data: Data) -> None:
+    """A DataError if an evaluation could not read a row or an image, or has nothing to evaluate."""
+    book, _ = tasks_of(data, Scoring())
+    for key, content in book.contents.items():
+        for image in content.images:
+            if not isinstance(image, Video):
+                open_image(image, where=book.places[key])
 
 
 def look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Iterator[Sample]:
@@ -68,14 +79,15 @@ def look(sources: Sequence[Data | None], seed: int, problems: list[str]) -> Iter
 
 
 def without_effect(recipe: Recipe, looked: Sequence[Sample]) -> list[str]:
-    """Settings of the recipe that nothing answers to in some samples of its data."""
-    said, turns = [], [turn for sample in looked for turn in sample.turns]
+    """Settings of the recipe that nothing answers to in the samples of its data that were read."""
+    turns = [turn for sample in looked for turn in sample.turns]
     kind, kinds = recipe.turns.image_turn, {turn.kind for turn in turns if turn.kind}
-    if kind and not any(turn.kind == kind for sample in looked if sample.images for turn in sample.turns):
+    said, without = [], f"none of the {len(looked)} samples that were read has"
+    if looked and kind and not any(turn.kind == kind for sample in looked if sample.images for turn in sample.turns):
         hint = did_you_mean(kind, kinds)
-        said.append(f"turns.image_turn: no sample of {len(looked)} has an image and a turn of kind {kind!r}{hint}")
-    if recipe.loss.distillation is not None and not any(turn.scores for turn in turns):
-        said.append(f"loss.distillation: no turn of {len(looked)} samples has 'scores'; see `muco data score`")
+        said.append(f"turns.image_turn may change nothing: {without} an image and a turn of kind {kind!r}{hint}")
+    if looked and recipe.loss.distillation is not None and not any(turn.scores for turn in turns):
+        said.append(f"loss.distillation may change nothing: {without} 'scores'; see `muco data score`")
     return said
 
 
@@ -103,7 +115,7 @@ def measure(
             broken.append(str(error))
             continue
         if (over := over_budget(recipe.batch.token_budget, batch)) is not None:
-            long.append(over[0])
+            long.append(over)
         found["query"].append(int(batch["query"]["attention_mask"].sum()))
         found["target"] += batch["target"]["attention_mask"].sum(dim=1).tolist()
         found["visual"].append(int(batch["query"]["image_tokens"].sum()) if "image_tokens" in batch["query"] else 0)
@@ -112,10 +124,10 @@ def measure(
         varieties.append(Variety.of(batch["ids"]))
     if not found["query"]:
         raise DataError(f"none of {len(looked)} samples can be used; the first: {broken[0]}")
-    if len(long) == len(varieties):
-        problems.append(long[0])
+    if len(long) == len(varieties) and all(nothing_fits for _, nothing_fits in long):
+        problems.append(long[0][0])
     elif long:
-        notes.append(f"{len(long)} of {len(varieties)} samples pass alone, in more memory; the first: {long[0]}")
+        notes.append(f"{len(long)} of {len(varieties)} samples pass alone, in more memory; the first: {long[0][0]}")
     return Measured(**{name: np.array(values) for name, values in found.items()}), varieties
 
 

@@ -240,7 +240,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
         checkpoint.load_trained(self.model, Path(resume_from_checkpoint), self.loss)
         state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         kept = state["stateful_callbacks"]
-        self.budget.tokens = kept[TokenBudget.__name__]["args"]["tokens"]
+        self.budget.resume(kept[TokenBudget.__name__])
         self.record.resume(kept[Record.__name__]["attributes"])
 
     @property

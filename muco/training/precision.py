@@ -82,7 +82,7 @@ def _measured(recipe: Recipe, model: Model, batches: TrainingBatches, loss: Mult
             parameter.grad = None
 
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         choice = quicker(step, device)
     for name, buffer in model.named_buffers():
         buffer.copy_(statistics[name])

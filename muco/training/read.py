@@ -163,6 +163,12 @@ MAY_BE_NULL = tuple(f"trainer.{key}" for key in ("eval_steps", "save_total_limit
 _OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
 _BATCH = "splits the in-batch negatives; use batch.size, and batch.token_budget for what a device cannot hold at once"
 _FSDP = "is not supported; use batch.sharding: fsdp"
+WITHOUT_EFFECT = (  # which an older version took; recipes of its runs and models have them
+    "save_only_model",
+    "torch_empty_cache_steps",
+    "gradient_checkpointing_kwargs",
+    "dataloader_persistent_workers",
+)
 REFUSED = {  # training arguments that a recipe may not set, and what to do instead
     **dict.fromkeys(("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint"), _OURS),
     "overwrite_output_dir": _OURS,
@@ -188,7 +194,7 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "use_liger_kernel": "is not supported",
     "load_best_model_at_end": "is not supported; checkpoints hold trained weights only",
     "push_to_hub": "is not supported; push the finished model",
-    "save_only_model": "is not supported: no run could resume from such a checkpoint",
+    "save_only_model": "is not supported: a run could not resume from such checkpoints",
     "torch_empty_cache_steps": "is not supported",
     "gradient_checkpointing_kwargs": "is not used; set model.activation_checkpointing",
     "dataloader_persistent_workers": "is not used: workers live as long as the run",

@@ -17,7 +17,7 @@ from muco.precision import Precision
 from muco.sizes import Adapter, TinyConfig
 from muco.starter import located
 from muco.training.folder import RECIPE_FILE
-from muco.training.read import REFUSED, build, check_numbers, parse_yaml, set_value
+from muco.training.read import REFUSED, WITHOUT_EFFECT, build, check_numbers, parse_yaml, set_value
 from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
 
 
@@ -315,6 +315,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{file}: {error}") from None
 
 
+def recorded(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run or a model that is there, perhaps of an older version, which took keys without effect."""
+    trainer = {key: value for key, value in values.get("trainer", {}).items() if key not in WITHOUT_EFFECT}
+    return from_dict({**values, "trainer": trainer})
+
+
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values, with every key and type checked.
 
@@ -336,8 +342,11 @@ def saved_recipe(model: str | Path) -> Recipe | None:
     Raises:
         RecipeError: If it is of a version whose recipes have other keys.
     """
-    file = _saved(model)
-    return None if file is None else load_recipe(file)
+    file, values = _saved(model)
+    try:
+        return None if values is None else recorded(values)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from None
 
 
 def trained_dimensions(model: str | Path) -> tuple[int, ...]:
@@ -345,20 +354,22 @@ def trained_dimensions(model: str | Path) -> tuple[int, ...]:
 
     Raises a RecipeError if the recipe that is saved with it does not say them as a list of whole numbers.
     """
-    file = _saved(model)
-    if file is None:
-        return ()
+    file, values = _saved(model)
     try:
-        return tuple(int(number) for number in yaml.safe_load(file.read_text("utf-8"))["loss"]["dimensions"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        return () if values is None else tuple(int(number) for number in values["loss"]["dimensions"])
+    except (KeyError, TypeError, ValueError) as error:
         raise RecipeError(f"{file}: its loss.dimensions cannot be read") from error
 
 
-def _saved(model: str | Path) -> Path | None:
+def _saved(model: str | Path) -> tuple[str, dict[str, Any] | None]:
+    """The recipe's file and its values; None if there is none, or one that another program has written."""
     from transformers.utils.hub import cached_file  # imports much that recipes do not need
 
     file = cached_file(located(model), RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
-    return None if file is None else Path(file)
+    if file is None:
+        return "", None
+    values = parse_yaml(read_text(Path(file), RecipeError), file)
+    return file, values if isinstance(values, dict) and "loss" in values else None
 
 
 def dump_recipe(recipe: Recipe) -> str:

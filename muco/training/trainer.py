@@ -31,7 +31,6 @@ from muco.training.checks import (
     check_negatives,
     check_recipe,
     check_turns,
-    check_validation,
     over_budget,
     training_arguments,
 )
@@ -68,11 +67,9 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     sources = open_sources(recipe)
     Mixture.of(recipe, [len(source) for source in sources])
     validation = open_data(data.validation) if data.validation else None
-    if os.environ.get("RANK", "0") == "0":  # the one process that evaluates; the others wait for it when they join it
-        if validation is not None:
-            check_validation(validation)
+    if os.environ.get("RANK", "0") == "0" and (recipe.turns.image_turn or recipe.loss.distillation):
         for said in without_effect(recipe, [*look(sources, recipe.seed, [])]):
-            log.warning("%s; so it changes nothing", said)
+            log.warning("%s", said)
     recall(output / DIGESTS_FILE)
     # by each process, before they are a group: in a group, the others would wait for this one
     facts = checkpoint.run_facts(recipe, sources)
@@ -95,6 +92,8 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         first = trainer.batches[0, 0]
         _check_budget(recipe.batch.token_budget, first)
         check_negatives(trainer.loss, first, sources)
+        if last is not None:  # the scores of the start are known
+            trainer.args.eval_on_start = False
         set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
         with told_once():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -115,7 +114,7 @@ def _finish(recipe: Recipe, trainer: MuCoTrainer, sources: list[Data], facts: di
     model, weights, record = trainer.model, None, trainer.record.gather()
     if distributed.is_sharded(model):
         weights = checkpoint.trained_weights(model)
-        model = build_model(recipe, sources) if distributed.rank() == 0 else model
+        model = build_model(recipe, sources, device="cpu") if distributed.rank() == 0 else model
 
     def save() -> Path:
         if weights is not None:
@@ -150,7 +149,7 @@ def make_trainer(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    loss = make_loss(recipe, model, guide)
+    loss = make_loss(recipe, model, guide).to(model.device)
     bf16 = uses_autocast(recipe, model, batches, loss)
     arguments = training_arguments(recipe, evaluates=validation is not None, bf16=bf16)
     arguments.max_steps = arguments.steps(mixture)

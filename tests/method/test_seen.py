@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,6 +140,22 @@ def test_threads_that_share_a_model_and_what_it_saw_get_their_own_vectors(found)
 
     with ThreadPoolExecutor(2) as threads:
         assert max(threads.map(asked, range(2))) < 1e-6
+
+
+@pytest.mark.parametrize("seen", [None, SeenImages(1 << 24)])
+def test_pixels_come_to_the_models_device_wherever_they_are(seen):
+    """As of a batch that a library has moved, which knows no tensors within lists; "meta" stands for a GPU."""
+    own = model("llava")
+    batch = own.preprocess([{"image": ONE}, {"image": LIKE_ONE}])
+    elsewhere = copy.deepcopy(own.encoder)
+    elsewhere.form = own.encoder.form
+    elsewhere.model.to("meta")
+    elsewhere.seen_images = seen
+    assert all(tensor.device.type == "cpu" for image in batch["images"] for tensor in image.values())
+    if seen is not None:
+        seen._separable = False  # that cannot be tried without values
+    features = elsewhere.image_features(batch)
+    assert len(features) == 2 and all(tensor.device.type == "meta" for image in features for tensor in image)
 
 
 def test_a_loaded_model_keeps_images_from_call_to_call(tiny_path):

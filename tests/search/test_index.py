@@ -660,6 +660,8 @@ def test_a_list_of_rows_that_failed_replaces_no_other_file(tmp_path: Path, tiny_
     source = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}])
     picture = tmp_path / "picture.png"
     picture.write_bytes(_png(1))
+    with pytest.raises(OutputError, match=r"cannot be read \(Is a directory\); name another file by --errors"):
+        run(source, tmp_path / "index", tiny_model, errors=tmp_path)
     for file in (source, picture):
         with pytest.raises(OutputError, match=rf"{file.name}: this file is not a list .*; name another"):
             run(source, tmp_path / "index", tiny_model, errors=file)

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -807,6 +807,7 @@ def test_an_origin_is_compared_as_browsers_write_it(given, origin):
         ("[fd00::7]:80", "fd00::7"),
         ("fd00::7", "fd00::7"),
         ("a_b.", "a_b"),
+        ("bücher.example", "xn--bcher-kva.example"),  # as browsers send it
     ],
 )
 def test_an_allowed_host_is_compared_as_the_server_reads_names(given, name):
@@ -820,7 +821,8 @@ def test_an_allowed_host_is_compared_as_the_server_reads_names(given, name):
         ({"allow_fetch": True}, None),
         ({"addresses": ("10.0.0.7:9000", "[FD00:0::7]:80")}, ("10.0.0.7", "fd00::7")),
         ({"addresses": ("10.0.0.7:9000",), "allow_fetch": True}, None),
-        ({"addresses": ("10.0.0.7:9000",), "hosts": ("*.example.com",)}, ("*.example.com",)),
+        ({"addresses": ("10.0.0.7:9000",), "hosts": ("*.Example.com",)}, ("*.example.com", "10.0.0.7")),
+        ({"hosts": ("bücher.example", "FD00:0::7"), "allow_fetch": True}, ("xn--bcher-kva.example", "fd00::7")),
     ],
 )
 def test_an_exception_for_one_address_opens_no_other_host(options, hosts):
@@ -858,10 +860,13 @@ def test_images_are_fetched_only_as_allowed(engine):
 
 def test_fetched_bytes_are_bounded_for_a_request_and_for_all(engine):
     red = picture("red")
-    with site_server.serving() as site:
+    with site_server.serving() as site, ExitStack() as held:
         site.pages["/red.png"] = (200, {}, red)
         url = f"{site.url}/red.png"
-        image = ImageLimits(fetch=FetchLimits(allowed_addresses=site.limits.allowed_addresses))
+        listener = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+        silent = f"127.0.0.1:{listener.getsockname()[1]}"  # takes connections, and answers none
+        addresses = (*site.limits.allowed_addresses, silent)
+        image = ImageLimits(fetch=FetchLimits(seconds=3, allowed_addresses=addresses))
         limits = RequestLimits(body_bytes=2 * len(red) + 1, image=image)
 
         async def hold(fetcher: Fetcher, count: int, others: int = 0) -> int:
@@ -876,6 +881,16 @@ def test_fetched_bytes_are_bounded_for_a_request_and_for_all(engine):
         with closing(Fetcher(limits)) as fetcher:
             assert asyncio.run(hold(fetcher, 2)) == 2 * len(red)
             assert asyncio.run(hold(fetcher, 2, others=3)) == 8 * len(red)
+            for gone in (True, False):  # the client leaves while an image comes, or one cannot be had
+                item = Item(("a",), (url, f"http://{silent}/" if gone else f"{site.url}/gone.png"))
+
+                async def leave(item: Item = item, gone: bool = gone) -> None:
+                    async with asyncio.timeout(0.5 if gone else SOON), fetcher.fetched([item]):
+                        pass
+
+                with pytest.raises(TimeoutError if gone else RequestError):
+                    asyncio.run(leave())
+                assert fetcher._held == 0
             for count, others, status in ((3, 0, 413), (9, 1, 413), (2, 4, 503)):
                 with pytest.raises(RequestError) as error:
                     asyncio.run(hold(fetcher, count, others))
@@ -985,6 +1000,7 @@ def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(process):
         (["--token-file", "{}/empty"], "one word"),
         (["--allow-host", "https://search.example.com"], "write a name, as search.example.com"),
         (["--fetch-host", "https://cdn.example.com"], "write a name as example.com"),
+        (["--fetch-host", "cafe:8080"], "write a name as example.com"),
         (["--fetch-address", "10.0.0.7"], "write address and port, such as 10.0.0.7:9000"),
         (["--instruction", "query=Find <|emb|>"], "--instruction query turn 1: the text contains the special token"),
     ],

@@ -306,8 +306,9 @@ def test_a_folder_without_a_name_is_refused(output, capsys):
 
 def test_a_model_is_called_by_its_folder_or_the_end_of_its_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path, name in ((".", tmp_path.name), ("org/model", "model"), ("starter", "starter"), ("/", "")):
-        assert model_name(path) == name
+    (tmp_path / "current").symlink_to(tmp_path)
+    names = {".": tmp_path.name, "current": "current", "org/model": "model", "starter": "starter", "/": ""}
+    assert {path: model_name(path) for path in names} == names
 
 
 def test_a_folder_with_something_else_is_left_alone(folder, wheels, tmp_path):

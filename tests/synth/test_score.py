@@ -151,18 +151,28 @@ def test_turns_without_an_answer_for_now_are_asked_again_before_anything_is_writ
 
 
 def test_turns_without_an_answer_stay_without_scores(data, tmp_path):
+    """Where others get one; of a server that refuses all, nothing is kept."""
+    output = tmp_path / "out.jsonl"
     with ChatServer(faults=[Fault("400", to="rerank")]) as server:
-        found = run(server, data, tmp_path / "out.jsonl")
-    assert (found["scored"], found["failed"]) == (0, 3)
-    assert scores_of(tmp_path / "out.jsonl") == [[[], []], [[]], [[]], [[3, 1.5]], [[]]]
-    errors = [json.loads(line)["error"] for line in (tmp_path / "out.jsonl.journal").read_text().splitlines()]
-    assert len(errors) == 3 and all("HTTP 400" in error for error in errors)
+        found = run(server, data, output)
+    assert (found["scored"], found["failed"]) == (0, 3) and not output.exists()
+    assert "HTTP 400" in found["stopped"] and "run the same command again" in found["stopped"]
+    with ChatServer(faults=[Fault("400", every=2, to="rerank")]) as server:
+        found = run(server, data, output)
+    assert found["scored"] and found["failed"] and found["scored"] + found["failed"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl.journal").read_text().splitlines()]
+    errors = [line["error"] for line in lines if "error" in line]
+    assert len(errors) == found["failed"] and all("HTTP 400" in error for error in errors)
+    output.unlink()
+    with ChatServer() as server:
+        again = run(server, data, output)
+    assert (again["found"], again["scored"], again["failed"]) == (found["scored"], 0, found["failed"])
 
 
 def test_servers_that_cannot_judge_are_told_apart(data, tmp_path):
     with ChatServer(tells_logprobs=False) as server:
         found = run(server, data, tmp_path / "a.jsonl", "chat")
-        assert found["failed"] == 3 and "no log-probability" in (tmp_path / "a.jsonl.journal").read_text()
+        assert found["failed"] == 3 and "no log-probability" in found["stopped"]
     with ChatServer(ranks=False) as server, pytest.raises(EndpointError, match="refuses a first question.*404"):
         run(server, data, tmp_path / "b.jsonl")
     with ChatServer() as server, pytest.raises(MucoError, match="'rerank' or 'chat'"):
@@ -177,15 +187,6 @@ def test_turns_that_a_broken_server_refused_are_asked_again(data, tmp_path, by):
     with ChatServer() as server:
         found = run(server, data, tmp_path / "out.jsonl", by)
     assert (found["found"], found["scored"], found["failed"]) == (0, 3, 0)
-
-
-def test_turns_that_are_known_to_fail_count_as_failed(data, tmp_path):
-    with ChatServer(faults=[Fault("400", to="rerank")]) as server:
-        run(server, data, tmp_path / "out.jsonl")
-    (tmp_path / "out.jsonl").unlink()
-    with ChatServer() as server:
-        found = run(server, data, tmp_path / "out.jsonl")
-    assert (found["found"], found["scored"], found["failed"]) == (0, 0, 3)
 
 
 def test_an_image_that_cannot_be_read_is_named(rows, tmp_path):

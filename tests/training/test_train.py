@@ -35,7 +35,15 @@ from muco.training.blind import blind_loss
 from muco.training.build import build_model
 from muco.training.mixture import open_sources
 from muco.training.plan import plan
-from muco.training.recipe import dump_recipe, from_dict, load_recipe
+from muco.training.recipe import (
+    dump_recipe,
+    from_dict,
+    load_recipe,
+    recorded,
+    saved_recipe,
+    to_dict,
+    trained_dimensions,
+)
 from muco.training.trainer import make_trainer
 
 SMALL = {"width": 64, "feed_forward": 128, "vision_width": 32, "vision_depth": 1, "vocabulary": 512}
@@ -129,6 +137,47 @@ def test_the_epochs_of_an_older_version_are_other_ones_where_rows_have_weights(s
     claim("every_row", max_steps=6)
     with pytest.raises(muco.OutputError, match=r"another run \(data.epoch differs\)"):
         claim("every_row", num_train_epochs=1)
+
+
+def test_a_run_resumes_with_other_settings_that_no_step_depends_on(finished, scenes, tmp_path, caplog):
+    """After memory ran out, a broken row or a full disk, say; the losses and weights stay the same."""
+    _, whole = finished
+    changed = {
+        "batch": {"size": 8, "token_budget": 2000},
+        "data": {"train": [{"path": str(scenes / "train.jsonl")}], "broken_images": "skip", "max_broken": 0.5},
+        "trainer": {"save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1, "report_to": []},
+    }
+    output = tmp_path / "run"
+    muco.train(recipe_of(scenes, output, batch={"size": 8, "token_budget": 4000}))
+    shutil.rmtree(output / "model")
+    for step in (4, 6):
+        shutil.rmtree(output / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
+    again = muco.train(recipe_of(scenes, output, **changed))
+    state = json.loads((output / "checkpoints/checkpoint-6/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["TokenBudget"] == {"args": {"tokens": 2000}, "attributes": {"tokens": 2000}}
+    assert json.loads((output / "run.json").read_text())["recipe"]["batch"]["token_budget"] == 2000
+    one, other = (load_file(folder / "model.safetensors") for folder in (again, whole))
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-3
+    shutil.rmtree(output / "model")
+    with pytest.raises(muco.OutputError, match=r"batch\.size differs"):
+        muco.train(recipe_of(scenes, output, batch={"size": 4}))
+
+
+def test_an_older_runs_keys_without_effect_are_passed_over(finished, scenes):
+    recipe, folder = finished
+    facts = checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")])
+    old = json.loads(json.dumps(facts))
+    old["recipe"]["trainer"] |= {"dataloader_persistent_workers": True, "save_only_model": False}
+    assert not checkpoint._differing(old, facts)
+    values = to_dict(recipe) | {"trainer": old["recipe"]["trainer"]}
+    assert recorded(values) == recipe
+    with pytest.raises(muco.RecipeError, match="dataloader_persistent_workers"):
+        from_dict(values)
+
+
+def test_a_recipe_of_another_program_is_no_recipe_of_a_model(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("default_stage: {}\n")
+    assert saved_recipe(tmp_path) is None and trained_dimensions(tmp_path) == ()
 
 
 def test_an_output_folder_of_something_else_is_refused(finished, scenes, tmp_path):
@@ -331,8 +380,9 @@ def test_validation_runs_during_training(scenes, tmp_path, caplog):
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")]
     assert sorted(saved) == ["checkpoint-2", "checkpoint-3"] and plan(recipe)["run"]["checkpoints"] == 2
     state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
-    (entry,) = (entry for entry in state["log_history"] if "eval_image_to_caption_hit@1" in entry)
-    (step, scores), _ = json.loads((tmp_path / "run" / "model" / "run.json").read_text())["scores"]
+    start, entry = (entry for entry in state["log_history"] if "eval_image_to_caption_hit@1" in entry)
+    (zero, _), (step, scores), _ = json.loads((tmp_path / "run" / "model" / "run.json").read_text())["scores"]
+    assert start["step"] == zero == 0, "the start has scores too"
     assert step == entry["step"] and scores["image_to_caption"] == entry["eval_image_to_caption_hit@1"]
     assert scores["answer@10"] == entry["eval_answer_hit@10"] and "collapsed" not in scores
 
@@ -381,7 +431,7 @@ def test_a_special_token_in_the_data_stops_the_run_and_names_the_row(tmp_path):
     [
         ({"learning_rat": 1}, "learning_rat"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
-        ({"save_only_model": True}, "no run could resume"),
+        ({"save_only_model": True}, "a run could not resume"),
         ({"torch_empty_cache_steps": 4}, "trainer.torch_empty_cache_steps is not supported"),
         ({"logging_strategy": "epoch"}, "set trainer.logging_steps"),
     ],
