@@ -8,23 +8,11 @@ import argparse
 from pathlib import Path
 
 import muco
-from muco.data import Data, images, jsonl, open_data
+from muco.data import open_data
 from muco.data.check import check
+from muco.data.split import split
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.training.recipe import from_dict
-
-
-def split(data: Data, output: Path) -> None:
-    """Writes train.jsonl and held_out.jsonl; samples of the same image stand on the same side."""
-    groups: dict[str, list] = {}
-    for sample in data:
-        key = "".join(map(images.image_digest, images.sample_images(sample))) or sample.turns[0].target[0].text
-        groups.setdefault(key, []).append(jsonl.sample_to_row(sample, output))
-    rows = [groups[key] for key in sorted(groups)]  # by digest: as good as drawn, and the same each time
-    if (held_out := max(2, len(rows) // 10)) >= len(rows):
-        raise muco.DataError(f"{len(rows)} different images are too few to hold some out; give at least three")
-    for name, part in (("held_out", rows[:held_out]), ("train", rows[held_out:])):
-        jsonl.write_jsonl(output / f"{name}.jsonl", (row for group in part for row in group))
 
 
 def main() -> None:
@@ -47,7 +35,7 @@ def main() -> None:
         "trainer": {"max_steps": args.steps, "learning_rate": args.rate, "save_steps": 100},
     }
     model = muco.load(muco.train(from_dict(settings)))
-    scores = evaluate_retrieval(model, open_data(args.output / "held_out.jsonl"), output=args.output)
+    scores = evaluate_retrieval(model, open_data(args.output / "dev.jsonl"), output=args.output)
     for name, task in ((name, task.get("mean", task)) for name, task in scores["tasks"].items()):
         print(f"{name:18} hit@1 {task['hit@1']:6.1%}   chance {task['chance@1']:6.1%}   {task['queries']} queries")
 

@@ -81,7 +81,7 @@ def multi_turn_info_nce(
     Returns:
         Scalar; log(1 + number of allowed negatives), averaged over turns, when all vectors are equal.
     Raises:
-        ValueError: If ``temperature`` is not positive, the lengths differ, or there is no turn.
+        ValueError: If a number ``temperature`` is not positive, the lengths differ, or there is no turn.
     Memory: blocks of a [turns, turns + hard] float32 matrix, of 256 MiB each.
     Source: arXiv 2602.06393, the MuCo loss and Figure 3 (logit masking).
     """
@@ -219,7 +219,7 @@ def reconstruction_info_nce(
     Returns:
         The four terms by name: "qp", "qp2", "q2p", "q2p2". The training loss is their mean.
     Raises:
-        ValueError: If ``temperature`` is not positive or the shapes differ.
+        ValueError: If a number ``temperature`` is not positive or the shapes differ.
     Memory: blocks of a float32 matrix, [pairs, pairs + hard] or [pairs, 2 pairs + hard], of 256 MiB each.
     Source: arXiv 2602.06393, fine-tuning by reconstruction.
     """

@@ -10,7 +10,7 @@ from typer import Argument, Option, Typer
 
 from muco.base.terminal import finish, print_pairs, progress_bar
 from muco.cli import options
-from muco.cli.options import BatchSize, Json, Model, examples, finish_check
+from muco.cli.options import BatchSize, Format, Json, Model, OptionsOfFormat, examples, finish_check
 from muco.synth.chat import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -21,10 +21,6 @@ convert = Typer(no_args_is_help=True, help="Make data from annotated data sets."
 app.add_typer(convert, name="convert")
 
 DataPath = Annotated[Path, Argument(metavar="PATH", help="A JSONL file, a folder with exactly one, or another format.")]
-Format = Annotated[str, Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
-OptionsOfFormat = Annotated[
-    list[str], Option(metavar="KEY=VALUE", help="Option of the format in YAML, e.g. images=photos; may be repeated.")
-]
 
 
 def _open(path: Path, format: str, options: Sequence[str]) -> Data:
@@ -44,6 +40,7 @@ def check(
     format: Format = "jsonl",
     option: OptionsOfFormat = [],  # noqa: B006
     model: Annotated[str | None, Option("--model", "-m", help="Count tokens with this model's tokenizer.")] = None,
+    images: Annotated[bool, Option(help="Open every image; otherwise only missing files are found.")] = True,
     as_json: Json = False,
 ) -> None:
     """Report errors in data.
@@ -53,8 +50,35 @@ def check(
     from muco.data.check import check
     from muco.data.check_report import print_report
 
-    report = check(_open(path, format, option), tokenizer=model)
+    report = check(_open(path, format, option), images=images, tokenizer=model)
     finish_check(report.as_dict() if as_json else report, as_json, print_report, report.ok)
+
+
+@app.command(
+    epilog=examples(
+        "muco data split data.jsonl --output data",
+        "muco data split pairs.csv --format pairs --held-out 0.02 --output data",
+    ),
+)
+def split(
+    path: DataPath,
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder for train.jsonl and dev.jsonl.")],
+    format: Format = "jsonl",
+    option: OptionsOfFormat = [],  # noqa: B006
+    held_out: Annotated[float, Option(metavar="SHARE", help="Share that goes into dev.jsonl.")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Hold out a part of a data set.
+
+    Samples of the same image are on the same side. Takes any format, and writes MuCo's own JSONL.
+    """
+    from muco.data.split import split
+    from muco.errors import OutputError
+
+    for file in (output / "train.jsonl", output / "dev.jsonl"):
+        if file.exists():
+            raise OutputError(f"{file} exists; choose another folder or delete it")
+    finish(split(_open(path, format, option), output, held_out), as_json, print_pairs)
 
 
 @app.command(epilog=examples("muco data show data/train.jsonl --output sheet.html --limit 50"))

@@ -12,7 +12,7 @@ from typer import Argument, BadParameter, Context, Option, Typer
 from muco.base.terminal import finish, progress_bar
 from muco.cli import options
 from muco.cli.evaluate_mteb import mteb
-from muco.cli.options import BatchSize, Dimension, Json, Model, Precision, examples
+from muco.cli.options import BatchSize, Dimension, Format, Json, Model, OptionsOfFormat, Precision, examples
 
 if TYPE_CHECKING:
     from muco.processor import Processor
@@ -30,8 +30,10 @@ WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose ve
 )
 def retrieval(
     model: Model,
-    data: Annotated[Path, Option("--data", "-d", help="A JSONL file, or a folder that holds exactly one.")],
+    data: Annotated[Path, Option("--data", "-d", help="A JSONL file, a folder with exactly one, or another format.")],
     output: Annotated[Path, Option("--output", "-o", help="Folder for the scores and the cached embeddings.")],
+    format: Format = "jsonl",
+    option: OptionsOfFormat = [],  # noqa: B006
     batch_size: BatchSize = 64,
     candidates: Annotated[int, Option(min=2, help="Length of the drawn lists of answers, right one included.")] = 100,
     limit: Annotated[int | None, Option(min=1, help="Use only the first N samples.")] = None,
@@ -54,9 +56,10 @@ def retrieval(
     from muco.model import load
     from muco.seen import IMAGE_MEMORY
     from muco.training.blind import add_blind_loss
+    from muco.training.read import parse_options
     from muco.training.recipe import saved_recipe
 
-    rows = open_data(data)  # before the model: a mistyped path should not cost a minute
+    rows = open_data(data, format, parse_options(option))  # before the model: a mistyped path should not cost a minute
     encoder = load(model, image_memory=IMAGE_MEMORY)
     recipe = saved_recipe(model)
     _pixels(encoder.encoder.muco_processor, own=True)

@@ -57,6 +57,12 @@ Official = Annotated[
 ]
 OwnPixels = Annotated[bool, Option("--own-pixels", help="Keep the model's own image sizes, not the benchmark's.")]
 
+# of the commands that read training data
+Format = Annotated[str, Option(help="jsonl (MuCo's own), m3t, mmeb, mbeir, pairs, llava, visdial or webdataset.")]
+OptionsOfFormat = Annotated[
+    list[str], Option(metavar="KEY=VALUE", help="Option of the format in YAML, e.g. images=photos; may be repeated.")
+]
+
 # of the commands that ask a model server
 Concurrency = Annotated[int, Option(min=1, help="Simultaneous requests per model.")]
 Rate = Annotated[float | None, Option(min=0.001, help="Maximum requests per minute and model.")]

@@ -20,7 +20,7 @@ from muco.data.folders import image_files
 from muco.data.items import open_items
 from muco.data.source import Data
 from muco.dialogue import Content, ImageLike, Video
-from muco.errors import ImageError
+from muco.errors import DataError, ImageError
 from muco.images import image_digest, open_image, pictures
 
 MIN_WORDS = 8  # shorter texts do not count by themselves: questions and labels repeat, captions do not
@@ -100,7 +100,10 @@ class ContentRows:
         if not isinstance(source, (str, Path)):
             self._data = source
         elif Path(source).is_dir() and not any(Path(source).glob("*.jsonl")):
-            self.passed_over = open_items(Path(source)).passed_over
+            items = open_items(Path(source))
+            if items.files:
+                raise DataError(f"{source}: has no images but {items.files[0].name}; pass images, or data in JSONL")
+            self.passed_over = items.passed_over
             self._images = [Path(source) / name for name, _ in image_files(Path(source))]
         else:
             self._data = open_data(source)

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ DIALOGUE = (
     "a dialogue (it has 'turns'), and only simple items with 'text' and/or 'image' are taken; write such a file, or "
     "score dialogues with `muco evaluate`"
 )
+JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
 PARQUET_ROWS = 32  # rows read from a Parquet file at once: with images inside, each may weigh megabytes
 
 
@@ -66,6 +67,7 @@ class Row:
     further: Mapping[str, Any] = field(default_factory=dict)  # of the columns that were asked for
     error: str | None = None
     vector: Any = None
+    numbered: bool = False  # the input says no id, so that ``id`` is the number
     id_known: bool = True  # false if the row, or its id, cannot be read: ``id`` is then the number
 
     @property
@@ -104,7 +106,7 @@ class Items:
         fingerprint: Changes whenever the rows may have.
         columns: Those that are embedded; None of a folder.
         records: Yields the rows from a number on, with these further columns (of JSONL, with all).
-        passed_over: Other files of a folder, by kind, see :func:`image_files`.
+        passed_over: Other files of a folder of images, by kind, see :func:`image_files`.
     """
 
     root: Path
@@ -113,6 +115,7 @@ class Items:
     columns: Columns | None
     records: Callable[[int, Sequence[str]], Iterator[Record]]
     passed_over: Counter[str] = field(default_factory=Counter)
+    files: tuple[Path, ...] = ()  # that hold the rows; none of a folder of images
 
     def rows(self, start: int = 0, further: Sequence[str] = ()) -> Iterator[Row]:
         """Row ``start`` and those after it, with further columns; what is wrong with one is its ``error``."""
@@ -121,22 +124,25 @@ class Items:
 
 
 def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
-    """Checks an input as a whole, but opens no image; a DataError if it is missing, unknown, empty or unreadable."""
+    """Checks an input as a whole, but opens no image; a DataError if it is missing, unknown, empty or unreadable.
+
+    A folder is one of images, or, without any, the rows of its JSONL or Parquet files in the order of their names.
+    """
     if path.is_dir():
         state = state_of_images(path)
         if not state.total:
-            files = [p for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".parquet")]
-            hint = f"; did you mean {files[0]}?" if files else ""
+            if files := sorted(file for file in path.iterdir() if file.suffix in (*JSONL, *PARQUET)):
+                return _joined(path, files, columns)
             found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
-            looked = f"looked for {', '.join(sorted(image_suffixes()))}{found}"
-            raise DataError(f"{path}: no images in this folder ({looked}){hint}")
+            kinds = ", ".join((*sorted(image_suffixes()), *JSONL, *PARQUET))
+            raise DataError(f"{path}: no images in this folder, nor files of rows (looked for {kinds}{found})")
         return Items(path, state.fingerprint, state.total, None, partial(_folder_records, path), state.passed_over)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix in JSONL:
         digest = hashlib.sha256()
         total, records = sum(1 for _ in raw_lines(path, digest)), partial(_jsonl_records, path)
-    elif path.suffix in (".parquet", ".pq"):
+    elif path.suffix in PARQUET:
         names, total = read_header(path)
         _check_columns(path, names, columns)
         size, changed = file_state(path)
@@ -145,7 +151,25 @@ def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
         raise DataError(f"{path}: pass a folder of images, a .jsonl file or a .parquet file")
     if not total:
         raise DataError(f"{path}: the file has no rows")
-    return Items(path.parent, digest.hexdigest(), total, columns, records)
+    return Items(path.parent, digest.hexdigest(), total, columns, records, files=(path,))
+
+
+def _joined(folder: Path, files: Sequence[Path], columns: Columns) -> Items:
+    """The rows of several files of one kind as one input."""
+    if len({file.suffix in PARQUET for file in files}) > 1:
+        raise DataError(f"{folder}: has both JSONL and Parquet files; keep one kind, or name a file")
+    parts = [open_items(file, columns) for file in files]
+    digest = hashlib.sha256(json.dumps([[part.files[0].name, part.fingerprint] for part in parts]).encode())
+
+    def records(start: int, further: Sequence[str]) -> Iterator[Record]:
+        first = 0
+        for part in parts:
+            if start < first + part.total:
+                for record in part.records(max(0, start - first), further):
+                    yield replace(record, number=first + record.number)
+            first += part.total
+
+    return Items(folder, digest.hexdigest(), sum(p.total for p in parts), columns, records, files=tuple(files))
 
 
 def _check_columns(path: Path, names: Sequence[str], columns: Columns) -> None:
@@ -235,7 +259,9 @@ def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str
     paths = [path for _, path in images]
     path = paths[0] if len(paths) == 1 else json.dumps(paths, ensure_ascii=False) if any(paths) else None
     others = {name: values[name] for name in further if name in values}
-    return Row(record.number, given, record.where, text, tuple(image for image, _ in images), path, others)
+    numbered = values.get(columns.id) is None
+    shown = tuple(image for image, _ in images)
+    return Row(record.number, given, record.where, text, shown, path, others, numbered=numbered)
 
 
 def _string(value: Any, key: str) -> str | None:

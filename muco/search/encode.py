@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,16 +74,36 @@ def _with_video(images: tuple[Any, ...], told: str) -> tuple[Any, ...]:
     return (*images[:-count], Video(sources if listed else sources[0], frames, fps))
 
 
+def taken_place(folder: Path) -> int:
+    """A number that no other worker of this machine has: 0, 1, …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        try:
+            (folder / str(number)).touch(exist_ok=False)
+            return number
+        except FileExistsError:
+            number += 1
+
+
 class _Worker:
     """The model in a process of Daft."""
 
     def __init__(
-        self, path: str, fingerprint: str, dimension: int, batch_size: int, precision: Precision | None
+        self, path: str, fingerprint: str, dimension: int, batch_size: int, precision: Precision | None, places: str
     ) -> None:
+        import torch
+
         from muco.model import load
 
         keep_freed_memory()
-        self.model, self.dimension, self.batch_size = load(path, precision=precision), dimension, batch_size
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{taken_place(Path(places)) % gpus}" if gpus else None  # Ray shows a worker its own alone
+        self.model, self.dimension, self.batch_size = (
+            load(path, device=device, precision=precision),
+            dimension,
+            batch_size,
+        )
         if self.model.fingerprint != fingerprint:
             raise MucoError(f"{path}: the model changed, or is another one where a worker runs")
 
@@ -128,12 +149,12 @@ def on_daft(
         def __call__(self, number: Any, text: Any, paths: Any, data: Any, video: Any) -> list[dict[str, Any]]:
             return self.encode(number, text, paths, data, video)
 
-    gpus = int(torch.cuda.is_available())
+    gpus, places = int(torch.cuda.is_available()), TemporaryDirectory(prefix="muco-workers-")
     worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)(
-        model_path, fingerprint, dimension, batch_size, precision
+        model_path, fingerprint, dimension, batch_size, precision, places.name
     )
 
-    def encode(rows: Iterable[Row]) -> Iterator[Encoded]:
+    def encode(rows: Iterable[Row], _: Any = places) -> Iterator[Encoded]:  # the folder lives as long as this does
         by_number = {row.number: row for row in rows}
         if not by_number:
             return

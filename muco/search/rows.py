@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from muco.data.items import Columns, Items, Row, open_items
+from muco.data.items import PARQUET, Columns, Items, Row, open_items
 from muco.data.parquet import batches
 from muco.errors import DataError
 from muco.images import image_digest
@@ -50,8 +50,8 @@ def open_input(
     """
     extra: dict[str, pa.DataType] = {}
     source, empty = open_items(path, columns), frozenset[str]()
-    if path.suffix in (".parquet", ".pq"):
-        extra, empty = _parquet_types(path, columns)
+    if any(file.suffix in PARQUET for file in source.files):
+        extra, empty = _types_of(source.files, columns)
     elif source.columns is not None:
         for record in source.records(0, ()):
             if record.error is None:
@@ -59,6 +59,23 @@ def open_input(
         extra = dict(sorted(extra.items()))
     check_names(extra, str(path), reserved)
     return source, extra, empty
+
+
+def _types_of(files: Sequence[Path], columns: Columns) -> tuple[dict[str, pa.DataType], frozenset[str]]:
+    """As :func:`_parquet_types`, of several files; a DataError if a column has values of two types."""
+    found: dict[str, tuple[pa.DataType, Path]] = {}
+    valued: set[str] = set()
+    for file in files:
+        kinds, empty = _parquet_types(file, columns)
+        for name, kind in kinds.items():
+            known, first = found.get(name, (kind, file))
+            if name not in valued:
+                known, first = kind, file  # whatever type others have without a value
+            elif known != kind and name not in empty:
+                raise DataError(f"{file}: the column {name!r} has the type {kind}, and {known} in {first}; give it one")
+            found[name] = known, first
+            valued |= {name} - empty
+    return {name: kind for name, (kind, _) in found.items()}, frozenset(found.keys() - valued)
 
 
 def _parquet_types(path: Path, columns: Columns) -> tuple[dict[str, pa.DataType], frozenset[str]]:

@@ -7,6 +7,7 @@ of rows and the vectors of one write; the ids that the input has shown are on di
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ WRITE_ROWS, WRITE_SECONDS = 2048, 15  # a kill loses no more than this, and an i
 OPTIMIZE_WRITES = 32  # then after twice, four times … as many: looking rows up stays quick, copying rare
 DAFT_CHUNKS = 256  # chunks that Daft gets together, as its processes load the model for each
 RESERVED = (*OWN, VECTOR, BITS)
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -182,6 +185,7 @@ class _Update:
         self.waiting: list[Entry] = []  # written together
         self.writes, self.optimize_at, self.last = 0, OPTIMIZE_WRITES, time.monotonic()
         self.counts = dict.fromkeys(("encoded", "reused", "unchanged", "failed"), 0)
+        self.renumbered = 0  # rows without an id that replace others of the same number
 
     def take(self, entries: list[Entry]) -> None:
         """Brings a chunk of rows into the table."""
@@ -209,6 +213,7 @@ class _Update:
         found = self.table.rows_where("id", [entry.row.id for entry in entries], ["id", "row_hash"])
         before = {row["id"]: row["row_hash"] for row in found.to_pylist()}
         changed = [entry for entry in entries if before.get(entry.row.id) != entry.row_hash]
+        self.renumbered += sum(entry.row.numbered and entry.row.id in before for entry in changed)
         self._count("unchanged", len(entries) - len(changed))
         return changed
 
@@ -252,6 +257,12 @@ class _Update:
     def close(self) -> None:
         """Writes the rows that are left."""
         self.write()
+        if self.renumbered:
+            log.warning(
+                "%d rows without an id have replaced rows of the same number; if those were of another input, give "
+                "rows ids, and index both again",
+                self.renumbered,
+            )
         if self.writes or len(self.table):  # also what a killed run has left
             self.table.optimize()
 

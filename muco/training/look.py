@@ -49,9 +49,9 @@ def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
         except DataError as error:
             problems.append(str(error))
             sources.append(None)
-    if data.validation:
+    if (held_out := data.validation_source) is not None:
         try:
-            _check_validation(open_data(data.validation))
+            _check_validation(open_data(held_out.path, held_out.format, held_out.options))
         except DataError as error:
             problems.append(str(error))
     return sources

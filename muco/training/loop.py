@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -27,7 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from muco import distributed
 from muco.base.files import writing
-from muco.base.machine import GIB
+from muco.base.machine import GIB, peak_host_memory
 from muco.errors import OutputError, TrainingError
 from muco.loss import MultiTurnLoss
 from muco.model import Model
@@ -183,9 +181,8 @@ class MuCoTrainer(SentenceTransformerTrainer):
             del logs["loss"]
         elif "loss" in logs:
             # the most that torch held on this process's GPU, or that this process held in host memory
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            if torch.cuda.is_available():
-                peak = torch.cuda.max_memory_allocated()
+            on_gpu = torch.cuda.is_available()
+            peak = torch.cuda.max_memory_allocated() if on_gpu else peak_host_memory()
             logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
             logs |= self._left_out() | self._temperatures()
             self.made = 0

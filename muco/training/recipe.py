@@ -81,7 +81,7 @@ class DataRecipe:
         epoch: The length of an epoch, which ``trainer.num_train_epochs`` counts. "every_row" ends when every row has
             been seen: once without weights; with weights, sources of more weight than rows are seen more often.
             "row_count" has as many samples as there are rows, so with weights some are seen often, others not at all.
-        validation: A set to evaluate during training; None for none.
+        validation: A set to evaluate during training: a path of JSONL, or like an item of ``train``; None for none.
         broken_images: "error" stops at a row or an image that cannot be used. "skip" leaves its sample out, counts it
             and names it in ``<output>/skipped-<process>.jsonl``.
         max_broken: With "skip", stop when more than this share of the samples could not be used.
@@ -95,12 +95,16 @@ class DataRecipe:
 
     train: tuple[SourceRecipe, ...] = ()
     epoch: Literal["every_row", "row_count"] = "every_row"
-    validation: str | None = None
+    validation: str | SourceRecipe | None = None
     broken_images: Literal["error", "skip"] = "error"
     max_broken: float = 0.01
     duplicates: Literal["mask", "leave_out"] = "mask"
     one_source: bool = False
     blind: bool = False
+
+    @property
+    def validation_source(self) -> SourceRecipe | None:
+        return SourceRecipe(self.validation) if isinstance(self.validation, str) else self.validation
 
     @property
     def weights(self) -> tuple[float, ...] | None:

@@ -40,16 +40,16 @@ from muco.training.look import look, without_effect
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.precision import uses_autocast
-from muco.training.recipe import Recipe
+from muco.training.recipe import Recipe, from_dict, load_recipe
 
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, *, resume: bool = True) -> Path:
+def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = True) -> Path:
     """Trains a model and saves it.
 
     Args:
-        recipe: From :func:`muco.training.recipe.load_recipe`, or made in Python.
+        recipe: A recipe, its keys and values as a mapping, or a YAML file.
         resume: Resume from the last checkpoint of the same recipe in ``recipe.output``. If false, a folder that holds a
             run is an error.
     Returns:
@@ -58,15 +58,18 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
         RecipeError, DataError, CheckpointError: If the run cannot be set up.
         OutputError: If the output folder holds another run, another process trains into it, or it cannot be written.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = from_dict(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     output, data, processes = Path(recipe.output), recipe.data, int(os.environ.get("WORLD_SIZE", "1"))
     check_machine(recipe.model)
     check_recipe(recipe, processes)
-    evaluates = data.validation is not None
+    held_out = data.validation_source
+    evaluates = held_out is not None
     if processes == 1:  # several would join their group by it, and then wait for one another while data is read
         training_arguments(recipe, evaluates=evaluates)
     sources = open_sources(recipe)
     Mixture.of(recipe, [len(source) for source in sources])
-    validation = open_data(data.validation) if data.validation else None
+    validation = open_data(held_out.path, held_out.format, held_out.options) if held_out else None
     if os.environ.get("RANK", "0") == "0" and (recipe.turns.image_turn or recipe.loss.distillation):
         for said in without_effect(recipe, [*look(sources, recipe.seed, [])]):
             log.warning("%s", said)

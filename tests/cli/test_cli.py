@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 import muco
 from muco.cli import main
@@ -73,6 +74,7 @@ def test_the_commands_are_the_documented_ones():
         "data show",
         "data scenes",
         "data score",
+        "data split",
         "demo",
         "doctor",
     }
@@ -384,6 +386,16 @@ def test_the_recipe_in_the_readme_loads(tmp_path):
     assert load_recipe(path).trainer["learning_rate"] == 5e-5
 
 
+def test_the_loop_in_the_docs_runs(tmp_path, tiny_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("ring", "red"), ("mug", "blue")):
+        Image.new("RGB", (60, 60), colour).save(f"{name}.jpg")
+    (code,) = (block for block in blocks("docs/training.md", "python") if "optimizer" in block)
+    found: dict = {}
+    exec(code.replace('"starter"', repr(str(tiny_path))), found)
+    assert found["loss"].item() > 0 and found["query"].grad_fn is not None
+
+
 def test_the_rows_in_the_readme_are_samples(tmp_path):
     from muco.data import open_data
 
@@ -391,7 +403,8 @@ def test_the_rows_in_the_readme_are_samples(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(page)
     rows = open_data(path)
-    first, second = rows[0], rows[1]
+    first, captioned, second = (rows[number] for number in range(3))
+    assert captioned.turns[0].query[0].empty and captioned.turns[0].negatives[0].text == "a blue mug"
     assert first.images == (tmp_path / "images/0001.jpg",)
     assert [turn.kind for turn in first.turns] == ["classification", "retrieval"]
     assert len(first.turns[1].query) == 2

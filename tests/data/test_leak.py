@@ -9,6 +9,8 @@ from array import array
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -195,6 +197,10 @@ def test_bad_sources_rows_and_outputs_are_errors(tmp_path, scenes):
     with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
         find_overlap([tmp_path / "nowhere"], [good])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "rows" / "a.parquet")
+    with pytest.raises(DataError, match=r"rows: has no images but a\.parquet; pass images, or data in JSONL"):
+        find_overlap([tmp_path / "rows"], [good])
     with pytest.raises(DataError, match="no images in this folder"):
         find_overlap([good], [tmp_path / "empty"])
     bad = tmp_path / "bad.jsonl"

@@ -782,8 +782,6 @@ def test_inputs_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "1.heic").write_bytes(b"x")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("{}")
     (tmp_path / "blank.jsonl").write_text("\n \n")
     (tmp_path / "x.png").write_bytes(png(1))
     (tmp_path / "no.parquet").write_text("PAR1 not really")
@@ -792,8 +790,7 @@ def test_inputs_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
     for name, message in {
         "gone": "no such file or folder",
         "empty": "no images in this folder",
-        "phone": "no images in this folder .* found 1 .heic",
-        "data": "did you mean .*train.jsonl",
+        "phone": "no images in this folder, .* found 1 .heic",
         "blank.jsonl": "no rows",
         "x.png": "pass a folder of images",
         "no.parquet": "not a readable Parquet file",

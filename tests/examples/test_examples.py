@@ -270,40 +270,14 @@ def test_texts_alone_train_too(model: Path, tmp_path: Path, call) -> None:
     assert scores_of(done.out)["text_to_text"][1:] == ["33.3", "3"]
 
 
-def test_the_split_keeps_every_row_and_parts_no_image(scenes: Path, tmp_path: Path) -> None:
-    rows = rows_of(scenes / "train.jsonl")
-    for row in rows:
-        row["image"] = str(scenes / row["image"])
-    copy = tmp_path / "copy.png"
-    shutil.copy(rows[0]["image"], copy)  # the same picture under another name
-    rows += [row | {"id": f"again {i}"} for i, row in enumerate(rows[:20])] + [
-        rows[0] | {"image": str(copy), "id": "copy"}
-    ]
-    write_jsonl(tmp_path / "all.jsonl", rows)
-    split = loaded("train_your_jsonl")["split"]
-    split(open_data(tmp_path / "all.jsonl"), tmp_path / "out")
-    parts = {name: open_data(tmp_path / f"out/{name}.jsonl") for name in ("train", "held_out")}
-    samples = {name: [part[i] for i in range(len(part))] for name, part in parts.items()}
-    pictures = {name: {sample.images[0].read_bytes() for sample in part} for name, part in samples.items()}
-    assert len(pictures["held_out"]) == 6 and len(pictures["train"]) == 58
-    assert not pictures["train"] & pictures["held_out"]
-    by_id = {sample.id: sample.turns for part in samples.values() for sample in part}
-    whole = open_data(tmp_path / "all.jsonl")
-    assert by_id == {whole[i].id: whole[i].turns for i in range(len(whole))}
-    write_jsonl(tmp_path / "turned.jsonl", rows[::-1])
-    split(open_data(tmp_path / "turned.jsonl"), tmp_path / "turned")
-    held_out = rows_of(tmp_path / "turned/held_out.jsonl")
-    assert {row["id"] for row in held_out} == {sample.id for sample in samples["held_out"]}
-
-
 def test_data_that_cannot_be_used_is_one_sentence_before_training(scenes: Path, tmp_path: Path, refusal) -> None:
     rows = rows_of(scenes / "train.jsonl")[:2]
     write_jsonl(tmp_path / "bad.jsonl", [*rows, {"image": "none.png", "turns": [{"query": "what?", "target": "a"}]}])
     bad = refusal("train_your_jsonl", "bad.jsonl", "--output", "mine")
     assert "bad.jsonl:1" in bad and "no such image file" in bad and "muco data check" in bad
-    write_jsonl(tmp_path / "few.jsonl", [{"turns": [{"query": "what?", "target": t}]} for t in ("a", "b")])
+    write_jsonl(tmp_path / "few.jsonl", [{"turns": [{"query": "what?", "target": "a"}]}])
     few = refusal("train_your_jsonl", "few.jsonl", "--output", "mine")
-    assert "2 different images are too few" in few
+    assert "1 different images are too few" in few
     assert not (tmp_path / "mine").exists()
 
 

@@ -33,11 +33,12 @@ from PIL import Image
 import muco
 from muco.base.files import locked
 from muco.cli import main
-from muco.data.items import Row
+from muco.data.items import Row, open_items
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError, OutputError, StorageError
 from muco.search import Index, build
 from muco.search.columns import add_kinds, conform, in_json
+from muco.search.encode import taken_place
 from muco.search.lance import connect
 from muco.search.rows import Entry
 from muco.search.storage import STORAGES, scores
@@ -281,6 +282,58 @@ def test_a_changed_column_is_written_without_encoding(tmp_path: Path, tiny_model
     write_jsonl(source, [{"id": "a", "text": "a", "year": "twenty"}])
     with pytest.raises(DataError, match=r"'year' is string, and int64 in the index"):
         run(source, tmp_path / "index", tiny_model)
+
+
+def test_rows_without_an_id_that_replace_others_are_said(tmp_path: Path, tiny_model, caplog) -> None:
+    """Their numbers are those of another file's rows, perhaps."""
+    first = write_jsonl(tmp_path / "first.jsonl", [{"text": "one"}, {"text": "two"}, {"id": "x", "text": "three"}])
+    run(first, tmp_path / "index", tiny_model)
+    run(first, tmp_path / "index", tiny_model)
+    assert "without an id" not in caplog.text
+    run(write_jsonl(tmp_path / "other.jsonl", [{"text": "1"}, {"text": "two"}]), tmp_path / "index", tiny_model)
+    assert "1 rows without an id have replaced rows of the same number" in caplog.text
+    caplog.clear()
+    run(write_jsonl(tmp_path / "ids.jsonl", [{"id": 0, "text": "2"}]), tmp_path / "index", tiny_model)
+    assert "without an id" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_folder_of_shards_is_one_input(kind: str, photos: Path, tmp_path: Path, tiny_model) -> None:
+    names = sorted(path.name for path in photos.iterdir())
+    rows = [{"image": f"photos/{name}", "text": f"t{n}", "n": n} for n, name in enumerate(names)]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, part in enumerate((rows[:5], rows[5:6], rows[6:])):
+        absolute = [row | {"image": str(tmp_path / row["image"])} for row in part]
+        file = folder / f"part-{number}.{kind}"
+        if kind == "jsonl":
+            write_jsonl(file, absolute)
+        else:
+            last = {} if number != 1 else {"n": None}  # no value, so no type either
+            pq.write_table(pa.Table.from_pylist([row | last for row in absolute]), file)
+    found = run(folder, tmp_path / "index", tiny_model)
+    assert (found["rows"], found["encoded"], found["failed"]) == (16, 16, 0)
+    kept, _ = contents(tmp_path / "index")
+    expected = {str(n): None if kind == "parquet" and n == 5 else n for n in range(16)}
+    assert {row["id"]: row["n"] for row in kept} == expected
+    assert run(folder, tmp_path / "index", tiny_model, delete_missing=True)["unchanged"] == 16
+    items = open_items(folder)
+    assert [row.number for row in items.rows(4)] == [*range(4, 16)]
+    assert [row.where for row in items.rows(5)][0].startswith(f"part-1.{kind}")
+    before = items.fingerprint
+    (folder / f"part-2.{kind}").rename(folder / f"part-9.{kind}")
+    assert open_items(folder).fingerprint != before
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path: Path, tiny_model) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "n": 1}])
+    pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="has both JSONL and Parquet files; keep one kind"):
+        run(tmp_path, tmp_path / "index", tiny_model)
+    (tmp_path / "a.jsonl").unlink()
+    pq.write_table(pa.table({"text": ["a"], "n": ["1"]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: the column 'n' has the type string, and int64 in .*b\.parquet"):
+        run(tmp_path, tmp_path / "index", tiny_model)
 
 
 def test_equal_contents_are_encoded_once(tmp_path: Path, tiny_model) -> None:
@@ -815,6 +868,12 @@ def test_daft_gives_the_same_table(photos: Path, tmp_path: Path, model_path: Pat
     assert (found["encoded"], found["failed"]) == (55, 2)
     run(source, tmp_path / "plain", model_path)
     same(tmp_path / "daft", tmp_path / "plain")
+
+
+def test_each_worker_of_a_machine_takes_a_place_of_its_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        taken = [*threads.map(lambda _: taken_place(tmp_path / "new" / "places"), range(16))]
+    assert sorted(taken) == [*range(16)]
 
 
 def test_workers_need_a_path(photos: Path, tmp_path: Path, tiny_model) -> None:

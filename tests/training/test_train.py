@@ -211,6 +211,17 @@ def test_a_run_that_was_begun_with_other_fingerprints_resumes_and_says_so(scenes
         checkpoint.claim_output(output, facts, resume=True)
 
 
+def test_a_run_is_a_mapping_or_a_file_too_and_is_scored_on_data_of_any_format(scenes, tmp_path):
+    (tmp_path / "pairs.csv").write_text("query,target\n" + "".join(f"q{n},t{n}\n" for n in range(8)))
+    recipe = to_dict(recipe_of(scenes, tmp_path / "run", trainer={"max_steps": 1, "report_to": []}))
+    recipe["data"]["validation"] = {"path": str(tmp_path / "pairs.csv"), "format": "pairs"}
+    assert not plan(from_dict(recipe))["problems"]
+    folder = muco.train(recipe)
+    assert [scores["text_to_text"] for _, scores in json.loads((folder / "run.json").read_text())["scores"]]
+    with pytest.raises(muco.RecipeError, match="no such recipe file"):
+        muco.train(tmp_path / "none.yaml")
+
+
 def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
     for name in ("checkpoint-3-keep", "checkpoint-x", "checkpoint-4"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
