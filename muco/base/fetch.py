@@ -174,7 +174,7 @@ def _checked_url(url: str, limits: FetchLimits) -> SplitResult:
     try:
         parts = urlsplit(url)
         port, host = parts.port, (parts.hostname or "").rstrip(".").lower()
-        host = host if ":" in host else host.encode("idna").decode()
+        host = (plain_host(host) or host) if ":" in host else host.encode("idna").decode()
         path, query = quote(parts.path or "/", safe=PLAIN), quote(parts.query, safe=PLAIN + "?")
     except ValueError as error:  # a port that is not a number, brackets that do not close, half a character …
         raise FetchError(f"not a URL that can be fetched ({_what_failed(error)})") from error

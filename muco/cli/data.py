@@ -70,7 +70,8 @@ def split(
 ) -> None:
     """Hold out a part of a data set.
 
-    Samples of the same image are on the same side. Takes any format, and writes MuCo's own JSONL.
+    No image of a query or a target is on both sides; hard negatives do not count. Takes any format whose images are
+    files, and writes MuCo's own JSONL.
     """
     from muco.data.split import split
     from muco.errors import OutputError

@@ -1,4 +1,4 @@
-"""What ``muco embed`` and ``muco index`` read: a folder of images, a JSONL or a Parquet file, from any row on."""
+"""What ``muco embed`` and ``muco index`` read: images of a folder, or rows of JSONL or Parquet, from any row on."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Items:
     Args:
         root: What relative image paths are relative to.
         fingerprint: Changes whenever the rows may have.
-        columns: Those that are embedded; None of a folder.
+        columns: Those that are embedded; None of a folder of images.
         records: Yields the rows from a number on, with these further columns (of JSONL, with all).
         passed_over: Other files of a folder of images, by kind, see :func:`image_files`.
     """
@@ -123,15 +123,17 @@ class Items:
             yield read_row(record, self.columns or COLUMNS, self.root, further)
 
 
-def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
+def open_items(path: Path, columns: Columns = COLUMNS, *, shard: bool = False) -> Items:
     """Checks an input as a whole, but opens no image; a DataError if it is missing, unknown, empty or unreadable.
 
-    A folder is one of images, or, without any, the rows of its JSONL or Parquet files in the order of their names.
+    A folder is one of images, or, without any, the rows of its JSONL or Parquet files in the order of their names. Such
+    a ``shard`` may be empty.
     """
     if path.is_dir():
         state = state_of_images(path)
         if not state.total:
-            if files := sorted(file for file in path.iterdir() if file.suffix in (*JSONL, *PARQUET)):
+            shown = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+            if files := sorted(file for file in shown if file.suffix in (*JSONL, *PARQUET)):
                 return _joined(path, files, columns)
             found = f", and found {told_kinds(state.passed_over)}" if state.passed_over else ""
             kinds = ", ".join((*sorted(image_suffixes()), *JSONL, *PARQUET))
@@ -149,7 +151,7 @@ def open_items(path: Path, columns: Columns = COLUMNS) -> Items:
         digest, records = hashlib.sha256(f"{size} {changed}".encode()), partial(_parquet_records, path, columns)
     else:
         raise DataError(f"{path}: pass a folder of images, a .jsonl file or a .parquet file")
-    if not total:
+    if not total and not shard:
         raise DataError(f"{path}: the file has no rows")
     return Items(path.parent, digest.hexdigest(), total, columns, records, files=(path,))
 
@@ -158,7 +160,9 @@ def _joined(folder: Path, files: Sequence[Path], columns: Columns) -> Items:
     """The rows of several files of one kind as one input."""
     if len({file.suffix in PARQUET for file in files}) > 1:
         raise DataError(f"{folder}: has both JSONL and Parquet files; keep one kind, or name a file")
-    parts = [open_items(file, columns) for file in files]
+    parts = [open_items(file, columns, shard=True) for file in files]
+    if not any(part.total for part in parts):
+        raise DataError(f"{folder}: its {len(files)} files have no rows")
     digest = hashlib.sha256(json.dumps([[part.files[0].name, part.fingerprint] for part in parts]).encode())
 
     def records(start: int, further: Sequence[str]) -> Iterator[Record]:
@@ -259,7 +263,7 @@ def read_row(record: Record, columns: Columns, root: Path, further: Sequence[str
     paths = [path for _, path in images]
     path = paths[0] if len(paths) == 1 else json.dumps(paths, ensure_ascii=False) if any(paths) else None
     others = {name: values[name] for name in further if name in values}
-    numbered = values.get(columns.id) is None
+    numbered = id is None or (isinstance(id, str) and not id.strip())
     shown = tuple(image for image, _ in images)
     return Row(record.number, given, record.where, text, shown, path, others, numbered=numbered)
 

@@ -1,4 +1,4 @@
-"""Embeds a folder of images, a JSONL or a Parquet file into one Parquet file."""
+"""Embeds the images of a folder, or rows of JSONL or Parquet files, into one Parquet file."""
 
 from muco.embed.parquet import embed
 

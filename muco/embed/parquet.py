@@ -1,4 +1,4 @@
-"""Embeds a folder of images, a JSONL or a Parquet file into one Parquet file; streams, and resumes after a kill.
+"""Embeds images of a folder, or rows of JSONL or Parquet, into one Parquet file; streams, and resumes after a kill.
 
 ::
 

@@ -23,7 +23,7 @@ from muco.data.items import PARQUET, Columns, Items, Row, open_items
 from muco.data.parquet import batches
 from muco.errors import DataError
 from muco.images import image_digest
-from muco.search.columns import add_kinds, check_names, column_type, conform
+from muco.search.columns import add_kinds, check_names, column_type, common, conform
 
 HASHERS = 4  # threads that read image files
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 20  # looked up in the table together
@@ -62,18 +62,20 @@ def open_input(
 
 
 def _types_of(files: Sequence[Path], columns: Columns) -> tuple[dict[str, pa.DataType], frozenset[str]]:
-    """As :func:`_parquet_types`, of several files; a DataError if a column has values of two types."""
+    """As :func:`_parquet_types`, of several files; a DataError if a column has values that no type can hold."""
     found: dict[str, tuple[pa.DataType, Path]] = {}
     valued: set[str] = set()
     for file in files:
         kinds, empty = _parquet_types(file, columns)
         for name, kind in kinds.items():
-            known, first = found.get(name, (kind, file))
             if name not in valued:
-                known, first = kind, file  # whatever type others have without a value
-            elif known != kind and name not in empty:
-                raise DataError(f"{file}: the column {name!r} has the type {kind}, and {known} in {first}; give it one")
-            found[name] = known, first
+                found[name] = kind, file  # whatever type others have without a value
+            elif name not in empty:
+                known, first = found[name]
+                both = common(known, kind)
+                if both is None:
+                    raise DataError(f"{file}: the column {name!r} is {kind}, and {known} in {first}; give it one type")
+                found[name] = both, first
             valued |= {name} - empty
     return {name: kind for name, (kind, _) in found.items()}, frozenset(found.keys() - valued)
 

@@ -213,6 +213,7 @@ class _Update:
         found = self.table.rows_where("id", [entry.row.id for entry in entries], ["id", "row_hash"])
         before = {row["id"]: row["row_hash"] for row in found.to_pylist()}
         changed = [entry for entry in entries if before.get(entry.row.id) != entry.row_hash]
+        self.notes.there += sum(entry.row.id in before for entry in entries)
         self.renumbered += sum(entry.row.numbered and entry.row.id in before for entry in changed)
         self._count("unchanged", len(entries) - len(changed))
         return changed
@@ -223,6 +224,7 @@ class _Update:
             for entry in left.pop(known.content_hash, []):
                 self._keep(entry, known.row.vector, known.thumbnail, "reused")
         for content, vector, picture in self.table.vectors_of([*left]):
+            self.notes.there += 1
             for entry in left.pop(content, []):
                 self._keep(entry, vector, picture, "reused")
         return left
@@ -297,6 +299,12 @@ def _delete_missing(table: Table, notes: Notes) -> int:
             "the same command again (all other rows are indexed)"
         )
     missing = [id for ids in table.ids() for id in ids if not notes.has(id)]
+    if missing and not notes.there:
+        raise DataError(
+            f"nothing was deleted: the index had no row of this input, neither by id nor by content, so it may be "
+            f"another one (its rows were added to the {len(missing)} that are not in it); to replace them all, make a "
+            "new index"
+        )
     if deleted := table.delete(missing):
         table.optimize()
     return deleted

@@ -186,8 +186,15 @@ class TokenBudget(TrainerCallback, ExportableState):
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Takes the budget of a checkpoint, unless the recipe asks for another one now."""
-        if state["args"]["tokens"] == self.asked:
-            self.tokens = state["attributes"].get("tokens", self.asked)
+        asked, own = state["args"]["tokens"], state["attributes"].get("tokens")
+        if "tokens" not in state["attributes"]:  # of an older version, which kept the smaller budget alone
+            self.tokens = asked if self.asked is None or (asked or self.asked) < self.asked else self.asked
+        elif asked == self.asked:
+            self.tokens = own
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lets a resumed run log, save and evaluate as its recipe says now, not as the checkpoint does."""
+        state.compute_steps(args, state.max_steps)
 
 
 class RetrievalEvaluator(BaseEvaluator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -36,13 +37,17 @@ from muco.training.folder import (
 )
 from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, recorded, to_dict
 
+MISSING = object()
 OF_LOSS = "loss."  # before the names of the loss's own parameters
 MAY_CHANGE = {  # what a run may resume with otherwise: nothing that a step learns depends on it
     "model": ("activation_checkpointing",),
     "data": ("broken_images", "max_broken", "validation"),
     "batch": ("token_budget", "feature_memory", "seen_memory"),
-    "trainer": ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "report_to", "run_name"),  # beginnings
+    # beginnings of names:
+    "trainer": ("log_", "logging_", "save_", "eval_", "per_device_eval_", "metric_for_best_model", "greater_is_better")
+    + ("dataloader_", "report_to", "run_name"),
 }
+BY_SCORES = ("reduce_lr_on_plateau", "greedy")  # schedules of a rate that follows the evaluation
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +97,11 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
         raise OutputError(f"{output} already holds this run; resume it, or choose another output folder")
     if (output / MODEL / RUN_FILE).is_file():
         return output / MODEL
-    if known.get("fingerprint_rule") != RULE:
+    if known.get("fingerprint_rule") != RULE or not _read_alike(known, facts):
         log.warning(
-            "%s was begun by another version of MuCo, which told data apart otherwise: that the training data has not "
-            "changed since is taken from its paths and numbers of samples alone",
+            "%s was begun by another version of MuCo or with another data.broken_images, which tell data apart "
+            "otherwise: that the training data has not changed since is taken from its paths and numbers of samples "
+            "alone",
             output,
         )
     write_json(file, known | {name: facts[name] for name in ("recipe", "data", "fingerprint_rule")})
@@ -104,34 +110,53 @@ def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path |
 
 def _differing(known: dict[str, Any], facts: dict[str, Any]) -> str:
     settings = _comparable(known["recipe"])
-    for group, value in _comparable(facts["recipe"]).items():
-        other = settings.get(group)
+    asked = _comparable(facts["recipe"])
+    for group in {**asked, **settings}:
+        value, other = asked.get(group), settings.get(group)
         if other != value and isinstance(value, dict) and isinstance(other, dict):
-            return f"{group}.{next(k for k in {**value, **other} if value.get(k) != other.get(k))}"
+            return f"{group}.{next(k for k in {**value, **other} if value.get(k, MISSING) != other.get(k, MISSING))}"
         if other != value:
             return group
-    read_alike = len({run["recipe"]["data"].get("broken_images") for run in (known, facts)}) == 1
-    told_by = "fingerprint" if known.get("fingerprint_rule") == RULE and read_alike else "samples"
+    told_by = "fingerprint" if known.get("fingerprint_rule") == RULE and _read_alike(known, facts) else "samples"
     before, now = ([source[told_by] for source in run["data"]] for run in (known, facts))
     return "" if before == now else "the training data"
+
+
+def _read_alike(known: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether both runs take the same rows for data, so that their fingerprints can be compared."""
+    return len({run["recipe"]["data"].get("broken_images", "error") for run in (known, facts)}) == 1
+
+
+def validation_of(output: Path) -> Any:
+    """What the recipe of the run in a folder says of validation; None if there is no run."""
+    file = output / RUN_FILE
+    return read_json(file)["recipe"]["data"].get("validation") if file.is_file() else None
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """A recipe's settings but for MAY_CHANGE, with the defaults of keys that an older version did not know."""
     try:
         values = to_dict(recorded({"output": "", **settings}))
+        del values["output"]
     except RecipeError:  # of another version
-        return settings
+        values = copy.deepcopy(settings)
     data = values["data"]
     data["epoch"] = settings["data"].get("epoch", "row_count")  # which it was before it could be chosen
     if len(data["train"]) == 1:
         data["train"][0]["weight"] = None  # of a single source it says nothing
     if len(data["train"]) == 1 or values["trainer"].get("max_steps", -1) > 0:
         data["epoch"] = None  # nor does this
-    del values["output"]
+    return _without_what_may_change(values)
+
+
+def _without_what_may_change(values: dict[str, Any]) -> dict[str, Any]:
+    scored = values.get("trainer", {}).get("lr_scheduler_type") in BY_SCORES
+    left = dict(values)
     for group, beginnings in MAY_CHANGE.items():
-        values[group] = {key: value for key, value in values[group].items() if not key.startswith(beginnings)}
-    return values
+        if scored:
+            beginnings = tuple(own for own in beginnings if own not in ("validation", "eval_"))
+        left[group] = {key: value for key, value in values.get(group, {}).items() if not key.startswith(beginnings)}
+    return left
 
 
 def last_complete(output: Path, processes: int = 1) -> Path | None:

@@ -168,6 +168,7 @@ WITHOUT_EFFECT = (  # which an older version took; recipes of its runs and model
     "torch_empty_cache_steps",
     "gradient_checkpointing_kwargs",
     "dataloader_persistent_workers",
+    "restore_callback_states_from_checkpoint",
 )
 REFUSED = {  # training arguments that a recipe may not set, and what to do instead
     **dict.fromkeys(("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint"), _OURS),
@@ -197,6 +198,7 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "save_only_model": "is not supported: a run could not resume from such checkpoints",
     "torch_empty_cache_steps": "is not supported",
     "gradient_checkpointing_kwargs": "is not used; set model.activation_checkpointing",
+    "restore_callback_states_from_checkpoint": "is not supported; a run resumes by itself",
     "dataloader_persistent_workers": "is not used: workers live as long as the run",
 }
 

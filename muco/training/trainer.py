@@ -40,7 +40,7 @@ from muco.training.look import look, without_effect
 from muco.training.loop import MuCoTrainer
 from muco.training.mixture import Mixture, open_sources
 from muco.training.precision import uses_autocast
-from muco.training.recipe import Recipe, from_dict, load_recipe
+from muco.training.recipe import Recipe, from_dict, load_recipe, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Tru
     distributed.start()
     training_arguments(recipe, evaluates=evaluates)
     with distributed.claimed(output):
+        scored = distributed.first_only(lambda: checkpoint.validation_of(output))
         finished = distributed.first_only(lambda: checkpoint.claim_output(output, facts, resume=resume))
         if finished:
             if distributed.rank() == 0:
@@ -95,8 +96,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Tru
         first = trainer.batches[0, 0]
         _check_budget(recipe.batch.token_budget, first)
         check_negatives(trainer.loss, first, sources)
-        if last is not None:  # the scores of the start are known
-            trainer.args.eval_on_start = False
+        if last is not None and scored == to_dict(recipe)["data"]["validation"]:  # the start's scores are known
+            trainer.args.eval_on_start = recipe.trainer.get("eval_on_start", False)
         set_seed(recipe.seed + distributed.rank())  # from here on each process draws its own dropout
         with told_once():
             trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from muco.cli import main
 from muco.data import open_data
 from muco.data.jsonl import write_jsonl
+from muco.data.source import InMemory
 from muco.data.split import split
+from muco.dialogue import Sample, Turn
 from muco.errors import DataError, MucoError
 
 
@@ -44,6 +47,30 @@ def test_the_split_keeps_every_row_and_parts_no_image(scenes: Path, tmp_path: Pa
     assert {row["id"] for row in held_out} == {sample.id for sample in samples["dev"]}
 
 
+def test_samples_that_share_any_image_are_together_and_negatives_do_not_count(scenes: Path, tmp_path: Path) -> None:
+    pictures = sorted(str(path) for path in (scenes / "images/train").iterdir())[:24]
+    turn = {"query": "q", "target": "t"}
+    chains = [{"image": [pictures[n], pictures[n + 1]], "turns": [turn]} for n in (0, 1, 2, 6, 7)]
+    shown = [{"turns": [{"query": "q", "target": {"image": pictures[n]}}]} for n in (3, 10, 10)]
+    apart = [
+        {"image": pictures[n], "turns": [turn | {"negatives": [{"image": pictures[n - 1]}, {"image": pictures[0]}]}]}
+        for n in range(12, 24)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*chains, *shown, *apart])
+    for share in (0.2, 0.5):
+        split(open_data(tmp_path / "rows.jsonl"), tmp_path / str(share), share)
+        sides = []
+        for name in ("train", "dev"):
+            part = open_data(tmp_path / str(share) / f"{name}.jsonl")
+            samples = [part[number] for number in range(len(part))]
+            own = {image for sample in samples for image in sample.images}
+            sides.append(own | {image for sample in samples for image in sample.turns[0].target[0].images})
+        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 4 + 3 + 1 + 12
+        dev = rows_of(tmp_path / str(share) / "dev.jsonl")
+        groups = {json.dumps(row.get("image", row["turns"][0]["target"])) for row in dev}
+        assert groups, "15 groups: two chains, one picture twice, twelve alone"
+
+
 def test_samples_without_images_go_by_id_or_target(tmp_path: Path) -> None:
     turns = [{"query": "q", "target": f"t{n % 20}"} for n in range(60)]
     rows = [{"turns": [turn]} | ({"id": f"i{n % 10}"} if n < 30 else {}) for n, turn in enumerate(turns)]
@@ -57,7 +84,7 @@ def test_samples_without_images_go_by_id_or_target(tmp_path: Path) -> None:
 def test_the_command_takes_any_format_and_replaces_nothing(tmp_path: Path, capsys) -> None:
     (tmp_path / "pairs.csv").write_text("query,target\n" + "".join(f"q{n},t{n}\n" for n in range(10)))
     asked = ["data", "split", str(tmp_path / "pairs.csv"), "--format", "pairs", "-o", str(tmp_path / "out"), "--json"]
-    assert main(asked) == 0 and json.loads(capsys.readouterr().out) == {"train": 9, "dev": 1}
+    assert main(asked) == 0 and json.loads(capsys.readouterr().out) == {"train": 8, "dev": 2}
     assert main(asked) == 1 and "train.jsonl exists; choose another folder" in capsys.readouterr().err
 
 
@@ -67,6 +94,9 @@ def test_what_cannot_be_split(tmp_path: Path, share: float) -> None:
     data = open_data(tmp_path / "rows.jsonl")
     with pytest.raises(MucoError, match="between 0 and 1"):
         split(data, tmp_path / "out", share)
-    with pytest.raises(DataError, match="1 different images are too few to hold 1 out"):
+    with pytest.raises(DataError, match="1 samples that share no image are too few to hold 2 out; give more"):
         split(data, tmp_path / "out")
+    picture = Image.new("RGB", (30, 30))
+    with pytest.raises(DataError, match="save it to a file first"):
+        split(InMemory([Sample(picture, [Turn("q", f"t{n}")]) for n in range(4)]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -277,7 +277,7 @@ def test_data_that_cannot_be_used_is_one_sentence_before_training(scenes: Path, 
     assert "bad.jsonl:1" in bad and "no such image file" in bad and "muco data check" in bad
     write_jsonl(tmp_path / "few.jsonl", [{"turns": [{"query": "what?", "target": "a"}]}])
     few = refusal("train_your_jsonl", "few.jsonl", "--output", "mine")
-    assert "1 different images are too few" in few
+    assert "1 samples that share no image are too few" in few
     assert not (tmp_path / "mine").exists()
 
 

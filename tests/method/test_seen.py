@@ -158,6 +158,24 @@ def test_pixels_come_to_the_models_device_wherever_they_are(seen):
     assert len(features) == 2 and all(tensor.device.type == "meta" for image in features for tensor in image)
 
 
+def test_images_are_moved_on_the_way_to_what_is_kept(monkeypatch):
+    """All that reaches the tower has passed ``to``, when it is tried and when it is used."""
+    moved: set[int] = set()
+
+    def watched(value, device):
+        assert str(device) == "cpu"
+        for own in value if isinstance(value, list) else [value]:
+            moved.update(map(id, own.values()))
+        return value
+
+    monkeypatch.setattr("muco.seen.to", watched)
+    own = model("qwen2_vl")
+    batch = own.preprocess([{"image": ONE}, {"image": LIKE_ONE}])
+    monkeypatch.setattr(own.encoder, "seen_images", SeenImages(1 << 24))
+    own.encoder.image_features(batch)
+    assert {id(tensor) for own in batch["images"] for tensor in own.values()} <= moved
+
+
 def test_a_loaded_model_keeps_images_from_call_to_call(tiny_path):
     loaded = muco.load(tiny_path, device="cpu", image_memory=0.01)
     plain = muco.load(tiny_path, device="cpu")

@@ -290,7 +290,11 @@ def test_rows_without_an_id_that_replace_others_are_said(tmp_path: Path, tiny_mo
     run(first, tmp_path / "index", tiny_model)
     run(first, tmp_path / "index", tiny_model)
     assert "without an id" not in caplog.text
-    run(write_jsonl(tmp_path / "other.jsonl", [{"text": "1"}, {"text": "two"}]), tmp_path / "index", tiny_model)
+    run(
+        write_jsonl(tmp_path / "other.jsonl", [{"text": "1", "id": " "}, {"text": "two"}]),
+        tmp_path / "index",
+        tiny_model,
+    )
     assert "1 rows without an id have replaced rows of the same number" in caplog.text
     caplog.clear()
     run(write_jsonl(tmp_path / "ids.jsonl", [{"id": 0, "text": "2"}]), tmp_path / "index", tiny_model)
@@ -332,8 +336,23 @@ def test_shards_that_do_not_fit_are_refused(tmp_path: Path, tiny_model) -> None:
         run(tmp_path, tmp_path / "index", tiny_model)
     (tmp_path / "a.jsonl").unlink()
     pq.write_table(pa.table({"text": ["a"], "n": ["1"]}), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match=r"c\.parquet: the column 'n' has the type string, and int64 in .*b\.parquet"):
+    with pytest.raises(DataError, match=r"c\.parquet: the column 'n' is string, and int64 in .*b\.parquet"):
         run(tmp_path, tmp_path / "index", tiny_model)
+    (tmp_path / "b.parquet").unlink()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="its 1 files have no rows"):
+        run(tmp_path, tmp_path / "index", tiny_model)
+
+
+def test_shards_as_other_programs_leave_them_are_read(tmp_path: Path, tiny_model) -> None:
+    pq.write_table(pa.table({"text": ["a"], "n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string()), "n": pa.array([], pa.int8())}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"text": ["c"], "n": [0.5]}), tmp_path / "c.parquet")
+    (tmp_path / "._a.parquet").write_bytes(b"of another system")
+    (tmp_path / "d.parquet").mkdir()
+    run(tmp_path, tmp_path / "index", tiny_model)
+    rows, _ = contents(tmp_path / "index")
+    assert [(row["id"], row["n"]) for row in rows] == [("0", 1.0), ("1", 0.5)]
 
 
 def test_equal_contents_are_encoded_once(tmp_path: Path, tiny_model) -> None:
@@ -738,6 +757,25 @@ def test_bad_lines_and_ids_given_twice(tmp_path: Path, tiny_model) -> None:
         run(source, tmp_path / "index", tiny_model, delete_missing=True)
     with pytest.raises(DataError, match="none of the 1 rows"):
         run(write_jsonl(tmp_path / "bad.jsonl", ["x"]), tmp_path / "other", tiny_model)
+
+
+def test_another_input_deletes_nothing(photos: Path, tmp_path: Path, tiny_model) -> None:
+    """As where the disk with the pictures is gone, and other files are left."""
+    folder = tmp_path / "mine"
+    shutil.copytree(photos, folder)
+    run(folder, tmp_path / "index", tiny_model)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    write_jsonl(folder / "labels.jsonl", [{"text": "a"}, {"text": "b"}])
+    with pytest.raises(DataError, match="nothing was deleted: the index had no row of this input"):
+        run(folder, tmp_path / "index", tiny_model, delete_missing=True)
+    assert len(Index.open(tmp_path / "index")) == 16 + 2
+
+
+def test_a_row_that_cannot_be_read_takes_no_others_id(tmp_path: Path, tiny_model) -> None:
+    rows = ["not json", {"id": 5, "text": "five"}, {"id": 0, "text": "zero"}]
+    found = run(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "index", tiny_model)
+    assert (found["encoded"], found["failed"]) == (2, 1) and ids_of(tmp_path / "index") == ["0", "5"]
 
 
 def test_a_failed_row_with_a_known_id_keeps_its_former_version_and_others_are_deleted(

@@ -33,6 +33,7 @@ from muco.errors import OutputError
 from muco.training import checkpoint
 from muco.training.blind import blind_loss
 from muco.training.build import build_model
+from muco.training.callbacks import TokenBudget
 from muco.training.mixture import open_sources
 from muco.training.plan import plan
 from muco.training.recipe import (
@@ -148,11 +149,16 @@ def test_a_run_resumes_with_other_settings_that_no_step_depends_on(finished, sce
         "trainer": {"save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1, "report_to": []},
     }
     output = tmp_path / "run"
-    muco.train(recipe_of(scenes, output, batch={"size": 8, "token_budget": 4000}))
+    muco.train(recipe_of(scenes, output, batch={"size": 8, "token_budget": 4000}, trainer={"save_total_limit": 9}))
     shutil.rmtree(output / "model")
     for step in (4, 6):
-        shutil.rmtree(output / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
+        shutil.rmtree(output / "checkpoints" / f"checkpoint-{step}")
+    changed["data"]["validation"] = str(scenes / "dev.jsonl")
     again = muco.train(recipe_of(scenes, output, **changed))
+    assert "with another data.broken_images" in caplog.text, "of which fingerprints differ"
+    made = [int(folder.name.removeprefix("checkpoint-")) for folder in (output / "checkpoints").glob("checkpoint-*")]
+    assert sorted(made) == [3, 6], "checkpoints come as the recipe says now"
+    assert [step for step, _ in json.loads((again / "run.json").read_text())["scores"]] == [2, 3, 6]
     state = json.loads((output / "checkpoints/checkpoint-6/trainer_state.json").read_text())
     assert state["stateful_callbacks"]["TokenBudget"] == {"args": {"tokens": 2000}, "attributes": {"tokens": 2000}}
     assert json.loads((output / "run.json").read_text())["recipe"]["batch"]["token_budget"] == 2000
@@ -161,6 +167,30 @@ def test_a_run_resumes_with_other_settings_that_no_step_depends_on(finished, sce
     shutil.rmtree(output / "model")
     with pytest.raises(muco.OutputError, match=r"batch\.size differs"):
         muco.train(recipe_of(scenes, output, batch={"size": 4}))
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_smaller_budget():
+    for asked, kept, used in ((16384, 4096, 4096), (2048, 4096, 2048), (4096, None, 4096), (None, 4096, 4096)):
+        budget = TokenBudget(asked)
+        budget.resume({"args": {"tokens": kept}, "attributes": {}})
+        assert budget.tokens == used
+
+
+def test_what_differs_is_named_for_runs_of_other_versions_too(finished, scenes):
+    recipe, _ = finished
+    facts = json.loads(json.dumps(checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")])))
+    for change, said in (
+        ({"warm_up": {"steps": 10}}, "warm_up"),  # a group that recipes do not have any more
+        ({"warm_up": {"steps": 0}}, ""),
+        ({"batch": facts["recipe"]["batch"] | {"new_key": 1}}, "batch.new_key"),
+        ({"trainer": facts["recipe"]["trainer"] | {"disable_tqdm": None}}, "trainer.disable_tqdm"),
+        ({"trainer": facts["recipe"]["trainer"] | {"greater_is_better": True, "log_level": "info"}}, ""),
+    ):
+        assert checkpoint._differing(facts | {"recipe": facts["recipe"] | change}, facts) == said
+    scored = facts["recipe"]["trainer"] | {"lr_scheduler_type": "reduce_lr_on_plateau"}
+    other = facts["recipe"]["data"] | {"validation": "other.jsonl"}
+    runs = [facts | {"recipe": facts["recipe"] | {"trainer": scored} | more} for more in ({}, {"data": other})]
+    assert checkpoint._differing(*runs) == "data.validation", "whose scores set the learning rate"
 
 
 def test_an_older_runs_keys_without_effect_are_passed_over(finished, scenes):
