@@ -73,6 +73,7 @@ def retrieval(
             limit=limit,
             dimension=dimension,
             precision=precision,
+            output=output,
             cache=output / "cache",
             progress=progress,
         )

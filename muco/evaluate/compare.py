@@ -23,6 +23,7 @@ from muco.base.html import count
 from muco.base.tables import print_report, table_of_numbers
 from muco.errors import DataError, MucoError
 from muco.evaluate.benchmark import FORMAT
+from muco.evaluate.retrieval import RESULT
 
 BLOCK = 1 << 21  # counts in memory at a time (16 MiB)
 COLUMNS = ("task", "metric", "queries", "A", "B", "B - A", "interval", "won", "lost", "equal")
@@ -32,7 +33,8 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
     """Compares two output folders of a benchmark, task by task, over the queries that both have.
 
     Args:
-        a, b: Folders with ``tasks/`` and ``outcomes/``. Differences are B - A; a query is won where B is better.
+        a, b: Output folders: with ``tasks/`` and ``outcomes/``, or with these in ``retrieval/``. Differences are B - A;
+            a query is won where B is better.
         samples: Of the bootstrap, at least 100.
         level: Of the intervals, between 0 and 1.
     Returns:
@@ -159,6 +161,8 @@ def _mean(label: str, tasks: Mapping[str, Mapping[str, Any]], total: np.ndarray,
 
 def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> metric, data, key and file of outcomes, for every task in a results folder."""
+    if not (folder / "tasks").is_dir() and (folder / RESULT / "tasks").is_dir():
+        folder = folder / RESULT
     files = sorted((folder / "tasks").glob("*.json")) if (folder / "tasks").is_dir() else []
     if not files:
         raise DataError(f"{folder}: holds no results (tasks/*.json); pass the output folder of a benchmark")

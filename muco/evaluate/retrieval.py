@@ -20,6 +20,8 @@ changes a draw. ``RULES`` has the rest.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +35,7 @@ from muco.base.machine import versions
 from muco.data.source import Data
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
+from muco.evaluate.benchmark import Outcome, TaskFiles, TaskResult
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, known_by
 from muco.evaluate.metrics import Precision
 from muco.evaluate.report import task_warnings
@@ -41,12 +44,24 @@ from muco.sizes import checked_dimension
 
 CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known without the image
 AT = (1, 5, 10)
+RESULT = "retrieval"  # the name of the files
 RULES = {
     "precision": "int8: codes of the library with the ranges of all vectors; binary: signs; both sides, no rescoring",
     "metric": "hit@k and MRR of the right target by float32 dot product; ties are lost; hit@k: null if k >= candidates",
     "identity": "text and image bytes; the first paraphrase; any target the data calls right for a query is no rival",
     "draw": "the targets of the same kind with the smallest hash of (seed, query, target)",
 }
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The rank of each query's right target in a task, from 1, and the task's scores."""
+
+    ranks: np.ndarray  # int64 [Q]
+    scores: Mapping[str, Any]
+
+
+Ranks = dict[str, Ranked]  # by task, with its kind
 
 
 @dataclass(frozen=True)
@@ -82,8 +97,8 @@ def evaluate_retrieval(
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
         data: Samples with a fingerprint.
-        output: Folder that gets ``retrieval.json``, or with a dimension and precision ``retrieval-64-int8.json``;
-            nothing is written without it.
+        output: Folder that gets ``retrieval.json``, or with a dimension and precision ``retrieval-64-int8.json``, and
+            in a folder of that name the outcome of each query, for ``muco evaluate compare``. None: nothing is written.
         cache: Folder of encoded vectors, used again only for the same model and data.
         progress: Called with (contents encoded, contents in all).
         scoring: Of :class:`Scoring`.
@@ -100,7 +115,8 @@ def evaluate_retrieval(
     chosen = Scoring(**scoring)
     origin = {"model": known_by(model), "data": data.fingerprint}
     store = None if cache is None else EmbeddingCache(cache, **origin)
-    result = score_tasks(model, data, chosen, cache=store, progress=progress)
+    ranks: Ranks = {}
+    result = score_tasks(model, data, chosen, cache=store, progress=progress, ranks=ranks)
     result |= origin | {
         "rules": RULES,
         **{name: getattr(chosen, name) for name in ("candidates", "seed", "limit", "batch_size")},
@@ -108,6 +124,7 @@ def evaluate_retrieval(
         "seconds": round(time.perf_counter() - start, 3),
     }
     if output is not None:
+        write_outcomes(output, origin, chosen, ranks)
         write_result(output, result, chosen.dimension, chosen.precision)
     return result
 
@@ -116,8 +133,39 @@ def write_result(
     output: Path, result: Mapping[str, Any], dimension: int | None = None, precision: Precision = "float32"
 ) -> None:
     """Writes a result as ``retrieval.json``, or with what was asked for in its name, as ``retrieval-64-int8.json``."""
+    write_json(Path(output) / f"{result_name(dimension, precision)}.json", result)
+
+
+def result_name(dimension: int | None = None, precision: Precision = "float32") -> str:
+    """The name of a result without its ending: "retrieval", "retrieval-64-int8"."""
     asked = (dimension and str(dimension), precision if precision != "float32" else None)
-    write_json(Path(output) / f"{'-'.join(['retrieval', *filter(None, asked)])}.json", result)
+    return "-".join([RESULT, *filter(None, asked)])
+
+
+def write_outcomes(output: Path, origin: Mapping[str, str], scoring: Scoring, ranks: Ranks) -> None:
+    """Writes what became of each query of each task but the controls, for a comparison query by query."""
+    drawn = {name: getattr(scoring, name) for name in ("candidates", "seed", "limit")}
+    asked = hashlib.sha256(json.dumps([origin["data"], drawn]).encode()).hexdigest()  # the same queries and rivals
+    settings = drawn | {"dimension": scoring.dimension, "precision": scoring.precision}
+    folder = Path(output) / result_name(scoring.dimension, scoring.precision)
+    for old in (*folder.glob("tasks/*.json"), *folder.glob("outcomes/*.jsonl")):  # of another model or other data
+        old.unlink()
+    files = TaskFiles(folder, {"benchmark": RESULT, "model": origin["model"], **settings})
+    for task, own in ranks.items():
+        outcomes = tuple(Outcome(str(n), float(rank == 1), int(rank), ()) for n, rank in enumerate(own.ranks))
+        scores = {name: value for name, value in own.scores.items() if name.startswith("hit@") or name == "mrr"}
+        files.add(
+            TaskResult(
+                task,
+                "hit@1",
+                {name: value for name, value in scores.items() if value is not None},
+                len(outcomes),
+                (own.scores["candidates_min"], own.scores["candidates_max"]),
+                own.scores["chance@1"],
+                asked,
+                outcomes=outcomes,
+            )
+        )
 
 
 def score_tasks(
@@ -127,15 +175,23 @@ def score_tasks(
     *,
     cache: EmbeddingCache | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """The scores of :func:`evaluate_retrieval` without their origin: takes no fingerprint and writes no file."""
+    """The scores of :func:`evaluate_retrieval` without their origin: takes no fingerprint and writes no file.
+
+    ``ranks`` is filled, for each task but the controls.
+    """
     precision = scoring.precision
     book, builder = tasks_of(data, scoring)
     keys = {key for task in builder.tasks for key in (*task.queries, *task.pool)}
     vectors, row_of = book.vectors(model, scoring.batch_size, keys, cache=cache, progress=progress)
     vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
     codes = metrics.reduced(vectors, precision)
-    scored = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
+    ranked = [(task, ranks_of(task, vectors, codes, row_of)) for task in builder.tasks]
+    scored = [(task, score(task, own, vectors, row_of)) for task, own in ranked]
+    for (task, own), (_, scores) in zip(ranked, scored, strict=True):
+        if ranks is not None and task.name not in CONTROLS:
+            ranks[task.label] = Ranked(own, scores)
     health = metrics.embedding_health(vectors)
     warnings, collapsed = [], health.collapsed
     for task, scores in scored:
@@ -172,31 +228,34 @@ def _samples(data: Data, scoring: Scoring) -> int:
     return len(data) if scoring.limit is None else min(scoring.limit, len(data))
 
 
-def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
-    """Scores of one task by the dot products of ``codes``, and the health of ``vectors``; float32 [n, d] both."""
+def ranks_of(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> np.ndarray:
+    """int64 [Q]: ranks of the queries' right targets, from 1, by dot products of ``codes``; float32 [n, d] both."""
     queries = codes[[row_of[key] for key in task.queries]]
     rows = [row_of[key] for key in task.pool]
     pool = codes[rows]
-    query_health = metrics.embedding_health(vectors[[row_of[key] for key in sorted(set(task.queries))]])
-    pool_health = metrics.embedding_health(vectors[rows])
-    if pool_health.collapsed:
+    if metrics.embedding_health(vectors[rows]).collapsed:
         pool = np.zeros_like(pool)  # what is left of the differences is rounding: let all of them tie, and so be lost
     if task.lists is None:
-        ranks = metrics.ranks_in_pool(queries, pool, task.positives, task.relevant)
-    else:
-        ranks = metrics.ranks_in_lists(queries, pool, task.lists)
+        return metrics.ranks_in_pool(queries, pool, task.positives, task.relevant)
+    return metrics.ranks_in_lists(queries, pool, task.lists)
+
+
+def score(task: RetrievalTask, ranks: np.ndarray, vectors: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
+    """Scores of one task by the ranks of its queries' right targets, and the health of its vectors."""
+    query_health = metrics.embedding_health(vectors[[row_of[key] for key in sorted(set(task.queries))]])
+    pool_health = metrics.embedding_health(vectors[[row_of[key] for key in task.pool]])
     candidates = task.candidates
     reached = [k for k in AT if k < candidates.min()]  # with k candidates or fewer, everyone hits
     _, counts = np.unique(task.positives, return_counts=True)
     return {
-        "queries": len(queries),
-        "pool": len(pool),
+        "queries": len(ranks),
+        "pool": len(task.pool),
         "candidates_min": int(candidates.min()),
         "candidates_max": int(candidates.max()),
         **{f"hit@{k}": metrics.hit_rate(ranks, k) if k in reached else None for k in AT},
         "mrr": metrics.mrr(ranks),
         **{f"chance@{k}": metrics.chance_hit(k, candidates) for k in AT},
-        "most_common": float(counts.max() / len(queries)),  # hit@1 of always giving the same answer
+        "most_common": float(counts.max() / len(ranks)),  # hit@1 of always giving the same answer
         "health": {"queries": asdict(query_health), "pool": asdict(pool_health)},
     }
 

@@ -17,6 +17,7 @@ from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.evaluate import cache as cache_module
 from muco.evaluate.cache import Book, EmbeddingCache, embed
+from muco.evaluate.compare import compare
 from muco.evaluate.report import print_results
 from muco.evaluate.retrieval import evaluate_retrieval
 
@@ -106,6 +107,13 @@ class Words:
 @functools.cache
 def word_vector(word: str, dim: int = 64) -> np.ndarray:
     return np.random.default_rng(int(hashlib.sha256(word.encode()).hexdigest()[:8], 16)).normal(size=dim)
+
+
+class Blurred(Words):
+    """Sees one place alone."""
+
+    fingerprint = "blurred"
+    places = {"left": (5, 5)}
 
 
 class Oracle:
@@ -365,7 +373,7 @@ def test_the_result_is_written_whole(tmp_path):
     done = []
     result = evaluate_retrieval(Words(), scenes(9), output=tmp_path / "new", progress=lambda *at: done.append(at))
     assert json.loads((tmp_path / "new" / "retrieval.json").read_text(encoding="utf-8")) == result
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["retrieval.json"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["retrieval", "retrieval.json"]
     assert done == [(result["encoded"], result["encoded"])]
     assert (result["model"], result["data"]) == ("words", scenes(9).fingerprint)
     assert result["versions"]["torch"] and result["versions"]["python"] and "muco" in result["versions"]
@@ -374,6 +382,30 @@ def test_the_result_is_written_whole(tmp_path):
         evaluate_retrieval(Words(), scenes(9), output=tmp_path / "file")
     with pytest.raises(OutputError, match="choose another cache folder"):
         evaluate_retrieval(Words(), scenes(9), cache=tmp_path / "file")
+
+
+def test_two_models_are_compared_query_by_query(tmp_path):
+    data = scenes()
+    made = {"a": Blurred(), "b": Words()}
+    results = [evaluate_retrieval(model, data, output=tmp_path / name) for name, model in made.items()]
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert not found["not_comparable"] and found["settings"] == {"model": ["blurred", "words"]}
+    for name, task in found["tasks"].items():
+        group, _, kind = name.partition("/")
+        scores = [result["tasks"][group] for result in results]
+        scores = [own["kinds"][kind] if kind else own for own in scores]
+        assert [task["a"], task["b"]] == pytest.approx([own["hit@1"] for own in scores])
+        assert task["queries"] == scores[0]["queries"]
+    tasks = {name.partition("/")[0] for name in found["tasks"]}
+    assert {"answer", "image_to_caption", "caption_to_image", "within"} <= tasks, "controls tell nothing of models"
+    assert not tasks & {"blind", "answer_text_only"} and found["means"]["overall"]["difference"] > 0
+    evaluate_retrieval(Words(), data, output=tmp_path / "b", seed=1)
+    with pytest.raises(DataError, match="the data differ"):
+        compare(tmp_path / "a", tmp_path / "b")
+    evaluate_retrieval(Words(), data, output=tmp_path / "b", dimension=16, precision="int8")
+    evaluate_retrieval(Blurred(), data, output=tmp_path / "a", dimension=16, precision="int8")
+    short = compare(*(tmp_path / name / "retrieval-16-int8" for name in ("a", "b")))
+    assert short["tasks"].keys() == found["tasks"].keys()
 
 
 def test_each_distinct_content_is_encoded_once():
