@@ -218,7 +218,7 @@ def recipe_of(
     values["trainer"] |= {"max_steps": steps, "warmup_steps": warm}
     if study.curve:
         every = math.ceil(steps / study.curve.points)
-        values["trainer"] |= {"eval_strategy": "steps", "eval_steps": every}
+        values["trainer"] |= {"eval_strategy": "steps", "eval_steps": every, "eval_on_start": False}
         values["data"] |= {"validation": filled(run.test or study.test, folder, sets)}
     if start is not None:
         model = {key: value for key, value in values["model"].items() if key != "tiny"}
