@@ -45,8 +45,8 @@ tags: [muco]
 
 Maps a text, a picture, or both to one vector of {dimension} dimensions. It is there so that a search by words over your
 own pictures works a minute after the installation, on a processor. It knows far less than CLIP: it saw {pictures:,}
-drawings, with their titles for captions. It knows everyday things by their English names. It does not know names of people,
-places and brands, numbers, positions, or long sentences.
+drawings, with their titles for captions. It knows everyday things by their English names. It does not know names of
+people, places and brands, numbers, positions, or long sentences.
 
 | part | package | SHA-256 of the wheel | licence |
 |---|---|---|---|
