@@ -187,11 +187,10 @@ def score_tasks(
     vectors, row_of = book.vectors(model, scoring.batch_size, keys, cache=cache, progress=progress)
     vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
     codes = metrics.reduced(vectors, precision)
-    ranked = [(task, ranks_of(task, vectors, codes, row_of)) for task in builder.tasks]
-    scored = [(task, score(task, own, vectors, row_of)) for task, own in ranked]
-    for (task, own), (_, scores) in zip(ranked, scored, strict=True):
-        if ranks is not None and task.name not in CONTROLS:
-            ranks[task.label] = Ranked(own, scores)
+    ranked = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
+    scored = [(task, own.scores) for task, own in ranked]
+    if ranks is not None:
+        ranks.update({task.label: own for task, own in ranked if task.name not in CONTROLS})
     health = metrics.embedding_health(vectors)
     warnings, collapsed = [], health.collapsed
     for task, scores in scored:
@@ -228,26 +227,23 @@ def _samples(data: Data, scoring: Scoring) -> int:
     return len(data) if scoring.limit is None else min(scoring.limit, len(data))
 
 
-def ranks_of(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> np.ndarray:
-    """int64 [Q]: ranks of the queries' right targets, from 1, by dot products of ``codes``; float32 [n, d] both."""
+def score(task: RetrievalTask, vectors: np.ndarray, codes: np.ndarray, row_of: Mapping[str, int]) -> Ranked:
+    """Ranks and scores of a task by dot products of ``codes``, and the health of ``vectors``; float32 [n, d] both."""
     queries = codes[[row_of[key] for key in task.queries]]
     rows = [row_of[key] for key in task.pool]
     pool = codes[rows]
-    if metrics.embedding_health(vectors[rows]).collapsed:
+    query_health = metrics.embedding_health(vectors[[row_of[key] for key in sorted(set(task.queries))]])
+    pool_health = metrics.embedding_health(vectors[rows])
+    if pool_health.collapsed:
         pool = np.zeros_like(pool)  # what is left of the differences is rounding: let all of them tie, and so be lost
     if task.lists is None:
-        return metrics.ranks_in_pool(queries, pool, task.positives, task.relevant)
-    return metrics.ranks_in_lists(queries, pool, task.lists)
-
-
-def score(task: RetrievalTask, ranks: np.ndarray, vectors: np.ndarray, row_of: Mapping[str, int]) -> dict[str, Any]:
-    """Scores of one task by the ranks of its queries' right targets, and the health of its vectors."""
-    query_health = metrics.embedding_health(vectors[[row_of[key] for key in sorted(set(task.queries))]])
-    pool_health = metrics.embedding_health(vectors[[row_of[key] for key in task.pool]])
+        ranks = metrics.ranks_in_pool(queries, pool, task.positives, task.relevant)
+    else:
+        ranks = metrics.ranks_in_lists(queries, pool, task.lists)
     candidates = task.candidates
     reached = [k for k in AT if k < candidates.min()]  # with k candidates or fewer, everyone hits
     _, counts = np.unique(task.positives, return_counts=True)
-    return {
+    scores = {
         "queries": len(ranks),
         "pool": len(task.pool),
         "candidates_min": int(candidates.min()),
@@ -258,9 +254,10 @@ def score(task: RetrievalTask, ranks: np.ndarray, vectors: np.ndarray, row_of: M
         "most_common": float(counts.max() / len(ranks)),  # hit@1 of always giving the same answer
         "health": {"queries": asdict(query_health), "pool": asdict(pool_health)},
     }
+    return Ranked(ranks, scores)
 
 
-def _by_task(scored: Sequence[tuple[RetrievalTask, dict[str, Any]]]) -> dict[str, Any]:
+def _by_task(scored: Sequence[tuple[RetrievalTask, Mapping[str, Any]]]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for task, scores in scored:
         if task.kind is None:

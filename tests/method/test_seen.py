@@ -144,7 +144,7 @@ def test_threads_that_share_a_model_and_what_it_saw_get_their_own_vectors(found)
 
 @pytest.mark.parametrize("seen", [None, SeenImages(1 << 24)])
 def test_pixels_come_to_the_models_device_wherever_they_are(seen):
-    """As of a batch that a library has moved, which knows no tensors within lists; "meta" stands for a GPU."""
+    """The library moves a batch to the device, but not the tensors in its lists. Here "meta" is the GPU."""
     own = model("llava")
     batch = own.preprocess([{"image": ONE}, {"image": LIKE_ONE}])
     elsewhere = copy.deepcopy(own.encoder)
