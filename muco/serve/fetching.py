@@ -16,6 +16,7 @@ from muco.serve.images import is_url
 from muco.serve.schema import RequestError, RequestLimits
 
 FETCHES = 8  # at once
+OF_A_REQUEST = 4  # at once, so that one whose hosts are slow leaves threads for others
 
 
 class Fetcher:
@@ -37,14 +38,15 @@ class Fetcher:
         or those of all requests more than the server holds.
         """
         loop, limits, most = asyncio.get_running_loop(), self.limits.image.fetch, self.limits.body_bytes
-        own = 0
+        own, turn = 0, asyncio.Semaphore(OF_A_REQUEST)
 
         async def one(item: Item, source: str | bytes) -> str | bytes:
             nonlocal own
             if limits is None or not isinstance(source, str) or not is_url(source):
                 return source
             try:
-                data = await loop.run_in_executor(self._threads, fetch, source, limits)
+                async with turn:
+                    data = await loop.run_in_executor(self._threads, fetch, source, limits)
             except MucoError as error:
                 raise RequestError(f"{item.where}: {error}", item.where) from None
             own, self._held = own + len(data), self._held + len(data)

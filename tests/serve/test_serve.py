@@ -901,6 +901,32 @@ def test_fetched_bytes_are_bounded_for_a_request_and_for_all(engine):
                 assert answer.status_code == status, answer.text
 
 
+def test_a_request_to_slow_hosts_leaves_others_their_images():
+    red = picture("red")
+    with site_server.serving() as site, socket.create_server(("127.0.0.1", 0)) as listener:
+        site.pages["/red.png"] = (200, {}, red)
+        silent = f"127.0.0.1:{listener.getsockname()[1]}"  # takes connections, and answers none
+        fetch = FetchLimits(seconds=2, allowed_addresses=(*site.limits.allowed_addresses, silent))
+        limits = RequestLimits(image=ImageLimits(fetch=fetch))
+
+        async def beside(fetcher: Fetcher) -> bool:
+            """Whether an image comes while 16 others are waited for."""
+
+            async def get(url: str, images: int) -> None:
+                async with fetcher.fetched([Item(("a",), (url,) * images, where="input[0]")]):
+                    pass
+
+            slow = asyncio.create_task(get(f"http://{silent}/", 16))
+            await asyncio.sleep(0.1)
+            await get(f"{site.url}/red.png", 1)
+            first = not slow.done()
+            slow.cancel()
+            return first
+
+        with closing(Fetcher(limits)) as fetcher:
+            assert asyncio.run(beside(fetcher))
+
+
 def test_look_ups_whose_clients_have_left_are_bounded(served):
     async def leave() -> int:
         service = Service(served)
