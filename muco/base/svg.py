@@ -103,7 +103,10 @@ class Mark:
 
 
 def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwards: str) -> str:
-    """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero."""
+    """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero.
+
+    Lines beyond as many as there are colours are dashed, with squares.
+    """
     lines = {name: [mark for mark in marks if not math.isnan(mark.y)] for name, marks in lines.items()}
     marks = [mark for own in lines.values() for mark in own] or [Mark(1, 0)]
     names = max(map(len, lines)) * LETTER + 60
@@ -132,23 +135,31 @@ def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwar
     parts.append(label(upwards, class_="soft", x=MARGIN, y=top - 12))
     parts.append(label(across, class_="soft", x=MARGIN + WIDE // 2, y=bottom + FOOT - 14, text_anchor="middle"))
     for place, (name, own) in enumerate(lines.items()):
-        ink, at = SERIES[place % len(SERIES)], top + 10 + place * 24
-        parts += _line(name, sorted(own, key=lambda mark: mark.x), x, y, ink)
-        parts.append(element("circle", fill=ink, cx=right + 26, cy=at, r=5))
+        ink, square, at = SERIES[place % len(SERIES)], place // len(SERIES) % 2 == 1, top + 10 + place * 24
+        parts += _line(name, sorted(own, key=lambda mark: mark.x), x, y, ink, square)
+        parts.append(_dot(right + 26, at, square, fill=ink))
         parts.append(label(name, x=right + 38, y=at, dy="4"))
     return "".join(parts) + "</svg>\n"
 
 
-def _line(name: str, marks: Sequence[Mark], x: Place, y: Place, ink: str) -> list[str]:
+def _dot(x: float, y: float, square: bool, content: str = "", **attributes: str | float | None) -> str:
+    if square:
+        return element("rect", content, **attributes, x=x - 4.5, y=y - 4.5, width=9, height=9)
+    return element("circle", content, **attributes, cx=x, cy=y, r=4.5)
+
+
+def _line(name: str, marks: Sequence[Mark], x: Place, y: Place, ink: str, square: bool) -> list[str]:
     path = " ".join(f"{x(mark.x):.1f},{y(mark.y):.1f}" for mark in marks)
-    parts = [element("polyline", fill="none", stroke=ink, stroke_width="1.5", opacity=".6", points=path)]
+    dashes = "6 4" if square else None
+    drawn = {"stroke": ink, "stroke_width": "1.5", "stroke_dasharray": dashes, "opacity": ".6"}
+    parts = [element("polyline", fill="none", **drawn, points=path)]
     for mark in marks:
         at, half = x(mark.x), 0.0 if math.isnan(mark.half) else mark.half
         low, high = y(mark.y - half), y(mark.y + half)
         parts.append(element("line", stroke=ink, stroke_width=2, x1=at, x2=at, y1=low, y2=high))
         parts += [element("circle", fill=ink, opacity=".3", cx=at, cy=y(value), r=2.5) for value in mark.values]
         said = f"{name}, {number(mark.x)}: {mark.y:.1f}" + (f" ± {half:.1f}" if half else "")
-        parts.append(element("circle", f"<title>{escape(said)}</title>", fill=ink, cx=at, cy=y(mark.y), r=4.5))
+        parts.append(_dot(at, y(mark.y), square, f"<title>{escape(said)}</title>", fill=ink))
     return parts
 
 

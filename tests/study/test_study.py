@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import muco
 from muco import MucoError, OutputError
 from muco.base.files import write_json
+from muco.base.svg import Mark, chart
 from muco.cli import main
 from muco.data import open_data
 from muco.data.scenes import write_scenes
@@ -333,6 +334,14 @@ def test_every_run_takes_its_own_best_setting_by_the_dev_set_alone(scenes, tmp_p
         assert word in page
     assert "nan" not in page
     assert run_study(study, output, seeds=2, jobs=2) == found
+
+
+def test_eleven_lines_of_a_chart_look_different():
+    drawn = chart("which?", {f"run {n}": [Mark(0, n, 1, (n,)), Mark(1, n)] for n in range(11)}, across="s", upwards="%")
+    named = re.findall(r'<(circle|rect) fill="(#\w+)"[^>]*/><text[^>]*>run (\d+)<', drawn)
+    assert [int(number) for _, _, number in named] == [*range(11)]
+    assert len({(shape, ink) for shape, ink, _ in named}) == 11
+    assert len({*re.findall(r'<polyline fill="none" (.*?) opacity', drawn)}) == 11
 
 
 def test_what_an_interval_shows_depends_on_the_margin_and_on_how_many_hold_together(scenes):
