@@ -16,11 +16,14 @@ from stock import StockStep
 from torch import Tensor
 from turns import SIZES, Bench, Settings, in_own_processes, reset_device_memory, say
 
+from muco.backbone import use_flex_attention
+from muco.base.text import first_line
 from muco.errors import TrainingError
 from muco.step import TrainingStep
 from muco.training.flops import count_flops
 
-ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention"}  # as a recipe calls them, and transformers
+# kernels that a machine cannot run or a model does not take, memory that is short
+ERRORS = (RuntimeError, TrainingError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Cell:
         mini_tokens: Most tokens that do, instead of a number of pairs.
         parts: The batch is so many times ``Settings.images`` images, and comes in so many parts.
         streamed: Each part is made when the step asks for it, as the loader does; else before.
-        attention, checkpointing, compiled: Of the language model.
+        attention, checkpointing, compiled: Of the language model; attention as a recipe calls it.
     """
 
     library: bool = False
@@ -92,7 +95,10 @@ def make_step(bench: Bench, cell: Cell, turns: int) -> OurStep | StockStep:
 
 def configure(bench: Bench, cell: Cell) -> None:
     """Sets what a cell asks of the backbone, and takes back what the cell before had asked."""
-    bench.backbone.set_attn_implementation(ATTENTION[cell.attention])
+    if cell.attention == "flex":
+        use_flex_attention(bench.backbone)
+    else:
+        bench.backbone.set_attn_implementation({"text_config": cell.attention})
     if cell.checkpointing and not bench.checkpointing:
         bench.backbone.activation_checkpointing_enable({"use_reentrant": False})
     if bench.checkpointing and not cell.checkpointing:
@@ -149,9 +155,13 @@ def measure(
         for cell, step, result in zip(cells, steps, results, strict=True):
             if "failed" in result:
                 continue
-            configure(bench, cell)
-            resting = reset_device_memory(bench)
-            result["seconds"].append(timed(bench, step))
+            try:
+                configure(bench, cell)
+                resting = reset_device_memory(bench)
+                result["seconds"].append(timed(bench, step))
+            except ERRORS as error:
+                result["failed"] = _reason(bench, error)
+                continue
             if bench.cuda:
                 result["memory"] = {"resting": resting, "peak": torch.cuda.max_memory_allocated()}
         say(f"round {number + 1}/{rounds}")
@@ -159,14 +169,19 @@ def measure(
 
 
 def _warm_up(bench: Bench, cell: Cell, step: OurStep | StockStep, count: bool) -> dict[str, Any]:
-    configure(bench, cell)
     try:
+        configure(bench, cell)
         known = operations(bench, step) if count else {"loss": float(step())}
-    except (RuntimeError, TrainingError) as error:  # kernels that a machine cannot run, memory that is short
-        bench.optimizer.zero_grad(set_to_none=True)
-        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    bench.update()
+        bench.update()
+    except ERRORS as error:
+        return {"failed": _reason(bench, error)}
     return known | ({} if cell.library else {"chunks": step.report.chunks, "padding": step.report.padding})
+
+
+def _reason(bench: Bench, error: Exception) -> str:
+    """Why a cell cannot be measured; what its step left goes."""
+    bench.optimizer.zero_grad(set_to_none=True)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def measure_memory(settings: Settings, cells: Sequence[Cell], turns: int) -> Iterator[dict[str, int]]:
@@ -226,17 +241,26 @@ def mib(value: float) -> str:
     return f"{value / 2**20:.0f}"
 
 
-def page(title: str, result: dict[str, Any], notes: Sequence[str], header: str, rows: Sequence[Sequence[Any]]) -> str:
-    """A result as Markdown: title, command, machine, notes and one table."""
+def page(
+    title: str,
+    result: dict[str, Any],
+    notes: Sequence[str],
+    header: str,
+    rows: Sequence[Sequence[Any]],
+    *,
+    trained: str | None = None,
+) -> str:
+    """A result as Markdown: title, command, machine, notes and one table; ``trained``: if not the settings say what."""
     on, made = result["machine"], result["settings"]
     model = made["model"]
     weights = f"LoRA r = {made['lora']}, weights in {made['weights']}" if made["lora"] else "all weights"
+    trained = trained or f"{weights} of the language model"
     libraries = f"torch {on['torch']}, transformers {on['transformers']}"
     head = (
         f"{result['date']}; {on['cpu']}, {on['cores']} cores, {made['threads']} threads; {libraries}, "
         f"{made['dtype']}. Language model of width {model['width']} with {model['layers']} layers, vision tower of "
-        f"width {model['vision_width']} with {model['vision_depth']} blocks, frozen; trained: {weights} of the "
-        f"language model. {made['images']} images of {made['image'][0]} × {made['image'][1]} px with "
+        f"width {model['vision_width']} with {model['vision_depth']} blocks, frozen; trained: {trained}. "
+        f"{made['images']} images of {made['image'][0]} × {made['image'][1]} px with "
         f"{max(made['turns'])} turns each, which add {made['query_tokens']} + {made['target_tokens']} tokens; "
         f"{made['rounds']} rounds."
     )

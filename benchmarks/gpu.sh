@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole GPU run, at the shapes of Qwen2-VL-2B with random weights: one command, under 9 minutes on an 80 GB GPU, no
-# network. From the root of the repository: bash benchmarks/gpu.sh [FOLDER]   (results; default benchmarks/results)
+# network (padding needs no GPU). From the root of the repository: bash benchmarks/gpu.sh [FOLDER]   (results; default benchmarks/results)
 # PYTHON chooses the interpreter, SECONDS_IN_ALL the time after which what is left is not begun.
 set -u
 output=${1:-benchmarks/results}
@@ -24,6 +24,7 @@ part() { # seconds, arguments
     ${EXTRA:-} || { echo "failed or stopped: $*" >&2; failed=1; }
 }
 
-part 340 --parts baseline utilisation
-part 190 --parts cache memory loader padding
+part 170 --parts utilisation
+part 240 --parts baseline
+part 190 --parts cache memory loader
 exit $failed

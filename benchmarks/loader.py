@@ -26,6 +26,8 @@ from muco.training.batches import PartSampler, StepLoader, TrainingBatches
 from muco.training.mixture import Mixture
 from muco.training.recipe import TurnsRecipe
 
+FED = 2  # most workers beside a step: more are so far ahead that a short run never waits
+
 
 class Photographs:
     """A training set of JPEG files."""
@@ -71,15 +73,23 @@ def step_loader(data: Photographs, processor: Processor, workers: int, steps: in
     return StepLoader(loader)
 
 
-def loading_seconds(steps: StepLoader) -> list[float]:
-    """Seconds of each step when nothing but loading happens; the first, in which workers start, is left out."""
+def ahead(workers: int) -> int:
+    """Steps that workers make before the first is asked for: while these come, nothing is waited for."""
+    return max(1, 2 * workers)
+
+
+def loading_seconds(steps: StepLoader, first: int) -> list[float]:
+    """Seconds of each step when nothing but loading happens, without the ``first`` ones.
+
+    Workers finish at about the same time, so steps come in waves, and only sums over whole waves mean something.
+    """
     times, start = [], time.perf_counter()
     for step in steps:
         for _ in step["parts"]:
             pass
         times.append(time.perf_counter() - start)
         start = time.perf_counter()
-    return times[1:]
+    return times[first:]
 
 
 class Waiting:
@@ -99,14 +109,14 @@ class Waiting:
             yield part
 
 
-def fed_seconds(bench: Bench, step: TrainingStep, steps: StepLoader) -> list[tuple[float, float]]:
-    """Seconds of each step fed by the loader, and seconds of these spent waiting; the first is left out."""
+def fed_seconds(bench: Bench, step: TrainingStep, steps: StepLoader, first: int) -> list[tuple[float, float]]:
+    """Seconds of each step fed by the loader, and seconds of these spent waiting, without the ``first`` ones."""
     times = []
     for batch in steps:
         waiting = Waiting()
         parts = waiting(batch["parts"])
         times.append((timed(bench, lambda parts=parts: step(parts)), waiting.seconds))
-    return times[1:]
+    return times[first:]
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -124,8 +134,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         times = [timed(bench, lambda: step(ready)) for _ in range(settings.rounds + 1)][1:]
         alone = statistics.median(times)
         for workers in args.workers:
-            loading = loading_seconds(step_loader(data, bench.processor, workers, 4 * settings.rounds + 1))
-            fed = fed_seconds(bench, step, step_loader(data, bench.processor, workers, settings.rounds + 1))
+            first, waves = ahead(workers), max(1, workers) * 4 * settings.rounds
+            loading = loading_seconds(step_loader(data, bench.processor, workers, first + waves), first)
+            fed = None
+            if workers <= FED:
+                steps = step_loader(data, bench.processor, workers, first + max(1, workers) * settings.rounds)
+                fed = fed_seconds(bench, step, steps, first)
             cells.append({"workers": workers, "loading": loading, "fed": fed})
             say(f"loader with {workers} workers")
     result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "step": times}
@@ -134,18 +148,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         f"Files: JPEG of {size / 1e3:.0f} kB on average, from the file cache. The step alone, its batch ready in "
         f"memory: {settings.images / alone:.3g} samples / s, gradient cache, chunks of {args.rows[0]}. *Loader*: "
         "nothing else runs. *Fed*: the step takes its parts from the loader, on the same cores; *waiting* is the share "
-        "of its time in which it had none."
+        "of its time in which it had none. Left out: the steps that workers have made before the first is asked for."
     ]
     rows = []
     for cell in cells:
-        loading = settings.images / statistics.median(cell["loading"])
-        seconds, waited = (statistics.median(values) for values in zip(*cell["fed"], strict=True))
-        rows.append(
-            (
-                *(cell["workers"], f"{loading:.3g}", f"**{loading * alone / settings.images:.1f}**"),
-                *(f"{settings.images / seconds:.3g}", f"{waited / seconds:.1%}"),
-            )
-        )
+        loading = settings.images * len(cell["loading"]) / sum(cell["loading"])
+        fed = ("–", "–")
+        if cell["fed"]:
+            seconds, waited = (sum(values) for values in zip(*cell["fed"], strict=True))
+            fed = f"{settings.images * len(cell['fed']) / seconds:.3g}", f"{waited / seconds:.1%}"
+        rows.append((cell["workers"], f"{loading:.3g}", f"**{loading * alone / settings.images:.1f}**", *fed))
     header = "workers | loader samples / s | × the step alone | fed samples / s | waiting"
     write(
         args.output,

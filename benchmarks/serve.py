@@ -172,11 +172,12 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
 
 
 def resident(pid: int) -> int:
+    """Bytes that a process and those that it has started hold; what they share counts for each."""
     try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        process = psutil.Process(pid)
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+    except psutil.NoSuchProcess:  # one has ended
         return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def seconds_by_part(process: subprocess.Popen) -> dict[str, float]:
@@ -264,7 +265,7 @@ def table(result: dict[str, Any]) -> str:
     after = len(stopped["unanswered"]) - before
     lines += [
         "",
-        f"Memory of the server over {long['seconds']:.0f} s, median of the first and of the second half: "
+        f"Memory of the server's processes over {long['seconds']:.0f} s, median of the first and of the second half: "
         f"{long['memory_first_half'] / 2**20:.0f} and {long['memory_second_half'] / 2**20:.0f} MiB.",
         "",
         f"SIGTERM under that load: {stopped['statuses'].get('200', 0):,} requests answered 200, "

@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, taken
 
 
-def commands(folder: Path, checkout: Path) -> dict[str, Callable[[], None]]:
+def commands(folder: Path, version: str, checkout: Path) -> dict[str, Callable[[], None]]:
     """Each command on the pictures in ``folder``, run by the code in ``checkout``; and its imports and loading."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
 
@@ -66,15 +66,17 @@ def commands(folder: Path, checkout: Path) -> dict[str, Callable[[], None]]:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=folder
         ) as server:
-            address = json.loads(server.stdout.readline())["address"]
-            body = json.dumps({"input": ["a red ring"]}).encode()
-            head = {"Content-Type": "application/json"}
-            urllib.request.urlopen(urllib.request.Request(f"{address}/v1/embeddings", body, head)).read()
-            server.terminate()
+            try:
+                address = json.loads(server.stdout.readline())["address"]
+                body = json.dumps({"input": ["a red ring"]}).encode()
+                head = {"Content-Type": "application/json"}
+                urllib.request.urlopen(urllib.request.Request(f"{address}/v1/embeddings", body, head)).read()
+            finally:
+                server.terminate()
 
     index()  # which search needs, and which makes the starter at first use
-    shutil.copytree(folder / "new", folder / f"index-{checkout.name}")
-    search = ("-m", "muco", "search", "--index", f"index-{checkout.name}", "--text", "a red ring")
+    shutil.copytree(folder / "new", folder / f"index-{version}")
+    search = ("-m", "muco", "search", "--index", f"index-{version}", "--text", "a red ring")
     works: dict[str, Callable[[], None]] = {"index": index, "search": lambda: python(*search), "embed": embed}
     works["serve"] = serve
     for name, line in IMPORTS.items():
@@ -89,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     args = parser.parse_args(argv)
-    checkouts = {"this": Path.cwd(), **{path.name: path.resolve() for path in args.against}}
+    checkouts = {"this": Path.cwd(), **{path.resolve().name: path.resolve() for path in args.against}}
+    if len(checkouts) <= len(args.against):
+        parser.error("give checkouts in folders of different names, none of which is 'this'")
     taken: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in checkouts}
     with tempfile.TemporaryDirectory() as name:
         folder, random = Path(name), np.random.default_rng(0)
@@ -97,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
         for number in range(COUNT):
             pixels = random.integers(0, 256, (224, 224, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "pictures" / f"{number:03}.png")
-        works = {version: commands(folder, checkout) for version, checkout in checkouts.items()}
+        works = {version: commands(folder, version, checkout) for version, checkout in checkouts.items()}
         for number in range(args.rounds):
             for what in works["this"]:
                 for version, own in works.items():

@@ -101,11 +101,13 @@ class StockStep:
         self, bench: Bench, samples: Sequence[Sample], turns: int, mini_batch: int, mini_tokens: int | None = None
     ) -> None:
         self.device = bench.settings.device
-        self.features = [features_of(side, bench.processor) for side in pairs_of(samples, turns)]
+        if turns not in bench.pairs:
+            bench.pairs[turns] = [features_of(side, bench.processor) for side in pairs_of(samples, turns)]
+        self.features = bench.pairs[turns]
         self.loss = CachedMultipleNegativesRankingLoss(
             stock_model(bench),
             scale=1 / bench.loss.temperature,
-            mini_batch_size=max(1, mini_batch),
+            mini_batch_size=mini_batch or 32,  # with a number of tokens, of the loss alone; the library's default
             mini_batch_num_tokens=mini_tokens,
         )
 

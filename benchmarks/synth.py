@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -175,9 +176,11 @@ def main(argv: Sequence[str]) -> None:
     result = heading("synth.py", argv, "cpu")
     result["settings"] = {k: v for k, v in vars(args).items() if k not in ("output", "serve", "name")}
     command = [sys.executable, __file__, "--serve", "--latency", str(args.latency)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
     result["runs"] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as ends:
+        server = ends.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ))
+        ends.callback(server.terminate)
+        folder = ends.enter_context(tempfile.TemporaryDirectory())
         port = int(server.stdout.readline())
         for workers, count in enumerate(args.pictures, 1):
             draw(Path(folder) / str(count), count)
@@ -185,7 +188,6 @@ def main(argv: Sequence[str]) -> None:
             found = run(Path(folder) / str(count), Path(folder) / f"out{workers}", port, args.in_flight, workers)
             result["runs"].append(found)
             say(f"{workers} process(es): {found['requests_per_second']:.0f} requests per second")
-    server.terminate()
     write(args.output, args.name, result, table(result))
 
 

@@ -9,11 +9,10 @@ The model has random weights: only shapes matter here. benchmarks/README.md says
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
-import os
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -32,6 +31,7 @@ import transformers
 from PIL import Image
 
 from muco.backbone import add_adapters
+from muco.base.machine import peak_host_memory, processor, usable_cores
 from muco.batch import to
 from muco.dialogue import Sample, Turn
 from muco.loss import MultiTurnLoss
@@ -82,6 +82,11 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.cuda = settings, settings.device.startswith("cuda")
+        if self.cuda:
+            if torch.device(settings.device).index is not None:
+                torch.cuda.set_device(settings.device)  # whose memory and time are asked for
+            gc.collect()  # a bench of before, whose memory would count
+            torch.cuda.empty_cache()
         torch.set_num_threads(settings.threads)
         with torch.device(settings.device):  # made where it is needed, which for large sizes is much faster
             backbone, self.processor = tiny_qwen2_vl(WORDS * 4, settings.model)
@@ -98,6 +103,7 @@ class Bench:
         self.loss = MultiTurnLoss(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
         self.samples = {mode: make_samples(settings, self.processor, mode) for mode in MODES}
+        self.pairs: dict[int, Any] = {}  # of the plain way, by number of turns: it makes them once
 
     def collate(self, mode: str, turns: int, part: int = 0) -> dict[str, Any]:
         """The training batch, on the CPU, of the first ``turns`` turns of every sample.
@@ -243,14 +249,9 @@ def process_memory(settings: Settings, mode: str, turns: int) -> dict[str, int]:
     for parameter in bench.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     bench.update()  # makes the optimizer's state
-    resting = peak_bytes()
+    resting = peak_host_memory()
     bench.step(batch)
-    return {"resting": resting, "peak": peak_bytes()}
-
-
-def peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"resting": resting, "peak": peak_host_memory()}
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -310,12 +311,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU",
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+        "cpu": processor(),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
 import time
@@ -23,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +29,7 @@ from sklearn.model_selection import train_test_split
 
 import muco
 from muco.base.files import write_json
-from muco.base.machine import versions
+from muco.base.machine import machine, versions
 from muco.data import open_data
 from muco.data.jsonl import write_jsonl
 from muco.data.source import Data
@@ -192,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, mask in RUNS.items():
         settings = recipe(data / "train.jsonl", args.output / name, mask=mask, steps=steps, seed=args.seed)
         results[name] = train_and_score(settings, held_out, args.output / f"search-{name}.png")
-    machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    facts = {"command": shlex.join(["python", "examples/digits.py", *argv]), "machine": machine, "versions": versions()}
+    command = shlex.join(["python", "examples/digits.py", *argv])
+    facts = {"command": command, "machine": machine(), "versions": versions()}
     write_json(args.output / "digits.json", facts | {"steps": steps, "seed": args.seed, "results": results})
     Console().print(table(results))
 

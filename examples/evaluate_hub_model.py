@@ -20,23 +20,27 @@ class Stock(SentenceTransformer):  # an image with a text becomes the sum of bot
     fingerprint = "stock"  # no cache is used that would need more
 
     def encode(self, contents: list[muco.Content], *, batch_size: int) -> np.ndarray:
+        if any(len(content.images) > 1 for content in contents):
+            raise muco.DataError("the library takes one image per input; leave out what has more")
         vectors = np.zeros((len(contents), self.get_embedding_dimension()), dtype=np.float32)
-        texts = {row: {"text": content.text} for row, content in enumerate(contents) if content.text}
-        seen = {row: {"image": open_image(c.images[0])} for row, c in enumerate(contents) if c.images}
-        for part in filter(None, (texts, seen)):  # the library takes inputs of one sort at a time
-            vectors[[*part]] += super().encode([*part.values()], batch_size=batch_size, normalize_embeddings=True)
+        for first in range(0, len(contents), batch_size):  # few images are open at a time
+            some = [*enumerate(contents)][first : first + batch_size]
+            texts = {row: {"text": content.text} for row, content in some if content.text}
+            seen = {row: {"image": open_image(content.images[0])} for row, content in some if content.images}
+            for part in filter(None, (texts, seen)):  # the library takes inputs of one sort at a time
+                vectors[[*part]] += super().encode([*part.values()], batch_size=batch_size, normalize_embeddings=True)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def caption_hits(model: Stock, data: Data) -> np.ndarray:
     """float [n]: 1 where an image finds its caption before all others; the mean is hit@1 of image_to_caption."""
-    turns = [(sample.images, turn) for sample in data for turn in sample.turns if turn.kind == "retrieval"]
+    turns = [(s.images, turn) for s in data if s.images for turn in s.turns if turn.kind == "retrieval"]
     if not turns:
-        raise muco.DataError("models are compared by captions, and no turn is of the kind 'retrieval'")
+        raise muco.DataError("models are compared by captions, and no turn about an image is of the kind 'retrieval'")
     queries = model.encode([muco.Content(turn.query[0].text, shown) for shown, turn in turns], batch_size=64)
     captions = [turn.target[0] for _, turn in turns]
     scores, names = queries @ model.encode(captions, batch_size=64).T, [*map(repr, captions)]
-    return 1.0 * (metrics.ranks(scores, np.arange(len(turns)), names, tie=metrics.TIE) == 1)  # equal ones: no rivals
+    return 1.0 * (metrics.ranks(scores, np.arange(len(turns)), names) == 1)  # equal ones: no rivals
 
 
 def main() -> None:

@@ -28,10 +28,11 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from muco.base.text import first_line
 from muco.dialogue import Video
 from muco.errors import CheckpointError
 from muco.layout import rotary_positions
-from muco.processor import Processor, first_line, load_processor
+from muco.processor import Processor, load_processor
 from muco.sizes import Adapter
 from muco.starter import located
 from muco.stock import small_picture

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AddedToken, AutoTokenizer
 
+from muco.base.text import first_line
 from muco.chat_template import from_chat_template, from_processor
 from muco.dialogue import Content, Dialogue, ImageLike, Video
 from muco.errors import CheckpointError, DataError
@@ -325,9 +326,3 @@ def _check_tokens(processor: Processor, path: str) -> None:
         parts = ["".join(map(str, pieces)) for pieces in (prompt.trunk, *prompt.branches)]
         if sum((processor.text_ids(part) for part in parts), ()) != processor.text_ids("".join(parts)):
             raise CheckpointError(f"{path}: the tokenizer reads a prompt in parts differently than as a whole")
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, without the advice that libraries append to it."""
-    said = str(error).strip()
-    return said.splitlines()[0].split(". Check out")[0] if said else type(error).__name__

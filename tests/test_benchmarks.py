@@ -28,7 +28,7 @@ printf '%s\\n' "$(printf '%s\\t' "$@")" >> "$KEPT"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Every part of steps.py, as a toy, by the commands of the whole GPU run."""
+    """Every part of steps.py, as a toy, by the commands of the whole GPU run, and padding."""
     folder, keeper = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("keeper") / "python"
     keeper.write_text(KEEPER)
     keeper.chmod(0o755)
@@ -36,8 +36,10 @@ def results(tmp_path_factory):
     environment = os.environ | {"PYTHON": str(keeper), "KEPT": str(kept), "DEVICE": "cpu"}
     environment |= {"EXTRA": "--quick --threads 1"}
     subprocess.run(["bash", "benchmarks/gpu.sh", folder], cwd=ROOT, env=environment, check=True, capture_output=True)
-    for line in kept.read_text().splitlines():
-        processes.run([sys.executable, *line.strip("\t").split("\t")], cwd=ROOT, check=True, capture_output=True)
+    commands = [line.strip("\t").split("\t") for line in kept.read_text().splitlines()]
+    commands.append(["benchmarks/steps.py", "--parts", "padding", "--output", str(folder), "--quick"])  # on no device
+    for command in commands:
+        processes.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")} | {"folder": folder}
 
 
@@ -138,6 +140,48 @@ def test_both_ways_train_adapters_on_bfloat16_weights_under_autocast():
         bench.optimizer.zero_grad()
     assert {p.dtype for p in bench.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert losses[1] == pytest.approx(losses[0], abs=1e-3) and losses[2] == pytest.approx(losses[0], abs=0.5)
+
+
+def test_a_cell_attends_as_it_says_and_only_its_language_model():
+    cells = script("cells")
+    bench = make_bench(lora=4)
+    tower = bench.backbone.config.vision_config._attn_implementation
+    for attention in ("flex", "sdpa"):
+        cells.configure(bench, cells.Cell(attention=attention))
+        assert bench.model.encoder.uses_flex_attention == (attention == "flex")
+        assert bench.backbone.config.vision_config._attn_implementation == tower
+
+
+def test_a_cell_that_fails_leaves_the_others(monkeypatch, capsys):
+    """One that fails before, and one within the rounds; and a part that fails leaves the other parts."""
+    cells, steps = script("cells"), script("steps")
+    bench, whole = make_bench(), cells.Cell()
+    never, later = cells.Cell(attention="none such"), cells.Cell(rows=1)
+    make = cells.make_step
+
+    def made(bench, cell, turns):
+        step, left = make(bench, cell, turns), iter([True, True])
+
+        def fails():
+            if cell is later and not next(left, False):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step()
+
+        fails.report = property(lambda self: step.report)
+        return type("Step", (), {"__call__": lambda self: fails(), "report": fails.report})()
+
+    monkeypatch.setattr(cells, "make_step", made)
+    found = {cell["name"]: cell for cell in cells.measure(bench, [never, later, whole], 1, 2, count=False)}
+    assert len(found[whole.name]["seconds"]) == 2 and "failed" not in found[whole.name]
+    assert "none such" in found[never.name]["failed"] and "out of memory" in found[later.name]["failed"]
+    assert all(parameter.grad is None for parameter in bench.model.parameters())
+
+    done = []
+    monkeypatch.setitem(steps.PARTS, "cache", lambda args, argv: 1 / 0)
+    monkeypatch.setitem(steps.PARTS, "memory", lambda args, argv: done.append("memory"))
+    with pytest.raises(SystemExit, match="failed: cache"):
+        steps.main(["--parts", "cache", "memory", "--quick", "--output", "unused"])
+    assert done == ["memory"] and "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_cell_that_cannot_be_measured_says_why():

@@ -106,7 +106,7 @@ def halves(pictures: Path, source: Path | None) -> Study:
             "The last four train the whole language model, and a tower that starts from random weights. Their "
             "connector starts from random weights.",
             "All compute in bfloat16. Other rates and longer trainings have not been tried for any of them.",
-            "Two trainings shared the machine at a time, beside other work: compare their steps, not their seconds.",
+            "Where trainings share a machine, compare their steps, not their seconds.",
         ),
     )
 

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     index = Index.open(place)
     found = {query: index.search(query, exact=True) for query in asked}
     write_sheet(page, found, caption="title", title=title)
-    print(page)
+    print(page, flush=True)  # before this process becomes the server
     if not args.no_serve:
         command = ["muco", "serve", "--model", args.model, "--index", str(place)]
         os.execv(sys.executable, [sys.executable, "-m", *command])  # the page's address is its first line

@@ -24,9 +24,8 @@ from rich.table import Table
 
 import muco
 from muco.base.files import write_json
-from muco.base.machine import versions
+from muco.base.machine import machine, versions
 from muco.data import open_data
-from muco.demo.stages import machine
 from muco.evaluate.compare import interval
 from muco.evaluate.metrics import chance_hit, ranks_in_pool
 from muco.evaluate.retrieval import evaluate_retrieval

@@ -19,6 +19,7 @@ from typing import Any
 
 import scores
 from collection import script
+from debian import root
 from looks import add_looks
 from pictures import collect
 
@@ -45,8 +46,8 @@ tags: [muco]
 
 Maps a text, a picture, or both to one vector of {dimension} dimensions. It is there so that a search by words over your
 own pictures works a minute after the installation, on a processor. It knows far less than CLIP: it saw {pictures:,}
-drawings, with their titles for captions. It knows everyday things by their English names. It does not know names of
-people, places and brands, numbers, positions, or long sentences.
+drawings and emoji, with their titles for captions. It knows everyday things by their English names. It does not know
+names of people, places and brands, numbers, positions, or long sentences.
 
 | part | package | SHA-256 of the wheel | licence |
 |---|---|---|---|
@@ -108,13 +109,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/starter"), help="a folder (default: %(default)s)")
     parser.add_argument("--pictures", type=Path, default=Path("runs/pictures"), help="(default: %(default)s)")
-    parser.add_argument("--root", type=Path, default=Path("/"), help="where the packages are (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="where the packages are unpacked; by default apt gets them")
     parser.add_argument("--from", dest="source", type=Path, help="a folder with the wheels; by default pip gets them")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     args = parser.parse_args(argv)
 
-    collect(args.pictures, args.root)
+    collect(args.pictures, args.root or root(args.pictures / "debian"))
     for name in TRAINED_ON:
         if not (args.pictures / name / LOOKS).is_file():  # it appears whole
             add_looks(args.pictures / name / "train.jsonl", args.pictures / name / LOOKS, args.source)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 VERSION = "0.1.0"
 GIB = 1 << 30  # bytes
@@ -54,12 +57,48 @@ def leave_out_of_collections() -> None:
     gc.freeze()
 
 
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads of torch, device and system of this machine, as JSON; the processor may be unknown."""
+    import platform
+
+    import torch
+
+    return {
+        "processor": processor(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "system": platform.platform(),
+    }
+
+
+def processor() -> str | None:
+    """The name of the processor, or None."""
+    import platform
+
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def machine_in_words(found: Mapping[str, Any]) -> str:
+    """What a result was made on, from :func:`machine`: the device and the cores."""
+    name = found["processor"] if found["device"] == "cpu" else found["device"]
+    return f"{name or 'an unnamed processor'} ({found['cores']} core{'s' if found['cores'] > 1 else ''})"
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what computed a result, without importing it; None: not installed."""
     import platform
 
     names = ("muco", "torch", "transformers", "sentence-transformers", "peft", "numpy", "pillow")
     return {"python": platform.python_version()} | {name: installed(name) for name in names}
+
+
+def versions_in_words(found: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in found.items() if number)
 
 
 def installed(package: str) -> str | None:

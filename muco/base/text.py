@@ -34,6 +34,12 @@ def refuse_utf16(data: bytes, path: Path, error: type[MucoError] = DataError) ->
         raise error(f"{path}: the file is UTF-16; save it as UTF-8")
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice that libraries append to it."""
+    said = str(error).strip()
+    return said.splitlines()[0].split(". Check out")[0] if said else type(error).__name__
+
+
 def escaped(text: str) -> str:
     r"""Text as valid UTF-8: half characters (of JSON, or file names) become escapes that JSON and YAML read back."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

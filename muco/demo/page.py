@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from muco.base.html import count, data_uri, document, house_style, section, sign
+from muco.base.machine import machine_in_words, versions_in_words
 from muco.base.svg import loss_curve
 from muco.evaluate.retrieval import CONTROLS
 
@@ -79,12 +80,7 @@ def _summary(stage: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 trained in <b>{duration}</b>{interrupted}: {train["steps"]:,} steps, {pairs:,} pairs of query and
 target, from {scenes["train"]:,} drawn scenes. Each scene has seven questions with answers, and all of them share one
 pass over its image. The scores are of <b>{scenes["test"]:,} other scenes</b>, whose captions never occur in training.
-All of it ran on {_processor(train["machine"])}.</p>"""
-
-
-def _processor(machine: Mapping[str, Any]) -> str:
-    name = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    return f"{escape(name or 'an unnamed processor')} ({count(machine['cores'], 'core')})"
+All of it ran on {escape(machine_in_words(train["machine"]))}.</p>"""
 
 
 def _tiles(results: Mapping[str, Any]) -> str:
@@ -255,8 +251,8 @@ def _run(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     loss = settings["loss"]
     facts = {
         "command": f"<code>{escape(train['command'])}</code>",
-        "machine": f"{_processor(machine)}, {count(machine['threads'], 'thread')}, {escape(machine['system'])}",
-        "versions": escape(", ".join(f"{name} {number}" for name, number in train["versions"].items() if number)),
+        "machine": escape(f"{machine_in_words(machine)}, {count(machine['threads'], 'thread')}, {machine['system']}"),
+        "versions": escape(versions_in_words(train["versions"])),
         "model": f"{results['before']['parameters']:,} parameters, vectors of {after['dimension']} dimensions, "
         f"fingerprint <code>{escape(after['model'][:16])}</code>",
         "training": f"{train['steps']:,} steps of {settings['batch']['size']} images, "

@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import shutil
 import sys
@@ -28,11 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from muco.base.files import claimed, earlier_record, read_json, write_json, write_text
-from muco.base.machine import VERSION, usable_cores, versions
+from muco.base.machine import VERSION, machine, versions
 from muco.base.terminal import progress_bar
 from muco.data import open_data
 from muco.data.scenes import write_scenes
@@ -200,19 +198,3 @@ def train_model(recipe: Recipe, command: str) -> dict[str, Any]:
     run = read_json(train(recipe) / RUN_FILE)
     facts = {key: run[key] for key in ("steps", "loss", "finished")}
     return facts | {"command": command, "machine": machine(), "versions": versions()}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores and system of this machine; None if unknown."""
-    names = [platform.processor() or None]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] + names
-    return {
-        "processor": names[0],
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "system": platform.platform(),
-    }

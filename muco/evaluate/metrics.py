@@ -25,14 +25,13 @@ BLOCK = 1 << 22  # Floats of temporary memory per block (16 MiB).
 Choose = Callable[[str, Set[str]], Collection[str]]  # (query, its right targets) -> their rivals; all are keys
 
 
-def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray, *, tie: float = 0.0) -> np.ndarray:
-    """Rank of the right candidate of each row, counting from 1; ties are lost.
+def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray) -> np.ndarray:
+    """Rank of the right candidate of each row, counting from 1; ties, scores within ``TIE``, are lost.
 
     Args:
         scores: float [Q, C].
         positives: int [Q], the column of the right candidate.
         identities: [C] or [Q, C], equal keys mark the same candidate, which is not a rival of the right one.
-        tie: A rival within this distance below the right score counts as equal.
     Returns:
         int64 [Q]: 1 + the rivals that score at least as much; C + 1 where a score of the row is not finite.
     Raises:
@@ -48,7 +47,7 @@ def ranks(scores: np.ndarray, positives: np.ndarray, identities: np.ndarray, *, 
     rows = np.arange(len(scores))
     own = scores[rows, positives][:, None]
     rival = identities != identities[rows, positives][:, None]
-    result = 1 + (rival & (scores >= own - np.float32(tie))).sum(axis=1)
+    result = 1 + (rival & (scores >= own - np.float32(TIE))).sum(axis=1)
     result[~np.isfinite(scores).all(axis=1)] = scores.shape[1] + 1
     return result
 
@@ -83,7 +82,7 @@ def ranks_in_pool(
         identities = np.tile(np.arange(len(pool)), (len(scores), 1))
         for row, right, positive in zip(identities, relevant[block], positives[block], strict=True):
             row[list(right)] = positive
-        result[block] = ranks(scores, positives[block], identities, tie=TIE)
+        result[block] = ranks(scores, positives[block], identities)
     return result
 
 
@@ -101,7 +100,7 @@ def ranks_in_lists(queries: np.ndarray, pool: np.ndarray, lists: np.ndarray) -> 
     result = np.empty(len(queries), dtype=np.int64)
     for block in _blocks(len(queries), lists.shape[1] * pool.shape[1]):
         scores = _dot(pool[lists[block]], queries[block][:, :, None])[:, :, 0]
-        result[block] = ranks(scores, np.zeros(len(scores), dtype=np.int64), lists[block], tie=TIE)
+        result[block] = ranks(scores, np.zeros(len(scores), dtype=np.int64), lists[block])
     return result
 
 

@@ -249,7 +249,7 @@ def judge(asked: ListQuery, scores: np.ndarray) -> Judged:
     right = columns < asked.rights
     best = int(np.argmax(scores[: asked.rights]))
     positive, identities = np.array([best]), np.where(right, best, columns)
-    rank = int(metrics.ranks(scores[None], positive, identities, tie=metrics.TIE)[0])
+    rank = int(metrics.ranks(scores[None], positive, identities)[0])
     name = str(asked.number)
     if not np.isfinite(scores).all():
         return Judged(Outcome(name, 0.0, None, ()), rank)

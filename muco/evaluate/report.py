@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from muco.base.machine import versions_in_words
 from muco.base.tables import clean, markdown, markdown_table, print_report, table_of_numbers
 from muco.evaluate.benchmark import above_guessing
 from muco.evaluate.metrics import Health
@@ -160,14 +161,13 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
 
 def origin(result: Mapping[str, Any]) -> dict[str, str]:
     """Where the scores come from, by name."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     return {
         "model": result["model"]["path"],
         "fingerprint": result["model"]["fingerprint"],
         "command": result["command"],
         "date": result["date"],
         "settings": facts_text(result["settings"]),
-        "versions": versions,
+        "versions": versions_in_words(result["versions"]),
     }
 
 

@@ -26,10 +26,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from muco.backbone import cast_weights, merge_adapters
 from muco.base.files import claimed, read_json, write_text, writing
+from muco.base.text import first_line
 from muco.errors import CheckpointError, MucoError, OutputError
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, compute_in, from_backbone, load
-from muco.processor import first_line
 from muco.starter import model_name
 from muco.stock import write_json
 from muco.training.build import build_model, saved_dtype

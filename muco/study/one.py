@@ -25,7 +25,7 @@ from transformers import TrainerCallback, set_seed
 
 from muco.backbone import freeze_vision
 from muco.base.files import read_json, write_json
-from muco.base.machine import keep_freed_memory, versions
+from muco.base.machine import keep_freed_memory, machine, versions
 from muco.data import open_data
 from muco.evaluate.retrieval import evaluate_retrieval
 from muco.model import load
@@ -85,8 +85,8 @@ def train_and_score(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "flops": step.total * trainer.args.max_steps,
         "loss": run["loss"],
         "seconds": round(seconds, 1) if whole else None,
-        "threads": torch.get_num_threads(),
         "warnings": scores["warnings"],
+        "machine": machine(),
         "versions": versions(),
     }
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from muco.base.files import write_text
 from muco.base.json_text import finite
+from muco.base.machine import machine_in_words, versions_in_words
 from muco.base.svg import EDGE, HEAD, LETTER, LINE, Mark, chart, element, figure, label, number, rising, ticks, wrapped
 from muco.base.tables import markdown_table, print_whole, table_of_numbers
 from muco.study.design import Column, Curve, Study
@@ -257,12 +258,15 @@ def _tuned(study: Study, found: Mapping[str, Any]) -> list[str]:
 def _made(found: Mapping[str, Any], command: str) -> str:
     asked = found["asked"]
     seeds, first, scale = asked["seeds"], asked.get("first_seed", 0), asked["scale"]
-    result = found["runs"][0]["result"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    results = [run["result"] for run in found["runs"]]
+    on = ""
+    if machines := [result["machine"] for result in results if "machine" in result]:  # not of before 2026-11-30
+        threads = " or ".join(map(str, sorted({machine["threads"] for machine in machines})))
+        on = f" On {machine_in_words(machines[0])}, threads of a run: {threads}."
     which = f"{seeds} seed{'s' if seeds > 1 else ''}" + (f", from {first} on" if first else "")
     data = f" of `{asked['data']}`, tested on `{asked['test']}`" if asked.get("data") else ""
     how_much = "all data and steps" if scale == 1 else f"{scale:g} × {'the steps' if data else 'data and steps'}"
-    return f"Made by `{command}`; {which}, {how_much}{data}. {versions}."
+    return f"Made by `{command}`; {which}, {how_much}{data}.{on} {versions_in_words(results[0]['versions'])}."
 
 
 def _costs(costs: Mapping[str, Mapping[str, float]]) -> list[str]:

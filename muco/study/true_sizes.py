@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muco.base.files import claimed, earlier_record, write_json, write_text
-from muco.base.machine import VERSION, versions
+from muco.base.machine import VERSION, versions, versions_in_words
 from muco.base.svg import Mark, chart
 from muco.base.tables import markdown_table
 from muco.base.terminal import progress_bar
@@ -93,8 +93,7 @@ def tokens_per_turn(counts: Mapping[str, Mapping[str, int]], tokens: int, publis
 
 
 def _page(found: Mapping[str, Any], command: str) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
-    lines = [f"# {QUESTION}", "", f"Made by `{command}`. {versions}.", ""]
+    lines = [f"# {QUESTION}", "", f"Made by `{command}`. {versions_in_words(found['versions'])}.", ""]
     lines += [f"PFLOP (10¹⁵ operations) per training step of {IMAGES} images, except in the last column.", ""]
     for size, counts in found["flops"].items():
         lines += [f"## Qwen2-VL-{size}", "", *_table(size, counts), ""]

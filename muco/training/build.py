@@ -19,6 +19,7 @@ from muco.backbone import (
     use_flex_attention,
 )
 from muco.base.machine import GIB
+from muco.base.text import first_line
 from muco.data.source import Data
 from muco.errors import CheckpointError, DataError, RecipeError
 from muco.loss import MultiTurnLoss, ReconstructionLoss
@@ -97,7 +98,7 @@ def model_config(path: str) -> Any:
         return known() if known else AutoConfig.from_pretrained(located(path))
     except (OSError, ValueError) as error:
         where = "" if Path(path).exists() else "no such folder, and from the hub: "
-        raise CheckpointError(f"model.path: {path}: {where}{str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"model.path: {path}: {where}{first_line(error)}") from error
 
 
 def make_loss(recipe: Recipe, model: Model, vectors_of: Callable[[Tensor], Tensor] | None = None) -> MultiTurnLoss:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from transformers import Qwen2VLConfig
 
 from muco.backbone import add_adapters, meta_backbone
 from muco.loss import MultiTurnLoss, ReconstructionLoss, multi_turn_info_nce
-from muco.masks import tree_mask
 from muco.model import Model
 from muco.sizes import Adapter
 from muco.vision import vision_modules
@@ -116,12 +115,11 @@ def meta_step_flops(
     visual_tokens: int = 782,
     query_tokens: int = 30,
     target_tokens: int = 20,
-    mode: Literal["isolated", "compounded"] = "isolated",
     backward: bool = True,
     vision_backward: bool = False,
     adapter: Adapter | None = None,
 ) -> Flops:
-    """Counts a training step of a Qwen2-VL of any size without its weights, on the meta device.
+    """Counts a training step of a Qwen2-VL of any size without its weights, on the meta device; turns of either mode.
 
     One image's two dialogues are counted with one layer and with two, for every further layer costs the same, and
     multiplied by ``images``; the loss is counted for all of them at once.
@@ -129,18 +127,15 @@ def meta_step_flops(
     Args:
         visual_tokens: Per image, of ``spatial_merge_size`` squared patches each; 0 for samples without an image.
         query_tokens, target_tokens: What one more turn adds to either sequence, its share of the prompt included.
-        mode: Decides the attention mask. It does not change the count, see the module's docstring.
         backward: False counts the forward passes alone.
         vision_backward: Whether the vision tower is trained.
         adapter: Low-rank adapters on a frozen language model; None trains all of its weights. DoRA's weight norms,
             which do not grow with the batch, would be multiplied by ``images``, so only "lora" is accepted.
     Raises:
-        ValueError: If a number is not positive, the mode unknown or the adapter not LoRA.
+        ValueError: If a number is not positive or the adapter not LoRA.
     """
     if min(images, turns, query_tokens, target_tokens) < 1 or visual_tokens < 0:
         raise ValueError("images, turns and tokens must be positive")
-    if mode not in ("isolated", "compounded"):
-        raise ValueError(f"mode must be 'isolated' or 'compounded', got {mode!r}")
     if adapter is not None and adapter.kind != "lora":
         raise ValueError("only LoRA adapters can be counted for one image and multiplied")
 
@@ -149,7 +144,7 @@ def meta_step_flops(
         sides = ((visual_tokens, query_tokens), (0, target_tokens))
 
         def forward() -> Tensor:
-            hidden = [model(visual, turns * tokens, tree=mode == "isolated" and turns > 1) for visual, tokens in sides]
+            hidden = [model(visual, turns * tokens) for visual, tokens in sides]
             return sum(states[0, -turns:].sum() for states in hidden)
 
         return count_flops(forward, backward=backward)
@@ -184,16 +179,15 @@ class _MetaModel(nn.Module):
                 add_adapters(model, adapter, [0, 1])
         self.visual.requires_grad_(vision_backward)
 
-    def forward(self, visual_tokens: int, turn_tokens: int, *, tree: bool) -> Tensor:
+    def forward(self, visual_tokens: int, turn_tokens: int) -> Tensor:
         text = PROMPT_TOKENS + turn_tokens + (IMAGE_MARKS if visual_tokens else 0)
         embeds = [self.language.embed_tokens(torch.empty(text, dtype=torch.long, device="meta"))]
         if visual_tokens:
             embeds.append(self._see(visual_tokens))
         sequence = torch.cat(embeds)[None]  # [1, L, D], in any order: every token costs the same
         ids = torch.empty(sequence.shape[:2], dtype=torch.long, device="meta")
-        mask = tree_mask({"branch_ids": ids, "attention_mask": ids}) if tree else None  # type: ignore[typeddict-item]
         positions = ids.expand(3, -1, -1)
-        output = self.language(inputs_embeds=sequence, attention_mask=mask, position_ids=positions, use_cache=False)
+        output = self.language(inputs_embeds=sequence, position_ids=positions, use_cache=False)
         return output.last_hidden_state
 
     def _see(self, visual_tokens: int) -> Tensor:

@@ -22,6 +22,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from muco.base.machine import versions_in_words
+
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
 CARD_FILE = "README.md"
@@ -70,7 +72,6 @@ def model_card(run: dict[str, Any], dimension: int) -> str:
     recipe = run["recipe"]
     base = recipe["model"]["path"] or "a Qwen2-VL made from its config, trained from random weights"
     sources = "\n".join(f"| {d['path']} | {d['samples']} | `{d['fingerprint'][:16]}` |" for d in run["data"])
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
     last = "not logged"
     if run["loss"]:
         step, loss = run["loss"][-1]
@@ -87,7 +88,7 @@ versions and the loss curve are in `{RUN_FILE}`.
 |---|---|---|
 {sources}
 
-Made with {versions}.
+Made with {versions_in_words(run["versions"])}.
 
 ## Evaluation
 

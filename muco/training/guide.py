@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from muco.base.terminal import progress_bar
+from muco.base.text import first_line
 from muco.data.source import Data
 from muco.dialogue import Content
 from muco.errors import CheckpointError, DataError, TrainingError
@@ -83,7 +84,7 @@ def check_guide(path: str) -> bool:
     try:
         config = AutoConfig.from_pretrained(located(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"loss.guide.model: {path}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"loss.guide.model: {path}: {first_line(error)}") from error
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 

@@ -149,7 +149,6 @@ def _operations(recipe: Recipe, config: Any, measured: Measured, *, cached: bool
         visual_tokens=visual,
         query_tokens=max(1, round((float(measured.query.mean()) - visual - marks - PROMPT_TOKENS) / turns)),
         target_tokens=max(1, round((float(measured.target.mean()) - PROMPT_TOKENS) / turns)),
-        mode="isolated" if recipe.turns.mode == "isolated" else "compounded",
         vision_backward=recipe.model.vision == "trained",
         adapter=adapter and replace(adapter, kind="lora"),
     )

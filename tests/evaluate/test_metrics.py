@@ -55,7 +55,7 @@ def test_ties_lose_and_the_same_candidate_is_no_rival():
     assert metrics.ranks(scores, [0], [0, 1, 2, 3]) == [3]
     assert metrics.ranks(scores, [0], [0, 0, 2, 3]) == [2]
     assert metrics.ranks(scores, [0], [7, 7, 7, 3]) == [1]
-    assert metrics.ranks([[0.5, 0.4999]], [0], [0, 1], tie=0.001) == [2]
+    assert metrics.ranks([[0.5, 0.5 - 0.9 * metrics.TIE]], [0], [0, 1]) == [2]
 
 
 @pytest.mark.parametrize("positives", [[2], [-1], [0, 0]])

@@ -108,7 +108,7 @@ def test_from_nothing_to_weights_scores_and_a_search(collected, wheels, tmp_path
     assert recorded["scores"]["emoji/test"]["keywords -> image"]["queries"] == 1
     card = " ".join((weights / "README.md").read_text().split())
     assert f"| emoji/test, 4 | {100 * emoji['hit@10']:.1f} (" in card and "python examples/pictures/starter.py" in card
-    assert "it saw 12 drawings" in card and "2 steps of 3 pictures" in card and "--layers 2" in card
+    assert "it saw 12 drawings and emoji" in card and "2 steps of 3 pictures" in card and "--layers 2" in card
 
     capsys.readouterr()
     pictures.main(["--output", str(collected), "--root", "/", "--model", str(model), "--no-serve"])

@@ -143,7 +143,6 @@ def test_the_meta_count_is_that_of_a_real_step(model, mode, turns, vision_backwa
         visual_tokens=VISUAL,
         query_tokens=query // turns,
         target_tokens=target // turns,
-        mode=mode,
         vision_backward=vision_backward,
     )
     assert counted == real
@@ -173,8 +172,6 @@ def test_bad_arguments_are_refused(model):
     config = model.encoder.model.config
     with pytest.raises(ValueError, match="positive"):
         meta_step_flops(config, images=0, turns=1)
-    with pytest.raises(ValueError, match="isolated"):
-        meta_step_flops(config, images=1, turns=1, mode="single")
 
 
 @pytest.mark.slow
