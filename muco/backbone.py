@@ -39,7 +39,7 @@ from muco.stock import small_picture
 from muco.template import EMB
 from muco.vision import base_model, lay_out_convolutions, vision_modules, vision_parameters
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 # Of the language model: "eager" would add the boolean mask of isolated turns, not apply it. Towers have what they can.
 ATTENTION = {"text_config": "sdpa"}
 FLEX = "muco_flex"  # the name under which FlexAttention is registered
@@ -277,7 +277,7 @@ def add_adapters(
         parameter.requires_grad_(True)
     if unreached := _stacked(model):
         shown = ", ".join(unreached[:2]) + (" and more" if len(unreached) > 2 else "")
-        logger.warning("adapters do not reach the experts of this model, which are not linear layers: %s", shown)
+        log.warning("adapters do not reach the experts of this model, which are not linear layers: %s", shown)
     return adapted
 
 

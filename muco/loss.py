@@ -117,7 +117,7 @@ BLOCK = 1 << 26  # scores that are held at a time: 256 MiB
 def _info_nce(
     anchors: Tensor,
     candidates: Tensor,
-    negatives: Callable[[slice], Tensor],
+    allowed: Callable[[slice], Tensor],
     *,
     temperature: float | Tensor,
     weighting: Weighting,
@@ -129,6 +129,7 @@ def _info_nce(
     """Mean cross-entropy of anchor i against candidate ``first`` + i and its allowed negatives, in blocks.
 
     Args:
+        allowed: Whether each candidate is a negative of some anchors, bool [rows, candidates].
         guided: A guide's vectors of the anchors and of the candidates, and its rule.
         hard: How many of the candidates, the last ones, are hard negatives.
     Returns:
@@ -138,9 +139,9 @@ def _info_nce(
 
     def block(rows: slice) -> tuple[Tensor, Tensor]:
         own = torch.arange(rows.start, rows.stop, device=anchors.device)
-        keep, place = negatives(rows), (own - rows.start, first + own)
+        keep, place = allowed(rows), (own - rows.start, first + own)
         keep[place] = False
-        allowed = keep.sum()
+        there = keep.sum()
         scores = _scores(anchors[rows], candidates)
         logits = scores / (temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
         if guided is not None:
@@ -150,14 +151,14 @@ def _info_nce(
             keep, extra = _weighed(scores.detach(), scores.detach()[place], keep, weighting, hard)
             logits = logits + extra
         del scores  # one copy less in memory
-        left_out = allowed - keep.sum()
+        left_out = there - keep.sum()
         keep[place] = True  # the pair itself is the numerator
         logits = logits.masked_fill(~keep, float("-inf"))
         if weights is None:
             loss = cross_entropy(logits, first + own, reduction="sum")
         else:
             loss = (cross_entropy(logits, first + own, reduction="none") * weights[rows]).sum()
-        return loss, torch.stack([allowed, left_out])
+        return loss, torch.stack([there, left_out])
 
     blocks = [slice(start, min(start + size, len(anchors))) for start in range(0, len(anchors), size)]
     if len(blocks) == 1:
@@ -190,13 +191,13 @@ def reconstruction_info_nce(
     p: Float[Tensor, "pairs dim"],
     p2: Float[Tensor, "pairs dim"],
     *,
-    negatives: Float[Tensor, "hard dim"] | None = None,
+    hard_negatives: Float[Tensor, "hard dim"] | None = None,
     temperature: float | Float[Tensor, " pairs"] = 0.02,
     joint: bool = False,
     sample_ids: Int[Tensor, " pairs"] | None = None,
     target_ids: Int[Tensor, " pairs"] | None = None,
-    negative_pairs: Int[Tensor, " hard"] | None = None,
-    negative_ids: Int[Tensor, " hard"] | None = None,
+    hard_negative_pairs: Int[Tensor, " hard"] | None = None,
+    hard_negative_ids: Int[Tensor, " hard"] | None = None,
     mask_counterpart: bool = True,
     weighting: Weighting = EQUAL,
     guide: GuideVectors | None = None,
@@ -209,10 +210,10 @@ def reconstruction_info_nce(
     Args:
         q, q2: Vectors of the query side after the first turn and after the reconstruction; L2-normalised.
         p, p2: The same of the target side; row i of all four belongs together.
-        negatives: Hard negatives, further candidates of every term.
+        hard_negatives: Further candidates of every term.
         joint: Every term chooses among all p and p2 (the paper); else among those of its own kind (the released code).
-        sample_ids, target_ids, negative_ids: See :func:`multi_turn_info_nce`. No sample_ids: every pair is a sample.
-        negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
+        sample_ids, target_ids, hard_negative_ids: See :func:`multi_turn_info_nce`. No sample_ids: each pair is one.
+        hard_negative_pairs: The pair of each hard negative; None: each is a negative of every pair.
         mask_counterpart: False, with ``joint``, makes the counterpart of its own pair a negative, to show what the mask
             is for.
         weighting, guide, count: See :func:`multi_turn_info_nce`.
@@ -228,16 +229,16 @@ def reconstruction_info_nce(
         if side.shape != q.shape:
             raise ValueError(f"q and {name} must have the same shape, got {[*q.shape]} and {[*side.shape]}")
     _check(q, p, ids, temperature, target_ids)
-    if negatives is None:
-        negatives, negative_ids = p[:0], ids[:0]
-    if target_ids is not None and negative_ids is None:
-        raise ValueError("negatives need negative_ids where target_ids are given")
+    if hard_negatives is None:
+        hard_negatives, hard_negative_ids = p[:0], ids[:0]
+    if target_ids is not None and hard_negative_ids is None:
+        raise ValueError("hard_negatives need hard_negative_ids where target_ids are given")
 
     def hard_allowed(rows: slice) -> Tensor:
-        if negative_pairs is not None:
-            return allowed_hard_negatives(ids, negative_pairs, target_ids, negative_ids, rows)
-        every = torch.ones(len(ids[rows]), len(negatives), dtype=torch.bool, device=q.device)
-        return every if target_ids is None else target_ids[rows, None] != negative_ids[None, :]
+        if hard_negative_pairs is not None:
+            return allowed_hard_negatives(ids, hard_negative_pairs, target_ids, hard_negative_ids, rows)
+        every = torch.ones(len(ids[rows]), len(hard_negatives), dtype=torch.bool, device=q.device)
+        return every if target_ids is None else target_ids[rows, None] != hard_negative_ids[None, :]
 
     def allowed(rows: slice) -> Tensor:
         own = allowed_negatives(ids, target_ids, rows)
@@ -247,13 +248,13 @@ def reconstruction_info_nce(
         return torch.cat([*[own] * (2 if joint else 1), hard_allowed(rows)], dim=1)
 
     terms, pairs = {}, 0
-    how = {"temperature": temperature, "weighting": weighting, "hard": len(negatives)}
+    how = {"temperature": temperature, "weighting": weighting, "hard": len(hard_negatives)}
     if guide is not None:
         known = [guide.target] * (2 if joint else 1)
         how["guided"] = guide.query, torch.cat([*known, guide.hard_negatives]), guide
     for query_name, query in (("q", q), ("q2", q2)):
         for target_name, target, first in (("p", p, 0), ("p2", p2, len(p) if joint else 0)):
-            candidates = torch.cat([p, p2, negatives] if joint else [target, negatives])
+            candidates = torch.cat([p, p2, hard_negatives] if joint else [target, hard_negatives])
             terms[query_name + target_name], own = _info_nce(query, candidates, allowed, first=first, **how)
             pairs = pairs + own
     if count is not None:
@@ -298,7 +299,7 @@ class MultiTurnLoss(nn.Module):
             LEAST_TEMPERATURE and MOST_TEMPERATURE.
 
     Attributes:
-        negatives: int64 [2], on this device: pairs of a turn and a negative since it was last set to None, and those
+        counted: int64 [2], on this device: pairs of a turn and a negative since it was last set to None, and those
             left out by their score; over all dimensions and directions.
     """
 
@@ -322,7 +323,7 @@ class MultiTurnLoss(nn.Module):
         self.temperature, self.symmetric, self.mask_same_image = temperature, symmetric, mask_same_image
         self.weighting, self.distillation = weighting, distillation
         self.guide, self.vectors_of = guide, vectors_of
-        self.negatives: Tensor | None = None
+        self.counted: Tensor | None = None
 
     def forward(self, sides: Sequence[Mapping[str, Any]], ids: TurnIds) -> Tensor:
         query, target = (self.model.embed(side) for side in sides)
@@ -413,7 +414,7 @@ class MultiTurnLoss(nn.Module):
         return GuideVectors(*vectors, margin=self.guide.margin, relative=self.guide.relative)
 
     def _count(self, pairs: Tensor) -> None:
-        self.negatives = pairs if self.negatives is None else self.negatives + pairs
+        self.counted = pairs if self.counted is None else self.counted + pairs
 
 
 class ReconstructionLoss(MultiTurnLoss):
@@ -439,13 +440,13 @@ class ReconstructionLoss(MultiTurnLoss):
         *sides, hard = parts
         terms = reconstruction_info_nce(
             *sides,
-            negatives=hard,
+            hard_negatives=hard,
             temperature=temperature,
             joint=self.joint,
             sample_ids=ids.sample_ids,
             target_ids=ids.target_ids,
-            negative_pairs=ids.hard_turns,
-            negative_ids=ids.hard_ids,
+            hard_negative_pairs=ids.hard_turns,
+            hard_negative_ids=ids.hard_ids,
             mask_counterpart=self.mask_counterpart,
             weighting=self.weighting,
             guide=self._guided(ids),

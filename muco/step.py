@@ -36,7 +36,7 @@ from muco.loss import MultiTurnLoss
 from muco.model import Model
 from muco.negatives import TurnIds, Variety
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 SIDES = ("query", "target")
 UNLIMITED = 1 << 40  # tokens: the budget where none is asked for
 
@@ -260,7 +260,7 @@ class TrainingStep:
                 "set model.activation_checkpointing, or spread the model with batch.sharding: fsdp"
             )
         self.token_budget = budget = max(1, before // 2)
-        logger.warning("out of memory with %d tokens at once; continuing with token_budget %d", before, budget)
+        log.warning("out of memory with %d tokens at once; continuing with token_budget %d", before, budget)
 
 
 class _OutOfMemory:

@@ -161,10 +161,14 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not closed
 
 
+def without_query(url: str) -> str:
+    """A URL to show: without its query, which may hold a signature, and without user and password."""
+    return re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
+
+
 def _shown(url: str) -> str:
-    """The URL without query and user name, not longer than a line."""
-    plain = re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
-    plain = "".join(c if c.isprintable() else "�" for c in plain)
+    """The same, not longer than a line."""
+    plain = "".join(c if c.isprintable() else "�" for c in without_query(url))
     return plain if len(plain) <= 80 else plain[:77] + "…"
 
 

@@ -12,7 +12,7 @@ from typer import Argument, BadParameter, Context, Option, Typer
 from muco.base.terminal import finish, progress_bar
 from muco.cli import options
 from muco.cli.evaluate_mteb import mteb
-from muco.cli.options import BatchSize, Dimension, Format, Json, Model, OptionsOfFormat, Precision, examples
+from muco.cli.options import BatchSize, Dimension, Format, Json, Model, OptionsOfFormat, Scored, examples
 
 if TYPE_CHECKING:
     from muco.processor import Processor
@@ -25,7 +25,7 @@ WAIT = 86_400.0  # seconds for another evaluation into the same folder, whose ve
 @app.command(
     epilog=examples(
         "muco evaluate retrieval --model runs/demo/run/model --data test.jsonl --output runs/demo/test",
-        "muco evaluate retrieval -m MODEL -d test.jsonl -o scores --dimension 256 --precision int8",
+        "muco evaluate retrieval -m MODEL -d test.jsonl -o scores --dimension 256 --storage int8",
     ),
 )
 def retrieval(
@@ -38,7 +38,7 @@ def retrieval(
     candidates: Annotated[int, Option(min=2, help="Length of the drawn lists of answers, right one included.")] = 100,
     limit: Annotated[int | None, Option(min=1, help="Use only the first N samples.")] = None,
     dimension: Dimension = None,
-    precision: Annotated[Precision, Option(help="Score vectors of this precision.")] = "float32",
+    storage: Annotated[Scored, Option(help="Score vectors as an index that stores them so would.")] = "float32",
     seed: Annotated[int, Option(help="Seed of the drawn lists.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def retrieval(
     Reports hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
     and "within": whether the model reads the question. For a model trained here also the blind control: the training
     loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
-    further dimensions and precisions are scored without encoding again.
+    further dimensions and storages are scored without encoding again.
     """
     from muco.base.files import claimed
     from muco.data import open_data
@@ -72,14 +72,14 @@ def retrieval(
             seed=seed,
             limit=limit,
             dimension=dimension,
-            precision=precision,
+            storage=storage,
             output=output,
             cache=output / "cache",
             progress=progress,
         )
         if recipe is not None:
             add_blind_loss(result, encoder, rows, recipe)
-        write_result(output, result, dimension, precision)
+        write_result(output, result, dimension, storage)
     finish(result, as_json, print_results)
 
 

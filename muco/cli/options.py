@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from typer import Exit, Option
 
 from muco.base.terminal import finish
-from muco.precision import Precision as Computed
+from muco.precision import Precision
 
 USERS_INPUT, FAILED_CHECK = 1, 3  # exit codes
 
@@ -19,10 +19,10 @@ BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; changes 
 Dimension = Annotated[
     int | None, Option(min=1, help="Cut vectors to their first N dimensions, for models trained with loss.dimensions.")
 ]
-Precision = Literal["float32", "int8", "binary"]  # of vectors that are compared
-Storage = Literal["float32", "float16", "binary"]  # of vectors in an index
+Scored = Literal["float32", "int8", "binary"]  # how vectors are stored that are compared
+Storage = Literal["float32", "float16", "binary"]  # how an index stores vectors
 ComputeIn = Annotated[
-    Computed | None,
+    Precision | None,
     Option("--precision", help="Compute in it; auto: the quicker one here, measured. Default: as the weights."),
 ]
 

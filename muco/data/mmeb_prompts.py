@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from muco.base.text import read_text
+from muco.base.yaml_text import parse_yaml
 from muco.data.mmeb_v2_sets import BY_NAME, METAS, Published
 from muco.errors import DataError, did_you_mean
 
@@ -89,12 +90,7 @@ def load_style(name: str) -> Style:
     path = Path(__file__).parent / "mmeb_v2" / f"{name}.yaml" if name in STYLES else Path(name)
     if not path.is_file():
         raise DataError(f"{name}: no such prompts; pass {', '.join(STYLES)}, or a YAML file")
-    import yaml
-
-    try:
-        given = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    given = parse_yaml(read_text(path), str(path), DataError)
     keys = ("name", "instruction", "frames", "clip_frames", "uncertain", "sets")
     _check_keys(given, keys, str(path))
     frames, clip_frames = (_checked(given.get(key), int, f"{path}: {key!r}") for key in ("frames", "clip_frames"))

@@ -1,6 +1,6 @@
 """Evaluation: scores of a model on data.
 
-metrics    ranks, hit@k, nDCG, precision, health of vectors
+metrics    ranks, hit@k, nDCG, codes, health of vectors
 cache      contents and their vectors, on disk
 pool       pools too large for memory: vectors in shards, exact search
 

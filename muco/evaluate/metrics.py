@@ -1,4 +1,4 @@
-"""Ranks, hit@k, nDCG, reduced precision and the health of vectors.
+"""Ranks, hit@k, nDCG, vectors as codes, and the health of vectors.
 
 Scores are float32 dot products of normalised rows.
 A score is only believed when it beats every rival: ties are lost, and vectors that are not finite come last. So a
@@ -187,7 +187,7 @@ def reciprocal_rank(found: Sequence[str], grades: Mapping[str, int], k: int) -> 
     return 1 / first if first else 0.0
 
 
-Precision = Literal["float32", "int8", "binary"]
+Storage = Literal["float32", "int8", "binary"]
 
 
 def truncated(vectors: np.ndarray, dimension: int) -> np.ndarray:
@@ -198,8 +198,8 @@ def truncated(vectors: np.ndarray, dimension: int) -> np.ndarray:
     return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def reduced(vectors: np.ndarray, precision: Precision) -> np.ndarray:
-    """Vectors whose dot products order candidates as an index of that precision does, without rescoring.
+def reduced(vectors: np.ndarray, storage: Storage) -> np.ndarray:
+    """Vectors whose dot products order candidates as an index that stores them so does, without rescoring.
 
     The codes are those of ``sentence_transformers.quantize_embeddings``: int8 with the ranges of these vectors;
     binary as signs, -1 or 1, whose dot products order candidates by Hamming distance.
@@ -210,12 +210,12 @@ def reduced(vectors: np.ndarray, precision: Precision) -> np.ndarray:
         float32 [n, D]; rows that are not finite stay so.
     """
     finite = np.isfinite(vectors).all(axis=1)
-    if precision == "float32" or not finite.any():
+    if storage == "float32" or not finite.any():
         return vectors
     from sentence_transformers import quantize_embeddings
 
     codes = np.full_like(vectors, np.nan)
-    if precision == "int8":
+    if storage == "int8":
         known = vectors[finite]
         codes[finite] = quantize_embeddings(known, "int8", ranges=np.stack([known.min(axis=0), known.max(axis=0)]))
     else:

@@ -237,7 +237,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         )
     limit = "" if result["limit"] is None else f" (the first {result['limit']})"
     notes.append(f"{result['samples']} samples{limit}, {result['turns']} turns, {result['encoded']} contents encoded")
-    notes.append(f"vectors of {result['dimension']} dimensions, scored in {result['precision']}")
+    notes.append(f"vectors of {result['dimension']} dimensions, scored as {result['storage']}")
     notes.append(f"model {result['model'][:12]}, data {result['data'][:12]}, seed {result['seed']}")
     return [*notes, f"{result['seconds']:.1f} s"]
 

@@ -37,7 +37,7 @@ from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Outcome, TaskFiles, TaskResult
 from muco.evaluate.cache import Book, Embedder, EmbeddingCache, known_by
-from muco.evaluate.metrics import Precision
+from muco.evaluate.metrics import Storage
 from muco.evaluate.report import task_warnings
 from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
 from muco.sizes import checked_dimension
@@ -46,7 +46,7 @@ CONTROLS = ("answer_text_only", "blind")  # tasks that show what is known withou
 AT = (1, 5, 10)
 RESULT = "retrieval"  # the name of the files
 RULES = {
-    "precision": "int8: codes of the library with the ranges of all vectors; binary: signs; both sides, no rescoring",
+    "storage": "int8: codes of the library with the ranges of all vectors; binary: signs; both sides, no rescoring",
     "metric": "hit@k and MRR of the right target by float32 dot product; ties are lost; hit@k: null if k >= candidates",
     "identity": "text and image bytes; the first paraphrase; any target the data calls right for a query is no rival",
     "draw": "the targets of the same kind with the smallest hash of (seed, query, target)",
@@ -74,7 +74,7 @@ class Scoring:
     limit: int | None = None  # only the first N samples of the data
     # See muco.evaluate.metrics.reduced. The cache holds whole vectors, so that further values cost no encoding.
     dimension: int | None = None
-    precision: Precision = "float32"
+    storage: Storage = "float32"
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
@@ -97,7 +97,7 @@ def evaluate_retrieval(
     Args:
         model: Encodes contents to float32 [n, d], L2-normalised, and has a fingerprint.
         data: Samples with a fingerprint.
-        output: Folder that gets ``retrieval.json``, or with a dimension and precision ``retrieval-64-int8.json``, and
+        output: Folder that gets ``retrieval.json``, or with a dimension and storage ``retrieval-64-int8.json``, and
             in a folder of that name the outcome of each query, for ``muco evaluate compare``. None: nothing is written.
         cache: Folder of encoded vectors, used again only for the same model and data.
         progress: Called with (contents encoded, contents in all).
@@ -125,20 +125,20 @@ def evaluate_retrieval(
     }
     if output is not None:
         write_outcomes(output, origin, chosen, ranks)
-        write_result(output, result, chosen.dimension, chosen.precision)
+        write_result(output, result, chosen.dimension, chosen.storage)
     return result
 
 
 def write_result(
-    output: Path, result: Mapping[str, Any], dimension: int | None = None, precision: Precision = "float32"
+    output: Path, result: Mapping[str, Any], dimension: int | None = None, storage: Storage = "float32"
 ) -> None:
     """Writes a result as ``retrieval.json``, or with what was asked for in its name, as ``retrieval-64-int8.json``."""
-    write_json(Path(output) / f"{result_name(dimension, precision)}.json", result)
+    write_json(Path(output) / f"{result_name(dimension, storage)}.json", result)
 
 
-def result_name(dimension: int | None = None, precision: Precision = "float32") -> str:
+def result_name(dimension: int | None = None, storage: Storage = "float32") -> str:
     """The name of a result without its ending: "retrieval", "retrieval-64-int8"."""
-    asked = (dimension and str(dimension), precision if precision != "float32" else None)
+    asked = (dimension and str(dimension), storage if storage != "float32" else None)
     return "-".join([RESULT, *filter(None, asked)])
 
 
@@ -146,8 +146,8 @@ def write_outcomes(output: Path, origin: Mapping[str, str], scoring: Scoring, ra
     """Writes what became of each query of each task but the controls, for a comparison query by query."""
     drawn = {name: getattr(scoring, name) for name in ("candidates", "seed", "limit")}
     asked = hashlib.sha256(json.dumps([origin["data"], drawn]).encode()).hexdigest()  # the same queries and rivals
-    settings = drawn | {"dimension": scoring.dimension, "precision": scoring.precision}
-    folder = Path(output) / result_name(scoring.dimension, scoring.precision)
+    settings = drawn | {"dimension": scoring.dimension, "storage": scoring.storage}
+    folder = Path(output) / result_name(scoring.dimension, scoring.storage)
     for old in (*folder.glob("tasks/*.json"), *folder.glob("outcomes/*.jsonl")):  # of another model or other data
         old.unlink()
     files = TaskFiles(folder, {"benchmark": RESULT, "model": origin["model"], **settings})
@@ -181,12 +181,12 @@ def score_tasks(
 
     ``ranks`` is filled, for each task but the controls.
     """
-    precision = scoring.precision
+    storage = scoring.storage
     book, builder = tasks_of(data, scoring)
     keys = {key for task in builder.tasks for key in (*task.queries, *task.pool)}
     vectors, row_of = book.vectors(model, scoring.batch_size, keys, cache=cache, progress=progress)
     vectors = metrics.truncated(vectors, checked_dimension(scoring.dimension, vectors.shape[1]))
-    codes = metrics.reduced(vectors, precision)
+    codes = metrics.reduced(vectors, storage)
     ranked = [(task, score(task, vectors, codes, row_of)) for task in builder.tasks]
     scored = [(task, own.scores) for task, own in ranked]
     if ranks is not None:
@@ -208,7 +208,7 @@ def score_tasks(
         "turns": len(builder.turns),
         "encoded": len(keys),
         "dimension": vectors.shape[1],
-        "precision": precision,
+        "storage": storage,
     }
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from muco.base.text import read_text
+from muco.base.yaml_text import parse_yaml
 from muco.errors import DataError, did_you_mean
 
 WORDS = {"question": 40, "classification": 8, "global": 40, "local": 20, "creative": 60}  # at most
@@ -110,12 +111,7 @@ def load_prompts(path: Path | None) -> Prompts:
     """
     if path is None:
         return Prompts()
-    import yaml
-
-    try:
-        given = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    given = parse_yaml(read_text(path), str(path), DataError)
     if not isinstance(given, dict) or not isinstance(given.get("version"), str):
         raise DataError(f"{path}: prompts are a mapping with a 'version' of your own, such as version: mine-1")
     _check(given, {*vars(Prompts())}, str(path))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from muco.base.fetch import FetchError, FetchLimits, fetch
+from muco.base.fetch import FetchError, FetchLimits, fetch, without_query
 from muco.data.folders import image_files, state_of_images, told_passed_over
 from muco.data.parquet import batches, read_header, require_columns
 from muco.data.places import file_state, open_unchanged
@@ -160,11 +159,6 @@ class UrlSource(Source):
                 url = (url or "").strip()
                 name = without_query(url) if name is None or len(self.columns) == 1 else str(name)
                 yield Picture(first + row, name[:LONGEST_NAME] or f"{file.name} row {row}", url)
-
-
-def without_query(url: str) -> str:
-    """A URL to show: without its query, which may hold a signature, and without user and password."""
-    return re.sub(r"(?<=//)[^/@]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])
 
 
 def _open_urls(path: Path, files: list[Path], url: str | None, name: str | None, limits: FetchLimits) -> Source:

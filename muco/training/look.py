@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from muco.data import open_data
 from muco.data.source import Data, InMemory
 from muco.dialogue import Sample, Turn, Video
 from muco.errors import DataError, did_you_mean
@@ -20,7 +19,7 @@ from muco.negatives import Variety
 from muco.processor import Processor
 from muco.training.batches import TrainingBatches
 from muco.training.checks import NO_NEGATIVE, over_budget
-from muco.training.mixture import Mixture
+from muco.training.mixture import Mixture, data_of
 from muco.training.recipe import DataRecipe, Recipe
 
 LOOK = 64  # samples that are read, over all sources
@@ -45,13 +44,13 @@ def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
     sources: list[Data | None] = []
     for source in data.train:
         try:
-            sources.append(open_data(source.path, source.format, source.options))
+            sources.append(data_of(source))
         except DataError as error:
             problems.append(str(error))
             sources.append(None)
     if (held_out := data.validation_source) is not None:
         try:
-            _check_validation(open_data(held_out.path, held_out.format, held_out.options))
+            _check_validation(data_of(held_out))
         except DataError as error:
             problems.append(str(error))
     return sources

@@ -41,7 +41,7 @@ from muco.training.recipe import BatchRecipe
 MANY_LEFT_OUT = 0.2  # of all negatives; a larger share can hardly be right answers
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class MuCoTrainer(SentenceTransformerTrainer):
@@ -145,7 +145,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
 
     def _warn(self, sentence: str) -> None:
         if distributed.rank() == 0:
-            logger.warning(sentence)
+            log.warning(sentence)
 
     def _counted(self, parts: Iterable[Mapping[str, Any] | None]) -> Iterator[Mapping[str, Any]]:
         for part in parts:
@@ -196,7 +196,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
 
     def _left_out(self) -> dict[str, float]:
         """The share of negatives that were left out by their score since the last log, if any can be."""
-        counted, self.loss.negatives = self.loss.negatives, None
+        counted, self.loss.counted = self.loss.counted, None
         rules = {
             "loss.weighting.false_negative_margin": self.loss.weighting.false_negative_margin,
             "loss.guide": self.loss.guide,

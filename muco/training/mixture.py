@@ -16,7 +16,7 @@ import numpy as np
 from muco.data import open_data
 from muco.data.source import Data
 from muco.errors import DataError, RecipeError
-from muco.training.recipe import Recipe, TurnsRecipe
+from muco.training.recipe import Recipe, SourceRecipe, TurnsRecipe
 
 ROUND = 1000  # groups after which every source has had its share, where samples come in groups of one source
 
@@ -39,7 +39,11 @@ def generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
 
 def open_sources(recipe: Recipe) -> list[Data]:
     """The training sets of a recipe, in its order; a DataError if one cannot be opened."""
-    return [open_data(source.path, source.format, source.options) for source in recipe.data.train]
+    return [data_of(source) for source in recipe.data.train]
+
+
+def data_of(source: SourceRecipe) -> Data:
+    return open_data(source.path, source.format, source.options)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _measured(recipe: Recipe, model: Model, batches: TrainingBatches, loss: Mult
         choice = quicker(step, device)
     for name, buffer in model.named_buffers():
         buffer.copy_(statistics[name])
-    encoder.seen_images, loss.negatives = kept, None
+    encoder.seen_images, loss.counted = kept, None
     choice = distributed.first_only(lambda: choice)  # the first process decides for all
     if distributed.rank() == 0:
         log.warning("computes in %s", choice)

@@ -1,4 +1,4 @@
-"""Strict reading: YAML without repeated keys, ``key=value`` words, frozen dataclasses from plain values, and bounds.
+"""Strict reading: ``key=value`` words with values in YAML, frozen dataclasses from plain values, and bounds.
 
 Unknown keys, wrong types and missing values are a :class:`~muco.errors.RecipeError` that names the dotted key.
 """
@@ -13,36 +13,9 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import yaml
-
+from muco.base.yaml_text import parse_yaml
 from muco.errors import RecipeError, did_you_mean
 from muco.sizes import TinyConfig
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but ``2e-5`` is a number and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(f"line {node.start_mark.line + 1}: the key {key!r} is there twice")
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; ``where`` begins the error."""
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
 
 
 def set_value(values: dict[str, Any], word: str, flag: str = "--set") -> None:
@@ -56,7 +29,7 @@ def set_value(values: dict[str, Any], word: str, flag: str = "--set") -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise RecipeError(f"{flag} {word!r}: {parent!r} is not a group of keys")
-    values[last] = parse_yaml(text, f"{flag} {word}")
+    values[last] = parse_yaml(text, f"{flag} {word}", RecipeError)
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import yaml
 
 from muco.base.text import read_text
+from muco.base.yaml_text import parse_yaml
 from muco.dialogue import Positions
 from muco.errors import RecipeError
 from muco.precision import Precision
 from muco.sizes import Adapter, TinyConfig
 from muco.starter import located
 from muco.training.folder import RECIPE_FILE
-from muco.training.read import REFUSED, WITHOUT_EFFECT, build, check_numbers, parse_yaml, set_value
+from muco.training.read import REFUSED, WITHOUT_EFFECT, build, check_numbers, set_value
 from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
 
 
@@ -308,7 +309,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise RecipeError(f"{file}: no such recipe file")
-    values = parse_yaml(read_text(file, RecipeError), str(file))
+    values = parse_yaml(read_text(file, RecipeError), str(file), RecipeError)
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
     for word in overrides:
@@ -372,7 +373,7 @@ def _saved(model: str | Path) -> tuple[str, dict[str, Any] | None]:
     file = cached_file(located(model), RECIPE_FILE, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return "", None
-    values = parse_yaml(read_text(Path(file), RecipeError), file)
+    values = parse_yaml(read_text(Path(file), RecipeError), file, RecipeError)
     return file, values if isinstance(values, dict) and "loss" in values else None
 
 

@@ -17,7 +17,6 @@ from transformers import set_seed
 
 from muco import distributed
 from muco.backbone import merge_adapters
-from muco.data import open_data
 from muco.data.fingerprint import recall, remember
 from muco.data.source import Data
 from muco.errors import RecipeError
@@ -38,7 +37,7 @@ from muco.training.folder import DIGESTS_FILE
 from muco.training.guide import VectorsById, guide_vectors
 from muco.training.look import look, without_effect
 from muco.training.loop import MuCoTrainer
-from muco.training.mixture import Mixture, open_sources
+from muco.training.mixture import Mixture, data_of, open_sources
 from muco.training.precision import uses_autocast
 from muco.training.recipe import Recipe, from_dict, load_recipe, to_dict
 
@@ -69,7 +68,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Tru
         training_arguments(recipe, evaluates=evaluates)
     sources = open_sources(recipe)
     Mixture.of(recipe, [len(source) for source in sources])
-    validation = open_data(held_out.path, held_out.format, held_out.options) if held_out else None
+    validation = data_of(held_out) if held_out else None
     if os.environ.get("RANK", "0") == "0" and (recipe.turns.image_turn or recipe.loss.distillation):
         for said in without_effect(recipe, [*look(sources, recipe.seed, [])]):
             log.warning("%s", said)

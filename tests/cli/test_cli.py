@@ -341,9 +341,9 @@ def test_a_model_is_trained_evaluated_and_used(tmp_path, capfd):
     assert json.loads((output / "retrieval.json").read_text())["tasks"] == tasks
     assert main(wanted) == 0
     assert "within" in capfd.readouterr().out
-    assert main([*wanted, "--dimension", "8", "--precision", "binary", "--json"]) == 0
+    assert main([*wanted, "--dimension", "8", "--storage", "binary", "--json"]) == 0
     short = json.loads(capfd.readouterr().out)
-    assert (short["dimension"], short["precision"]) == (8, "binary")
+    assert (short["dimension"], short["storage"]) == (8, "binary")
     assert main([*wanted, "--dimension", "1000"]) == 1
     assert "cannot be shortened to 1000" in capfd.readouterr().err
 

@@ -285,7 +285,8 @@ sets:
     ("text", "said"),
     [
         ("[1]", "must be a mapping with some of name"),
-        ("{a: [", "not a YAML file"),
+        ("{a: [", "not YAML"),
+        ("name: a\nname: b", "line 1: the key 'name' is there twice"),
         ("name: x\nframs: 8", "unknown key 'frams'; did you mean 'frames'"),
         ("name: x\nframes: '8'\nclip_frames: 8\nsets: {}", "'frames' must be int, not '8'"),
         ("name: x\nframes: 0\nclip_frames: 8\nsets: {}", "must be at least 1"),

@@ -165,10 +165,10 @@ def test_codes_order_candidates_as_an_index_of_them_does(dimension):
     assert metrics.reduced(vectors, "float32") is vectors
 
 
-@pytest.mark.parametrize("precision", ["int8", "binary"])
-def test_no_precision_hides_what_is_not_finite(precision):
+@pytest.mark.parametrize("storage", ["int8", "binary"])
+def test_no_precision_hides_what_is_not_finite(storage):
     vectors = unit(np.random.default_rng(1), 6)
     vectors[2, 3] = np.nan
-    codes = metrics.reduced(vectors, precision)
+    codes = metrics.reduced(vectors, storage)
     assert np.isnan(codes[2]).all() and np.isfinite(np.delete(codes, 2, axis=0)).all()
-    assert np.isnan(metrics.reduced(vectors[2:3], precision)).any()
+    assert np.isnan(metrics.reduced(vectors[2:3], storage)).any()

@@ -402,8 +402,8 @@ def test_two_models_are_compared_query_by_query(tmp_path):
     evaluate_retrieval(Words(), data, output=tmp_path / "b", seed=1)
     with pytest.raises(DataError, match="the data differ"):
         compare(tmp_path / "a", tmp_path / "b")
-    evaluate_retrieval(Words(), data, output=tmp_path / "b", dimension=16, precision="int8")
-    evaluate_retrieval(Blurred(), data, output=tmp_path / "a", dimension=16, precision="int8")
+    evaluate_retrieval(Words(), data, output=tmp_path / "b", dimension=16, storage="int8")
+    evaluate_retrieval(Blurred(), data, output=tmp_path / "a", dimension=16, storage="int8")
     short = compare(*(tmp_path / name / "retrieval-16-int8" for name in ("a", "b")))
     assert short["tasks"].keys() == found["tasks"].keys()
 
@@ -429,15 +429,15 @@ def test_reports_hold_every_task(capsys):
         assert name in text
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
-def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, precision):
+@pytest.mark.parametrize("storage", ["float32", "int8", "binary"])
+def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, storage):
     model, data, cache = Words(), scenes(20), tmp_path / "cache"
     whole = evaluate_retrieval(model, data, cache=cache, output=tmp_path)
     encoded = model.encoded
-    short = evaluate_retrieval(model, data, cache=cache, output=tmp_path, dimension=16, precision=precision)
+    short = evaluate_retrieval(model, data, cache=cache, output=tmp_path, dimension=16, storage=storage)
     assert model.encoded == encoded, "whole vectors are in the cache"
-    assert (short["dimension"], short["precision"]) == (16, precision) and whole["dimension"] == 64
-    name = "retrieval-16.json" if precision == "float32" else f"retrieval-16-{precision}.json"
+    assert (short["dimension"], short["storage"]) == (16, storage) and whole["dimension"] == 64
+    name = "retrieval-16.json" if storage == "float32" else f"retrieval-16-{storage}.json"
     assert json.loads((tmp_path / name).read_text()) == short
 
     class Short(Words):
@@ -445,17 +445,17 @@ def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, precision
             part = super().encode(contents, batch_size=batch_size)[:, :16]
             return part / np.linalg.norm(part, axis=1, keepdims=True)
 
-    assert short["tasks"] == evaluate_retrieval(Short(), data, precision=precision)["tasks"]
+    assert short["tasks"] == evaluate_retrieval(Short(), data, storage=storage)["tasks"]
     hits = [result["tasks"]["image_to_caption"]["mrr"] for result in (short, whole)]
     assert 0.1 < hits[0] < hits[1]
     out = io.StringIO()
     print_results(short, Console(file=out, width=120))
-    assert f"vectors of 16 dimensions, scored in {precision}" in out.getvalue()
+    assert f"vectors of 16 dimensions, scored as {storage}" in out.getvalue()
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
-def test_a_collapsed_model_scores_nothing_at_any_precision(precision):
-    result = evaluate_retrieval(Constant(), scenes(12), precision=precision)
+@pytest.mark.parametrize("storage", ["float32", "int8", "binary"])
+def test_a_collapsed_model_scores_nothing_at_any_precision(storage):
+    result = evaluate_retrieval(Constant(), scenes(12), storage=storage)
     assert result["collapsed"] and result["tasks"]["image_to_caption"]["hit@1"] == 0
 
 

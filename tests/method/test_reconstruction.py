@@ -165,13 +165,13 @@ def test_the_four_terms_equal_a_loop_in_value_and_gradient(monkeypatch, block, j
     found = both(
         lambda sides, hard: reconstruction_info_nce(
             **sides,
-            negatives=hard,
+            hard_negatives=hard,
             temperature=0.3,
             joint=joint,
             sample_ids=ids,
             target_ids=targets,
-            negative_pairs=owners,
-            negative_ids=hard_ids,
+            hard_negative_pairs=owners,
+            hard_negative_ids=hard_ids,
             mask_counterpart=masked,
         )  # fmt: skip
     )
@@ -183,7 +183,7 @@ def test_the_four_terms_equal_a_loop_in_value_and_gradient(monkeypatch, block, j
 def test_by_default_every_pair_is_a_sample_and_every_hard_negative_is_everyones():
     same = normalize(torch.ones(5, 4), dim=1)
     for joint, candidates in ((False, 5), (True, 9)):
-        terms = reconstruction_info_nce(same, same, same, same, negatives=same[:2], joint=joint)
+        terms = reconstruction_info_nce(same, same, same, same, hard_negatives=same[:2], joint=joint)
         assert all(term.item() == pytest.approx(math.log(candidates + 2), abs=1e-4) for term in terms.values())
 
 
@@ -191,7 +191,7 @@ def test_by_default_every_pair_is_a_sample_and_every_hard_negative_is_everyones(
     ("changes", "word"),
     [
         ({"temperature": 0.0}, "temperature"),
-        ({"negatives": torch.ones(1, 4), "target_ids": torch.arange(2)}, "negative_ids"),
+        ({"hard_negatives": torch.ones(1, 4), "target_ids": torch.arange(2)}, "hard_negative_ids"),
     ],
 )
 def test_wrong_arguments_are_named(changes, word):
@@ -217,13 +217,13 @@ def test_the_module_takes_pairs_apart():
             query[[1, 3, 5]],
             vectors[[0, 2, 4]],
             vectors[[1, 3, 5]],
-            negatives=vectors[6:],
+            hard_negatives=vectors[6:],
             temperature=0.3,
             joint=joint,
             sample_ids=torch.tensor([1, 2, 2]),
             target_ids=torch.tensor([5, 7, 6]),
-            negative_pairs=torch.tensor([0, 1]),
-            negative_ids=torch.tensor([7, 9]),
+            hard_negative_pairs=torch.tensor([0, 1]),
+            hard_negative_ids=torch.tensor([7, 9]),
         )
         value = loss.of_vectors(query, vectors, TurnIds.of([one, two, three]))
         assert value.item() == pytest.approx(sum(terms.values()).item() / 4, rel=1e-6)

@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from muco.base.fetch import FetchError, FetchLimits
+from muco.base.fetch import FetchError, FetchLimits, without_query
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.synth import catalogue as catalogue_module
 from muco.synth import pictures as pictures_module
@@ -51,7 +51,7 @@ from muco.synth.pictures import (
     look_at_some,
     perceptual_hash,
 )
-from muco.synth.sources import Picture, Source, open_source, without_query
+from muco.synth.sources import Picture, Source, open_source
 
 SMALL = Filter(min_side=40, max_aspect=2.0)
 

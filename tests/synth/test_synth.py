@@ -194,7 +194,8 @@ def test_prompts_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: [", "not a YAML file"),
+        ("a: [", "not YAML"),
+        ("version: a\nversion: b", "the key 'version' is there twice"),
         ("language: German", "a 'version' of your own"),
         ("version: 1\nlanguge: x", "a 'version' of your own"),
         ("version: a\nlanguge: German", "unknown key 'languge'; did you mean 'language'"),

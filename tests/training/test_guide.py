@@ -87,10 +87,10 @@ def test_a_guide_of_reconstruction_is_one_of_the_contents(joint):
     own, guide, _, _ = batch(0)
     sides = (own[0], own[0], own[1], own[1])
     known = GuideVectors(*guide)
-    terms = reconstruction_info_nce(*sides, negatives=own[2], temperature=0.1, joint=joint, guide=known)
-    plain = reconstruction_info_nce(*sides, negatives=own[2], temperature=0.1, joint=joint)
+    terms = reconstruction_info_nce(*sides, hard_negatives=own[2], temperature=0.1, joint=joint, guide=known)
+    plain = reconstruction_info_nce(*sides, hard_negatives=own[2], temperature=0.1, joint=joint)
     nothing = reconstruction_info_nce(
-        *sides, negatives=own[2], temperature=0.1, joint=joint, guide=GuideVectors(*guide, margin=3.0)
+        *sides, hard_negatives=own[2], temperature=0.1, joint=joint, guide=GuideVectors(*guide, margin=3.0)
     )
     assert all(terms[name] < plain[name] for name in plain) and all(term == 0 for term in nothing.values())
 

@@ -47,6 +47,8 @@ def test_what_is_written_is_read_back(tmp_path):
         (GOOD + "turns: {order: true}", ["turns.order"]),
         (GOOD + "output: again", ["output", "twice"]),
         (GOOD + "seed: [1", ["not YAML"]),
+        (GOOD + "seed: 2024-13-45", ["month must be in 1..12"]),
+        (GOOD + "seed: " + "[" * 2000, ["nested too deep"]),
         (GOOD + "trainer: {seed: 1}", ["trainer.seed"]),
         (GOOD + "model2: 3", ["model2", "model"]),
         ("output: x\nmodel: {}\ndata: {train: [{path: a}]}", ["exactly one"]),
