@@ -11,8 +11,8 @@ embedded once, in an order that the order of rows does not change.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ OFFICIAL = {
     "identity": "official names: the text; the image's path; or, where queries have images, path and caption; of "
     "candidates with one name the first content counts; copies of the ground truth are no rivals"
 }
-
-log = logging.getLogger(__name__)
 
 
 def evaluate_mmeb(
@@ -82,13 +80,8 @@ def evaluate_mmeb(
     rules = RULES | (OFFICIAL if official else {})
     # Paths of images are on the page, so results found again must be of this folder. The draw is in the fingerprint.
     places = sorted({str(source.images.resolve()) for source in sources})
-
-    def work(task: MmebTask) -> TaskResult:
-        log.info("%s: %d queries, %d contents", task.name, len(task.queries), len(task.needed))
-        return task.score(model, batch_size, run.cache(task.fingerprint), progress)
-
     opened = (MmebTask(source, queries, seed, official=official, skip_broken=skip_broken) for source in sources)
-    results = run.score(opened, work, {"rules": rules, "images": places})
+    results = run.score(opened, partial(MmebTask.score, run=run, progress=progress), {"rules": rules, "images": places})
     groups, overall = aggregates({result.name: result.score for result in results})
     settings = {
         "tasks": "all" if chosen == NAMES else list(chosen),

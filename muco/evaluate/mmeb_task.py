@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,10 @@ from muco.dialogue import Content
 from muco.errors import DataError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import FAILURES, FOUND, Failure, Outcome, Progress, Shown, TaskResult, gate
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache
+from muco.evaluate.cache import Book
+from muco.evaluate.driver import Benchmark
+
+log = logging.getLogger(__name__)
 
 METRIC = "hit@1"
 
@@ -138,12 +142,11 @@ class MmebTask:
         ranked = {self.content(key) for asked in self.queries for key in asked.candidates}
         return ({asked.query for asked in self.queries} | ranked) & self.book.contents.keys()
 
-    def score(
-        self, model: Embedder, batch_size: int, cache: EmbeddingCache | None, progress: Progress | None
-    ) -> TaskResult:
+    def score(self, run: Benchmark, progress: Progress | None) -> TaskResult:
         """Encodes what the cache lacks and ranks every list; call it on every process alike."""
-        how = {"cache": cache, "shared": True, "progress": progress}
-        vectors, row_of = self.book.vectors(model, batch_size, self.needed, **how)
+        log.info("%s: %d queries, %d contents", self.name, len(self.queries), len(self.needed))
+        how = {"cache": run.cache(self.fingerprint), "shared": True, "progress": progress}
+        vectors, row_of = self.book.vectors(run.model, run.batch_size, self.needed, **how)
         lost = {*self.left_out.reasons, *(name for name, key in self.content_of.items() if key in self.left_out)}
         self.queries = [replace(asked, lost=lost) for asked in self.queries]
         pool = sorted({row_of[self.content(key)] for asked in self.queries for key in asked.places})

@@ -12,10 +12,9 @@ Data sets are read and scored one after another; each is done once, see :mod:`mu
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,6 @@ OFFICIAL: dict[str, str] = {
     "visdoc": "grades in the order of the judgements go to the right pages in the order of their ids, one of "
     "the orders that the official code may give them",
 }
-
-log = logging.getLogger(__name__)
 
 Source = MMEBSet | VideoSet | VisdocSet
 
@@ -232,12 +229,7 @@ class Scoring:
 
     def _lists(self, source: ListSource, modality: Modality, folder: Path) -> TaskResult:
         task = MmebTask(source, self.queries, self.seed, official=self.official, skip_broken=self.run.skip_broken)
-        log.info("%s: %d queries, %d contents", task.name, len(task.queries), len(task.needed))
-
-        def work(task: MmebTask) -> TaskResult:
-            run = self.run
-            return task.score(run.model, run.batch_size, run.cache(task.fingerprint), self.progress)
-
+        work = partial(MmebTask.score, run=self.run, progress=self.progress)
         key = {"rules": self._rules(modality), "images": str(folder.resolve())}
         return self.run.score([task], work, key)[0]
 
@@ -254,7 +246,7 @@ class Scoring:
             metric="hit@1" if video else f"ndcg@{K}",
             measures=HITS if video else GRADED,
             depth=DEPTH,
-            chance=functools.partial(chance_of_hit, k=1) if video else functools.partial(chance_of_ndcg, k=K),
+            chance=partial(chance_of_hit, k=1) if video else partial(chance_of_ndcg, k=K),
             facts=facts,
             warnings=judged.warnings,
             cached_as=f"MMEB-V2 {name}",
@@ -279,10 +271,10 @@ def exponential_ndcg(found: Sequence[str], grades: Mapping[str, int], k: int) ->
     return metrics.ndcg_at(found, {id: 2 ** max(0, grade) - 1 for id, grade in grades.items()}, k)
 
 
-HITS: dict[str, Measure] = {f"hit@{k}": functools.partial(metrics.hit_at, k=k) for k in (1, 5)}
+HITS: dict[str, Measure] = {f"hit@{k}": partial(metrics.hit_at, k=k) for k in (1, 5)}
 GRADED: dict[str, Measure] = {
-    f"ndcg@{K}": functools.partial(metrics.ndcg_at, k=K),
-    f"ndcg_exp@{K}": functools.partial(exponential_ndcg, k=K),
-    "hit@1": functools.partial(metrics.hit_at, k=1),
-    f"recall@{K}": functools.partial(metrics.recall_at, k=K),
+    f"ndcg@{K}": partial(metrics.ndcg_at, k=K),
+    f"ndcg_exp@{K}": partial(exponential_ndcg, k=K),
+    "hit@1": partial(metrics.hit_at, k=1),
+    f"recall@{K}": partial(metrics.recall_at, k=K),
 }

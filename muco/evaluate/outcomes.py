@@ -171,12 +171,17 @@ def score_queries(
     outcomes, run, tied = [], {}, 0
     for number, query in enumerate(queries):
         ids, counted, found = searched.found(number)
+        right = np.array([query.grades.get(id, 0) > 0 for id in counted], dtype=bool)
         if ties == "lost":
-            order = losing_ties(np.array([query.grades.get(id, 0) > 0 for id in counted], dtype=bool), found)
-            ids, counted, found = [ids[i] for i in order], [counted[i] for i in order], found[order]
+            order = losing_ties(right, found)
+            ids, counted, found, right = (
+                [ids[i] for i in order],
+                [counted[i] for i in order],
+                found[order],
+                right[order],
+            )
         for name, measure in measures.items():
             values[name].append(measure(counted, query.grades))
-        right = np.array([query.grades.get(id, 0) > 0 for id in counted], dtype=bool)
         rank = None
         if right.any():
             rank = int(right.argmax()) + 1

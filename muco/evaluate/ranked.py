@@ -1,6 +1,6 @@
 """Queries with graded judgements, asked of pools: embedding, searching, scoring.
 
-M-BEIR and BEIR-like sets differ in their files only; from here on they are the same::
+M-BEIR, BEIR-like sets and the pools of MMEB-V2 differ in their files only; from here on they are the same::
 
     queries ─JudgedQueries─▶ vectors ┐
     pools ───embed_pool────▶ shards ─┴─search─▶ rows, scores ─outcomes.py─▶ measures, outcomes, failures, warnings

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -31,14 +31,24 @@ INCOMPLETE = "not all tasks were scored"
 
 def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     """Prints tasks, groups and overall of a :meth:`muco.evaluate.driver.Benchmark.result`, and every warning."""
-    table = table_of_numbers(f"{title_of(result)}, %", columns_of(result))
-    for cells in task_rows(result):
+    _print_scores(result, columns_of(result), task_rows(result), (), console)
+
+
+def _print_scores(
+    result: Mapping[str, Any],
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    notes: Sequence[str],
+    console: Console,
+) -> None:
+    table = table_of_numbers(f"{title_of(result)}, %", columns)
+    for cells in rows:
         table.add_row(*map(Text, cells))
     table.add_section()
     for name, score in group_rows(result):
         table.add_row(Text(name), "", Text(score), style="bold")
-    notes = (f"{name} {value}" for name, value in origin(result).items())
-    print_report(table, warnings_of(result), notes, console)
+    origins = (f"{name} {value}" for name, value in origin(result).items())
+    print_report(table, warnings_of(result), (*notes, *origins), console)
 
 
 def benchmark_markdown(result: Mapping[str, Any]) -> str:
@@ -186,17 +196,10 @@ def percent(share: float | None) -> str:
 
 def print_mteb(result: Mapping[str, Any], console: Console) -> None:
     """Prints tasks and means of an ``evaluate_mteb``, and every warning."""
-    table = table_of_numbers(f"{title_of(result)}, %", ("task", "metric", "score"))
-    for name, task in result["tasks"].items():
-        table.add_row(Text(name), Text(task["metric"]), Text(percent(task["score"])))
-    table.add_section()
-    for name, score in group_rows(result):
-        table.add_row(Text(name), "", Text(score), style="bold")
+    rows = [(name, task["metric"], percent(task["score"])) for name, task in result["tasks"].items()]
     reused = sum(task["reused"] for task in result["tasks"].values())
-    notes = (f"{name} {value}" for name, value in origin(result).items())
-    print_report(
-        table, warnings_of(result), (f"{reused} of {len(result['tasks'])} tasks were found done", *notes), console
-    )
+    found = f"{reused} of {len(result['tasks'])} tasks were found done"
+    _print_scores(result, ("task", "metric", "score"), rows, [found], console)
 
 
 RETRIEVAL_COLUMNS = ("task", "queries", "candidates", "hit@1", "hit@5", "hit@10", "MRR", "chance@1")

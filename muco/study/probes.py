@@ -10,12 +10,8 @@ import torch
 
 from muco.data.source import Data, InMemory
 from muco.model import Model
-from muco.training.batches import TrainingBatches
-from muco.training.blind import pictured
-from muco.training.mixture import Mixture
+from muco.training.blind import BATCHES, SAMPLES, pictured, whole_batches
 from muco.training.recipe import Recipe
-
-SAMPLES, BATCHES = 32, 4  # dialogues per search, and searches
 
 
 def turns_found(
@@ -57,7 +53,7 @@ def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
     """How well query and target dialogues are matched with their own, black, and other samples' images.
 
     Takes all turns of a sample, in an order drawn as in the training of ``recipe``, among ``SAMPLES`` samples; mean
-    over ``BATCHES`` draws.
+    over ``BATCHES`` batches.
 
     Returns:
         ``leak/{sighted,blank,swapped}/{turns,dialogues}``: shares by :func:`turns_found` and :func:`dialogues_found`.
@@ -78,15 +74,10 @@ def leak(model: Model, data: Data, recipe: Recipe) -> dict[str, float]:
 @torch.inference_mode()
 def _dialogues(model: Model, rows: InMemory, recipe: Recipe, *, blind: bool) -> list[tuple[np.ndarray, ...]]:
     """Query and target vectors, ids of samples and of targets, of batches of whole samples as in training."""
-    size = min(SAMPLES, len(rows))
-    mode = "isolated" if recipe.turns.mode == "reconstruction" else recipe.turns.mode
-    turns = replace(recipe.turns, mode=mode, limit=None, image_turn=None)
-    mixture = Mixture([len(rows)], [1.0], size, recipe.seed)
-    batches = TrainingBatches([rows], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=blind)
+    turns = replace(recipe.turns, limit=None, image_turn=None)
     model.eval()
     made = []
-    for step in range(len(rows) // size):
-        batch = batches[step]
+    for batch in whole_batches(model, rows, recipe, turns, blind=blind):
         query, target = (model.embed(batch[side]).cpu().numpy() for side in ("query", "target"))
         ids = batch["ids"]
         made.append((query, target[ids.target_rows.numpy()], ids.sample_ids.numpy(), ids.target_ids.numpy()))

@@ -7,6 +7,7 @@ which only the training loss shows.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -18,9 +19,9 @@ from muco.loss import MultiTurnLoss, chance_level
 from muco.model import Model
 from muco.training.batches import TrainingBatches
 from muco.training.mixture import Mixture
-from muco.training.recipe import Recipe
+from muco.training.recipe import Recipe, TurnsRecipe
 
-SAMPLES, BATCHES = 32, 4
+SAMPLES, BATCHES = 32, 4  # of a batch, and batches
 BELOW = 0.9  # of the chance level: what the wording of questions tells about answers stays above this on our data
 
 
@@ -28,6 +29,21 @@ def pictured(data: Data, limit: int) -> InMemory:
     """The first ``limit`` samples that have an image; the others need none to be answered."""
     rows = (data[index] for index in range(len(data)))
     return InMemory(islice((sample for sample in rows if sample.images), limit))
+
+
+def whole_batches(
+    model: Model, samples: InMemory, recipe: Recipe, turns: TurnsRecipe, *, blind: bool
+) -> Iterator[dict[str, Any]]:
+    """Training batches of ``SAMPLES`` samples, or of all if they are fewer; what is left over goes.
+
+    Reconstruction counts as isolated turns: its hidden texts give the answers away, as they are meant to.
+    """
+    size = min(SAMPLES, len(samples))
+    if turns.mode == "reconstruction":
+        turns = replace(turns, mode="isolated")
+    mixture = Mixture([len(samples)], [1.0], size, recipe.seed)
+    batches = TrainingBatches([samples], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=blind)
+    return (batches[step] for step in range(len(samples) // size))
 
 
 @torch.inference_mode()
@@ -43,16 +59,10 @@ def blind_loss(model: Model, data: Data, recipe: Recipe) -> dict[str, Any] | Non
     size = min(SAMPLES, len(samples))
     if size < 2:
         return None
-    mixture = Mixture([len(samples)], [1.0], size, recipe.seed)
-    turns = recipe.turns
-    if turns.mode == "reconstruction":  # its hidden texts give the answers away, as they are meant to
-        turns = replace(turns, mode="isolated")
-    batches = TrainingBatches([samples], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=True)
     loss = MultiTurnLoss(model, temperature=recipe.loss.temperature)
     model.eval()
     values, chances = [], []
-    for step in range(len(samples) // size):
-        batch = batches[step]
+    for batch in whole_batches(model, samples, recipe, recipe.turns, blind=True):
         ids = batch["ids"].to(model.device)
         values.append(loss([batch["query"], batch["target"]], ids).item())
         chances.append(min(math.log(size), chance_level(ids.sample_ids, ids.target_ids)))

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from muco.base.machine import machine, machine_in_words, usable_cores
+
 LARGE = """
 import resource, sys
 from muco.base.machine import keep_freed_memory
@@ -49,3 +51,12 @@ def test_what_is_there_is_left_out_of_later_collections():
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     before, frozen, looked_at = map(int, done.stdout.split())
     assert frozen > 0.9 * before and looked_at < 0.1 * before
+
+
+def test_a_machine_in_words_names_what_computes():
+    here = machine()
+    assert here["cores"] == usable_cores() and here["threads"] >= 1
+    made = {"processor": "P", "cores": 2, "device": "cpu"}
+    assert machine_in_words(made) == "P (2 cores)" and machine_in_words(made | {"cores": 1}) == "P (1 core)"
+    assert machine_in_words(made | {"device": "NVIDIA H200"}) == "NVIDIA H200 (2 cores)"
+    assert machine_in_words(made | {"processor": None}) == "an unnamed processor (2 cores)"
