@@ -89,7 +89,7 @@ class OurStep:
 
 def make_step(bench: Bench, cell: Cell, turns: int) -> OurStep | StockStep:
     if cell.library:
-        return StockStep(bench, bench.samples["isolated"], turns, cell.mini_batch, cell.mini_tokens)
+        return StockStep(bench, turns, cell.mini_batch, cell.mini_tokens)
     return OurStep(bench, cell, turns)
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole GPU run, at the shapes of Qwen2-VL-2B with random weights: one command, under 9 minutes on an 80 GB GPU, no
-# network (padding needs no GPU). From the root of the repository: bash benchmarks/gpu.sh [FOLDER]   (results; default benchmarks/results)
+# network. Padding is left out, which needs no GPU. From the root of the repository: bash benchmarks/gpu.sh [FOLDER]
+# FOLDER: of the results, by default benchmarks/results.
 # PYTHON chooses the interpreter, SECONDS_IN_ALL the time after which what is left is not begun.
 set -u
 output=${1:-benchmarks/results}
@@ -24,7 +25,8 @@ part() { # seconds, arguments
     ${EXTRA:-} || { echo "failed or stopped: $*" >&2; failed=1; }
 }
 
-part 170 --parts utilisation
-part 240 --parts baseline
-part 190 --parts cache memory loader
+part 150 --parts utilisation
+part 230 --parts baseline
+part 130 --parts cache memory
+part 120 --parts loader
 exit $failed

@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         times = [timed(bench, lambda: step(ready)) for _ in range(settings.rounds + 1)][1:]
         alone = statistics.median(times)
         for workers in args.workers:
-            first, waves = ahead(workers), max(1, workers) * 4 * settings.rounds
+            first, waves = ahead(workers), max(1, workers) * (4 if workers <= FED else 1) * settings.rounds
             loading = loading_seconds(step_loader(data, bench.processor, workers, first + waves), first)
             fed = None
             if workers <= FED:
@@ -148,7 +148,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         f"Files: JPEG of {size / 1e3:.0f} kB on average, from the file cache. The step alone, its batch ready in "
         f"memory: {settings.images / alone:.3g} samples / s, gradient cache, chunks of {args.rows[0]}. *Loader*: "
         "nothing else runs. *Fed*: the step takes its parts from the loader, on the same cores; *waiting* is the share "
-        "of its time in which it had none. Left out: the steps that workers have made before the first is asked for."
+        f"of its time in which it had none, not measured beyond {FED} workers. Left out: the steps that workers have "
+        "made before the first is asked for."
     ]
     rows = []
     for cell in cells:

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,13 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
 
 def resident(pid: int) -> int:
     """Bytes that a process and those that it has started hold; what they share counts for each."""
-    try:
+    held = 0
+    with suppress(psutil.NoSuchProcess):  # the first has ended
         process = psutil.Process(pid)
-        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
-    except psutil.NoSuchProcess:  # one has ended
-        return 0
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                held += one.memory_info().rss
+    return held
 
 
 def seconds_by_part(process: subprocess.Popen) -> dict[str, float]:

@@ -92,17 +92,16 @@ class StockStep:
     """The training step of the plain way: called, it leaves the gradients in the parameters.
 
     Args:
-        samples: Whose turns become pairs.
+        turns: Of every sample of the bench; each becomes a pair.
         mini_batch: Pairs that pass through the model together.
         mini_tokens: Most tokens that do, without padding, instead of a number of pairs.
     """
 
-    def __init__(
-        self, bench: Bench, samples: Sequence[Sample], turns: int, mini_batch: int, mini_tokens: int | None = None
-    ) -> None:
+    def __init__(self, bench: Bench, turns: int, mini_batch: int, mini_tokens: int | None = None) -> None:
         self.device = bench.settings.device
         if turns not in bench.pairs:
-            bench.pairs[turns] = [features_of(side, bench.processor) for side in pairs_of(samples, turns)]
+            sides = pairs_of(bench.samples["isolated"], turns)
+            bench.pairs[turns] = [features_of(side, bench.processor) for side in sides]
         self.features = bench.pairs[turns]
         self.loss = CachedMultipleNegativesRankingLoss(
             stock_model(bench),

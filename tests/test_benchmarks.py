@@ -100,7 +100,7 @@ def test_the_plain_way_equals_ours_at_one_turn(bench, mini_batch):
     """Same vectors, same loss, same gradient, through the library's own cutting of the batch."""
     batch = bench.on_device(bench.collate("isolated", 1))
     query, target = (bench.model.embed(batch[side]) for side in ("query", "target"))
-    step = script("stock").StockStep(bench, bench.samples["isolated"], 1, mini_batch)
+    step = script("stock").StockStep(bench, 1, mini_batch)
     for side, ours in zip(step.features, (query, target), strict=True):
         torch.testing.assert_close(step.loss.model(dict(side))["sentence_embedding"], ours, atol=1e-6, rtol=0)
     bench.optimizer.zero_grad()
@@ -119,7 +119,7 @@ def test_the_plain_way_equals_ours_at_one_turn(bench, mini_batch):
 def test_the_plain_way_has_the_pairs_of_all_turns(bench):
     """Isolated turns in one pass and the library's single-turn pairs are the same vectors, in the same order."""
     batch = bench.on_device(bench.collate("isolated", 7))
-    step = script("stock").StockStep(bench, bench.samples["isolated"], 7, 4)
+    step = script("stock").StockStep(bench, 7, 4)
     for side, name in zip(step.features, ("query", "target"), strict=True):
         pairs = step.loss.model(dict(side))["sentence_embedding"]
         assert len(pairs) == 21

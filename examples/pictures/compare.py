@@ -7,7 +7,7 @@
 ``halves``: what the starter owes to its halves and to its kind of turns, on the drawings and emoji that
 ``make pictures`` or ``make starter`` wrote; scores are on held-out drawings by their titles. ``demo``: whether
 ``make demo`` should train the starter's base. ``turns``: the questions of ``muco study turns`` and ``compounding`` on
-real pictures, from a base whose connector has learnt to answer. They resume, and write a table with intervals to
+real pictures, from a base whose connector was trained to answer. They resume, and write a table with intervals to
 ``<output>/README.md``, like ``muco study``.
 """
 
@@ -239,7 +239,7 @@ def turns(pictures: Path, source: Path | None) -> Study:
         curve=Curve(MEASURE, points=4, reach=5.0),
         spread=SPREAD,
         notes=(
-            "Every run starts from the same file: the base of published halves, whose connector has learnt to answer "
+            "Every run starts from the same file: the base of published halves, whose connector was trained to answer "
             "the questions of half of the training pictures; `data/start/generative.json` says how well. All train the "
             "connector and adapters on the other half, with its titles, keywords and the names of the tower's classes, "
             "in bfloat16. Rates are constant after a short rise.",

@@ -105,7 +105,7 @@ class Mark:
 def chart(title: str, lines: Mapping[str, Sequence[Mark]], *, across: str, upwards: str) -> str:
     """An SVG of lines with their names beside; ``across`` and ``upwards`` name the axes; the y axis holds zero.
 
-    Lines beyond as many as there are colours are dashed, with squares.
+    When every colour is used, further lines are dashed, with square marks.
     """
     lines = {name: [mark for mark in marks if not math.isnan(mark.y)] for name, marks in lines.items()}
     marks = [mark for own in lines.values() for mark in own] or [Mark(1, 0)]

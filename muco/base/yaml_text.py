@@ -9,12 +9,14 @@ import yaml
 
 from muco.errors import MucoError
 
+MERGE = "tag:yaml.org,2002:merge"  # "<<", which takes in the keys of another group
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but ``2e-5`` is a number and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} is there twice")

@@ -166,7 +166,7 @@ def test_codes_order_candidates_as_an_index_of_them_does(dimension):
 
 
 @pytest.mark.parametrize("storage", ["int8", "binary"])
-def test_no_precision_hides_what_is_not_finite(storage):
+def test_no_storage_hides_what_is_not_finite(storage):
     vectors = unit(np.random.default_rng(1), 6)
     vectors[2, 3] = np.nan
     codes = metrics.reduced(vectors, storage)

@@ -454,7 +454,7 @@ def test_shorter_vectors_and_codes_are_scored_from_the_cache(tmp_path, storage):
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8", "binary"])
-def test_a_collapsed_model_scores_nothing_at_any_precision(storage):
+def test_a_collapsed_model_scores_nothing_in_any_storage(storage):
     result = evaluate_retrieval(Constant(), scenes(12), storage=storage)
     assert result["collapsed"] and result["tasks"]["image_to_caption"]["hit@1"] == 0
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import muco
+from muco.base.yaml_text import parse_yaml
 from muco.training.recipe import dump_recipe, from_dict, load_recipe
 
 GOOD = "output: runs/x\nmodel: {path: some/model}\ndata: {train: [{path: a.jsonl}]}\n"
@@ -32,6 +33,11 @@ def test_what_is_written_is_read_back(tmp_path):
     )
     assert recipe.turns.order == 4 and recipe.loss.temperature == 0.05 and recipe.model.adapter.kind == "dora"
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_a_group_takes_in_the_keys_of_another():
+    found = parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2e-1}", "here", muco.RecipeError)
+    assert found == {"a": {"b": 1}, "c": {"b": 1, "d": 0.2}}
 
 
 @pytest.mark.parametrize(
