@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -152,33 +153,33 @@ def test_a_cell_attends_as_it_says_and_only_its_language_model():
         assert bench.backbone.config.vision_config._attn_implementation == tower
 
 
-def test_a_cell_that_fails_leaves_the_others(monkeypatch, capsys):
-    """One that fails before, and one within the rounds; and a part that fails leaves the other parts."""
-    cells, steps = script("cells"), script("steps")
-    bench, whole = make_bench(), cells.Cell()
-    never, later = cells.Cell(attention="none such"), cells.Cell(rows=1)
-    make = cells.make_step
+def test_a_cell_that_fails_leaves_the_others(monkeypatch):
+    """One that fails before the rounds, and one within them."""
+    cells = script("cells")
+    bench, never, later, whole = make_bench(), cells.Cell(attention="none such"), cells.Cell(rows=1), cells.Cell()
 
-    def made(bench, cell, turns):
-        step, left = make(bench, cell, turns), iter([True, True])
+    class OutOfMemory(cells.OurStep):
+        calls = 0
 
-        def fails():
-            if cell is later and not next(left, False):
+        def __call__(self):
+            self.calls += 1
+            if self.cell is later and self.calls == 3:  # the first is not counted
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return step()
+            return super().__call__()
 
-        fails.report = property(lambda self: step.report)
-        return type("Step", (), {"__call__": lambda self: fails(), "report": fails.report})()
-
-    monkeypatch.setattr(cells, "make_step", made)
+    monkeypatch.setattr(cells, "make_step", OutOfMemory)
     found = {cell["name"]: cell for cell in cells.measure(bench, [never, later, whole], 1, 2, count=False)}
     assert len(found[whole.name]["seconds"]) == 2 and "failed" not in found[whole.name]
     assert "none such" in found[never.name]["failed"] and "out of memory" in found[later.name]["failed"]
     assert all(parameter.grad is None for parameter in bench.model.parameters())
 
-    done = []
-    monkeypatch.setitem(steps.PARTS, "cache", lambda args, argv: 1 / 0)
-    monkeypatch.setitem(steps.PARTS, "memory", lambda args, argv: done.append("memory"))
+
+def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = spec_from_file_location("steps_of_benchmarks", ROOT / "benchmarks" / "steps.py")
+    steps, done = module_from_spec(spec), []
+    spec.loader.exec_module(steps)
+    steps.PARTS |= {"cache": lambda args, argv: 1 / 0, "memory": lambda args, argv: done.append("memory")}
     with pytest.raises(SystemExit, match="failed: cache"):
         steps.main(["--parts", "cache", "memory", "--quick", "--output", "unused"])
     assert done == ["memory"] and "ZeroDivisionError" in capsys.readouterr().err
