@@ -70,13 +70,13 @@ class OurStep:
         self.bench, self.cell, self.turns = bench, cell, turns
         first = bench.collate(cell.mode, turns)
         self.length = first["query"]["input_ids"].shape[1]
-        self.ready = None if cell.streamed else list(self._parts())
+        self.ready = None if cell.streamed else [first, *self._parts(1)]
         budget = None if cell.rows is None else cell.rows * self.length
         self.step = TrainingStep(bench.model, bench.loss, token_budget=budget, autocast=bench.autocast)
         self.asked = self.step.token_budget
 
-    def _parts(self) -> Iterator[dict[str, Any]]:
-        return (self.bench.collate(self.cell.mode, self.turns, part) for part in range(self.cell.parts))
+    def _parts(self, first: int = 0) -> Iterator[dict[str, Any]]:
+        return (self.bench.collate(self.cell.mode, self.turns, part) for part in range(first, self.cell.parts))
 
     def __call__(self) -> Tensor:
         report = self.step(self._parts() if self.ready is None else self.ready)
@@ -141,15 +141,20 @@ def measure(
     """Rounds through all cells in turn, so that drift cancels; before them each cell once, uncounted.
 
     Args:
-        count: Count the operations in the uncounted step.
+        count: Count the operations in the uncounted step; the library's cells make the same ones, which are counted
+            once.
     Returns:
         Per cell its fields, ``seconds`` per round, what :func:`operations` counts, ``chunks`` of our ways and, on a
         GPU, ``memory`` in bytes. A cell that cannot be measured has ``failed``, the reason, in place of all that.
     """
     steps = [make_step(bench, cell, turns) for cell in cells]
     results = [asdict(cell) | {"name": cell.name, "seconds": []} for cell in cells]
+    librarys: dict[str, int] = {}
     for cell, step, result in zip(cells, steps, results, strict=True):
-        result |= _warm_up(bench, cell, step, count)
+        known = librarys if cell.library else {}
+        result |= known | _warm_up(bench, cell, step, count and not known)
+        if cell.library and count and "failed" not in result:
+            librarys = {key: result[key] for key in ("operations", "images_seen")}
         say(f"{cell.name}: {result.get('failed', 'ready')}")
     for number in range(rounds):
         for cell, step, result in zip(cells, steps, results, strict=True):

@@ -123,16 +123,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Writes loader-DEVICE.json and .md."""
     settings = settings_of(args, images=args.loader_images)
     bench = Bench(settings)
-    cells = []
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "cells": []}
     with tempfile.TemporaryDirectory() as folder:
         data = photographs(bench, Path(folder))
-        size = statistics.mean(file.stat().st_size for file in Path(folder).iterdir())
+        result["file_bytes"] = statistics.mean(file.stat().st_size for file in Path(folder).iterdir())
         ready = [part for batch in step_loader(data, bench.processor, 0, 1) for part in batch["parts"]]
         length = ready[0]["query"]["input_ids"].shape[1]
         step = TrainingStep(bench.model, bench.loss, token_budget=args.rows[0] * length, autocast=bench.autocast)
         configure(bench, Cell())
-        times = [timed(bench, lambda: step(ready)) for _ in range(settings.rounds + 1)][1:]
-        alone = statistics.median(times)
+        result["step"] = [timed(bench, lambda: step(ready)) for _ in range(settings.rounds + 1)][1:]
         for workers in args.workers:
             first, waves = ahead(workers), max(1, workers) * (4 if workers <= FED else 1) * settings.rounds
             loading = loading_seconds(step_loader(data, bench.processor, workers, first + waves), first)
@@ -140,29 +139,28 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             if workers <= FED:
                 steps = step_loader(data, bench.processor, workers, first + max(1, workers) * settings.rounds)
                 fed = fed_seconds(bench, step, steps, first)
-            cells.append({"workers": workers, "loading": loading, "fed": fed})
+            result["cells"].append({"workers": workers, "loading": loading, "fed": fed})
             say(f"loader with {workers} workers")
-    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "step": times}
-    result |= {"file_bytes": size, "cells": cells, "budget": step.token_budget}
+            result["budget"] = step.token_budget
+            write(args.output, f"loader-{device_name(settings)}", result, markdown(result, args.rows[0]))
+
+
+def markdown(result: dict[str, Any], chunk: int) -> str:
+    images, alone = result["settings"]["images"], statistics.median(result["step"])
     notes = [
-        f"Files: JPEG of {size / 1e3:.0f} kB on average, from the file cache. The step alone, its batch ready in "
-        f"memory: {settings.images / alone:.3g} samples / s, gradient cache, chunks of {args.rows[0]}. *Loader*: "
+        f"Files: JPEG of {result['file_bytes'] / 1e3:.0f} kB on average, from the file cache. The step alone, its "
+        f"batch ready in memory: {images / alone:.3g} samples / s, gradient cache, chunks of {chunk}. *Loader*: "
         "nothing else runs. *Fed*: the step takes its parts from the loader, on the same cores; *waiting* is the share "
         f"of its time in which it had none, not measured beyond {FED} workers. Left out: the steps that workers have "
         "made before the first is asked for."
     ]
     rows = []
-    for cell in cells:
-        loading = settings.images * len(cell["loading"]) / sum(cell["loading"])
+    for cell in result["cells"]:
+        loading = images * len(cell["loading"]) / sum(cell["loading"])
         fed = ("–", "–")
         if cell["fed"]:
             seconds, waited = (sum(values) for values in zip(*cell["fed"], strict=True))
-            fed = f"{settings.images * len(cell['fed']) / seconds:.3g}", f"{waited / seconds:.1%}"
-        rows.append((cell["workers"], f"{loading:.3g}", f"**{loading * alone / settings.images:.1f}**", *fed))
+            fed = f"{images * len(cell['fed']) / seconds:.3g}", f"{waited / seconds:.1%}"
+        rows.append((cell["workers"], f"{loading:.3g}", f"**{loading * alone / images:.1f}**", *fed))
     header = "workers | loader samples / s | × the step alone | fed samples / s | waiting"
-    write(
-        args.output,
-        f"loader-{device_name(settings)}",
-        result,
-        page("The loader against the step", result, notes, header, rows),
-    )
+    return page("The loader against the step", result, notes, header, rows)

@@ -35,21 +35,24 @@ def baseline(args: argparse.Namespace, argv: Sequence[str]) -> None:
         *(Cell(library=True, mini_batch=size) for size in args.mini_batches),
         *(Cell(library=True, mini_tokens=tokens) for tokens in args.mini_tokens),
     ]
-    summary, kept, failed = [], [], []
-    for turns in dict.fromkeys((1, args.turns)):
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
+    result |= {"summary": [], "cells": [], "failed": []}
+    for turns in dict.fromkeys((args.turns, 1)):
         # of one turn, both modes are the same computation, and a chunk of one image is its pair
         own = [cell for cell in cells if cell.library or turns > 1 or cell.mode == MODES[0]]
         measured = measure(Bench(settings), own, turns, settings.rounds)
         if settings.device == "cpu":
-            for result, memory in zip(measured, measure_memory(settings, own, turns), strict=True):
-                result["memory"] = memory
-                say(f"memory of {result['name']}, k = {turns}")
-        kept += [result | {"turns": turns} for result in measured]
-        failed += failures(measured)
-        found = compare([result for result in measured if "failed" not in result], settings.images * turns)
-        summary += [row | {"turns": turns} for row in found]
-    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
-    result |= {"summary": summary, "cells": kept, "failed": failed}
+            for cell, memory in zip(measured, measure_memory(settings, own, turns), strict=True):
+                cell["memory"] = memory
+                say(f"memory of {cell['name']}, k = {turns}")
+        result["cells"] += [cell | {"turns": turns} for cell in measured]
+        result["failed"] += failures(measured)
+        found = compare([cell for cell in measured if "failed" not in cell], settings.images * turns)
+        result["summary"] += [row | {"turns": turns} for row in found]
+        write(args.output, f"baseline-{device_name(settings)}", result, baseline_page(result, settings))
+
+
+def baseline_page(result: dict[str, Any], settings: Settings) -> str:
     notes = [
         f"{settings.images} images per step with k pairs each. *Library*: the pairs as single-turn pairs (image and "
         "question, answer) under CachedMultipleNegativesRankingLoss of sentence-transformers, on the same backbone "
@@ -63,15 +66,10 @@ def baseline(args: argparse.Namespace, argv: Sequence[str]) -> None:
             *(f"**{row['speed']:.2f}**", f"{row['operations'] / 1e12:.3g}", row["images_seen"], mib(row["peak"])),
             *(f"**{row['peak_ratio']:.2f}**", mib(row["peak"] - row["resting"]), f"{row['step_ratio']:.2f}"),
         )
-        for row in summary
+        for row in result["summary"]
     ]
     header = "k | way | s / step | pairs / s | × | TFLOP | images seen | peak MiB | × | peak over resting MiB | ×"
-    write(
-        args.output,
-        f"baseline-{device_name(settings)}",
-        result,
-        page("MuCo against the plain way", result, notes, header, rows),
-    )
+    return page("MuCo against the plain way", result, notes, header, rows)
 
 
 def compare(measured: Sequence[dict[str, Any]], pairs: int) -> list[dict[str, Any]]:
@@ -101,7 +99,7 @@ def cache(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """The cached step against the plain one, with frozen vision: what the second pass costs."""
     chunks = [n for n in (2, 4, 8) if n <= args.cache_images]
     cells = [Cell(), *(Cell(rows=args.cache_images // n) for n in chunks)]
-    measured = []
+    measured: list[dict[str, Any]] = []
     for rank in (args.lora or 16, 0):
         settings = settings_of(args, images=args.cache_images, lora=rank)
         own = measure(Bench(settings), cells, args.turns, settings.rounds)
@@ -110,37 +108,44 @@ def cache(args: argparse.Namespace, argv: Sequence[str]) -> None:
             compared = "failed" not in cell and "failed" not in own[0]
             cell |= {"trained": trained} | ({"ratio": ratio(cell, own[0])} if compared else {})
         measured += own
+        result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
+        result |= {"cells": measured, "failed": failures(measured)}
+        write(args.output, f"cache-{device_name(settings)}", result, cache_page(result))
+
+
+def cache_page(result: dict[str, Any]) -> str:
     rows = [
         (
             *(cell["trained"], cell["name"], cell["chunks"], f"{seconds(cell):.3g}", f"**{cell['ratio']:.2f}**"),
             *(f"{cell['operations'] / 1e12:.3g}", cell["images_seen"]),
         )
-        for cell in measured
+        for cell in result["cells"]
         if "ratio" in cell
     ]
-    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings)}
-    result |= {"cells": measured, "failed": failures(measured)}
     notes = [
         "× is the ratio to the whole batch at once. Passes are forward passes with gradient, both sides together; "
         "images seen is how often the vision tower was given one."
     ]
     header = "trained | step | passes | s / step | × | TFLOP | images seen"
-    text = page("The cached step against the plain one", result, notes, header, rows, trained="see the table")
-    write(args.output, f"cache-{device_name(settings)}", result, text)
+    return page("The cached step against the plain one", result, notes, header, rows, trained="see the table")
 
 
 def memory(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Peak memory as the batch grows and the token budget does not."""
     settings = settings_of(args, images=args.memory_images, rounds=1)
     cells = [Cell(rows=max(1, args.memory_images // 2), parts=factor, streamed=True) for factor in (1, 2, 4, 8)]
-    measured = []
-    for cell, used in zip(cells, measure_memory(settings, cells, args.turns), strict=True):
-        measured.append(asdict(cell) | {"name": cell.name, "memory": used} | kept_bytes(settings, cell, args.turns))
-        say(f"memory at {cell.parts} x")
-    for cell in measured:
-        cell["ratio"] = cell["memory"]["peak"] / measured[0]["memory"]["peak"]
-        cell["ratio_aside"] = without_kept(cell) / without_kept(measured[0])
+    measured: list[dict[str, Any]] = []
     result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "cells": measured}
+    for cell, used in zip(cells, measure_memory(settings, cells, args.turns), strict=True):
+        found = asdict(cell) | {"name": cell.name, "memory": used} | kept_bytes(settings, cell, args.turns)
+        measured.append(found)
+        found["ratio"] = used["peak"] / measured[0]["memory"]["peak"]
+        found["ratio_aside"] = without_kept(found) / without_kept(measured[0])
+        say(f"memory at {cell.parts} x")
+        write(args.output, f"memory-{device_name(settings)}", result, memory_page(result, settings))
+
+
+def memory_page(result: dict[str, Any], settings: Settings) -> str:
     notes = [
         "The batch is given in parts of the images above, each made when the step asks for it, so that pixels of one "
         "part are in memory at a time. Kept for the whole batch, computed: features of frozen vision (images × visual "
@@ -154,11 +159,10 @@ def memory(args: argparse.Namespace, argv: Sequence[str]) -> None:
             *(f"{cell[key] / 2**20:.1f}" for key in ("features", "vectors", "tables")),
             f"**{cell['ratio_aside']:.3f}**",
         )
-        for cell in measured
+        for cell in result["cells"]
     ]
     header = "batch | images | resting MiB | peak MiB | × | features MiB | vectors MiB | tables MiB | × aside"
-    text = page("Memory as the batch grows", result, notes, header, rows)
-    write(args.output, f"memory-{device_name(settings)}", result, text)
+    return page("Memory as the batch grows", result, notes, header, rows)
 
 
 def kept_bytes(settings: Settings, cell: Cell, turns: int) -> dict[str, int]:
@@ -224,9 +228,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "images": 16,
         "cache_images": 8,
         "memory_images": 8,
-        "loader_images": 32,
+        "loader_images": 16,
         "rows": (4, 8),
-        "mini_batches": (4, 16),
+        "mini_batches": (16,),
         "mini_tokens": (16384,),
         "rounds": 3,
         "lora": 64,
@@ -252,9 +256,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--memory-images", type=int, help="of the smallest batch of memory; default 4 on cpu, 8 on cuda"
     )
-    parser.add_argument("--loader-images", type=int, help="per step of loader; default 8 on cpu, 32 on cuda")
+    parser.add_argument("--loader-images", type=int, help="per step of loader; default 8 on cpu, 16 on cuda")
     parser.add_argument("--rows", type=int, nargs="+", help="images per chunk of ours; default 1 on cpu, 4 8 on cuda")
-    parser.add_argument("--mini-batches", type=int, nargs="+", help="of the library; default 1 7 on cpu, 4 16 on cuda")
+    parser.add_argument("--mini-batches", type=int, nargs="+", help="of the library; default 1 7 on cpu, 16 on cuda")
     parser.add_argument(
         "--mini-tokens", type=int, nargs="+", help="of the library; default 900 3600 on cpu, 16384 on cuda"
     )

@@ -102,16 +102,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     for cell in measured:
         if "failed" not in cell:
             cell["utilisation"] = useful / seconds(cell) / peak
+    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "matrix_peak": peak}
+    result |= {"useful_operations": useful, "cells": measured, "failed": failures(measured), "kernels": {}}
+    name = f"utilisation-{device_name(settings)}"
+    write(args.output, name, result, markdown(result, size, str(dtype)))
     known = [number for number, cell in enumerate(measured) if "failed" not in cell]
-    profiled = {}
     for number in sorted({*known[:1], *sorted(known, key=lambda n: measured[n]["utilisation"])[-1:]}):
         configure(bench, cells[number])
-        profiled[cells[number].name] = kernels(bench, make_step(bench, cells[number], args.turns))
+        result["kernels"][cells[number].name] = kernels(bench, make_step(bench, cells[number], args.turns))
         say(f"profiled {cells[number].name}")
-    configure(bench, Cell())
-    result = heading("steps.py", argv, settings.device) | {"settings": asdict(settings), "matrix_peak": peak}
-    result |= {"useful_operations": useful, "cells": measured, "failed": failures(measured), "kernels": profiled}
-    write(args.output, f"utilisation-{device_name(settings)}", result, markdown(result, size, str(dtype)))
+        write(args.output, name, result, markdown(result, size, str(dtype)))
 
 
 def markdown(result: dict[str, Any], size: int, dtype: str) -> str:
