@@ -149,12 +149,12 @@ def measure(
     """
     steps = [make_step(bench, cell, turns) for cell in cells]
     results = [asdict(cell) | {"name": cell.name, "seconds": []} for cell in cells]
-    librarys: dict[str, int] = {}
+    counted: dict[str, int] = {}
     for cell, step, result in zip(cells, steps, results, strict=True):
-        known = librarys if cell.library else {}
+        known = counted if cell.library else {}
         result |= known | _warm_up(bench, cell, step, count and not known)
         if cell.library and count and "failed" not in result:
-            librarys = {key: result[key] for key in ("operations", "images_seen")}
+            counted = {key: result[key] for key in ("operations", "images_seen")}
         say(f"{cell.name}: {result.get('failed', 'ready')}")
     for number in range(rounds):
         for cell, step, result in zip(cells, steps, results, strict=True):
