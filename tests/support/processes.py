@@ -157,6 +157,8 @@ def _become(
             os.dup2(stream.fileno(), number)
     for stream in {into, out, error} - {None}:
         stream.close()
+    if into is not None:  # else it is empty
+        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()

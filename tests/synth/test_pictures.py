@@ -855,7 +855,8 @@ catalogue.ADD, pictures.CHUNK = 5, 4
 source, out, filter = open_source(sys.argv[1]), Path(sys.argv[2]), pictures.Filter(min_side=40, max_aspect=2.0)
 with catalogue.Catalogue(out / "pictures.db", source.fingerprint, filter) as opened:
     print("ready", flush=True)
-    catalogue.fill(opened, source, filter, out / "images", workers=2, progress=lambda done, _: print(done, flush=True))
+    report = lambda done, _: (print(done, flush=True), sys.stdin.readline())
+    catalogue.fill(opened, source, filter, out / "images", workers=2, progress=report)
 """
 
 
@@ -866,9 +867,13 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     rng, line = random.Random(1), [sys.executable, "-c", RUN, str(tmp_path / "a.tar"), str(tmp_path / "killed")]
     killed = []
     for _ in range(3):
-        process = processes.Popen(line, stdout=processes.PIPE, text=True)
-        reported = [process.stdout.readline() for _ in range(rng.randrange(2, 4))]
-        assert reported[0] == "ready\n"
+        process = processes.Popen(line, stdin=processes.PIPE, stdout=processes.PIPE)
+        reported = [process.stdout.readline()]
+        assert reported == ["ready\n"]
+        # It waits at each report, so that it is still at work when it is killed, however slow this process is.
+        for _ in range(rng.randrange(1, 3)):
+            reported.append(process.stdout.readline())
+            os.write(process.stdin, b"\n")
         time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         killed.append(process.wait() == -signal.SIGKILL)
