@@ -22,7 +22,7 @@ from muco.errors import (
 )
 
 if TYPE_CHECKING:
-    from muco.loss import multi_turn_info_nce, reconstruction_info_nce
+    from muco.info_nce import multi_turn_info_nce, reconstruction_info_nce
     from muco.model import load
     from muco.training.recipe import Recipe
     from muco.training.trainer import train
@@ -31,8 +31,8 @@ __version__ = VERSION
 
 _HOME = {
     "load": "muco.model",
-    "multi_turn_info_nce": "muco.loss",
-    "reconstruction_info_nce": "muco.loss",
+    "multi_turn_info_nce": "muco.info_nce",
+    "reconstruction_info_nce": "muco.info_nce",
     "Recipe": "muco.training.recipe",
     "train": "muco.training.trainer",
 }

@@ -11,7 +11,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # the shapes and dtypes in the signatures of the method are checked in tests, and only there
-install_import_hook(["muco.loss", "muco.negatives", "muco.pooling"], "beartype.beartype")
+install_import_hook(["muco.info_nce", "muco.loss", "muco.negatives", "muco.pooling"], "beartype.beartype")
 # a busy machine is no wrong result; and a change fails by what it does, not by what is drawn in its run
 settings.register_profile("muco", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)

@@ -17,7 +17,7 @@ import processes
 import pytest
 import torch
 
-from muco.loss import multi_turn_info_nce
+from muco.info_nce import multi_turn_info_nce
 
 ROOT = Path(__file__).parents[1]
 

@@ -41,7 +41,7 @@ from muco.embed import embed
 from muco.errors import RecipeError
 from muco.evaluate.report import print_results
 from muco.evaluate.retrieval import evaluate_retrieval
-from muco.loss import chance_level
+from muco.info_nce import chance_level
 from muco.model import Model, load
 from muco.training.batches import TrainingBatches
 from muco.training.build import build_model

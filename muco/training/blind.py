@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from muco.data.source import Data, InMemory
-from muco.loss import MultiTurnLoss, chance_level
+from muco.info_nce import chance_level
+from muco.loss import MultiTurnLoss
 from muco.model import Model
 from muco.training.batches import TrainingBatches
 from muco.training.mixture import Mixture

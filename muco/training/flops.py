@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig
 
 from muco.backbone import add_adapters, meta_backbone
-from muco.loss import MultiTurnLoss, ReconstructionLoss, multi_turn_info_nce
+from muco.info_nce import multi_turn_info_nce
+from muco.loss import MultiTurnLoss, ReconstructionLoss
 from muco.model import Model
 from muco.sizes import Adapter
 from muco.vision import vision_modules

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 import muco
-from muco.loss import MultiTurnLoss, chance_level, multi_turn_info_nce
+from muco.info_nce import chance_level, multi_turn_info_nce
+from muco.loss import MultiTurnLoss
 from muco.negatives import TurnIds
 from muco.weighting import EQUAL, Weighting
 
@@ -245,7 +246,7 @@ def test_blocks_change_neither_value_nor_gradient_nor_counts(monkeypatch):
     weighting = Weighting(false_negative_margin=0.05, hardness=3)
     found = []
     for block in (1 << 26, 24 * 5):
-        monkeypatch.setattr("muco.loss.BLOCK", block)
+        monkeypatch.setattr("muco.info_nce.BLOCK", block)
         query, counts = sides[0].clone().requires_grad_(), []
         loss = multi_turn_info_nce(
             query, sides[1], torch.arange(24) // 2, symmetric=True, weighting=weighting, count=counts.append
@@ -396,7 +397,7 @@ def test_scores_taken_in_blocks_change_neither_value_nor_gradient(monkeypatch, b
         return [loss.detach(), *torch.autograd.grad(loss, (query, target, hard))]
 
     whole = taken()
-    monkeypatch.setattr("muco.loss.BLOCK", block)
+    monkeypatch.setattr("muco.info_nce.BLOCK", block)
     for one, other in zip(taken(), whole, strict=True):
         assert torch.allclose(one, other, atol=1e-6) and one.abs().max() > 0
 

@@ -18,7 +18,8 @@ from torch.nn.functional import normalize
 import muco
 from muco.data import open_data
 from muco.dialogue import Content, Sample, Turn
-from muco.loss import ReconstructionLoss, reconstruction_info_nce
+from muco.info_nce import reconstruction_info_nce
+from muco.loss import ReconstructionLoss
 from muco.negatives import SampleIds, TurnIds
 from muco.reconstruction import hide, reconstruction_dialogues
 from muco.step import TrainingStep
@@ -148,7 +149,7 @@ def slow(sides, ids, targets, hard, owners, hard_ids, temperature, joint, masked
 @pytest.mark.parametrize(("joint", "masked"), [(False, True), (True, True), (True, False)])
 def test_the_four_terms_equal_a_loop_in_value_and_gradient(monkeypatch, block, joint, masked):
     torch.manual_seed(0)
-    monkeypatch.setattr("muco.loss.BLOCK", block)
+    monkeypatch.setattr("muco.info_nce.BLOCK", block)
     raw = {name: torch.randn(6, 8, requires_grad=True) for name in ("q", "q2", "p", "p2")}
     raw_hard = torch.randn(3, 8, requires_grad=True)
     ids, targets = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([7, 8, 9, 7, 5, 6])

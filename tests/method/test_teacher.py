@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from muco import Content, DataError, RecipeError, Turn
-from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.info_nce import multi_turn_info_nce
+from muco.loss import MultiTurnLoss
 from muco.negatives import SampleIds, TurnIds
 from muco.teacher import divergence
 from muco.training.prepared import Chosen

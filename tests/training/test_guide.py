@@ -19,7 +19,7 @@ from muco import CheckpointError, Content, DataError
 from muco.data import open_data
 from muco.data.jsonl import write_jsonl
 from muco.errors import TrainingError
-from muco.loss import GuideVectors, multi_turn_info_nce, reconstruction_info_nce
+from muco.info_nce import GuideVectors, multi_turn_info_nce, reconstruction_info_nce
 from muco.training.batches import with_image_turn
 from muco.training.guide import VectorsById, guide_vectors
 from muco.training.plan import plan

@@ -19,7 +19,8 @@ from muco.batch import join, split
 from muco.data import open_data
 from muco.data.source import InMemory
 from muco.images import image_digest, opened_image
-from muco.loss import MultiTurnLoss, multi_turn_info_nce
+from muco.info_nce import multi_turn_info_nce
+from muco.loss import MultiTurnLoss
 from muco.masks import tree_mask
 from muco.negatives import TurnIds
 from muco.training import batches as batches_module
