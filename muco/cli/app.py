@@ -94,7 +94,7 @@ def train(
     Run the same command again to resume an interrupted run from its last checkpoint. Prints the model's folder. On
     several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
 
-    A dry run reads some samples and prints parameters, tokens, operations, memory and steps. It exits with 3 if
+    A dry run reads some samples and prints parameters, tokens, memory and steps, and for Qwen2-VL operations. It exits with 3 if
     something would stop the run.
     """
     from muco.training.recipe import dump_recipe, load_recipe
@@ -119,8 +119,8 @@ def train(
 
 @app.command(
     epilog=examples(
-        "muco embed photos/ --model runs/demo/run/model --output photos.parquet",
-        "muco embed rows.jsonl --model runs/demo/run/model --output rows.parquet --batch-size 64",
+        "muco embed photos/ --model starter --output photos.parquet",
+        "muco embed rows.jsonl --model runs/first/model --output rows.parquet --batch-size 64",
     )
 )
 def embed(

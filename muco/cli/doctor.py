@@ -24,7 +24,7 @@ OPTIONAL = {
     "torchvision": "lets the stock sentence-transformers library load a checkpoint without muco",
     "lancedb": "muco index, muco search",
     "fastapi": "muco serve",
-    "openai": "muco synth, muco data caption",
+    "openai": "muco synth, muco data caption, muco data score",
     "daft": "muco synth; muco index in several processes",
     "ray": "the same on many machines",
     "mteb": "muco evaluate mteb; the test suite",

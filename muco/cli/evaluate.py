@@ -45,8 +45,8 @@ def retrieval(
     """Score retrieval on held-out samples.
 
     Reports hit@k and MRR of image+question to answer (beside a text-only baseline), image to caption, caption to image,
-    and "within": whether the model reads the question. For a model trained here also the blind control: the training
-    loss without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
+    and "within": whether the model reads the question. For a model trained here also the training loss
+    without pixels, which must not fall below chance. Embeddings are cached in the output folder by model and data;
     further dimensions and storages are scored without encoding again.
     """
     from muco.base.files import claimed
@@ -171,7 +171,11 @@ def mbeir(
     batch_size: BatchSize = 64,
     own_pixels: options.OwnPixels = False,
     strict: Annotated[
-        bool, Option("--strict", help="A right candidate missing from all pools is an error instead of a count.")
+        bool,
+        Option(
+            "--strict",
+            help="A right candidate missing from the pool that should hold it is an error instead of a count.",
+        ),
     ] = False,
     allow_missing: options.AllowMissing = False,
     skip_broken: options.SkipBroken = False,

@@ -24,7 +24,7 @@ from muco.cli.options import (
 
 Place = Annotated[str, Option("--index", "-i", metavar="DIR", help="Folder of the index, or URL (s3://bucket/index).")]
 INDEX_EXAMPLES = examples(
-    "muco index photos/ --model runs/demo/run/model --index photos.index",
+    "muco index photos/ --model starter --index photos.index",
     "muco index rows.jsonl --index rows.index --delete-missing",
     "muco index --index photos.index --delete 2019/cat.jpg --delete 2019/dog.jpg",
 )
@@ -38,7 +38,9 @@ SEARCH_EXAMPLES = examples(
 def index(
     context: Context,
     index: Place,
-    input: Annotated[Path | None, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file.")] = None,
+    input: Annotated[
+        Path | None, Argument(metavar="INPUT", help="Folder of images, .jsonl or .parquet file, or a folder of these.")
+    ] = None,
     model: Annotated[
         str | None,
         Option(
@@ -111,7 +113,9 @@ def search(
     ] = False,
     queries: Annotated[Path | None, Option(metavar="FILE", help="Many texts, one per line; needs --page.")] = None,
     page: Annotated[Path | None, Option(metavar="FILE", help="Write what is found as a page of pictures.")] = None,
-    caption: Annotated[str | None, Option(metavar="COLUMN", help="What stands under the pictures of --page.")] = None,
+    caption: Annotated[
+        str | None, Option(metavar="COLUMN", help="The column that is written under the pictures of --page.")
+    ] = None,
     model: Annotated[str | None, Option("--model", "-m", help="The index's model, if it has moved.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON line per row on stdout.")] = False,
 ) -> None:

@@ -22,9 +22,9 @@ TOKEN = "MUCO_SERVE_TOKEN"
 PORT = re.compile(r":\d+$")
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 SERVE_EXAMPLES = examples(
-    "muco serve --model runs/demo/run/model",
-    "muco serve --model runs/demo/run/model --index photos.index --port 8080",
-    "muco serve --model runs/demo/run/model --host 0.0.0.0 --token-file token.txt --name scenes",
+    "muco serve --model starter",
+    "muco serve --model starter --index photos.index --port 8080",
+    "muco serve --model starter --host 0.0.0.0 --token-file token.txt --name pictures",
 )
 
 

