@@ -113,11 +113,11 @@ class TrainingStep:
         Raises:
             TrainingError: If the loss is not finite, or one dialogue alone is more than memory holds.
         """
+        self._forget()
         batch = self._receive(parts)
         varieties = distributed.gather_objects(batch.variety)
         if not any(variety.turns for variety in varieties):
             return None
-        self._forget()
         while True:
             self.token_budget = distributed.smallest(self.token_budget)
             chunks = [_Chunk(side, *cut) for side in SIDES for cut in split(batch.sides[side], self.token_budget)]
@@ -129,7 +129,9 @@ class TrainingStep:
             # smaller than what was in memory at once: all chunks in a plain step, one in a cached one
             tokens = [chunk.tokens for chunk in chunks]
             smaller = plain or any(len(chunk.batch["input_ids"]) > 1 for chunk in chunks)
-            self._shrink(sum(tokens) if plain else max(tokens), possible=distributed.largest(int(smaller)) > 0)
+            # of the process with most: another may have had next to nothing, and all take the least budget of all
+            held = distributed.largest(sum(tokens) if plain else max(tokens))
+            self._shrink(held, possible=distributed.largest(int(smaller)) > 0)
         distributed.sum_gradients(self.model.parameters())
         tokens = sum(int(side["attention_mask"].sum()) for side in batch.sides.values())
         passed = sum(chunk.tokens for chunk in chunks)
@@ -232,6 +234,8 @@ class TrainingStep:
         if batch.places:
             parts = self.loss.parts(query, vectors, batch.ids)
             finite = torch.stack([torch.isfinite(part).all(dim=1) for part in parts]).all(dim=0)
+            hard = torch.isfinite(vectors[batch.ids.hard_rows]).all(dim=1)
+            finite[batch.ids.hard_turns[~hard]] = False
             owners = batch.sides["query"]["turn_rows"].view(len(batch.ids), -1)[:, 0]  # a reconstructed pair has two
             own = [batch.places[row] for row in owners[~finite.cpu()].unique().tolist()]
         places = [place for part in distributed.gather_objects(own) for place in part]
@@ -248,7 +252,7 @@ class TrainingStep:
         return True
 
     def _forget(self) -> None:
-        """Drops the gradients of the loss's own parameters, which the trainer, knowing the model alone, does not."""
+        """Drops the gradients of the loss's own parameters, which are not among the model's."""
         for parameter in self.loss.parameters(recurse=False):
             parameter.grad = None
 

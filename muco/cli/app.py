@@ -94,8 +94,8 @@ def train(
     Run the same command again to resume an interrupted run from its last checkpoint. Prints the model's folder. On
     several devices: torchrun --nproc-per-node 8 -m muco train RECIPE.yaml
 
-    A dry run reads some samples and prints parameters, tokens, memory and steps, and for Qwen2-VL operations. It exits with 3 if
-    something would stop the run.
+    A dry run reads some samples and prints parameters, tokens, memory and steps, and for Qwen2-VL operations. It exits
+    with 3 if something would stop the run.
     """
     from muco.training.recipe import dump_recipe, load_recipe
 

@@ -49,6 +49,12 @@ class Fingerprinted(ABC):
         return fingerprint_of(self, *self._read_from(), skip_broken=True)
 
 
+def fingerprint_for(data: Any, *, skip_broken: bool) -> str:
+    """The fingerprint of any data; with ``skip_broken`` the one that broken rows do not stop, where there is one."""
+    kind = "readable_fingerprint" if skip_broken and hasattr(data, "readable_fingerprint") else "fingerprint"
+    return getattr(data, kind)
+
+
 def fingerprint_of(data: Any, files: Sequence[Path], options: Any, *, skip_broken: bool = False) -> str:
     """The fingerprint of data that is read from these files; :class:`Fingerprinted` has the errors."""
     digests = [file_digest(file) for file in files]

@@ -37,11 +37,11 @@ def whole_batches(
 ) -> Iterator[dict[str, Any]]:
     """Training batches of ``SAMPLES`` samples, or of all if they are fewer; what is left over goes.
 
-    Reconstruction counts as isolated turns: its hidden texts give the answers away, as they are meant to.
+    Reconstruction counts as isolated turns: its hidden texts give the answers away, as they are meant to. There are no
+    hard negatives, which chance does not count.
     """
     size = min(SAMPLES, len(samples))
-    if turns.mode == "reconstruction":
-        turns = replace(turns, mode="isolated")
+    turns = replace(turns, negatives=0, mode="isolated" if turns.mode == "reconstruction" else turns.mode)
     mixture = Mixture([len(samples)], [1.0], size, recipe.seed)
     batches = TrainingBatches([samples], mixture, model.encoder.muco_processor, turns, seed=recipe.seed, blind=blind)
     return (batches[step] for step in range(len(samples) // size))

@@ -21,7 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from muco import distributed
 from muco.base.files import is_empty, read_json, write_json, write_text, writing
 from muco.base.machine import versions
-from muco.data.fingerprint import RULE
+from muco.data.fingerprint import RULE, fingerprint_for
 from muco.data.source import Data
 from muco.errors import CheckpointError, OutputError, RecipeError
 from muco.model import Model
@@ -55,11 +55,11 @@ log = logging.getLogger(__name__)
 def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
     """What makes a run the same run: its recipe without the folder, and its data. Also the versions it began with."""
     settings = {key: value for key, value in to_dict(recipe).items() if key != "output"}
-    readable = recipe.data.broken_images == "skip"
+    skip = recipe.data.broken_images == "skip"
 
     def facts_of(source: SourceRecipe, data: Data) -> dict[str, Any]:
-        kind = "readable_fingerprint" if readable and hasattr(data, "readable_fingerprint") else "fingerprint"
-        facts = {"path": source.path, "samples": len(data), "fingerprint": getattr(data, kind)}
+        digest = fingerprint_for(data, skip_broken=skip)
+        facts = {"path": source.path, "samples": len(data), "fingerprint": digest}
         # found missing when it was opened, and left out: rows without their image, candidates of no pool
         names = ("missing", "missing_positives", "missing_negatives")
         return facts | {name: getattr(data, name) for name in names if hasattr(data, name)}

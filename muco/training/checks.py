@@ -78,8 +78,8 @@ def check_turns(turns: TurnsRecipe, reading: Reading) -> None:
     if reading.looks_ahead and (several or turns.mode == "reconstruction"):
         key = "turns.mode: reconstruction" if turns.mode == "reconstruction" else "turns.limit"
         raise RecipeError(f"{key}: {reason}; train single turns with 'turns: {{mode: isolated, limit: 1}}'")
-    if reason and several and turns.mode != "compounded":
-        raise RecipeError(f"turns.mode: {turns.mode}: {reason}; set turns.mode: compounded")
+    if reason and several and turns.mode == "isolated":
+        raise RecipeError(f"turns.mode: isolated: {reason}; set turns.mode: compounded")
     if reason and several and turns.of_targets == "isolated":
         raise RecipeError(f"turns.targets: isolated: {reason}; leave it out")
 

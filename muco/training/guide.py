@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from muco.base.terminal import progress_bar
 from muco.base.text import first_line
+from muco.data.fingerprint import fingerprint_for
+from muco.data.left_out import LeftOut
 from muco.data.source import Data
 from muco.dialogue import Content
 from muco.errors import CheckpointError, DataError, TrainingError
@@ -35,6 +38,8 @@ from muco.training.prepared import query_keys, target_id
 from muco.training.recipe import Recipe
 
 BATCH = 32  # contents per pass
+
+log = logging.getLogger(__name__)
 
 
 class VectorsById:
@@ -53,19 +58,20 @@ class VectorsById:
         wanted = ids.cpu().numpy()
         rows = np.searchsorted(self._ids, wanted).clip(max=len(self._ids) - 1)
         if not np.array_equal(self._ids[rows], wanted):
-            raise TrainingError("the guide has no vector of a content of this step: the data have changed since")
+            raise TrainingError(
+                "the guide has no vector of a content of this step: it could not read it, which was said at the start, "
+                "or the data have changed since"
+            )
         return torch.from_numpy(self._vectors[rows]).to(ids.device)
 
 
 class TextGuide:
-    """A stock sentence-transformers model; contents with images are a DataError."""
+    """A stock sentence-transformers model, for contents without images."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.model = path, SentenceTransformer(path)
+        self.model = SentenceTransformer(path)
 
     def encode(self, contents: list[Content], /, *, batch_size: int) -> np.ndarray:
-        if any(content.images for content in contents):
-            raise DataError(f"the guide {self.path} reads texts, and this has an image; take one that reads images")
         texts = [content.text for content in contents]
         how: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
         return np.asarray(self.model.encode(texts, batch_size=batch_size, **how), dtype=np.float32)
@@ -98,20 +104,33 @@ def guide_vectors(recipe: Recipe, sources: Sequence[Data]) -> VectorsById | None
     if recipe.loss.guide is None:
         return None
     path = recipe.loss.guide.model
-    guide: Embedder = load(path) if check_guide(path) else TextGuide(path)
-    book, keys = Book(), dict[int, str]()
+    reads_images = check_guide(path)
+    skip = recipe.data.broken_images == "skip"
+    left_out = LeftOut(allowed=True) if skip else None
+    book, keys = Book(left_out), dict[int, str]()
     for source in sources:
         for index in range(len(source)):
             try:
                 keys |= _contents(source, index, recipe.turns.image_turn, book)
             except DataError:
-                if recipe.data.broken_images != "skip":
+                if not skip:
                     raise
-    data = hashlib.sha256(json.dumps([source.fingerprint for source in sources]).encode()).hexdigest()
+    for key, content in book.contents.items() if not reads_images else ():
+        if content.images:
+            why = f"the guide {path} reads texts, and this has an image; take one that reads images"
+            raise DataError(f"{book.places[key]}: {why}")
+    guide: Embedder = load(path) if reads_images else TextGuide(path)
+    prints = [fingerprint_for(source, skip_broken=skip) for source in sources]
+    data = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
     cache = EmbeddingCache(Path(recipe.output) / GUIDE, model=guide.fingerprint, data=data)
     with progress_bar("guide") as progress:
         how: dict[str, Any] = {"cache": cache, "shared": True, "progress": progress}
-        vectors, row_of = book.vectors(guide, BATCH, {*keys.values()}, **how)
+        vectors, row_of = book.vectors(guide, BATCH, {key for key in keys.values() if key in book.contents}, **how)
+    if left_out:
+        log.warning(
+            "the guide has no vector of %d contents, the first: %s", len(left_out), [*left_out.reasons.values()][0]
+        )
+        keys = {id: key for id, key in keys.items() if key not in left_out}
     return VectorsById([*keys], vectors[[row_of[key] for key in keys.values()]])
 
 

@@ -78,7 +78,8 @@ class MuCoTrainer(SentenceTransformerTrainer):
         # The trainer must not wrap the model in DistributedDataParallel, see muco.distributed. It has no setting for
         # this; with the next line it takes the model as it is, sharded or not.
         self.is_distributed_loading_by_transformers = True
-        self.made, self.padding = 0, 0.0  # steps since the last log, and the padding of the last one
+        self.made, self.without_turn = 0, 0  # steps since the last log, and those that were left out
+        self.padding = 0.0  # of the last step
         self.warned = False  # that a step had no negative
         self.told_of_left_out = False  # that none or many negatives are left out by their score
 
@@ -98,6 +99,7 @@ class MuCoTrainer(SentenceTransformerTrainer):
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=bool(workers),
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own: a start of the loader must not move the model's randomness
         )
@@ -132,7 +134,8 @@ class MuCoTrainer(SentenceTransformerTrainer):
         self.budget.tokens = self.step.token_budget
         if report is None:
             self._warn(f"step {self.state.global_step + 1}: none of its samples can be used; the step is left out")
-            return torch.tensor(math.nan, device=self.args.device)  # the log leaves it out
+            self.without_turn += 1
+            return torch.tensor(0.0, device=self.args.device)  # see log
         if report.no_negative and not self.warned:
             self.warned = True
             self._warn(
@@ -177,15 +180,18 @@ class MuCoTrainer(SentenceTransformerTrainer):
             self.is_fsdp_enabled = own
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and not self.made:  # all steps since the last time were left out: no loss was found
-            del logs["loss"]
-        elif "loss" in logs:
-            # the most that torch held on this process's GPU, or that this process held in host memory
-            on_gpu = torch.cuda.is_available()
-            peak = torch.cuda.max_memory_allocated() if on_gpu else peak_host_memory()
-            logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
-            logs |= self._left_out() | self._temperatures()
-            self.made = 0
+        if "loss" in logs:
+            made, steps = self.made, self.made + self.without_turn
+            self.made = self.without_turn = 0
+            if made:
+                logs["loss"] *= steps / made  # the library's mean counts steps that were left out
+                # the most that torch held on this process's GPU, or that this process held in host memory
+                on_gpu = torch.cuda.is_available()
+                peak = torch.cuda.max_memory_allocated() if on_gpu else peak_host_memory()
+                logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
+                logs |= self._left_out() | self._temperatures()
+            else:  # no loss was found
+                del logs["loss"]
         super().log(logs, start_time)
 
     def _temperatures(self) -> dict[str, float]:

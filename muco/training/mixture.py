@@ -202,6 +202,6 @@ def turn_order(count: int, draw: Draw, row: int, step: int, turns: TurnsRecipe, 
     if turns.order == "sample":
         return own.permutation(chosen).tolist()
     group = row % turns.order if isinstance(turns.order, int) else 0
-    # one random rank per turn number, shared by the group; samples with fewer turns use the first ranks
-    ranks = generator(seed, Purpose.SHARED_ORDER, step, group).permutation(max(64, count))
+    # one random rank per turn number, shared by the group: the first are the same for any number of turns
+    ranks = generator(seed, Purpose.SHARED_ORDER, step, group).random(count)
     return sorted(chosen.tolist(), key=lambda turn: ranks[turn])

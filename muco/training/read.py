@@ -136,14 +136,18 @@ MAY_BE_NULL = tuple(f"trainer.{key}" for key in ("eval_steps", "save_total_limit
 _OURS = "is set by MuCo; use the recipe's own 'output' and 'seed'"
 _BATCH = "splits the in-batch negatives; use batch.size, and batch.token_budget for what a device cannot hold at once"
 _FSDP = "is not supported; use batch.sharding: fsdp"
-WITHOUT_EFFECT = (  # which an older version took; recipes of its runs and models have them
-    "save_only_model",
-    "torch_empty_cache_steps",
-    "gradient_checkpointing_kwargs",
-    "dataloader_persistent_workers",
-    "restore_callback_states_from_checkpoint",
-)
+# which an older version took; recipes of its runs and models have them
+WITHOUT_EFFECT = """save_only_model torch_empty_cache_steps gradient_checkpointing_kwargs
+    activation_checkpointing_kwargs dataloader_persistent_workers restore_callback_states_from_checkpoint
+    dataloader_in_order train_sampling_strategy length_column_name remove_unused_columns label_names
+    average_tokens_across_devices include_num_input_tokens_seen ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank bf16_full_eval fp16_full_eval
+    liger_kernel_config use_cache router_mapping prediction_loss_only eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_train do_eval
+    do_predict skip_memory_metrics enable_jit_checkpoint hub_token hub_private_repo hub_model_id hub_strategy
+    hub_always_push hub_revision""".split()
 REFUSED = {  # training arguments that a recipe may not set, and what to do instead
+    **dict.fromkeys(WITHOUT_EFFECT, "has no effect here; leave it out"),
     **dict.fromkeys(("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint"), _OURS),
     "overwrite_output_dir": _OURS,
     "per_device_train_batch_size": "is not used; batch.size counts the samples of a step over all devices",
@@ -155,7 +159,12 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "parallelism_config": _FSDP,
     "gradient_checkpointing": "is not used; set model.activation_checkpointing",
     "activation_checkpointing": "is not used; set model.activation_checkpointing",
-    "torch_compile": "is not supported: chunks change their shape at every step",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "is not supported: chunks change their shape at every step",
+    ),
+    "accelerator_config": "is set by MuCo: a step is whole, whatever the number of devices",
+    **dict.fromkeys(("ddp_backend", "ddp_timeout"), "is set by MuCo: NCCL on GPUs, else gloo"),
     "bf16": "is set by MuCo; use the recipe's own 'precision': bfloat16, float32 or auto",
     "fp16": "is not supported: its loss scaling does not fit the gradient cache; set 'precision: bfloat16'",
     "ignore_data_skip": "is set by MuCo: batches are a function of the step",
@@ -169,8 +178,8 @@ REFUSED = {  # training arguments that a recipe may not set, and what to do inst
     "load_best_model_at_end": "is not supported; checkpoints hold trained weights only",
     "push_to_hub": "is not supported; push the finished model",
     "save_only_model": "is not supported: a run could not resume from such checkpoints",
-    "torch_empty_cache_steps": "is not supported",
     "gradient_checkpointing_kwargs": "is not used; set model.activation_checkpointing",
+    "activation_checkpointing_kwargs": "is not used; set model.activation_checkpointing",
     "restore_callback_states_from_checkpoint": "is not supported; a run resumes by itself",
     "dataloader_persistent_workers": "is not used: workers live as long as the run",
 }

@@ -222,7 +222,7 @@ class Recipe:
         trainer: Training arguments of sentence-transformers, except those in :data:`muco.training.read.REFUSED`.
         seed: Seed of weights, order of samples, turns and paraphrases.
         precision: In which a step computes; trained weights, vectors and loss are float32. "bfloat16": by autocast.
-            "auto": bfloat16 if it is clearly quicker, by some steps in each before the first; resuming keeps the choice.
+            "auto": bfloat16 if it is clearly quicker, by some steps in each before the first; resuming keeps it.
             null: as the weights, see ``model.dtype``.
     """
 
@@ -250,6 +250,8 @@ class Recipe:
             raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
         if not self.data.train:
             raise RecipeError("data.train: name at least one source, e.g. train: [{path: data/train.jsonl}]")
+        if isinstance(self.data.validation, SourceRecipe) and self.data.validation.weight is not None:
+            raise RecipeError("data.validation.weight: only training data has weights; leave it out")
         self._check_reconstruction()
         if self.batch.group is not None and (self.data.one_source or self.batch.size % self.batch.group):
             why = (
@@ -357,13 +359,24 @@ def saved_recipe(model: str | Path) -> Recipe | None:
 def trained_dimensions(model: str | Path) -> tuple[int, ...]:
     """The lengths of vectors that a model was trained for besides the whole one (Matryoshka), whatever its version.
 
-    Raises a RecipeError if the recipe that is saved with it does not say them as a list of whole numbers.
+    The recipe that is saved with it says them; without one, as in an exported or merged model, its ``config.json`` does
+    (see :func:`muco.export.export.write_dimensions`).
+
+    Raises a RecipeError if they are not a list of whole numbers; an OutputError if ``config.json`` cannot be read.
     """
+    from transformers.utils.hub import cached_file
+
+    from muco.base.files import read_json
+
     file, values = _saved(model)
     try:
-        return () if values is None else tuple(int(number) for number in values["loss"]["dimensions"])
+        if values is not None:
+            return tuple(int(number) for number in values["loss"]["dimensions"])
+        file = cached_file(located(model), "config.json", _raise_exceptions_for_missing_entries=False)
+        config = read_json(Path(file)) if file else {}
+        return tuple(int(number) for number in config.get("matryoshka_dimensions") or ())
     except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{file}: its loss.dimensions cannot be read") from error
+        raise RecipeError(f"{file}: the shorter lengths of its vectors cannot be read") from error
 
 
 def _saved(model: str | Path) -> tuple[str, dict[str, Any] | None]:

@@ -52,6 +52,12 @@ def test_two_processes_find_the_gradient_of_one(tiny_model, scenes, found, case)
         steps.assert_same((value, load_file(found / f"{case}-{rank}.safetensors")), expected)
 
 
+def test_memory_that_one_process_lacks_costs_it_no_more_than_it_must(tiny_model, scenes, found):
+    """The other process holds a single short turn, which says nothing about how much there is room for."""
+    budgets = [json.loads((found / f"budgets-{rank}.json").read_text())["short of memory"] for rank in (0, 1)]
+    assert budgets[0] == budgets[1] and steps.MEMORY / 2 <= budgets[0] <= steps.MEMORY
+
+
 CLAIM = """
 import sys
 from muco import distributed

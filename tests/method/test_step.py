@@ -148,26 +148,13 @@ def test_features_may_wait_in_host_memory(tiny_model, samples, room):
     steps.assert_same((step([batch]).loss.item(), steps.gradients(step.loss)), expected)
 
 
-class Limited:
-    """Makes a backbone fail like a device without memory when more than ``tokens`` pass through at once."""
-
-    def __init__(self, model, tokens: int) -> None:
-        self.tokens, self.failed = tokens, []
-        model.encoder.model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module, args, kwargs) -> None:
-        if kwargs["input_ids"].numel() > self.tokens:
-            self.failed.append(kwargs["input_ids"].numel())
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-
 @pytest.mark.parametrize("budget", [None, 1000])
 def test_out_of_memory_halves_the_budget_and_repeats_the_step(tiny_model, samples, budget, caplog):
     model = steps.to_train(tiny_model, "adapters")
     batch = steps.share(model, samples, "isolated")
     expected = steps.plain(model, batch)
     model.zero_grad(set_to_none=True)
-    device = Limited(model, 300)
+    device = steps.Limited(model, 300)
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget)
     with caplog.at_level(logging.WARNING, "muco"):
         steps.assert_same((step([batch]).loss.item(), steps.gradients(step.loss)), expected)
@@ -201,18 +188,21 @@ def test_out_of_memory_in_the_second_pass_leaves_no_half_gradient(tiny_model, sa
 def test_one_dialogue_that_does_not_fit_ends_the_run(tiny_model, samples):
     model = steps.to_train(tiny_model, "adapters")
     batch = steps.share(model, samples, "isolated")
-    Limited(model, 30)
+    steps.Limited(model, 30)
     step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=1000)
     with pytest.raises(TrainingError, match=r"out of memory with one dialogue of \d+ tokens.*max_pixels"):
         step([batch])
 
 
 @pytest.mark.parametrize("budget", [None, 97])
-def test_a_loss_that_is_no_number_names_the_samples(tiny_model, samples, budget):
+@pytest.mark.parametrize(
+    "turn", [steps.Turn("violet", "a circle"), steps.Turn("a shape", "a circle", negatives=["violet"])]
+)
+def test_a_loss_that_is_no_number_names_the_samples(tiny_model, samples, turn, budget):
     model = steps.to_train(tiny_model, "language")
-    word = "violet"  # in one sample's query only
+    word = "violet"  # in one sample only: in its query, or in its hard negative
     poisoned = [samples[0], samples[2], samples[6].with_turns([*samples[6].turns[:1]])]
-    poisoned[1] = steps.Sample(image=samples[2].images[0], turns=[steps.Turn(word, "a circle")], where="train.jsonl:2")
+    poisoned[1] = steps.Sample(image=samples[2].images[0], turns=[turn], where="train.jsonl:2")
     tokenizer = model.encoder.tokenizer
     others = set(tokenizer(" ".join(t.target[0].text for s in samples for t in s.turns))["input_ids"])
     rare = [token for token in tokenizer(word)["input_ids"] if token not in others]
@@ -220,7 +210,7 @@ def test_a_loss_that_is_no_number_names_the_samples(tiny_model, samples, budget)
     with torch.no_grad():
         embeddings.weight[rare] = float("nan")
     batch = steps.share(model, poisoned, "isolated")
-    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget)
+    step = TrainingStep(model, MultiTurnLoss(model), token_budget=budget)
     with pytest.raises(TrainingError, match=r"the loss is nan; vectors are not finite for .*train\.jsonl:2"):
         step([batch])
 

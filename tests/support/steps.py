@@ -10,6 +10,7 @@ import json
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from muco.training.build import shard_model
 from muco.training.prepared import Chosen, batch_of, prepare_pair, prepare_turns
 from muco.weighting import Distillation, Weighting
 
+MEMORY = 300  # tokens at once, where a process is short of it
 SIGNALS = Weighting(false_negative_margin=0.01, hardness=2.0, hard_negative_hardness=1.0)
 TEACHER = Distillation("symmetric_kl", weight=0.5, teacher_temperature=2.0)
 LOSS = {
@@ -64,6 +66,7 @@ CASES = {
     "sharded, ragged": ("ragged", "isolated", "language", 97, "fsdp"),
     "sharded, text only": ("text", "compounded", "adapters", None, "fsdp"),
     "sharded, half": ("even", "isolated", "half", 200, "fsdp"),
+    "short of memory": ("ragged", "isolated", "adapters", None, "none"),
     "recurrent": ("ragged", "isolated", "adapters", 97, "none"),
     "recurrent, sharded": ("even", "isolated", "adapters", 97, "fsdp"),
 }
@@ -146,11 +149,28 @@ def cached(
     model: Model, parts: list[dict], budget: int | None, seed: int = 7, mode: str = "isolated"
 ) -> tuple[float, dict[str, Tensor]]:
     """Value and gradient by the step that is tested."""
-    model.zero_grad(set_to_none=True)
+    return made(TrainingStep(model, loss_of(model, mode), token_budget=budget), parts, seed)
+
+
+def made(step: TrainingStep, parts: list[dict], seed: int = 7) -> tuple[float, dict[str, Tensor]]:
+    """Value and gradient of this step."""
+    step.model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    loss = loss_of(model, mode)
-    report = TrainingStep(model, loss, token_budget=budget)(parts)
-    return report.loss.item(), gradients(loss)
+    report = step(parts)
+    return report.loss.item(), gradients(step.loss)
+
+
+class Limited:
+    """Makes a backbone fail like a device without memory when more than ``tokens`` pass through at once."""
+
+    def __init__(self, model: Model, tokens: int) -> None:
+        self.tokens, self.failed = tokens, []
+        model.encoder.model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].numel() > self.tokens:
+            self.failed.append(kwargs["input_ids"].numel())
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
 def plain(model: Model, batch: dict, seed: int = 7, mode: str = "isolated") -> tuple[float, dict[str, Tensor]]:
@@ -181,16 +201,21 @@ def process(folder: Path) -> None:
     distributed.start()
     rank, models = distributed.rank(), {name: load(folder / name, device="cpu") for name in ("model", "recurrent")}
     samples = ragged_samples(folder / "scenes")
-    values = {}
+    values, budgets = {}, {}
     for name, (shares, mode, trained, budget, sharding) in CASES.items():
         copied = to_train(models["recurrent" if "recurrent" in name else "model"], trained)
         if sharding == "fsdp":
             shard_model(copied)
         batch = share(copied, [samples[i] for i in SHARES[shares][rank]], mode)
-        values[name], grads = cached(copied, [batch], budget, mode=mode)
+        step = TrainingStep(copied, loss_of(copied, mode), token_budget=budget)
+        if "memory" in name:
+            Limited(copied, MEMORY)
+        values[name], grads = made(step, [batch])
+        budgets[name] = step.token_budget
         save_file(grads, folder / f"{name}-{rank}.safetensors")
     (folder / f"values-{rank}.json").write_text(json.dumps(values))
-    del copied, batch, grads
+    (folder / f"budgets-{rank}.json").write_text(json.dumps(budgets))
+    del copied, batch, grads, step
     distributed.leave()
     (folder / f"threads-{rank}.json").write_text(json.dumps(_threads()))
 

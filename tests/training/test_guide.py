@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from muco.training.batches import with_image_turn
 from muco.training.guide import VectorsById, guide_vectors
 from muco.training.plan import plan
 from muco.training.prepared import query_keys, target_id
-from muco.training.recipe import from_dict
+from muco.training.recipe import from_dict, to_dict
 from muco.training.trainer import make_trainer
 from muco.weighting import Weighting
 
@@ -157,6 +158,22 @@ def test_a_stock_model_guides_texts_and_refuses_images(text_guide, scenes, tmp_p
     pictures = recipe_of(scenes / "train.jsonl", tmp_path / "other", {"model": str(text_guide)})
     with pytest.raises(DataError, match=r"train\.jsonl:\d+: the guide .* reads texts, and this has an image"):
         guide_vectors(pictures, [open_data(scenes / "train.jsonl")])
+
+
+def test_what_a_run_skips_does_not_stop_its_guide(scenes, tiny_path, tmp_path, caplog):
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()[:20]]
+    for row in rows:
+        row["image"] = str(scenes / row["image"])
+    rows[3]["image"], rows[4]["image"] = "gone.png", "cut.png"
+    (tmp_path / "cut.png").write_bytes(Path(rows[5]["image"]).read_bytes()[:-200])
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "broken_images": "skip", "max_broken": 0.5}
+    recipe = recipe_of(tmp_path / "rows.jsonl", tmp_path / "run", {"model": str(tiny_path)})
+    recipe = replace(recipe, data=from_dict(to_dict(recipe) | {"data": data}).data)
+    muco.train(recipe)
+    assert "the guide has no vector of" in caplog.text and "rows.jsonl:5: " in caplog.text
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d"):
+        muco.train(replace(recipe, output=str(tmp_path / "strict"), data=replace(recipe.data, broken_images="error")))
 
 
 def test_a_guide_that_is_not_there_is_an_error_before_any_work_and_in_the_dry_run(scenes, tmp_path):

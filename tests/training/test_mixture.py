@@ -211,6 +211,8 @@ def test_ragged_samples_of_a_batch_share_one_order():
     full = turn_order(7, Draw(0, 0, 0), 0, 1, TurnsRecipe(order="batch"), 0)
     short = turn_order(4, Draw(0, 1, 1), 1, 1, TurnsRecipe(order="batch"), 0)
     assert short == [turn for turn in full if turn < 4]
+    long = turn_order(70, Draw(0, 2, 2), 2, 1, TurnsRecipe(order="batch"), 0)
+    assert full == [turn for turn in long if turn < 7]
 
 
 def test_limit_draws_other_turns_each_time():

@@ -11,7 +11,9 @@ import yaml
 
 import muco
 from muco.base.yaml_text import parse_yaml
-from muco.training.recipe import dump_recipe, from_dict, load_recipe
+from muco.reading import Reading
+from muco.training.checks import check_turns
+from muco.training.recipe import TurnsRecipe, dump_recipe, from_dict, load_recipe
 
 GOOD = "output: runs/x\nmodel: {path: some/model}\ndata: {train: [{path: a.jsonl}]}\n"
 
@@ -108,6 +110,11 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
         ("model={tiny: {width: 30, heads: 4}, vision: trained}", "model.tiny.width: 30 is not a multiple of heads"),
         ("loss.dimensions=[8, 0]", r"loss.dimensions\[1\] must be positive"),
         ("seed=-1", "seed must be a whole number"),
+        ("data.validation={path: v.jsonl, weight: 3}", "data.validation.weight: only training data has weights"),
+        ("trainer.torch_compile_backend=inductor", "trainer.torch_compile_backend is not supported"),
+        ("trainer.accelerator_config={split_batches: true}", "trainer.accelerator_config is set by MuCo"),
+        ("trainer.ddp_timeout=5", "trainer.ddp_timeout is set by MuCo"),
+        ("trainer.dataloader_in_order=false", "trainer.dataloader_in_order has no effect here"),
     ],
 )
 def test_numbers_that_no_run_can_have_are_refused_wherever_they_are(tmp_path, override, words):
@@ -167,3 +174,11 @@ def test_recipes_in_the_repository_are_valid():
     for file in files:
         recipe = load_recipe(file)
         assert from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_only_isolated_turns_need_layers_that_can_be_masked():
+    reading = Reading(("chunked_attention",), unknown=("chunked_attention",))
+    check_turns(TurnsRecipe(mode="reconstruction"), reading)
+    check_turns(TurnsRecipe(mode="compounded"), reading)
+    with pytest.raises(muco.RecipeError, match="cannot mask: chunked_attention; set turns.mode: compounded"):
+        check_turns(TurnsRecipe(), reading)

@@ -455,6 +455,10 @@ def test_chance_of_the_blind_control_is_less_where_answers_are_equal(scenes, tin
     assert control["samples"] == 32 and control["chance"] < math.log(32)
     assert math.log(17) <= control["chance"] <= math.log(25), "of a batch in which each answer has 16 to 24 others"
     assert not control["leaks"]
+    hard = InMemory(
+        [Sample(s.images[0], [Turn("Is it?", s.turns[0].target, negatives=["a cat", "a dog"])]) for s in data]
+    )
+    assert blind_loss(tiny_model, hard, recipe_of(scenes, Path("unused"), turns={})) == control, "chance counts none"
 
 
 def test_a_special_token_in_the_data_stops_the_run_and_names_the_row(tmp_path):
@@ -704,6 +708,8 @@ def test_a_step_in_which_nothing_can_be_used_is_left_out_and_said(scenes, tmp_pa
     logged = [step for step, _ in json.loads((model / "run.json").read_text())["loss"]]
     assert said and len(said) == 6 - len(logged) and logged
     assert not any(message.startswith(tuple(f"step {step}:" for step in logged)) for message in said)
+    together = replace(recipe, output=str(tmp_path / "once"), trainer={**recipe.trainer, "logging_steps": 6})
+    assert losses(muco.train(together)) == [pytest.approx(np.mean(losses(model)), rel=1e-5)]
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
     again = muco.train(recipe)
