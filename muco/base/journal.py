@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from muco.base.files import make_folder, take_lock, whole_file, writing
+from muco.base.files import make_folder, take_lock, writing
 from muco.errors import DataError, OutputError
 
 
@@ -37,6 +37,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: dict[str, list[dict[str, Any]]] = {}
         with writing(path):
             make_folder(path.parent)
             self._file = _open(path)
@@ -54,16 +55,39 @@ class Journal:
             while line:
                 line = line[os.write(self._file, line) :]
 
-    def replace(self, values: Iterable[dict[str, Any]]) -> None:
-        """Has these lines instead of those so far, all at once."""
-        with whole_file(self.path) as unfinished:
-            new = Journal(unfinished)
-            for value in values:
-                new.add(value)
-        os.close(self._file)
-        self._file = new._file  # and with it the lock
+    def hold(self, value: dict[str, Any], by: str = "") -> None:
+        """Keeps a failure back until something succeeds: a broken server is not the fault of what it was asked about.
+
+        Args:
+            by: Who failed, of several servers.
+        """
+        self._held.setdefault(by, []).append(value)
+
+    def succeed(self, value: dict[str, Any], by: str = "") -> None:
+        """Appends a success, then the failures that were kept back."""
+        self.add(value)
+        self.release(by)
+
+    def release(self, *by: str) -> None:
+        """Appends the failures that were kept back, of everyone or only ``by`` some."""
+        for name in by or [*self._held]:
+            for value in self._held.pop(name, []):
+                self.add(value)
+
+    def settle(self, succeeded: bool) -> dict[str, Any] | None:
+        """At the end of a run: :meth:`release` if anything ``succeeded``, in this run or an earlier one.
+
+        Else nothing is written, so that the next run asks again.
+
+        Returns:
+            The last failure that is still kept back, or None.
+        """
+        if succeeded:
+            self.release()
+        return next((values[-1] for values in reversed(self._held.values())), None)
 
     def close(self) -> None:
+        """Closes the file; what is still kept back is not written."""
         os.fsync(self._file)
         os.close(self._file)
 

@@ -37,8 +37,9 @@ def uncaptioned(sample: Sample, side: tuple[str, Content]) -> tuple[ImageLike, .
     return (*sample.images, *content.images) if name == "query" else content.images
 
 
-def captioned_digests(path: Path) -> set[bytes]:
-    return {digest for _, digest in _lines(path)}
+def known_digests(path: Path) -> dict[bytes, bool]:
+    """Digest of every image that has a line -> whether it got a caption; of two lines the later one counts."""
+    return {digest: captioned for _, digest, captioned in _lines(path)}
 
 
 class Captions:
@@ -48,7 +49,7 @@ class Captions:
         self.path = path
         if not path.is_file():
             raise DataError(f"{path}: no such file of captions; `muco data caption` makes it")
-        places = {digest: start for start, digest in _lines(path)}  # the later line counts
+        places = {digest: start for start, digest, _ in _lines(path)}  # the later line counts
         keys = np.array([int.from_bytes(digest[:8]) for digest in places], dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
         self._keys, self._starts = keys[order], np.fromiter(places.values(), np.int64, len(places))[order]
@@ -121,12 +122,12 @@ class CaptionedData:
         return hashlib.sha256(f"{fingerprint} {file_digest(self._captions.path)}".encode()).hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(Byte where it begins, digest of the image) of every line."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """(Byte where it begins, digest of the image, whether it has a caption) of every line."""
     for start, line in read_lines(path):
         image = line.get("image")
         if not isinstance(line.get("caption", line.get("error")), str):
             raise DataError(f"{path}: a line of {image!r} has neither a caption nor an error")
         if not re.fullmatch("[0-9a-f]{64}", str(image), re.IGNORECASE):
             raise DataError(f"{path}: 'image' must be the SHA-256 of an image, not {image!r}")
-        yield start, bytes.fromhex(image)
+        yield start, bytes.fromhex(image), "caption" in line

@@ -93,7 +93,10 @@ def sample_from_row(row: Any, folder: Path, where: str) -> Sample:
 
 
 def sample_to_row(sample: Sample, folder: Path) -> dict[str, Any]:
-    """The inverse of :func:`sample_from_row`, image paths relative in ``folder``; a DataError if one is not a path."""
+    """The inverse of :func:`sample_from_row`; a DataError if an image is not a path.
+
+    Paths in ``folder`` become relative, others absolute. Relative paths of a sample count from the working directory.
+    """
     row: dict[str, Any] = _images_to_row(sample.images, folder, sample.place)
     if sample.id is not None:
         row["id"] = sample.id
@@ -237,5 +240,5 @@ def _images_to_row(images: tuple[ImageLike, ...], folder: Path, place: str) -> d
 def _path_to_row(image: ImageLike, folder: Path, place: str) -> str:
     if not isinstance(image, (str, Path)):
         raise DataError(f"{place}: an image is {type(image).__name__}, not a path; save it to a file first")
-    path = folder / image
+    path = Path(image).absolute()  # the readers' relative paths count from the working directory
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()

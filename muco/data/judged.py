@@ -25,7 +25,9 @@ from muco.dialogue import Content, ImageLike
 from muco.errors import DataError, ImageError
 from muco.images import image_digest
 
-LONGEST_ID = 200  # bytes
+# Bytes. DBPedia's ids are <dbpedia:TITLE>, with titles of 255 bytes and more where signs are escaped. There is a limit
+# because every id takes the memory of the longest.
+LONGEST_ID = 512
 
 
 class Pool(ABC):

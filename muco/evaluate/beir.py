@@ -7,7 +7,8 @@
            qrels/<split>.tsv   query-id  corpus-id  score, with a header; grades above 0 are relevant
 
 Title, text and image may each be missing, but not all of them. Image paths are relative to the set's folder. ``data``
-is such a folder, or holds several: then each is a task of its own.
+is such a folder, or holds several: then each is a task of its own. A folder in it may again hold several, as BEIR's
+cqadupstack: their tasks are named "cqadupstack/android" and so on, and their mean counts as one data set.
 
 The tool of BEIR leaves a candidate out that has the id of the query (ArguAna and Quora ask with documents of the
 corpus). Here it stays, because in other sets equal ids mean nothing. A fact of the task says how many queries have one.
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,19 +31,20 @@ from muco.data.lines import JsonObject, id_of, image_of, objects, text_of
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
-from muco.evaluate.benchmark import Progress, mean_of
+from muco.evaluate.benchmark import Progress, data_set_of
 from muco.evaluate.cache import Embedder
 from muco.evaluate.driver import Benchmark
 from muco.evaluate.outcomes import Pools
 from muco.evaluate.ranked import JudgedQueries, RankedTask, chance_of_ndcg, score_ranked
 
+FILES = ("corpus.jsonl", "queries.jsonl")  # of a set, beside qrels/
 FORM = "BEIR 1"  # of a candidate's content: the title, a blank and the text
 RULES = {
     "ndcg@k": "linear gain, log2(rank + 1) discount, over the best list of all judged candidates, as trec_eval has it",
     "recall@k": "share of all relevant candidates among the first k, those counted in that the corpus lacks",
     "order": "float32 dot product, exact; ties by id; a collapsed corpus is never right",
     "chance": "of nDCG: every rank gains the mean grade of the corpus",
-    "overall": "unweighted mean of tasks",
+    "overall": "unweighted mean of data sets; the tasks of a folder of sets, as cqadupstack/android, are one together",
 }
 
 
@@ -58,7 +61,7 @@ def evaluate_beir(
     progress: Progress | None = None,
     **recorded: str,
 ) -> dict[str, Any]:
-    """Scores a model on a retrieval set, or on every one that is directly below a folder.
+    """Scores a model on a retrieval set, or on every one that is below a folder.
 
     Args:
         model, output, batch_size, skip_broken, recorded: See :class:`muco.evaluate.driver.Benchmark`.
@@ -67,7 +70,8 @@ def evaluate_beir(
         instruction: Put before every query, with a space between; candidates get none.
         progress: Called with (contents embedded, contents in all).
     Returns:
-        What ``beir.json`` holds; shares are 0 to 1, "overall" is the mean over tasks.
+        What ``beir.json`` holds; shares are 0 to 1, "groups" has the mean of each folder of sets, and "overall" is the
+        mean of data sets.
     Raises:
         DataError: If a file is missing (all are listed) or a line cannot be used, or no query is judged.
         MucoError: If ``k`` is less than 1.
@@ -77,24 +81,47 @@ def evaluate_beir(
     data = Path(data)
     run = Benchmark("beir", model, data, Path(output), batch_size, skip_broken, **recorded)
     settings = {"split": split, "k": k, "instruction": instruction, "rules": RULES}
-    sets = [_open_set(folder, split, k, instruction, skip_broken) for folder in _folders(data, split)]
+    sets = [_open_set(name, at, split, k, instruction, skip_broken) for name, at in _folders(data, split).items()]
     results = score_ranked(run, sets, settings, progress)
-    scores = {result.name: result.score for result in results}
+    groups, overall = _means({result.name: result.score for result in results})
     settings |= {"batch_size": batch_size, **run.settings}
-    return run.write(results, settings=settings, groups={}, overall=mean_of(scores, list(scores)))
+    return run.write(results, settings=settings, groups=groups, overall=overall)
 
 
-def _folders(data: Path, split: str) -> list[Path]:
+def _means(scores: Mapping[str, float]) -> tuple[dict[str, float], float]:
+    """Means of the folders of sets, and over all data sets, of which such a folder is one."""
+    own: dict[str, list[float]] = {}
+    for name, score in scores.items():
+        own.setdefault(data_set_of(name), []).append(score)
+    means = {name: fmean(of_tasks) for name, of_tasks in own.items()}
+    return {name: mean for name, mean in means.items() if name not in scores}, fmean(means.values())
+
+
+def _folders(data: Path, split: str) -> dict[str, Path]:
     """The sets in a folder, by name; a DataError that lists what all of them lack."""
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; pass one with corpus.jsonl, queries.jsonl and qrels/{split}.tsv")
-    below = sorted(path for path in data.iterdir() if (path / "corpus.jsonl").is_file())
-    folders = [data] if (data / "corpus.jsonl").is_file() or not below else below
-    needed = [folder / name for folder in folders for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
+    itself = {Path(os.path.abspath(data)).name: data}  # of ".", too
+    folders = itself if _is_set(data) else _below(data) or itself
+    needed = [at / name for at in folders.values() for name in (*FILES, f"qrels/{split}.tsv")]
     if absent := [path for path in needed if not path.is_file()]:
         listed = "\n".join(f"  {path}" for path in absent)
         raise DataError(f"{data}: these files are missing:\n{listed}\nadd them, or name another folder or split")
     return folders
+
+
+def _below(data: Path) -> dict[str, Path]:
+    """The sets directly below a folder, and one level deeper in those that are none."""
+    sets = {}
+    for folder in sorted(data.iterdir()):
+        own = [folder] if _is_set(folder) else filter(_is_set, sorted(folder.glob("*")))
+        sets |= {path.relative_to(data).as_posix(): path for path in own}
+    return sets
+
+
+def _is_set(folder: Path) -> bool:
+    """Whether it has any file of a set: one that lacks another is not overlooked, but refused."""
+    return any(os.path.exists(folder / name) for name in (*FILES, "qrels"))
 
 
 def _content(row: JsonObject, keys: Sequence[str], folder: Path, where: str, instruction: str = "") -> Content:
@@ -112,8 +139,12 @@ def read_judged(
     left_out = LeftOut() if left_out is None else left_out
     path, judgements = folder / "queries.jsonl", read_qrels(folder / "qrels" / f"{split}.tsv")
     queries: dict[str, Query] = {}
+    others = 0
     for row, where in objects(path):
         query = id_of(row, "_id", where)
+        if query not in judgements:  # of another split, so nothing else about it matters
+            others += 1
+            continue
         if query in queries:
             raise DataError(f"{where}: the query {query!r} is also at {queries[query].where}; ids must be unique")
         content, error = Content(), None
@@ -122,12 +153,11 @@ def read_judged(
         except DataError as found:
             left_out.check(found)
             error = found
-        queries[query] = Query(query, content, judgements.get(query, {}), where, error)
-    judged = [queries[id] for id in sorted(queries) if queries[id].grades]
-    if not judged:
-        raise DataError(f"{folder / 'qrels' / f'{split}.tsv'}: judges none of the {len(queries)} queries of {path}")
-    return judged, {
-        "queries without judgements, left out": len(queries) - len(judged),
+        queries[query] = Query(query, content, judgements[query], where, error)
+    if not queries:
+        raise DataError(f"{folder / 'qrels' / f'{split}.tsv'}: judges none of the {others} queries of {path}")
+    return [queries[id] for id in sorted(queries)], {
+        "queries without judgements, left out": others,
         "judged queries that queries.jsonl lacks": len(judgements.keys() - queries.keys()),
     }
 
@@ -139,14 +169,14 @@ WARNED = {  # fact -> what follows from it
 }
 
 
-def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> RankedTask:
+def _open_set(name: str, folder: Path, split: str, k: int, instruction: str, skip_broken: bool) -> RankedTask:
     """One set as a task, read and checked."""
     left_out = LeftOut(skip_broken)
     queries, others = read_judged(folder, split, instruction, left_out)
     asked = JudgedQueries(queries, left_out)
     pool = LinePool(
         folder / "corpus.jsonl",
-        f"the corpus of {_name(folder)}",
+        f"the corpus of {name}",
         lambda row, where: id_of(row, "_id", where),
         lambda row, where: _content(row, ("title", "text"), folder, where),
         form=FORM,
@@ -163,7 +193,7 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
         "queries that have the id of a candidate": int((pool.find([q.id for q in queries]) >= 0).sum()),
     }
     return RankedTask(
-        name=_name(folder),
+        name=name,
         queries=asked,
         pools=Pools([pool]),
         metric=f"ndcg@{k}",
@@ -177,9 +207,5 @@ def _open_set(folder: Path, split: str, k: int, instruction: str, skip_broken: b
         chance=functools.partial(chance_of_ndcg, k=k),
         facts=facts,
         warnings=[f"{facts[fact]} {fact}: {said}" for fact, said in WARNED.items() if facts[fact]],
-        cached_as=f"BEIR {_name(folder)}",
+        cached_as=f"BEIR {name}",
     )
-
-
-def _name(folder: Path) -> str:
-    return Path(os.path.abspath(folder)).name  # of ".", too

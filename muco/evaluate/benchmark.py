@@ -15,12 +15,14 @@ A finished task counts only for the same model, data and settings; everything el
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 from muco.base.files import make_folder, write_json, write_text, writing
 from muco.data.left_out import Broken
@@ -30,6 +32,7 @@ from muco.images import cover
 FORMAT = 1  # raise when what a task file holds changes its meaning
 FAILURES = 20  # kept per task for the page
 FOUND = 5  # candidates kept per query
+LONGEST_NAME = 200  # bytes of a file's name, without its ending; file systems allow 255 with it
 OWN_PIXELS = "the model's own"
 
 log = logging.getLogger(__name__)
@@ -136,8 +139,8 @@ class TaskFiles:
     def add(self, result: TaskResult) -> None:
         """Writes a task; its file appears whole, after its outcomes."""
         lines = (json.dumps(asdict(outcome), ensure_ascii=False) for outcome in result.outcomes)
-        write_text(self.output / "outcomes" / f"{_safe(result.name)}.jsonl", "".join(line + "\n" for line in lines))
-        lost = self.output / "left_out" / f"{_safe(result.name)}.jsonl"
+        write_text(self.output / "outcomes" / f"{file_name(result.name)}.jsonl", "".join(line + "\n" for line in lines))
+        lost = self.output / "left_out" / f"{file_name(result.name)}.jsonl"
         if result.broken:
             # ASCII, as a reason may quote half a character
             write_text(lost, "".join(json.dumps(asdict(one)) + "\n" for one in result.broken))
@@ -148,7 +151,7 @@ class TaskFiles:
         write_json(self._file(result.name), {"format": FORMAT, "key": self.key, "result": plain})
 
     def _file(self, name: str) -> Path:
-        return self.output / "tasks" / f"{_safe(name)}.json"
+        return self.output / "tasks" / f"{file_name(name)}.json"
 
 
 def pixels_differ(used: str | None, trained: str | None) -> list[str]:
@@ -159,6 +162,11 @@ def pixels_differ(used: str | None, trained: str | None) -> list[str]:
         f"the model was trained on images of {trained} pixels and is scored on images of {used}; train with the limits "
         "of the evaluation (model.min_pixels, model.max_pixels), or score with the model's own"
     ]
+
+
+def data_set_of(task: str) -> str:
+    """The data set of a task of BEIR's format: "cqadupstack" of "cqadupstack/android"; most are one task themselves."""
+    return task.partition("/")[0]
 
 
 def mean_of(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
@@ -180,8 +188,17 @@ def above_guessing(share: float, n: int) -> float:
     return share + 3 * (share * (1 - share) / max(1, n)) ** 0.5
 
 
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+def file_name(task: str) -> str:
+    """The name of a task's files without their ending, of its own, so that no two tasks share one; 200 bytes at most.
+
+    A space is a plus sign, other signs but ``-._~`` are escaped as in a query of a URL.
+    """
+    name = "".join(c if c.isalnum() else quote_plus(c, errors="surrogatepass") for c in task)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(task.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    # "=" is in no other name
+    return f"{name.encode()[: LONGEST_NAME - len(digest) - 1].decode(errors='ignore')}={digest}"
 
 
 def _result(plain: Mapping[str, Any]) -> TaskResult:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rich.text import Text
 from muco.base.html import count
 from muco.base.tables import print_report, table_of_numbers
 from muco.errors import DataError, MucoError
-from muco.evaluate.benchmark import FORMAT
+from muco.evaluate.benchmark import FORMAT, data_set_of
 from muco.evaluate.retrieval import RESULT
 
 BLOCK = 1 << 21  # counts in memory at a time (16 MiB)
@@ -40,7 +41,8 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
     Returns:
         Plain values for JSON: "tasks" (name -> metric, queries, a, b, difference, interval, won, lost, equal,
         excludes_zero; all shares 0 to 1), "means" (the same over tasks, queries resampled within each: "overall", or
-        "overall local" and "overall global" where tasks name their pool, since both pools have the same queries),
+        "overall local" and "overall global" where tasks name their pool, since both pools have the same queries; a
+        folder of BEIR's sets, as cqadupstack, counts as one task),
         "not_comparable" (name -> reason), "settings" (what differs: name -> [A's, B's]) and "warnings".
     Raises:
         DataError: If a folder holds no results, a file is damaged, or no task can be compared.
@@ -57,7 +59,8 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
     tasks: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
     warnings: list[str] = []
-    totals: dict[str, np.ndarray] = {}  # kind of mean -> sum of the means of its tasks
+    places: dict[str, tuple[str, str]] = {}  # task -> the mean that it belongs to, and the folder of sets, if any
+    totals: dict[tuple[str, str], np.ndarray] = {}  # such a place -> sum of the means of its tasks
     for name in sorted(ours.keys() | theirs.keys()):
         reason = _reason(ours.get(name), theirs.get(name))
         if reason is None:
@@ -75,7 +78,8 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
         own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8])
         means = bootstrap(values[:, 1] - values[:, 0], samples, np.random.default_rng([seed, own]))
         tasks[name] = {"metric": ours[name]["metric"]} | _summary(values, means, level)
-        totals[_mean_of(name)] = totals.get(_mean_of(name), 0.0) + means
+        place = places[name] = (_mean_of(name), _folder_of(name, ours[name]["key"]))
+        totals[place] = totals.get(place, 0.0) + means
     if not tasks:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         raise DataError(f"{a} and {b} have no task that can be compared ({listed})")
@@ -89,7 +93,7 @@ def compare(a: Path, b: Path, *, samples: int = 10_000, seed: int = 0, level: fl
         "seed": seed,
         "level": level,
         "tasks": tasks,
-        "means": {label: _mean(label, tasks, total, level) for label, total in sorted(totals.items())},
+        "means": _means(tasks, places, totals, level),
         "not_comparable": reasons,
         "settings": {key: [one.get(key), other.get(key)] for key in differing},
         "warnings": warnings,
@@ -153,10 +157,30 @@ def _mean_of(task: str) -> str:
     return f"overall {pool}" if pool in ("local", "global") else "overall"
 
 
-def _mean(label: str, tasks: Mapping[str, Mapping[str, Any]], total: np.ndarray, level: float) -> dict[str, Any]:
-    own = [task for name, task in tasks.items() if _mean_of(name) == label]
-    plain = {key: math.fsum(task[key] for task in own) / len(own) for key in ("a", "b", "difference")}
-    return {"tasks": len(own), **plain, **_with_interval(total / len(own), level)}
+def _folder_of(task: str, key: Mapping[str, Any]) -> str:
+    """The folder of sets that a task of BEIR's format is one of; "" if it is a data set itself."""
+    return data_set_of(task) if key.get("benchmark") == "beir" and data_set_of(task) != task else ""
+
+
+def _means(
+    tasks: Mapping[str, Mapping[str, Any]],
+    places: Mapping[str, tuple[str, str]],
+    totals: Mapping[tuple[str, str], np.ndarray],
+    level: float,
+) -> dict[str, dict[str, Any]]:
+    """The means by label; the tasks of a folder of sets have together the weight of one."""
+    weights = {place: 1 / size if place[1] else 1.0 for place, size in Counter(places.values()).items()}
+    found = {}
+    for label in sorted({label for label, _ in places.values()}):
+        own = {name: weights[place] for name, place in places.items() if place[0] == label}
+        whole = math.fsum(own.values())
+        drawn = sum(weights[place] * total for place, total in totals.items() if place[0] == label)
+        plain = {
+            key: math.fsum(weight * tasks[name][key] for name, weight in own.items()) / whole
+            for key in ("a", "b", "difference")
+        }
+        found[label] = {"tasks": len(own), **plain, **_with_interval(np.asarray(drawn / whole), level)}
+    return found
 
 
 def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -177,6 +201,8 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
             raise DataError(f"{file}: is not a result of a task ({error!r}); run the evaluation again") from error
         if form != FORMAT:
             raise DataError(f"{file}: has format {form}, not {FORMAT}; run the evaluation again")
+        if name in found:
+            raise DataError(f"{file}: {found[name]['file'].stem}.json is also of the task {name}; delete the older one")
         found[name] = task | {"file": folder / "outcomes" / f"{file.stem}.jsonl"}
     of_model: dict[str, list[str]] = {}
     for name, task in found.items():

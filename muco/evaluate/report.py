@@ -235,8 +235,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     notes = [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
     if control := result.get("blind_loss"):
         notes.append(
-            f"training loss without pixels: {control['loss']:.2f} nats, chance {control['chance']:.2f}; below chance means "
-            "that something leaks"
+            f"training loss without pixels: {control['loss']:.2f} nats, chance {control['chance']:.2f}; "
+            "below chance means that something leaks"
         )
     limit = "" if result["limit"] is None else f" (the first {result['limit']})"
     notes.append(f"{result['samples']} samples{limit}, {result['turns']} turns, {result['encoded']} contents encoded")

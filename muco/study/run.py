@@ -63,8 +63,8 @@ def run_study(
         and, if the study has a grid, ``tuning``: the dev scores of each run by setting, and ``chosen``: its best one.
     Raises:
         OutputError: If the folder holds another study, or anything else.
-        MucoError: If the study needs scenes and ``sets`` are given, or a run fails: the message ends with the end of
-            its ``log.txt``.
+        MucoError: If the study needs scenes and ``sets`` are given, these lack what it needs or have what it does not
+            take, or a run fails: the message ends with the end of its ``log.txt``.
     """
     if seeds < 1 or jobs < 1 or first_seed < 0:
         raise MucoError(
@@ -81,6 +81,8 @@ def run_study(
                 raise MucoError(f"the study {study.name} is made of the scenes' structure; leave out --data and --test")
             if missing := [f"--{name}" for name in study.needs if getattr(sets, name) is None]:
                 raise MucoError(f"the study {study.name} needs {' and '.join(missing)} beside --data and --test")
+            if idle := [f"--{name}" for name in ("dev", "model") if getattr(sets, name) and name not in study.needs]:
+                raise MucoError(f"the study {study.name} makes no use of {' and '.join(idle)}; run it without")
             if study.curve and sets.format != "jsonl":
                 raise MucoError(
                     f"the study {study.name} scores while it trains, which takes JSONL; see muco data convert"

@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
 
 from muco.base.journal import Journal
-from muco.data.captions import captioned_digests, sides_of, uncaptioned
+from muco.data.captions import known_digests, sides_of, uncaptioned
 from muco.data.source import Data
 from muco.dialogue import ImageLike
 from muco.errors import ImageError
@@ -55,7 +55,8 @@ async def caption(
 
     Returns:
         ``images`` of the data; how many of them were ``found`` in the file, ``captioned`` or ``failed``; ``stopped``,
-        the reason if the budget ended the run; ``output``; ``usage`` of the endpoint.
+        the reason if the budget ended the run, or if no image ever got a caption: then no failure is written, and the
+        next run asks again; ``output``; ``usage`` of the endpoint.
     Raises:
         DataError: If a row of the data or a line of the file cannot be read.
         EndpointError: If the server or the model is missing, or its answers are useless.
@@ -63,29 +64,30 @@ async def caption(
     """
     await endpoint.check(image=True)
     counts: Counter[str] = Counter(images=0, found=0, captioned=0, failed=0)
-    held: list[dict[str, Any]] = []  # failures, until something succeeds: a broken server is not the images' fault
     stopped = None
 
     async def one(image: tuple[ImageLike, str]) -> None:
         line = await _line(*image, endpoint, prompts, max_pixels)
-        if line is None or "error" in line:
-            counts["failed"] += 1
-            held.extend([line] if line else [])
+        if line is not None and "caption" in line:
+            counts["captioned"] += 1
+            journal.succeed(line)
             return
-        counts["captioned"] += 1
-        for made in (line, *held):
-            journal.add(made)
-        held.clear()
+        counts["failed"] += 1
+        if line is not None:
+            journal.hold(line)
 
-    with Journal(output) as journal, closing(_images(data, captioned_digests(output), counts, progress)) as images:
-        async with aclosing(in_order(images, one, ahead=2 * endpoint.limits.concurrency)) as lines:
-            try:
-                async for _ in lines:
-                    pass
-            except BudgetSpent as error:
-                stopped = str(error)
-        for line in held:
-            journal.add(line)
+    with Journal(output) as journal:
+        known = known_digests(output)
+        with closing(_images(data, known.keys(), counts, progress)) as images:
+            async with aclosing(in_order(images, one, ahead=2 * endpoint.limits.concurrency)) as lines:
+                try:
+                    async for _ in lines:
+                        pass
+                except BudgetSpent as error:
+                    stopped = str(error)
+        lost = journal.settle(counts["captioned"] > 0 or any(known.values()))
+    if lost and stopped is None:
+        stopped = f"no image got a caption, the last: {lost['error']}; correct that, and run the same command again"
     counts["failed"] += counts.pop("missing", 0)
     return {**counts, "stopped": stopped, "output": str(output), "usage": vars(endpoint.usage).copy()}
 
@@ -114,7 +116,7 @@ async def _line(
 
 
 def _images(
-    data: Data, kept: set[bytes], counts: Counter[str], progress: Progress | None
+    data: Data, kept: Collection[bytes], counts: Counter[str], progress: Progress | None
 ) -> Iterator[tuple[ImageLike, str]]:
     """(Image, digest) of every image that has no line yet, each once."""
     seen: set[bytes] = set()

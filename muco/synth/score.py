@@ -93,7 +93,6 @@ async def score(
         how[1] = endpoint.model
         file = output.with_name(f"{output.name}.journal")
         known = {line["turn"]: line.get("scores") for _, line in read_lines(file)} if file.exists() else {}
-        held: list[dict[str, Any]] = []  # failures, until something succeeds: a broken server is not the turns' fault
 
         async def one(asked: _Asked) -> None:
             line = await _line(asked, endpoint, by, question, max_pixels)
@@ -101,14 +100,12 @@ async def score(
                 counts["unanswered"] += 1
                 return
             known[asked.digest] = line.get("scores")
-            if "scores" not in line:
+            if "scores" in line:
+                counts["scored"] += 1
+                journal.succeed(line)
+            else:
                 counts["failed"] += 1
-                held.append(line)
-                return
-            counts["scored"] += 1
-            for made in (line, *held):
-                journal.add(made)
-            held.clear()
+                journal.hold(line)
 
         with Journal(file) as journal, closing(_asked(data, how, dict(known), counts, progress)) as turns:
             async with aclosing(in_order(turns, one, ahead=2 * endpoint.limits.concurrency)) as lines:
@@ -117,11 +114,9 @@ async def score(
                         pass
                 except BudgetSpent as error:
                     stopped = str(error)
-            if stopped is None and (counts["scored"] or counts["found"]):
-                for line in held:
-                    journal.add(line)
-        if stopped is None and held and not (counts["scored"] or counts["found"]):
-            stopped = f"no turn got scores, the last: {held[-1]['error']}; correct that, and run the same command again"
+            lost = journal.settle(counts["scored"] + counts["found"] > 0)
+        if lost and stopped is None:
+            stopped = f"no turn got scores, the last: {lost['error']}; correct that, and run the same command again"
         if stopped is None and counts["unanswered"]:
             stopped = f"{counts['unanswered']} turns got no answer for now; run the same command again"
         if stopped is None:

@@ -15,7 +15,6 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from muco.base.journal import Journal, read_lines
 from muco.errors import DataError, ImageError
@@ -67,7 +66,6 @@ class Answers:
             except (KeyError, TypeError) as error:
                 raise DataError(f"{path}: a line is not an answer of a model ({error!r}); delete the file") from error
         self._journal = Journal(path)
-        self._held: dict[str, list[dict[str, Any]]] = {}  # by what was asked, so for each model
 
     def find(self, key: tuple[str, str, int]) -> Answer | None:
         return self._known.get(key)
@@ -76,15 +74,11 @@ class Answers:
         picture, asked, attempt = key
         self._known[key] = answer
         line = {"picture": picture, "asked": asked, "attempt": attempt, "text": answer.text, "finish": answer.finish}
-        self._held.setdefault(asked, []).append(line)
-        if useful:
-            self.settle(asked)
+        (self._journal.succeed if useful else self._journal.hold)(line, by=asked)
 
-    def settle(self, *asked: str) -> None:
-        """Writes what waits, of everything or only of what was ``asked``."""
-        for name in asked or [*self._held]:
-            for line in self._held.pop(name, []):
-                self._journal.add(line)
+    def settle(self) -> None:
+        """Writes what waits."""
+        self._journal.release()
 
     def close(self, *, delete: bool = False) -> None:
         """Closes the journal; what waits is not written."""

@@ -88,6 +88,25 @@ def test_the_command_takes_any_format_and_replaces_nothing(tmp_path: Path, capsy
     assert main(asked) == 1 and "train.jsonl exists; choose another folder" in capsys.readouterr().err
 
 
+def test_images_of_a_source_with_a_relative_path_are_found_again(tmp_path: Path, monkeypatch) -> None:
+    """From any folder: those below the output by relative paths, as they may move with it, others by absolute ones."""
+    places = [f"{'data' if n < 5 else 'photos'}/{n}.png" for n in range(10)]
+    for n, place in enumerate(places):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 30), (n * 20, 0, 0)).save(tmp_path / place)
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{place},c\n" for place in places))
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "split", "pairs.csv", "--format", "pairs", "--output", "data"]) == 0
+    written = {
+        row["turns"][0]["query"]["image"] for name in ("train", "dev") for row in rows_of(Path(f"data/{name}.jsonl"))
+    }
+    assert written == {Path(place).name for place in places[:5]} | {str(tmp_path / place) for place in places[5:]}
+    monkeypatch.chdir("/")
+    parts = [open_data(tmp_path / f"data/{name}.jsonl") for name in ("train", "dev")]
+    found = [part[n].turns[0].query[0].images[0] for part in parts for n in range(len(part))]
+    assert len(found) == 10 and all(Path(image).is_file() for image in found)
+
+
 @pytest.mark.parametrize("share", [0, 1, 1.5, -0.1])
 def test_what_cannot_be_split(tmp_path: Path, share: float) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"turns": [{"query": "q", "target": "t"}]}])

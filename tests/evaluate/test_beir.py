@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from muco.dialogue import Content
 from muco.errors import DataError, MucoError
 from muco.evaluate.beir import evaluate_beir
+from muco.evaluate.compare import compare
 from muco.evaluate.ranked import chance_of_hit, chance_of_ndcg
 
 WORDS = ["lamp", "kettle", "boot", "drum", "fern", "anvil", "cup", "rope", "bell", "sieve", "oar", "quilt"]
@@ -152,6 +154,52 @@ def test_several_sets_below_a_folder_are_tasks_of_their_own(texts, tmp_path):
         evaluate_beir(Bag(), both, tmp_path / "out")
 
 
+def test_a_set_without_a_file_is_refused_and_not_left_out(texts, tmp_path):
+    """Whichever is missing; a folder without any of them is no set."""
+    for missing in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        both = tmp_path / missing.partition(".")[0] / "both"
+        for name in ("a", "b"):
+            shutil.copytree(texts, both / name)
+        (both / "images").mkdir()
+        (both / "b" / missing).unlink()
+        for folder in (both, both / "b"):
+            with pytest.raises(DataError) as caught:
+                evaluate_beir(Bag(), folder, tmp_path / "out")
+            assert str(caught.value).splitlines()[1:-1] == [f"  {both / 'b' / missing}"]
+
+
+def test_sets_of_a_folder_in_the_folder_count_as_one_data_set(texts, tmp_path):
+    """As BEIR's CQADupStack, which is published as folders of twelve forums."""
+    every = tmp_path / "every"
+    for name, query in (("fiqa", "drum"), ("cqadupstack/android", "cup"), ("cqadupstack/tex", "fern"), ("zz", "boot")):
+        write_lines(every / name / "corpus.jsonl", [{"_id": w, "text": w} for w in WORDS])
+        write_lines(every / name / "queries.jsonl", [{"_id": "1", "text": query}])
+        write_qrels(every / name / "qrels" / "test.tsv", [("1", "fern" if name == "fiqa" else query, 1)])
+    write_qrels(every / "cqadupstack" / "tex" / "qrels" / "test.tsv", [("1", "anvil", 1)])
+    result = evaluate_beir(Bag(), every, tmp_path / "out")
+    assert list(result["tasks"]) == ["cqadupstack/android", "cqadupstack/tex", "fiqa", "zz"]
+    android, tex, fiqa, zz = (task["score"] for task in result["tasks"].values())
+    assert 0 < tex < android == zz == 1 and 0 < fiqa < 1
+    assert result["groups"] == {"cqadupstack": pytest.approx((android + tex) / 2)}
+    assert result["overall"] == pytest.approx(((android + tex) / 2 + fiqa + zz) / 3)
+    assert "cqadupstack/tex" in (tmp_path / "out" / "beir.html").read_text()
+    model = Bag()
+    assert evaluate_beir(model, every, tmp_path / "out")["overall"] == result["overall"] and model.seen == []
+
+    class Other(Bag):
+        fingerprint = "other"
+
+        def vector(self, content: Content) -> np.ndarray:
+            return super().vector(Content("boot" if content.text == "cup" else content.text))
+
+    changed = evaluate_beir(Other(), every, tmp_path / "changed")["overall"]
+    (mean,) = compare(tmp_path / "out", tmp_path / "changed")["means"].values()
+    assert (mean["a"], mean["b"]) == (pytest.approx(result["overall"]), pytest.approx(changed)) and changed != mean["a"]
+    assert mean["interval"] == [pytest.approx(mean["difference"])] * 2  # of one query nothing else can be drawn
+    alone = evaluate_beir(Bag(), every / "cqadupstack", tmp_path / "alone")
+    assert list(alone["tasks"]) == ["android", "tex"] and alone["overall"] == result["groups"]["cqadupstack"]
+
+
 def json_like(tasks: dict) -> dict:
     """A task that was found again holds lists where a new one holds tuples of its own."""
     return {name: {**task, "facts": json.loads(json.dumps(task["facts"]))} for name, task in tasks.items()}
@@ -213,6 +261,36 @@ def test_what_the_judgements_get_wrong_is_counted(texts, tmp_path):
         evaluate_beir(Bag(), texts, tmp_path / "out")
 
 
+def test_queries_of_other_splits_stop_nothing(texts, tmp_path):
+    """They have no content, half a character, or a text that is there twice; only their ids are read."""
+    rows = [json.loads(line) for line in (texts / "queries.jsonl").read_text().splitlines()]
+    before = evaluate_beir(Bag(), texts, tmp_path / "before")["tasks"]["words"]
+    others = [
+        {"_id": "q7", "text": ""},
+        {"_id": "q8", "text": "\ud83d"},
+        {"_id": "q9", "text": 5},
+        {"_id": "q2", "text": ""},
+    ]
+    write_lines(texts / "queries.jsonl", [*others, *rows])
+    task = evaluate_beir(Bag(), texts, tmp_path / "out")["tasks"]["words"]
+    assert task["scores"] == before["scores"] and task["queries"] == 2
+    assert task["facts"]["queries without judgements, left out"] == 5
+
+
+def test_ids_may_be_as_long_as_those_of_dbpedia(texts, tmp_path):
+    """<dbpedia:TITLE>, of a title of 255 bytes and signs that are escaped."""
+    rows = [json.loads(line) for line in (texts / "corpus.jsonl").read_text().splitlines()]
+    for length, fits in ((512, True), (513, False)):
+        long = f"<dbpedia:{'%22' * 30}{'é' * 120}".ljust(length - 121, "_") + ">"
+        assert len(long.encode()) == length
+        write_lines(texts / "corpus.jsonl", [*rows, {"_id": long, "text": "quilt quilt"}])
+        if fits:
+            assert evaluate_beir(Bag(), texts, tmp_path / "out")["tasks"]["words"]["candidates"] == (13, 13)
+        else:
+            with pytest.raises(DataError, match="an id of 513 bytes; at most 512 are allowed"):
+                evaluate_beir(Bag(), texts, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("file", "row", "said"),
     [
@@ -231,6 +309,8 @@ def test_what_the_judgements_get_wrong_is_counted(texts, tmp_path):
 def test_a_bad_line_is_named(texts, tmp_path, file, row, said):
     rows = (texts / file).read_text().splitlines()
     (texts / file).write_text("\n".join([*rows, json.dumps(row)]))
+    with (texts / "qrels" / "test.tsv").open("a") as judgements:
+        judgements.write("q9\td0\t1\n")
     with pytest.raises(DataError, match=f"^{re.escape(str(texts / file))}:{len(rows) + 1}: .*{re.escape(said)}"):
         evaluate_beir(Bag(), texts, tmp_path / "out")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from muco.errors import DataError, MucoError
 from muco.evaluate import compare as module
-from muco.evaluate.benchmark import Outcome, TaskFiles, TaskResult
+from muco.evaluate.benchmark import LONGEST_NAME, Outcome, TaskFiles, TaskResult, file_name
 from muco.evaluate.compare import bootstrap, compare, interval, print_comparison
 
 
@@ -128,10 +131,40 @@ def test_neither_the_order_of_lines_nor_blocks_nor_other_tasks_change_anything(p
     monkeypatch.setattr(module, "BLOCK", 3000)
     assert compare(*pair)["tasks"]["GQA"]["interval"] == pytest.approx(before["tasks"]["GQA"]["interval"], abs=0.02)
     monkeypatch.undo()
-    (pair[1] / "tasks" / "Visual_7W.json").unlink()
+    (pair[1] / "tasks" / "Visual+7W.json").unlink()
     alone = compare(*pair)
     assert alone["tasks"]["GQA"] == before["tasks"]["GQA"] and alone["means"]["overall"]["tasks"] == 1
     assert alone["means"]["overall"]["interval"] == alone["tasks"]["GQA"]["interval"]
+
+
+ALIKE = ["how many?", "how many!", "how_many_", "how+many?", "how%20many", "a b", "a_b", "a/b", "a%2Fb", "é?", "\ud83d"]
+LONG = ["x" * 300, "x" * 301, "字" * 100, "字" * 99 + "子", "?" * 200]
+
+
+def test_tasks_that_differ_only_in_signs_have_files_of_their_own(tmp_path):
+    sides = [
+        folder(tmp_path / side, {name: {"q": value + n / 100} for n, name in enumerate(ALIKE + LONG)})
+        for side, value in (("a", 0.0), ("b", 0.5))
+    ]
+    tasks = compare(*sides, samples=100)["tasks"]
+    assert {name: task["a"] for name, task in tasks.items()} == {name: n / 100 for n, name in enumerate(ALIKE + LONG)}
+    assert file_name("MSCOCO t0 local") == "MSCOCO+t0+local" and file_name("VisualNews_t2i") == "VisualNews_t2i"
+
+
+@given(st.lists(st.text(max_size=40) | st.sampled_from(ALIKE + LONG), unique=True))
+def test_no_two_tasks_share_a_file(names):
+    files = [file_name(name) for name in names]
+    assert len({*files}) == len(files)
+    assert all(len(file.encode()) <= LONGEST_NAME and not {*'/\\:*?"<>| '} & {*file} for file in files)
+
+
+def test_two_files_of_one_task_are_refused(pair):
+    """As an output folder has that began with another version, which named them otherwise."""
+    shutil.copy(pair[0] / "tasks" / "Visual+7W.json", pair[0] / "tasks" / "Visual_7W.json")
+    with pytest.raises(
+        DataError, match=r"Visual_7W\.json: Visual\+7W\.json is also of the task Visual 7W; delete the older"
+    ):
+        compare(*pair)
 
 
 def test_the_seed_and_level_count(pair):

@@ -26,6 +26,7 @@ from muco.dialogue import Content
 from muco.errors import DataError, ImageError, MucoError
 from muco.evaluate import outcomes
 from muco.evaluate import pool as pool_module
+from muco.evaluate.benchmark import file_name
 from muco.evaluate.mbeir import evaluate_mbeir, means
 
 ALL_NAMES = [f"{NAMES[data_set]} t{task}" for data_set, task in TASKS]
@@ -100,7 +101,7 @@ def test_an_oracle_is_perfect_in_both_pools(whole):
     assert set(GROUPS) < set(result["groups"]) and "overall local" in result["groups"]
     assert result["settings"]["overall"] == "mean of 16 tasks, global pool" and result["missing"] == []
     assert not [line for line in result["warnings"] if " global: " in line]
-    for file in ("mbeir.json", "mbeir.csv", "mbeir.md", "mbeir.html", "tasks/MSCOCO_t0_local.json"):
+    for file in ("mbeir.json", "mbeir.csv", "mbeir.md", "mbeir.html", "tasks/MSCOCO+t0+local.json"):
         assert (output / file).is_file()
     assert json.loads((output / "mbeir.json").read_text())["tasks"].keys() == result["tasks"].keys()
     assert steps[-1] == (steps[-1][1],) * 2 and [done for done, _ in steps] == sorted(done for done, _ in steps)
@@ -189,14 +190,14 @@ def test_a_failure_shows_the_right_candidate_and_by_how_much_it_lost(shared_tree
     ]
     assert [f["margin"] for f in kept] == pytest.approx([1.4, 1.1, 0.2])
     assert kept[0]["right"]["images"][0].endswith("c4x4x3.png")
-    lines_of = (tmp_path / "outcomes" / f"{name.replace(' ', '_')}.jsonl").read_text().splitlines()
+    lines_of = (tmp_path / "outcomes" / f"{file_name(name)}.jsonl").read_text().splitlines()
     outcomes = [json.loads(line) for line in lines_of]
     assert [(o["query"], o["value"], o["rank"]) for o in outcomes] == [
         ("4:401", 0.0, None), ("4:402", 1.0, 2), ("4:403", 1.0, 1), ("4:404", 0.0, None)]  # fmt: skip
 
 
 def failures(output: Path, name: str) -> list[dict]:
-    return json.loads((output / "tasks" / f"{name.replace(' ', '_')}.json").read_text())["result"]["failures"]
+    return json.loads((output / "tasks" / f"{file_name(name)}.json").read_text())["result"]["failures"]
 
 
 def test_the_failures_of_largest_margin_are_kept(shared_tree, tmp_path, monkeypatch):
@@ -752,7 +753,7 @@ def test_what_cannot_be_embedded_is_left_out_of_both_pools(tree, tmp_path):
         task = result["tasks"][f"CIRR t7 {pool}"]
         assert task["left_out"] == {"queries": 1, "candidates": 2, "missed": 3}
         assert (task["score"], task["queries"]) == (0.25, QUERIES), "of 4 queries one still finds what is right"
-        told = (tmp_path / "out" / "left_out" / f"CIRR_t7_{pool}.jsonl").read_text()
+        told = (tmp_path / "out" / "left_out" / f"CIRR+t7+{pool}.jsonl").read_text()
         assert all(name in told for name in ("c8x7x1.png", "cand_pool.jsonl:3: input 0: not this", "_test.jsonl:1"))
     again = evaluate_mbeir(Oracle(), tree, tmp_path / "out", skip_broken=True, **wanted)
     assert again["tasks"]["CIRR t7 local"]["left_out"] == task["left_out"], "found done"

@@ -433,6 +433,9 @@ def test_data_that_cannot_be_studied_are_refused_before_anything_is_written(scen
         run_study(find_study("order"), tmp_path / "out", sets=Sets(train, test, "jsnl"))
     with pytest.raises(MucoError, match="the study turns needs --dev and --model beside --data and --test"):
         run_study(find_study("turns"), tmp_path / "out", sets=Sets(train, test))
+    for more, said in (({"dev": test, "model": "starter"}, "--dev and --model"), ({"model": "starter"}, "--model")):
+        with pytest.raises(MucoError, match=f"the study order makes no use of {said}; run it without"):
+            run_study(find_study("order"), tmp_path / "out", sets=Sets(train, test, **more))
     whole = Sets(train, test, "llava", test, "starter")
     with pytest.raises(MucoError, match="the study turns scores while it trains, which takes JSONL"):
         run_study(find_study("turns"), tmp_path / "out", sets=whole)

@@ -18,12 +18,11 @@ import processes
 import pytest
 from chat_server import REFUSAL, ChatServer, Fault
 
-from muco.base.journal import Journal
 from muco.cli import main
 from muco.data import open_data
 from muco.data.captions import CaptionedData, Captions
 from muco.data.jsonl import write_jsonl
-from muco.errors import DataError, OutputError
+from muco.errors import DataError
 from muco.images import image_digest
 from muco.synth.caption import caption
 from muco.synth.chat import Budget, Limits
@@ -165,6 +164,31 @@ def test_a_server_that_is_of_no_use_stops_the_run_and_blames_no_image(kind, scen
         assert run(server, dev, output)["captioned"] == 16
 
 
+@pytest.mark.parametrize("kind", ["refusal", "empty", "400"])
+def test_a_useless_server_blames_no_image_though_they_are_too_few_to_stop_it(kind, scenes, tmp_path):
+    """Nor one that an earlier run could not caption: only a caption shows that the server is sound."""
+    pictures = [str(scenes / f"images/dev/{n:05}.png") for n in range(6)]
+    write_jsonl(tmp_path / "rows.jsonl", [{"image": p, "turns": [{"query": "", "target": "b"}]} for p in pictures])
+    data, output = open_data(tmp_path / "rows.jsonl"), tmp_path / "captions.jsonl"
+    earlier = {"image": image_digest(pictures[0]), "error": "empty: ", "model": "seer", "prompt": "old"}
+    output.write_text(json.dumps(earlier) + "\n")
+    with ChatServer(scenes, faults=[Fault(kind, to="caption")]) as server:
+        found = run(server, data, output)
+        assert (found["found"], found["captioned"], found["failed"]) == (1, 0, 5)
+        assert re.match(r"no image got a caption, the last: (refusal|empty|HTTP 400)", found["stopped"])
+        assert lines(output) == [earlier]
+        server.faults = []
+        again = run(server, data, output)
+        assert (again["found"], again["captioned"], again["stopped"]) == (1, 5, None)
+        write_jsonl(
+            tmp_path / "one.jsonl",
+            [{"image": str(scenes / "images/dev/00007.png"), "turns": [{"query": "", "target": "b"}]}],
+        )
+        server.faults = [Fault(kind, to="caption")]
+        last = run(server, open_data(tmp_path / "one.jsonl"), output)  # which answered before, so it is the image
+        assert (last["failed"], last["stopped"], len(lines(output))) == (1, None, 7)
+
+
 def test_a_budget_stops_and_the_next_run_goes_on(scenes, dev, tmp_path):
     output = tmp_path / "captions.jsonl"
     with ChatServer(scenes) as server:
@@ -232,25 +256,6 @@ def test_killed_ten_times_nothing_is_lost_or_asked_twice(scenes, tmp_path):
 
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_torn_line_is_cut_off(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": "' + b"x" * 200_000)
-    with Journal(path) as journal:
-        journal.add({"a": "é\n"})
-    assert path.read_bytes() == '{"a": 1}\n{"a": "é\\n"}\n'.encode()
-    path.write_bytes(b"x" * 200_000)
-    with Journal(path):
-        pass
-    assert path.read_bytes() == b""
-
-
-def test_one_writer_at_a_time(tmp_path):
-    with Journal(tmp_path / "a.jsonl"), pytest.raises(OutputError, match="another process is writing"):
-        Journal(tmp_path / "a.jsonl")
-    with Journal(tmp_path / "a.jsonl"):
-        pass
 
 
 @pytest.mark.parametrize(
