@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from muco.dialogue import ImageLike, Video
 from muco.errors import ImageError
@@ -40,8 +41,17 @@ MAX_BYTES = 256 * 2**20
 MAX_ASPECT = 200  # the limit of Qwen2-VL's image processor
 SMALL_SIDE = 28  # one visual token of Qwen2-VL; an image with a shorter side becomes SMALL_SIZE (docs/paper.md, prompt)
 SMALL_SIZE = (56, 56)
+# Of a JPEG; real files have about ten scans, one or two segments of EXIF, and a few thousand segments in all at most.
+MOST_SCANS = MOST_EXIFS = 100
+MOST_SEGMENTS = 10_000
+MOST_STRAY = 2**20  # bytes between the segments before the first scan
 SETTLED = 2 * 10**9  # nanoseconds; the times of a file that was written just now may be those of its next version too
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+://|(http|https|data|file):)", re.IGNORECASE)  # not "C:\x.png"
+# Of a JPEG: no stuffed byte, fill byte or restart marker. Those of _BARE have no length after them.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")
+_BARE = frozenset([*range(2, 0xC0), 0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)])
+_SCAN, _END, _APP1 = 0xDA, 0xD9, 0xE1
+_TILE_SIDES = (322, 323)  # the tags of a TIFF
 _warning_filters = threading.Lock()  # the filters belong to the process; two threads must not swap them at once
 
 
@@ -70,10 +80,11 @@ def open_image(
             What is opened already is taken as it is.
         where: Names the row ("file:line") in errors.
     Raises:
-        ImageError: If the image is missing, too large, truncated, broken, of another format or longer than 200 : 1.
+        ImageError: If the image is missing, too large, truncated, broken, of another format, longer than 200 : 1, or
+            made so that decoding it takes far more time or memory than its pixels do.
     """
     name = shown_name(image, where)
-    opened = image if isinstance(image, Image.Image) else _read_header(read_bytes(image, name), name)
+    opened = image if isinstance(image, Image.Image) else _read_header(read_bytes(image, name), max_pixels, name)
     _check_size(opened.size, max_pixels, name)
     try:
         if reduction and opened is not image and opened.format in JPEGS and (factor := reduction(*opened.size)) > 1:
@@ -248,11 +259,12 @@ def file_status(path: str | Path, name: str, most: int = MAX_BYTES) -> os.stat_r
     return status
 
 
-def _read_header(data: bytes, name: str) -> Image.Image:
+def _read_header(data: bytes, max_pixels: int, name: str) -> Image.Image:
+    _check_parts(data, name)
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: too many pixels, perhaps a decompression bomb ({error}); make it smaller") from error
     except UnidentifiedImageError as error:
@@ -260,6 +272,39 @@ def _read_header(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"{name}: not an image that can be read; it must be a sound {accepted}") from error
     except Exception as error:  # as in open_image
         raise ImageError(f"{name}: the image is truncated or broken ({_reason(error)}); replace the file") from error
+    if isinstance(opened, TiffImageFile):
+        width, height = (opened.tag_v2.get(tag, 0) for tag in _TILE_SIDES)  # a tile is decoded whole, whatever the size
+        if not isinstance(width, int) or not isinstance(height, int) or width * height > max_pixels:
+            raise ImageError(f"{name}: its tiles are {width} x {height}, over the limit of {max_pixels:,} pixels")
+    return opened
+
+
+def _check_parts(data: bytes, name: str) -> None:
+    """Refuses a JPEG that takes far more time than its pixels do.
+
+    Each scan is decoded at full size, and Pillow reads what is before the first slowly, in a lock (see _read_header):
+    each segment and each byte between them by itself, and all EXIF again with each segment of it. Markers are followed
+    as the decoder does, to the end of the first picture, because thumbnails within segments and videos behind the
+    picture (as phones write them) have bytes that look like markers.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        return
+    scans = exifs = segments = stray = place = 0
+    while True:
+        found = _MARKER.search(data, place)
+        start, marker, after = (found.start(), found[1][0], found.end()) if found else (len(data), _END, len(data))
+        stray += 0 if scans else start - place
+        segments += 1
+        scans += marker == _SCAN
+        exifs += marker == _APP1 and data.startswith(b"Exif\0\0", after + 2)
+        if scans > MOST_SCANS or exifs > MOST_EXIFS or segments > MOST_SEGMENTS or stray > MOST_STRAY:
+            raise ImageError(
+                f"{name}: a JPEG of too many parts ({segments} segments, {scans} scans and {exifs} segments of EXIF so "
+                f"far, {stray:,} bytes outside them); save it again by an image program"
+            )
+        if found is None or (marker == _END and scans):
+            return
+        place = after + (0 if marker in _BARE else max(2, int.from_bytes(data[after : after + 2], "big")))
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -276,9 +276,9 @@ def load(
         device: "cpu", "cuda", …; the best one available if None.
         truncate_dim: Truncate vectors to the first N dimensions and normalise them again; for models trained with
             ``loss.dimensions``. None: whole vectors.
-        precision: "float32" or "bfloat16" to compute in; "auto": bfloat16 if it is clearly quicker here, by three small passes
-            in each, which a line on stderr tells. None: that of the weights. Weights in float32 stay so, and those
-            in half precision do but for "float32".
+        precision: "float32" or "bfloat16" to compute in; "auto": bfloat16 if it is clearly quicker here, by three small
+            passes in each, which a line on stderr tells. None: that of the weights. Weights in float32 stay so, and
+            those in half precision do but for "float32".
         image_memory: GiB of host memory that keep what the vision tower made of an image for when it comes again, in
             any call. Vectors are equal up to rounding: an image then passes beside other images.
         kwargs: Those of :func:`muco.backbone.load_backbone`.

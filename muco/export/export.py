@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,7 +34,7 @@ from muco.starter import model_name
 from muco.stock import write_json
 from muco.training.build import build_model, saved_dtype
 from muco.training.checkpoint import load_trained
-from muco.training.folder import CARD_FILE, RUN_FILE, WEIGHTS_FILE, card_head, usage
+from muco.training.folder import CARD_FILE, RUN_FILE, SHORTER, WEIGHTS_FILE, card_head, usage
 from muco.training.mixture import open_sources
 from muco.training.recipe import recorded, trained_dimensions
 from muco.vision import vision_parameters
@@ -209,21 +209,38 @@ def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
 
 
 def _describe(
-    folder: Path, source: str, format: Format, model: Model, dimensions: Sequence[int], *, separate: bool
+    folder: Path, source: str, format: Format, model: Model, dimensions: Collection[int], *, separate: bool
 ) -> None:
-    shorter = sorted(dimensions)
-    listed = ", ".join(map(str, shorter))
-    if format == "vllm" and shorter:  # else vLLM refuses requests for shorter vectors
-        config = read_json(folder / "config.json") | {"is_matryoshka": True, "matryoshka_dimensions": shorter}
-        write_json(folder / "config.json", config)
+    write_dimensions(folder, dimensions)
     if format == "vllm":
-        body = _usage_of_vllm(listed, model.encoder.muco_processor.template.read, separate)
+        body = _usage_of_vllm(_listed(dimensions), model.encoder.muco_processor.template.read, separate)
     else:
-        body = usage(f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
-        body += f"\nVectors may be cut to {listed} dimensions: `truncate_dim`.\n" if shorter else ""
+        body = full_usage(dimensions, f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
     compared = "Its vectors were compared with the model's own after the export."
     origin = f"exported from {model_name(source)} by\nMuCo. {compared}"
     write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
+
+
+def write_dimensions(folder: Path, dimensions: Collection[int]) -> None:
+    """Says in ``config.json`` for which shorter vectors a model was trained.
+
+    vLLM reads it there, and refuses requests for other lengths; :func:`muco.training.recipe.trained_dimensions` too.
+    """
+    config = read_json(folder / "config.json")
+    kept = {key: value for key, value in config.items() if key not in SHORTER}  # what it says may be of its own source
+    said = dict(zip(SHORTER, (True, sorted(dimensions)), strict=True)) if dimensions else {}
+    if kept | said != config:
+        write_json(folder / "config.json", kept | said)
+
+
+def full_usage(dimensions: Collection[int], after_loading: str = "") -> str:
+    """As :func:`muco.training.folder.usage`, and to which lengths vectors may be cut."""
+    cut = f"\nVectors may be cut to {_listed(dimensions)} dimensions: `truncate_dim`.\n" if dimensions else ""
+    return usage(after_loading) + cut
+
+
+def _listed(dimensions: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(dimensions)))
 
 
 def _usage_of_vllm(shorter: str, read: str, separate: bool) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,15 +28,16 @@ from torch import Tensor
 from muco.backbone import merge_adapters
 from muco.base.files import claimed, write_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
-from muco.export.export import load_source
+from muco.export.export import full_usage, load_source, write_dimensions
 from muco.model import Model
 from muco.starter import model_name
-from muco.training.folder import CARD_FILE, card_head, usage
+from muco.training.folder import CARD_FILE, SHORTER, card_head
 
 Method = Literal["mean", "slerp", "task-arithmetic"]
 RECORD = "merge.json"
 NARROW = 1e-3  # radians, under which an arc is taken for a line
-OWN = ("_name_or_path", "dtype", "transformers_version", "architectures")  # of a configuration; says nothing of weights
+# Of a configuration; says nothing of what kind a model is.
+OWN = ("_name_or_path", "dtype", "transformers_version", "architectures", *SHORTER)
 
 
 def merge(
@@ -52,7 +53,8 @@ def merge(
     Args:
         sources: As for :func:`muco.export.export`: folders, hub ids, or checkpoints of runs, whose adapters are folded
             in. All are in memory together.
-        output: A folder that does not exist yet; it appears whole.
+        output: A folder that does not exist yet; it appears whole. Its vectors may be cut to the lengths that all
+            sources were trained for.
         weights: One per source; by default all the same. With "mean" and "slerp" their shares of the sum count.
         method: See above.
         base: What all sources began from, for "task-arithmetic".
@@ -70,7 +72,9 @@ def merge(
         if output.exists():
             raise OutputError(f"{output} already exists; choose another folder or delete it")
         names = [*sources, *([base] if base is not None else [])]
-        models = [_folded(name) for name in names]
+        loaded = [_folded(name) for name in names]
+        models = [model for model, _ in loaded]
+        shorter = frozenset.intersection(*(frozenset(lengths) for _, lengths in loaded[: len(sources)]))
         for name, other in zip(names[1:], models[1:], strict=True):
             if differing := _difference(models[0], other):
                 raise CheckpointError(
@@ -79,7 +83,7 @@ def merge(
         prints = [model.fingerprint for model in models]
         _combine(models, shares, method)
         facts = {"method": method, "sources": [*sources], "weights": shares, "base": base, "fingerprints": prints}
-        _write(models[0], output, facts | {"fingerprint": models[0].fingerprint})
+        _write(models[0], output, facts | {"fingerprint": models[0].fingerprint}, shorter)
     return {"output": str(output), **facts, "fingerprint": models[0].fingerprint}
 
 
@@ -102,10 +106,11 @@ def _shares(sources: Sequence[str], weights: Sequence[float] | None, method: str
     return [weight / sum(found) for weight in found]
 
 
-def _folded(source: str) -> Model:
-    model, _, dtype = load_source(source)
+def _folded(source: str) -> tuple[Model, tuple[int, ...]]:
+    """A model without adapters, and the shorter lengths it was trained for."""
+    model, shorter, dtype = load_source(source)
     model.encoder.model = merge_adapters(model.encoder.model, dtype)
-    return model
+    return model, shorter
 
 
 def _difference(one: Model, other: Model) -> str:
@@ -168,15 +173,16 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     return (math.sin((1 - share) * arc) * one + math.sin(share * arc) * other) / math.sin(arc)
 
 
-def _write(model: Model, output: Path, facts: dict[str, Any]) -> None:
+def _write(model: Model, output: Path, facts: dict[str, Any], shorter: Collection[int]) -> None:
     part = output.with_name(f"{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with writing(output):
         model.save(str(part), create_model_card=False)
+        write_dimensions(part, shorter)
         write_json(part / RECORD, facts)
         pairs = zip(facts["sources"], facts["weights"], strict=True)
         named = ", ".join(f"{share:.3g} of {model_name(source)}" for source, share in pairs)
         origin = f"merged by MuCo\n({facts['method']}: {named})."
-        text = f"{card_head('sentence-transformers', model.get_embedding_dimension(), origin)}\n{usage()}"
+        text = f"{card_head('sentence-transformers', model.get_embedding_dimension(), origin)}\n{full_usage(shorter)}"
         write_text(part / CARD_FILE, text)
         os.replace(part, output)

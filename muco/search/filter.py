@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal, InvalidOperation
 from functools import partial
 
 import pyarrow as pa
 
 from muco.data.lines import whole_text
 from muco.errors import MucoError
-from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, kind_of, next_token
+from muco.search.sql import ANY, CONDITION, DAY, NUMBER, TEXT, Token, Value, kind_of, moment, next_token
 
 FUNCTIONS = {  # the kinds of their arguments, and of their result
     "lower": ([TEXT], TEXT),
@@ -147,12 +148,14 @@ class _Parser:
             with self.deeper():
                 found = self.joined()
             self.needs(")")
-            return replace(found, sql=f"({found.sql})", place=token.place, fraction=False, literal=False)
+            return replace(found, sql=f"({found.sql})", place=token.place, literal=False)
         if token.kind == "text":
             return Value(token.text, TEXT, token.place, literal=True)
         if token.kind == "number":
-            fraction = not token.text.lstrip("-").isdecimal()
-            return Value(token.text, NUMBER, token.place, fraction=fraction, literal=True)
+            try:
+                return Value(token.text, NUMBER, token.place, number=Decimal(token.text), literal=True)
+            except InvalidOperation:
+                raise self.refused(token.place, "a number of too large an exponent", token.text[:20]) from None
         if token.kind in ("word", "quoted"):
             return self.named(token)
         raise self.refused(token.place, "expected a column, text or a number")
@@ -165,7 +168,7 @@ class _Parser:
             if word == "null":
                 return Value("NULL", ANY, token.place)
             if word in ("date", "timestamp") and after.kind == "text":
-                return Value(f"{word.upper()} {self.tokens.pop().text}", DAY, token.place, literal=True)
+                return self.time(word, token.place)
             if after.text == "(" and after.kind == "sign":
                 return self.called(token)
         name = token.text
@@ -175,8 +178,20 @@ class _Parser:
                 why = f"may be {' or '.join(alike)}" if alike else "not a column"
                 raise self.refused(token.place, f"{why}; columns: {', '.join(sorted(self.columns))}", token.text)
             name = alike[0]
-        kind, exact = kind_of(self.columns[name])
-        return Value(f"`{name}`", kind, token.place, exact=exact)
+        return Value(f"`{name}`", kind_of(self.columns[name]), token.place, type=self.columns[name])
+
+    def time(self, word: str, place: int) -> Value:
+        """The literal whose text is the next token."""
+        text = self.tokens.pop()
+        found = moment(word, text.text)
+        if found is None:
+            example = "DATE '2020-01-31'" if word == "date" else "TIMESTAMP '2020-01-31 12:00:00'"
+            raise self.refused(
+                text.place, f"expected a {word} from the year 1 to 9999 such as {example}", text.text[:40]
+            )
+        fine = found.since % 1000  # which LanceDB would cut
+        sql = f"CAST({text.text} AS TIMESTAMP(9))" if fine else f"{word.upper()} {text.text}"
+        return Value(sql, DAY, place, moment=found, literal=True)
 
     def called(self, token: Token) -> Value:
         name = token.text.lower()
@@ -185,7 +200,7 @@ class _Parser:
             raise self.refused(token.place, f"not a function that may be used; functions: {known}", token.text)
         values = self.listed()
         if name == "coalesce":
-            values = self.alike(*values)
+            values = self.alike(*values, compared=False)
             kind = next((value.kind for value in values if value.kind != ANY), ANY)
         else:
             takes, kind = FUNCTIONS[name]
@@ -193,7 +208,9 @@ class _Parser:
                 raise self.refused(token.place, f"takes {len(takes)} values, not {len(values)}", token.text)
             for value, wanted in zip(values, takes, strict=True):
                 self.must_be(value, wanted)
-        return Value(f"{name}({', '.join(value.sql for value in values)})", kind, token.place)
+        times = {value.type for value in values if value.type is not None} if kind == DAY else set()
+        type = times.pop() if len(times) == 1 else None  # its literals fit it
+        return Value(f"{name}({', '.join(value.sql for value in values)})", kind, token.place, type=type)
 
     def listed(self) -> list[Value]:
         self.needs("(")
@@ -231,16 +248,20 @@ class _Parser:
         yield
         self.depth -= 1
 
-    def alike(self, first: Value, *others: Value) -> list[Value]:
-        """The values, ready to be compared; a MucoError if they are of two kinds."""
+    def alike(self, first: Value, *others: Value, compared: bool = True) -> list[Value]:
+        """The values, ready to be compared, or to be one value; a MucoError if they are of two kinds."""
         values = [first, *others]
         known = next((value for value in values if value.kind != ANY), first)
         for value in values:
             if value.kind not in (known.kind, ANY):
                 hint = "; write DATE '2020-01-31'" if {value.kind, known.kind} == {TEXT, DAY} else ""
                 raise self.refused(value.place, f"{value.kind} cannot be compared with {known.kind}{hint}")
-        exact = any(value.exact for value in values)
-        return [value.as_decimal() if exact and value.fraction else value for value in values]
+        columns = [value.type for value in values if value.type is not None]
+        for value in values:
+            misfits = (value.moment.misfit(column) for column in columns) if value.moment else ()
+            if misfit := next(filter(None, misfits), ""):
+                raise self.refused(value.place, misfit)
+        return [value.beside(columns, compared=compared) for value in values]
 
     def must_be(self, value: Value, kind: str) -> Value:
         if value.kind not in (kind, ANY):

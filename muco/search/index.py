@@ -21,7 +21,7 @@ from muco.data.lines import whole_text
 from muco.errors import MucoError
 from muco.search.columns import checked_id
 from muco.search.filter import checked_filter, quoted
-from muco.search.lance import ENOUGH_BITS, PROBES
+from muco.search.lance import ANN_ROWS, ENOUGH_BITS, PROBES
 from muco.search.storage import scores
 from muco.search.table import Table
 from muco.search.update import add_rows
@@ -166,7 +166,7 @@ class Index(Table):
     def _nearest(self, query: np.ndarray, k: int, where: str | None, exact: bool, extra: Sequence[str]) -> list[Hit]:
         shown, own = ["id", "text", "image", "thumbnail", *extra], ["id", *self.storage.columns]
         scored = self.storage.metric == "cosine"  # LanceDB orders by the score itself, so its first rows are the hits
-        if exact and not scored:
+        if not scored and (exact or len(self) < ANN_ROWS):
             best, found = self._best_of_all(query, k, where), None
         else:
             columns = [*own, *shown[1:]] if scored else own

@@ -44,7 +44,6 @@ class Notes:
         self._database.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("CREATE TABLE failed (note TEXT)")
         self.unread: Row | None = None  # the first whose id is not known
-        self.there = 0  # rows whose id or content the index had before
 
     def first(self, id: str) -> bool:
         """Notes an id; false if it was noted before."""

@@ -46,7 +46,8 @@ def search_folder(folder: Path, output: Path, model: str = STARTER) -> Path:
     """Indexes the pictures of a folder and writes a page of what everyday words find.
 
     Args:
-        output: For ``pictures.index``, in which the next call replaces what has changed, and ``pictures.html``.
+        output: For ``pictures.index``, which holds the pictures of this folder and no others, and ``pictures.html``.
+            The next call encodes only what has changed; for another folder, it replaces all.
         model: A model's folder or hub id.
     Returns:
         The page.
@@ -55,7 +56,9 @@ def search_folder(folder: Path, output: Path, model: str = STARTER) -> Path:
     """
     place, page, loaded = output / "pictures.index", output / "pictures.html", load(model)
     Index.create(place, loaded, model_path=model)  # so that `muco serve` finds the model too
-    build(folder, place, loaded, delete_missing=True)
+    found = build(folder, place, loaded)
+    if found["total"] > found["rows"] - found["failed"]:  # of pictures that are gone, or of another folder before
+        build(folder, place, loaded, delete_missing=True, progress=False)
     index = Index.open(place, loaded)
     write_sheet(page, {word: index.search(word) for word in EVERYDAY}, title=f"What everyday words find in {folder}")
     ask = shlex.join(["muco", "serve", "--model", model, "--index", str(place)])

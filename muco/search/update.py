@@ -24,14 +24,14 @@ from rich.console import Console
 
 from muco.base.terminal import rows_bar
 from muco.data.folders import told_passed_over
-from muco.data.items import Columns
+from muco.data.items import Columns, Items
 from muco.errors import DataError, MucoError
 from muco.search.columns import add_kinds, check_names
 from muco.search.encode import RowEncoder, encoded, on_daft
 from muco.search.given import as_given, records
 from muco.search.lance import is_local
 from muco.search.notes import Notes, check_list
-from muco.search.rows import Entry, entry_of, hashed, open_input
+from muco.search.rows import CHUNK_ROWS, Entry, entry_of, hashed, open_input
 from muco.search.storage import BITS, VECTOR, Name
 from muco.search.table import FORMER, OWN, WIDER, Table
 from muco.search.widening import fit_columns
@@ -73,7 +73,8 @@ def build(
         path: Folder of the index, or the URL of one in object storage.
         model: A model, or what :func:`muco.load` takes; None: the one that made the index.
         storage, dimension: Of a new index, see storage.py (float32, whole vectors); an existing one must have the same.
-        delete_missing: Delete every row of the index whose id the input does not have.
+        delete_missing: Delete every row of the index whose id the input does not have. Nothing is written if the index
+            has rows, but none of the input: it may be another one.
         workers, ray: More than one process, or a Ray cluster: see encode.py. ``model`` must then be a path.
         precision: As for :func:`muco.load`, which gets it with a path.
         errors: JSONL file of the rows that could not be used; by default ``errors.jsonl`` in a local index.
@@ -83,7 +84,7 @@ def build(
         ``failed``, ``passed_over`` (other files of a folder: how many by kind), ``errors`` (file or None), ``total``
         rows of the index now, ``seconds``, ``index``, ``model``.
     Raises:
-        DataError: If the input cannot be read, or no row of it can be used.
+        DataError: If the input cannot be read, no row of it can be used, or it may be another one (``delete_missing``).
         MucoError: If the index is of another model, dimension or storage.
     """
     from muco.model import loaded
@@ -110,6 +111,11 @@ def build(
     if workers > 1 or ray:
         encode = on_daft(model_path, table.fingerprint, table.dimension, batch_size, workers, ray, model.precision)
         chunks = DAFT_CHUNKS
+    if delete_missing and len(table) and not _shares_rows(table, source):  # before any of its rows is there
+        raise DataError(
+            f"{input}: nothing was changed: the index {path} has none of its rows, neither by id nor by content, so "
+            "one of the two may be the wrong one; name another, or to replace all rows make a new index"
+        )
     fit_columns(table, extra, empty, str(input))
     kinds = table.extra_columns
     entries = (entry_of(row, row.further, kinds) for row in source.rows(0, [*extra]))
@@ -213,7 +219,6 @@ class _Update:
         found = self.table.rows_where("id", [entry.row.id for entry in entries], ["id", "row_hash"])
         before = {row["id"]: row["row_hash"] for row in found.to_pylist()}
         changed = [entry for entry in entries if before.get(entry.row.id) != entry.row_hash]
-        self.notes.there += sum(entry.row.id in before for entry in entries)
         self.renumbered += sum(entry.row.numbered and entry.row.id in before for entry in changed)
         self._count("unchanged", len(entries) - len(changed))
         return changed
@@ -224,7 +229,6 @@ class _Update:
             for entry in left.pop(known.content_hash, []):
                 self._keep(entry, known.row.vector, known.thumbnail, "reused")
         for content, vector, picture in self.table.vectors_of([*left]):
-            self.notes.there += 1
             for entry in left.pop(content, []):
                 self._keep(entry, vector, picture, "reused")
         return left
@@ -292,6 +296,19 @@ def _table(table: Table, entries: list[Entry]) -> pa.Table:
     return rows
 
 
+def _shares_rows(table: Table, source: Items) -> bool:
+    """Whether the table has a row of the input, by id or, which takes longer to say, by content."""
+    rows = (row for row in source.rows(0, ()) if row.id_known)
+    while ids := [row.id for row in islice(rows, CHUNK_ROWS)]:
+        if len(table.rows_where("id", ids, ["id"])):
+            return True
+    for entries in hashed(map(Entry, source.rows(0, ()))):
+        contents = [entry.content_hash for entry in entries if entry.row.error is None]
+        if len(table.rows_where("content_hash", contents, ["id"])):
+            return True
+    return False
+
+
 def _delete_missing(table: Table, notes: Notes) -> int:
     if (row := notes.unread) is not None:
         raise DataError(
@@ -299,12 +316,6 @@ def _delete_missing(table: Table, notes: Notes) -> int:
             "the same command again (all other rows are indexed)"
         )
     missing = [id for ids in table.ids() for id in ids if not notes.has(id)]
-    if missing and not notes.there:
-        raise DataError(
-            f"nothing was deleted: the index had no row of this input, neither by id nor by content, so it may be "
-            f"another one (its rows were added to the {len(missing)} that are not in it); to replace them all, make a "
-            "new index"
-        )
     if deleted := table.delete(missing):
         table.optimize()
     return deleted

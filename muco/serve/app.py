@@ -178,8 +178,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)  # without the protocol asyncio leaves Nagle's delay on: 40 ms
-    except OSError as error:
-        raise MucoError(f"--host {host}: {error.strerror}; name an address of this machine") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a name, as "a..b"
+        why = error.strerror if isinstance(error, OSError) else "not a name of a machine"
+        raise MucoError(f"--host {host}: {why}; name an address of this machine") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -213,7 +214,7 @@ def _announce(served: Served, listener: socket.socket) -> None:
     lines = [
         f"{address}  model {served.name}, vectors of {engine.dimension} dimensions, on {engine.facts.device}",
         f"one request: {limits.items} items, {limits.images} images, {limits.body_bytes >> 20} MiB, "
-        f"{limits.seconds:g} s; one item: {limits.tokens:,} tokens; one image: {limits.image.max_pixels:,} pixels",
+        f"{limits.seconds:g} s; one item: {engine.max_tokens:,} tokens; one image: {limits.image.max_pixels:,} pixels",
         f"one pass: {batches.tokens:,} tokens, {batches.milliseconds:g} ms; queue: {batches.queue}",
         "search page at /" if served.index is not None else "no index, so no search",
     ]

@@ -34,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 GUIDE = "guide"
 MODEL = "model"
+SHORTER = ("is_matryoshka", "matryoshka_dimensions")  # keys of config.json, as vLLM names them
 
 
 def card_head(library: str, dimension: int, origin: str) -> str:

@@ -17,7 +17,7 @@ from muco.errors import RecipeError
 from muco.precision import Precision
 from muco.sizes import Adapter, TinyConfig
 from muco.starter import located
-from muco.training.folder import RECIPE_FILE
+from muco.training.folder import RECIPE_FILE, SHORTER
 from muco.training.read import REFUSED, WITHOUT_EFFECT, build, check_numbers, set_value
 from muco.weighting import EQUAL, LEAST_TEMPERATURE, MOST_TEMPERATURE, Distillation, Guide, Weighting
 
@@ -360,9 +360,8 @@ def trained_dimensions(model: str | Path) -> tuple[int, ...]:
     """The lengths of vectors that a model was trained for besides the whole one (Matryoshka), whatever its version.
 
     The recipe that is saved with it says them; without one, as in an exported or merged model, its ``config.json`` does
-    (see :func:`muco.export.export.write_dimensions`).
-
-    Raises a RecipeError if they are not a list of whole numbers; an OutputError if ``config.json`` cannot be read.
+    (:data:`muco.training.folder.SHORTER`). Raises a RecipeError if they are not a list of whole numbers, an OutputError
+    if ``config.json`` cannot be read.
     """
     from transformers.utils.hub import cached_file
 
@@ -374,7 +373,7 @@ def trained_dimensions(model: str | Path) -> tuple[int, ...]:
             return tuple(int(number) for number in values["loss"]["dimensions"])
         file = cached_file(located(model), "config.json", _raise_exceptions_for_missing_entries=False)
         config = read_json(Path(file)) if file else {}
-        return tuple(int(number) for number in config.get("matryoshka_dimensions") or ())
+        return tuple(int(number) for number in config.get(SHORTER[1]) or ())
     except (KeyError, TypeError, ValueError) as error:
         raise RecipeError(f"{file}: the shorter lengths of its vectors cannot be read") from error
 

@@ -17,14 +17,14 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import muco
-from muco import CheckpointError, MucoError, OutputError
+from muco import CheckpointError, MucoError, OutputError, RecipeError
 from muco.backbone import add_adapters, load_backbone
 from muco.export import export
 from muco.export.parity import Parity, compare, examples, stock_vectors
 from muco.model import from_backbone
 from muco.sizes import Adapter
 from muco.template import EMB
-from muco.training.recipe import from_dict
+from muco.training.recipe import from_dict, trained_dimensions
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 INPUTS = ["a ring", {"text": "What is it?", "image": image(150, 64, 1)}]
@@ -82,6 +82,20 @@ def test_vllm_gets_the_names_of_the_whole_class_and_its_command(run, tmp_path):
     assert any(name.startswith(("model.visual.", "visual.")) for name in names)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "vllm serve . --runner pooling" in card and "chat_template.jinja" in card and "16" in card
+
+
+@pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])
+def test_the_shorter_lengths_are_known_of_the_exported_model_and_of_its_own_export(format, run, saved, tmp_path):
+    export(str(run / "checkpoints" / "checkpoint-3"), tmp_path / "one", format=format)
+    export(str(tmp_path / "one"), tmp_path / "two", format="sentence-transformers")
+    for name in ("one", "two"):
+        assert trained_dimensions(tmp_path / name) == (16,), name
+        assert " 16" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert trained_dimensions(saved["qwen2_vl"]) == ()
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": ["a"]}))
+    with pytest.raises(RecipeError, match=r"config\.json: the shorter lengths of its vectors cannot be read"):
+        trained_dimensions(tmp_path / "two")
 
 
 @pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])

@@ -16,7 +16,7 @@ import muco
 from muco import CheckpointError, MucoError, OutputError
 from muco.cli.app import main
 from muco.export.merge import merge, slerp
-from muco.training.recipe import from_dict
+from muco.training.recipe import from_dict, trained_dimensions
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,22 @@ def changed_json(folder: Path, file: str, change) -> None:
     values = json.loads((folder / file).read_text())
     change(values)
     (folder / file).write_text(json.dumps(values))
+
+
+def test_vectors_may_be_cut_to_the_lengths_that_all_sources_share(models, tmp_path):
+    for name, lengths in (("one", [8, 16, 32]), ("two", [32, 4, 16]), ("three", [4])):
+        shutil.copytree(models["two" if name == "three" else name], tmp_path / name)
+        said = {"is_matryoshka": True, "matryoshka_dimensions": lengths}
+        changed_json(tmp_path / name, "config.json", lambda values, said=said: values.update(said))
+    merge([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "mean")
+    assert trained_dimensions(tmp_path / "mean") == (16, 32)
+    assert "may be cut to 16, 32 dimensions" in (tmp_path / "mean" / "README.md").read_text(encoding="utf-8")
+    merge([str(tmp_path / "one")], tmp_path / "tasks", method="task-arithmetic", base=str(models["start"]))
+    assert trained_dimensions(tmp_path / "tasks") == (8, 16, 32)  # the base need not be trained for any
+    for other in (tmp_path / "three", models["two"]):
+        merge([str(tmp_path / "one"), str(other)], tmp_path / f"none-{other.name}")
+        assert trained_dimensions(tmp_path / f"none-{other.name}") == ()
+        assert "cut" not in (tmp_path / f"none-{other.name}" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,54 @@ def test_our_own_limit_holds_for_files_and_pillow_images():
             open_image(image, max_pixels=1199)
 
 
+def test_a_jpeg_of_very_many_scans_or_segments_is_refused_undecoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    data = encoded(noise(), "JPEG", progressive=True)
+    start, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    scans = data[:end] + data[start:end] * 100 + data[end:]
+    begun = data[:20]  # up to the end of the first segment
+    bad = {
+        "101 scans": scans,
+        "101 segments of EXIF": begun + b"\xff\xe1\0\x09Exif\0\0a" * 101 + data[20:],
+        "10,?001 segments": begun + b"\xff\xfe\0\x02" * 10_001 + data[20:],
+        "1,048,577 bytes outside": begun + b"\xff" * (2**20 + 1) + data[20:],
+        "2,000,000 bytes outside": begun + b"a" * 2_000_000,
+        # what looks like a segment of 64 kB to a reader of markers, and not to the decoder
+        "101 scans and 0": data[:end] + b"\xff\xf0\xff\xff" + data[start:end] * 100 + data[end:],
+    }
+    for says, file in bad.items():
+        (tmp_path / "bad.jpg").write_bytes(file)
+        for image in (file, tmp_path / "bad.jpg"):
+            with pytest.raises(ImageError, match=rf"(bytes|bad\.jpg): a JPEG of too many parts \(.*{says}.*save it"):
+                open_image(image)
+
+
+def test_what_looks_like_scans_within_segments_or_behind_the_picture_does_not_count(tmp_path):
+    data, look = encoded(noise(), "JPEG", progressive=True), b"\xff\xda" * 5000
+    segment = b"\xff\xe1" + (len(look) + 2).to_bytes(2, "big") + look
+    for file in (data[:20] + segment + data[20:], data + look, data[:20] + b"\xff" * 1000 + data[20:]):
+        assert np.array_equal(open_image(file), open_image(data))
+    several = encoded(noise(), "MPO", save_all=True, append_images=[noise(seed=n) for n in range(150)])
+    assert Image.open(io.BytesIO(several)).n_frames == 151
+    assert np.array_equal(open_image(several), open_image(encoded(noise(), "JPEG")))
+
+
+def tiled_tiff(width, height, side=32):
+    """A grey TIFF of side x side pixels, which are the corner of one tile."""
+    data = zlib.compress(bytes(width * height))
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: width, 323: height, 324: 0, 325: len(data)}
+    tags[324] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def test_a_tiff_of_large_tiles_is_refused_undecoded(monkeypatch):
+    assert open_image(tiled_tiff(64, 48), max_pixels=64 * 48).size == (32, 32)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match="its tiles are 64 x 48, over the limit of 3,071 pixels"):
+        open_image(tiled_tiff(64, 48), max_pixels=64 * 48 - 1)
+
+
 def test_large_files_are_refused_unread(tmp_path):
     path = tmp_path / "big.png"
     with path.open("wb") as file:

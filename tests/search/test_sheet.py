@@ -12,7 +12,7 @@ from PIL import Image
 
 import muco
 from muco.cli import main
-from muco.search import Hit
+from muco.search import Hit, Index
 from muco.search.sheet import read_queries, search_folder, write_sheet
 
 
@@ -71,6 +71,24 @@ def test_any_value_of_any_column_can_be_the_caption(tmp_path):
     for column, said in (("n", "0"), ("sure", "False"), ("text", "words"), ("id", "a"), ("image", "a")):
         write_sheet(file, {"asked": [hit]}, caption=column)
         assert captions(file.read_text(encoding="utf-8")) == [said]
+
+
+def test_another_folder_replaces_all_pictures(tmp_path: Path, tiny_path: Path) -> None:
+    both = {"one": ["a", "b"], "two": ["c"]}
+    for number, (folder, names) in enumerate(both.items()):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.new("RGB", (40 + number, 40), (ord(name), 0, 0)).save(tmp_path / folder / f"{name}.png")
+    for folder in ("one", "two", "one"):
+        page = search_folder(tmp_path / folder, tmp_path / "demo", str(tiny_path))
+        expected = {f"{name}.png" for name in both[folder]}
+        assert set(captions(page.read_text(encoding="utf-8"))) == expected
+        with pytest.raises(muco.DataError):  # which changes nothing
+            search_folder(tmp_path / "none", tmp_path / "demo", str(tiny_path))
+        assert {id for ids in Index.open(tmp_path / "demo/pictures.index").ids() for id in ids} == expected
+    (tmp_path / "one" / "b.png").unlink()
+    search_folder(tmp_path / "one", tmp_path / "demo", str(tiny_path))
+    assert len(Index.open(tmp_path / "demo/pictures.index")) == 1
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from muco.base.fetch import FetchLimits
 from muco.cli import main
 from muco.cli.serve import TOKEN, _fetch_limits, _host, _origin, _token
 from muco.errors import MucoError
-from muco.serve.app import Served
+from muco.serve.app import Served, _announce
 from muco.serve.batcher import BatchLimits
 from muco.serve.engine import Engine, Item
 from muco.serve.fetching import Fetcher
@@ -1018,6 +1018,8 @@ def test_it_says_what_it_offers_and_sigterm_finishes_what_was_accepted(process):
         (["--index", "{}/nothing"], "no such index"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["--host", "203.0.113.1"], "cannot listen"),
+        (["--host", "a..b"], "--host a..b: not a name of a machine; name an address"),
+        (["--host", "a" * 64], "not a name of a machine"),
         (["--queue", "5"], "--max-items"),
         (["--instruction", "query"], "INPUT_TYPE=TEXT"),
         (["--allow-origin", "app.example.com"], "https://app.example.com"),
@@ -1037,6 +1039,13 @@ def test_what_is_wrong_is_said_before_anything_is_served(folder, tmp_path, capsy
     assert main(["serve", "--model", str(folder), "--port", "0", *given]) == 1
     out, err = capsys.readouterr()
     assert not out and err.splitlines()[-1].startswith("muco: ") and says in err.splitlines()[-1]
+
+
+def test_the_limit_that_is_told_is_the_one_that_holds(engine, capsys):
+    small = Engine(engine.model, engine.image_limits, 300)  # as of a model whose context is that
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _announce(Served(small, "little"), listener)
+    assert "one item: 300 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("token", ["two words", "sécret", os.fsdecode(b"s\xe9cret")])

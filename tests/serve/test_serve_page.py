@@ -191,6 +191,34 @@ def test_words_then_more_like_one_then_back(page):
     assert len(hits(page)) == 12
 
 
+def test_back_after_a_reload_shows_nothing_of_another_search(page):
+    for words in ("red", "blue"):
+        if words == "blue":
+            page.reload()
+        page.get_by_label("Words").fill(words)
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name=f"“{words}”").wait_for()
+        hits(page)
+    page.go_back()  # to "red", which the page has forgotten
+    page.locator("#heading:empty").wait_for(state="attached", timeout=10_000)
+    assert page.locator(".hit").count() == 0
+    page.go_forward()
+    page.get_by_role("heading", name="“blue”").wait_for()
+
+
+def test_back_ends_a_running_search(page):
+    page.get_by_label("Words").fill("red")
+    page.keyboard.press("Enter")
+    hits(page)
+    page.route("**/search", lambda route: None)  # which never answers
+    page.get_by_label("Words").fill("blue")
+    page.keyboard.press("Enter")
+    page.get_by_text("Searching…").wait_for()
+    page.go_back()
+    page.locator("#results[aria-busy=false]").wait_for(state="attached", timeout=10_000)
+    assert page.get_by_role("status").inner_text() == ""
+
+
 def test_an_image_alone_and_with_words(page):
     file = {"name": "red.png", "mimeType": "image/png", "buffer": picture("red")}
     page.set_input_files("#file", file)

@@ -3,7 +3,8 @@
 
 const SIDE = 1536; // pixels of the longer side that are sent of a larger image
 const $ = (id) => document.getElementById(id);
-const asked = []; // the searches of this page, for the browser's way back
+const asked = []; // the searches since the page was loaded, for the browser's way back
+const loaded = performance.timeOrigin; // states of the history that an earlier load has left have another one
 let image = null; // a data URI, or nothing
 let running = null;
 
@@ -76,13 +77,14 @@ async function search(question, title, { remember = true } = {}) {
     const hits = await ask(question, mine.signal);
     if (remember) {
       asked.push({ question, title });
-      history.pushState({ number: asked.length - 1 }, "");
+      history.pushState({ loaded, number: asked.length - 1 }, "");
     }
     show(hits, title);
   } catch (error) {
-    if (error.name === "AbortError") return;
-    $("status").textContent = "";
-    showError(error.message);
+    if (error.name !== "AbortError") {
+      $("status").textContent = "";
+      showError(error.message);
+    }
   }
   if (running === mine) $("results").setAttribute("aria-busy", "false");
 }
@@ -205,7 +207,7 @@ window.addEventListener("paste", (event) => {
   takeImage(file);
 });
 window.addEventListener("popstate", (event) => {
-  const before = asked[event.state?.number];
+  const before = event.state?.loaded === loaded ? asked[event.state.number] : null;
   if (before) search(before.question, before.title, { remember: false });
   else {
     running?.abort();
