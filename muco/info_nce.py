@@ -32,7 +32,7 @@ class GuideVectors:
     def keeps(self, scores: Tensor, positive: Tensor) -> Tensor:
         """Whether each negative stays, by the guide's cosines [rows, candidates] and those of the pairs, [rows]."""
         margin = self.margin * positive.abs() if self.relative else self.margin
-        return scores <= (positive - margin)[:, None]
+        return ~(scores > (positive - margin)[:, None])  # one that is not a number stays, and is found in the loss
 
 
 def multi_turn_info_nce(
@@ -167,7 +167,7 @@ def _info_nce(
 def _weighed(scores: Tensor, positive: Tensor, keep: Tensor, weighting: Weighting, hard: int) -> tuple[Tensor, Tensor]:
     """The negatives that are kept of those allowed, bool [rows, candidates], and what is added to all logits."""
     if weighting.false_negative_margin is not None:
-        keep = keep & (scores <= positive[:, None] + weighting.false_negative_margin)
+        keep = keep & ~(scores > positive[:, None] + weighting.false_negative_margin)  # as in GuideVectors.keeps
     strength = scores.new_full((scores.shape[1],), weighting.hardness)
     strength[scores.shape[1] - hard :] = weighting.hard_negative_hardness
     return keep, torch.where(keep, scores * strength, 0.0)

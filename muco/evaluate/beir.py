@@ -113,7 +113,7 @@ def _folders(data: Path, split: str) -> dict[str, Path]:
 def _below(data: Path) -> dict[str, Path]:
     """The sets directly below a folder, and one level deeper in those that are none."""
     sets = {}
-    for folder in sorted(data.iterdir()):
+    for folder in sorted(path for path in data.iterdir() if not path.name.startswith((".", "__"))):
         own = [folder] if _is_set(folder) else filter(_is_set, sorted(folder.glob("*")))
         sets |= {path.relative_to(data).as_posix(): path for path in own}
     return sets

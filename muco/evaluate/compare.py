@@ -23,7 +23,7 @@ from rich.text import Text
 from muco.base.html import count
 from muco.base.tables import print_report, table_of_numbers
 from muco.errors import DataError, MucoError
-from muco.evaluate.benchmark import FORMAT, data_set_of
+from muco.evaluate.benchmark import FORMAT, data_set_of, file_name
 from muco.evaluate.retrieval import RESULT
 
 BLOCK = 1 << 21  # counts in memory at a time (16 MiB)
@@ -201,8 +201,8 @@ def _tasks(folder: Path) -> dict[str, dict[str, Any]]:
             raise DataError(f"{file}: is not a result of a task ({error!r}); run the evaluation again") from error
         if form != FORMAT:
             raise DataError(f"{file}: has format {form}, not {FORMAT}; run the evaluation again")
-        if name in found:
-            raise DataError(f"{file}: {found[name]['file'].stem}.json is also of the task {name}; delete the older one")
+        if name in found and file.stem != file_name(name):
+            continue  # of an earlier version, which named files otherwise
         found[name] = task | {"file": folder / "outcomes" / f"{file.stem}.jsonl"}
     of_model: dict[str, list[str]] = {}
     for name, task in found.items():

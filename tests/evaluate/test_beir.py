@@ -176,6 +176,8 @@ def test_sets_of_a_folder_in_the_folder_count_as_one_data_set(texts, tmp_path):
         write_lines(every / name / "queries.jsonl", [{"_id": "1", "text": query}])
         write_qrels(every / name / "qrels" / "test.tsv", [("1", "fern" if name == "fiqa" else query, 1)])
     write_qrels(every / "cqadupstack" / "tex" / "qrels" / "test.tsv", [("1", "anvil", 1)])
+    for hidden in (".trash", "__MACOSX"):
+        shutil.copytree(every / "zz", every / hidden / "zz")
     result = evaluate_beir(Bag(), every, tmp_path / "out")
     assert list(result["tasks"]) == ["cqadupstack/android", "cqadupstack/tex", "fiqa", "zz"]
     android, tex, fiqa, zz = (task["score"] for task in result["tasks"].values())

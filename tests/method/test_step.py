@@ -210,7 +210,7 @@ def test_a_loss_that_is_no_number_names_the_samples(tiny_model, samples, turn, b
     with torch.no_grad():
         embeddings.weight[rare] = float("nan")
     batch = steps.share(model, poisoned, "isolated")
-    step = TrainingStep(model, MultiTurnLoss(model), token_budget=budget)
+    step = TrainingStep(model, MultiTurnLoss(model, **steps.LOSS), token_budget=budget)
     with pytest.raises(TrainingError, match=r"the loss is nan; vectors are not finite for .*train\.jsonl:2"):
         step([batch])
 
