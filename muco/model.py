@@ -32,6 +32,7 @@ from muco.processor import Processor
 from muco.seen import SeenImages
 from muco.sizes import checked_dimension
 from muco.stock import small_picture, write_json
+from muco.template import EMB
 from muco.turns import embed_turns
 
 TOKEN_BUDGET = 16384  # of a pass of turns
@@ -196,6 +197,16 @@ class Model(SentenceTransformer):
         return {True: "bfloat16", False: "float32", None: None}[self.encoder.bfloat16]
 
     @property
+    def caveat(self) -> str:
+        """What whoever takes the vectors for an embedding must know of the model as it was loaded; "" if nothing."""
+        if self.encoder.muco_processor.trained_for_vectors:
+            return ""
+        return (
+            f"the model was not trained for vectors: they are read at a new token, {EMB}, in MuCo's prompt, and it has "
+            "learnt neither; train it first, or take an embedding model"
+        )
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of weights, prompt, pixel budget and cut texts: whatever changes a whole vector by more than rounding
         changes it. A machine, the precision to compute in and ``truncate_dim`` are not in it.
@@ -271,6 +282,8 @@ def load(
 ) -> Model:
     """Loads a trained model, a released checkpoint of the paper, or a plain image-text-to-text model.
 
+    A line in the log says if the model was not trained for vectors (:attr:`Model.caveat`).
+
     Args:
         path: A folder, a hub id, or "starter": a small model that comes with MuCo and is made at first use.
         device: "cpu", "cuda", …; the best one available if None.
@@ -291,6 +304,8 @@ def load(
     model = from_backbone(*load_backbone(path, **kwargs), device=device)
     checked_dimension(truncate_dim, model.get_embedding_dimension())
     model.truncate_dim = truncate_dim
+    if model.caveat:
+        log.warning("%s: %s", path, model.caveat)
     if precision is not None:
         compute_in(model, precision)
     if image_memory:

@@ -72,12 +72,14 @@ class Processor:
 
     Attributes:
         trained_pixels: Smallest and largest number of pixels in training; None if that is not known.
+        trained_for_vectors: Whether the checkpoint says so, by a prompt of its own for vectors, or by our tokens.
         images_as_stored: See :func:`muco.images.open_image`.
     """
 
     def __init__(self, stock: Any, template: Template, family: Family, *, max_tokens: int | None = None) -> None:
         self.stock, self.template, self.family, self.max_tokens = stock, template, family, max_tokens
         self.trained_pixels: tuple[int, int] | None = None
+        self.trained_for_vectors = True
         self.images_as_stored = False
         self.read_id = self._tokenize(template.read)[-1]
         self.guard = SpecialTokenGuard(special_tokens(self.tokenizer))
@@ -291,6 +293,7 @@ def load_processor(path: str, config: Any, *, local_files_only: bool = False) ->
         raise CheckpointError(f"{path}: {error}") from error
     template = replace(template, image_lead=family.lead, image_trail=family.trail, image_glue=family.glue)
     processor = Processor(stock, template, family, max_tokens=context_of(config, tokenizer))
+    processor.trained_for_vectors = bool(settings or released or prompt)
     if released and not settings:
         processor.set_pixels(*EVALUATION_PIXELS)
     if settings and processor.pixels:  # an older model has no record, and keeps the limits that it was saved with

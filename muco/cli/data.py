@@ -101,22 +101,29 @@ def show(
     epilog=examples(
         "muco data leak data/test.jsonl --train data/train.jsonl --output overlap",
         "muco data leak test.jsonl photos/ --train train.jsonl --train more/ --json",
+        "muco data leak data/test.jsonl --train data/MMEB-train --format mmeb --option split=diverse_instruction",
     ),
 )
 def leak(
     evaluation: Annotated[list[Path], Argument(metavar="EVALUATION...", help="JSONL files or folders of images.")],
-    train: Annotated[list[Path], Option("--train", "-t", help="Training data in the same formats; may be repeated.")],
+    train: Annotated[
+        list[Path], Option("--train", "-t", help="Training data: the same, or all in another format; may be repeated.")
+    ],
+    format: Format = "jsonl",
+    option: OptionsOfFormat = [],  # noqa: B006
     output: Annotated[Path | None, Option("--output", "-o", help="Folder for the report and the pairs found.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find training data in evaluation data.
 
     Compares images by their bytes and pixels, and texts by their words; resized or compressed copies are not found.
-    Exit code 3 if anything overlaps.
+    The format and its options are those of the training data. Exit code 3 if anything overlaps.
     """
     from muco.data.leak import find_overlap, print_overlap
 
-    found = find_overlap(train, evaluation, output=output)
+    plain = format == "jsonl" and not option  # only then may it be a folder of images
+    training = train if plain else [_open(path, format, option) for path in train]
+    found = find_overlap(training, evaluation, output=output)
     finish_check(found, as_json, print_overlap, not found["affected"]["either"])
 
 

@@ -31,7 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class Embedder(Protocol):
-    """What evaluates: anything that maps contents to unit vectors."""
+    """What is evaluated: anything that maps contents to unit vectors, float32 [n, d] in their order.
+
+    Two attributes are read where a model has them: ``caveat``, a sentence for the warnings of a result, and
+    ``truncate_dim``, the length to which it cuts its vectors.
+    """
 
     def encode(self, contents: list[Content], /, *, batch_size: int) -> np.ndarray: ...
     @property
@@ -42,6 +46,11 @@ def known_by(model: Embedder) -> str:
     """What results and vectors of a model are found again by: its fingerprint, and the length of vectors it cuts."""
     cut = getattr(model, "truncate_dim", None)
     return model.fingerprint if cut is None else f"{model.fingerprint}-{cut}"
+
+
+def caveats(model: Embedder) -> list[str]:
+    """The warning that a model brings along, for those of a result."""
+    return [said] if (said := getattr(model, "caveat", "")) else []
 
 
 class Book:

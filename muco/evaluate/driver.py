@@ -21,7 +21,7 @@ from muco import distributed
 from muco.base.machine import versions
 from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate.benchmark import FORMAT, TaskFiles, TaskResult, pixels_differ
-from muco.evaluate.cache import Embedder, EmbeddingCache, known_by
+from muco.evaluate.cache import Embedder, EmbeddingCache, caveats, known_by
 from muco.evaluate.page import write_reports
 
 
@@ -129,7 +129,7 @@ class Benchmark:
             "groups": dict(groups),
             "overall": overall,
             "missing": list(missing),
-            "warnings": [*pixels_differ(self.pixels, self.trained_pixels), *warnings, *own],
+            "warnings": [*caveats(self.model), *pixels_differ(self.pixels, self.trained_pixels), *warnings, *own],
         }
 
 

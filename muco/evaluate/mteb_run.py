@@ -21,6 +21,7 @@ from muco.base.files import write_json, writing
 from muco.base.machine import installed, versions
 from muco.errors import DataError, MucoError, did_you_mean
 from muco.evaluate.benchmark import FORMAT, Progress, mean_of, pixels_differ
+from muco.evaluate.cache import caveats
 from muco.evaluate.mteb import INSTRUCTIONS, MODALITIES, MtebEncoder
 from muco.evaluate.mteb_found import TaskRuns, versions_of
 from muco.model import Model
@@ -149,7 +150,7 @@ def _result(
         "groups": means[0],
         "overall": means[1],
         "missing": [task.metadata.name for task in _list(tasks) if task.metadata.name not in scores],
-        "warnings": [*_pixels(encoder), *warnings, *_mixed(scores)],
+        "warnings": [*caveats(encoder.model), *_pixels(encoder), *warnings, *_mixed(scores)],
     }
 
 

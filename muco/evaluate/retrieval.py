@@ -36,7 +36,7 @@ from muco.data.source import Data
 from muco.errors import DataError, MucoError
 from muco.evaluate import metrics
 from muco.evaluate.benchmark import Outcome, TaskFiles, TaskResult
-from muco.evaluate.cache import Book, Embedder, EmbeddingCache, known_by
+from muco.evaluate.cache import Book, Embedder, EmbeddingCache, caveats, known_by
 from muco.evaluate.metrics import Storage
 from muco.evaluate.report import task_warnings
 from muco.evaluate.tasks import Builder, RetrievalTask, read_turns
@@ -118,6 +118,7 @@ def evaluate_retrieval(
     ranks: Ranks = {}
     result = score_tasks(model, data, chosen, cache=store, progress=progress, ranks=ranks)
     result |= origin | {
+        "warnings": [*caveats(model), *result["warnings"]],
         "rules": RULES,
         **{name: getattr(chosen, name) for name in ("candidates", "seed", "limit", "batch_size")},
         "versions": versions(),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,22 +24,19 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from muco.backbone import cast_weights, merge_adapters
-from muco.base.files import claimed, read_json, write_text, writing
+from muco.base.files import claimed, writing
 from muco.base.text import first_line
 from muco.errors import CheckpointError, MucoError, OutputError
+from muco.export.card import ADAPTER, Format, describe
 from muco.export.parity import TOLERANCES, compare, examples, stock_vectors
 from muco.model import Model, compute_in, from_backbone, load
-from muco.starter import model_name
-from muco.stock import write_json
 from muco.training.build import build_model, saved_dtype
-from muco.training.checkpoint import load_trained
-from muco.training.folder import CARD_FILE, RUN_FILE, SHORTER, WEIGHTS_FILE, card_head, usage
+from muco.training.checkpoint import load_trained, run_of
+from muco.training.folder import WEIGHTS_FILE
 from muco.training.mixture import open_sources
-from muco.training.recipe import recorded, trained_dimensions
+from muco.training.recipe import trained_dimensions
 from muco.vision import vision_parameters
 
-Format = Literal["sentence-transformers", "vllm"]
-ADAPTER = "adapter"  # folder of adapters that are kept separate
 INNER, WHOLE = "base_model.model.", "base_model.model.model."  # PEFT's names: of the inner model, within the whole one
 
 
@@ -64,7 +60,8 @@ def export(
         adapters: "merged" into the weights, or "separate" in the folder ``adapter``, in PEFT's form.
         dtype: "float32", "bfloat16" or "float16"; as the source is if None, for a checkpoint as its run saves
             (``model.save_dtype``). Adapters are folded in float32, then all is rounded once; separate ones are float32.
-        push: A repository on the Hugging Face hub, NAMESPACE/NAME, made private if it is new.
+        push: A repository on the Hugging Face hub, NAMESPACE/NAME, made private if it is new. ``recipe.yaml`` and
+            ``run.json`` of the source, which name paths of this machine, go there too.
     Returns:
         ``ok`` and what was measured; ``output`` or, where the check failed, ``part``; ``url`` if pushed.
     Raises:
@@ -93,7 +90,7 @@ def export(
         with writing(part):
             part.mkdir(parents=True)
             _write(model, part, format, separate=separate)
-            _describe(part, source, format, model, shorter, separate=separate)
+            describe(part, source, format, model, shorter, separate=separate)
         adapter = part / ADAPTER if separate else None
         shown = examples(several_images=model.encoder.muco_processor.several_images)
         found = stock_vectors(part, shown, generation=format == "vllm", adapter=adapter)
@@ -123,10 +120,7 @@ def load_source(source: str) -> tuple[Model, tuple[int, ...], torch.dtype]:
 
 
 def _load_checkpoint(folder: Path) -> tuple[Model, tuple[int, ...], torch.dtype]:
-    run = folder.parent.parent / RUN_FILE
-    if not run.is_file():
-        raise CheckpointError(f"{folder} is a checkpoint without its run; {run} is missing")
-    recipe = recorded(read_json(run)["recipe"] | {"output": str(run.parent)})
+    _, recipe = run_of(folder)
     sources = open_sources(recipe) if recipe.model.tiny else []  # a tiny model's tokenizer is made from its data
     model = build_model(recipe, sources)
     load_trained(model, folder)
@@ -206,66 +200,6 @@ def _write_adapters(adapted: Any, folder: Path, *, whole: bool) -> None:
     folder.mkdir()
     config.save_pretrained(str(folder))
     save_file({k: w.detach().contiguous() for k, w in weights.items()}, folder / "adapter_model.safetensors")
-
-
-def _describe(
-    folder: Path, source: str, format: Format, model: Model, dimensions: Collection[int], *, separate: bool
-) -> None:
-    write_dimensions(folder, dimensions)
-    if format == "vllm":
-        body = _usage_of_vllm(_listed(dimensions), model.encoder.muco_processor.template.read, separate)
-    else:
-        body = full_usage(dimensions, f'model[0].model.load_adapter("this folder/{ADAPTER}")\n' if separate else "")
-    compared = "Its vectors were compared with the model's own after the export."
-    origin = f"exported from {model_name(source)} by\nMuCo. {compared}"
-    write_text(folder / CARD_FILE, f"{card_head(format, model.get_embedding_dimension(), origin)}\n{body}")
-
-
-def write_dimensions(folder: Path, dimensions: Collection[int]) -> None:
-    """Says in ``config.json`` for which shorter vectors a model was trained.
-
-    vLLM reads it there, and refuses requests for other lengths; :func:`muco.training.recipe.trained_dimensions` too.
-    """
-    config = read_json(folder / "config.json")
-    kept = {key: value for key, value in config.items() if key not in SHORTER}  # what it says may be of its own source
-    said = dict(zip(SHORTER, (True, sorted(dimensions)), strict=True)) if dimensions else {}
-    if kept | said != config:
-        write_json(folder / "config.json", kept | said)
-
-
-def full_usage(dimensions: Collection[int], after_loading: str = "") -> str:
-    """As :func:`muco.training.folder.usage`, and to which lengths vectors may be cut."""
-    cut = f"\nVectors may be cut to {_listed(dimensions)} dimensions: `truncate_dim`.\n" if dimensions else ""
-    return usage(after_loading) + cut
-
-
-def _listed(dimensions: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(dimensions)))
-
-
-def _usage_of_vllm(shorter: str, read: str, separate: bool) -> str:
-    lora = f" --enable-lora --lora-modules muco=./{ADAPTER}" if separate else ""
-    name = "muco" if separate else "."
-    if shorter:
-        short = f"`dimensions` may be {shorter}, for which the model was trained."
-    else:
-        short = "`dimensions` is refused: the model was not trained for shorter vectors."
-    return f"""From within this folder:
-
-```bash
-vllm serve . --runner pooling --convert embed --chat-template ./chat_template.jinja{lora}
-```
-
-```bash
-curl http://localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages":
-  [{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": "data:image/png;base64,…"}}}},
-  {{"type": "text", "text": "What is it?"}}]}}]}}'
-```
-
-Send `messages`, for texts too: only they pass through the chat template, which ends at `{read}`, where the vector is
-read (last token, L2-normalised: `1_Pooling/config.json`). A plain `input` would be embedded without it, as something
-else. {short} A text alone needs no placeholder image.
-"""
 
 
 def _check_push(repository: str) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor
 from muco.backbone import merge_adapters
 from muco.base.files import claimed, write_json, write_text, writing
 from muco.errors import CheckpointError, MucoError, OutputError
-from muco.export.export import full_usage, load_source, write_dimensions
+from muco.export.card import full_usage, write_dimensions
+from muco.export.export import load_source
 from muco.model import Model
 from muco.starter import model_name
 from muco.training.folder import CARD_FILE, SHORTER, card_head

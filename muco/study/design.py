@@ -219,7 +219,7 @@ def recipe_of(
     if study.curve:
         every = math.ceil(steps / study.curve.points)
         values["trainer"] |= {"eval_strategy": "steps", "eval_steps": every, "eval_on_start": False}
-        values["data"] |= {"validation": filled(run.test or study.test, folder, sets)}
+        values["data"] |= {"validation": {"path": filled(run.test or study.test, folder, sets), "limit": None}}
     if start is not None:
         model = {key: value for key, value in values["model"].items() if key != "tiny"}
         values["model"] = model | {"path": str(start)}

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -128,6 +129,9 @@ class ScreenProgress(TrainerCallback):
         if "loss" in logs:
             speed = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
             text = f"loss {float(logs['loss']):.3f}  lr {float(logs['learning_rate']):.1e}  {speed:.2f} s/step"
+            if torch.cuda.is_available():
+                text += f"  {logs['peak_memory_gib']:.1f} GiB on the GPU"
+            text += f"  {logs['host_memory_gib']:.1f} GiB of host memory"
             skipped = self.record.own["skipped"]
             return text + (f"  {skipped} samples skipped" if skipped else "")
         scores = [f"{k.removeprefix('eval_')} {v:.3f}" for k, v in logs.items() if k.endswith("hit@1")]

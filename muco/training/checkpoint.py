@@ -33,6 +33,7 @@ from muco.training.folder import (
     RECIPE_FILE,
     RUN_FILE,
     WEIGHTS_FILE,
+    hub_id,
     model_card,
 )
 from muco.training.recipe import Recipe, SourceRecipe, dump_recipe, recorded, to_dict
@@ -66,7 +67,8 @@ def run_facts(recipe: Recipe, sources: list[Data]) -> dict[str, Any]:
 
     with ThreadPoolExecutor() as threads:
         data = [*threads.map(facts_of, recipe.data.train, sources)]
-    return {"recipe": settings, "data": data, "fingerprint_rule": RULE, "versions": versions()}
+    facts = {"recipe": settings, "base_model": hub_id(recipe.model.path), "data": data, "fingerprint_rule": RULE}
+    return facts | {"versions": versions()}
 
 
 def claim_output(output: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
@@ -157,6 +159,15 @@ def _without_what_may_change(values: dict[str, Any]) -> dict[str, Any]:
             beginnings = tuple(own for own in beginnings if own not in ("validation", "eval_"))
         left[group] = {key: value for key, value in values.get(group, {}).items() if not key.startswith(beginnings)}
     return left
+
+
+def run_of(checkpoint: Path) -> tuple[dict[str, Any], Recipe]:
+    """What the run of a checkpoint says of itself, and its recipe; a CheckpointError if the run is not there."""
+    file = checkpoint.parent.parent / RUN_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{checkpoint} is a checkpoint without its run; {file} is missing")
+    run = read_json(file)
+    return run, recorded(run["recipe"] | {"output": str(file.parent)})
 
 
 def last_complete(output: Path, processes: int = 1) -> Path | None:

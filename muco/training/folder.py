@@ -20,6 +20,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from muco.base.machine import versions_in_words
@@ -37,15 +39,23 @@ MODEL = "model"
 SHORTER = ("is_matryoshka", "matryoshka_dimensions")  # keys of config.json, as vLLM names them
 
 
-def card_head(library: str, dimension: int, origin: str) -> str:
+def hub_id(path: str | Path | None) -> str | None:
+    """The path of a model if it is an id on the hub, NAMESPACE/NAME; None for a folder, and for a model made here."""
+    known = path is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) and not Path(path).exists()
+    return str(path) if known else None
+
+
+def card_head(library: str, dimension: int, origin: str, base_model: str | None = None) -> str:
     """The front matter of a model card and its first paragraph.
 
     Args:
         library: The hub's name of the library that loads the model.
         dimension: Of the model's vectors.
         origin: The end of the first sentence: where the model comes from.
+        base_model: The hub's id of the model that it was made from, see :func:`hub_id`.
     """
     header = {"library_name": library, "pipeline_tag": "feature-extraction", "tags": ["muco"]}
+    header |= {"base_model": base_model} if base_model else {}
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
     return f"""---
 {front}
@@ -77,7 +87,7 @@ def model_card(run: dict[str, Any], dimension: int) -> str:
     if run["loss"]:
         step, loss = run["loss"][-1]
         last = f"{loss:.4f} nats at step {step}"
-    return f"""{card_head("sentence-transformers", dimension, f"trained with MuCo from {base}.")}
+    return f"""{card_head("sentence-transformers", dimension, f"trained with MuCo from {base}.", run["base_model"])}
 {usage()}
 ## Training
 

@@ -19,7 +19,7 @@ from muco.negatives import Variety
 from muco.processor import Processor
 from muco.training.batches import TrainingBatches
 from muco.training.checks import NO_NEGATIVE, over_budget
-from muco.training.mixture import Mixture, data_of
+from muco.training.mixture import Mixture, data_of, validation_of
 from muco.training.recipe import DataRecipe, Recipe
 
 LOOK = 64  # samples that are read, over all sources
@@ -39,8 +39,11 @@ class Measured:
     images: np.ndarray  # of the query dialogue
 
 
-def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
-    """The training sets, None for one that cannot be opened; this, and a bad validation set, become problems."""
+def open_known(data: DataRecipe, problems: list[str], notes: list[str]) -> list[Data | None]:
+    """The training sets, None for one that cannot be opened; this, and a bad validation set, become problems.
+
+    Notes get what of the validation set is not scored.
+    """
     sources: list[Data | None] = []
     for source in data.train:
         try:
@@ -50,7 +53,9 @@ def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
             sources.append(None)
     if (held_out := data.validation_source) is not None:
         try:
-            _check_validation(data_of(held_out))
+            scored, left = validation_of(held_out)
+            notes += filter(None, [left])
+            _check_validation(scored)
         except DataError as error:
             problems.append(str(error))
     return sources
@@ -59,9 +64,11 @@ def open_known(data: DataRecipe, problems: list[str]) -> list[Data | None]:
 def _check_validation(data: Data) -> None:
     """A DataError if an evaluation could not read a row or an image, or has nothing to evaluate."""
     book, _ = tasks_of(data, Scoring())
+    seen = set[int]()  # the turns of a sample share its images, and the book keeps them alive
     for key, content in book.contents.items():
         for image in content.images:
-            if not isinstance(image, Video):
+            if not isinstance(image, Video) and id(image) not in seen:
+                seen.add(id(image))
                 open_image(image, where=book.places[key])
 
 

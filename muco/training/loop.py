@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -42,6 +43,26 @@ MANY_LEFT_OUT = 0.2  # of all negatives; a larger share can hardly be right answ
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded optimizer
 
 log = logging.getLogger(__name__)
+
+
+def memory() -> dict[str, float]:
+    """GiB that this process held, for the log.
+
+    ``host_memory_gib``: the most that it held in host memory, and what the workers of its loader hold for themselves
+    now. ``peak_memory_gib``: the most that torch held on its GPU; without a GPU the most in host memory, its own.
+    """
+    own = peak_host_memory()
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own
+    found = {"peak_memory_gib": device, "host_memory_gib": own + sum(map(_unshared, psutil.Process().children()))}
+    return {name: round(number / GIB, 3) for name, number in found.items()}
+
+
+def _unshared(process: psutil.Process) -> int:
+    """Bytes that a process shares with no other; 0 if it has ended, or may not be looked at."""
+    try:
+        return process.memory_full_info().uss
+    except psutil.Error:
+        return 0
 
 
 class MuCoTrainer(SentenceTransformerTrainer):
@@ -185,13 +206,10 @@ class MuCoTrainer(SentenceTransformerTrainer):
             self.made = self.without_turn = 0
             if made:
                 logs["loss"] *= steps / made  # the library's mean counts steps that were left out
-                # the most that torch held on this process's GPU, or that this process held in host memory
-                on_gpu = torch.cuda.is_available()
-                peak = torch.cuda.max_memory_allocated() if on_gpu else peak_host_memory()
-                logs |= {"padding": round(self.padding, 4), "peak_memory_gib": round(peak / GIB, 3)}
-                logs |= self._left_out() | self._temperatures()
+                logs |= {"padding": round(self.padding, 4)} | memory() | self._left_out() | self._temperatures()
             else:  # no loss was found
                 del logs["loss"]
+        logs.pop("train_loss", None)  # wrong after steps that were left out, and in a resumed run
         super().log(logs, start_time)
 
     def _temperatures(self) -> dict[str, float]:

@@ -14,9 +14,9 @@ from itertools import accumulate
 import numpy as np
 
 from muco.data import open_data
-from muco.data.source import Data
+from muco.data.source import Data, InMemory
 from muco.errors import DataError, RecipeError
-from muco.training.recipe import Recipe, SourceRecipe, TurnsRecipe
+from muco.training.recipe import Recipe, SourceRecipe, TurnsRecipe, ValidationRecipe
 
 ROUND = 1000  # groups after which every source has had its share, where samples come in groups of one source
 
@@ -44,6 +44,22 @@ def open_sources(recipe: Recipe) -> list[Data]:
 
 def data_of(source: SourceRecipe) -> Data:
     return open_data(source.path, source.format, source.options)
+
+
+def validation_of(source: ValidationRecipe) -> tuple[Data, str]:
+    """The samples that are scored during training, and a sentence about those that are not; "" if all are.
+
+    Raises a DataError if the set cannot be opened, or one of these samples cannot be read.
+    """
+    data = open_data(source.path, source.format, source.options)
+    total, limit = len(data), source.limit
+    if limit is None or total <= limit:
+        return data, ""
+    scored = InMemory(data[number * total // limit] for number in range(limit))  # a file may be in an order of kinds
+    return scored, (
+        f"data.validation: {limit:,} of {total:,} samples are scored, spread evenly over the set; "
+        "data.validation.limit sets another number, and null scores all"
+    )
 
 
 @dataclass(frozen=True)

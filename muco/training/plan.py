@@ -50,7 +50,7 @@ def plan(recipe: Recipe, *, devices: int = 1) -> dict[str, Any]:
     arguments = training_arguments(recipe, evaluates=recipe.data.validation is not None)
     problems: list[str] = []
     notes: list[str] = []
-    sources = open_known(recipe.data, problems)
+    sources = open_known(recipe.data, problems, notes)
     known = [source for source in sources if source is not None]
     mixture = Mixture.of(recipe, [len(source) for source in known]) if len(known) == len(sources) else None
     broken = notes if recipe.data.broken_images == "skip" else problems  # rows that cannot be used

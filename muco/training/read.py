@@ -105,7 +105,7 @@ def _bound(keys: str, test: Callable[[Any], bool], words: str) -> dict[str, tupl
 
 _TINY = " ".join(f"model.tiny.{size.name}" for size in dataclasses.fields(TinyConfig))
 _COUNTS = f"""model.min_pixels model.max_pixels model.adapter.rank model.adapter.alpha {_TINY} turns.order turns.limit
-    batch.size batch.group batch.token_budget trainer.per_device_eval_batch_size
+    data.validation.limit batch.size batch.group batch.token_budget trainer.per_device_eval_batch_size
     trainer.dataloader_prefetch_factor"""
 _COUNTS_OR_ZERO = "turns.negatives trainer.dataloader_num_workers trainer.save_total_limit"
 _POSITIVE = """data.train.weight loss.temperature loss.distillation.temperature
@@ -145,7 +145,7 @@ WITHOUT_EFFECT = """save_only_model torch_empty_cache_steps gradient_checkpointi
     liger_kernel_config use_cache router_mapping prediction_loss_only eval_do_concat_batches
     eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_train do_eval
     do_predict skip_memory_metrics enable_jit_checkpoint hub_token hub_private_repo hub_model_id hub_strategy
-    hub_always_push hub_revision""".split()
+    hub_always_push hub_revision torch_compile_backend torch_compile_mode accelerator_config""".split()
 REFUSED = {  # training arguments that a recipe may not set, and what to do instead
     **dict.fromkeys(WITHOUT_EFFECT, "has no effect here; leave it out"),
     **dict.fromkeys(("output_dir", "seed", "data_seed", "logging_dir", "resume_from_checkpoint"), _OURS),

@@ -74,6 +74,22 @@ class SourceRecipe:
 
 
 @dataclass(frozen=True)
+class ValidationRecipe:
+    """The set that is scored during training.
+
+    Args:
+        limit: Most samples that are read and scored, spread evenly over the set; null: all of it. It is scored before
+            the first step and with every checkpoint, on one process while the others wait, so its size costs time.
+        format, options: As those of a training set.
+    """
+
+    path: str
+    limit: int | None = 500
+    format: str = "jsonl"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """Where samples come from.
 
@@ -82,7 +98,7 @@ class DataRecipe:
         epoch: The length of an epoch, which ``trainer.num_train_epochs`` counts. "every_row" ends when every row has
             been seen: once without weights; with weights, sources of more weight than rows are seen more often.
             "row_count" has as many samples as there are rows, so with weights some are seen often, others not at all.
-        validation: A set to evaluate during training: a path of JSONL, or like an item of ``train``; None for none.
+        validation: A set to evaluate during training: a path of JSONL, or a :class:`ValidationRecipe`; None for none.
         broken_images: "error" stops at a row or an image that cannot be used. "skip" leaves its sample out, counts it
             and names it in ``<output>/skipped-<process>.jsonl``.
         max_broken: With "skip", stop when more than this share of the samples could not be used.
@@ -96,16 +112,19 @@ class DataRecipe:
 
     train: tuple[SourceRecipe, ...] = ()
     epoch: Literal["every_row", "row_count"] = "every_row"
-    validation: str | SourceRecipe | None = None
+    validation: str | ValidationRecipe | None = None
     broken_images: Literal["error", "skip"] = "error"
     max_broken: float = 0.01
     duplicates: Literal["mask", "leave_out"] = "mask"
     one_source: bool = False
     blind: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "validation", self.validation_source)  # so that a record has the limit too
+
     @property
-    def validation_source(self) -> SourceRecipe | None:
-        return SourceRecipe(self.validation) if isinstance(self.validation, str) else self.validation
+    def validation_source(self) -> ValidationRecipe | None:
+        return ValidationRecipe(self.validation) if isinstance(self.validation, str) else self.validation
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -250,8 +269,6 @@ class Recipe:
             raise RecipeError("model: a tiny model starts from random weights; use 'vision: trained' and no adapter")
         if not self.data.train:
             raise RecipeError("data.train: name at least one source, e.g. train: [{path: data/train.jsonl}]")
-        if isinstance(self.data.validation, SourceRecipe) and self.data.validation.weight is not None:
-            raise RecipeError("data.validation.weight: only training data has weights; leave it out")
         self._check_reconstruction()
         if self.batch.group is not None and (self.data.one_source or self.batch.size % self.batch.group):
             why = (
@@ -323,9 +340,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recorded(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of a run or a model that is there, perhaps of an older version, which took keys without effect."""
+    """The recipe of a run or a model that is there, perhaps of an older version.
+
+    Older versions took keys without effect, and scored all of ``data.validation``.
+    """
     trainer = {key: value for key, value in values.get("trainer", {}).items() if key not in WITHOUT_EFFECT}
-    return from_dict({**values, "trainer": trainer})
+    data = dict(values.get("data", {}))
+    held_out = {"path": data["validation"]} if isinstance(data.get("validation"), str) else data.get("validation")
+    if isinstance(held_out, Mapping) and "limit" not in held_out:
+        data["validation"] = {key: value for key, value in held_out.items() if key != "weight"} | {"limit": None}
+    return from_dict({**values, "data": data, "trainer": trainer})
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -359,7 +383,7 @@ def saved_recipe(model: str | Path) -> Recipe | None:
 def trained_dimensions(model: str | Path) -> tuple[int, ...]:
     """The lengths of vectors that a model was trained for besides the whole one (Matryoshka), whatever its version.
 
-    The recipe that is saved with it says them; without one, as in an exported or merged model, its ``config.json`` does
+    The recipe that is saved with it says them; without one, as in a merged model, its ``config.json`` does
     (:data:`muco.training.folder.SHORTER`). Raises a RecipeError if they are not a list of whole numbers, an OutputError
     if ``config.json`` cannot be read.
     """

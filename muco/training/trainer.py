@@ -37,7 +37,7 @@ from muco.training.folder import DIGESTS_FILE
 from muco.training.guide import VectorsById, guide_vectors
 from muco.training.look import look, without_effect
 from muco.training.loop import MuCoTrainer
-from muco.training.mixture import Mixture, data_of, open_sources
+from muco.training.mixture import Mixture, open_sources, validation_of
 from muco.training.precision import uses_autocast
 from muco.training.recipe import Recipe, from_dict, load_recipe, to_dict
 
@@ -68,10 +68,15 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Tru
         training_arguments(recipe, evaluates=evaluates)
     sources = open_sources(recipe)
     Mixture.of(recipe, [len(source) for source in sources])
-    validation = data_of(held_out) if held_out else None
-    if os.environ.get("RANK", "0") == "0" and (recipe.turns.image_turn or recipe.loss.distillation):
-        for said in without_effect(recipe, [*look(sources, recipe.seed, [])]):
-            log.warning("%s", said)
+    validation, notes = None, list[str]()
+    if held_out is not None:
+        validation, left = validation_of(held_out)
+        notes += filter(None, [left])
+    speaks = os.environ.get("RANK", "0") == "0"
+    if speaks and (recipe.turns.image_turn or recipe.loss.distillation):
+        notes += without_effect(recipe, [*look(sources, recipe.seed, [])])
+    for said in notes if speaks else ():
+        log.warning("%s", said)
     recall(output / DIGESTS_FILE)
     # by each process, before they are a group: in a group, the others would wait for this one
     facts = checkpoint.run_facts(recipe, sources)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mbeir_tree
+import mmeb_train_tree
 import mmeb_tree
 import mmeb_v2_tree
 import pytest
@@ -41,7 +43,7 @@ def mbeir(tmp_path_factory) -> Path:
 def run(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict:
     assert main([str(a) for a in arguments]) == code
     out = capfd.readouterr()
-    return json.loads(out.out) if code == 0 else {"said": out.err}
+    return json.loads(out.out) if code in (0, 3) else {"said": out.err}
 
 
 def forms(folder: Path, name: str) -> list[str]:
@@ -177,6 +179,21 @@ def test_leaks_are_found_and_fail_the_check(scenes, tmp_path, capfd):
     assert main(["data", "leak", dev, "-t", train]) in (0, 3)  # captions may be equal by chance
     assert "by image" in capfd.readouterr().out
     mixed.unlink()
+
+
+def test_leaks_are_found_in_training_data_of_any_format(scenes, tmp_path, capfd):
+    folder = mmeb_train_tree.write_tree(tmp_path / "MMEB-train", ["OK-VQA"])
+    image = folder / mmeb_train_tree.pairs("OK-VQA")[1].record["qry_image_path"]
+    image.parent.mkdir(parents=True)
+    shutil.copy(scenes / "images/test/00003.png", image)
+    asked = ["data", "leak", scenes / "test.jsonl", "--train", folder, "--json"]
+    found = run(capfd, *asked, "--format", "mmeb", "--option", "split=diverse_instruction", code=3)
+    assert found["affected"] == {"image": 1, "text": 0, "either": 1}
+    assert found["train"][0]["source"] == str(folder) and found["train"][0]["samples"] == 3
+    [pair] = found["listed"]
+    assert "diverse_instruction-00000-of-00001.parquet row 1" in pair["train"] and "test.jsonl:4" in pair["evaluation"]
+    said = run(capfd, *asked, "--option", "split=original", code=1)["said"]
+    assert "unknown option 'split'" in said, "options count for JSONL too"
 
 
 def by_two(*arguments: object) -> dict:

@@ -67,6 +67,13 @@ class Bag:
         return row / np.linalg.norm(row)
 
 
+def test_what_a_model_says_of_itself_is_among_the_warnings(texts, tmp_path):
+    bag = Bag()
+    before = evaluate_beir(bag, texts, tmp_path / "out")["warnings"]
+    bag.caveat = "it was not trained for vectors"
+    assert evaluate_beir(bag, texts, tmp_path / "out")["warnings"] == [bag.caveat, *before]
+
+
 def test_graded_judgements_give_the_ndcg_of_a_hand(texts, tmp_path):
     result = evaluate_beir(Bag(), texts, tmp_path / "out", command="muco …", model_path="m")
     task = result["tasks"]["words"]

@@ -102,6 +102,13 @@ def test_scores_are_those_of_single_vectors_and_nothing_is_encoded_twice(tiny_mo
     assert one["overall"] == pytest.approx(expected["french"], abs=1e-5) and not encoded
 
 
+def test_that_a_model_was_not_trained_for_vectors_is_among_the_warnings(tiny_path, tmp_path):
+    model = muco.load(tiny_path, device="cpu")
+    model.encoder.muco_processor.trained_for_vectors = False  # as of a plain checkpoint
+    found = evaluate_mteb(model, [made.pairs_task()], tmp_path)
+    assert model.caveat and found["warnings"][0] == model.caveat
+
+
 def test_a_result_belongs_to_weights_prompt_pixels_and_settings(tiny_model, tiny_path, tmp_path, encoded):
     def score(model: Model, **how: object) -> float:
         encoded.clear()

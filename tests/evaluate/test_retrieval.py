@@ -229,6 +229,14 @@ def test_an_oracle_is_perfect_and_its_controls_are_not():
     assert found["within"]["hit@5"] is None  # of four candidates everyone hits five
 
 
+def test_what_a_model_says_of_itself_is_among_the_warnings(tmp_path):
+    data = scenes()
+    oracle = Oracle(data)
+    oracle.caveat = "it was not trained for vectors"
+    assert evaluate_retrieval(oracle, data, output=tmp_path)["warnings"] == [oracle.caveat]
+    assert json.loads((tmp_path / "retrieval.json").read_text())["warnings"] == [oracle.caveat]
+
+
 @pytest.mark.parametrize(
     "model", [Constant(), Constant(noise=1e-5), Constant(float("nan"))], ids=["equal", "nearly equal", "nan"]
 )

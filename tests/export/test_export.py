@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from muco.export.parity import Parity, compare, examples, stock_vectors
 from muco.model import from_backbone
 from muco.sizes import Adapter
 from muco.template import EMB
-from muco.training.recipe import from_dict, trained_dimensions
+from muco.training.folder import hub_id
+from muco.training.recipe import from_dict, saved_recipe, trained_dimensions
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 INPUTS = ["a ring", {"text": "What is it?", "image": image(150, 64, 1)}]
@@ -92,10 +95,55 @@ def test_the_shorter_lengths_are_known_of_the_exported_model_and_of_its_own_expo
         assert trained_dimensions(tmp_path / name) == (16,), name
         assert " 16" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
     assert trained_dimensions(saved["qwen2_vl"]) == ()
+    (tmp_path / "two" / "recipe.yaml").unlink()  # as in a folder of an older version, or of a merged model
+    assert trained_dimensions(tmp_path / "two") == (16,)
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": ["a"]}))
     with pytest.raises(RecipeError, match=r"config\.json: the shorter lengths of its vectors cannot be read"):
         trained_dimensions(tmp_path / "two")
+
+
+def test_an_exported_model_says_where_it_comes_from(run, saved, tmp_path):
+    base, run = "Someone/Base-2B", Path(shutil.copytree(run, tmp_path / "first"))
+    for file in (run / "run.json", run / "model" / "run.json"):
+        assert json.loads(file.read_text())["base_model"] is None, "a folder"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": base}))  # as of a hub's model
+    steps = run / "checkpoints" / "checkpoint-3"
+    names = {
+        run / "model": "exported from the run first by",
+        steps: "exported from checkpoint-3 of the run first by",
+    }
+    for number, (source, said) in enumerate(names.items()):
+        out = tmp_path / str(number)
+        export(str(source), out)
+        card = (out / "README.md").read_text()
+        assert said in card and f'base_model: "{base}"' in card.split("---")[1] and "`recipe.yaml`" in card
+        assert replace(saved_recipe(out), output="") == replace(saved_recipe(run / "model"), output="")
+        facts = json.loads((out / "run.json").read_text())
+        assert facts["data"][0]["fingerprint"] and ("loss" in facts) == (source.name == "model")
+    export(str(tmp_path / "0"), tmp_path / "again")
+    assert (tmp_path / "again" / "run.json").read_bytes() == (run / "model" / "run.json").read_bytes()
+    other = Path(shutil.copytree(saved["qwen2_vl"], tmp_path / "other"))
+    for name in ("recipe.yaml", "run.json"):  # of another program
+        (other / name).write_text('{"cake": 1}')
+    export(str(other), tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "exported from other by" in card and "base_model" not in card and "recipe.yaml" not in card
+    assert not (tmp_path / "plain" / "recipe.yaml").exists() and not (tmp_path / "plain" / "run.json").exists()
+
+
+def test_only_a_model_of_the_hub_is_the_base_of_a_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    ids = {
+        "Qwen/Qwen2-VL-2B-Instruct": True,
+        "models/mine": False,
+        "starter": False,
+        "/data/qwen": False,
+        "../a/b": False,
+    }
+    assert {path: hub_id(path) for path in ids} == {path: path if known else None for path, known in ids.items()}
+    assert hub_id(None) is None
 
 
 @pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])

@@ -312,6 +312,33 @@ def test_a_plain_checkpoint_has_neither():
     assert dict(processor.image_processor.size) == {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
 
 
+CHAT = """\
+{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"""
+
+
+def test_a_model_that_was_not_trained_for_vectors_is_told_where_it_is_taken_for_one(copied, tmp_path, caplog):
+    text = model("qwen2_vl").encode("a ring")
+    plain, library = copied(), copied("qwen3_vl")
+    (library / "modules.json").write_text(json.dumps([POOLING]), encoding="utf-8")
+    (library / "1_Pooling").mkdir()
+    (library / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}', encoding="utf-8")
+    (library / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
+    model("qwen2_vl").save(str(tmp_path / "ours"))
+    released = build("qwen2_vl", tmp_path / "released", tokens=SPECIAL_TOKENS)
+    caplog.clear()
+    for trained in (library, tmp_path / "ours", released):
+        assert load(trained).caveat == ""
+    load_backbone(plain)  # as training does
+    assert not caplog.text
+    loaded = load(plain)
+    assert close(loaded.encode("a ring"), text)
+    assert f"{plain}: the model was not trained for vectors" in caplog.text and loaded.caveat in caplog.text
+
+
 # What is refused
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from PIL import Image
 
 import muco
 from muco.backbone import add_adapters, freeze_vision, meta_backbone
@@ -19,10 +20,12 @@ from muco.data import open_data
 from muco.masks import attention_bias
 from muco.sizes import Adapter
 from muco.training.build import build_model
+from muco.training.look import open_known
 from muco.training.meta_model import activation_bytes
+from muco.training.mixture import validation_of
 from muco.training.plan import plan
 from muco.training.published import qwen2_vl_config
-from muco.training.recipe import Recipe, dump_recipe, from_dict, load_recipe
+from muco.training.recipe import Recipe, ValidationRecipe, dump_recipe, from_dict, load_recipe
 from muco.training.trainer import make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -284,6 +287,40 @@ def test_a_validation_set_that_cannot_be_scored_is_said_before_the_first_step(sc
     said = {"row": "dev.jsonl:4", "image": "cut.png"}.get(fault, fault)
     assert said in problem and said in str(error.value)
     assert not [*(tmp_path / "run").glob("checkpoints/checkpoint-*")] and "step 1/" not in capsys.readouterr().err
+
+
+def test_of_a_large_validation_set_some_samples_are_read_and_scored_from_all_over_it(scenes, tmp_path, caplog):
+    file, limited = tmp_path / "dev.jsonl", {"path": str(tmp_path / "dev.jsonl"), "limit": 4}
+    answers = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    rows_of(file, answers)
+    assert [sample.turns[0].target[0].text for sample in validation_of(ValidationRecipe(**limited))[0]] == answers[::2]
+    lines = file.read_text().splitlines(keepends=True)
+    (tmp_path / "cut.png").write_bytes((scenes / "images/dev/00000.png").read_bytes()[:200])
+    unread = [
+        '{"turns": [{"query": "q", "tarket": "t"}]}\n',
+        '{"image": "cut.png", "turns": [{"query": "", "target": "t"}]}\n',
+    ]
+    file.write_text(lines[0] + unread[0] + lines[2] + unread[1] + "".join(lines[4:]))
+    train = [{"path": str(scenes / "train.jsonl")}]
+    trainer = {"max_steps": 1, "report_to": []}
+    recipe = recipe_of(scenes, tmp_path / "run", data={"train": train, "validation": limited}, trainer=trainer)
+    found, said = plan(recipe), "data.validation: 4 of 8 samples are scored, spread evenly over the set"
+    assert not found["problems"] and any(said in note for note in found["notes"])
+    run = json.loads((muco.train(recipe) / "run.json").read_text())
+    assert said in caplog.text and [step for step, _ in run["scores"]] == [0, 1]
+    assert run["recipe"]["data"]["validation"]["limit"] == 4
+    for limit in (None, 5):  # 0, 1, 3, 4, 6: a bad row is read
+        data = {"train": train, "validation": limited | {"limit": limit}}
+        [problem] = plan(recipe_of(scenes, tmp_path / "all", data=data))["problems"]
+        assert "dev.jsonl:2" in problem
+
+
+def test_a_dry_run_opens_every_image_of_the_validation_set_once(scenes, tmp_path, monkeypatch):
+    opened, usual = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **how: opened.append(args) or usual(*args, **how))
+    problems: list[str] = []
+    open_known(recipe_of(scenes, tmp_path / "run").data, problems, [])
+    assert len(opened) == 2 * 16 and not problems, "once, and once for the size of the black image in its place"
 
 
 def test_a_mistyped_training_argument_is_named_with_the_nearest_one(scenes, tmp_path):

@@ -110,7 +110,12 @@ def test_mistakes_name_the_key_and_the_file(tmp_path, text, words):
         ("model={tiny: {width: 30, heads: 4}, vision: trained}", "model.tiny.width: 30 is not a multiple of heads"),
         ("loss.dimensions=[8, 0]", r"loss.dimensions\[1\] must be positive"),
         ("seed=-1", "seed must be a whole number"),
-        ("data.validation={path: v.jsonl, weight: 3}", "data.validation.weight: only training data has weights"),
+        (
+            "data.validation={path: v.jsonl, weight: 3}",
+            "data.validation must be .* unknown key 'data.validation.weight'",
+        ),
+        ("data.validation={path: v.jsonl, limit: 0}", "data.validation.limit must be a positive whole number, got 0"),
+        ("data.train=[{path: a, limit: 5}]", r"unknown key 'data.train\[0\].limit'"),
         ("trainer.torch_compile_backend=inductor", "trainer.torch_compile_backend is not supported"),
         ("trainer.accelerator_config={split_batches: true}", "trainer.accelerator_config is set by MuCo"),
         ("trainer.ddp_timeout=5", "trainer.ddp_timeout is set by MuCo"),

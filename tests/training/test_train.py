@@ -34,9 +34,11 @@ from muco.training import checkpoint
 from muco.training.blind import blind_loss
 from muco.training.build import build_model
 from muco.training.callbacks import TokenBudget
+from muco.training.folder import model_card
 from muco.training.mixture import open_sources
 from muco.training.plan import plan
 from muco.training.recipe import (
+    ModelRecipe,
     dump_recipe,
     from_dict,
     load_recipe,
@@ -193,11 +195,31 @@ def test_what_differs_is_named_for_runs_of_other_versions_too(finished, scenes):
     assert checkpoint._differing(*runs) == "data.validation", "whose scores set the learning rate"
 
 
+def test_the_card_names_the_base_model_if_it_is_on_the_hub(finished):
+    run = json.loads((finished[1] / "run.json").read_text())
+    assert run["base_model"] is None and "base_model" not in (finished[1] / "README.md").read_text()
+    front = model_card(run | {"base_model": "Someone/Base-2B"}, 64).split("---")[1]
+    assert '\nbase_model: "Someone/Base-2B"\n' in front
+    facts = checkpoint.run_facts(replace(finished[0], model=ModelRecipe(path="Someone/Base-2B")), [])
+    assert facts["base_model"] == "Someone/Base-2B"
+
+
+def test_an_older_run_scored_all_of_its_validation_set(finished):
+    settings = to_dict(finished[0])
+    source = {"path": "dev.jsonl", "format": "jsonl", "options": {}}
+    for written in ("dev.jsonl", source | {"weight": None}, source | {"weight": 2.0}):
+        old = settings | {"data": settings["data"] | {"validation": written}}
+        assert to_dict(recorded(old))["data"]["validation"] == source | {"limit": None}
+    asked = from_dict(settings | {"data": settings["data"] | {"validation": "dev.jsonl"}})
+    assert to_dict(asked)["data"]["validation"] == source | {"limit": 500}
+    assert recorded(to_dict(asked)) == asked
+
+
 def test_an_older_runs_keys_without_effect_are_passed_over(finished, scenes):
     recipe, folder = finished
     facts = checkpoint.run_facts(recipe, [open_data(scenes / "train.jsonl")])
     old = json.loads(json.dumps(facts))
-    old["recipe"]["trainer"] |= {"dataloader_persistent_workers": True, "save_only_model": False}
+    old["recipe"]["trainer"] |= {"dataloader_persistent_workers": True, "accelerator_config": None}
     assert not checkpoint._differing(old, facts)
     values = to_dict(recipe) | {"trainer": old["recipe"]["trainer"]}
     assert recorded(values) == recipe
@@ -403,10 +425,15 @@ def test_two_precisions_without_autocast_are_refused(half, scenes, tmp_path):
         muco.train(replace(of_half(half, scenes, tmp_path / "run"), precision="float32"))
 
 
-def test_workers_do_not_change_a_run(finished, scenes, tmp_path):
+def test_workers_do_not_change_a_run_and_their_memory_is_told(finished, scenes, tmp_path, capfd):
     _, folder = finished
     recipe = recipe_of(scenes, tmp_path / "run", trainer={"dataloader_num_workers": 2})
     assert losses(muco.train(recipe)) == losses(folder)
+    step, screen = tmp_path / "run/checkpoints/checkpoint-6/trainer_state.json", capfd.readouterr().err
+    for entry in json.loads(step.read_text())["log_history"]:
+        alone, together = entry["peak_memory_gib"], entry["host_memory_gib"]
+        assert (0 < alone < together < 16) or torch.cuda.is_available()
+        assert f"step {entry['step']}/6  loss" in screen and f"  {together:.1f} GiB of host memory" in screen
 
 
 def test_validation_runs_during_training(scenes, tmp_path, caplog):
@@ -414,8 +441,11 @@ def test_validation_runs_during_training(scenes, tmp_path, caplog):
     trainer = {"max_steps": 3, "eval_steps": 2, "per_device_eval_batch_size": 5}
     recipe = recipe_of(scenes, tmp_path / "run", data=data, trainer=trainer)
     sources, apart = open_sources(recipe), replace(recipe, output=str(tmp_path / "apart"))
-    evaluator = make_trainer(apart, build_model(recipe, sources), sources, sources[0]).evaluator
-    assert evaluator.scoring.batch_size == 5
+    apart = replace(apart, trainer={**apart.trainer, "dataloader_num_workers": 1})
+    apart.trainer["dataloader_multiprocessing_context"] = "spawn"
+    trainer = make_trainer(apart, build_model(recipe, sources), sources, sources[0])
+    assert trainer.evaluator.scoring.batch_size == 5
+    assert trainer.get_train_dataloader().loader.multiprocessing_context.get_start_method() == "spawn"
     muco.train(recipe)
     assert "None" not in caplog.text
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")]
