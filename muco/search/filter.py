@@ -254,12 +254,11 @@ class _Parser:
         known = next((value for value in values if value.kind != ANY), first)
         for value in values:
             if value.kind not in (known.kind, ANY):
-                hint = "; write DATE '2020-01-31'" if {value.kind, known.kind} == {TEXT, DAY} else ""
-                raise self.refused(value.place, f"{value.kind} cannot be compared with {known.kind}{hint}")
+                why = f"{value.kind} cannot be compared with {known.kind}{_hint(value, known)}"
+                raise self.refused(value.place, why)
         columns = [value.type for value in values if value.type is not None]
         for value in values:
-            misfits = (value.moment.misfit(column) for column in columns) if value.moment else ()
-            if misfit := next(filter(None, misfits), ""):
+            if misfit := value.misfit(columns) if compared or value.number is None else "":
                 raise self.refused(value.place, misfit)
         return [value.beside(columns, compared=compared) for value in values]
 
@@ -272,3 +271,16 @@ class _Parser:
         what = what or self.where[place : place + 20]
         shown = f"{what!r} (character {place + 1})" if what else "the end"
         return MucoError(f"the filter: {shown}: {why}; an example: label = 'cat' AND year >= 2020")
+
+
+def _hint(one: Value, other: Value) -> str:
+    """How a text and a date can be compared; "" for other kinds, and where neither of the two is a literal."""
+    text, day = (one, other) if one.kind == TEXT else (other, one)
+    if (text.kind, day.kind) != (TEXT, DAY):
+        return ""
+    if text.literal:
+        return "; write DATE '2020-01-31'"
+    if day.moment is None:
+        return ""
+    _, written, _ = day.sql.split("'")
+    return f"; {text.sql} is text: write '{written}' alone"  # texts of ISO 8601 have the order of their dates

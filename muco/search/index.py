@@ -193,10 +193,12 @@ class Index(Table):
         search = search.distance_type(self.storage.metric)
         if self.storage.metric == "hamming":  # the fewer bits find them, the more candidates
             limit = round(CANDIDATES_BY_BITS * max(1.0, ENOUGH_BITS / self.dimension)) * hits
-            search = search.nprobes(PROBES)
         else:
             limit = hits + 1
-            search = search.bypass_vector_index() if exact else search.nprobes(PROBES).refine_factor(CANDIDATES)
+            search = search.bypass_vector_index() if exact else search.refine_factor(CANDIDATES)
+        # No maximum (0): while a filter leaves too few candidates, or many are asked for, more partitions are searched,
+        # so that fewer rows than the limit are all there are.
+        search = search.minimum_nprobes(PROBES).maximum_nprobes(0)
         found = self.found(search.limit(limit), where, [*columns, "_distance"])
         best = self._best(found, query, k)
         if len(found) < limit:

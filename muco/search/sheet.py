@@ -46,7 +46,7 @@ def search_folder(folder: Path, output: Path, model: str = STARTER) -> Path:
     """Indexes the pictures of a folder and writes a page of what everyday words find.
 
     Args:
-        output: For ``pictures.index``, which holds the pictures of this folder and no others, and ``pictures.html``.
+        output: For ``pictures.index``, which holds the pictures of this folder and no others (a broken one keeps the row of its name), and ``pictures.html``.
             The next call encodes only what has changed; for another folder, it replaces all.
         model: A model's folder or hub id.
     Returns:

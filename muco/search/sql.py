@@ -67,12 +67,29 @@ class Value:
             whole = self.sql.strip("(-)").isdecimal()
             if whole and (not compared or all(_holds(column, self.number) for column in exact)):
                 return self
-            return self.as_decimal() or (_compared(self.number, exact, self) if compared else self)
-        if self.moment is not None and self.moment.day and any(types.is_timestamp(column) for column in columns):
-            return replace(
-                self, sql=f"TIMESTAMP '{date(1970, 1, 1) + timedelta(self.moment.since // DAY_LONG)} 00:00:00'"
-            )
+            shorter = compared and not _fits(self.number, exact)
+            number = _compared(self.number, exact) if shorter else self.number
+            return replace(self, number=number).as_decimal() or self
+        if self.moment is not None and self.moment.since % DAY_LONG == 0:
+            day = date(1970, 1, 1) + timedelta(self.moment.since // DAY_LONG)
+            if any(types.is_timestamp(column) for column in columns):
+                return replace(self, sql=f"TIMESTAMP '{day} 00:00:00'") if self.moment.day else self
+            return replace(self, sql=f"DATE '{day}'") if columns else self
         return self
+
+    def misfit(self, columns: Sequence[pa.DataType]) -> str:
+        """Why LanceDB would compare something else with columns of these types, or fail; "" if it does neither."""
+        if self.moment is not None:
+            return next(filter(None, map(self.moment.misfit, columns)), "")
+        if self.type is not None:
+            return next(filter(None, (_apart(self.type, column) for column in columns)), "")
+        exact = [column for column in columns if is_exact(column)]
+        if self.number is None or not exact:
+            return ""
+        if _fits(self.number, exact) or _fits(_compared(self.number, exact), exact):
+            return ""
+        places = f"{max(map(_whole, exact))} before the point and {max(map(_scale, exact))} after it"
+        return f"needs more digits than there are beside those of the column, {places}"
 
     def as_decimal(self) -> Value | None:
         """A number as a decimal; None if it has more digits than those of LanceDB."""
@@ -94,6 +111,8 @@ class Moment:
 
     def misfit(self, column: pa.DataType) -> str:
         """Why LanceDB would compare another time with a column; "" if it does not."""
+        if types.is_date(column) and self.since % DAY_LONG:
+            return "a time of the day, but the column holds dates; write DATE '2020-01-31'"
         if not types.is_timestamp(column):
             return ""
         if self.since % UNITS[column.unit]:
@@ -119,28 +138,52 @@ def moment(word: str, text: str) -> Moment | None:
 
 
 def _holds(column: pa.DataType, number: Decimal) -> bool:
-    """Whether a column of exact numbers can hold a whole number."""
+    """Whether a column of exact numbers can hold a whole number, as LanceDB reads it: from 64 bits on as a float."""
     if types.is_decimal(column):
-        return number.adjusted() < column.precision - column.scale
+        return number.adjusted() < _whole(column) and abs(number) < 2**63
     bits = column.bit_width - types.is_signed_integer(column)
-    return (-(2**bits) if types.is_signed_integer(column) else 0) <= number < 2**bits
+    return (-(2**bits) if types.is_signed_integer(column) else -1) < number < 2**bits
 
 
-def _compared(number: Decimal, columns: Sequence[pa.DataType], value: Value) -> Value:
-    """The value of too many digits as one of fewer that compares the same with everything the columns can hold.
+def _fits(number: Decimal, columns: Sequence[pa.DataType]) -> bool:
+    """Whether LanceDB has room for all digits of the number and of the columns, which it compares as one decimal."""
+    whole, scale = max(map(_whole, columns)), max(map(_scale, columns))
+    room = MOST_DIGITS if whole + scale <= MOST_DIGITS else 2 * MOST_DIGITS
+    places = max(0, -int(number.as_tuple().exponent))
+    own = max(0, number.adjusted() + 1)
+    return own + places <= MOST_DIGITS and max(whole, own) + max(scale, places) <= room
 
-    Those are a number beyond all values, and one between two neighbours.
+
+def _whole(column: pa.DataType) -> int:
+    """The digits before the point that a column of exact numbers has room for, as LanceDB counts them."""
+    return column.precision - column.scale if types.is_decimal(column) else DIGITS
+
+
+def _scale(column: pa.DataType) -> int:
+    return column.scale if types.is_decimal(column) else 0
+
+
+def _compared(number: Decimal, columns: Sequence[pa.DataType]) -> Decimal:
+    """The number of fewest digits that compares the same with everything the columns can hold.
+
+    Of a number beyond all values that is one beyond them; of one between two neighbours, one between them.
     """
-    decimals = [column for column in columns if types.is_decimal(column)]
-    scale = max([0, *(column.scale for column in decimals)])
-    whole = max([DIGITS, *(column.precision - column.scale for column in decimals)])
-    if number.adjusted() >= whole:
-        fewer = Decimal(1).scaleb(whole).copy_sign(number)
-    else:
-        with localcontext(prec=2 * MOST_DIGITS + 2):
-            fewer = number.quantize(Decimal(1).scaleb(-scale), ROUND_FLOOR)
-            fewer += 0 if fewer == number else Decimal(5).scaleb(-scale - 1)
-    return replace(value, number=fewer).as_decimal() or value
+    scale, whole = max(map(_scale, columns)), max(map(_whole, columns))
+    if number and number.adjusted() >= whole:
+        return Decimal(1).scaleb(whole).copy_sign(number)
+    with localcontext(prec=4 * MOST_DIGITS):
+        fewer = number.quantize(Decimal(1).scaleb(-scale), ROUND_FLOOR)
+        fewer += 0 if fewer == number else Decimal(5).scaleb(-scale - 1)
+        return fewer.normalize()
+
+
+def _apart(one: pa.DataType, other: pa.DataType) -> str:
+    """Why LanceDB would not compare two columns of times as they are; "" if it does."""
+    if types.is_timestamp(one) and types.is_timestamp(other) and one.unit != other.unit:
+        return f"times of whole {NAMES[one.unit]} cannot be compared with those of whole {NAMES[other.unit]}"
+    if types.is_date(one) and types.is_timestamp(other):
+        return "a column of dates cannot be compared with one of times"
+    return ""
 
 
 def next_token(text: str, place: int) -> Token:

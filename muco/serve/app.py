@@ -30,7 +30,7 @@ from muco.search.index import Index
 from muco.search.lance import is_local
 from muco.serve import routes
 from muco.serve.engine import Item
-from muco.serve.guard import LOCAL_HOSTS, ClientGone, Guard, error_answer
+from muco.serve.guard import LOCAL_HOSTS, OPEN, ClientGone, Guard, error_answer
 from muco.serve.process import ModelProcess
 from muco.serve.schema import RequestError, RequestLimits, first_error
 from muco.serve.service import Served, Service
@@ -54,6 +54,8 @@ def build_app(served: Served) -> ASGIApp:
     if served.index is not None:
         api.include_router(routes.searching)
     _add_errors(api)
+    if served.token is not None:
+        _describe_token(api)
     guard = Guard(api, served.limits, service.metrics, token=served.token, hosts=served.hosts)
     if not served.origins:
         return guard
@@ -80,6 +82,16 @@ def _add_pages(api: FastAPI, *, searched: bool) -> None:
         headers = {"Content-Security-Policy": PAGE_POLICY}
         file = Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
         api.add_api_route(path, partial(_same, file), include_in_schema=False)
+
+
+def _describe_token(api: FastAPI) -> None:
+    """Says in /openapi.json which routes need the token."""
+    description = api.openapi()  # FastAPI keeps it, and answers with it
+    description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    description["security"] = [{"token": []}]
+    for path in description["paths"].keys() & {*OPEN}:
+        for operation in description["paths"][path].values():
+            operation["security"] = []
 
 
 async def _same(response: Response) -> Response:

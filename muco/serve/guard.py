@@ -39,7 +39,8 @@ class Metrics:
         self.padded.inc(padded_tokens)
 
 
-OPEN = ("/", "/health", "/static/search.js", "/static/style.css")  # no token: they show nothing of anybody
+HEALTH = "/health"  # asked under any name: a probe calls the server by its address, and learns only that it answers
+OPEN = ("/", HEALTH, "/static/search.js", "/static/style.css")  # no token: they show nothing of anybody
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
 BODIES = 4  # of the largest size, held at once by all requests together
 STRUCTURE = 2**20  # bytes of JSON outside of strings: what a parser makes many objects of
@@ -82,8 +83,9 @@ class Guard:
 
     Args:
         token: That every request but those for OPEN must bring; None: anyone may ask.
-        hosts: Names by which this server may be called, so that no page of another site reaches it under a name that
-            suddenly leads here (DNS rebinding); None: any. A request without a name is of no browser, so it may pass.
+        hosts: Names by which this server may be called but for HEALTH, so that no page of another site reaches it under
+            a name that suddenly leads here (DNS rebinding); None: any. A request without a name is of no browser, so it
+            may pass.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class Guard:
             self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     def _check_head(self, path: str, headers: Mapping[bytes, bytes]) -> None:
-        host = headers.get(b"host")
+        host = None if path == HEALTH else headers.get(b"host")
         if self.hosts is not None and host is not None and host_name(host) not in self.hosts:
             raise RequestError("this server is not called by that name; see --allow-host", status=421)
         if self._token is None or path in OPEN:

@@ -1,6 +1,7 @@
 """The routes: a request becomes items to embed, and their vectors an answer in the client's shape.
 
-One router per shape. Every route finds the server by :func:`muco.serve.service.service_of`.
+One router per shape. Every route finds the server by :func:`muco.serve.service.service_of`. Answers are written here,
+for speed; a ``response_model`` only describes them, since FastAPI leaves a Response as it is.
 """
 
 from __future__ import annotations
@@ -22,13 +23,25 @@ from starlette.responses import Response
 from muco.errors import MucoError, StorageError
 from muco.search.columns import in_json
 from muco.search.index import Hit
+from muco.serve.answers import (
+    EmbedAnswer,
+    EmbeddingsAnswer,
+    EmbedFirstAnswer,
+    ErrorAnswer,
+    HealthAnswer,
+    ModelFacts,
+    ModelsAnswer,
+    SearchAnswer,
+)
 from muco.serve.schema import EmbeddingsRequest, EmbedRequest, RequestError, SearchRequest
 from muco.serve.service import Service, service_of, shortened, usage
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"description": HTTPStatus(status).phrase, "content": {"application/json": {}}}
+    status: {"description": HTTPStatus(status).phrase, "model": ErrorAnswer}
     for status in (400, 401, 404, 408, 413, 415, 421, 500, 503)
 }
+REFUSALS["default"] = {"description": "Any other refusal", "model": ErrorAnswer}
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 openai, cohere, about, searching = APIRouter(), APIRouter(), APIRouter(), APIRouter()
 
@@ -37,7 +50,7 @@ HIDDEN = ("image",)  # paths on this machine: clients learn them neither from hi
 log = logging.getLogger(__name__)
 
 
-@openai.post("/v1/embeddings", responses=REFUSALS)
+@openai.post("/v1/embeddings", response_model=EmbeddingsAnswer, responses=REFUSALS)
 async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     """Embeds texts, items or conversations: OpenAI's and vLLM's shape."""
     service = service_of(request)
@@ -60,13 +73,13 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     )
 
 
-@cohere.post("/v2/embed", responses=REFUSALS)
+@cohere.post("/v2/embed", response_model=EmbedAnswer, responses=REFUSALS)
 async def embed(body: EmbedRequest, request: Request) -> Response:
     """Embeds texts, images or both fused: Cohere's shape."""
     return _json(await _by_type(body, request, "2"))
 
 
-@cohere.post("/v1/embed", responses=REFUSALS)
+@cohere.post("/v1/embed", response_model=EmbedFirstAnswer, responses=REFUSALS)
 async def embed_v1(body: EmbedRequest, request: Request) -> Response:
     """The same in the first version of Cohere's shape: without ``embedding_types`` there is one list of vectors."""
     answer = await _by_type(body, request, "1")
@@ -111,13 +124,13 @@ def _as_type(vectors: np.ndarray, name: str) -> list[Any]:
     return bits.tolist() if name == "ubinary" else (bits.astype(np.int16) - 128).tolist()
 
 
-@about.get("/v1/models", responses=REFUSALS)
+@about.get("/v1/models", response_model=ModelsAnswer, responses=REFUSALS)
 async def models(request: Request) -> Response:
     """The model, how long its vectors are and may be, and its limits."""
     return _json({"object": "list", "data": [_described(service_of(request))]})
 
 
-@about.get("/v1/models/{name:path}", responses=REFUSALS)
+@about.get("/v1/models/{name:path}", response_model=ModelFacts, responses=REFUSALS)
 async def model(name: str, request: Request) -> Response:
     """The same of the model of that name."""
     service = service_of(request)
@@ -141,20 +154,20 @@ def _described(service: Service) -> dict[str, Any]:
 
 
 @about.head("/health", include_in_schema=False)
-@about.get("/health", responses=REFUSALS)
+@about.get("/health", response_model=HealthAnswer, responses=REFUSALS)
 async def health() -> Response:
     """Whether the server answers."""
     return _json({"status": "ok"})
 
 
-@about.get("/metrics", responses={**REFUSALS, 200: {"content": {"text/plain": {}}}})
+@about.get("/metrics", response_class=Response, responses={**REFUSALS, **TEXT})
 async def metrics(request: Request) -> Response:
     """Counters for Prometheus."""
     text = generate_latest(service_of(request).metrics.registry)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@searching.post("/search", responses=REFUSALS)
+@searching.post("/search", response_model=SearchAnswer, responses=REFUSALS)
 async def search(body: SearchRequest, request: Request) -> Response:
     """Finds the rows of the index nearest to a text, an image, both, or another row."""
     service = service_of(request)
@@ -173,7 +186,9 @@ async def _hits(service: Service, request: SearchRequest) -> list[Hit]:
     asked = {"k": request.k, "where": request.where, "exact": request.exact}
     look_up = partial(index.search, **by, **asked, hidden=HIDDEN)
     try:
-        return await service.looked_up(look_up)
+        return await service.looked_up(look_up, exact=request.exact)
+    except RequestError:
+        raise
     except StorageError as error:
         log.error("%s", error)
         raise RequestError("the index cannot be read; the server's log says why", status=500) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,12 +17,12 @@ from muco.serve.batcher import Batcher, BatchLimits, QueueFull, ShuttingDown
 from muco.serve.engine import Embedded, Engine, Item
 from muco.serve.fetching import Fetcher
 from muco.serve.guard import ClientGone, Metrics
+from muco.serve.look_ups import EXACT_LOOK_UPS, LOOK_UPS, LookUps
 from muco.serve.process import ModelProcess
 from muco.serve.reader import Reader
 from muco.serve.schema import RequestError, RequestLimits
 
 Answer = TypeVar("Answer")
-LOOK_UPS = 8  # in the index at once: a look-up ends only when it is done, whether its client waits or not
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.batcher.unfinished)
         self.fetcher = Fetcher(served.limits)
-        self.look_ups = ThreadPoolExecutor(LOOK_UPS, "muco-look-up")
+        waiting = served.batches.queue
+        self.look_ups, self.exact = LookUps(LOOK_UPS, waiting), LookUps(EXACT_LOOK_UPS, waiting)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +63,8 @@ class Service:
         finally:
             await self.batcher.close()
             self.fetcher.close()
-            self.look_ups.shutdown(wait=False, cancel_futures=True)
+            self.look_ups.close()
+            self.exact.close()
 
     async def embedded(self, items: Sequence[Item]) -> list[Embedded]:
         try:
@@ -78,9 +79,9 @@ class Service:
             self.metrics.tokens.labels(kind).inc(count)
         return results
 
-    async def looked_up(self, look_up: Callable[[], Answer]) -> Answer:
+    async def looked_up(self, look_up: Callable[[], Answer], *, exact: bool = False) -> Answer:
         """The result of a search in the index, in a thread of its own kind."""
-        return await asyncio.get_running_loop().run_in_executor(self.look_ups, look_up)
+        return await (self.exact if exact else self.look_ups).result(look_up)
 
     async def answered(self, request: Request, work: Awaitable[Answer]) -> Answer:
         """The result of the work, which is cancelled when the client hangs up or the time is over."""

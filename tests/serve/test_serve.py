@@ -42,8 +42,9 @@ from muco.serve.engine import Engine, Item
 from muco.serve.fetching import Fetcher
 from muco.serve.guard import STRUCTURE, check_form, host_name
 from muco.serve.images import ImageLimits, check_source, decode
+from muco.serve.look_ups import LOOK_UPS
 from muco.serve.schema import RequestError, RequestLimits
-from muco.serve.service import LOOK_UPS, Service
+from muco.serve.service import Service
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE = data_uri(picture("red")), data_uri(picture("blue"))
@@ -749,11 +750,20 @@ def test_the_token_is_asked_for_everywhere_but_at_the_door(engine):
 
 def test_a_name_that_leads_here_by_a_trick_is_refused(engine):
     with serving(Served(engine, "little", hosts=frozenset(("localhost", "127.0.0.1", "::1")))) as client:
-        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models").status_code == 200
         for host in ("localhost", "localhost:8000", "LOCALHOST.", "[::1]:8000"):
-            assert client.get("/health", headers={"Host": host}).status_code == 200
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 200
         for host in ("evil.test", "localhost.evil.test", "evil.test:8000", ""):
-            assert client.get("/health", headers={"Host": host}).status_code in (400, 421)
+            for path in ("/v1/models", "/", "/metrics", "/health/", "/nothing"):
+                assert client.get(path, headers={"Host": host}).status_code in (400, 421)
+
+
+def test_a_probe_that_calls_the_server_by_its_address_is_answered(engine):
+    """As Kubernetes and load balancers ask."""
+    with serving(Served(engine, "little", hosts=frozenset(("embed.example.com",)), token="secret")) as client:
+        for method in ("GET", "HEAD"):
+            assert client.request(method, "/health", headers={"Host": "10.0.0.7:8000"}).status_code == 200
+        refusal(client.get("/metrics", headers={"Host": "10.0.0.7:8000", "Authorization": "Bearer secret"}), 421)
 
 
 def test_a_probe_without_a_host_name_is_answered(engine):
@@ -935,7 +945,7 @@ def test_look_ups_whose_clients_have_left_are_bounded(served):
         for one in asked:
             one.cancel()
         running = sum(thread.name.startswith("muco-look-up") for thread in threading.enumerate())
-        service.look_ups.shutdown(cancel_futures=True)
+        service.look_ups.close()
         return running
 
     assert asyncio.run(leave()) == LOOK_UPS

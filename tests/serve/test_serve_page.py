@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -13,12 +16,15 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from servers import data_uri, picture, serving
+from servers import SOON, data_uri, picture, serving, until
 
-from muco.search import Index
+from muco.search import Hit, Index
 from muco.serve.app import Served
+from muco.serve.batcher import BatchLimits
 from muco.serve.engine import Engine
 from muco.serve.images import ImageLimits
+from muco.serve.look_ups import EXACT_LOOK_UPS
+from muco.serve.schema import RequestLimits
 
 CHROMIUM = Path("/usr/bin/chromium")
 COLOURS = "red green blue white black orange purple yellow cyan gray".split()
@@ -115,6 +121,35 @@ def test_what_is_wrong_is_named_without_a_path(client, index, body, says):
     answer = client.post("/search", json=body)
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
     assert str(index.path) not in answer.text
+
+
+class SlowIndex(Index):
+    """An index whose exact searches wait until they may go on."""
+
+    go: threading.Event
+
+    def search(self, *args: Any, exact: bool = False, **kwargs: Any) -> list[Hit]:
+        assert not exact or self.go.wait(SOON)
+        return super().search(*args, exact=exact, **kwargs)
+
+
+def test_exact_searches_leave_others_their_threads_and_too_many_are_refused(index):
+    slow = SlowIndex.open(index.path)
+    slow.go = threading.Event()
+    limits, batches = RequestLimits(seconds=1), BatchLimits(queue=12)
+    served = Served(Engine(index.model, ImageLimits(), 2048), "little", limits, batches, index=slow)
+    body = {"like": "image-2", "exact": True}
+    with serving(served) as client, ThreadPoolExecutor(20) as pool, ExitStack() as stack:
+        stack.callback(slow.go.set)  # also where the test fails
+        exact = [pool.submit(client.post, "/search", json=body) for _ in range(20)]
+        refused = [one.result() for one in exact]  # those that run or wait, when the time is over
+        assert {answer.status_code for answer in refused} == {503}
+        codes = [answer.json()["error"]["code"] for answer in refused]
+        assert codes.count("timeout") == EXACT_LOOK_UPS + 12 and codes.count("queue_full") == 20 - 12 - EXACT_LOOK_UPS
+        assert all("retry-after" in answer.headers for answer in refused)
+        assert len(search(client, like="image-2")) == 10  # although the first one still runs
+        slow.go.set()
+        until(lambda: client.post("/search", json=body).status_code == 200)  # nothing of the others is left
 
 
 def test_an_index_that_is_damaged_is_500_without_a_path(tmp_path, index, caplog):
