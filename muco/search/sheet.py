@@ -46,8 +46,9 @@ def search_folder(folder: Path, output: Path, model: str = STARTER) -> Path:
     """Indexes the pictures of a folder and writes a page of what everyday words find.
 
     Args:
-        output: For ``pictures.index``, which holds the pictures of this folder and no others (a broken one keeps the row of its name), and ``pictures.html``.
-            The next call encodes only what has changed; for another folder, it replaces all.
+        output: For ``pictures.index`` and ``pictures.html``. The index holds the pictures of this folder and no others;
+            a broken one keeps the row that its name has. The next call encodes only what has changed; for another
+            folder, it replaces all.
         model: A model's folder or hub id.
     Returns:
         The page.
