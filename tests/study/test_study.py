@@ -315,7 +315,9 @@ def test_every_run_takes_its_own_best_setting_by_the_dev_set_alone(scenes, tmp_p
             jobs = [json.loads(path.read_text()) for path in output.glob(f"runs/{name}-{rate}-seed*/result.json")]
             assert sorted(job["job"]["recipe"]["seed"] for job in jobs) == [TUNING_SEED, TUNING_SEED + 1]
             assert {job["job"]["test"] for job in jobs} == {str(output / "data" / "dev.jsonl")}
-            assert {job["job"]["recipe"]["data"]["validation"] for job in jobs} == {str(output / "data" / "dev.jsonl")}
+            assert {job["job"]["recipe"]["data"]["validation"]["path"] for job in jobs} == {
+                str(output / "data" / "dev.jsonl")
+            }
             means[rate] = np.mean([job["scores"]["answer"] for job in jobs])
             assert sorted(found["tuning"][name][rate]) == sorted(job["scores"]["answer"] for job in jobs)
         best = max(means, key=means.get)
