@@ -87,10 +87,11 @@ def load_backbone(
     except CheckpointError:
         raise
     except (ImportError, OSError, ValueError, SafetensorError) as error:
-        missing = (
-            "" if isinstance(error, ImportError) or Path(source).exists() else "no such folder, and from the hub: "
-        )
-        raise CheckpointError(f"cannot load a model from {source!r}: {missing}{first_line(error)}") from error
+        why = first_line(error)
+        if not isinstance(error, ImportError) and not Path(source).exists():
+            local = str(source).startswith(("/", ".", "~"))
+            why = "no such folder" if local else f"no such folder, and from the hub: {why}"
+        raise CheckpointError(f"cannot load a model from {source!r}: {why}") from error
     _check_loaded(source, info)
     _check_attention(source, wrapper.model.get_decoder())
     processor, added = load_processor(source, config, local_files_only=local_files_only)

@@ -51,6 +51,10 @@ class Record(TrainerCallback, ExportableState):
             lines = self.file.read_text(encoding="utf-8").splitlines()
             write_text(self.file, "".join(f"{line}\n" for line in lines if _step(line) < state.global_step))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Has the last step logged, so that a short run has a loss too."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
     def add(self, part: Mapping[str, Any]) -> None:
         """Counts an item of ``TrainingBatches``; a TrainingError if more than ``FEW`` and than the share is broken."""
         skipped = part["skipped"]

@@ -379,7 +379,7 @@ def test_the_requests_of_the_documentation_are_answered(client):
     for line in lines:
         [word, *arguments] = shlex.split(line.replace("'$IMAGE'", image).replace("$SERVER", str(client.base_url)))
         assert (word, arguments[0], arguments[2], arguments[4]) == ("curl", "-s", "-H", "-d")
-        body = arguments[5].replace("photo-1", "image-1")
+        body = arguments[5].replace("2019/ring.jpg", "image-1")
         answer = client.post(arguments[1], content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 200, (line, answer.text)
 
