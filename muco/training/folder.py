@@ -87,7 +87,9 @@ def model_card(run: dict[str, Any], dimension: int) -> str:
     if run["loss"]:
         step, loss = run["loss"][-1]
         last = f"{loss:.4f} nats at step {step}"
-    where = "Scores of `data.validation` on the way are in `run.json`." if run.get("scores") else "None is recorded here."
+    recorded = (
+        f"Scores of `data.validation` on the way are in `{RUN_FILE}`." if run.get("scores") else "None is recorded."
+    )
     return f"""{card_head("sentence-transformers", dimension, f"trained with MuCo from {base}.", run["base_model"])}
 {usage()}
 ## Training
@@ -104,5 +106,5 @@ Made with {versions_in_words(run["versions"])}.
 
 ## Evaluation
 
-{where} Run `muco evaluate retrieval --model THIS_FOLDER --data DATA --output DIR`.
+{recorded} Run `muco evaluate retrieval --model THIS_FOLDER --data DATA --output DIR`.
 """
