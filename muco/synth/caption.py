@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import aclosing, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from muco.data.source import Data
 from muco.dialogue import ImageLike
 from muco.errors import ImageError
 from muco.images import image_digest
-from muco.synth.chat import BudgetSpent, Passing, Unanswered, image_parts, seed_of, user
+from muco.synth.chat import Passing, Unanswered, image_parts, seed_of, user
 from muco.synth.endpoint import Endpoint
-from muco.synth.flow import in_order
+from muco.synth.flow import done_within_budget
 from muco.synth.pairs import caption_problem
 from muco.synth.prompts import Prompts
 
@@ -64,7 +64,6 @@ async def caption(
     """
     await endpoint.check(image=True)
     counts: Counter[str] = Counter(images=0, found=0, captioned=0, failed=0)
-    stopped = None
 
     async def one(image: tuple[ImageLike, str]) -> None:
         line = await _line(*image, endpoint, prompts, max_pixels)
@@ -79,12 +78,7 @@ async def caption(
     with Journal(output) as journal:
         known = known_digests(output)
         with closing(_images(data, known.keys(), counts, progress)) as images:
-            async with aclosing(in_order(images, one, ahead=2 * endpoint.limits.concurrency)) as lines:
-                try:
-                    async for _ in lines:
-                        pass
-                except BudgetSpent as error:
-                    stopped = str(error)
+            stopped = await done_within_budget(images, one, ahead=2 * endpoint.limits.concurrency)
         lost = journal.settle(counts["captioned"] > 0 or any(known.values()))
     if lost and stopped is None:
         stopped = f"no image got a caption, the last: {lost['error']}; correct that, and run the same command again"

@@ -7,6 +7,7 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from muco.base.daft import daft_on
@@ -61,6 +62,19 @@ async def in_order(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await loop.run_in_executor(None, thread.shutdown)  # an iterator must not be closed while it runs
+
+
+async def done_within_budget(
+    items: Iterator[Item], work: Callable[[Item], Coroutine[Any, Any, Any]], *, ahead: int
+) -> str | None:
+    """Does the work on every item, as :func:`in_order`; returns why a budget ended it early, or None."""
+    async with aclosing(in_order(items, work, ahead=ahead)) as results:
+        try:
+            async for _ in results:
+                pass
+        except BudgetSpent as error:
+            return str(error)
+    return None
 
 
 def by_daft(

@@ -18,7 +18,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import aclosing, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +31,9 @@ from muco.data.source import Data
 from muco.dialogue import Content, Sample, Turn
 from muco.errors import DataError, ImageError, MucoError, OutputError
 from muco.synth.caption import MAX_PIXELS, Progress
-from muco.synth.chat import Answer, BudgetSpent, Message, Passing, Unanswered, image_parts, user
+from muco.synth.chat import Answer, Message, Passing, Unanswered, image_parts, user
 from muco.synth.endpoint import Endpoint
-from muco.synth.flow import in_order
+from muco.synth.flow import done_within_budget
 
 QUESTION = "Does the candidate answer the query? Say yes or no, and nothing else."
 SAMPLING = {"temperature": 0.0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}  # of a question for yes or no
@@ -84,7 +84,7 @@ async def score(
     if by not in ("rerank", "chat"):
         raise MucoError(f"by must be 'rerank' or 'chat', not {by!r}")
     counts: Counter[str] = Counter(turns=0, found=0, scored=0, failed=0, unanswered=0)
-    stopped, how = None, [by, endpoint.model, question if by == "chat" else ""]
+    how = [by, endpoint.model, question if by == "chat" else ""]
     with claimed(output, beside=True):
         if output.exists():
             raise OutputError(f"{output} exists; choose another output file or delete it")
@@ -108,12 +108,7 @@ async def score(
                 journal.hold(line)
 
         with Journal(file) as journal, closing(_asked(data, how, dict(known), counts, progress)) as turns:
-            async with aclosing(in_order(turns, one, ahead=2 * endpoint.limits.concurrency)) as lines:
-                try:
-                    async for _ in lines:
-                        pass
-                except BudgetSpent as error:
-                    stopped = str(error)
+            stopped = await done_within_budget(turns, one, ahead=2 * endpoint.limits.concurrency)
             lost = journal.settle(counts["scored"] + counts["found"] > 0)
         if lost and stopped is None:
             stopped = f"no turn got scores, the last: {lost['error']}; correct that, and run the same command again"

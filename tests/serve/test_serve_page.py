@@ -124,7 +124,7 @@ def test_what_is_wrong_is_named_without_a_path(client, index, body, says):
 
 
 class SlowIndex(Index):
-    """An index whose exact searches wait until they may go on."""
+    """An index whose exact searches wait for a signal."""
 
     go: threading.Event
 
